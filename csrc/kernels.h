@@ -1,0 +1,217 @@
+// The map of the native layer: the contract of every kernel, stated once.
+//
+// Plain pointers, shapes and layouts; no torch, no Python. `fomoe::cpu` implements every kernel
+// here; `fomoe::cuda` implements those listed at the bottom, with a stream as an extra argument.
+// The callers (csrc/ops) check shapes, dtypes and devices and allocate every output.
+//
+// Letters: T tokens, K slots per token (top_k), E experts of the layer, R resident experts,
+// D hidden size, N expert size, G = 2 for gated activations (SwiGLU, GeGLU) else 1,
+// S = T * K slots. Tensors are dense and row-major unless a leading stride is given.
+#pragma once
+
+#include <cstdint>
+
+namespace fomoe {
+
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+enum class Scoring : int32_t { softmax = 0, sigmoid = 1 };
+
+// Gated: activation(gate) * up. GELU is the tanh form, as in Gemma's GeGLU.
+enum class Activation : int32_t { swiglu = 0, geglu = 1, silu = 2, relu2 = 3, gelu = 4 };
+constexpr bool is_gated(Activation a) { return a == Activation::swiglu || a == Activation::geglu; }
+
+// ---- route: logits -> the K chosen experts of every token and their combine weights ------------
+// score = sigmoid(logit) or softmax over the allowed experts, fp32. An expert is *chosen* by
+// score + selection_bias (ties: lower index first), after group-limited choice when groups > 1:
+// a group's score is the sum of its two best choice scores and only groups_kept groups stay.
+// Its *weight* is its score without the bias, divided by the sum over the chosen when
+// `renormalize`, times `scale`. Slots are in descending order of choice score. If fewer than K
+// experts are allowed in the kept groups the rest of the slots get expert -1 and weight 0.
+struct RouteArgs {
+  const void* logits;           // [T, E] of logits_dtype
+  DType logits_dtype;
+  const float* selection_bias;  // [E] or null
+  const uint8_t* allowed;       // [E], 1 = may be chosen; null = all
+  int64_t tokens;
+  int32_t experts, top_k;
+  Scoring scoring;
+  int32_t groups, groups_kept;
+  bool renormalize;
+  float scale;
+  float* weights;       // out [T, K]
+  int32_t* expert_ids;  // out [T, K]
+};
+
+struct RouteBackwardArgs {
+  const float* grad_weights;  // [T, K]
+  const void* logits;         // [T, E] of logits_dtype
+  DType logits_dtype;
+  const int32_t* expert_ids;  // [T, K]
+  const uint8_t* allowed;     // [E] or null
+  int64_t tokens;
+  int32_t experts, top_k;
+  Scoring scoring;
+  bool renormalize;
+  float scale;
+  void* grad_logits;  // out [T, E] of logits_dtype, every element written
+};
+
+// ---- compact: chosen experts -> a gap-free list of rows grouped by resident expert ---------------
+// A slot is skipped when its expert is -1 or resident_index[expert] is -1. Rows are ordered by
+// resident expert, then by slot (stable). Row tables are sized for the worst case, S rows;
+// entries past offsets[R] are -1.
+struct CompactArgs {
+  const int32_t* expert_ids;      // [T, K]
+  const int32_t* resident_index;  // [E], position among the resident experts, -1 = not resident
+  int64_t tokens;
+  int32_t top_k, experts, residents;
+  int32_t* token_of_row;  // out [S]
+  int32_t* slot_of_row;   // out [S], t * K + k
+  int32_t* row_of_slot;   // out [T, K], -1 = skipped
+  int32_t* offsets;       // out [R + 1], rows of resident r are offsets[r] .. offsets[r+1]
+};
+
+// ---- expand: preact = x[token] . We^T, act = activation(preact), grouped by expert ----------------
+struct ExpandArgs {
+  const void* x;                // [T, D]
+  const void* weight;           // [R, G*N, D]; gated: rows 0..N-1 gate, N..2N-1 up
+  const int32_t* token_of_row;  // [S]
+  const int32_t* offsets;       // [R + 1]
+  DType dtype;                  // of x, weight, act and preact
+  int32_t residents;
+  int64_t hidden, expert_size;
+  Activation activation;
+  void* act;     // out [S, N]; rows past offsets[R] untouched
+  void* preact;  // out [S, G*N] or null
+};
+
+// ---- contract: rows = act . Wc^T, grouped by expert -----------------------------------------------
+struct ContractArgs {
+  const void* act;         // [S, N]
+  const void* weight;      // [R, D, N]
+  const int32_t* offsets;  // [R + 1]
+  DType dtype;
+  int32_t residents;
+  int64_t hidden, expert_size;
+  void* rows;  // out [S, D]; rows past offsets[R] untouched
+};
+
+// ---- combine: y[t] = sum over k in slot order of weights[t,k] * rows[row_of_slot[t,k]] ------------
+// Skipped slots are not read. weights null = all ones (the sum of row gradients into tokens).
+// fp32 accumulation, one rounding at the end.
+struct CombineArgs {
+  const void* rows;            // [S, D] of dtype
+  const float* weights;        // [T, K] or null
+  const int32_t* row_of_slot;  // [T, K]
+  DType dtype;
+  int64_t tokens, hidden;
+  int32_t top_k;
+  void* y;  // out [T, D] of dtype, every element written
+};
+
+struct CombineBackwardArgs {
+  const void* grad_y;          // [T, D] of dtype
+  const void* rows;            // [S, D] of dtype, or null when grad_weights is null
+  const float* weights;        // [T, K]
+  const int32_t* row_of_slot;  // [T, K]
+  DType dtype;
+  int64_t tokens, hidden;
+  int32_t top_k;
+  void* grad_rows;      // out [S, D] of dtype: weights[slot] * grad_y[token]; untouched past the last row
+  float* grad_weights;  // out [T, K] or null: <rows, grad_y>, 0 where skipped
+};
+
+// ---- backward of contract + combine in one pass, without the contract output -------------------
+// With g = grad_y[token] . Wc of a row and a = activation(preact):
+//   grad_weights[slot] = <a, g>,  grad_preact = activation'(preact) * (w * g),  scaled_act = w * a
+// (the order of computation of SonicMoE, arXiv 2512.14080).
+struct ContractBackwardArgs {
+  const void* grad_y;           // [T, D]
+  const void* weight;           // [R, D, N]
+  const void* preact;           // [S, G*N]
+  const float* weights;         // [T, K] combine weights
+  const int32_t* token_of_row;  // [S]
+  const int32_t* slot_of_row;   // [S]
+  const int32_t* offsets;       // [R + 1]
+  DType dtype;
+  int32_t residents;
+  int64_t hidden, expert_size, slots;
+  Activation activation;
+  void* grad_preact;    // out [S, G*N]
+  void* scaled_act;     // out [S, N]
+  float* grad_weights;  // out [S]; zero where skipped
+};
+
+// ---- rows_out[r] = rows_in[r] . W of the row's expert, W [R, in, out] as stored -------------------
+// The gradient of both grouped GEMMs to their inputs.
+struct GroupedRowsArgs {
+  const void* rows_in;     // [S, in]
+  const void* weight;      // [R, in, out]
+  const int32_t* offsets;  // [R + 1]
+  DType dtype;
+  int32_t residents;
+  int64_t in, out;
+  void* rows_out;  // out [S, out]
+};
+
+// ---- grad_weight[e] = sum over the expert's rows of left[row]^T right[row] -----------------------
+// Either side may be gathered: index null = row itself, else token_of_row. Rows in order, fp32
+// accumulation; experts without rows get zeros.
+struct WeightGradArgs {
+  const void* left;            // [S or T, left_size]
+  const void* right;           // [S or T, right_size]
+  const int32_t* left_index;   // [S] or null
+  const int32_t* right_index;  // [S] or null
+  const int32_t* offsets;      // [R + 1]
+  DType dtype;
+  int32_t residents;
+  int64_t left_size, right_size;
+  void* grad_weight;  // out [R, left_size, right_size] of dtype, every element written
+};
+
+// ---- elementwise: grad_preact = activation'(preact) * grad_act --------------------------------------
+struct ActivationBackwardArgs {
+  const void* grad_act;  // [S, N]
+  const void* preact;    // [S, G*N]
+  const int32_t* offsets;
+  DType dtype;
+  int32_t residents;
+  int64_t expert_size;
+  Activation activation;
+  void* grad_preact;  // out [S, G*N]; rows past offsets[R] untouched
+};
+
+namespace cpu {
+
+// False when a logit is NaN (nothing is promised about the outputs then).
+bool route(const RouteArgs&);
+void route_backward(const RouteBackwardArgs&);
+// False when an expert id is outside -1 .. experts-1.
+bool compact(const CompactArgs&);
+void expand(const ExpandArgs&);
+void contract(const ContractArgs&);
+void combine(const CombineArgs&);
+void combine_backward(const CombineBackwardArgs&);
+void contract_backward(const ContractBackwardArgs&);
+void grouped_rows(const GroupedRowsArgs&);
+void weight_grad(const WeightGradArgs&);
+void activation_backward(const ActivationBackwardArgs&);
+
+// Rows multiplied by expand since the library was loaded: what a skipped slot must not add to.
+int64_t expand_rows_computed();
+
+// How loops reach a thread pool; csrc/ops installs torch's. Serial until then.
+using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, ParallelBody, void* context);
+void set_parallel_for(ParallelFor, int (*num_threads)());
+
+}  // namespace cpu
+
+namespace cuda {
+
+// `stream` is a cudaStream_t; the return value a cudaError_t.
+int combine(const CombineArgs&, void* stream);
+
+}  // namespace cuda
+
+}  // namespace fomoe

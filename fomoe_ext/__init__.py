@@ -1,0 +1,42 @@
+"""FoMoE: Mixture-of-Experts training across weakly connected sites.
+
+Importing the package alone is cheap and needs no torch: the public names below are imported when
+they are first used. `import fomoe_ext.ops` makes the native ops (`torch.ops.fomoe.*`) known to torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fomoe_ext.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from fomoe_ext.model import LanguageModel, ModelConfig
+    from fomoe_ext.moe import Experts, MoELayer, Router
+    from fomoe_ext.outer.sync import OuterSync
+    from fomoe_ext.placement import Placement
+
+_HOME_OF = {
+    "Experts": "fomoe_ext.moe",
+    "LanguageModel": "fomoe_ext.model",
+    "ModelConfig": "fomoe_ext.model",
+    "MoELayer": "fomoe_ext.moe",
+    "OuterSync": "fomoe_ext.outer.sync",
+    "Placement": "fomoe_ext.placement",
+    "Router": "fomoe_ext.moe",
+}
+
+__all__ = [*_HOME_OF, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'fomoe_ext' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOME_OF))
