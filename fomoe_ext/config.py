@@ -1,0 +1,414 @@
+"""The typed configuration of a training job, its presets and the size of its model.
+
+Nothing here needs torch. `fomoe_ext.config_io` reads and writes these classes (TOML, command line).
+Field names are unique over all sections, so that every command-line flag is flat (`--num-layers`).
+A `None` default means "decided elsewhere" and is left out of a saved file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+GATED_ACTIVATIONS = ("swiglu", "geglu")
+
+
+def _at_least(owner: str, low: float, **values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not value >= low:
+            raise ValueError(f"{owner}{name} must be >= {low}, got {value}")
+
+
+def _inside(owner: str, low: float, high: float, **values: float) -> None:
+    for name, value in values.items():
+        if not low <= value <= high:
+            raise ValueError(f"{owner}{name} must be in [{low}, {high}], got {value}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The language model: a decoder with RoPE attention and an MoE in every block."""
+
+    vocab_size: int = 256
+    """Number of token ids; grown to the tokenizer's when that is larger."""
+    seq_len: int = 256
+    """Tokens per training sequence."""
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    num_layers: int = 4
+    """Number of blocks (attention + MoE)."""
+    num_heads: int = 4
+    """Attention heads; the head size hidden_size / num_heads must be even."""
+    num_experts: int = 16
+    """Routed experts per layer, over all sites."""
+    expert_size: int = 128
+    """Inner width of one routed expert."""
+    top_k: int = 2
+    """Experts chosen per token."""
+    activation: Literal["swiglu", "geglu", "silu", "relu2", "gelu"] = "swiglu"
+    """Activation of the experts; swiglu and geglu are gated (two up projections)."""
+    scoring: Literal["sigmoid", "softmax"] = "sigmoid"
+    """How router logits become scores."""
+    router_scope: Literal["global", "resident"] = "global"
+    """global: choose among all experts and skip those not resident; resident: choose among those resident."""
+    renormalize: bool = False
+    """Divide the chosen experts' scores by their sum."""
+    routed_scale: float = 1.0
+    """Factor on the chosen experts' scores."""
+    num_groups: int = 1
+    """Expert groups for group-limited choice."""
+    groups_kept: int = 1
+    """Groups a token may choose from."""
+    shared_expert_size: int = 0
+    """Inner width of an expert that every token uses and every site holds; 0 = none."""
+    balance: Literal["none", "switch", "entropy", "bias"] = "none"
+    """Load balancing: an auxiliary loss (switch, entropy) or a learned selection bias."""
+    balance_coef: float = 0.01
+    """Weight of the auxiliary balance loss."""
+    z_loss_coef: float = 0.0
+    """Weight of the router z-loss."""
+    bias_update_rate: float = 1e-3
+    """Step of the selection bias for balance = bias."""
+    norm: Literal["layer", "rms"] = "layer"
+    """LayerNorm (without bias) or RMSNorm."""
+    rope_base: float = 10000.0
+    """Base of the rotary position angles."""
+    depth_multiplier: float = 1.0
+    """Factor on every block output before it joins the residual stream (CompleteP)."""
+
+    def __post_init__(self) -> None:
+        at = "model."
+        _at_least(at, 1, vocab_size=self.vocab_size, seq_len=self.seq_len, top_k=self.top_k)
+        _at_least(at, 1, hidden_size=self.hidden_size, num_layers=self.num_layers)
+        _at_least(at, 1, num_heads=self.num_heads, num_experts=self.num_experts)
+        _at_least(at, 1, expert_size=self.expert_size, num_groups=self.num_groups)
+        _at_least(at, 0, shared_expert_size=self.shared_expert_size, z_loss_coef=self.z_loss_coef)
+        _at_least(at, 0, balance_coef=self.balance_coef, bias_update_rate=self.bias_update_rate)
+        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
+            raise ValueError(
+                f"model.num_heads must divide model.hidden_size into heads of even size, got "
+                f"hidden_size {self.hidden_size} and num_heads {self.num_heads}"
+            )
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"model.top_k must be <= model.num_experts, got {self.top_k} and {self.num_experts}"
+            )
+        if self.num_experts % self.num_groups:
+            raise ValueError(
+                f"model.num_groups must divide model.num_experts, got {self.num_groups} "
+                f"and {self.num_experts}"
+            )
+        _inside(at, 1, self.num_groups, groups_kept=self.groups_kept)
+        if not self.rope_base > 1:
+            raise ValueError(f"model.rope_base must be > 1, got {self.rope_base}")
+        if not (self.depth_multiplier > 0 and self.routed_scale > 0):
+            raise ValueError(
+                f"model.depth_multiplier and model.routed_scale must be > 0, got "
+                f"{self.depth_multiplier} and {self.routed_scale}"
+            )
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+
+class ParameterCounts(NamedTuple):
+    """Parameters of a whole model by kind; `dense` is all that is neither expert nor router."""
+
+    dense: int
+    sparse: int
+    router: int
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.dense + self.sparse + self.router
+
+    @property
+    def sparse_share(self) -> float:
+        """Share of all parameters that sits in routed experts, 0..1."""
+        return self.sparse / self.total
+
+
+def expert_parameters(config: ModelConfig) -> int:
+    """Parameters of one routed expert: G*N*D up and D*N down, G = 2 for gated activations."""
+    up_projections = 2 if config.activation in GATED_ACTIVATIONS else 1
+    return (up_projections + 1) * config.expert_size * config.hidden_size
+
+
+def count_parameters(config: ModelConfig) -> ParameterCounts:
+    """Parameter counts of the whole model (every expert once), without allocating anything.
+
+    Dense: tied embedding V*D, attention 4*D^2 per layer, norm gains (4 per layer and 2), shared
+    experts. Without the norms the sum is the formula that reproduces the FoMoE paper's sizes,
+    V*D + L*(4*D^2 + 2*D*N*E + D*E).
+    """
+    width, layers = config.hidden_size, config.num_layers
+    shared = expert_parameters(dataclasses.replace(config, expert_size=1))
+    dense = config.vocab_size * width + 2 * width
+    dense += layers * (4 * width * width + 4 * width + shared * config.shared_expert_size)
+    return ParameterCounts(
+        dense=dense,
+        sparse=layers * config.num_experts * expert_parameters(config),
+        router=layers * config.num_experts * width,
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text to train on."""
+
+    data: tuple[str, ...] = ()
+    """Files, folders and globs of text, .jsonl or .parquet; none = the source of the installed Python's standard library."""
+    val_data: tuple[str, ...] = ()
+    """Validation text; none = a part of the data, chosen by file."""
+    validation_fraction: float = 0.05
+    """Share of the files (or documents) kept for validation."""
+    text_field: str = "text"
+    """Field of a .jsonl line, or column of a parquet file, that holds the text."""
+    tokenizer: Path | None = None
+    """A tokenizer.json of the `tokenizers` library; none = bytes."""
+    cache_dir: Path | None = None
+    """Folder for token files; none = the user's cache folder."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(
+                f"data.validation_fraction must be in (0, 1), got {self.validation_fraction}"
+            )
+        if not self.text_field:
+            raise ValueError("data.text_field must not be empty")
+
+
+@dataclass(frozen=True)
+class SitesConfig:
+    """How many sites there are and which experts each one holds."""
+
+    sites: int = 4
+    """Number of sites."""
+    replication: int = 2
+    """Number of sites that hold each expert, 1..sites."""
+    placement: Literal["cyclic", "random"] = "cyclic"
+    """cyclic: fixed and evenly spread; random: drawn from the seed, anew at every reshuffle."""
+    placement_file: Path | None = None
+    """JSON table [layer][expert] -> list of sites; overrides `placement`."""
+    reshuffle_rounds: int = 0
+    """Draw a new random placement every so many rounds; 0 = never."""
+    reshuffle_warmup: int = 8
+    """Steps over which the learning rate of experts new to a site rises to its full value."""
+    threads: int = 0
+    """Threads per site; 0 = this machine's cores shared among its sites."""
+
+    def __post_init__(self) -> None:
+        at = "sites."
+        _at_least(at, 1, sites=self.sites)
+        _at_least(at, 0, reshuffle_rounds=self.reshuffle_rounds, threads=self.threads)
+        _at_least(at, 0, reshuffle_warmup=self.reshuffle_warmup)
+        _inside(at, 1, self.sites, replication=self.replication)
+        if self.reshuffle_rounds and (self.placement != "random" or self.placement_file):
+            raise ValueError("sites.reshuffle_rounds needs sites.placement = random and no table")
+
+
+@dataclass(frozen=True)
+class InnerConfig:
+    """The local steps of one site."""
+
+    inner_optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Optimizer of the local steps."""
+    batch_size: int = 4
+    """Sequences per site and step."""
+    inner_lr: float = 5e-3
+    """Peak learning rate of the local steps."""
+    warmup_steps: int = 32
+    """Steps of linear warm-up to inner_lr."""
+    schedule: Literal["constant", "cosine", "linear"] = "linear"
+    """Course of the learning rate after the warm-up."""
+    min_lr_ratio: float = 0.1
+    """Learning rate at the last step as a share of inner_lr (cosine, linear)."""
+    beta1: float = 0.9
+    """AdamW decay of the first moment; momentum for sgd."""
+    beta2: float = 0.95
+    """AdamW decay of the second moment."""
+    adam_eps: float = 1e-8
+    """AdamW epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay on matrices (never on norm gains)."""
+    grad_clip: float = 1.0
+    """Largest gradient norm of one site; 0 = no clipping."""
+
+    def __post_init__(self) -> None:
+        at = "inner."
+        _at_least(at, 1, batch_size=self.batch_size)
+        _at_least(at, 0, warmup_steps=self.warmup_steps, weight_decay=self.weight_decay)
+        _at_least(at, 0, grad_clip=self.grad_clip)
+        _inside(at, 0, 1, min_lr_ratio=self.min_lr_ratio, beta1=self.beta1, beta2=self.beta2)
+        if not (self.inner_lr > 0 and self.adam_eps > 0):
+            raise ValueError(
+                f"inner.inner_lr and inner.adam_eps must be > 0, got {self.inner_lr} "
+                f"and {self.adam_eps}"
+            )
+
+
+@dataclass(frozen=True)
+class OuterConfig:
+    """The meeting of the sites at the end of a round."""
+
+    optimizer: Literal["diloco", "fedavg", "local-adamw", "ddp"] = "diloco"
+    """diloco: Nesterov on the mean delta; fedavg: mean; local-adamw: mean of parameters and both moments; ddp: mean of gradients every step."""
+    outer_lr: float | None = None
+    """Learning rate of the outer step; none = 0.7 for diloco, else 1."""
+    outer_momentum: float | None = None
+    """Nesterov momentum of the outer step; none = 0.9 for diloco, else 0."""
+    codec: Literal["fp32", "bf16"] = "fp32"
+    """How a delta travels."""
+    router_mean: Literal["holders", "all"] = "holders"
+    """Which sites a router row is averaged over, with router_scope = global."""
+    bucket_bytes: int = 1 << 22
+    """Size of the buckets in which tensors travel together, bytes of fp32."""
+    timeout_s: float = 600.0
+    """Seconds after which a meeting that does not complete is an error."""
+
+    def __post_init__(self) -> None:
+        at = "outer."
+        _at_least(at, 1, bucket_bytes=self.bucket_bytes)
+        if not self.timeout_s > 0:
+            raise ValueError(f"outer.timeout_s must be > 0, got {self.timeout_s}")
+        if self.outer_lr is not None and not self.outer_lr > 0:
+            raise ValueError(f"outer.outer_lr must be > 0, got {self.outer_lr}")
+        if self.outer_momentum is not None:
+            _inside(at, 0, 1, outer_momentum=self.outer_momentum)
+
+    @property
+    def resolved_lr(self) -> float:
+        """`outer_lr`, or its default for the chosen optimizer."""
+        default = 0.7 if self.optimizer == "diloco" else 1.0
+        return default if self.outer_lr is None else self.outer_lr
+
+    @property
+    def resolved_momentum(self) -> float:
+        """`outer_momentum`, or its default for the chosen optimizer."""
+        default = 0.9 if self.optimizer == "diloco" else 0.0
+        return default if self.outer_momentum is None else self.outer_momentum
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Length, seed, files and device of the job."""
+
+    seed: int = 0
+    """Seed of the initial weights, the order of the data and random placements."""
+    local_steps: int = 16
+    """Steps every site takes between two meetings."""
+    rounds: int = 40
+    """Number of rounds."""
+    steps: int | None = None
+    """Steps of every site in all; sets `rounds` (rounded up) when given."""
+    run_dir: Path | None = None
+    """Folder of the run; none = runs/<preset>-<time>."""
+    resume: str | None = None
+    """Run folder or checkpoint to continue; auto or no value = the newest below runs/, or run_dir's."""
+    eval_rounds: int = 10
+    """Validate every so many rounds, and at the end; 0 = only at the end."""
+    eval_tokens: int = 131072
+    """Validation tokens used before the end; at the end eight times as many."""
+    checkpoint_rounds: int = 0
+    """Write a checkpoint every so many rounds, and at the end; 0 = only at the end."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = cuda where there is one, else cpu."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: parameters in fp32, matrix products under autocast."""
+
+    def __post_init__(self) -> None:
+        at = "run."
+        _at_least(at, 0, seed=self.seed, eval_rounds=self.eval_rounds)
+        _at_least(at, 0, checkpoint_rounds=self.checkpoint_rounds)
+        _at_least(at, 1, local_steps=self.local_steps, rounds=self.rounds, steps=self.steps)
+        _at_least(at, 1, eval_tokens=self.eval_tokens)
+
+    @property
+    def resolved_rounds(self) -> int:
+        """`rounds`, or the rounds that `steps` take."""
+        return self.rounds if self.steps is None else -(-self.steps // self.local_steps)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training job. Precedence: preset < TOML file < command line."""
+
+    preset: str = "tiny"
+    """Model size: tiny, 54m, 153m, 1.8b, 13.3b, 104b."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sites: SitesConfig = field(default_factory=SitesConfig)
+    inner: InnerConfig = field(default_factory=InnerConfig)
+    outer: OuterConfig = field(default_factory=OuterConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        experts, sites = self.model.num_experts, self.sites
+        if sites.placement_file is None and experts * sites.replication % sites.sites:
+            raise ValueError(
+                f"model.num_experts * sites.replication must be a multiple of sites.sites, so that "
+                f"every site holds the same number of experts; got {experts} * "
+                f"{sites.replication} over {sites.sites} sites"
+            )
+        if self.outer.optimizer == "local-adamw" and self.inner.inner_optimizer != "adamw":
+            raise ValueError("outer.optimizer = local-adamw needs inner.inner_optimizer = adamw")
+
+    def with_vocab(self, vocab_size: int) -> TrainConfig:
+        """This configuration with the vocabulary grown to at least `vocab_size` token ids."""
+        if vocab_size <= self.model.vocab_size:
+            return self
+        model = dataclasses.replace(self.model, vocab_size=vocab_size)
+        return dataclasses.replace(self, model=model)
+
+
+def _paper_model(hidden: int, layers: int, heads: int, experts: int, top_k: int) -> ModelConfig:
+    """A size of the FoMoE paper (arXiv 2606.19025, its model table): V = 200,019, plain SiLU experts of 128.
+
+    The paper names a CompleteP depth multiplier on block outputs but not its base depth; we take
+    the depth of its trained proxy, 4 layers.
+    """
+    return ModelConfig(
+        vocab_size=200_019,
+        seq_len=2048,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_experts=experts,
+        expert_size=128,
+        top_k=top_k,
+        activation="silu",
+        depth_multiplier=4 / layers,
+    )
+
+
+# The paper's inner loop: AdamW 0.01, betas (0.9, 0.95), warm-up over 160 of 640 steps, then constant.
+_PAPER_INNER = InnerConfig(
+    batch_size=16, inner_lr=0.01, warmup_steps=160, schedule="constant", min_lr_ratio=1.0
+)
+_PAPER_RUN = RunConfig(local_steps=32, rounds=20)
+
+PRESETS: dict[str, tuple[ModelConfig, InnerConfig, RunConfig]] = {
+    "tiny": (ModelConfig(), InnerConfig(), RunConfig()),
+    "54m": (_paper_model(256, 4, 4, 8, 2), _PAPER_INNER, _PAPER_RUN),
+    "153m": (_paper_model(512, 16, 8, 16, 4), _PAPER_INNER, _PAPER_RUN),
+    "1.8b": (_paper_model(1024, 128, 16, 32, 8), _PAPER_INNER, _PAPER_RUN),
+    "13.3b": (_paper_model(2048, 256, 32, 64, 16), _PAPER_INNER, _PAPER_RUN),
+    "104b": (_paper_model(4096, 512, 64, 128, 32), _PAPER_INNER, _PAPER_RUN),
+}
+
+
+def preset_config(name: str) -> TrainConfig:
+    """The configuration of a preset. Raises ValueError for an unknown name."""
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    model, inner, run = PRESETS[name]
+    return TrainConfig(preset=name, model=model, inner=inner, run=run)
