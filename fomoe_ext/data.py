@@ -1,0 +1,381 @@
+"""Text as tokens: from files to memory-mapped token arrays, and from there to training batches.
+
+A text is a file, a line of a .jsonl file or a row of a parquet file. Texts go to training or to
+validation by a hash of their relative path (and line or row), so the split is the same on every
+machine. Tokens are bytes, or those of a `tokenizers` file. They are encoded once into a cache
+folder (under a temporary name, then renamed) and memory-mapped from there.
+
+Batches are rows of an endless stream of windows: each epoch holds every window of `seq_len + 1`
+tokens once, in an order drawn from (seed, epoch). A step of N sites with B sequences each takes the
+next N * B windows of the stream, site s the s-th B of them. So the sites' data is disjoint, its
+union is the batch of one process with N * B sequences, and a position in the stream is all there
+is to resume from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fomoe_ext.text import TextUnit, Tokenizer, find_texts, load_tokenizer, read_texts
+
+_FORMAT = 1  # of the cache; raise it when the encoding changes
+_SPLITS = ("train", "val")
+
+
+def _hash(*parts: object) -> int:
+    """A 64-bit hash of the parts' text that is the same everywhere."""
+    text = "\0".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
+
+
+def _permutation(size: int, *key: object) -> np.ndarray:
+    """A permutation of range(size) drawn from the key: int64 [size].
+
+    Sorts by a splitmix64 hash (Steele, Lea, Flood 2014) instead of asking a library's generator, so
+    that sites with different numpy versions agree.
+    """
+    z = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z += np.uint64(_hash(*key))
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.argsort(z ^ (z >> np.uint64(31)), kind="stable")
+
+
+class TokenArray:
+    """Tokens of one split: a read-only array [length] of uint8, uint16 or uint32, cut into windows.
+
+    Window i holds tokens [i * seq_len, (i + 1) * seq_len], so that every token but the first is
+    predicted exactly once per epoch.
+    """
+
+    def __init__(self, tokens: np.ndarray, seq_len: int, num_bytes: int) -> None:
+        self.tokens = tokens
+        self.seq_len = seq_len
+        self.num_bytes = num_bytes
+        self.num_windows = (len(tokens) - 1) // seq_len
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text per token."""
+        return self.num_bytes / len(self.tokens)
+
+    def windows(self, indices: np.ndarray) -> torch.Tensor:
+        """The windows of the given indices [B]: int64 [B, seq_len + 1]."""
+        spans = indices.astype(np.int64)[:, None] * self.seq_len + np.arange(self.seq_len + 1)
+        return torch.from_numpy(self.tokens[spans].astype(np.int64))
+
+
+class BatchIterator:
+    """The endless training batches of one site: `next()` gives int64 [batch_size, seq_len + 1].
+
+    `position` is the number of windows that all sites together have taken. Made by
+    `TextData.train_batches`.
+    """
+
+    def __init__(
+        self,
+        data: TokenArray,
+        content_hash: str,
+        site: int,
+        num_sites: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        _check_sites(site, num_sites)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        self.data, self.site, self.num_sites = data, site, num_sites
+        self.batch_size, self.seed, self.content_hash = batch_size, seed, content_hash
+        self.position = 0
+        self._orders: dict[int, np.ndarray] = {}
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = _permutation(self.data.num_windows, "epoch", self.seed, epoch)
+        return self._orders[epoch]
+
+    def __iter__(self) -> BatchIterator:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        start = self.position + self.site * self.batch_size
+        places = (divmod(p, self.data.num_windows) for p in range(start, start + self.batch_size))
+        indices = np.array([self._order(epoch)[place] for epoch, place in places])
+        self.position += self.num_sites * self.batch_size
+        return self.data.windows(indices)
+
+    @property
+    def epoch(self) -> float:
+        """How often the training split has been gone through, by all sites together."""
+        return self.position / self.data.num_windows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands: {"position", "seed", "seq_len", "content_hash"}.
+
+        It does not depend on the site, so it also serves a different number of sites.
+        """
+        return {
+            "position": self.position,
+            "seed": self.seed,
+            "seq_len": self.data.seq_len,
+            "content_hash": self.content_hash,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` stands. Raises ValueError when it is not of the same data and seed."""
+        own = self.state_dict()
+        missing = own.keys() - state.keys()
+        if missing:
+            raise ValueError(f"data state lacks {', '.join(sorted(missing))}")
+        for key in ("seed", "seq_len", "content_hash"):
+            if state[key] != own[key]:
+                raise ValueError(f"data state has {key} = {state[key]!r}, this job {own[key]!r}")
+        position = state["position"]
+        if not isinstance(position, int) or position < 0:
+            raise ValueError(f"data state has position = {position!r}, wanted an int >= 0")
+        self.position = position
+
+
+def _check_sites(site: int, num_sites: int) -> None:
+    if num_sites < 1 or not 0 <= site < num_sites:
+        raise ValueError(f"site must be in [0, num_sites), got site {site} of {num_sites}")
+
+
+@dataclass
+class TextData:
+    """Training and validation tokens. Made by `open_data`."""
+
+    train: TokenArray
+    val: TokenArray
+    vocab_size: int
+    """Token ids are below this."""
+    content_hash: str
+    """Hash of all tokens; equal on sites that see the same data."""
+    description: str
+    """One line for people: where the text comes from and how much there is."""
+    skipped_files: int
+    """Files below the given folders that are not text."""
+
+    def train_batches(
+        self, site: int = 0, num_sites: int = 1, batch_size: int = 1, seed: int = 0
+    ) -> BatchIterator:
+        """The endless training batches of one site, int64 [batch_size, seq_len + 1] each.
+
+        Raises ValueError when `site`, `num_sites` or `batch_size` is out of range.
+        """
+        return BatchIterator(self.train, self.content_hash, site, num_sites, batch_size, seed)
+
+    def val_batches(
+        self, batch_size: int, site: int = 0, num_sites: int = 1, max_tokens: int | None = None
+    ) -> Iterator[torch.Tensor]:
+        """This site's share of the fixed validation batches, int64 [<= batch_size, seq_len + 1] each.
+
+        The windows are evenly spread over the validation split when `max_tokens` (predicted tokens,
+        rounded down to whole windows but at least one) does not allow all. Their set does not
+        depend on `num_sites`: batch i goes to site i % num_sites, so a site may get none.
+        Raises ValueError when an argument is out of range.
+        """
+        _check_sites(site, num_sites)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        count = self.val.num_windows
+        if max_tokens is not None:
+            if max_tokens < 1:
+                raise ValueError(f"max_tokens must be >= 1, got {max_tokens}")
+            count = min(count, max(1, max_tokens // self.val.seq_len))
+        chosen = np.arange(count) * self.val.num_windows // count
+        batches = range(site * batch_size, count, num_sites * batch_size)
+        return (self.val.windows(chosen[start : start + batch_size]) for start in batches)
+
+    def bits_per_byte(self, nats_per_token: float) -> float:
+        """Validation cross entropy in nats per token as bits per byte of text."""
+        return nats_per_token / math.log(2) / self.val.bytes_per_token
+
+
+class _SplitWriter:
+    """Appends the tokens of texts to one split's file and counts bytes and tokens."""
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self.file = path.open("wb")
+        self.dtype = dtype
+        self.hash = hashlib.sha256()
+        self.tokens = self.bytes = 0
+
+    def add(self, tokens: np.ndarray, num_bytes: int) -> None:
+        packed = np.ascontiguousarray(tokens, dtype=self.dtype)
+        self.file.write(packed)
+        self.hash.update(packed)
+        self.tokens += packed.size
+        self.bytes += num_bytes
+
+    def close(self) -> dict[str, Any]:
+        self.file.close()
+        return {"tokens": self.tokens, "bytes": self.bytes, "hash": self.hash.hexdigest()}
+
+
+def _goes_to_validation(name: str, fraction: float) -> bool:
+    return _hash("split", name) < fraction * 2**64
+
+
+def _encode(
+    folder: Path,
+    units: Sequence[TextUnit],
+    tokenizer: Tokenizer,
+    text_field: str,
+    fraction: float,
+    cut_each_text: bool,
+) -> dict[str, Any]:
+    """Encode all texts into folder/train.bin and folder/val.bin; returns the counts per split."""
+    dtype = np.dtype(token_dtype(tokenizer.vocab_size))
+    writers = {split: _SplitWriter(folder / f"{split}.bin", dtype) for split in _SPLITS}
+    for unit in units:
+        for name, chunks in read_texts(unit, text_field):
+            target = "val" if _goes_to_validation(name, fraction) else "train"
+            target = unit.split or target
+            if cut_each_text and unit.split is None:
+                text = "".join(chunks)
+                cut = len(text) - round(len(text) * fraction)
+                parts = {"train": [text[:cut]], "val": [text[cut:]]}
+            else:
+                parts = {target: chunks}
+            for split, pieces in parts.items():
+                for piece in pieces:
+                    writers[split].add(tokenizer.encode(piece), len(piece.encode()))
+                writers[split].add(tokenizer.separator, 0)
+    return {split: writer.close() for split, writer in writers.items()}
+
+
+def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
+    """The smallest unsigned integer type that holds ids below `vocab_size`."""
+    return np.uint8 if vocab_size <= 1 << 8 else np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def _too_short(counts: dict[str, Any], seq_len: int) -> str | None:
+    return next((split for split in _SPLITS if counts[split]["tokens"] <= seq_len), None)
+
+
+def _fill_cache(
+    target: Path,
+    units: Sequence[TextUnit],
+    tokenizer: Tokenizer,
+    text_field: str,
+    fraction: float,
+    seq_len: int,
+) -> None:
+    """Encode into a temporary folder beside `target`, then rename it."""
+    temporary = Path(tempfile.mkdtemp(prefix=".encoding-", dir=target.parent))
+    try:
+        # Few files may leave one side empty: then every text gives its last part to validation.
+        for cut_each_text in (False, True):
+            counts = _encode(temporary, units, tokenizer, text_field, fraction, cut_each_text)
+            if not _too_short(counts, seq_len):
+                break
+        short = _too_short(counts, seq_len)
+        if short:
+            total = sum(counts[split]["tokens"] for split in _SPLITS)
+            raise ValueError(
+                f"data is too short: {total} tokens in {len(units)} files leave "
+                f"{counts[short]['tokens']} for the {'validation' if short == 'val' else 'training'} "
+                f"split, and one sequence needs seq_len + 1 = {seq_len + 1}"
+            )
+        (temporary / "meta.json").write_text(json.dumps(counts), encoding="utf-8")
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            if not (target / "meta.json").exists():  # else another process was first: use its files
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
+    if cache_dir is not None:
+        return Path(cache_dir)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "fomoe" / "tokens"
+
+
+def _map_tokens(folder: Path, split: str, counts: dict[str, Any], dtype: np.dtype) -> np.ndarray:
+    path = folder / f"{split}.bin"
+    wanted = counts[split]["tokens"] * dtype.itemsize
+    if not path.exists() or path.stat().st_size != wanted:
+        raise ValueError(
+            f"token cache {folder} is damaged ({path.name}): delete it and start again"
+        )
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def open_data(
+    paths: Sequence[str] | None = None,
+    seq_len: int = 256,
+    *,
+    val_paths: Sequence[str] | None = None,
+    validation_fraction: float = 0.05,
+    text_field: str = "text",
+    tokenizer: str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> TextData:
+    """Find, encode (once) and map the text to train on.
+
+    `paths`: files, folders and globs of text, .jsonl (its `text_field`) and parquet (its column
+    `text_field`); None or empty = the source of the installed Python's standard library without its
+    tests. Files below a folder that are not UTF-8 text are left out and counted, but a file that is
+    named must be text. `val_paths`: validation text; None = a share `validation_fraction` of the
+    files (lines, rows), chosen by hash, or the end of every text where that leaves a split empty.
+    `tokenizer`: a tokenizer.json of the `tokenizers` library, None = bytes. `cache_dir`: where token
+    files are kept, None = fomoe/tokens in the user's cache folder. Safe to call from several
+    processes at once.
+
+    Raises FileNotFoundError for a missing path or an empty glob; ValueError for what is not text, a
+    corrupt parquet file, a bad .jsonl line (with its number), a missing field, no text at all or too
+    little for one sequence per split; RuntimeError when pyarrow or tokenizers is needed and missing.
+    """
+    if seq_len < 1:
+        raise ValueError(f"seq_len must be >= 1, got {seq_len}")
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"validation_fraction must be in (0, 1), got {validation_fraction}")
+    coder = load_tokenizer(tokenizer)
+    found = find_texts(paths or None, split="train" if val_paths else None)
+    if val_paths:
+        found = found + find_texts(val_paths, split="val")
+    key = hashlib.sha256()
+    for unit in found.units:
+        stat = unit.path.stat()
+        key.update(repr((str(unit.path), unit.name, unit.split, stat.st_size)).encode())
+        key.update(repr(stat.st_mtime_ns).encode())
+    key.update(repr((_FORMAT, coder.fingerprint, text_field, validation_fraction)).encode())
+    key.update(repr(seq_len).encode())  # decides whether a split is too short
+    root = _cache_root(cache_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    folder = root / key.hexdigest()[:24]
+    if not (folder / "meta.json").exists():
+        _fill_cache(folder, found.units, coder, text_field, validation_fraction, seq_len)
+    counts = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    dtype = np.dtype(token_dtype(coder.vocab_size))
+    train, val = (
+        TokenArray(_map_tokens(folder, split, counts, dtype), seq_len, counts[split]["bytes"])
+        for split in _SPLITS
+    )
+    content = hashlib.sha256("".join(counts[split]["hash"] for split in _SPLITS).encode())
+    return TextData(
+        train=train,
+        val=val,
+        vocab_size=coder.vocab_size,
+        content_hash=content.hexdigest(),
+        description=f"{found.description}: {len(found.units)} files, {train.num_bytes / 1e6:.2f} MB "
+        f"to train on, {val.num_bytes / 1e6:.2f} MB to validate on, {coder.name} tokens",
+        skipped_files=found.skipped,
+    )

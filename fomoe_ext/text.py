@@ -1,0 +1,268 @@
+"""Finding and reading texts (plain files, .jsonl, parquet) and turning them into token ids."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+_CHUNK = 1 << 20  # characters read and encoded at a time
+_STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class TextUnit:
+    """One file: its path, its name relative to what the user gave, its kind and its fixed split."""
+
+    path: Path
+    name: str
+    split: str | None
+
+    @property
+    def kind(self) -> str:
+        """jsonl, parquet or text, by suffix."""
+        suffix = self.path.suffix.lower()
+        kinds = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+        return kinds.get(suffix, "text")
+
+
+@dataclass(frozen=True)
+class FoundTexts:
+    """Files in a fixed order, how many were left out as not text, and a line that says where from."""
+
+    units: tuple[TextUnit, ...]
+    skipped: int
+    description: str
+
+    def __add__(self, other: FoundTexts) -> FoundTexts:
+        return FoundTexts(
+            self.units + other.units,
+            self.skipped + other.skipped,
+            f"{self.description}; validation: {other.description}",
+        )
+
+
+def _standard_library() -> tuple[Path, list[Path]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [
+        path for path in root.rglob("*.py") if not _STDLIB_SKIPPED & {*path.relative_to(root).parts}
+    ]
+    if not files:
+        raise FileNotFoundError(f"no Python source below {root}: name your own text with --data")
+    return root, files
+
+
+def _looks_like_text(path: Path) -> bool:
+    """Whether a file's first bytes are UTF-8 without NUL (a character may be cut at the end)."""
+    with path.open("rb") as file:
+        head = file.read(8192)
+    if b"\0" in head:
+        return False
+    try:
+        head.decode()
+    except UnicodeDecodeError as error:
+        return len(head) == 8192 and error.start >= 8192 - 3
+    return True
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """All files below a folder but hidden ones and byte code."""
+    found = []
+    for base, folders, files in os.walk(folder):
+        folders[:] = [f for f in folders if not f.startswith(".") and f != "__pycache__"]
+        found += [Path(base, name) for name in files if not name.startswith(".")]
+    return found
+
+
+def find_texts(paths: Sequence[str] | None, split: str | None = None) -> FoundTexts:
+    """The files that the given files, folders and globs mean, sorted by name, each once.
+
+    None = the installed Python's standard library. Raises FileNotFoundError for a path that does not
+    exist, a glob that matches nothing or a folder without text, TypeError for a bare string.
+    """
+    if isinstance(paths, (str, Path)):
+        raise TypeError(f"paths must be a list of paths, got the single {paths!r}")
+    units: dict[Path, TextUnit] = {}
+    skipped = 0
+
+    def add(path: Path, name: str) -> None:
+        units.setdefault(path.resolve(), TextUnit(path.resolve(), name, split))
+
+    if paths is None:
+        root, files = _standard_library()
+        for path in sorted(files, key=lambda p: p.relative_to(root).as_posix()):
+            if _looks_like_text(path):
+                add(path, path.relative_to(root).as_posix())
+        return FoundTexts(tuple(units.values()), 0, "the source of Python's standard library")
+    for given in map(str, paths):
+        is_glob = glob.has_magic(given) and not Path(given).exists()
+        matches = sorted(glob.glob(given, recursive=True)) if is_glob else [given]
+        if not matches:
+            raise FileNotFoundError(f"data: no file matches {given!r}")
+        for match in map(Path, matches):
+            if not match.exists():
+                raise FileNotFoundError(f"data: {match} does not exist")
+            if not match.is_dir():
+                add(match, match.name)
+                continue
+            inside = sorted(_files_below(match), key=lambda p: p.relative_to(match).as_posix())
+            known = [p for p in inside if p.suffix == ".parquet" or _looks_like_text(p)]
+            skipped += len(inside) - len(known)
+            if not known and not is_glob:
+                raise FileNotFoundError(f"data: no text file below {match}")
+            for path in known:
+                add(path, path.relative_to(match).as_posix())
+    return FoundTexts(tuple(units.values()), skipped, ", ".join(map(str, paths)))
+
+
+def _text_chunks(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8", newline="") as file:
+        read = 0
+        while True:
+            try:
+                chunk = file.read(_CHUNK)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} is not UTF-8 text: {error.reason} in or after character "
+                                 f"{read}") from None  # fmt: skip
+            if "\0" in chunk:
+                at = read + chunk.index("\0")
+                raise ValueError(f"{path} is not text: NUL character at character {at}")
+            if not chunk:
+                return
+            read += len(chunk)
+            yield chunk
+
+
+def _jsonl_texts(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+            if not isinstance(record, dict) or text_field not in record:
+                fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+                raise ValueError(f"{path}, line {number}: no field {text_field!r} (has: {fields})")
+            text = record[text_field]
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"{path}, line {number}: field {text_field!r} must be a string, got "
+                    f"{type(text).__name__}"
+                )
+            yield number, text
+
+
+def _parquet_texts(path: Path, column: str) -> Iterator[tuple[int, str]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise RuntimeError(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from None
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        if column not in names:
+            raise ValueError(f"{path}: no column {column!r} (has: {', '.join(names)})")
+        kind = file.schema_arrow.field(column).type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise ValueError(f"{path}: column {column!r} must hold strings, got {kind}")
+        row = 0
+        for batch in file.iter_batches(batch_size=1024, columns=[column]):
+            for text in batch.column(0).to_pylist():
+                if text is not None:
+                    yield row, text
+                row += 1
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is not a readable parquet file: {error}") from None
+
+
+def read_texts(unit: TextUnit, text_field: str) -> Iterator[tuple[str, Iterator[str]]]:
+    """The texts of one file: pairs of a name (path, and line or row) and the text in chunks.
+
+    Empty texts are left out. Raises ValueError for undecodable bytes, bad JSON lines, missing fields
+    and corrupt parquet files, RuntimeError when pyarrow is missing.
+    """
+    if unit.kind == "text":
+        if unit.path.stat().st_size:
+            yield unit.name, _text_chunks(unit.path)
+        return
+    reader = _jsonl_texts if unit.kind == "jsonl" else _parquet_texts
+    for place, text in reader(unit.path, text_field):
+        if text:
+            yield f"{unit.name}:{place}", iter((text,))
+
+
+class Tokenizer(Protocol):
+    """What `open_data` needs of a tokenizer."""
+
+    name: str
+    fingerprint: str  # equal for equal tokenizers
+    vocab_size: int
+    separator: np.ndarray  # ids put after every text, possibly none
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text: unsigned integers [length]."""
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as ids 0..255; NUL, which no text contains, ends every text."""
+
+    name = "byte"
+    fingerprint = "byte"
+    vocab_size = 256
+    separator = np.zeros(1, dtype=np.uint8)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text: uint8 [bytes]."""
+        return np.frombuffer(text.encode(), dtype=np.uint8)
+
+
+class FileTokenizer:
+    """A tokenizer.json of the `tokenizers` library; its end-of-text id, if any, ends every text."""
+
+    _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        try:
+            import tokenizers
+        except ImportError:
+            raise RuntimeError(
+                f"tokenizer {path} needs the tokenizers library (pip install tokenizers)"
+            ) from None
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"tokenizer {path} does not exist")
+        content = path.read_bytes()
+        try:
+            self._tokenizer: Any = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"tokenizer {path} is not a tokenizer.json file: {error}") from None
+        self.name = path.name
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.vocab_size = self._tokenizer.get_vocab_size()
+        ends = (self._tokenizer.token_to_id(token) for token in self._ENDS)
+        self.separator = np.array([i for i in ends if i is not None][:1], dtype=np.uint32)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of a text without special tokens: uint32 [length]."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return np.array(ids, dtype=np.uint32)
+
+
+def load_tokenizer(path: str | os.PathLike[str] | None) -> Tokenizer:
+    """The tokenizer in a file, or bytes for None.
+
+    Raises RuntimeError when the `tokenizers` library is missing, FileNotFoundError for a missing
+    file and ValueError for one that is not a tokenizer.
+    """
+    return ByteTokenizer() if path is None else FileTokenizer(path)
