@@ -17,18 +17,25 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-CMAKE_VARIABLES = ("FOMOE_CUDA", "FOMOE_CUDA_ARCHS", "FOMOE_CUDA_FLAGS")
 
 
-def torch_root() -> Path:
-    """The folder of the installed torch package, found without importing it."""
-    spec = importlib.util.find_spec("torch")
+def package_root(name: str) -> Path:
+    """The folder of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise SystemExit(
-            "fomoe-ext: torch is needed to build. Let pip fetch it (no --no-build-isolation), "
-            "or install torch >= 2.10 first."
+            f"fomoe-ext: {name} is needed to build. Let pip fetch it (without "
+            f"--no-build-isolation), or install it first: pip install torch pybind11 cmake ninja"
         )
     return Path(spec.origin).parent
+
+
+def program(name: str) -> str:
+    """The path of a program; a clear error where there is none."""
+    path = shutil.which(name)
+    if path is None:
+        raise SystemExit(f"fomoe-ext: {name} is needed to build: pip install {name}")
+    return path
 
 
 def replace_if_changed(source: Path, target: Path) -> None:
@@ -46,25 +53,37 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         output = build / "fomoe_ext"
-        configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build)]
-        configure += [
-            f"-DFOMOE_TORCH_ROOT={torch_root()}",
-            f"-DFOMOE_TORCH_VERSION={importlib.metadata.version('torch')}",
-            f"-DFOMOE_OUTPUT={output}",
-            f"-DPython_EXECUTABLE={sys.executable}",
-        ]
-        configure += [f"-D{name}={os.environ[name]}" for name in CMAKE_VARIABLES if name in os.environ]
-        subprocess.run(configure, check=True)
+        # Said on every run, as pip's isolated environments come and go under the same build folder.
+        variables = {
+            "CMAKE_MAKE_PROGRAM": program("ninja"),
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": package_root("pybind11") / "share/cmake/pybind11",
+            "FOMOE_TORCH_ROOT": package_root("torch"),
+            "FOMOE_TORCH_VERSION": importlib.metadata.version("torch"),
+            "FOMOE_OUTPUT": output,
+            "FOMOE_CUDA": os.environ.get("FOMOE_CUDA", "auto"),
+            "FOMOE_CUDA_ARCHS": os.environ.get("FOMOE_CUDA_ARCHS", "80;90a"),
+            "FOMOE_CUDA_FLAGS": os.environ.get("FOMOE_CUDA_FLAGS", ""),
+        }
+        configure = [program("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(build)]
+        self.call([*configure, *(f"-D{name}={value}" for name, value in variables.items())])
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-        subprocess.run(["cmake", "--build", str(build), *jobs], check=True)
+        self.call([program("cmake"), "--build", str(build), *jobs])
+
         package = ROOT / "fomoe_ext" if self.inplace else Path(self.build_lib) / "fomoe_ext"
         package.mkdir(parents=True, exist_ok=True)
-        for library in sorted(output.glob("*.so")):
+        built = sorted(output.glob("*.so"))
+        for library in built:
             replace_if_changed(library, package / library.name)
+        for stale in {*package.glob("libfomoe_*.so")} - {package / library.name for library in built}:
+            stale.unlink()
 
-    def get_outputs(self) -> list[str]:
-        """The files that belong into the wheel."""
-        return [str(path) for path in sorted((Path(self.build_lib) / "fomoe_ext").glob("*.so"))]
+    @staticmethod
+    def call(command: list[str]) -> None:
+        """Runs a command; its own output says what failed, a traceback of this file adds nothing."""
+        status = subprocess.run(command, check=False).returncode
+        if status != 0:
+            raise SystemExit(f"fomoe-ext: failed with status {status}: {' '.join(command)}")
 
 
 # Declared so that the wheel is a platform wheel; the sources are CMake's business.
