@@ -1,0 +1,31 @@
+"""Checks of plain arguments, with messages that name them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def at_least(minimum: int, **sizes: int) -> None:
+    """Each value an int of at least `minimum`, else TypeError or ValueError naming it."""
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def finite(minimum: float, **values: float) -> None:
+    """Each value a finite number of at least `minimum`, else TypeError or ValueError naming it."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not minimum <= value < math.inf:
+            raise ValueError(f"{name} must be finite and at least {minimum}, got {value}")
+
+
+def one_of(choices: Sequence[str], **values: str) -> None:
+    """Each value one of `choices`, else ValueError naming it."""
+    for name, value in values.items():
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

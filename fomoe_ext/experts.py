@@ -1,0 +1,232 @@
+"""Expert weights: those resident on this site, and the shared expert that every site holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fomoe_ext import ops
+from fomoe_ext.checks import at_least, one_of
+from fomoe_ext.seeding import fill_normal_
+
+ExpertWeights = tuple[Tensor, Tensor]  # expand [G*N, D] and contract [D, N] of one expert
+
+
+def _resident_ids(resident_experts: Sequence[int] | None, num_experts: int) -> tuple[int, ...]:
+    """The ids in ascending order, checked; None = all experts."""
+    if resident_experts is None:
+        return tuple(range(num_experts))
+    ids = sorted(int(e) for e in resident_experts)
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"resident_experts must be distinct, got {ids}")
+    if ids and not 0 <= ids[0] <= ids[-1] < num_experts:
+        raise ValueError(
+            f"resident_experts must be in 0..{num_experts - 1} (num_experts is {num_experts}), got {ids}"
+        )
+    return tuple(ids)
+
+
+class Experts(nn.Module):
+    """The weights of the resident experts, in ascending order of their ids; no others are allocated.
+
+    expand_weight: [R, G*N, D], gated: gate rows first, then up. contract_weight: [R, D, N].
+    resident_experts: the global ids. resident_index: int32 [E], row of each expert or -1.
+    resident_ids: int64 [R], the ids as a tensor. The ids are not in the state dict: whoever loads
+    one must have built the module with the same ids.
+    """
+
+    expand_weight: nn.Parameter
+    contract_weight: nn.Parameter
+    resident_index: Tensor
+    resident_ids: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_size: int,
+        num_experts: int,
+        *,
+        activation: str = "swiglu",
+        resident_experts: Sequence[int] | None = None,
+        layer_index: int = 0,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Sizes and options of `MoELayer`. Raises ValueError or TypeError for bad ones."""
+        super().__init__()
+        at_least(1, hidden_size=hidden_size, expert_size=expert_size, num_experts=num_experts)
+        one_of(tuple(ops.ACTIVATIONS), activation=activation)
+        self.hidden_size, self.expert_size, self.num_experts = hidden_size, expert_size, num_experts
+        self.activation = activation
+        self.layer_index, self.seed = layer_index, seed
+        self.resident_experts = _resident_ids(resident_experts, num_experts)
+        residents = len(self.resident_experts)
+        wide = expert_size * (2 if ops.is_gated(activation) else 1)
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.expand_weight = nn.Parameter(torch.empty(residents, wide, hidden_size, **options))
+        self.contract_weight = nn.Parameter(
+            torch.empty(residents, hidden_size, expert_size, **options)
+        )
+        for name, size, kind in (
+            ("resident_index", num_experts, torch.int32),
+            ("resident_ids", residents, torch.int64),
+        ):
+            buffer = torch.empty(size, device=device, dtype=kind)
+            self.register_buffer(name, buffer, persistent=False)
+        self.reset_parameters()
+
+    @property
+    def num_resident(self) -> int:
+        """R, the number of resident experts."""
+        return len(self.resident_experts)
+
+    def reset_parameters(self) -> None:
+        """Weights of deviation 1/sqrt(fan-in) that depend only on (seed, layer, expert)."""
+        self._write_resident_tables()
+        for row, expert in enumerate(self.resident_experts):
+            for weight, name in (
+                (self.expand_weight, "expand"),
+                (self.contract_weight, "contract"),
+            ):
+                fan_in = weight.shape[2]
+                fill_normal_(
+                    weight[row].detach(), fan_in**-0.5, self.seed, name, self.layer_index, expert
+                )
+
+    def _write_resident_tables(self) -> None:
+        index = [-1] * self.num_experts
+        for row, expert in enumerate(self.resident_experts):
+            index[expert] = row
+        if not self.resident_index.is_meta:
+            self.resident_index.copy_(torch.tensor(index, dtype=torch.int32, device="cpu"))
+            ids = torch.tensor(self.resident_experts, dtype=torch.int64, device="cpu")
+            self.resident_ids.copy_(ids)
+
+    def expert_weights(self, expert: int) -> ExpertWeights:
+        """Views of a resident expert's weights, expand [G*N, D] and contract [D, N].
+
+        Raises ValueError when the expert is not resident.
+        """
+        if expert not in self.resident_experts:
+            raise ValueError(f"expert must be one of {self.resident_experts}, got {expert}")
+        row = self.resident_experts.index(expert)
+        return self.expand_weight.detach()[row], self.contract_weight.detach()[row]
+
+    @torch.no_grad()
+    def set_resident_experts(
+        self, resident_experts: Sequence[int], weights: Mapping[int, ExpertWeights] | None = None
+    ) -> tuple[int, ...]:
+        """Changes which experts are resident, in place: the Parameter objects stay the same.
+
+        `weights` gives expand [G*N, D] and contract [D, N] for every expert that arrives (and for
+        any other that is to be overwritten); the rows of experts that stay are moved. Returns the
+        ids that arrived. Nothing is changed when an error is raised: ValueError for a different
+        number of ids, ids out of range or repeated, and missing or misshapen weights.
+        """
+        weights = weights or {}
+        ids = _resident_ids(resident_experts, self.num_experts)
+        if len(ids) != self.num_resident:
+            raise ValueError(
+                f"resident_experts must keep its number, {self.num_resident}, got {len(ids)}: {ids}"
+            )
+        arrived = tuple(e for e in ids if e not in self.resident_experts)
+        missing = [e for e in arrived if e not in weights]
+        if missing:
+            raise ValueError(f"weights must hold the experts that arrive, {missing} are missing")
+        wanted = (tuple(self.expand_weight.shape[1:]), tuple(self.contract_weight.shape[1:]))
+        for expert, given in weights.items():
+            if expert not in ids:
+                raise ValueError(f"weights holds expert {expert}, which is not in {ids}")
+            shapes = tuple(tuple(weight.shape) for weight in given)
+            if shapes != wanted:
+                raise ValueError(f"weights[{expert}] must have the shapes {wanted}, got {shapes}")
+        # What moves is copied out first: rows may swap places.
+        old = {
+            row: (self.expand_weight[at].clone(), self.contract_weight[at].clone())
+            for row, expert in enumerate(ids)
+            if expert not in weights and (at := self.resident_experts.index(expert)) != row
+        }
+        new = old | {ids.index(expert): given for expert, given in weights.items()}
+        for row, (expand, contract) in new.items():
+            self.expand_weight[row].copy_(expand)
+            self.contract_weight[row].copy_(contract)
+        self.resident_experts = ids
+        self._write_resident_tables()
+        return arrived
+
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, ops.RowTable]:
+        """Sum over each token's slots on resident experts, and the row table it was computed by.
+
+        x [T, D] of the weights' dtype, weights fp32 [T, K], experts int32 [T, K] -> y [T, D].
+        """
+        table = ops.compact(experts, self.resident_index, self.num_resident)
+        y = ops.moe_experts(
+            x,
+            weights,
+            table,
+            self.expand_weight.to(x.dtype),
+            self.contract_weight.to(x.dtype),
+            self.activation,
+        )
+        return y, table
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.hidden_size}, {self.expert_size}, resident={self.num_resident}/"
+            f"{self.num_experts}, activation={self.activation}"
+        )
+
+
+def _activate(preact: Tensor, activation: str) -> Tensor:
+    up: Tensor | None = None
+    if ops.is_gated(activation):
+        preact, up = preact.chunk(2, dim=-1)
+    if activation in ("swiglu", "silu"):
+        act = F.silu(preact)
+    elif activation in ("geglu", "gelu"):
+        act = F.gelu(preact, approximate="tanh")
+    else:
+        act = F.relu(preact).square()
+    return act if up is None else act * up
+
+
+class SharedExpert(nn.Module):
+    """An expert that every token uses and every site holds, of two plain linear layers."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_size: int,
+        *,
+        activation: str = "swiglu",
+        layer_index: int = 0,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Weights as one expert's: expand [G*N, D], contract [D, N]; no biases."""
+        super().__init__()
+        self.activation, self.layer_index, self.seed = activation, layer_index, seed
+        wide = expert_size * (2 if ops.is_gated(activation) else 1)
+        device = torch.get_default_device() if device is None else device
+        # skip_init: the default initialisation would draw from torch's global generator.
+        make = nn.utils.skip_init
+        options: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
+        self.expand = make(nn.Linear, hidden_size, wide, **options)
+        self.contract = make(nn.Linear, expert_size, hidden_size, **options)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights of deviation 1/sqrt(fan-in) that depend only on (seed, layer)."""
+        for name, linear in (("expand", self.expand), ("contract", self.contract)):
+            std = linear.in_features**-0.5
+            fill_normal_(linear.weight, std, self.seed, "shared", name, self.layer_index)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]."""
+        return self.contract(_activate(self.expand(x), self.activation))

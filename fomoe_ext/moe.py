@@ -1,0 +1,370 @@
+"""The Mixture-of-Experts layer of one site: a router over all experts, weights of the resident ones.
+
+    y = shared_expert(x) + sum over the token's slots of w[t, k] * expert[e[t, k]](x[t])
+
+A slot whose expert is not resident is skipped: it costs no row and adds exactly nothing. Shapes use
+the letters T tokens, K slots per token, E experts, R resident experts, D hidden size, N expert
+size, G = 2 for gated activations and else 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fomoe_ext import balance as bal
+from fomoe_ext import ops
+from fomoe_ext.checks import at_least, finite, one_of
+from fomoe_ext.experts import Experts, ExpertWeights, SharedExpert
+from fomoe_ext.seeding import fill_normal_
+
+__all__ = ["Experts", "MoELayer", "Router", "SharedExpert"]
+
+
+class Router(nn.Module):
+    """Scores all experts and chooses `top_k` of them per token.
+
+    weight: [E, D]. selection_bias: fp32 [E], added to the scores for the choice only (zeros unless
+    loaded or moved by bias balancing); it stays fp32 when the module is cast.
+    """
+
+    weight: nn.Parameter
+    selection_bias: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        scoring: Literal["sigmoid", "softmax"] = "sigmoid",
+        renormalize: bool = False,
+        scale: float = 1.0,
+        num_groups: int = 1,
+        groups_kept: int = 1,
+        layer_index: int = 0,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Sizes and options of `MoELayer`. Raises ValueError or TypeError for bad ones."""
+        super().__init__()
+        at_least(1, hidden_size=hidden_size, num_experts=num_experts, top_k=top_k)
+        at_least(1, num_groups=num_groups, groups_kept=groups_kept)
+        one_of(("sigmoid", "softmax"), scoring=scoring)
+        finite(0.0, scale=scale)
+        if top_k > num_experts:
+            raise ValueError(f"top_k must be at most num_experts = {num_experts}, got {top_k}")
+        if num_experts % num_groups:
+            raise ValueError(
+                f"num_groups must divide num_experts = {num_experts}, got {num_groups}"
+            )
+        if groups_kept > num_groups:
+            raise ValueError(
+                f"groups_kept must be at most num_groups = {num_groups}, got {groups_kept}"
+            )
+        choosable = groups_kept * (num_experts // num_groups)
+        if top_k > choosable:
+            raise ValueError(
+                f"top_k must be at most the {choosable} experts of the groups kept, got {top_k}"
+            )
+        self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
+        self.scoring, self.renormalize, self.scale = scoring, renormalize, scale
+        self.num_groups, self.groups_kept = num_groups, groups_kept
+        self.layer_index, self.seed = layer_index, seed
+        self.weight = nn.Parameter(
+            torch.empty(num_experts, hidden_size, device=device, dtype=dtype)
+        )
+        self.register_buffer(
+            "selection_bias", torch.zeros(num_experts, device=device, dtype=torch.float32)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights of deviation 1/sqrt(D) that depend only on (seed, layer); a selection bias of 0."""
+        fill_normal_(self.weight, self.hidden_size**-0.5, self.seed, "router", self.layer_index)
+        self.selection_bias.zero_()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [T, D] -> fp32 logits [T, E], computed in fp32 also under autocast."""
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float())
+
+    def choose(
+        self, logits: Tensor, allowed: Tensor | None = None, top_k: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [T, E] -> combine weights fp32 [T, K] and chosen experts int32 [T, K] (`ops.route`).
+
+        `allowed` is a bool mask [E] (None = all may be chosen), `top_k` overrides the router's own.
+        Raises as `ops.route` does, e.g. ValueError for NaN logits.
+        """
+        return ops.route(
+            logits,
+            self.top_k if top_k is None else top_k,
+            scoring=self.scoring,
+            selection_bias=self.selection_bias,
+            allowed=allowed,
+            num_groups=self.num_groups,
+            groups_kept=self.groups_kept,
+            renormalize=self.renormalize,
+            scale=self.scale,
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, D] -> combine weights fp32 [T, K] and chosen experts int32 [T, K]."""
+        return self.choose(self.logits(x))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        bias = self.selection_bias
+        super()._apply(fn, recurse)
+        if self.selection_bias.dtype != torch.float32:
+            # Steps of the bias are smaller than what bf16 can add.
+            self.selection_bias = bias.to(self.selection_bias.device)
+        return self
+
+    def extra_repr(self) -> str:
+        text = f"{self.hidden_size}, {self.num_experts}, top_k={self.top_k}, scoring={self.scoring}"
+        if self.num_groups > 1:
+            text += f", groups={self.groups_kept}/{self.num_groups}"
+        return text + f", renormalize={self.renormalize}, scale={self.scale}"
+
+
+class MoELayer(nn.Module):
+    """A Mixture-of-Experts feed-forward layer of which this site holds only the resident experts.
+
+    After a forward pass `stats` holds its measurements (`balance.MoEStats`, device tensors) and
+    `aux_loss` the sum of its balancing losses, each times its coefficient: a scalar to add to the
+    training loss, 0 in eval mode or when no loss is asked for.
+
+    Under activation checkpointing use `use_reentrant=False`; the reentrant form runs the layer
+    without a graph, so that `aux_loss` would train nothing.
+    """
+
+    stats: bal.MoEStats | None
+    aux_loss: Tensor
+    allowed: Tensor | None
+    load_since_update: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        activation: Literal["swiglu", "geglu", "silu", "relu2", "gelu"] = "swiglu",
+        scoring: Literal["sigmoid", "softmax"] = "sigmoid",
+        router_scope: Literal["global", "resident"] = "global",
+        resident_experts: Sequence[int] | None = None,
+        shared_expert_size: int = 0,
+        renormalize: bool = False,
+        scale: float = 1.0,
+        num_groups: int = 1,
+        groups_kept: int = 1,
+        balance: Literal["none", "switch", "entropy", "bias"] = "none",
+        balance_coef: float = 0.01,
+        z_loss_coef: float = 0.0,
+        bias_update_rate: float = 1e-3,
+        layer_index: int = 0,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Builds the layer.
+
+        Args:
+            hidden_size: D, width of a token.
+            expert_size: N, inner width of an expert.
+            num_experts: E, experts over all sites.
+            top_k: K, experts chosen per token.
+            activation: swiglu and geglu are gated (G = 2).
+            scoring: how logits become scores.
+            router_scope: "global" chooses among all experts and skips those not resident,
+                "resident" chooses min(K, R) among the resident ones.
+            resident_experts: ids this site holds; None = all, empty = none ("global" only).
+            shared_expert_size: inner width of an expert that every token uses; 0 = none.
+            renormalize: divide the chosen experts' scores by their sum.
+            scale: factor on the combine weights.
+            num_groups, groups_kept: group-limited choice (DeepSeek-V3).
+            balance: "switch" and "entropy" add a loss, "bias" moves the selection bias whenever
+                `update_selection_bias` is called.
+            balance_coef, z_loss_coef: factors of the balance loss and of the router z-loss.
+            bias_update_rate: step of the selection bias.
+            layer_index, seed: the initial weights of expert e depend only on (seed, layer_index, e).
+            device, dtype: of the parameters; float32, bfloat16 or float16.
+
+        Raises ValueError or TypeError naming the argument.
+        """
+        super().__init__()
+        one_of(("global", "resident"), router_scope=router_scope)
+        one_of(bal.BALANCES, balance=balance)
+        at_least(0, shared_expert_size=shared_expert_size, layer_index=layer_index)
+        finite(0.0, balance_coef=balance_coef, z_loss_coef=z_loss_coef)
+        finite(0.0, bias_update_rate=bias_update_rate)
+        dtype = dtype or torch.get_default_dtype()
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+        common: dict[str, Any] = {
+            "layer_index": layer_index,
+            "seed": seed,
+            "device": device,
+            "dtype": dtype,
+        }
+        self.router = Router(
+            hidden_size,
+            num_experts,
+            top_k,
+            scoring=scoring,
+            renormalize=renormalize,
+            scale=scale,
+            num_groups=num_groups,
+            groups_kept=groups_kept,
+            **common,
+        )
+        self.experts = Experts(
+            hidden_size,
+            expert_size,
+            num_experts,
+            activation=activation,
+            resident_experts=resident_experts,
+            **common,
+        )
+        if router_scope == "resident" and self.experts.num_resident == 0:
+            raise ValueError("resident_experts must not be empty with router_scope 'resident'")
+        self.shared_expert: SharedExpert | None = None
+        if shared_expert_size:
+            self.shared_expert = SharedExpert(
+                hidden_size, shared_expert_size, activation=activation, **common
+            )
+        self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
+        self.router_scope, self.balance = router_scope, balance
+        self.balance_coef, self.z_loss_coef = balance_coef, z_loss_coef
+        self.bias_update_rate, self.layer_index, self.seed = bias_update_rate, layer_index, seed
+        self.stats = None
+        self.aux_loss = torch.zeros((), device="cpu")
+        allowed = torch.empty(num_experts, dtype=torch.bool, device=device)
+        self.register_buffer(
+            "allowed", allowed if router_scope == "resident" else None, persistent=False
+        )
+        self.register_buffer(
+            "load_since_update",
+            torch.zeros(num_experts, dtype=torch.int64, device=device),
+            persistent=False,
+        )
+        self._reset_buffers()
+
+    def _reset_buffers(self) -> None:
+        if self.allowed is not None and not self.allowed.is_meta:
+            torch.ge(self.experts.resident_index, 0, out=self.allowed)
+        self.load_since_update.zero_()
+
+    def reset_parameters(self) -> None:
+        """The initial state again, e.g. after building on the meta device and `to_empty`."""
+        self.router.reset_parameters()
+        self.experts.reset_parameters()
+        if self.shared_expert is not None:
+            self.shared_expert.reset_parameters()
+        self._reset_buffers()
+
+    def set_resident_experts(
+        self, resident_experts: Sequence[int], weights: Mapping[int, ExpertWeights] | None = None
+    ) -> tuple[int, ...]:
+        """`Experts.set_resident_experts`, and the choice of the router with router_scope "resident"."""
+        arrived = self.experts.set_resident_experts(resident_experts, weights)
+        if self.allowed is not None and not self.allowed.is_meta:
+            torch.ge(self.experts.resident_index, 0, out=self.allowed)
+        return arrived
+
+    @torch.no_grad()
+    def update_selection_bias(self, load: Tensor | None = None) -> None:
+        """One step of bias balancing, to be called after an optimizer step; else it does nothing.
+
+        selection_bias += bias_update_rate * sign(mean load - load), over the experts that may be
+        chosen. `load` is [E], slots per expert, e.g. summed over sites; None = what this layer
+        counted in training mode since the last update. Raises ValueError for a load of another shape.
+        """
+        if self.balance != "bias":
+            return
+        if load is None:
+            load = self.load_since_update
+        if load.shape != (self.num_experts,):
+            raise ValueError(f"load must have shape [{self.num_experts}], got {list(load.shape)}")
+        load = load.to(self.load_since_update.device)
+        if self.allowed is None:
+            self.router.selection_bias += bal.bias_step(load, self.bias_update_rate)
+        else:
+            ids = self.experts.resident_ids
+            step = bal.bias_step(load[ids], self.bias_update_rate)
+            self.router.selection_bias.index_add_(0, ids, step)
+        self.load_since_update.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] of the layer's dtype (any float dtype under autocast) -> the same shape.
+
+        Raises ValueError for a wrong last dimension, dtype or device of x and for NaN logits.
+        """
+        if x.dim() == 0 or x.shape[-1] != self.hidden_size:
+            raise ValueError(f"x must have shape [..., {self.hidden_size}], got {list(x.shape)}")
+        self._check_kind(x)
+        tokens = x.reshape(-1, self.hidden_size).contiguous()
+        logits = self.router.logits(tokens)
+        top_k = self.top_k
+        if self.router_scope == "resident":
+            top_k = min(top_k, self.experts.num_resident)
+        weights, experts = self.router.choose(logits, self.allowed, top_k)
+        inputs = tokens
+        if torch.is_autocast_enabled(x.device.type):
+            inputs = tokens.to(torch.get_autocast_dtype(x.device.type))
+        y, table = self.experts(inputs, weights, experts)
+        if self.shared_expert is not None:
+            y = y + self.shared_expert(tokens)
+        self._observe(logits, experts, table.offsets[-1].clone())
+        return y.view(x.shape)
+
+    def _check_kind(self, x: Tensor) -> None:
+        weight = self.router.weight
+        if not x.is_floating_point():
+            raise ValueError(f"x must have a float dtype, got {x.dtype}")
+        if x.device != weight.device:
+            raise ValueError(f"x must be on the layer's device {weight.device}, got {x.device}")
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"x must have the layer's dtype {weight.dtype}, got {x.dtype}")
+
+    def _observe(self, logits: Tensor, experts: Tensor, rows: Tensor) -> None:
+        """Sets `stats` and `aux_loss` and counts the load of bias balancing."""
+        if self.allowed is not None:
+            logits = logits.index_select(1, self.experts.resident_ids)
+        stats = bal.measure(logits, experts, rows, self.num_experts, self.router.scoring)
+        self.stats = stats
+        losses = []
+        if self.training and logits.shape[0] > 0:
+            if self.balance == "switch":
+                load = stats.load
+                if self.allowed is not None:
+                    load = load.index_select(0, self.experts.resident_ids)
+                losses.append(
+                    self.balance_coef * bal.switch_loss(logits, load, self.router.scoring)
+                )
+            elif self.balance == "entropy":
+                losses.append(self.balance_coef * bal.entropy_loss(logits))
+            if self.z_loss_coef:
+                losses.append(self.z_loss_coef * bal.z_loss(logits))
+        if self.training and self.balance == "bias":
+            self.load_since_update += stats.load
+        self.aux_loss = sum(losses, start=logits.new_zeros(()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The graph of the last pass can be neither copied nor stored.
+        return self.__dict__ | {"aux_loss": self.aux_loss.detach()}
+
+    def extra_repr(self) -> str:
+        text = f"router_scope={self.router_scope}, balance={self.balance}"
+        if self.balance in ("switch", "entropy"):
+            text += f", balance_coef={self.balance_coef}"
+        if self.z_loss_coef:
+            text += f", z_loss_coef={self.z_loss_coef}"
+        return text
