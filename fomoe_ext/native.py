@@ -22,7 +22,7 @@ def _load(library: str) -> bool:
     except OSError as error:
         raise ImportError(
             f"fomoe_ext: {path} does not load into torch {torch.__version__} "
-            f"(torch >= 2.10 is needed): {error}"
+            f"(torch >= 2.10 is needed): {error.__cause__ or error}"
         ) from error
     return True
 

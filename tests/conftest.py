@@ -1,0 +1,55 @@
+"""What all tests share: the devices that kernels run on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """A place that runs kernels. `cpu` and `cuda` go through torch's dispatcher; `emulated` runs
+    the CUDA kernels' source on CPU tensors.
+    """
+
+    name: str
+    tensors: str  # torch device of the tensors
+    kernels: Any = field(repr=False)
+
+    def op(self, verb: str) -> Callable[..., Any]:
+        """The op `fomoe::<verb>` on this device; skips the test where it has no such kernel."""
+        if self.name == "emulated":
+            if not hasattr(self.kernels, verb):
+                pytest.skip(f"the emulator has no kernel '{verb}'")
+        elif not torch._C._dispatch_has_kernel_for_dispatch_key(f"fomoe::{verb}", self.name.upper()):
+            pytest.skip(f"{self.name} has no kernel '{verb}'")
+        return getattr(self.kernels, verb)
+
+
+@pytest.fixture(scope="session")
+def emulated_kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The CUDA kernels compiled for the CPU, once a session."""
+    import emulator
+
+    if emulator.compiler() is None:
+        pytest.skip("no C++ compiler: the CUDA kernels cannot be emulated")
+    folder: Path = tmp_path_factory.mktemp("emulator")
+    return emulator.EmulatedKernels(folder)
+
+
+@pytest.fixture(params=["cpu", "emulated", "cuda"])
+def device(request: pytest.FixtureRequest) -> Device:
+    """Every device in turn; `cuda` is skipped where torch sees no GPU."""
+    name = request.param
+    if name == "emulated":
+        return Device(name, "cpu", request.getfixturevalue("emulated_kernels"))
+    from fomoe_ext import native  # here, so that tests without kernels run in an unbuilt tree
+
+    if name == "cuda" and not native.cuda_loaded:
+        pytest.skip("no GPU, or fomoe_ext was built without CUDA")
+    return Device(name, name, torch.ops.fomoe)
