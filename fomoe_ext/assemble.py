@@ -1,0 +1,119 @@
+"""The global model: which site answers for which tensor, and how each tensor is called.
+
+No site holds the global model. Expert e of layer l is taken from one of its holders, its router row
+as well (with router_scope "resident" the rows of absent experts stand still on a site), everything
+else from site 0. Tensors are called as in the model's state dict, but that experts are single:
+`blocks.0.moe.experts.3.expand_weight`, [G*N, D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fomoe_ext.moe import MoELayer
+from fomoe_ext.placement import Placement
+
+EXPERT_PARTS = ("expand_weight", "contract_weight")
+
+
+class NamedLayer(NamedTuple):
+    """An MoE layer, its path in the model and its index among the MoE layers."""
+
+    path: str
+    index: int
+    layer: MoELayer
+
+
+def named_moe_layers(model: nn.Module) -> list[NamedLayer]:
+    """The MoE layers of any module in order of appearance."""
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, MoELayer)]
+    return [NamedLayer(name, i, layer) for i, (name, layer) in enumerate(found)]
+
+
+def expert_key(path: str, expert: int, part: str) -> str:
+    """Name of one expert's tensor in the global model; `part` is one of `EXPERT_PARTS`."""
+    return f"{path}.experts.{expert}.{part}" if path else f"experts.{expert}.{part}"
+
+
+def responsible_site(placement: Placement, layer: int, expert: int) -> int:
+    """The holder that writes and sends an expert; holders take turns, so that the work is even."""
+    owners = placement.owners(layer, expert)
+    return owners[(expert + layer) % len(owners)]
+
+
+def local_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and persistent buffers by name, detached (the state dict of the model)."""
+    return {name: value.detach() for name, value in model.state_dict().items()}
+
+
+def _share(model: NamedLayer, name: str) -> str:
+    return f"{model.path}.{name}" if model.path else name
+
+
+def _from_responsible(rows: Tensor, placement: Placement, layer: int, site: int) -> Tensor:
+    """Rows [E, ...] of which row e is that of expert e's responsible site; a collective of all sites."""
+    if placement.num_sites == 1:
+        return rows.clone()
+    answers = [responsible_site(placement, layer, e) == site for e in range(placement.num_experts)]
+    mine = torch.tensor(answers).view(-1, *[1] * (rows.dim() - 1))
+    # Exactly one site adds a row that is not zero, so the sum is that row, bit for bit.
+    result = torch.where(mine, rows.detach().cpu(), torch.zeros((), dtype=rows.dtype))
+    dist.all_reduce(result)
+    return result.to(rows.device)
+
+
+def global_router_tensors(
+    model: nn.Module, placement: Placement, site: int, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Router weights [E, D] and selection biases [E] of the global model, by name.
+
+    Every site must call it. `tensors` are this site's, as of `local_tensors`.
+    """
+    result = {}
+    for named in named_moe_layers(model):
+        for part in ("router.weight", "router.selection_bias"):
+            key = _share(named, part)
+            result[key] = _from_responsible(tensors[key], placement, named.index, site)
+    return result
+
+
+def own_global_tensors(
+    model: nn.Module,
+    placement: Placement,
+    site: int,
+    tensors: Mapping[str, Tensor],
+) -> Iterator[tuple[str, Tensor]]:
+    """This site's part of the global model as (name, tensor); the parts of all sites make it whole.
+
+    Every site must call it and run it to its end. Expert tensors are views of `tensors`, which are
+    this site's, as of `local_tensors` (by default) or any others of the same names and shapes.
+    """
+    routers = global_router_tensors(model, placement, site, tensors)
+    stacked: set[str] = set()
+    for named in named_moe_layers(model):
+        residents = named.layer.experts.resident_experts
+        for part in EXPERT_PARTS:
+            stack_key = _share(named, f"experts.{part}")
+            stacked.add(stack_key)
+            for row, expert in enumerate(residents):
+                if responsible_site(placement, named.index, expert) == site:
+                    yield expert_key(named.path, expert, part), tensors[stack_key][row]
+    if site == 0:
+        for key, value in tensors.items():
+            if key not in stacked:
+                yield key, routers.get(key, value)
+
+
+def global_names(model: nn.Module) -> set[str]:
+    """Names of all tensors of the global model."""
+    names = set(model.state_dict())
+    for named in named_moe_layers(model):
+        for part in EXPERT_PARTS:
+            names.remove(_share(named, f"experts.{part}"))
+            names.update(expert_key(named.path, e, part) for e in range(named.layer.num_experts))
+    return names

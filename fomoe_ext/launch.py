@@ -1,0 +1,206 @@
+"""Local launch: one process per site on this machine, watched until all have ended.
+
+Every site is `python -m fomoe_ext.train`, just as torchrun would start it. The launcher passes
+signals on, ends all sites when one dies, and leaves no process behind. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+EXIT_STOPPED = 130
+"""Exit code of a job that was asked to stop (as a shell reports SIGINT)."""
+EXIT_PEER_LOST = 75
+"""Exit code of a site that failed only because another one went away (EX_TEMPFAIL)."""
+
+RENDEZVOUS = "FOMOE_RENDEZVOUS"
+LAUNCHER_FD = "FOMOE_LAUNCHER_FD"
+
+_POLL_S = 0.05
+_LOG_LINES = 15
+
+
+@dataclass
+class _Site:
+    site: int
+    process: subprocess.Popen[bytes]
+    log: Path | None
+
+
+def site_environment(
+    site: int, num_sites: int, rendezvous: str, base: Mapping[str, str]
+) -> dict[str, str]:
+    """The environment of one site: torchrun's names for rank and world size, and our rendezvous."""
+    env = dict(base)
+    env.update(
+        RANK=str(site),
+        LOCAL_RANK=str(site),
+        WORLD_SIZE=str(num_sites),
+        LOCAL_WORLD_SIZE=str(num_sites),
+    )
+    env[RENDEZVOUS] = rendezvous
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_sites)))
+    if sys.platform == "linux":
+        # All sites are here: do not depend on this machine's name or outer interfaces.
+        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return env
+
+
+def _start(
+    arguments: Sequence[str], num_sites: int, log_dir: Path, rendezvous: str
+) -> tuple[list[_Site], int]:
+    """Start all sites; returns them and the write end of the pipe that tells them we are alive."""
+    read_end, write_end = os.pipe()
+    log_dir.mkdir(parents=True, exist_ok=True)
+    sites: list[_Site] = []
+    try:
+        for site in range(num_sites):
+            env = site_environment(site, num_sites, rendezvous, os.environ)
+            env[LAUNCHER_FD] = str(read_end)
+            # Site 0 speaks to the user; the others to their log files.
+            log = None if site == 0 else log_dir / f"site-{site}.log"
+            output = None if log is None else log.open("ab")
+            process = subprocess.Popen(
+                [sys.executable, "-m", "fomoe_ext.train", *arguments],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=None if log is None else subprocess.STDOUT,
+                pass_fds=(read_end,),
+                process_group=0,  # a terminal's Ctrl+C reaches the launcher alone
+            )
+            if output is not None:
+                output.close()
+            sites.append(_Site(site, process, log))
+    except BaseException:
+        _kill(sites)
+        os.close(write_end)
+        raise
+    finally:
+        os.close(read_end)
+    return sites, write_end
+
+
+def _kill(sites: Sequence[_Site]) -> None:
+    for site in sites:
+        if site.process.poll() is None:
+            site.process.kill()
+    for site in sites:
+        site.process.wait()
+
+
+def _describe(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
+
+
+def _blame(failed: Sequence[_Site]) -> _Site:
+    """The site that failed first hand: one that was killed, else one that did not just lose a peer."""
+
+    def order(site: _Site) -> tuple[bool, bool, int]:
+        code = site.process.returncode
+        return code >= 0, code == EXIT_PEER_LOST, site.site
+
+    return min(failed, key=order)
+
+
+def _say(message: str) -> None:
+    print(f"fomoe: {message}", file=sys.stderr, flush=True)
+
+
+def _report_failure(culprit: _Site) -> None:
+    _say(
+        f"site {culprit.site} {_describe(culprit.process.returncode)}; the other sites were ended. "
+        "The last whole checkpoint, if any, is intact (--resume)."
+    )
+    if culprit.log is not None and culprit.log.exists():
+        tail = culprit.log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        if tail:
+            _say(f"last lines of {culprit.log}:")
+            print("\n".join("  " + line for line in tail), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _counted_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list instead of dying of them."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    kinds = (signal.SIGINT, signal.SIGTERM)
+    previous = {kind: signal.signal(kind, note) for kind in kinds}
+    try:
+        yield received
+    finally:
+        for kind, handler in previous.items():
+            signal.signal(kind, handler)
+
+
+def _watch(sites: Sequence[_Site], received: list[int]) -> int:
+    """Wait for all sites; pass on the first signal, end all at the second or when one fails."""
+    forwarded = False
+    while True:
+        codes = [site.process.poll() for site in sites]
+        if len(received) > 1:
+            _kill(sites)
+            _say("stopped at once, without a new checkpoint")
+            return EXIT_STOPPED
+        if received and not forwarded:
+            forwarded = True
+            _say("stopping: the sites write a checkpoint (once more to stop at once)")
+            for site in sites:
+                if site.process.poll() is None:
+                    site.process.terminate()
+        failed = [s for s, code in zip(sites, codes, strict=True) if code not in (None, 0)]
+        failed = [s for s in failed if s.process.returncode != EXIT_STOPPED]
+        if failed:
+            time.sleep(2 * _POLL_S)  # let a second failure show, to blame the right one
+            for site in sites:
+                site.process.poll()
+            ended = [s for s in sites if s.process.returncode not in (None, 0, EXIT_STOPPED)]
+            culprit = _blame(ended)
+            _kill(sites)
+            if forwarded and culprit.process.returncode == -signal.SIGTERM:
+                _say("stopped before training began, without a checkpoint")
+                return EXIT_STOPPED
+            _report_failure(culprit)
+            code = culprit.process.returncode
+            return code if code > 0 else 128 - code
+        if all(code is not None for code in codes):
+            return EXIT_STOPPED if EXIT_STOPPED in codes else 0
+        time.sleep(_POLL_S)
+
+
+def launch(arguments: Sequence[str], num_sites: int, log_dir: Path) -> int:
+    """Run `python -m fomoe_ext.train` with `arguments` as `num_sites` sites; returns the exit code.
+
+    Site 0 writes to this process's stdout, the others to `log_dir`/site-N.log. SIGINT or SIGTERM is
+    passed on (the sites write a checkpoint; the code is 130), a second one kills the sites. If a site
+    dies the others are killed, the message names it, and its exit code (128 + signal) is returned.
+    Raises ValueError for `num_sites` < 1. Must be called in the main thread.
+    """
+    if num_sites < 1:
+        raise ValueError(f"num_sites must be >= 1, got {num_sites}")
+    with tempfile.TemporaryDirectory(prefix="fomoe-") as folder, _counted_signals() as received:
+        rendezvous = f"file://{folder}/store"
+        sites, alive = _start(arguments, num_sites, log_dir, rendezvous)
+        try:
+            return _watch(sites, received)
+        finally:
+            _kill(sites)
+            os.close(alive)
