@@ -155,7 +155,7 @@ def _jsonl_texts(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
                 raise ValueError(f"{path}, line {number}: no field {text_field!r} (has: {fields})")
             text = record[text_field]
             if not isinstance(text, str):
-                raise ValueError(
+                raise ValueError(  # noqa: TRY004 (bad content, not a bad argument)
                     f"{path}, line {number}: field {text_field!r} must be a string, got "
                     f"{type(text).__name__}"
                 )
@@ -245,7 +245,7 @@ class FileTokenizer:
         content = path.read_bytes()
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises plain Exception
+        except Exception as error:  # noqa: BLE001 (the library raises plain Exception)
             raise ValueError(f"tokenizer {path} is not a tokenizer.json file: {error}") from None
         self.name = path.name
         self.fingerprint = hashlib.sha256(content).hexdigest()
