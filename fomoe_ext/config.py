@@ -52,7 +52,7 @@ class ModelConfig:
     scoring: Literal["sigmoid", "softmax"] = "sigmoid"
     """How router logits become scores."""
     router_scope: Literal["global", "resident"] = "global"
-    """global: choose among all experts and skip those not resident; resident: choose among those resident."""
+    """global: choose among all experts, skip those not resident; resident: among those resident."""
     renormalize: bool = False
     """Divide the chosen experts' scores by their sum."""
     routed_scale: float = 1.0
@@ -101,6 +101,12 @@ class ModelConfig:
                 f"and {self.num_experts}"
             )
         _inside(at, 1, self.num_groups, groups_kept=self.groups_kept)
+        choosable = self.num_experts // self.num_groups * self.groups_kept
+        if self.top_k > choosable:
+            raise ValueError(
+                f"model.top_k must be <= the {choosable} experts in groups_kept groups, got "
+                f"{self.top_k}"
+            )
         if not self.rope_base > 1:
             raise ValueError(f"model.rope_base must be > 1, got {self.rope_base}")
         if not (self.depth_multiplier > 0 and self.routed_scale > 0):
@@ -162,7 +168,7 @@ class DataConfig:
     """The text to train on."""
 
     data: tuple[str, ...] = ()
-    """Files, folders and globs of text, .jsonl or .parquet; none = the source of the installed Python's standard library."""
+    """Files, folders and globs of text, .jsonl or .parquet; none = Python's standard library."""
     val_data: tuple[str, ...] = ()
     """Validation text; none = a part of the data, chosen by file."""
     validation_fraction: float = 0.05
@@ -257,7 +263,8 @@ class OuterConfig:
     """The meeting of the sites at the end of a round."""
 
     optimizer: Literal["diloco", "fedavg", "local-adamw", "ddp"] = "diloco"
-    """diloco: Nesterov on the mean delta; fedavg: mean; local-adamw: mean of parameters and both moments; ddp: mean of gradients every step."""
+    """diloco: Nesterov on the mean delta; fedavg: mean parameters; local-adamw: mean of parameters
+    and both moments; ddp: mean of gradients at every step."""
     outer_lr: float | None = None
     """Learning rate of the outer step; none = 0.7 for diloco, else 1."""
     outer_momentum: float | None = None
@@ -309,7 +316,7 @@ class RunConfig:
     run_dir: Path | None = None
     """Folder of the run; none = runs/<preset>-<time>."""
     resume: str | None = None
-    """Run folder or checkpoint to continue; auto or no value = the newest below runs/, or run_dir's."""
+    """Run folder or checkpoint to continue; auto or no value = run_dir, or the newest in runs/."""
     eval_rounds: int = 10
     """Validate every so many rounds, and at the end; 0 = only at the end."""
     eval_tokens: int = 131072
@@ -371,7 +378,7 @@ class TrainConfig:
 
 
 def _paper_model(hidden: int, layers: int, heads: int, experts: int, top_k: int) -> ModelConfig:
-    """A size of the FoMoE paper (arXiv 2606.19025, its model table): V = 200,019, plain SiLU experts of 128.
+    """A size of the FoMoE paper (arXiv 2606.19025): V = 200,019, plain SiLU experts of size 128.
 
     The paper names a CompleteP depth multiplier on block outputs but not its base depth; we take
     the depth of its trained proxy, 4 layers.
@@ -390,7 +397,7 @@ def _paper_model(hidden: int, layers: int, heads: int, experts: int, top_k: int)
     )
 
 
-# The paper's inner loop: AdamW 0.01, betas (0.9, 0.95), warm-up over 160 of 640 steps, then constant.
+# The paper's inner loop: AdamW 0.01, betas (0.9, 0.95), warm-up over 160 of 640 steps, constant.
 _PAPER_INNER = InnerConfig(
     batch_size=16, inner_lr=0.01, warmup_steps=160, schedule="constant", min_lr_ratio=1.0
 )

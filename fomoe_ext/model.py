@@ -7,8 +7,6 @@ norm has no bias, so a token whose slots are all skipped gets exactly nothing fr
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from fomoe_ext.config import PRESETS, ModelConfig
 from fomoe_ext.moe import MoELayer
 from fomoe_ext.placement import Placement
+from fomoe_ext.seeding import fill_normal_
 
 __all__ = ["PRESETS", "LanguageModel", "Loss", "ModelConfig", "optimizer_groups", "parameter_kinds"]
 
@@ -36,18 +35,17 @@ class Loss(NamedTuple):
         return self.cross_entropy + self.aux_loss
 
 
-def named_normal(
-    seed: int, name: str, shape: Iterable[int], std: float, device: torch.device | str | None = None
-) -> Tensor:
-    """Normal values drawn from (seed, name) alone, fp32 of `shape`, so that all sites start equal.
-
-    Drawn on the CPU and then moved; on the meta device nothing is drawn.
-    """
-    if torch.device(device or "cpu").type == "meta":
-        return torch.empty(*shape, device="meta")
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return (torch.randn(*shape, generator=generator) * std).to(device or "cpu")
+def _matrix(
+    seed: int,
+    name: str,
+    rows: int,
+    columns: int,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.Parameter:
+    """A weight [rows, columns] of deviation 1/sqrt(columns) that depends only on (seed, name)."""
+    empty = torch.empty(rows, columns, device=device, dtype=dtype)
+    return nn.Parameter(fill_normal_(empty, columns**-0.5, seed, name))
 
 
 class Norm(nn.Module):
@@ -95,14 +93,8 @@ class Attention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.num_heads = config.num_heads
-        std = width**-0.5
-
-        def matrix(part: str, rows: int) -> nn.Parameter:
-            drawn = named_normal(seed, f"{name}.{part}", (rows, width), std, device)
-            return nn.Parameter(drawn.to(dtype) if dtype else drawn)
-
-        self.qkv_weight = matrix("qkv_weight", 3 * width)
-        self.out_weight = matrix("out_weight", width)
+        self.qkv_weight = _matrix(seed, f"{name}.qkv_weight", 3 * width, width, device, dtype)
+        self.out_weight = _matrix(seed, f"{name}.out_weight", width, width, device, dtype)
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         batch, length, width = x.shape
@@ -188,9 +180,9 @@ class LanguageModel(nn.Module):
         if placement is not None:
             _check_placement(config, placement, site)
         self.config = config
-        shape = (config.vocab_size, config.hidden_size)
-        drawn = named_normal(seed, "embedding", shape, config.hidden_size**-0.5, device)
-        self.embedding = nn.Parameter(drawn.to(dtype) if dtype else drawn)
+        self.embedding = _matrix(
+            seed, "embedding", config.vocab_size, config.hidden_size, device, dtype
+        )
         self.embedding_norm = Norm(config.hidden_size, config.norm, device, dtype)
         self.blocks = nn.ModuleList(
             Block(
