@@ -56,7 +56,7 @@ def _share(model: NamedLayer, name: str) -> str:
 
 
 def _from_responsible(rows: Tensor, placement: Placement, layer: int, site: int) -> Tensor:
-    """Rows [E, ...] of which row e is that of expert e's responsible site; a collective of all sites."""
+    """Rows [E, ...], row e from expert e's responsible site; a collective of all sites."""
     if placement.num_sites == 1:
         return rows.clone()
     answers = [responsible_site(placement, layer, e) == site for e in range(placement.num_experts)]

@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fomoe_ext.assemble import EXPERT_PARTS, expert_key, global_names, named_moe_layers
+from fomoe_ext.files import write_text
 
 FORMAT = 1
 INDEX = "model.safetensors.index.json"
@@ -53,7 +54,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is: finished rounds, number of sites, whole files, and what the job adds."""
+    """What a checkpoint is: finished rounds, number of sites, files, and what the job adds."""
 
     round: int
     num_sites: int
@@ -73,16 +74,6 @@ def _state_name(site: int) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all, and make it last through a crash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -277,14 +268,14 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_common(folder: Path, site: int, num_sites: int) -> Path | None:
-    """The newest checkpoint of which every site finds its own files whole. Every site must call it."""
+    """The newest checkpoint of which every site finds its files whole; a collective of all sites."""
     own = [path.name for path in list_checkpoints(folder) if is_whole(path, site)]
     common = set.intersection(*map(set, _gather(own, num_sites)))
     return folder / max(common) if common else None
 
 
 def load_state(path: Path, site: int) -> dict[str, Any]:
-    """One site's training state, on the CPU. Raises CheckpointError when it is missing or damaged."""
+    """One site's training state, on the CPU; CheckpointError when it is missing or damaged."""
     manifest = read_manifest(path)
     name = _state_name(site)
     if name not in manifest.files:

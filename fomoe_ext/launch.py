@@ -109,7 +109,7 @@ def _describe(code: int) -> str:
 
 
 def _blame(failed: Sequence[_Site]) -> _Site:
-    """The site that failed first hand: one that was killed, else one that did not just lose a peer."""
+    """The site that failed first: one that was killed, else one that did not just lose a peer."""
 
     def order(site: _Site) -> tuple[bool, bool, int]:
         code = site.process.returncode
@@ -190,8 +190,8 @@ def launch(arguments: Sequence[str], num_sites: int, log_dir: Path) -> int:
     """Run `python -m fomoe_ext.train` with `arguments` as `num_sites` sites; returns the exit code.
 
     Site 0 writes to this process's stdout, the others to `log_dir`/site-N.log. SIGINT or SIGTERM is
-    passed on (the sites write a checkpoint; the code is 130), a second one kills the sites. If a site
-    dies the others are killed, the message names it, and its exit code (128 + signal) is returned.
+    passed on (the sites write a checkpoint; the code is 130), a second one kills the sites. If one
+    dies the others are killed, a message names it, and its exit code (128 + signal) is returned.
     Raises ValueError for `num_sites` < 1. Must be called in the main thread.
     """
     if num_sites < 1:

@@ -148,14 +148,15 @@ class RunLog:
         """After a meeting. Wants round, step, loss, lr, tokens_per_s, skipped_share, bytes_sent and
         meeting_s; all numbers go to the files."""
         self._record("round", record)
-        self._round_note = f"  skipped {record['skipped_share']:.0%}  sent {human_bytes(record['bytes_sent'])}/site"
+        sent = human_bytes(record["bytes_sent"])
+        self._round_note = f"  skipped {record['skipped_share']:.0%}  sent {sent}/site"
         if self._progress is not None:
             self._progress.update(self._task, completed=record["step"])
             return
         self.say(
             f"round {record['round']:>4}/{self._total_rounds}  loss {record['loss']:.4f}  "
-            f"lr {record['lr']:.2e}  {human_count(record['tokens_per_s'])} tok/s{self._round_note}  "
-            f"meeting {record['meeting_s']:.2f} s"
+            f"lr {record['lr']:.2e}  {human_count(record['tokens_per_s'])} tok/s"
+            f"{self._round_note}  meeting {record['meeting_s']:.2f} s"
         )
 
     def validation(self, record: Mapping[str, Any]) -> None:

@@ -1,0 +1,210 @@
+"""The report at the end of a run: report.json for machines, report.md and the terminal for people.
+
+Both renderings are made of the same tables, and the tables of nothing but report.json's content.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from fomoe_ext.files import write_text
+from fomoe_ext.metrics import human_bytes, human_count
+
+_WIDEST = 32
+"""Most experts per layer whose load is shown one by one."""
+
+
+class ReportTable(NamedTuple):
+    """A titled table of text, with a note below; the first column is text, the others numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+def _ratio(whole: float, part: float) -> str:
+    if not part:
+        return "-" if not whole else "all saved"
+    return f"{whole / part:.2f}x"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s"
+
+
+def _result(report: Mapping[str, Any]) -> ReportTable:
+    validation, run = report["validation"], report["run"]
+    first = report.get("first_validation")
+    rows = [
+        ("validation loss", f"{validation['loss']:.4f} nats/token"),
+        ("validation bits per byte", f"{validation['bits_per_byte']:.3f}"),
+        ("validation tokens", human_count(validation["tokens"])),
+        ("training tokens, all sites", human_count(run["tokens"])),
+        ("rounds x local steps", f"{run['rounds']} x {run['local_steps']}"),
+        ("time, from start to report", _seconds(run["wall_s"])),
+    ]
+    if first is not None:
+        text = f"{first['bits_per_byte']:.3f} after round {first['round']}"
+        rows.insert(2, ("earliest bits per byte", text))
+    note = f"{run['sites']} sites, replication {run['replication']}, {run['data']}"
+    return ReportTable("Result", ("", ""), tuple(rows), note)
+
+
+def _time(report: Mapping[str, Any]) -> ReportTable:
+    rows = []
+    for site in report["sites"]:
+        busy = site["local_s"] + site["meeting_s"]
+        rows.append(
+            (
+                f"site {site['site']}",
+                _seconds(site["local_s"]),
+                _seconds(site["meeting_s"]),
+                f"{site['local_s'] / busy:.1%}" if busy else "-",
+                _seconds(site["validation_s"]),
+                human_count(site["tokens"] / site["local_s"]) if site["local_s"] else "-",
+                f"{site['skipped_share']:.1%}",
+            )
+        )
+    return ReportTable(
+        "Time and skipping",
+        (
+            "",
+            "local steps",
+            "meetings",
+            "training share",
+            "validation",
+            "tokens/s",
+            "skipped slots",
+        ),
+        tuple(rows),
+        "A meeting includes waiting for the slowest site. Skipped slots cost no arithmetic.",
+    )
+
+
+def _bytes(report: Mapping[str, Any]) -> ReportTable:
+    rows = []
+    for site in report["sites"]:
+        sent, plan = site["bytes_sent"], site["planned"]
+        rows.append(
+            (
+                f"site {site['site']}",
+                human_bytes(sent),
+                human_bytes(plan["bytes"]),
+                human_bytes(plan["full_replica_bytes"]),
+                human_bytes(plan["ddp_bytes"]),
+                _ratio(plan["full_replica_bytes"], sent),
+                _ratio(plan["ddp_bytes"], sent),
+            )
+        )
+    difference = sum(s["bytes_sent"] - s["planned"]["bytes"] for s in report["sites"])
+    agree = "equal" if not difference else f"differ by {difference} bytes over all sites"
+    moved = sum(site["moved_bytes"] for site in report["sites"])
+    validating = sum(site["validation_bytes"] for site in report["sites"])
+    return ReportTable(
+        "Bytes sent by each site in meetings",
+        ("", "counted", "predicted", "full replica", "DDP", "vs full replica", "vs DDP"),
+        tuple(rows),
+        f"Counted and predicted {agree}. Full replica and DDP: the same tokens and steps. "
+        f"Besides, all sites sent {human_bytes(moved)} for experts that moved and "
+        f"{human_bytes(validating)} to validate.",
+    )
+
+
+def _memory(report: Mapping[str, Any]) -> ReportTable:
+    full = report["full_replica_memory"]
+    rows = [
+        (f"site {site['site']}", *(human_bytes(site["memory"][part]) for part in full))
+        for site in report["sites"]
+    ]
+    rows.append(("full replica", *(human_bytes(size) for size in full.values())))
+    mean = [sum(s["memory"][p] for s in report["sites"]) / len(report["sites"]) for p in full]
+    shares = (
+        f"{size / whole:.1%}" if whole else "-"
+        for size, whole in zip(mean, full.values(), strict=True)
+    )
+    rows.append(("site / full", *shares))
+    names = (part.replace("_", " ") for part in full)
+    counts = report["model_parameters"]
+    return ReportTable(
+        "Parameter and optimizer memory",
+        ("", *names),
+        tuple(rows),
+        f"The model has {human_count(counts['total'])} parameters, "
+        f"{counts['sparse'] / counts['total']:.0%} of them in experts. Counted from tensors held.",
+    )
+
+
+def _load(report: Mapping[str, Any]) -> ReportTable:
+    loads: Sequence[Sequence[int]] = report["validation"]["load"]
+    num_experts = len(loads[0])
+    single = num_experts <= _WIDEST
+    rows = []
+    for layer, load in enumerate(loads):
+        mean = sum(load) / num_experts or 1.0
+        shares = [count / mean for count in load]
+        spread = math.sqrt(sum((s - 1) ** 2 for s in shares) / num_experts)
+        cells = [f"layer {layer}", f"{spread:.2f}"]
+        chosen = shares if single else (min(shares), max(shares))
+        rows.append((*cells, *(f"{share:.2f}" for share in chosen)))
+    columns = map(str, range(num_experts)) if single else ("least", "most")
+    return ReportTable(
+        "Load per expert on validation text",
+        ("", "spread", *columns),
+        tuple(rows),
+        "Slots that chose an expert, 1 = an even share. Spread: standard deviation over experts.",
+    )
+
+
+def _arithmetic(report: Mapping[str, Any]) -> ReportTable:
+    flops = report["flops_per_token"]
+    rows = [(kind, *(f"{human_count(row[part])}" for part in row)) for kind, row in flops.items()]
+    parts = next(iter(flops.values()))
+    names = (part.replace("_", " ") for part in parts)
+    return ReportTable("FLOPs per token (model)", ("", *names), tuple(rows))
+
+
+def report_tables(report: Mapping[str, Any]) -> list[ReportTable]:
+    """The tables of a report."""
+    makers = (_result, _bytes, _memory, _time, _arithmetic, _load)
+    return [make(report) for make in makers]
+
+
+def _markdown_table(table: ReportTable) -> str:
+    lines = [f"## {table.title}", "", "| " + " | ".join(table.columns) + " |"]
+    lines.append("|" + "|".join(["---"] + ["---:"] * (len(table.columns) - 1)) + "|")
+    lines += ["| " + " | ".join(row) + " |" for row in table.rows]
+    if table.note:
+        lines += ["", table.note]
+    return "\n".join(lines)
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as Markdown."""
+    tables = "\n\n".join(_markdown_table(table) for table in report_tables(report))
+    return f"# Run {report['run']['name']}\n\n{tables}\n"
+
+
+def print_report(report: Mapping[str, Any], console: Console) -> None:
+    """The report on a terminal, or as plain text where there is none."""
+    for table in report_tables(report):
+        shown = Table(title=table.title, caption=table.note or None, title_justify="left")
+        shown.caption_justify = "left"
+        for i, column in enumerate(table.columns):
+            shown.add_column(column, justify="right" if i else "left")
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown)
+
+
+def write_report(run_dir: Path, report: Mapping[str, Any]) -> None:
+    """Write report.json and report.md into the run folder, each whole or not at all."""
+    write_text(run_dir / "report.json", json.dumps(report, indent=1) + "\n")
+    write_text(run_dir / "report.md", markdown(report))
