@@ -75,12 +75,14 @@ class CMakeBuild(build_ext):
         built = sorted(output.glob("*.so"))
         for library in built:
             replace_if_changed(library, package / library.name)
-        for stale in {*package.glob("libfomoe_*.so")} - {package / library.name for library in built}:
+        for stale in {*package.glob("libfomoe_*.so")} - {
+            package / library.name for library in built
+        }:
             stale.unlink()
 
     @staticmethod
     def call(command: list[str]) -> None:
-        """Runs a command; its own output says what failed, a traceback of this file adds nothing."""
+        """Runs a command; what it printed says more about a failure than a traceback of ours."""
         status = subprocess.run(command, check=False).returncode
         if status != 0:
             raise SystemExit(f"fomoe-ext: failed with status {status}: {' '.join(command)}")

@@ -1,7 +1,8 @@
 """FoMoE: Mixture-of-Experts training across weakly connected sites.
 
 Importing the package alone is cheap and needs no torch: the public names below are imported when
-they are first used. `import fomoe_ext.ops` makes the native ops (`torch.ops.fomoe.*`) known to torch.
+they are first used. `import fomoe_ext.ops` makes the native ops (`torch.ops.fomoe.*`) known to
+torch.
 """
 
 from __future__ import annotations
@@ -17,17 +18,26 @@ if TYPE_CHECKING:
     from fomoe_ext.outer.sync import OuterSync
     from fomoe_ext.placement import Placement
 
+__all__ = [
+    "Experts",
+    "LanguageModel",
+    "MoELayer",
+    "ModelConfig",
+    "OuterSync",
+    "Placement",
+    "Router",
+    "__version__",
+]
+
 _HOME_OF = {
     "Experts": "fomoe_ext.moe",
     "LanguageModel": "fomoe_ext.model",
-    "ModelConfig": "fomoe_ext.model",
     "MoELayer": "fomoe_ext.moe",
+    "ModelConfig": "fomoe_ext.model",
     "OuterSync": "fomoe_ext.outer.sync",
     "Placement": "fomoe_ext.placement",
     "Router": "fomoe_ext.moe",
 }
-
-__all__ = [*_HOME_OF, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,17 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
+
+
 @dataclass(frozen=True)
 class Device:
     """A place that runs kernels. `cpu` and `cuda` go through torch's dispatcher; `emulated` runs
@@ -26,7 +37,9 @@ class Device:
         if self.name == "emulated":
             if not hasattr(self.kernels, verb):
                 pytest.skip(f"the emulator has no kernel '{verb}'")
-        elif not torch._C._dispatch_has_kernel_for_dispatch_key(f"fomoe::{verb}", self.name.upper()):
+        elif not torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"fomoe::{verb}", self.name.upper()
+        ):
             pytest.skip(f"{self.name} has no kernel '{verb}'")
         return getattr(self.kernels, verb)
 

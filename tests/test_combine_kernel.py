@@ -1,4 +1,4 @@
-"""combine on every device, against fp64: the same tests for the CPU, the emulated and the CUDA kernel."""
+"""combine against fp64: one set of tests for the CPU, the emulated and the CUDA kernel."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def reference(rows, weights, row_of_slot):
 
 
 def run(device, rows, weights, row_of_slot):
-    on = lambda t: None if t is None else t.to(device.tensors)  # noqa: E731
+    on = lambda t: None if t is None else t.to(device.tensors)
     return device.op("combine")(on(rows), on(weights), on(row_of_slot)).cpu()
 
 
@@ -100,7 +100,7 @@ def test_skipped_weights_do_not_matter(device, top_k):
 @pytest.mark.parametrize("offset", [1, 2, 4])
 def test_storage_that_starts_anywhere(device, dtype, offset):
     """Contiguous tensors whose first element is not aligned for the widest access."""
-    shifted = lambda t: torch.cat([t.new_zeros(offset), t.flatten()])[offset:].view(t.shape)  # noqa: E731
+    shifted = lambda t: torch.cat([t.new_zeros(offset), t.flatten()])[offset:].view(t.shape)
     case = [shifted(t) for t in make_case(12, 64, 4, dtype)]
     y = device.op("combine")(*[shifted(t.to(device.tensors)) for t in case]).cpu()
     assert torch.equal(y, run(device, *make_case(12, 64, 4, dtype)))
@@ -130,18 +130,20 @@ def test_adds_in_slot_order(device, dtype):
 
 
 def test_skipped_rows_are_not_read(emulated_kernels):
-    """The rows lie on a page without read permission: touching one would end the process."""
+    """The rows, and what lies before them, are pages without read permission: touching one would
+    end the process.
+    """
+    size = 2 * mmap.PAGESIZE
     libc = ctypes.CDLL(None)
     libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
-    address = libc.mmap(None, mmap.PAGESIZE, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    address = libc.mmap(None, size, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
     y = torch.full((4, 16), float("nan"))
     row_of_slot = torch.full((4, 2), -1, dtype=torch.int32)
-    error = emulated_kernels._library.emulated_combine(
-        ctypes.c_void_p(address), None, ctypes.c_void_p(row_of_slot.data_ptr()), ctypes.c_int32(0),
-        ctypes.c_int64(4), ctypes.c_int64(16), ctypes.c_int32(2), ctypes.c_void_p(y.data_ptr()),
-    )
-    assert error == 0 and torch.equal(y, torch.zeros(4, 16))
+    rows = address + mmap.PAGESIZE
+    emulated_kernels.call_combine(rows, None, row_of_slot, torch.float32, y)
+    libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(size))
+    assert torch.equal(y, torch.zeros(4, 16))
 
 
 def test_same_bits_every_time(device):

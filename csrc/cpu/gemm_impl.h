@@ -116,7 +116,7 @@ void pack_steps(Source source, int64_t first, int64_t count, int64_t k, int64_t 
 }
 
 typedef float vf8 __attribute__((vector_size(32)));
-typedef float vf8_unaligned __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float vf8_unaligned __attribute__((vector_size(32), aligned(2), may_alias));
 typedef int32_t vi8 __attribute__((vector_size(32)));
 
 FOMOE_INLINE void transpose8(vf8 (&r)[8]) {

@@ -20,7 +20,10 @@ namespace fomoe::cpu {
 
 constexpr int64_t kItemRows = 1024;      // rows of C an item walks with one packed B
 constexpr int64_t kItemColumns = 512;    // columns of C at most
-constexpr int64_t kPackedB = 1 << 20;    // units of B packed at a time: 4 MiB, stays in L3
+#ifndef FOMOE_PACKED_B  // small in tests, so that small products go in stretches
+#define FOMOE_PACKED_B (1 << 20)
+#endif
+constexpr int64_t kPackedB = FOMOE_PACKED_B;  // units of B packed at a time: 4 MiB, stays in L3
 constexpr int64_t kBlockBytesC = 192 << 10;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
