@@ -77,7 +77,7 @@ def test_matches_fp64(device, tokens, hidden, top_k, dtype, weighted):
 @pytest.mark.parametrize("tokens, hidden, top_k", [(0, 16, 2), (4, 0, 2), (4, 16, 0)])
 def test_empty(device, tokens, hidden, top_k, dtype):
     rows = torch.empty(tokens * top_k, hidden, dtype=dtype)
-    row_of_slot = torch.empty(tokens, top_k, dtype=torch.int32)
+    row_of_slot = torch.arange(tokens * top_k, dtype=torch.int32).view(tokens, top_k)
     y = run(device, rows, torch.empty(tokens, top_k), row_of_slot)
     assert torch.equal(y, torch.zeros(tokens, hidden, dtype=dtype))
 

@@ -56,6 +56,28 @@ FOMOE_INLINE vf fmadd(vf a, vf b, vf c) {
 #endif
 }
 
+// a * b + c rounded once on every machine: for results that must not depend on the instruction set.
+FOMOE_INLINE vf fused(vf a, vf b, vf c) {
+#if defined(__FMA__)
+  return fmadd(a, b, c);
+#else
+  for (int i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
+FOMOE_INLINE bool any(vi mask) {
+#if defined(__AVX512F__) && FOMOE_VECTOR_BYTES == 64
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__) && FOMOE_VECTOR_BYTES == 32
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  int32_t found = 0;
+  for (int i = 0; i < kLanes; ++i) found |= mask[i];
+  return found != 0;
+#endif
+}
+
 // ---- storage types -----------------------------------------------------------------------------
 
 struct F32 {
@@ -100,9 +122,9 @@ FOMOE_INLINE uint16_t float_to_half(float x) {
   std::memcpy(&bits, &x, 4);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   bits &= 0x7fffffffu;
-  if (bits > 0x7f800000u) return uint16_t(sign | 0x7e00u);    // NaN
-  if (bits >= 0x477ff000u) return uint16_t(sign | 0x7c00u);   // rounds to infinity
-  if (bits < 0x38800000u) {                                   // subnormal half: the FPU rounds
+  if (bits > 0x7f800000u) return uint16_t(sign | 0x7e00u);   // NaN
+  if (bits >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // rounds to infinity
+  if (bits < 0x38800000u) {                                  // subnormal half: the FPU rounds
     float value;
     std::memcpy(&value, &bits, 4);
     value += 0.5f;
@@ -196,22 +218,37 @@ FOMOE_INLINE vf exp(vf x) {
   x = select(x < -87.3f, splat(-87.3f), x);
   x = select(x > 88.3f, splat(88.3f), x);
   const vf shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vf n = fmadd(x, splat(1.44269504f), shift) - shift;
-  vf r = fmadd(n, splat(-0.693359375f), x);
-  r = fmadd(n, splat(2.12194440e-4f), r);
+  const vf n = fused(x, splat(1.44269504f), shift) - shift;
+  vf r = fused(n, splat(-0.693359375f), x);
+  r = fused(n, splat(2.12194440e-4f), r);
   vf p = splat(1.0f / 5040.0f);
-  p = fmadd(p, r, splat(1.0f / 720.0f));
-  p = fmadd(p, r, splat(1.0f / 120.0f));
-  p = fmadd(p, r, splat(1.0f / 24.0f));
-  p = fmadd(p, r, splat(1.0f / 6.0f));
-  p = fmadd(p, r, splat(0.5f));
-  p = fmadd(p, r, splat(1.0f));
-  p = fmadd(p, r, splat(1.0f));
+  p = fused(p, r, splat(1.0f / 720.0f));
+  p = fused(p, r, splat(1.0f / 120.0f));
+  p = fused(p, r, splat(1.0f / 24.0f));
+  p = fused(p, r, splat(1.0f / 6.0f));
+  p = fused(p, r, splat(0.5f));
+  p = fused(p, r, splat(1.0f));
+  p = fused(p, r, splat(1.0f));
   const vi exponent = __builtin_convertvector(n, vi) << 23;
   return (vf)((vi)p + exponent);
 }
 
 FOMOE_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
+
+// Sums in kSumLanes interleaved partial sums, element i into partial sum i % kSumLanes, added up in
+// order at the end: the same bits for every vector width up to 16 lanes.
+constexpr int kSumLanes = 16;
+constexpr int kSumVectors = kSumLanes / kLanes;
+struct WideSum {
+  vf part[kSumVectors] = {};
+  float total() const {
+    float lanes[kSumLanes];
+    for (int i = 0; i < kSumVectors; ++i) store(lanes + i * kLanes, part[i]);
+    float sum = lanes[0];
+    for (int i = 1; i < kSumLanes; ++i) sum += lanes[i];
+    return sum;
+  }
+};
 
 FOMOE_INLINE float sum_lanes(vf v) {
   float total = 0;

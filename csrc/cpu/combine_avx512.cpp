@@ -1,0 +1,3 @@
+// combine for avx512.
+#define FOMOE_ISA avx512
+#include "combine_impl.h"

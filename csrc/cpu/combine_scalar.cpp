@@ -1,0 +1,3 @@
+// combine for scalar.
+#define FOMOE_ISA scalar
+#include "combine_impl.h"

@@ -1,0 +1,3 @@
+// route for avx2.
+#define FOMOE_ISA avx2
+#include "route_impl.h"

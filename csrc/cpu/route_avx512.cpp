@@ -1,0 +1,3 @@
+// route for avx512.
+#define FOMOE_ISA avx512
+#include "route_impl.h"

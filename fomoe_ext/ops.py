@@ -1,0 +1,248 @@
+"""The five verbs that carry a token through an MoE layer: route, compact, expand, contract, combine.
+
+Each is a torch op (`torch.ops.fomoe.*`) with gradients, traceable by `torch.compile`. T tokens,
+K slots per token, E experts, R resident experts, D hidden size, N expert size. A slot whose expert
+is not resident is *skipped*: it has no row, costs nothing and adds nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fomoe_ext.native  # noqa: F401  (defines the ops)
+from fomoe_ext.expert_ops import (
+    ACTIVATIONS,
+    contract,
+    expand,
+    expand_rows_computed,
+    is_gated,
+    moe_experts,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "SCORINGS",
+    "RowTable",
+    "combine",
+    "compact",
+    "contract",
+    "expand",
+    "expand_rows_computed",
+    "is_gated",
+    "moe_experts",
+    "route",
+]
+
+SCORINGS: dict[str, int] = {"softmax": 0, "sigmoid": 1}
+"""How logits become scores: softmax over the allowed experts, or each one's sigmoid."""
+
+_ops = torch.ops.fomoe
+
+
+class RowTable(NamedTuple):
+    """Where the rows are: what `compact` makes of the chosen experts. All tensors int32.
+
+    Rows are grouped by resident expert and, within one, in slot order; rows of resident r are
+    offsets[r] .. offsets[r + 1] - 1. Entries past the last row are -1.
+    """
+
+    token_of_row: Tensor  # [T * K]
+    slot_of_row: Tensor  # [T * K], t * K + k
+    row_of_slot: Tensor  # [T, K], -1 = skipped
+    offsets: Tensor  # [R + 1]
+
+
+def route(
+    logits: Tensor,
+    top_k: int,
+    *,
+    scoring: str = "sigmoid",
+    selection_bias: Tensor | None = None,
+    allowed: Tensor | None = None,
+    num_groups: int = 1,
+    groups_kept: int = 1,
+    renormalize: bool = False,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Chooses each token's experts and their combine weights.
+
+    An expert is chosen by score + selection_bias, ties going to the lower index; its weight is the
+    score without the bias. With groups, the num_groups equal ranges of experts are ranked by the
+    sum of their two best choice scores and only groups_kept of them stay (DeepSeek-V3,
+    arXiv 2412.19437). All arithmetic is fp32.
+
+    Args:
+        logits: [T, E], float32, bfloat16 or float16.
+        top_k: experts per token, 1 .. E.
+        scoring: "sigmoid" or "softmax".
+        selection_bias: [E] float32, finite, or None.
+        allowed: [E] bool, the experts that may be chosen (softmax is over these); None = all.
+        num_groups: a divisor of E.
+        groups_kept: 1 .. num_groups.
+        renormalize: divide a token's weights by their sum.
+        scale: factor on the weights, after renormalisation.
+
+    Returns:
+        weights [T, K] float32, differentiable in logits; experts [T, K] int32. Slots in descending
+        order of choice score; where fewer than top_k experts may be chosen the rest of the slots
+        have expert -1 and weight 0.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or number, or NaN logits, naming the argument.
+    """
+    if scoring not in SCORINGS:
+        raise ValueError(f"scoring: got {scoring!r}, wanted one of {', '.join(SCORINGS)}")
+    return _ops.route(
+        logits.contiguous(),
+        top_k,
+        SCORINGS[scoring],
+        selection_bias,
+        allowed,
+        num_groups,
+        groups_kept,
+        renormalize,
+        scale,
+    )
+
+
+def compact(experts: Tensor, resident_index: Tensor, num_resident: int) -> RowTable:
+    """Gives every slot whose expert is resident a row, grouped by expert, without gaps.
+
+    Histogram, scan and stable scatter; no sort.
+
+    Args:
+        experts: [T, K] int32, from `route`; -1 = no expert.
+        resident_index: [E] int32, an expert's position among the resident ones, -1 = not resident.
+        num_resident: R.
+
+    Returns:
+        The row table, sized for the worst case of T * K rows.
+
+    Raises:
+        ValueError: wrong shape, dtype or device, or an expert or index out of range.
+    """
+    return RowTable(*_ops.compact(experts.contiguous(), resident_index, num_resident))
+
+
+def combine(rows: Tensor, weights: Tensor | None, table: RowTable) -> Tensor:
+    """Adds up each token's rows: y[t] = sum over k of weights[t, k] * rows[row_of_slot[t, k]].
+
+    The sum is taken in slot order in fp32 and rounded once; skipped slots are not read.
+
+    Args:
+        rows: [T * K, D], float32, bfloat16 or float16, as `contract` returns them.
+        weights: [T, K] float32, or None for all ones.
+        table: where the rows are, from `compact`.
+
+    Returns:
+        y [T, D] of the dtype of rows. Differentiable in rows and weights.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or layout, naming the argument.
+    """
+    weights = None if weights is None else weights.contiguous()
+    return _ops.combine(rows.contiguous(), weights, table.row_of_slot)
+
+
+# ---- shapes for tracing ---------------------------------------------------------------------------
+
+
+@torch.library.register_fake("fomoe::route")
+def _(
+    logits: Tensor,
+    top_k: int,
+    scoring: int,
+    selection_bias: Tensor | None,
+    allowed: Tensor | None,
+    num_groups: int,
+    groups_kept: int,
+    renormalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
+
+
+@torch.library.register_fake("fomoe::route_backward")
+def _(
+    grad_weights: Tensor,
+    logits: Tensor,
+    experts: Tensor,
+    allowed: Tensor | None,
+    scoring: int,
+    renormalize: bool,
+    scale: float,
+) -> Tensor:
+    return torch.empty_like(logits)
+
+
+@torch.library.register_fake("fomoe::compact")
+def _(
+    experts: Tensor, resident_index: Tensor, num_resident: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    slots = experts.shape[0] * experts.shape[1]
+    return (
+        experts.new_empty(slots),
+        experts.new_empty(slots),
+        torch.empty_like(experts),
+        experts.new_empty(num_resident + 1),
+    )
+
+
+@torch.library.register_fake("fomoe::combine")
+def _(rows: Tensor, weights: Tensor | None, row_of_slot: Tensor) -> Tensor:
+    return rows.new_empty(row_of_slot.shape[0], rows.shape[1])
+
+
+@torch.library.register_fake("fomoe::combine_backward")
+def _(
+    grad_y: Tensor, rows: Tensor | None, weights: Tensor, row_of_slot: Tensor
+) -> tuple[Tensor, Tensor]:
+    tokens, top_k = row_of_slot.shape
+    grad_rows = grad_y.new_empty(tokens * top_k, grad_y.shape[1])
+    return grad_rows, weights.new_empty(0 if rows is None else tokens, top_k)
+
+
+# ---- autograd -------------------------------------------------------------------------------------
+
+
+def _route_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    logits, _, ctx.scoring, _, allowed, _, _, ctx.renormalize, ctx.scale = inputs
+    ctx.save_for_backward(logits, output[1], allowed)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _route_backward(ctx: Any, grad_weights: Tensor, _grad_experts: Tensor) -> tuple:
+    logits, experts, allowed = ctx.saved_tensors
+    grad_logits = _ops.route_backward(
+        grad_weights.contiguous(),
+        logits,
+        experts,
+        allowed,
+        ctx.scoring,
+        ctx.renormalize,
+        ctx.scale,
+    )
+    return grad_logits, None, None, None, None, None, None, None, None
+
+
+def _combine_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    rows, weights, row_of_slot = inputs
+    # Rows are kept only where the gradient of the weights will read them.
+    kept = rows if weights is not None and ctx.needs_input_grad[1] else None
+    ctx.save_for_backward(kept, weights, row_of_slot)
+
+
+def _combine_backward(ctx: Any, grad_y: Tensor) -> tuple:
+    rows, weights, row_of_slot = ctx.saved_tensors
+    if weights is None:
+        weights = torch.ones(row_of_slot.shape, dtype=torch.float32, device=grad_y.device)
+    grad_rows, grad_weights = _ops.combine_backward(grad_y.contiguous(), rows, weights, row_of_slot)
+    return grad_rows, None if rows is None else grad_weights, None
+
+
+torch.library.register_autograd("fomoe::route", _route_backward, setup_context=_route_setup)
+torch.library.register_autograd("fomoe::combine", _combine_backward, setup_context=_combine_setup)
