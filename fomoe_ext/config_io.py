@@ -73,10 +73,10 @@ def _unknown_key(path: Path, key: str, section: str | None) -> ValueError:
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The parsed and type-checked content of a TOML configuration: {"preset": str, section: {key: value}}.
+    """The type-checked content of a TOML configuration: {"preset": str, section: {key: value}}.
 
-    Raises FileNotFoundError for a missing file, ValueError for bad TOML and for unknown keys (naming
-    the nearest known ones) and TypeError for a value of the wrong type.
+    Raises FileNotFoundError for a missing file, ValueError for bad TOML and for unknown keys
+    (naming the nearest known ones) and TypeError for a value of the wrong type.
     """
     path = Path(path)
     try:
@@ -115,7 +115,7 @@ def _apply(base: TrainConfig, tables: dict[str, Any]) -> TrainConfig:
 
 
 def load_config(path: str | os.PathLike[str], preset: str | None = None) -> TrainConfig:
-    """The configuration in a TOML file on top of its preset (`preset`, if given, goes before the file's).
+    """The configuration in a TOML file on top of its preset, or of `preset` where that is given.
 
     Errors as in `read_toml`, and ValueError for values out of range.
     """
@@ -146,7 +146,7 @@ def dump_config(config: TrainConfig) -> str:
 
 
 def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
-    """Write `dump_config` to a file, whole or not at all. `load_config` of it gives `config` again."""
+    """Write `dump_config` to a file, whole or not at all; `load_config` gives `config` again."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -175,9 +175,10 @@ def _take_option(args: list[str], flag: str) -> str | None:
 def parse_args(args: Sequence[str], prog: str = "fomoe train") -> TrainConfig:
     """The configuration that the arguments of `fomoe train` ask for.
 
-    Besides the flags of every field: `--preset NAME`, `--config FILE.toml`, and `--resume` may stand
-    without a value (= auto). Raises SystemExit (0 after --help, 2 after a bad flag or a value out of
-    range, with the reason on stderr), and the errors of `load_config` for a bad preset or file.
+    Besides the flags of every field: `--preset NAME`, `--config FILE.toml`, and `--resume` may
+    stand without a value (= auto). Raises SystemExit (0 after --help, 2 after a bad flag or a value
+    out of range, with the reason on stderr), and the errors of `load_config` for a bad preset or
+    file.
     """
     import tyro  # not needed by those who only read configurations
 

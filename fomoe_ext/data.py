@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fomoe_ext.text import TextUnit, Tokenizer, find_texts, load_tokenizer, read_texts
+from fomoe_ext.text import FoundTexts, TextUnit, Tokenizer, find_texts, load_tokenizer, read_texts
 
 _FORMAT = 1  # of the cache; raise it when the encoding changes
 _SPLITS = ("train", "val")
@@ -135,7 +135,7 @@ class BatchIterator:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` stands. Raises ValueError when it is not of the same data and seed."""
+        """Continue where `state` stands. Raises ValueError for one of other data or seed."""
         own = self.state_dict()
         missing = own.keys() - state.keys()
         if missing:
@@ -181,7 +181,7 @@ class TextData:
     def val_batches(
         self, batch_size: int, site: int = 0, num_sites: int = 1, max_tokens: int | None = None
     ) -> Iterator[torch.Tensor]:
-        """This site's share of the fixed validation batches, int64 [<= batch_size, seq_len + 1] each.
+        """This site's share of the fixed validation batches: int64 [<= batch_size, seq_len + 1].
 
         The windows are evenly spread over the validation split when `max_tokens` (predicted tokens,
         rounded down to whole windows but at least one) does not allow all. Their set does not
@@ -269,7 +269,7 @@ def _too_short(counts: dict[str, Any], seq_len: int) -> str | None:
 
 def _fill_cache(
     target: Path,
-    units: Sequence[TextUnit],
+    found: FoundTexts,
     tokenizer: Tokenizer,
     text_field: str,
     fraction: float,
@@ -280,16 +280,17 @@ def _fill_cache(
     try:
         # Few files may leave one side empty: then every text gives its last part to validation.
         for cut_each_text in (False, True):
-            counts = _encode(temporary, units, tokenizer, text_field, fraction, cut_each_text)
+            counts = _encode(temporary, found.units, tokenizer, text_field, fraction, cut_each_text)
             if not _too_short(counts, seq_len):
                 break
         short = _too_short(counts, seq_len)
         if short:
             total = sum(counts[split]["tokens"] for split in _SPLITS)
             raise ValueError(
-                f"data is too short: {total} tokens in {len(units)} files leave "
-                f"{counts[short]['tokens']} for the {'validation' if short == 'val' else 'training'} "
-                f"split, and one sequence needs seq_len + 1 = {seq_len + 1}"
+                f"data is too short: {total} tokens in {len(found.units)} files "
+                f"({found.description}) leave {counts[short]['tokens']} for the "
+                f"{'validation' if short == 'val' else 'training'} split, and one sequence "
+                f"needs seq_len + 1 = {seq_len + 1}"
             )
         (temporary / "meta.json").write_text(json.dumps(counts), encoding="utf-8")
         try:
@@ -306,6 +307,20 @@ def _cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
         return Path(cache_dir)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "fomoe" / "tokens"
+
+
+def _read_counts(folder: Path) -> dict[str, Any]:
+    """What `_encode` returned for this cache folder."""
+    try:
+        counts = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        for split in _SPLITS:
+            if not {"tokens", "bytes", "hash"} <= counts[split].keys():
+                raise ValueError(f"no counts of {split}")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"token cache {folder} is damaged (meta.json): delete it and start again"
+        ) from None
+    return counts
 
 
 def _map_tokens(folder: Path, split: str, counts: dict[str, Any], dtype: np.dtype) -> np.ndarray:
@@ -335,13 +350,14 @@ def open_data(
     tests. Files below a folder that are not UTF-8 text are left out and counted, but a file that is
     named must be text. `val_paths`: validation text; None = a share `validation_fraction` of the
     files (lines, rows), chosen by hash, or the end of every text where that leaves a split empty.
-    `tokenizer`: a tokenizer.json of the `tokenizers` library, None = bytes. `cache_dir`: where token
-    files are kept, None = fomoe/tokens in the user's cache folder. Safe to call from several
+    A file in both lists is for validation.
+    `tokenizer`: a tokenizer.json of the `tokenizers` library, None = bytes. `cache_dir`: where
+    token files are kept, None = fomoe/tokens in the user's cache folder. Safe to call from several
     processes at once.
 
     Raises FileNotFoundError for a missing path or an empty glob; ValueError for what is not text, a
-    corrupt parquet file, a bad .jsonl line (with its number), a missing field, no text at all or too
-    little for one sequence per split; RuntimeError when pyarrow or tokenizers is needed and missing.
+    corrupt parquet file, a bad .jsonl line (with its number), a missing field, or too little text
+    for one sequence per split; RuntimeError when pyarrow or tokenizers is needed and missing.
     """
     if seq_len < 1:
         raise ValueError(f"seq_len must be >= 1, got {seq_len}")
@@ -350,7 +366,7 @@ def open_data(
     coder = load_tokenizer(tokenizer)
     found = find_texts(paths or None, split="train" if val_paths else None)
     if val_paths:
-        found = found + find_texts(val_paths, split="val")
+        found = found.without_those_of(held := find_texts(val_paths, split="val")) + held
     key = hashlib.sha256()
     for unit in found.units:
         stat = unit.path.stat()
@@ -362,8 +378,8 @@ def open_data(
     root.mkdir(parents=True, exist_ok=True)
     folder = root / key.hexdigest()[:24]
     if not (folder / "meta.json").exists():
-        _fill_cache(folder, found.units, coder, text_field, validation_fraction, seq_len)
-    counts = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        _fill_cache(folder, found, coder, text_field, validation_fraction, seq_len)
+    counts = _read_counts(folder)
     dtype = np.dtype(token_dtype(coder.vocab_size))
     train, val = (
         TokenArray(_map_tokens(folder, split, counts, dtype), seq_len, counts[split]["bytes"])
@@ -375,7 +391,8 @@ def open_data(
         val=val,
         vocab_size=coder.vocab_size,
         content_hash=content.hexdigest(),
-        description=f"{found.description}: {len(found.units)} files, {train.num_bytes / 1e6:.2f} MB "
-        f"to train on, {val.num_bytes / 1e6:.2f} MB to validate on, {coder.name} tokens",
+        description=f"{found.description}: {len(found.units)} files, "
+        f"{train.num_bytes / 1e6:.2f} MB to train on, {val.num_bytes / 1e6:.2f} MB to validate on, "
+        f"{coder.name} tokens",
         skipped_files=found.skipped,
     )

@@ -73,7 +73,7 @@ def rope_table(seq_len: int, head_size: int, base: float) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + head_size / 2]) of x [B, H, L, head_size] by the table's angles."""
+    """Turn the pairs (x[i], x[i + S / 2]) of x [B, H, L, S] (S = head size) by the angles."""
     cos, sin = table[:, : x.shape[-2]].to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

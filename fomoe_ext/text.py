@@ -8,7 +8,7 @@ import json
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,11 +36,16 @@ class TextUnit:
 
 @dataclass(frozen=True)
 class FoundTexts:
-    """Files in a fixed order, how many were left out as not text, and a line that says where from."""
+    """Files in a fixed order, how many were left out as not text, and where they are from."""
 
     units: tuple[TextUnit, ...]
     skipped: int
     description: str
+
+    def without_those_of(self, other: FoundTexts) -> FoundTexts:
+        """These files less the other's."""
+        others = {unit.path for unit in other.units}
+        return replace(self, units=tuple(u for u in self.units if u.path not in others))
 
     def __add__(self, other: FoundTexts) -> FoundTexts:
         return FoundTexts(
@@ -74,19 +79,20 @@ def _looks_like_text(path: Path) -> bool:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """All files below a folder but hidden ones and byte code."""
+    """All files below a folder but hidden ones and byte code; no pipes, no broken links."""
     found = []
     for base, folders, files in os.walk(folder):
         folders[:] = [f for f in folders if not f.startswith(".") and f != "__pycache__"]
         found += [Path(base, name) for name in files if not name.startswith(".")]
-    return found
+    return [path for path in found if path.is_file()]
 
 
 def find_texts(paths: Sequence[str] | None, split: str | None = None) -> FoundTexts:
     """The files that the given files, folders and globs mean, sorted by name, each once.
 
-    None = the installed Python's standard library. Raises FileNotFoundError for a path that does not
-    exist, a glob that matches nothing or a folder without text, TypeError for a bare string.
+    None = the installed Python's standard library. Raises FileNotFoundError for a path that does
+    not exist, a glob that matches nothing or a folder without text, ValueError for a path that is
+    neither file nor folder, TypeError for a bare string.
     """
     if isinstance(paths, (str, Path)):
         raise TypeError(f"paths must be a list of paths, got the single {paths!r}")
@@ -110,16 +116,20 @@ def find_texts(paths: Sequence[str] | None, split: str | None = None) -> FoundTe
         for match in map(Path, matches):
             if not match.exists():
                 raise FileNotFoundError(f"data: {match} does not exist")
-            if not match.is_dir():
+            if match.is_file():
                 add(match, match.name)
                 continue
+            if not match.is_dir():
+                raise ValueError(f"data: {match} is neither a file nor a folder")
             inside = sorted(_files_below(match), key=lambda p: p.relative_to(match).as_posix())
-            known = [p for p in inside if p.suffix == ".parquet" or _looks_like_text(p)]
+            known = [p for p in inside if p.suffix.lower() == ".parquet" or _looks_like_text(p)]
             skipped += len(inside) - len(known)
             if not known and not is_glob:
                 raise FileNotFoundError(f"data: no text file below {match}")
             for path in known:
                 add(path, path.relative_to(match).as_posix())
+        if not units:
+            raise FileNotFoundError(f"data: no text file in {given}")
     return FoundTexts(tuple(units.values()), skipped, ", ".join(map(str, paths)))
 
 
@@ -148,17 +158,24 @@ def _jsonl_texts(path: Path, text_field: str) -> Iterator[tuple[int, str]]:
                 continue
             try:
                 record = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
             if not isinstance(record, dict) or text_field not in record:
                 fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
                 raise ValueError(f"{path}, line {number}: no field {text_field!r} (has: {fields})")
             text = record[text_field]
             if not isinstance(text, str):
-                raise ValueError(  # noqa: TRY004 (bad content, not a bad argument)
+                raise ValueError(
                     f"{path}, line {number}: field {text_field!r} must be a string, got "
                     f"{type(text).__name__}"
                 )
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"{path}, line {number}: half a surrogate pair at character {error.start} of "
+                    f"field {text_field!r}"
+                ) from None
             yield number, text
 
 
@@ -174,7 +191,8 @@ def _parquet_texts(path: Path, column: str) -> Iterator[tuple[int, str]]:
         if column not in names:
             raise ValueError(f"{path}: no column {column!r} (has: {', '.join(names)})")
         kind = file.schema_arrow.field(column).type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        if not (pyarrow.types.is_string(value) or pyarrow.types.is_large_string(value)):
             raise ValueError(f"{path}: column {column!r} must hold strings, got {kind}")
         row = 0
         for batch in file.iter_batches(batch_size=1024, columns=[column]):
@@ -182,15 +200,15 @@ def _parquet_texts(path: Path, column: str) -> Iterator[tuple[int, str]]:
                 if text is not None:
                     yield row, text
                 row += 1
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a readable parquet file: {error}") from None
 
 
 def read_texts(unit: TextUnit, text_field: str) -> Iterator[tuple[str, Iterator[str]]]:
     """The texts of one file: pairs of a name (path, and line or row) and the text in chunks.
 
-    Empty texts are left out. Raises ValueError for undecodable bytes, bad JSON lines, missing fields
-    and corrupt parquet files, RuntimeError when pyarrow is missing.
+    Empty texts are left out. Raises ValueError for undecodable bytes, bad JSON lines, missing
+    fields and corrupt parquet files, RuntimeError when pyarrow is missing.
     """
     if unit.kind == "text":
         if unit.path.stat().st_size:
@@ -215,7 +233,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as ids 0..255; NUL, which no text contains, ends every text."""
+    """UTF-8 bytes as ids 0..255; NUL, which no text file contains, ends every text."""
 
     name = "byte"
     fingerprint = "byte"
@@ -245,11 +263,17 @@ class FileTokenizer:
         content = path.read_bytes()
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # noqa: BLE001 (the library raises plain Exception)
+        except Exception as error:  # the library raises plain Exception
             raise ValueError(f"tokenizer {path} is not a tokenizer.json file: {error}") from None
         self.name = path.name
         self.fingerprint = hashlib.sha256(content).hexdigest()
-        self.vocab_size = self._tokenizer.get_vocab_size()
+        # A file may ask to cut or pad every text, and may leave holes among its ids.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        if not ids:
+            raise ValueError(f"tokenizer {path} has no tokens")
+        self.vocab_size = max(ids) + 1
         ends = (self._tokenizer.token_to_id(token) for token in self._ENDS)
         self.separator = np.array([i for i in ends if i is not None][:1], dtype=np.uint32)
 
