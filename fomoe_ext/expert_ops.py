@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fomoe_ext.ops import RowTable
 
 ACTIVATIONS: dict[str, int] = {"swiglu": 0, "geglu": 1, "silu": 2, "relu2": 3, "gelu": 4}
-"""Activation names. Gated: swiglu = silu(gate) * up, geglu = gelu(gate) * up. GELU is the tanh form."""
+"""Activation names. Gated: swiglu = silu(gate) * up, geglu = gelu(gate) * up; GELU in tanh form."""
 
 _GATED = frozenset({"swiglu", "geglu"})
 _ops = torch.ops.fomoe
@@ -46,7 +46,8 @@ def expand(x: Tensor, expand_weight: Tensor, table: RowTable, activation: str = 
         activation: a key of `ACTIVATIONS`.
 
     Returns:
-        Activations [T*K, N] of x's dtype; zero past the last row. Differentiable in x and the weight.
+        Activations [T*K, N] of x's dtype; zero past the last row. Differentiable in x and the
+        weight.
 
     Raises:
         ValueError: wrong shape, dtype, device, layout or activation, naming the argument.
@@ -132,7 +133,7 @@ def _needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-# ---- shapes for tracing ---------------------------------------------------------------------------
+# ---- shapes for tracing --------------------------------------------------------------------------
 
 
 @torch.library.register_fake("fomoe::expand")
@@ -208,7 +209,7 @@ def _(grad_act: Tensor, preact: Tensor, offsets: Tensor, activation: int) -> Ten
     return torch.empty_like(preact)
 
 
-# ---- autograd -------------------------------------------------------------------------------------
+# ---- autograd ------------------------------------------------------------------------------------
 
 
 def _expand_grads(

@@ -1,4 +1,4 @@
-"""The five verbs that carry a token through an MoE layer: route, compact, expand, contract, combine.
+"""The five verbs that carry a token through an MoE layer, from route to combine.
 
 Each is a torch op (`torch.ops.fomoe.*`) with gradients, traceable by `torch.compile`. T tokens,
 K slots per token, E experts, R resident experts, D hidden size, N expert size. A slot whose expert
@@ -147,7 +147,7 @@ def combine(rows: Tensor, weights: Tensor | None, table: RowTable) -> Tensor:
     return _ops.combine(rows.contiguous(), weights, table.row_of_slot)
 
 
-# ---- shapes for tracing ---------------------------------------------------------------------------
+# ---- shapes for tracing --------------------------------------------------------------------------
 
 
 @torch.library.register_fake("fomoe::route")
@@ -206,7 +206,7 @@ def _(
     return grad_rows, weights.new_empty(0 if rows is None else tokens, top_k)
 
 
-# ---- autograd -------------------------------------------------------------------------------------
+# ---- autograd ------------------------------------------------------------------------------------
 
 
 def _route_setup(ctx: Any, inputs: tuple, output: tuple) -> None:

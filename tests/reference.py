@@ -5,6 +5,8 @@ Tests run these in float64 and compare the kernels with them.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +33,7 @@ def choose(
     for t in range(tokens):
         values = choice[t].tolist()
         open_ = [e for e in range(num_experts) if allowed is None or bool(allowed[e])]
-        best_two = lambda g: sum(sorted((values[e] for e in open_ if e // size == g))[-2:])  # noqa: B023
+        best_two = lambda g: sum(sorted(values[e] for e in open_ if e // size == g)[-2:])  # noqa: B023
         groups = [g for g in range(num_groups) if any(e // size == g for e in open_)]
         kept = sorted(groups, key=lambda g: (-best_two(g), g))[:groups_kept]
         open_ = [e for e in open_ if e // size in kept]
@@ -105,7 +107,7 @@ def expand(x: Tensor, expand_weight: Tensor, table: RowTable, activation: str) -
     gates = 2 if activation in ("swiglu", "geglu") else 1
     slots, offsets = table.token_of_row.shape[0], table.offsets.tolist()
     parts = []
-    for r, (begin, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for r, (begin, end) in enumerate(pairwise(offsets)):
         tokens = table.token_of_row[begin:end].long()
         parts.append(activate(x[tokens] @ expand_weight[r].T, activation))
     parts.append(x.new_zeros(slots - offsets[-1], expand_weight.shape[1] // gates))
@@ -116,8 +118,7 @@ def contract(act: Tensor, contract_weight: Tensor, table: RowTable) -> Tensor:
     """Rows [S, D]; zeros past the last row."""
     offsets = table.offsets.tolist()
     parts = [
-        act[begin:end] @ contract_weight[r].T
-        for r, (begin, end) in enumerate(zip(offsets, offsets[1:], strict=False))
+        act[begin:end] @ contract_weight[r].T for r, (begin, end) in enumerate(pairwise(offsets))
     ]
     parts.append(act.new_zeros(act.shape[0] - offsets[-1], contract_weight.shape[1]))
     return torch.cat(parts)
