@@ -281,8 +281,9 @@ def _moe_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _moe_backward(ctx: Any, grad_y: Tensor, _grad_preact: Tensor) -> tuple:
-    x, weights, token_of_row, slot_of_row, row_of_slot, offsets = ctx.saved_tensors[:6]
-    expand_weight, contract_weight, preact = ctx.saved_tensors[6:]
+    saved = ctx.saved_tensors  # once: activation checkpointing recomputes at the first access
+    x, weights, token_of_row, slot_of_row, row_of_slot, offsets = saved[:6]
+    expand_weight, contract_weight, preact = saved[6:]
     _require_saved(ctx.saved)
     grad_y = grad_y.contiguous()
     grad_preact, scaled_act, grad_weights = _ops.contract_backward(
