@@ -1,0 +1,376 @@
+"""Placement: which site holds which expert, layer by layer. Plain Python, no torch.
+
+Every expert is on exactly `replication` sites and every site holds the same number of experts of
+each layer, so that all sites need the same memory and work. `cyclic` is fixed and spreads the
+owner sets so that any two sites share about the same number of experts (a cyclic design: the owner
+sets of a layer are the shifts of few base blocks). `random` draws a new table per epoch, as the
+FoMoE paper (arXiv 2606.19025, Algorithm 1) does for its random placement.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import gcd
+from typing import Any, NamedTuple
+
+Owners = tuple[int, ...]
+"""The sites that hold an expert, ascending."""
+
+_LAYER_WEIGHT = 1000
+"""Evenness within a layer counts so much more than evenness over all layers."""
+_MOST_WORK = 100_000
+_SWITCHES_PER_EDGE = 10
+
+
+class Transfer(NamedTuple):
+    """Expert `expert` of layer `layer` is sent by site `source` to site `target`."""
+
+    layer: int
+    expert: int
+    source: int
+    target: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Who holds what: `owners_of[layer][expert]` is the ascending tuple of the holders' numbers.
+
+    Raises ValueError when the table is not of these sizes, an expert is not on exactly
+    `replication` sites, or a site holds more experts of a layer than another.
+    """
+
+    num_sites: int
+    num_experts: int
+    num_layers: int
+    replication: int
+    owners_of: tuple[tuple[Owners, ...], ...]
+
+    def __post_init__(self) -> None:
+        _check_sizes(self.num_sites, self.num_experts, self.num_layers, self.replication)
+        if len(self.owners_of) != self.num_layers:
+            raise ValueError(
+                f"owners_of must have num_layers = {self.num_layers} layers, got "
+                f"{len(self.owners_of)}"
+            )
+        for layer, experts in enumerate(self.owners_of):
+            self._check_layer(layer, experts)
+        residents = []
+        for experts in self.owners_of:
+            held: list[list[int]] = [[] for _ in range(self.num_sites)]
+            for expert, owners in enumerate(experts):
+                for site in owners:
+                    held[site].append(expert)
+            residents.append(tuple(map(tuple, held)))
+        object.__setattr__(self, "_residents", tuple(residents))
+
+    def _check_layer(self, layer: int, experts: Sequence[Owners]) -> None:
+        if len(experts) != self.num_experts:
+            raise ValueError(
+                f"owners_of[{layer}] must have num_experts = {self.num_experts} entries, got "
+                f"{len(experts)}"
+            )
+        held = [0] * self.num_sites
+        for expert, owners in enumerate(experts):
+            where = f"owners_of[{layer}][{expert}]"
+            if not isinstance(owners, tuple) or not all(type(s) is int for s in owners):
+                raise ValueError(f"{where} must be a tuple of site numbers, got {owners!r}")
+            if any(not 0 <= s < self.num_sites for s in owners):
+                raise ValueError(f"{where} must be sites in [0, {self.num_sites}), got {owners}")
+            if list(owners) != sorted(set(owners)):
+                raise ValueError(f"{where} must be ascending and without repeats, got {owners}")
+            if len(owners) != self.replication:
+                raise ValueError(
+                    f"{where} must name replication = {self.replication} sites, got {owners}"
+                )
+            for site in owners:
+                held[site] += 1
+        if len(set(held)) > 1:
+            raise ValueError(
+                f"every site must hold {self.experts_per_site} experts of layer {layer}, sites "
+                f"0..{self.num_sites - 1} hold {held}"
+            )
+
+    # -------------------------------------------------------------------------------- makers
+
+    @classmethod
+    def cyclic(
+        cls, num_sites: int, num_experts: int, num_layers: int, replication: int
+    ) -> Placement:
+        """The fixed, evenly spread placement; depends on nothing but these sizes.
+
+        The experts take their sites in turn from the cycle 0, 1, .. N-1, 0, .., layer l beginning
+        at site l; then switches even out how many experts each pair of sites shares, in the layer
+        and over all layers. Raises ValueError for impossible sizes.
+        """
+        _check_sizes(num_sites, num_experts, num_layers, replication)
+        designs = _even_designs(num_sites, num_experts, min(num_layers, num_sites), replication)
+        table = []
+        for layer in range(num_layers):
+            cycle, design = divmod(layer, len(designs))
+            table.append(
+                tuple(
+                    tuple(sorted((site + cycle) % num_sites for site in owners))
+                    for owners in designs[design]
+                )
+            )
+        return cls(num_sites, num_experts, num_layers, replication, tuple(table))
+
+    @classmethod
+    def random(
+        cls,
+        num_sites: int,
+        num_experts: int,
+        num_layers: int,
+        replication: int,
+        *,
+        seed: int,
+        epoch: int = 0,
+    ) -> Placement:
+        """A placement drawn from (seed, epoch), the same one on every site and machine.
+
+        Drawn near uniformly among all placements of these sizes: the cyclic one with its experts
+        shuffled, then ten random switches per (expert, site) pair (a Markov chain whose stationary
+        distribution is uniform). Raises ValueError for impossible sizes.
+        """
+        start = cls.cyclic(num_sites, num_experts, num_layers, replication)
+        table = []
+        for layer, experts in enumerate(start.owners_of):
+            name = repr(("placement", seed, epoch, layer)).encode()
+            number = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+            table.append(_switched(experts, random.Random(number)))
+        return cls(num_sites, num_experts, num_layers, replication, tuple(table))
+
+    @classmethod
+    def from_table(
+        cls, table: Sequence[Sequence[Sequence[int]]], num_sites: int | None = None
+    ) -> Placement:
+        """A given table [layer][expert] -> sites, in any order; `num_sites` None = the largest + 1.
+
+        Replication is read off the table. Raises ValueError when it is no valid placement.
+        """
+        try:
+            rows = tuple(tuple(tuple(sorted(sites)) for sites in experts) for experts in table)
+        except TypeError as error:
+            raise ValueError(f"table must be [layer][expert] -> list of sites: {error}") from None
+        if not rows or not rows[0] or not rows[0][0]:
+            raise ValueError("table must have a layer, an expert and a site at least")
+        largest = max((s for experts in rows for sites in experts for s in sites), default=0)
+        if not isinstance(largest, int):
+            raise ValueError(f"table must hold site numbers, got {largest!r}")
+        sites = largest + 1 if num_sites is None else num_sites
+        return cls(sites, len(rows[0]), len(rows), len(rows[0][0]), rows)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Placement:
+        """The placement that `to_dict` wrote. Raises ValueError when it is not one."""
+        try:
+            placement = cls.from_table(value["owners"], value["num_sites"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"value must be a dict as Placement.to_dict makes it ({error!r})"
+            ) from None
+        return placement
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists, for JSON: num_sites and owners [layer][expert] -> sites."""
+        owners = [[list(sites) for sites in experts] for experts in self.owners_of]
+        return {"num_sites": self.num_sites, "owners": owners}
+
+    # ------------------------------------------------------------------------------- questions
+
+    @property
+    def experts_per_site(self) -> int:
+        """Experts of one layer that every site holds."""
+        return self.num_experts * self.replication // self.num_sites
+
+    def owners(self, layer: int, expert: int) -> Owners:
+        """The sites that hold an expert, ascending. Raises ValueError for no such expert."""
+        self._check_layer_number(layer)
+        if not 0 <= expert < self.num_experts:
+            raise ValueError(f"expert must be in [0, {self.num_experts}), got {expert}")
+        return self.owners_of[layer][expert]
+
+    def resident(self, layer: int, site: int) -> tuple[int, ...]:
+        """The experts of a layer that a site holds, ascending. Raises ValueError for wrong numbers."""
+        self._check_layer_number(layer)
+        self._check_site(site)
+        return self._residents[layer][site]  # type: ignore[attr-defined,no-any-return]
+
+    def owner_sets(self) -> tuple[Owners, ...]:
+        """The distinct owner sets of all experts, in ascending order."""
+        return tuple(sorted({owners for experts in self.owners_of for owners in experts}))
+
+    def shared_experts(self, first: int, second: int) -> int:
+        """Experts, over all layers, that both of two sites hold."""
+        self._check_site(first)
+        self._check_site(second)
+        return sum(
+            first in owners and second in owners for experts in self.owners_of for owners in experts
+        )
+
+    def transfers(self, new: Placement) -> tuple[Transfer, ...]:
+        """What must be sent so that `new` holds, in order of layer, expert and target.
+
+        Every expert a site holds in `new` but not now comes from a present holder; the one that
+        has been given the least so far sends it (the lowest number among equals). Raises
+        ValueError when `new` is of other sizes.
+        """
+        mine = (self.num_sites, self.num_experts, self.num_layers, self.replication)
+        given = (new.num_sites, new.num_experts, new.num_layers, new.replication)
+        if mine != given:
+            raise ValueError(
+                f"new must be of the same (num_sites, num_experts, num_layers, replication) = "
+                f"{mine}, got {given}"
+            )
+        sends = [0] * self.num_sites
+        result = []
+        for layer in range(self.num_layers):
+            for expert in range(self.num_experts):
+                held = self.owners_of[layer][expert]
+                for target in new.owners_of[layer][expert]:
+                    if target not in held:
+                        source = min(held, key=lambda site: (sends[site], site))
+                        sends[source] += 1
+                        result.append(Transfer(layer, expert, source, target))
+        return tuple(result)
+
+    def arrivals(self, new: Placement, site: int) -> tuple[Transfer, ...]:
+        """The `transfers` to one site: experts it holds in `new` and not yet, with their senders."""
+        self._check_site(site)
+        return tuple(t for t in self.transfers(new) if t.target == site)
+
+    def _check_layer_number(self, layer: int) -> None:
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer must be in [0, {self.num_layers}), got {layer}")
+
+    def _check_site(self, site: int) -> None:
+        if not 0 <= site < self.num_sites:
+            raise ValueError(f"site must be in [0, {self.num_sites}), got {site}")
+
+
+def _check_sizes(num_sites: int, num_experts: int, num_layers: int, replication: int) -> None:
+    """Refuses sizes for which no placement exists, with sizes that would do."""
+    sizes = {
+        "num_sites": num_sites,
+        "num_experts": num_experts,
+        "num_layers": num_layers,
+        "replication": replication,
+    }
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{name} must be an int, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    if replication > num_sites:
+        raise ValueError(f"replication must be in [1, num_sites = {num_sites}], got {replication}")
+    if num_experts * replication % num_sites:
+        unit = num_sites // gcd(num_sites, replication)
+        works = [r for r in range(1, num_sites + 1) if num_experts * r % num_sites == 0]
+        below, above = num_experts // unit * unit, -(-num_experts // unit) * unit
+        experts = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(
+            f"num_experts * replication must be a multiple of num_sites, so that every site holds "
+            f"the same number; got {num_experts} * {replication} over {num_sites} sites. "
+            f"Possible: replication {', '.join(map(str, works))} with {num_experts} experts, or "
+            f"{experts} experts with replication {replication}"
+        )
+
+
+# -------------------------------------------------------------------------- the cyclic placement
+
+
+def _even_designs(
+    num_sites: int, num_experts: int, num_designs: int, replication: int
+) -> list[list[Owners]]:
+    """Owner sets of all experts for `num_designs` layers; every one evens out the ones before."""
+    total = [[0] * num_sites for _ in range(num_sites)]
+    designs = []
+    for shift in range(num_designs):
+        # Chunks of the cycle 0, 1, .. N-1, 0, ..: every site as often as any other.
+        owners = [
+            {(expert * replication + i + shift) % num_sites for i in range(replication)}
+            for expert in range(num_experts)
+        ]
+        _even_out(owners, total)
+        designs.append([tuple(sorted(sites)) for sites in owners])
+    return designs
+
+
+def _even_out(owners: list[set[int]], total: list[list[int]]) -> None:
+    """Switches sites between experts while that makes the pair counts more even.
+
+    A switch (expert a gives site s to b and gets t) leaves every site its number of experts. What
+    falls is the sum of squared pair counts, those of this layer first, then those of all layers so
+    far, `total`, to which this layer's are added at the end.
+    """
+    sites = range(len(total))
+    layer = [[0] * len(sites) for _ in sites]
+    for holders in owners:
+        for s in holders:
+            for t in holders:
+                layer[s][t] += 1
+
+    def gain(s: int, t: int, with_s: set[int], with_t: set[int]) -> int:
+        change = 0
+        for gains, loses, partners in ((t, s, with_s), (s, t, with_t)):
+            for x in partners:
+                in_layer = layer[gains][x] - layer[loses][x] + 1
+                change += _LAYER_WEIGHT * in_layer
+                change += in_layer + total[gains][x] - total[loses][x]
+        return -change
+
+    work, improved = 0, True
+    while improved:
+        improved = False
+        for a, b in combinations(owners, 2):
+            only_a, only_b = a - b, b - a
+            work += len(only_a) * len(only_b) * len(only_a | only_b)
+            if work > _MOST_WORK:  # large tables are about even as they are
+                improved = False
+                break
+            switches = [(s, t) for s in sorted(only_a) for t in sorted(only_b)]
+            gains = [gain(s, t, only_a - {s}, only_b - {t}) for s, t in switches]
+            if not gains or max(gains) <= 0:
+                continue
+            improved = True
+            s, t = switches[gains.index(max(gains))]
+            for gets, loses, partners in ((t, s, only_a - {s}), (s, t, only_b - {t})):
+                for x in partners:
+                    for site, step in ((gets, 1), (loses, -1)):
+                        layer[site][x] += step
+                        layer[x][site] += step
+            a.symmetric_difference_update((s, t))
+            b.symmetric_difference_update((s, t))
+    for s in sites:
+        for t in sites:
+            total[s][t] += layer[s][t]
+
+
+# -------------------------------------------------------------------------- the random placement
+
+
+def _switched(experts: Sequence[Owners], generator: random.Random) -> tuple[Owners, ...]:
+    """The owner sets after random switches: two experts each give one holder to the other.
+
+    Only `generator.random()` is used: its stream is the same in all versions of Python.
+    """
+
+    def below(bound: int) -> int:
+        return int(generator.random() * bound)
+
+    order = list(experts)
+    for last in range(len(order) - 1, 0, -1):
+        other = below(last + 1)
+        order[last], order[other] = order[other], order[last]
+    table = [list(owners) for owners in order]
+    replication = len(table[0])
+    for _ in range(_SWITCHES_PER_EDGE * len(table) * replication):
+        first, second = table[below(len(table))], table[below(len(table))]
+        i, j = below(replication), below(replication)
+        if first[i] not in second and second[j] not in first:
+            first[i], second[j] = second[j], first[i]
+    return tuple(tuple(sorted(owners)) for owners in table)

@@ -1,0 +1,177 @@
+"""Bytes on the wire, to the byte, without torch: how a meeting cuts its data and what it sends.
+
+All sites of an owner group reduce what they share in buckets. A bucket of n elements is cut into N
+shares of ceil(n / N), one per member (the last ones padded). Reduce-scatter: every member sends
+each other one its share, encoded; all-gather: it sends the encoded sum of its own share to each
+other one. So a member sends 2 (N - 1) encoded shares per bucket. `fomoe_ext.outer` counts what it
+sends; the functions here predict it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from fomoe_ext.placement import Owners, Placement
+
+CODEC_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2}
+"""Bytes per element of each codec."""
+OPTIMIZERS = ("diloco", "fedavg", "local-adamw", "ddp")
+STATUS_BYTES = 128
+"""Before a meeting every site tells every other one, in so many bytes, whether its data are good."""
+NORM_BYTES = 8
+"""A site's part of the squared gradient norm, fp64."""
+
+
+class Sizes(NamedTuple):
+    """Elements of a model: everything but routers and experts; one expert; one router row."""
+
+    dense: int
+    expert: int
+    router_row: int
+
+
+class GroupElements(NamedTuple):
+    """Elements that a site shares with each owner group it belongs to.
+
+    `parameters`: what the outer optimizer moves. `biases`: selection biases, merely averaged.
+    """
+
+    parameters: dict[Owners, int]
+    biases: dict[Owners, int]
+
+
+def wire_bytes(codec: str, numel: int) -> int:
+    """Bytes of `numel` encoded elements. Raises ValueError for an unknown codec."""
+    if codec not in CODEC_BYTES:
+        raise ValueError(f"codec must be one of {', '.join(CODEC_BYTES)}, got {codec!r}")
+    return CODEC_BYTES[codec] * numel
+
+
+def bucket_elements(bucket_bytes: int) -> int:
+    """Elements of a bucket of so many bytes of fp32. Raises ValueError for less than one."""
+    if bucket_bytes < 4:
+        raise ValueError(f"bucket_bytes must be >= 4, got {bucket_bytes}")
+    return bucket_bytes // 4
+
+
+def bucket_sizes(numel: int, bucket_bytes: int) -> list[int]:
+    """Elements of the buckets of `numel` elements: full ones and a last smaller one."""
+    size = bucket_elements(bucket_bytes)
+    return [min(size, numel - start) for start in range(0, numel, size)]
+
+
+def share_elements(numel: int, members: int) -> int:
+    """Elements of a member's share of a bucket: ceil(numel / members)."""
+    return -(-numel // members)
+
+
+def all_gather_bytes(numel: int, members: int, codec: str, bucket_bytes: int) -> int:
+    """Bytes a member sends to give all others its shares of `numel` elements."""
+    shares = (share_elements(n, members) for n in bucket_sizes(numel, bucket_bytes))
+    return (members - 1) * sum(wire_bytes(codec, share) for share in shares)
+
+
+def all_reduce_bytes(numel: int, members: int, codec: str, bucket_bytes: int) -> int:
+    """Bytes a member sends to sum `numel` elements over the group; 0 in a group of one."""
+    return 2 * all_gather_bytes(numel, members, codec, bucket_bytes)
+
+
+def group_elements(
+    placement: Placement,
+    site: int,
+    sizes: Sizes,
+    *,
+    router_scope: Literal["global", "resident"] = "global",
+    selection_bias: bool = False,
+) -> GroupElements:
+    """What a site shares with which owner group, as `OuterSync` lays it out.
+
+    With router_scope "global" all router rows travel with the dense parameters, with "resident"
+    each with its expert. `selection_bias`: whether routers balance by bias (one fp32 per expert).
+    """
+    everyone = tuple(range(placement.num_sites))
+    parameters, biases = Counter({everyone: sizes.dense}), Counter[Owners]()
+    for experts in placement.owners_of:
+        for owners in experts:
+            router_owners = everyone if router_scope == "global" else owners
+            for group, counter, elements in (
+                (owners, parameters, sizes.expert),
+                (router_owners, parameters, sizes.router_row),
+                (router_owners, biases, int(selection_bias)),
+            ):
+                if site in group and elements:
+                    counter[group] += elements
+    return GroupElements(dict(parameters), dict(biases))
+
+
+def moments_due(round_index: int, moment_periods: Sequence[int]) -> int:
+    """How many of the two AdamW moments are averaged in a round; rounds count from 1."""
+    return sum(round_index % period == 0 for period in moment_periods)
+
+
+def round_bytes(
+    elements: GroupElements,
+    num_sites: int,
+    *,
+    optimizer: str,
+    codec: str = "fp32",
+    bucket_bytes: int = 1 << 22,
+    local_steps: int = 1,
+    clip: bool = False,
+    round_index: int = 1,
+    moment_periods: Sequence[int] = (1, 1),
+) -> int:
+    """Bytes a site sends in a round, reshuffles aside; exactly what `OuterSync` counts.
+
+    `local_steps` and `clip` (gradient clipping) matter for "ddp" only, which sends every step;
+    `round_index` (from 1) and `moment_periods` for "local-adamw" only. Raises ValueError for an
+    unknown optimizer or codec.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
+    peers = num_sites - 1
+
+    def reduced(groups: Mapping[Owners, int], codec: str) -> int:
+        return sum(all_reduce_bytes(n, len(g), codec, bucket_bytes) for g, n in groups.items())
+
+    once = reduced(elements.parameters, codec)
+    meeting = peers * STATUS_BYTES + reduced(elements.biases, "fp32")
+    if optimizer == "ddp":
+        step = peers * (STATUS_BYTES + (NORM_BYTES if clip else 0)) + once
+        equalised = sum(
+            all_gather_bytes(n, len(g), "fp32", bucket_bytes)
+            for g, n in elements.parameters.items()
+        )
+        return meeting + local_steps * step + equalised
+    moments = moments_due(round_index, moment_periods) if optimizer == "local-adamw" else 0
+    return meeting + (1 + moments) * once
+
+
+def reshuffle_bytes(
+    placement: Placement,
+    new: Placement,
+    site: int,
+    sizes: Sizes,
+    *,
+    optimizer: str,
+    router_scope: Literal["global", "resident"] = "global",
+    selection_bias: bool = False,
+    outer_momentum: bool | None = None,
+) -> int:
+    """Bytes a site sends when `new` comes into force: fp32, never encoded, and a status.
+
+    An expert travels as its anchor and outer momentum (`outer_momentum` None = as the optimizer has
+    by default: "diloco" only); with router_scope "resident" its router row and bias come along.
+    """
+    if outer_momentum is None:
+        outer_momentum = optimizer == "diloco"
+    copies = 2 if outer_momentum and optimizer != "ddp" else 1
+    elements = sizes.expert
+    bias = 0
+    if router_scope == "resident":
+        elements += sizes.router_row
+        bias = int(selection_bias)
+    moved = sum(t.source == site for t in placement.transfers(new))
+    return (placement.num_sites - 1) * STATUS_BYTES + 4 * moved * (copies * elements + bias)
