@@ -195,7 +195,7 @@ class Placement:
         return self.owners_of[layer][expert]
 
     def resident(self, layer: int, site: int) -> tuple[int, ...]:
-        """The experts of a layer that a site holds, ascending. Raises ValueError for wrong numbers."""
+        """The experts of a layer that a site holds, ascending. ValueError for wrong numbers."""
         self._check_layer_number(layer)
         self._check_site(site)
         return self._residents[layer][site]  # type: ignore[attr-defined,no-any-return]
@@ -239,7 +239,7 @@ class Placement:
         return tuple(result)
 
     def arrivals(self, new: Placement, site: int) -> tuple[Transfer, ...]:
-        """The `transfers` to one site: experts it holds in `new` and not yet, with their senders."""
+        """The `transfers` to one site: experts it holds in `new` and not yet, with senders."""
         self._check_site(site)
         return tuple(t for t in self.transfers(new) if t.target == site)
 

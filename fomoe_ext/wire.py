@@ -19,7 +19,7 @@ CODEC_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2}
 """Bytes per element of each codec."""
 OPTIMIZERS = ("diloco", "fedavg", "local-adamw", "ddp")
 STATUS_BYTES = 128
-"""Before a meeting every site tells every other one, in so many bytes, whether its data are good."""
+"""Before a meeting every site tells every other one in so many bytes that its data are good."""
 NORM_BYTES = 8
 """A site's part of the squared gradient norm, fp64."""
 

@@ -1,0 +1,247 @@
+"""Layout: which piece of which tensor travels with which owner group, the same order everywhere.
+
+A piece is a whole dense tensor, a router row, or one expert's part of a stacked weight. All pieces
+of one owner set form one flat vector; every member has the same pieces at the same places in it,
+whatever rows of its stacked weights they are. The outer optimizer works on that vector, so that
+the members get the same bits even where vector and scalar instructions round differently.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor, nn
+
+from fomoe_ext.outer.codec import Codec
+from fomoe_ext.outer.reduce import SiteGroup, SiteGroups
+from fomoe_ext.placement import Owners, Placement
+
+if TYPE_CHECKING:
+    from fomoe_ext.moe import MoELayer
+
+EXPERT_PARTS = ("expand_weight", "contract_weight")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor, or row `row` of it. Only the values of `contributors` are averaged; all of the
+    owner group, of which they are members, get the mean. `expert` is (layer, expert) for what
+    belongs to an expert: its weights and its router row."""
+
+    key: str
+    tensor: Tensor
+    row: int | None
+    owners: Owners
+    contributors: Owners
+    expert: tuple[int, int] | None = None
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return self.tensor.numel() if self.row is None else self.tensor[self.row].numel()
+
+    def part_of(self, tensor: Tensor) -> Tensor:
+        """This piece's place in a tensor of the same shape (a moment, a gradient), flat."""
+        tensor = tensor.detach()
+        return (tensor if self.row is None else tensor[self.row]).view(-1)
+
+    def values(self) -> Tensor:
+        """A flat view of the piece."""
+        return self.part_of(self.tensor)
+
+
+class Part(NamedTuple):
+    """Elements lo..hi-1 of a piece, which are elements at..at+hi-lo-1 of a range of the layout."""
+
+    piece: Piece
+    lo: int
+    hi: int
+    at: int
+
+    @property
+    def range(self) -> slice:
+        """Where the part is in the range."""
+        return slice(self.at, self.at + self.hi - self.lo)
+
+
+class Layout:
+    """The pieces that travel in one owner group, as one flat vector of `numel` elements."""
+
+    def __init__(self, group: SiteGroup, pieces: Sequence[Piece]) -> None:
+        self.group, self.pieces = group, tuple(pieces)
+        self.starts = [0, *accumulate(piece.numel for piece in pieces)]
+        self.numel = self.starts[-1]
+
+    def parts(self, start: int, stop: int) -> Iterator[Part]:
+        """The parts of pieces that make up elements start..stop-1, in order."""
+        index, here = bisect_right(self.starts, start) - 1, start
+        while here < stop:
+            first, last = self.starts[index], min(stop, self.starts[index + 1])
+            if last > here:
+                yield Part(self.pieces[index], here - first, last - first, here - start)
+                here = last
+            index += 1
+
+    def slices(self) -> Iterator[tuple[Piece, slice]]:
+        """Every piece with its place in the flat vector."""
+        for piece, start, stop in zip(self.pieces, self.starts, self.starts[1:], strict=False):
+            yield piece, slice(start, stop)
+
+
+def find_moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
+    """The MoE layers and their paths in order of appearance."""
+    from fomoe_ext.moe import MoELayer
+
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, MoELayer)]
+
+
+def check_model(model: nn.Module, placement: Placement, site: int) -> None:
+    """Raises ValueError when the model's MoE layers are not those of the placement's site."""
+    layers = find_moe_layers(model)
+    if layers and len(layers) != placement.num_layers:
+        raise ValueError(
+            f"placement must have as many layers as the model has MoE layers, {len(layers)}, got "
+            f"{placement.num_layers}"
+        )
+    for index, (path, layer) in enumerate(layers):
+        if layer.num_experts != placement.num_experts:
+            raise ValueError(
+                f"placement must have the {layer.num_experts} experts of {path}, got "
+                f"{placement.num_experts}"
+            )
+        wanted = placement.resident(index, site)
+        if layer.experts.resident_experts != wanted:
+            raise ValueError(
+                f"{path} must hold the placement's experts of site {site}, {wanted}, it holds "
+                f"{layer.experts.resident_experts}"
+            )
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or not parameter.is_contiguous():
+            raise ValueError(
+                f"parameter {name} must be a contiguous float tensor, got {parameter.dtype} "
+                f"of shape {list(parameter.shape)} and strides {parameter.stride()}"
+            )
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def parameter_pieces(
+    model: nn.Module, placement: Placement, site: int, router_mean: str
+) -> list[Piece]:
+    """Pieces of all trained parameters: dense ones, router rows, experts, in that order."""
+    everyone = tuple(range(placement.num_sites))
+    layers = find_moe_layers(model)
+    special = {id(layer.router.weight) for _, layer in layers}
+    special |= {id(getattr(layer.experts, part)) for _, layer in layers for part in EXPERT_PARTS}
+    pieces = [
+        Piece(name, p, None, everyone, everyone)
+        for name, p in model.named_parameters()
+        if p.requires_grad and id(p) not in special
+    ]
+    for index, (path, layer) in enumerate(layers):
+        if layer.router.weight.requires_grad:
+            key = _join(path, "router.weight")
+            everywhere = layer.router_scope == "global"
+            pieces += _rows(
+                key, layer.router.weight, placement, index, site, everywhere, router_mean
+            )
+    for index, (path, layer) in enumerate(layers):
+        for row, expert in enumerate(layer.experts.resident_experts):
+            owners = placement.owners(index, expert)
+            for part in EXPERT_PARTS:
+                weight = getattr(layer.experts, part)
+                if weight.requires_grad:
+                    key = _join(path, f"experts.{expert}.{part}")
+                    pieces.append(Piece(key, weight, row, owners, owners, (index, expert)))
+    return pieces
+
+
+def bias_pieces(model: nn.Module, placement: Placement, site: int) -> list[Piece]:
+    """Pieces of the selection biases of layers that balance by bias, one per expert.
+
+    With router_scope "global" every site sees the load of all experts: averaged over all.
+    """
+    pieces = []
+    for index, (path, layer) in enumerate(find_moe_layers(model)):
+        if layer.balance == "bias":
+            key = _join(path, "router.selection_bias")
+            bias, everywhere = layer.router.selection_bias, layer.router_scope == "global"
+            pieces += _rows(key, bias, placement, index, site, everywhere, "all")
+    return pieces
+
+
+def _rows(
+    key: str,
+    tensor: Tensor,
+    placement: Placement,
+    layer: int,
+    site: int,
+    everywhere: bool,
+    mean: str,
+) -> Iterator[Piece]:
+    """One piece per expert: of all sites (averaged over holders or all), or of the holders."""
+    everyone = tuple(range(placement.num_sites))
+    for expert in range(placement.num_experts):
+        owners = placement.owners(layer, expert)
+        if everywhere:
+            contributors = owners if mean == "holders" else everyone
+            yield Piece(f"{key}.{expert}", tensor, expert, everyone, contributors)
+        elif site in owners:
+            yield Piece(f"{key}.{expert}", tensor, expert, owners, owners, (layer, expert))
+
+
+def make_layouts(pieces: Iterable[Piece], groups: SiteGroups) -> list[Layout]:
+    """One layout per owner set, in ascending order of the sets, pieces in the given order."""
+    by_owners: dict[Owners, list[Piece]] = {}
+    for piece in pieces:
+        by_owners.setdefault(piece.owners, []).append(piece)
+    return [Layout(groups.group(owners), by_owners[owners]) for owners in sorted(by_owners)]
+
+
+class MeanJob:
+    """Averages a tensor of each piece over its contributors, in place (`reduce.Job`)."""
+
+    summed = True
+
+    def __init__(
+        self, layout: Layout, site: int, codec: Codec, tensor_of: Callable[[Piece], Tensor]
+    ) -> None:
+        self.layout, self.site, self.codec, self._tensor_of = layout, site, codec, tensor_of
+        self.group, self.numel = layout.group, layout.numel
+
+    def read(self, start: int, stop: int, out: Tensor) -> None:
+        for part in self.layout.parts(start, stop):
+            piece = part.piece
+            if self.site in piece.contributors:
+                source = piece.part_of(self._tensor_of(piece))
+                out[part.range].copy_(source[part.lo : part.hi])
+            else:
+                out[part.range].zero_()
+
+    def write(self, start: int, stop: int, total: Tensor) -> None:
+        for part in self.layout.parts(start, stop):
+            piece = part.piece
+            mean = total[part.range].div_(len(piece.contributors))
+            piece.part_of(self._tensor_of(piece))[part.lo : part.hi].copy_(mean)
+
+
+class EqualiseJob(MeanJob):
+    """Gives all members the same values: every share of a bucket as one of them has it."""
+
+    summed = False
+
+    def read(self, start: int, stop: int, out: Tensor) -> None:
+        for part in self.layout.parts(start, stop):
+            source = part.piece.part_of(self._tensor_of(part.piece))
+            out[part.range].copy_(source[part.lo : part.hi])
+
+    def write(self, start: int, stop: int, total: Tensor) -> None:
+        for part in self.layout.parts(start, stop):
+            target = part.piece.part_of(self._tensor_of(part.piece))
+            target[part.lo : part.hi].copy_(total[part.range])

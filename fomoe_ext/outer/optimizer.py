@@ -1,0 +1,156 @@
+"""Outer optimizers, and what an inner optimizer keeps about experts.
+
+* fedavg: parameters become their mean over the holders (McMahan et al., arXiv 1602.05629).
+* diloco: Nesterov SGD on the mean delta, lr 0.7, momentum 0.9 (DiLoCo, arXiv 2311.08105).
+* local-adamw: mean of the parameters and of both AdamW moments (LocalAdam, Cheng & Glasgow 2025),
+  the moments optionally every few rounds only (DES-LOC, arXiv 2505.22549: every 3 and 6).
+* ddp: mean of the gradients before every step; no outer step.
+
+The first three are one rule: anchor -= lr * Nesterov(mean delta), with delta = anchor - local; with
+lr 1 and momentum 0 it is the mean of the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fomoe_ext.checks import finite, one_of
+from fomoe_ext.wire import OPTIMIZERS
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""The names of AdamW's moments in torch.optim's state."""
+_DEFAULTS = {"diloco": (0.7, 0.9)}
+
+
+@dataclass(frozen=True)
+class OuterRule:
+    """The outer step: Nesterov SGD on the anchor."""
+
+    name: str
+    lr: float
+    momentum: float
+
+    @classmethod
+    def make(cls, name: str, lr: float | None = None, momentum: float | None = None) -> OuterRule:
+        """The rule of an outer optimizer; None = its default, 0.7 and 0.9 for diloco, else 1 and 0.
+
+        Raises ValueError for an unknown name, lr <= 0 or a momentum outside [0, 1), TypeError for
+        what is no number.
+        """
+        one_of(OPTIMIZERS, optimizer=name)
+        default_lr, default_momentum = _DEFAULTS.get(name, (1.0, 0.0))
+        lr = default_lr if lr is None else lr
+        momentum = default_momentum if momentum is None else momentum
+        finite(0.0, outer_lr=lr, outer_momentum=momentum)
+        if lr == 0:
+            raise ValueError(f"outer_lr must be > 0, got {lr}")
+        if momentum >= 1:
+            raise ValueError(f"outer_momentum must be in [0, 1), got {momentum}")
+        return cls(name, float(lr), float(momentum))
+
+    def apply_(self, anchor: Tensor, delta: Tensor, momentum: Tensor | None) -> None:
+        """In place, flat fp32: m = mu m + d; anchor -= lr (d + mu m). `delta` is used up.
+
+        Every operation rounds once (no fused multiply-add), so that the bits do not depend on the
+        machine or on where in a tensor an element is.
+        """
+        if momentum is not None:
+            momentum.mul_(self.momentum).add_(delta)
+            delta.add_(momentum * self.momentum)
+        anchor.sub_(delta.mul_(self.lr))
+
+
+def check_adamw(optimizer: torch.optim.Optimizer | None) -> None:
+    """Raises ValueError unless `optimizer` keeps AdamW's two moments, and them alone."""
+    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        raise ValueError(
+            f"optimizer 'local-adamw' needs inner_optimizer to be torch.optim.AdamW or Adam, got "
+            f"{type(optimizer).__name__}"
+        )
+    if any(group.get("amsgrad") for group in optimizer.param_groups):
+        raise ValueError("optimizer 'local-adamw' cannot average the state of amsgrad=True")
+
+
+def missing_moments(optimizer: torch.optim.Optimizer, tensors: Sequence[tuple[str, Tensor]]) -> str:
+    """The name of the first tensor without moments (never stepped), or an empty string."""
+    for name, tensor in tensors:
+        state: dict[str, Any] = optimizer.state.get(tensor, {})
+        if any(moment not in state for moment in MOMENTS):
+            return name
+    return ""
+
+
+@torch.no_grad()
+def move_state_rows(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, sources: Sequence[int | None]
+) -> None:
+    """Row i of all of a parameter's state becomes its old row sources[i]; zeros for None.
+
+    State tensors of the parameter's shape have rows; counters and the like stay.
+    """
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            old = value.clone()
+            for row, source in enumerate(sources):
+                if source is None:
+                    value[row].zero_()
+                else:
+                    value[row].copy_(old[source])
+
+
+class ArrivalWarmup:
+    """Warms up the learning rate of experts that have arrived: of step i of W it is i / W of it.
+
+    Hooks around `optimizer.step()` keep the arrived experts' rows from before the step and take
+    only that share of their change. For optimizers whose change is proportional to the learning
+    rate (SGD, AdamW with its decay, ..) that is exactly a smaller learning rate. Experts are known
+    by (layer, expert), as their rows move at the next reshuffle.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, layers: Sequence[nn.Module]) -> None:
+        """`layers`: the MoE layers (`MoELayer`), in order."""
+        self._layers = layers
+        self.progress: dict[tuple[int, int], tuple[int, int]] = {}
+        """(layer, expert) -> steps taken, steps in all."""
+        self._kept: list[tuple[Tensor, Tensor, float]] = []
+        optimizer.register_step_pre_hook(lambda *_: self._keep())
+        optimizer.register_step_post_hook(lambda *_: self._take_share())
+
+    def start(self, arrived: Sequence[tuple[int, int]], steps: int) -> None:
+        """Begin anew for these experts, forget those that left. 0 or 1 step = no warm-up."""
+        for layer, expert in list(self.progress):
+            if expert not in self._layers[layer].experts.resident_experts:
+                del self.progress[layer, expert]
+        for key in arrived:
+            self.progress.pop(key, None)
+            if steps > 1:
+                self.progress[key] = (0, steps)
+
+    def _rows(self, layer: int, expert: int) -> list[Tensor]:
+        module = self._layers[layer]
+        rows = list(module.experts.expert_weights(expert))
+        if module.router_scope == "resident":
+            rows.append(module.router.weight.detach()[expert])
+        return rows
+
+    def _keep(self) -> None:
+        self._kept = [
+            (row, row.clone(), (done + 1) / steps)
+            for (layer, expert), (done, steps) in self.progress.items()
+            for row in self._rows(layer, expert)
+        ]
+
+    def _take_share(self) -> None:
+        for row, before, share in self._kept:
+            row.copy_(before + share * (row - before))
+        self._kept = []
+        advanced = {key: (done + 1, steps) for key, (done, steps) in self.progress.items()}
+        # The last step has the whole learning rate: nothing is left to do in it.
+        self.progress = {
+            k: (done, steps) for k, (done, steps) in advanced.items() if done < steps - 1
+        }

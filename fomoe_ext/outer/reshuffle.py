@@ -1,0 +1,150 @@
+"""Moving experts between sites when a new placement comes into force."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fomoe_ext.outer import optimizer as opt
+from fomoe_ext.outer.layout import EXPERT_PARTS, Piece, find_moe_layers
+from fomoe_ext.placement import Placement, Transfer
+
+if TYPE_CHECKING:
+    from fomoe_ext.moe import MoELayer
+    from fomoe_ext.outer.sync import OuterSync
+
+_ExpertId = tuple[int, int]  # layer, expert
+
+
+@torch.no_grad()
+def move_experts(sync: OuterSync, new: Placement) -> tuple[tuple[_ExpertId, ...], int]:
+    """Sends and receives experts, layer by layer, and lays `sync` out anew; a collective.
+
+    Returns the experts that arrived at this site, as (layer, expert), and the bytes it sent. An
+    expert travels as one fp32 vector: the anchor of its pieces, their outer momentum, its bias.
+    """
+    transfers = sync.placement.transfers(new)
+    before = _Before(sync)
+    arrived: dict[_ExpertId, Tensor] = {}
+    sent = 0
+    for layer in range(new.num_layers):
+        of_layer = [t for t in transfers if t.layer == layer]
+        if of_layer:
+            vectors, count = _exchange(sync, of_layer, before)
+            arrived |= vectors
+            sent += count
+    for index, (_, module) in enumerate(find_moe_layers(sync.model)):
+        _change_residents(sync, module, new.resident(index, sync.site))
+    sync.adopt_placement(new)
+    before.restore(sync, arrived)
+    return tuple(sorted(arrived)), sent
+
+
+class _Before:
+    """Anchor, outer momentum and pieces of a site before the move."""
+
+    def __init__(self, sync: OuterSync) -> None:
+        self.anchor: dict[str, Tensor] = {}
+        self.momentum: dict[str, Tensor] = {}
+        self.pieces: dict[_ExpertId, list[Piece]] = {}
+        self.biases: dict[_ExpertId, Piece] = {}
+        for index, layout in enumerate(sync.layouts):
+            for piece, place in layout.slices():
+                if sync.anchors:
+                    self.anchor[piece.key] = sync.anchors[index][place]
+                if sync.momenta:
+                    self.momentum[piece.key] = sync.momenta[index][place]
+                if piece.expert is not None:
+                    self.pieces.setdefault(piece.expert, []).append(piece)
+        for layout in sync.bias_layouts:
+            for piece in layout.pieces:
+                if piece.expert is not None:
+                    self.biases[piece.expert] = piece
+
+    def vector(self, expert: _ExpertId) -> Tensor:
+        """All that an expert takes along, flat fp32."""
+        pieces = self.pieces[expert]
+        parts = [self.anchor.get(piece.key, piece.values().float()) for piece in pieces]
+        parts += [self.momentum[piece.key] for piece in pieces if self.momentum]
+        if expert in self.biases:
+            parts.append(self.biases[expert].values())
+        return torch.cat(parts)
+
+    def restore(self, sync: OuterSync, arrived: Mapping[_ExpertId, Tensor]) -> None:
+        """Fills parameters and biases that arrived, and the anchor and momentum of all pieces."""
+        anchor, momentum = dict(self.anchor), dict(self.momentum)
+        here: dict[_ExpertId, list[Piece]] = {}
+        for piece in (p for layout in sync.layouts for p in layout.pieces):
+            if piece.expert in arrived:
+                here.setdefault(piece.expert, []).append(piece)
+        for expert, pieces in here.items():
+            parts = list(arrived[expert].split(self._sizes(pieces, sync)))
+            for piece in pieces:
+                anchor[piece.key] = parts.pop(0)
+                piece.values().copy_(anchor[piece.key])
+            if self.momentum:
+                for piece in pieces:
+                    momentum[piece.key] = parts.pop(0)
+        for piece in (p for layout in sync.bias_layouts for p in layout.pieces):
+            if piece.expert in arrived:
+                piece.values().copy_(arrived[piece.expert][-1:])
+        if sync.rule.name == "ddp":
+            return
+        for layout in sync.layouts:
+            device = layout.pieces[0].tensor.device
+            for target, source in ((sync.anchors, anchor), (sync.momenta, momentum)):
+                if source:
+                    values = [source[piece.key].to(device) for piece in layout.pieces]
+                    target.append(torch.cat(values))
+
+    def _sizes(self, pieces: list[Piece], sync: OuterSync) -> list[int]:
+        """Lengths of the parts of an expert's vector, of which the bias is the last."""
+        numels = [piece.numel for piece in pieces] * (2 if self.momentum else 1)
+        return numels + ([1] if self.biases else [])
+
+
+def _exchange(
+    sync: OuterSync, transfers: list[Transfer], before: _Before
+) -> tuple[dict[_ExpertId, Tensor], int]:
+    """One layer's experts on their way: what arrives here, and the bytes sent."""
+    group, sites = sync.groups.group(sync.groups.everyone), range(sync.placement.num_sites)
+    outgoing = [[t for t in transfers if (t.source, t.target) == (sync.site, s)] for s in sites]
+    incoming = [[t for t in transfers if (t.source, t.target) == (s, sync.site)] for s in sites]
+    layer = transfers[0].layer
+    size = before.vector((layer, sync.placement.resident(layer, sync.site)[0])).numel()
+    vectors = [before.vector((t.layer, t.expert)) for to_site in outgoing for t in to_site]
+    sent = torch.cat(vectors) if vectors else torch.empty(0)
+    sent = sent.to(group.device)
+    received = torch.empty(size * sum(map(len, incoming)), device=group.device)
+    dist.all_to_all_single(
+        received,
+        sent,
+        [size * len(from_site) for from_site in incoming],
+        [size * len(to_site) for to_site in outgoing],
+        group=group.process_group,
+    )
+    order = [(t.layer, t.expert) for from_site in incoming for t in from_site]
+    return dict(zip(order, received.split(size) if order else (), strict=True)), sent.nbytes
+
+
+def _change_residents(sync: OuterSync, layer: MoELayer, residents: tuple[int, ...]) -> None:
+    """The layer's rows and their inner optimizer state move; those of arrivals become zeros."""
+    experts, optimizer = layer.experts, sync.inner_optimizer
+    assert optimizer is not None
+    old = experts.resident_experts
+    if residents == old:
+        return
+    arrived = [e for e in residents if e not in old]
+    blank = [torch.zeros_like(getattr(experts, part)[0]) for part in EXPERT_PARTS]
+    layer.set_resident_experts(residents, dict.fromkeys(arrived, (blank[0], blank[1])))
+    sources = [old.index(e) if e in old else None for e in residents]
+    for part in EXPERT_PARTS:
+        opt.move_state_rows(optimizer, getattr(experts, part), sources)
+        getattr(experts, part).grad = None
+    if layer.router_scope == "resident":
+        rows = [None if e in arrived else e for e in range(layer.num_experts)]
+        opt.move_state_rows(optimizer, layer.router.weight, rows)
