@@ -2,6 +2,7 @@
 #include <atomic>
 
 #include "grouped.h"
+#include "huge_pages.h"
 
 namespace fomoe::cpu {
 
@@ -16,6 +17,10 @@ char* at(void* base, DType dtype, int64_t element) {
 }
 const char* at(const void* base, DType dtype, int64_t element) {
   return static_cast<const char*>(base) + element * size_of(dtype);
+}
+
+void expect_rows(void* out, DType dtype, int64_t rows, int64_t width) {
+  prefer_huge_pages(out, rows * width * size_of(dtype));
 }
 
 template <class Epilogue>
@@ -46,6 +51,9 @@ void expand(const ExpandArgs& args) {
                          .halves = halves};
   const auto items =
       items_by_rows(gemm_kernels(), args.offsets, args.residents, n, halves, args.hidden);
+  const int64_t rows = args.offsets[args.residents];
+  expect_rows(args.act, args.dtype, rows, n);
+  expect_rows(args.preact, args.dtype, rows, halves * n);
   run_all(p, items, [&](const GemmKernels& g, const Item& item, Block block, int64_t row,
                         int64_t up_column) {
     const int64_t column = item.columns.begin;
@@ -68,6 +76,7 @@ void contract(const ContractArgs& args) {
                          .halves = 1};
   const auto items = items_by_rows(gemm_kernels(), args.offsets, args.residents, args.hidden, 1,
                                    args.expert_size);
+  expect_rows(args.rows, args.dtype, args.offsets[args.residents], args.hidden);
   run_all(p, items,
           [&](const GemmKernels& g, const Item& item, Block block, int64_t row, int64_t) {
             g.store(args.dtype, block,
@@ -87,6 +96,7 @@ void grouped_rows(const GroupedRowsArgs& args) {
                          .halves = 1};
   const auto items =
       items_by_rows(gemm_kernels(), args.offsets, args.residents, args.out, 1, args.in);
+  expect_rows(args.rows_out, args.dtype, args.offsets[args.residents], args.out);
   run_all(p, items,
           [&](const GemmKernels& g, const Item& item, Block block, int64_t row, int64_t) {
             g.store(args.dtype, block,
@@ -110,6 +120,8 @@ void contract_backward(const ContractBackwardArgs& args) {
   // leave partial sums, added in order below.
   const int64_t width = item_columns(gemm_kernels(), n, 1, args.hidden);
   const int64_t rows = args.offsets[args.residents], parts = ceil_div(n, width);
+  expect_rows(args.grad_preact, args.dtype, rows, preact_width);
+  expect_rows(args.scaled_act, args.dtype, rows, n);
   std::unique_ptr<float[]> partial(new float[size_t(std::max<int64_t>(rows * parts, 1))]);
   run_all(p, items,
           [&](const GemmKernels& g, const Item& item, Block block, int64_t row, int64_t) {
@@ -145,6 +157,7 @@ void weight_grad(const WeightGradArgs& args) {
                          .b_expert_bytes = 0,
                          .columns = args.right_size,
                          .halves = 1};
+  expect_rows(args.grad_weight, args.dtype, args.residents * args.left_size, args.right_size);
   const int64_t width = item_columns(g, args.right_size, 1, 0);
   std::vector<Item> items;
   for (int32_t e = 0; e < args.residents; ++e)
