@@ -19,6 +19,9 @@ from fomoe_ext import wire
 from fomoe_ext.outer.codec import Codec
 from fomoe_ext.placement import Owners
 
+# The name since torch 2.13, which warns of the old one.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class SiteGroup:
     """The sites of one owner set and their process group (None for a single site)."""
@@ -161,9 +164,7 @@ class _Course:
             bucket, own = self._to_gather
             self._to_gather = None
             gathered = own.new_empty(group.size * own.numel())
-            handle = dist.all_gather_into_tensor(
-                gathered, own, group=group.process_group, async_op=True
-            )
+            handle = _all_gather(gathered, own, group=group.process_group, async_op=True)
             self.bytes_sent += (group.size - 1) * own.nbytes
             self._gathering = bucket, gathered, own, handle
 
@@ -217,7 +218,7 @@ def share_statuses(group: SiteGroup, message: str) -> tuple[list[str], int]:
     own[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else 0
     own = own.to(group.device)
     gathered = own.new_empty(group.size * own.numel())
-    dist.all_gather_into_tensor(gathered, own, group=group.process_group)
+    _all_gather(gathered, own, group=group.process_group)
     rows = gathered.cpu().view(group.size, -1)
     texts = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows]
     return texts, (group.size - 1) * own.nbytes
@@ -229,5 +230,5 @@ def sum_floats(group: SiteGroup, value: float) -> tuple[float, int]:
         return value, 0
     own = torch.tensor([value], dtype=torch.float64, device=group.device)
     gathered = own.new_empty(group.size)
-    dist.all_gather_into_tensor(gathered, own, group=group.process_group)
+    _all_gather(gathered, own, group=group.process_group)
     return sum(gathered.tolist()), (group.size - 1) * own.nbytes

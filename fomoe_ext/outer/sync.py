@@ -547,7 +547,7 @@ class _DeltaJob:
                 local = part.piece.values()[part.lo : part.hi]
                 # What the local steps began from: the anchor as the parameter's type holds it.
                 begun = anchor[part.range].to(local.dtype).float()
-                delta[part.range] = begun.sub_(local.float())
+                torch.sub(begun, local.float(), out=delta[part.range])
         out.copy_(delta)
 
     def write(self, start: int, stop: int, total: Tensor) -> None:

@@ -1,0 +1,221 @@
+"""Codecs, and sums over owner groups in real Gloo processes, against fp64 and the byte formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from outer_model import bits, noise
+from sites import pool
+from torch import Tensor
+
+from fomoe_ext import wire
+from fomoe_ext.outer.codec import Bf16Codec, Fp32Codec, get_codec
+from fomoe_ext.outer.reduce import SiteGroups, run_jobs, share_statuses, sum_floats
+from fomoe_ext.placement import Placement
+
+# ----------------------------------------------------------------------------------------- codecs
+
+
+def nearest_even_bf16(values: Tensor) -> Tensor:
+    """Rounding by its definition on the bits, without torch's conversion; no NaN."""
+    raw = values.numpy().view(np.uint32).astype(np.uint64)
+    raw += 0x7FFF + ((raw >> 16) & 1)
+    return torch.from_numpy((raw & 0xFFFF0000).astype(np.uint32).view(np.float32).copy())
+
+
+@pytest.mark.parametrize("numel", [0, 1, 2, 3, 1000])
+def test_codecs_keep_what_they_promise(numel: int) -> None:
+    values = noise("codec", numel) * 10.0 ** noise("exponent", numel).mul(4).round()
+    for codec, wanted in ((Fp32Codec(), values), (Bf16Codec(), nearest_even_bf16(values))):
+        payload = codec.encode(values)
+        assert payload.dtype == torch.uint8 and payload.dim() == 1
+        assert payload.numel() == codec.wire_bytes(numel) == wire.wire_bytes(codec.name, numel)
+        assert bits(codec.decode(payload)) == bits(wanted)
+
+
+def test_bf16_rounds_ties_to_even() -> None:
+    ties = torch.tensor([1.0 + 2**-8, 1.0 + 3 * 2**-8, -1.0 - 2**-8, 2**-126 * 1.5, 3.4e38])
+    wanted = torch.tensor([1.0, 1.0 + 2**-6, -1.0, 2**-126 * 1.5, float("inf")])
+    codec = Bf16Codec()
+    assert torch.equal(codec.decode(codec.encode(ties)), wanted)
+
+
+def test_sum_is_in_rank_order_and_leaves_payloads() -> None:
+    # In fp32 (1 + 1e8) - 1e8 is 0 and 1 + (1e8 - 1e8) is 1: the order shows.
+    codec = Fp32Codec()
+    payloads = [codec.encode(torch.tensor([v])) for v in (1.0, 1e8, -1e8)]
+    assert codec.decode_sum(payloads).tolist() == [0.0]
+    assert codec.decode_sum(payloads[::-1]).tolist() == [1.0]
+    assert codec.decode(payloads[0]).tolist() == [1.0]
+
+
+def test_codecs_refuse_bad_input() -> None:
+    for value in (torch.zeros(2, dtype=torch.float64), torch.zeros(2, 2)):
+        with pytest.raises(ValueError, match="flat float32"):
+            Bf16Codec().encode(value)
+    for payload in (torch.zeros(4), torch.zeros(2, 2, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="flat uint8"):
+            Fp32Codec().decode(payload)
+    with pytest.raises(ValueError, match="multiple of 4 bytes, got 3"):
+        Fp32Codec().decode(torch.zeros(3, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="must not be empty"):
+        Fp32Codec().decode_sum([])
+    with pytest.raises(ValueError, match="codec must be one of fp32, bf16, got 'int3'"):
+        get_codec("int3")
+    with pytest.raises(ValueError, match="codec must be one of"):
+        wire.wire_bytes("int3", 4)
+    codec = Bf16Codec()
+    assert get_codec(codec) is codec
+
+
+# ------------------------------------------------------------------------------------------- sums
+
+
+class VectorJob:
+    """A job that sums a vector and marks what it has read and written."""
+
+    def __init__(self, group: Any, codec: str, vector: Tensor, summed: bool = True) -> None:
+        self.group, self.codec, self.summed = group, get_codec(codec), summed
+        self.vector, self.numel = vector, vector.numel()
+        self.result = torch.full_like(vector, float("nan"))
+        self.reads, self.writes = torch.zeros(self.numel), torch.zeros(self.numel)
+
+    def read(self, start: int, stop: int, out: Tensor) -> None:
+        assert out.shape == (stop - start,)
+        out.copy_(self.vector[start:stop])
+        self.reads[start:stop] += 1
+
+    def write(self, start: int, stop: int, total: Tensor) -> None:
+        assert total.shape == (stop - start,)
+        self.result[start:stop] = total
+        self.writes[start:stop] += 1
+
+
+def contribution(owners: tuple[int, ...], site: int, numel: int) -> Tensor:
+    return noise(("vector", owners, site), numel)
+
+
+def sum_everything(
+    site: int, num_sites: int, numel: int, codec: str, bucket_bytes: int, summed: bool
+) -> tuple[dict[tuple[int, ...], Tensor], int]:
+    """Sums a vector in every group of every size that the site is in, all at once."""
+    groups = SiteGroups(num_sites, site, timeout_s=20)
+    sets = {owners for r in range(1, num_sites + 1) for owners in owner_sets(num_sites, r)}
+    groups.create(sets)
+    jobs = [
+        VectorJob(groups.group(o), codec, contribution(o, site, numel + len(o)), summed)
+        for o in sorted(sets)
+        if site in o and (summed or len(o) > 1)
+    ]
+    sent = run_jobs(jobs, bucket_bytes)
+    for job in jobs:
+        assert bool((job.reads == 1).all()) and bool((job.writes == 1).all())
+    return {job.group.owners: job.result for job in jobs}, sent
+
+
+def owner_sets(num_sites: int, replication: int) -> set[tuple[int, ...]]:
+    return set(Placement.cyclic(num_sites, 12, 2, replication).owner_sets())
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16"])
+@pytest.mark.parametrize(("numel", "bucket_bytes"), [(0, 64), (1, 4), (61, 64), (200, 4096)])
+@pytest.mark.parametrize("num_sites", [1, 2, 3, 4])
+def test_sums_are_right_and_equal(
+    num_sites: int, numel: int, bucket_bytes: int, codec: str
+) -> None:
+    answers = pool().run(num_sites, sum_everything, numel, codec, bucket_bytes, True)
+    rounding = {"fp32": 2**-22, "bf16": 2**-7}[codec]
+    for site, (results, sent) in enumerate(answers):
+        expected_bytes = 0
+        for owners, result in results.items():
+            values = [contribution(owners, s, numel + len(owners)) for s in owners]
+            exact = torch.stack(values).double().sum(0)
+            # Two roundings: of every value and of the sum.
+            room = rounding * torch.stack(values).double().abs().sum(0)
+            if len(owners) > 1:
+                assert bool(((result.double() - exact).abs() <= room).all())
+            else:
+                assert bits(result) == bits(values[0])  # nothing is encoded in a group of one
+            assert bits(result) == bits(answers[owners[0]][0][owners])
+            size = len(owners)
+            for start in range(0, numel + size, bucket_bytes // 4):
+                bucket = min(bucket_bytes // 4, numel + size - start)
+                share = -(-bucket // size)
+                expected_bytes += 2 * (size - 1) * share * {"fp32": 4, "bf16": 2}[codec]
+        assert sent == expected_bytes, site
+        assert sent == sum(
+            wire.all_reduce_bytes(numel + len(o), len(o), codec, bucket_bytes) for o in results
+        )
+
+
+@pytest.mark.parametrize("num_sites", [2, 3, 4])
+def test_shares_are_handed_round(num_sites: int) -> None:
+    answers = pool().run(num_sites, sum_everything, 61, "fp32", 64, False)
+    for results, sent in answers:
+        for owners, result in results.items():
+            values = [contribution(owners, s, 61 + len(owners)) for s in owners]
+            wanted = torch.empty_like(result)
+            for start in range(0, result.numel(), 16):
+                stop = min(start + 16, result.numel())
+                share = -(-(stop - start) // len(owners))
+                for rank, value in enumerate(values):
+                    part = slice(start + rank * share, min(stop, start + (rank + 1) * share))
+                    wanted[part] = value[part]
+            assert bits(result) == bits(wanted)
+        assert sent == sum(wire.all_gather_bytes(61 + len(o), len(o), "fp32", 64) for o in results)
+
+
+def tell(site: int, num_sites: int) -> tuple[Any, Any]:
+    group = SiteGroups(num_sites, site, timeout_s=20).group(tuple(range(num_sites)))
+    text = "" if site == 0 else f"grüße von {site} " + "x" * (500 if site == 1 else 0)
+    return share_statuses(group, text), sum_floats(group, 0.1 * (site + 1))
+
+
+def test_statuses_and_numbers_are_shared() -> None:
+    answers = pool().run(3, tell)
+    for (texts, sent), (total, number_bytes) in answers:
+        assert texts[0] == "" and texts[2] == "grüße von 2 "
+        assert texts[1].startswith("grüße von 1 x") and len(texts[1].encode()) == wire.STATUS_BYTES
+        assert sent == 2 * wire.STATUS_BYTES and number_bytes == 2 * wire.NORM_BYTES
+        assert total == 0.1 + 0.2 + 0.1 * 3
+    assert pool().run(1, tell) == [(([""], 0), (0.1, 0))]
+
+
+def wrong_worlds(site: int, num_sites: int) -> list[str]:
+    messages = []
+    for wanted_sites, wanted_site in ((num_sites + 1, site), (num_sites, 1 - site)):
+        try:
+            SiteGroups(wanted_sites, wanted_site)
+        except RuntimeError as error:
+            messages.append(str(error))
+    groups = SiteGroups(num_sites, site, timeout_s=20)
+    groups.create([(0,), (1,)])
+    try:
+        groups.group((1 - site,))
+    except KeyError as error:
+        messages.append(str(error))
+    return messages
+
+
+def test_wrong_worlds_are_refused() -> None:
+    for site, messages in enumerate(pool().run(2, wrong_worlds)):
+        assert f"this is rank {site} of 2" in messages[0] and "must be rank" in messages[1]
+        assert f"site {site} has no group of the sites ({1 - site},)" in messages[2]
+    with pytest.raises(RuntimeError, match="must be initialised before 2 sites can meet"):
+        SiteGroups(2, 0)
+    for arguments, message in (
+        ((0, 0), "num_sites must be >= 1"),
+        ((2, 2), r"site must be in \[0, 2\), got 2"),
+        ((1, 0, 0.0), "timeout_s must be > 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SiteGroups(*arguments)
+
+
+def test_buckets_of_no_element_are_refused() -> None:
+    with pytest.raises(ValueError, match="bucket_bytes must be >= 4, got 3"):
+        wire.bucket_sizes(5, 3)
+    assert wire.bucket_sizes(5, 8) == [2, 2, 1] and wire.bucket_sizes(0, 8) == []
