@@ -4,7 +4,7 @@ A checkpoint is a folder:
 
     model-00001-of-00004.safetensors ...   the global model; every tensor written by one site
     model.safetensors.index.json           which file holds which tensor
-    state-00000.pt ...                     one per site: optimizer, outer state, random state, data
+    state-00000.pt ...                     one per site: optimizer, outer state, data, counts
     manifest.json                          written last: round, sizes and SHA-256 of all files
 
 It is written under a temporary name and renamed when all of it is there, so a folder with its final
@@ -248,13 +248,17 @@ def _check_file(path: Path, name: str, entry: FileEntry, content: bool) -> None:
         raise CheckpointError(f"checkpoint {path}: the content of {name} is damaged")
 
 
+def require_whole(path: Path, site: int | None = None) -> None:
+    """Raises CheckpointError unless manifest and files (all, or one site's) are there, in size."""
+    for name, entry in read_manifest(path).files.items():
+        if site is None or entry.site == site:
+            _check_file(path, name, entry, content=False)
+
+
 def is_whole(path: Path, site: int | None = None) -> bool:
-    """Whether manifest and files (all, or one site's) are there in their right sizes."""
+    """Whether `require_whole` has nothing to say."""
     try:
-        manifest = read_manifest(path)
-        for name, entry in manifest.files.items():
-            if site is None or entry.site == site:
-                _check_file(path, name, entry, content=False)
+        require_whole(path, site)
     except CheckpointError:
         return False
     return True
@@ -265,6 +269,18 @@ def list_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name) and p.is_dir())
+
+
+def why_none(folder: Path) -> str:
+    """What is wrong with the newest checkpoint of a folder: "" or a text in brackets."""
+    found = list_checkpoints(folder)
+    if not found:
+        return " (it has none)"
+    try:
+        require_whole(found[-1])
+    except CheckpointError as error:
+        return f" ({error})"
+    return ""
 
 
 def newest_common(folder: Path, site: int, num_sites: int) -> Path | None:

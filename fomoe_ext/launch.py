@@ -37,6 +37,13 @@ class _Site:
     log: Path | None
 
 
+def cores() -> int:
+    """The cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def site_environment(
     site: int, num_sites: int, rendezvous: str, base: Mapping[str, str]
 ) -> dict[str, str]:
@@ -49,7 +56,7 @@ def site_environment(
         LOCAL_WORLD_SIZE=str(num_sites),
     )
     env[RENDEZVOUS] = rendezvous
-    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_sites)))
+    env.setdefault("OMP_NUM_THREADS", str(max(1, cores() // num_sites)))
     if sys.platform == "linux":
         # All sites are here: do not depend on this machine's name or outer interfaces.
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")

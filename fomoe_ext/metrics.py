@@ -15,6 +15,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fomoe_ext.files import write_text
+
 _REFRESH_S = 0.2
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -71,14 +73,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _tensorboard(folder: Path) -> Any:
+def rewind_metrics(path: Path, step: int) -> None:
+    """Drop the records of later steps than `step`, which a resumed job is going to write again."""
+    if path.exists():
+        records = [r for r in read_metrics(path) if r.get("step", 0) <= step]
+        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _tensorboard(folder: Path, first_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise RuntimeError(
             "TensorBoard is not installed: `pip install tensorboard`, or give --no-tensorboard"
         ) from error
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
 
 class RunLog:
@@ -96,7 +105,7 @@ class RunLog:
     ) -> None:
         self.console = console or Console()
         self._file = MetricsFile(run_dir / "metrics.jsonl")
-        self._board = _tensorboard(run_dir / "tensorboard") if tensorboard else None
+        self._board = _tensorboard(run_dir / "tensorboard", first_step) if tensorboard else None
         self._total_rounds, self._local_steps = total_rounds, local_steps
         self._shown = 0.0
         self._round_note = ""

@@ -1,20 +1,161 @@
-"""The cost model of a job: bytes sent, memory and arithmetic of each site. Needs no torch.
+"""The cost model of a job: bytes sent, memory, arithmetic and time of each site. Needs no torch.
 
-Bytes are exact: `round_bytes` is what `OuterSync` counts where it sends. Memory counts parameters,
-gradients, optimizer and outer state, not activations. The paper's own formulas (arXiv 2606.19025,
-section on cost models) are the functions that begin with `paper_`.
+Bytes are exact: `meeting_bytes` and `moved_bytes` are what the training job counts where it sends.
+Memory counts parameters, gradients, optimizer and outer state, not activations. Time is a model: a
+link of a bandwidth and a latency, a site of so many FLOP/s. The paper's own formulas (arXiv
+2606.19025, section on cost models) are the functions that begin with `paper_`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-from fomoe_ext.config import ModelConfig, ParameterCounts, count_parameters, expert_parameters
+from fomoe_ext import wire
+from fomoe_ext.config import (
+    ModelConfig,
+    ParameterCounts,
+    TrainConfig,
+    count_parameters,
+    expert_parameters,
+)
 from fomoe_ext.placement import Placement
 
 FLOAT_BYTES = 4
 """Parameters, gradients, moments, anchor and momentum are fp32."""
+
+
+class RoundNote(NamedTuple):
+    """What every site tells every other one before a meeting, a fp64 each.
+
+    stop: 1 when it was asked to stop. steps: local steps it has taken in all. loss: its sum over
+    the round's steps, nats per token. rows and slots: of the round.
+    """
+
+    stop: float
+    steps: float
+    loss: float
+    rows: float
+    slots: float
+
+
+NOTE_BYTES = 8 * len(RoundNote._fields)
+
+
+# ------------------------------------------------------------------------------------- placement
+
+
+def read_placement(path: Path, num_sites: int) -> Placement:
+    """The placement in a JSON file, a table [layer][expert] -> list of sites.
+
+    Raises FileNotFoundError for a missing file, ValueError for what is no valid table.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"placement_file {path} does not exist") from None
+    except (ValueError, IsADirectoryError) as error:
+        raise ValueError(f"placement_file {path} is not a JSON file: {error}") from None
+    try:
+        return Placement.from_table(table, num_sites)
+    except ValueError as error:
+        raise ValueError(f"placement_file {path}: {error}") from None
+
+
+def job_placement(config: TrainConfig, epoch: int = 0) -> Placement:
+    """The placement a job begins with, or a random one after `epoch` reshuffles.
+
+    Raises ValueError for an impossible one, or a table that is not of the model's layers and
+    experts; FileNotFoundError for a missing table.
+    """
+    sites, model = config.sites, config.model
+    sizes = (sites.sites, model.num_experts, model.num_layers, sites.replication)
+    if sites.placement_file is not None:
+        placement = read_placement(sites.placement_file, sites.sites)
+        wanted = (model.num_layers, model.num_experts, sites.replication)
+        found = (placement.num_layers, placement.num_experts, placement.replication)
+        if wanted != found:
+            raise ValueError(
+                f"placement_file {sites.placement_file} must have (num_layers, num_experts, "
+                f"replication) = {wanted}, got {found}"
+            )
+        return placement
+    if sites.placement == "random":
+        return Placement.random(*sizes, seed=config.run.seed, epoch=epoch)
+    return Placement.cyclic(*sizes)
+
+
+def full_replica(config: TrainConfig) -> TrainConfig:
+    """The same job with every expert on every site."""
+    sites = dataclasses.replace(
+        config.sites,
+        replication=config.sites.sites,
+        placement="cyclic",
+        placement_file=None,
+        reshuffle_rounds=0,
+    )
+    return dataclasses.replace(config, sites=sites)
+
+
+# ----------------------------------------------------------------------------------------- bytes
+
+
+def model_sizes(model: ModelConfig) -> wire.Sizes:
+    """Elements of the dense parameters, of one expert and of one router row."""
+    return wire.Sizes(count_parameters(model).dense, expert_parameters(model), model.hidden_size)
+
+
+def _elements(config: TrainConfig, placement: Placement, site: int) -> wire.GroupElements:
+    return wire.group_elements(
+        placement,
+        site,
+        model_sizes(config.model),
+        router_scope=config.model.router_scope,
+        selection_bias=config.model.balance == "bias",
+    )
+
+
+def meeting_bytes(config: TrainConfig, placement: Placement, site: int) -> int:
+    """Bytes a site sends in a round, in its meeting (with ddp: in all its steps) and before it."""
+    return (placement.num_sites - 1) * NOTE_BYTES + wire.round_bytes(
+        _elements(config, placement, site),
+        placement.num_sites,
+        optimizer=config.outer.optimizer,
+        codec=config.outer.codec,
+        bucket_bytes=config.outer.bucket_bytes,
+        local_steps=config.run.local_steps,
+        clip=config.inner.grad_clip > 0,
+    )
+
+
+def moved_bytes(config: TrainConfig, placement: Placement, new: Placement, site: int) -> int:
+    """Bytes a site sends when a new placement comes into force."""
+    return wire.reshuffle_bytes(
+        placement,
+        new,
+        site,
+        model_sizes(config.model),
+        optimizer=config.outer.optimizer,
+        router_scope=config.model.router_scope,
+        selection_bias=config.model.balance == "bias",
+        outer_momentum=config.outer.resolved_momentum > 0,
+    )
+
+
+def full_replica_bytes(config: TrainConfig, rounds: int) -> int:
+    """Bytes a site would send in `rounds` rounds of the same job with all experts everywhere."""
+    replica = full_replica(config)
+    return rounds * meeting_bytes(replica, job_placement(replica), 0)
+
+
+def ddp_bytes(config: TrainConfig, steps: int) -> int:
+    """Bytes a site would send in `steps` steps of plain DDP: all gradients, fp32, every step."""
+    total = count_parameters(config.model).total
+    sites, bucket = config.sites.sites, config.outer.bucket_bytes
+    return steps * wire.all_reduce_bytes(total, sites, "fp32", bucket)
 
 
 # ----------------------------------------------------------------------------------------- memory
@@ -51,21 +192,24 @@ def site_memory(
     *,
     optimizer: str = "diloco",
     inner_optimizer: str = "adamw",
+    outer_momentum: float | None = None,
 ) -> SiteMemory:
     """Bytes of parameters and state on a site; `placement` None = a full replica.
 
-    `optimizer` as in `OuterConfig`: ddp needs no anchor, diloco keeps a momentum, local-adamw an
-    anchor of both moments too. `inner_optimizer` adamw keeps two moments, sgd one.
+    `optimizer` as in `OuterConfig`: ddp needs no anchor; with outer momentum (None = the default,
+    diloco alone has it) the others keep that too. `inner_optimizer` adamw keeps two moments, sgd
+    one.
     """
     _one_of("optimizer", optimizer, ("diloco", "fedavg", "local-adamw", "ddp"))
     _one_of("inner_optimizer", inner_optimizer, ("adamw", "sgd"))
+    momentum = optimizer == "diloco" if outer_momentum is None else outer_momentum > 0
     unit = FLOAT_BYTES * site_parameters(model, placement, site).total
     return SiteMemory(
         parameters=unit,
         gradients=unit,
         inner_state=unit * (2 if inner_optimizer == "adamw" else 1),
         anchor=0 if optimizer == "ddp" else unit,
-        outer_state=unit if optimizer == "diloco" else 0,
+        outer_state=unit if momentum and optimizer != "ddp" else 0,
     )
 
 
@@ -119,6 +263,103 @@ def flops_per_token(model: ModelConfig, resident_share: float = 1.0) -> TokenFlo
         shared_experts=layers * 2.0 * per_unit * model.shared_expert_size,
         unembedding=2.0 * model.vocab_size * width,
     )
+
+
+# ------------------------------------------------------------------------------------------ time
+
+
+class Link(NamedTuple):
+    """A site's connection to the others: bits per second it can send, seconds of latency."""
+
+    bandwidth: float
+    latency: float
+
+
+class RoundCost(NamedTuple):
+    """What a round costs a site.
+
+    local_s: seconds of arithmetic. meeting_s: seconds of sending. bytes_sent. memory: bytes, as
+    `SiteMemory.total`. flops: of all local steps. waits: exchanges one after the other, each of
+    which costs a latency.
+    """
+
+    local_s: float
+    meeting_s: float
+    bytes_sent: int
+    memory: int
+    flops: float
+    waits: int
+
+    @property
+    def utilization(self) -> float:
+        """Share of the time in local steps, 0..1."""
+        return self.local_s / (self.local_s + self.meeting_s)
+
+
+def meeting_waits(config: TrainConfig, placement: Placement, site: int) -> int:
+    """Exchanges that a site waits for one after the other in a round.
+
+    A note, a status, then a tick per bucket of the largest owner group and one more (all groups
+    advance together); ddp has a status and the ticks in every step.
+    """
+    elements = _elements(config, placement, site).parameters
+    size = wire.bucket_elements(config.outer.bucket_bytes)
+    ticks = max((-(-n // size) + 1 for g, n in elements.items() if len(g) > 1), default=0)
+    if config.outer.optimizer == "ddp":
+        clip = config.inner.grad_clip > 0
+        return 2 + ticks + config.run.local_steps * (1 + clip + ticks)
+    return 2 + ticks
+
+
+def round_cost(
+    config: TrainConfig, placement: Placement, link: Link, flops_per_s: float, site: int = 0
+) -> RoundCost:
+    """The cost of a round of a job: local steps, then the meeting, without overlap.
+
+    `flops_per_s`: what a site reaches in training. With `reshuffle_rounds` the experts moved by one
+    reshuffle are spread over its rounds. Raises ValueError unless bandwidth and `flops_per_s` are
+    positive and the latency is not negative.
+    """
+    if not (link.bandwidth > 0 and link.latency >= 0 and flops_per_s > 0):
+        raise ValueError(
+            f"bandwidth and flops_per_s must be > 0 and latency >= 0, got {link.bandwidth}, "
+            f"{flops_per_s} and {link.latency}"
+        )
+    sent, waits = meeting_bytes(config, placement, site), meeting_waits(config, placement, site)
+    every = config.sites.reshuffle_rounds
+    if every:
+        new = job_placement(config, 1)
+        sent += moved_bytes(config, placement, new, site) // every
+    share = placement.replication / placement.num_sites
+    tokens = config.inner.batch_size * config.model.seq_len * config.run.local_steps
+    flops = tokens * flops_per_token(config.model, share).training
+    memory = site_memory(
+        config.model,
+        placement,
+        site,
+        optimizer=config.outer.optimizer,
+        inner_optimizer=config.inner.inner_optimizer,
+        outer_momentum=config.outer.resolved_momentum,
+    )
+    return RoundCost(
+        local_s=flops / flops_per_s,
+        meeting_s=8 * sent / link.bandwidth + waits * link.latency,
+        bytes_sent=sent,
+        memory=memory.total,
+        flops=flops,
+        waits=waits,
+    )
+
+
+def bandwidth_needed(cost: RoundCost, utilization: float, latency: float) -> float | None:
+    """Bits per second for a share `utilization` of the time in local steps; None = not by any.
+
+    Raises ValueError unless 0 < utilization < 1.
+    """
+    if not 0 < utilization < 1:
+        raise ValueError(f"utilization must be in (0, 1), got {utilization}")
+    left = cost.local_s * (1 - utilization) / utilization - cost.waits * latency
+    return 8 * cost.bytes_sent / left if left > 0 else None
 
 
 # ------------------------------------------------------------------------------ the paper's model

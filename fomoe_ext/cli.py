@@ -1,0 +1,77 @@
+"""The `fomoe` command: train, plan, info. Needs no torch until a command does."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from fomoe_ext.version import VERSION
+
+_USAGE = """usage: fomoe COMMAND [flags]
+
+commands:
+  train   train a language model across sites, by default four on this machine
+  plan    what a job costs: bytes, memory, FLOPs and seconds per round and site
+  info    what this build is, what this machine has, which kernels would run
+
+`fomoe COMMAND --help` tells a command's flags. `fomoe --version` tells the version."""
+
+
+def train(arguments: Sequence[str]) -> int:
+    """`fomoe train`: one process per site on this machine; returns the exit code."""
+    from fomoe_ext.config_io import save_config
+    from fomoe_ext.launch import launch
+    from fomoe_ext.runs import check_folder, job_config
+
+    config = job_config(arguments)
+    check_folder(config)
+    run_dir = config.run.run_dir
+    assert run_dir is not None
+    with tempfile.TemporaryDirectory(prefix="fomoe-") as folder:
+        settled = Path(folder) / "config.toml"
+        save_config(config, settled)
+        return launch(["--config", str(settled)], config.sites.sites, run_dir / "logs")
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """`fomoe plan`: the cost model of a job; returns the exit code."""
+    from fomoe_ext.plan_report import main as plan_main
+
+    return plan_main(arguments)
+
+
+def info(arguments: Sequence[str]) -> int:
+    """`fomoe info`: build, machine and kernels; returns the exit code."""
+    from fomoe_ext.info import main as info_main
+
+    return info_main(arguments)
+
+
+_COMMANDS = {"train": train, "plan": plan, "info": info}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `fomoe COMMAND [flags]` and returns its exit code: 2, with a line on stderr, for bad
+    arguments."""
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_USAGE)
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(VERSION)
+        return 0
+    command = _COMMANDS.get(args[0])
+    if command is None:
+        print(f"fomoe: unknown command {args[0]!r}\n\n{_USAGE}", file=sys.stderr)
+        return 2
+    try:
+        return command(args[1:])
+    except (ValueError, TypeError, OSError) as error:
+        print(f"fomoe {args[0]}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

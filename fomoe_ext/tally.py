@@ -1,0 +1,123 @@
+"""What a site counts while it trains, and the report made of the counts of all sites."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fomoe_ext import plan
+from fomoe_ext.config import TrainConfig, count_parameters
+from fomoe_ext.placement import Placement
+
+
+@dataclass
+class Tally:
+    """Counts of one site since the job began, over all its resumptions.
+
+    Seconds, bytes, tokens of text trained on, slots that routers chose and rows that experts
+    computed. `bytes_sent`: in meetings, for moved experts and in notes; `planned_bytes`: what
+    `fomoe_ext.plan` says of the same.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    slots: int = 0
+    rows: int = 0
+    local_s: float = 0.0
+    meeting_s: float = 0.0
+    validation_s: float = 0.0
+    wall_s: float = 0.0
+    bytes_sent: int = 0
+    moved_bytes: int = 0
+    planned_bytes: int = 0
+    note_bytes: int = 0
+    validation_bytes: int = 0
+    gradient_bytes: int = 0
+    first_validation: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts as plain numbers."""
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Tally:
+        """The counts of `state_dict`. Raises ValueError when it is not one."""
+        try:
+            return cls(**state)
+        except TypeError as error:
+            raise ValueError(f"state is no tally: {error}") from None
+
+    @property
+    def skipped_share(self) -> float:
+        """Share of slots that were skipped, 0..1."""
+        return 1 - self.rows / self.slots if self.slots else 0.0
+
+
+def site_part(
+    site: int, tally: Tally, memory: Mapping[str, int], config: TrainConfig, rounds: int
+) -> dict[str, Any]:
+    """One site's part of the report. `memory`: bytes by part of `plan.SiteMemory`, counted."""
+    return {
+        "site": site,
+        **tally.state_dict(),
+        "skipped_share": tally.skipped_share,
+        "planned": {
+            "bytes": tally.planned_bytes,
+            "full_replica_bytes": plan.full_replica_bytes(config, rounds),
+            "ddp_bytes": plan.ddp_bytes(config, tally.steps),
+        },
+        "memory": {**memory, "total": sum(memory.values())},
+    }
+
+
+def build_report(
+    config: TrainConfig,
+    placement: Placement,
+    sites: Sequence[Mapping[str, Any]],
+    validation: Mapping[str, Any],
+    *,
+    rounds: int,
+    data: str,
+    model_hash: str,
+) -> dict[str, Any]:
+    """The report (`fomoe_ext.report`) of the parts of all sites and the last validation.
+
+    `validation`: loss, bits_per_byte, tokens, load [L][E]. `model_hash`: of all parameters.
+    """
+    model, counts = config.model, count_parameters(config.model)
+    share = placement.replication / placement.num_sites
+    kinds = {"full replica": 1.0, "this run": share}
+    flops = {kind: plan.flops_per_token(model, part) for kind, part in kinds.items()}
+    full = plan.site_memory(
+        model,
+        None,
+        optimizer=config.outer.optimizer,
+        inner_optimizer=config.inner.inner_optimizer,
+        outer_momentum=config.outer.resolved_momentum,
+    )
+    return {
+        "run": {
+            "name": config.run.run_dir.name if config.run.run_dir else "run",
+            "sites": placement.num_sites,
+            "replication": placement.replication,
+            "optimizer": config.outer.optimizer,
+            "codec": config.outer.codec,
+            "router_scope": model.router_scope,
+            "rounds": rounds,
+            "local_steps": config.run.local_steps,
+            "tokens": sum(site["tokens"] for site in sites),
+            "wall_s": max(site["wall_s"] for site in sites),
+            "data": data,
+            "model_hash": model_hash,
+        },
+        "validation": dict(validation),
+        "first_validation": sites[0]["first_validation"],
+        "sites": [dict(site) for site in sites],
+        "full_replica_memory": {**full._asdict(), "total": full.total},
+        "model_parameters": {"total": counts.total, "sparse": counts.sparse},
+        "flops_per_token": {
+            kind: {**row._asdict(), "forward": row.forward, "training": row.training}
+            for kind, row in flops.items()
+        },
+    }

@@ -1,0 +1,325 @@
+"""The training job of one site: `python -m fomoe_ext.train`, started by `fomoe train` or torchrun.
+
+A round: local steps; a note to all others; the meeting (`fomoe_ext.outer`), or a checkpoint when a
+site was asked to stop. Every site counts what it does (`fomoe_ext.tally`); site 0 speaks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fomoe_ext import checkpoint as ckpt
+from fomoe_ext import plan
+from fomoe_ext.config import TrainConfig
+from fomoe_ext.config_io import save_config
+from fomoe_ext.data import TextData, open_data
+from fomoe_ext.evaluate import Validation
+from fomoe_ext.launch import EXIT_PEER_LOST, EXIT_STOPPED
+from fomoe_ext.metrics import RunLog, rewind_metrics
+from fomoe_ext.outer import MeetingError
+from fomoe_ext.plan import RoundNote
+from fomoe_ext.report import print_report, write_report
+from fomoe_ext.runs import CHECKPOINTS, CONFIG, METRICS, check_folder, job_config, run_of
+from fomoe_ext.trainer import TrainingSite, learning_rate
+from fomoe_ext.world import (
+    PeerLost,
+    StopRequest,
+    World,
+    choose_device,
+    end_now,
+    find_world,
+    is_peer_error,
+    joined,
+    use_threads,
+    with_others,
+)
+
+_FINAL_EVAL = 8
+"""The last validation uses so many times the tokens of those before it."""
+
+
+class _Job:
+    """The rounds of a site and what is said and saved about them."""
+
+    def __init__(self, site: TrainingSite, stop: StopRequest, log: RunLog | None) -> None:
+        self.site, self.stop, self.log = site, stop, log
+        self.run = site.config.run
+
+    def train(self) -> bool:
+        """All rounds that are left; True when the job was stopped (a checkpoint is written)."""
+        site = self.site
+        while site.round < site.rounds:
+            if self._round():
+                return True
+            if self.run.eval_rounds and site.round % self.run.eval_rounds == 0:
+                if site.round < site.rounds:
+                    self._validate(self.run.eval_tokens)
+            due = self.run.checkpoint_rounds and site.round % self.run.checkpoint_rounds == 0
+            if due or site.round == site.rounds:
+                self._save(site.tally.steps)
+        return False
+
+    def _round(self) -> bool:
+        """One round; True when it ended in a checkpoint because a site was asked to stop."""
+        site, start = self.site, time.perf_counter()
+        tokens_before = site.tally.tokens
+
+        def after_step(loss: Tensor) -> None:
+            if self.log is not None:
+                rate = (site.tally.tokens - tokens_before) / (time.perf_counter() - start)
+                all_sites = rate * site.world.num_sites
+                self.log.step(site.tally.steps, lambda: float(loss), all_sites)
+
+        sent_before = site.bytes_sent
+        site.take_local_steps(self.stop, after_step)
+        before_notes = time.perf_counter()
+        notes = site.exchange_notes(self.stop.asked)
+        waited = time.perf_counter() - before_notes
+        stopping = any(note.stop for note in notes)
+        round_end = (site.round + 1) * site.local_steps
+        if stopping and any(note.steps < round_end for note in notes):
+            site.tally.local_s += before_notes - start
+            site.tally.meeting_s += waited
+            site.tally.planned_bytes += (site.world.num_sites - 1) * plan.NOTE_BYTES
+            self._save(int(max(note.steps for note in notes)))
+            return True
+        meeting = waited + site.meet()
+        wall = time.perf_counter() - start
+        site.tally.local_s += wall - meeting
+        site.tally.meeting_s += meeting
+        if self.log is not None:
+            sent = site.bytes_sent - sent_before
+            self._tell_round(notes, sent, wall, meeting, tokens_before)
+        if stopping:
+            self._save(site.tally.steps)
+        return stopping
+
+    def _tell_round(
+        self,
+        notes: Sequence[RoundNote],
+        sent: int,
+        wall: float,
+        meeting: float,
+        tokens_before: int,
+    ) -> None:
+        site = self.site
+        assert self.log is not None
+        slots = sum(note.slots for note in notes)
+        step = site.tally.steps
+        total = site.rounds * site.local_steps
+        self.log.round(
+            {
+                "round": site.round,
+                "step": step,
+                "loss": sum(note.loss for note in notes) / (len(notes) * site.local_steps),
+                "lr": learning_rate(site.config.inner, step - 1, total),
+                "tokens_per_s": (site.tally.tokens - tokens_before) * len(notes) / wall,
+                "skipped_share": 1 - sum(note.rows for note in notes) / slots,
+                "bytes_sent": sent,
+                "meeting_s": meeting,
+                "epoch": site.batches.epoch,
+            }
+        )
+
+    def _validate(self, max_tokens: int) -> Validation:
+        result = self.site.validate(max_tokens)
+        if self.log is not None:
+            self.log.validation(
+                {
+                    "round": self.site.round,
+                    "step": self.site.tally.steps,
+                    "loss": result.loss,
+                    "bits_per_byte": result.bits_per_byte,
+                    "tokens": result.tokens,
+                    "seconds": result.seconds,
+                    "load": result.load.tolist(),
+                }
+            )
+        return result
+
+    def _save(self, steps: int) -> None:
+        path = self.site.save(steps)
+        if self.log is not None:
+            self.log.event("checkpoint", round=self.site.round, step=steps, path=str(path))
+            self.log.say(f"checkpoint {path}")
+
+    def finish(self) -> None:
+        """The last validation and the report."""
+        validation = self._validate(_FINAL_EVAL * self.run.eval_tokens)
+        report = self.site.report(validation)
+        if self.log is not None:
+            write_report(self.site.run_dir, report)
+            self.log.event("end", step=self.site.tally.steps, wall_s=report["run"]["wall_s"])
+            self.log.say("")
+            print_report(report, self.log.console)
+            self.log.say(f"report in {self.site.run_dir / 'report.md'}")
+
+
+def _open_data(config: TrainConfig, world: World) -> TextData:
+    """The text; the first site of a machine encodes it for the others."""
+
+    def read() -> TextData:
+        data = config.data
+        return open_data(
+            data.data,
+            config.model.seq_len,
+            val_paths=data.val_data or None,
+            validation_fraction=data.validation_fraction,
+            text_field=data.text_field,
+            tokenizer=data.tokenizer,
+            cache_dir=data.cache_dir,
+        )
+
+    opened, problem = None, None
+    for turn in (world.leads_machine, not world.leads_machine):
+        if turn:
+            try:
+                opened = read()
+            except (ValueError, TypeError, OSError, RuntimeError) as error:
+                problem = error
+        _agree(problem, world, "the data")
+    assert opened is not None
+    return opened
+
+
+def _gather(value: Any, world: World, what: str) -> list[Any]:
+    if world.num_sites == 1:
+        return [value]
+    values: list[Any] = [None] * world.num_sites
+    with with_others(what, world.site):
+        dist.all_gather_object(values, value)
+    return values
+
+
+class _OtherSiteFailed(RuntimeError):
+    """A site could not begin; it says why itself."""
+
+
+def _agree(problem: Exception | None, world: World, what: str) -> None:
+    """Raises this site's problem, or _OtherSiteFailed when another one has one; a collective."""
+    problems = _gather(str(problem) if problem else "", world, what)
+    if problem is not None:
+        raise problem
+    for site, text in enumerate(problems):
+        if text:
+            raise _OtherSiteFailed(f"site {site}: {text}")
+
+
+def _agree_on_run(config: TrainConfig, world: World) -> tuple[TrainConfig, Path | None]:
+    """The configuration with site 0's run folder, and the checkpoint to continue, on all sites."""
+    run_dir = _gather(config.run.run_dir, world, "the run folder")[0]
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, run_dir=run_dir))
+    problem: Exception | None = None
+    try:
+        if world.site == 0:
+            check_folder(config)
+    except ValueError as error:
+        problem = error
+    _agree(problem, world, "the run folder")
+    if config.run.resume is None:
+        return config, None
+    target = Path(config.run.resume)
+    if run_of(target) != target:  # a checkpoint by name
+        try:
+            ckpt.require_whole(target, world.site)
+        except ckpt.CheckpointError as error:
+            problem = error
+        _agree(problem, world, "the checkpoint")
+        return config, target
+    with with_others("the checkpoint", world.site):
+        found = ckpt.newest_common(target / CHECKPOINTS, world.site, world.num_sites)
+    if found is None:
+        raise ckpt.CheckpointError(
+            f"there is no whole checkpoint to resume in {target / CHECKPOINTS}"
+            f"{ckpt.why_none(target / CHECKPOINTS)}"
+        )
+    return config, found
+
+
+def _make_log(site: TrainingSite, resumed: Path | None) -> RunLog:
+    run, step = site.config.run, site.tally.steps
+    if resumed is not None:
+        rewind_metrics(site.run_dir / METRICS, step)
+    log = RunLog(
+        site.run_dir,
+        total_rounds=site.rounds,
+        local_steps=site.local_steps,
+        first_step=step,
+        tensorboard=run.tensorboard,
+    )
+    config, world = site.config, site.world
+    log.say(f"run {site.run_dir}: {site.data.description}")
+    counts = plan.count_parameters(config.model)
+    log.say(
+        f"{world.num_sites} sites x {config.inner.batch_size} x {config.model.seq_len} tokens, "
+        f"replication {site.placement.replication}, {config.outer.optimizer}, "
+        f"{config.outer.codec} on the wire; {counts.total / 1e6:.2f} M parameters, "
+        f"{counts.sparse_share:.0%} in experts; {site.device}, {torch.get_num_threads()} threads "
+        "per site"
+    )
+    if resumed is not None:
+        log.say(f"resumed from {resumed}: round {site.round}, step {step}")
+        log.event("resumed", round=site.round, step=step, path=str(resumed))
+    return log
+
+
+def run_site(config: TrainConfig, world: World, stop: StopRequest) -> int:
+    """Runs one site of a job to its end; all sites of the job must. Returns the exit code.
+
+    `config` is as `runs.job_config` makes it. Raises ValueError, TypeError, FileNotFoundError and
+    CheckpointError for what the user can mend, MeetingError and PeerLost when the sites fall apart.
+    """
+    use_threads(config.sites.threads, world)
+    device = choose_device(config.run.device, world)
+    with joined(world, config.outer.timeout_s):
+        config, resumed = _agree_on_run(config, world)
+        data = _open_data(config, world)
+        config = config.with_vocab(data.vocab_size)
+        site = TrainingSite(config, world, data, device, resumed)
+        if world.leads_machine:
+            saved = dataclasses.replace(config.run, resume=None)
+            save_config(dataclasses.replace(config, run=saved), site.run_dir / CONFIG)
+        log = _make_log(site, resumed) if world.site == 0 else None
+        stop.install()
+        with log or nullcontext():
+            job = _Job(site, stop, log)
+            if job.train():
+                return EXIT_STOPPED
+            job.finish()
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The process of one site; returns its exit code, or ends the process when a site is lost."""
+    args = sys.argv[1:] if arguments is None else arguments
+    site, code = None, 1
+    try:
+        config = job_config(args, "python -m fomoe_ext.train")
+        world = find_world(config.sites.sites)
+        site = world.site
+        return run_site(config, world, StopRequest())
+    except (PeerLost, _OtherSiteFailed) as error:
+        message, code = error, EXIT_PEER_LOST
+    except MeetingError as error:
+        lost = error.__cause__ is not None and is_peer_error(error.__cause__)
+        message, code = error, EXIT_PEER_LOST if lost else 1
+    except (ValueError, TypeError, OSError, ckpt.CheckpointError) as error:
+        message = error
+    where = "fomoe train" if site is None else f"fomoe train, site {site}"
+    print(f"{where}: {message}", file=sys.stderr, flush=True)
+    end_now(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,377 @@
+"""What one site does in a job: local steps, meetings, checkpoints, validation, its counts."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fomoe_ext import checkpoint as ckpt
+from fomoe_ext import plan
+from fomoe_ext.assemble import local_tensors, own_global_tensors
+from fomoe_ext.config import InnerConfig, TrainConfig
+from fomoe_ext.data import TextData
+from fomoe_ext.evaluate import Validation, evaluate
+from fomoe_ext.model import LanguageModel, optimizer_groups
+from fomoe_ext.outer import OuterSync
+from fomoe_ext.placement import Placement
+from fomoe_ext.plan import RoundNote
+from fomoe_ext.runs import CHECKPOINTS
+from fomoe_ext.tally import Tally, build_report, site_part
+from fomoe_ext.world import StopRequest, World, with_others
+
+
+def learning_rate(inner: InnerConfig, step: int, total: int) -> float:
+    """Learning rate of step `step` (from 0) of `total`: linear warm-up, then the schedule."""
+    if step < inner.warmup_steps:
+        return inner.inner_lr * (step + 1) / inner.warmup_steps
+    if inner.schedule == "constant":
+        return inner.inner_lr
+    part = (step - inner.warmup_steps) / max(1, total - 1 - inner.warmup_steps)
+    part = min(1.0, part)
+    left = 0.5 * (1 + math.cos(math.pi * part)) if inner.schedule == "cosine" else 1 - part
+    return inner.inner_lr * (inner.min_lr_ratio + (1 - inner.min_lr_ratio) * left)
+
+
+def make_optimizer(model: LanguageModel, inner: InnerConfig) -> torch.optim.Optimizer:
+    """The optimizer of the local steps: AdamW, or SGD with `beta1` as momentum."""
+    groups = optimizer_groups(model, inner.weight_decay)
+    if inner.inner_optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=inner.inner_lr, momentum=inner.beta1)
+    betas = (inner.beta1, inner.beta2)
+    return torch.optim.AdamW(groups, lr=inner.inner_lr, betas=betas, eps=inner.adam_eps, fused=True)
+
+
+class TrainingSite:
+    """One site of a job, from its start or from a checkpoint to the report."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        world: World,
+        data: TextData,
+        device: torch.device,
+        resume: Path | None,
+    ) -> None:
+        """`config` is resolved; `resume` is a checkpoint. All sites must make theirs together."""
+        self.config, self.world, self.data, self.device = config, world, data, device
+        self.run_dir = config.run.run_dir or Path(".")
+        self.started = time.perf_counter()
+        self.rounds, self.local_steps = config.run.resolved_rounds, config.run.local_steps
+        self.autocast = torch.bfloat16 if config.run.dtype == "bfloat16" else None
+        state = None
+        if resume is not None:
+            check_same_job(ckpt.read_manifest(resume), config, resume)
+            state = ckpt.load_state(resume, world.site)
+            placement = Placement.from_dict(state["sync"]["placement"])
+        else:
+            placement = plan.job_placement(config)
+        self.model = LanguageModel(
+            config.model, placement, world.site, config.run.seed, device=device
+        )
+        if resume is not None:
+            ckpt.load_global_model(resume, self.model)
+        self.optimizer = make_optimizer(self.model, config.inner)
+        outer = config.outer
+        with with_others("the first meeting", world.site):
+            self.sync = OuterSync(
+                self.model,
+                placement,
+                world.site,
+                optimizer=outer.optimizer,
+                outer_lr=outer.resolved_lr,
+                outer_momentum=outer.resolved_momentum,
+                codec=outer.codec,
+                inner_optimizer=self.optimizer,
+                router_mean=outer.router_mean,
+                bucket_bytes=outer.bucket_bytes,
+                timeout_s=outer.timeout_s,
+            )
+        self.batches = data.train_batches(
+            world.site, world.num_sites, config.inner.batch_size, config.run.seed
+        )
+        self.tally = Tally()
+        self.steps_in_round = 0
+        self._round_loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._round_rows = torch.zeros((), dtype=torch.int64, device=device)
+        self._round_slots = 0
+        if state is not None:
+            self._load(state)
+        self._before_s = self.tally.wall_s
+
+    # ------------------------------------------------------------------------------ local steps
+
+    @property
+    def round(self) -> int:
+        """Rounds completed."""
+        return self.sync.round
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes this site has sent so far in meetings, for moved experts and in notes."""
+        return self.sync.bytes_sent + self.tally.note_bytes
+
+    @property
+    def placement(self) -> Placement:
+        """The placement in force."""
+        return self.sync.placement
+
+    def _local_step(self) -> Tensor:
+        """One optimizer step on this site's next batch; returns the cross entropy, detached."""
+        inner, ddp = self.config.inner, self.config.outer.optimizer == "ddp"
+        tokens = next(self.batches).to(self.device)
+        with torch.autocast(
+            self.device.type, dtype=self.autocast, enabled=self.autocast is not None
+        ):
+            loss = self.model.loss(tokens)
+        loss.total.backward()
+        if ddp:
+            self.sync.reduce_gradients()
+        if inner.grad_clip:
+            self.sync.clip_grad_norm(inner.grad_clip)
+        lr = learning_rate(inner, self.tally.steps, self.rounds * self.local_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self._count(tokens, loss.cross_entropy.detach())
+        self.optimizer.zero_grad()
+        return loss.cross_entropy.detach()
+
+    @torch.no_grad()
+    def _count(self, tokens: Tensor, loss: Tensor) -> None:
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.tally.gradient_bytes = sum(grad.nbytes for grad in grads)
+        self.tally.steps += 1
+        self.steps_in_round += 1
+        count = tokens[:, 1:].numel()
+        self.tally.tokens += count
+        self._round_loss += loss
+        for layer in self.model.moe_layers():
+            assert layer.stats is not None
+            self._round_rows += layer.stats.rows
+            residents = layer.experts.num_resident
+            chosen = layer.top_k if layer.router_scope == "global" else min(layer.top_k, residents)
+            self._round_slots += count * chosen
+            layer.update_selection_bias()
+
+    def take_local_steps(self, stop: StopRequest, after_step: Callable[[Tensor], None]) -> None:
+        """The round's remaining local steps, cut short when this site is asked to stop.
+
+        With ddp every step is a meeting, so all sites take all of them. `after_step` gets the cross
+        entropy of every step, nats per token, as a scalar.
+        """
+        ddp = self.config.outer.optimizer == "ddp"
+        while self.steps_in_round < self.local_steps and (ddp or not stop.asked):
+            after_step(self._local_step())
+
+    def exchange_notes(self, stop: bool) -> list[RoundNote]:
+        """Tells all sites how the round went here, and returns the notes of all."""
+        note = RoundNote(
+            stop=float(stop),
+            steps=self.tally.steps,
+            loss=float(self._round_loss),
+            rows=float(self._round_rows),
+            slots=self._round_slots,
+        )
+        own = torch.tensor(note, dtype=torch.float64)
+        notes = [own]
+        if self.world.num_sites > 1:
+            notes = [torch.empty_like(own) for _ in range(self.world.num_sites)]
+            with with_others(f"the notes of round {self.round + 1}", self.world.site):
+                dist.all_gather(notes, own)
+            self.tally.note_bytes += (self.world.num_sites - 1) * own.nbytes
+        return [RoundNote(*numbers.tolist()) for numbers in notes]
+
+    # --------------------------------------------------------------------------------- meetings
+
+    def meet(self) -> float:
+        """The meeting, and a reshuffle where one is due.
+
+        Returns the seconds it took; with ddp those of all reductions of the round.
+        """
+        seconds = self.sync.step().seconds
+        self.tally.rows += int(self._round_rows)
+        self.tally.slots += self._round_slots
+        self.tally.planned_bytes += plan.meeting_bytes(self.config, self.placement, self.world.site)
+        self.steps_in_round = 0
+        self._round_slots = 0
+        self._round_loss.zero_()
+        self._round_rows.zero_()
+        every = self.config.sites.reshuffle_rounds
+        if every and self.round % every == 0 and self.round < self.rounds:
+            old = self.placement
+            new = plan.job_placement(self.config, self.round // every)
+            moved = self.sync.reshuffle(new, warmup_steps=self.config.sites.reshuffle_warmup)
+            self.tally.moved_bytes += moved.bytes_sent
+            self.tally.planned_bytes += plan.moved_bytes(self.config, old, new, self.world.site)
+            seconds += moved.seconds
+        return seconds
+
+    def validate(self, max_tokens: int) -> Validation:
+        """Validation of the global model, counted; a collective."""
+        with with_others(f"the validation after round {self.round}", self.world.site):
+            result = evaluate(
+                self.model,
+                self.data,
+                self.placement,
+                self.world.site,
+                max_tokens=max_tokens,
+                autocast=self.autocast,
+            )
+        self.tally.validation_s += result.seconds
+        self.tally.validation_bytes += result.bytes_sent
+        if self.tally.first_validation is None:
+            self.tally.first_validation = {
+                "round": self.round,
+                "loss": result.loss,
+                "bits_per_byte": result.bits_per_byte,
+            }
+        return result
+
+    # ------------------------------------------------------------------------------ checkpoints
+
+    @torch.no_grad()
+    def save(self, steps: int) -> Path:
+        """Writes a checkpoint with all other sites; `steps` is the most that a site has taken.
+
+        In the middle of a round the global model is that of the last meeting, and each site's state
+        holds its own parameters too.
+        """
+        self.tally.wall_s = self._before_s + time.perf_counter() - self.started
+        local = None
+        if self.steps_in_round:
+            local = {name: value.clone() for name, value in local_tensors(self.model).items()}
+            self.sync.copy_anchor_to_model()
+        state = {
+            "sync": self.sync.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
+            "data": self.batches.state_dict(),
+            "tally": self.tally.state_dict(),
+            "steps_in_round": self.steps_in_round,
+            "round_loss": float(self._round_loss),
+            "round_rows": int(self._round_rows),
+            "round_slots": self._round_slots,
+            "local": local,
+        }
+        with with_others("the checkpoint", self.world.site):
+            parts = own_global_tensors(
+                self.model, self.placement, self.world.site, local_tensors(self.model)
+            )
+            path = ckpt.save_checkpoint(
+                self.run_dir / CHECKPOINTS,
+                ckpt.checkpoint_name(steps),
+                parts,
+                state,
+                site=self.world.site,
+                num_sites=self.world.num_sites,
+                round=self.round,
+                meta=job_identity(self.config),
+            )
+        if local is not None:
+            self._restore(local)
+        return path
+
+    @torch.no_grad()
+    def _restore(self, tensors: dict[str, Tensor]) -> None:
+        for name, target in local_tensors(self.model).items():
+            target.copy_(tensors[name])
+
+    def _load(self, state: dict[str, Any]) -> None:
+        fresh = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": fresh})
+        self.sync.load_state_dict(state["sync"])
+        self.batches.load_state_dict(state["data"])
+        self.tally = Tally.from_state(state["tally"])
+        self.steps_in_round = state["steps_in_round"]
+        self._round_loss += state["round_loss"]
+        self._round_rows += state["round_rows"]
+        self._round_slots = state["round_slots"]
+        if state["local"] is not None:
+            self._restore(state["local"])
+
+    # ----------------------------------------------------------------------------------- report
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of this site's tensors by the parts of `plan.SiteMemory`."""
+        states = self.optimizer.state.values()
+        tensors = [v for state in states for v in state.values() if isinstance(v, Tensor)]
+        anchor, outer_state = self.sync.state_bytes()
+        return {
+            "parameters": sum(p.nbytes for p in self.model.parameters()),
+            "gradients": self.tally.gradient_bytes,
+            "inner_state": sum(t.nbytes for t in tensors if t.dim()),
+            "anchor": anchor,
+            "outer_state": outer_state,
+        }
+
+    def model_hash(self) -> str:
+        """SHA-256 over the parameters' bits of the whole model; a collective."""
+        everyone: list[Any] = [self.sync.hashes()]
+        if self.world.num_sites > 1:
+            everyone = [None] * self.world.num_sites
+            dist.all_gather_object(everyone, self.sync.hashes())
+        digests = {owners: digest for hashes in everyone for owners, digest in hashes.items()}
+        return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
+
+    def report(self, validation: Validation) -> dict[str, Any]:
+        """The report, the same on all sites; a collective."""
+        self.tally.wall_s = self._before_s + time.perf_counter() - self.started
+        self.tally.bytes_sent = self.bytes_sent
+        own = site_part(self.world.site, self.tally, self.memory(), self.config, self.round)
+        parts: list[Any] = [own]
+        with with_others("the report", self.world.site):
+            if self.world.num_sites > 1:
+                parts = [None] * self.world.num_sites
+                dist.all_gather_object(parts, own)
+            model_hash = self.model_hash()
+        return build_report(
+            self.config,
+            self.placement,
+            parts,
+            {
+                "loss": validation.loss,
+                "bits_per_byte": validation.bits_per_byte,
+                "tokens": validation.tokens,
+                "load": validation.load.tolist(),
+            },
+            rounds=self.round,
+            data=self.data.description,
+            model_hash=model_hash,
+        )
+
+
+def job_identity(config: TrainConfig) -> dict[str, Any]:
+    """What a resumed job must have in common with the one that wrote the checkpoint."""
+    return {
+        "model": asdict(config.model),
+        "sites": config.sites.sites,
+        "replication": config.sites.replication,
+        "seed": config.run.seed,
+        "optimizer": config.outer.optimizer,
+        "inner_optimizer": config.inner.inner_optimizer,
+        "local_steps": config.run.local_steps,
+    }
+
+
+def check_same_job(manifest: ckpt.Manifest, config: TrainConfig, path: Path) -> None:
+    """Raises CheckpointError naming what differs between a checkpoint's job and this one."""
+    mine = job_identity(config)
+    for key, wanted in mine.items():
+        found = manifest.meta.get(key)
+        if key == "model" and isinstance(found, dict):
+            differing = [name for name in wanted if found.get(name) != wanted[name]]
+            if differing:
+                key = differing[0]
+                found, wanted = found.get(key), wanted[key]
+        if found != wanted:
+            raise ckpt.CheckpointError(
+                f"checkpoint {path} is of a job with {key} = {found!r}, this one has {wanted!r}"
+            )

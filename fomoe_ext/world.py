@@ -1,0 +1,167 @@
+"""The process of one site: its place among the others, threads, device, signals and errors.
+
+A site is started by `fomoe train` (see `fomoe_ext.launch`) or by torchrun; both say by the same
+environment variables which site it is. Without them the job is one site, this process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from fomoe_ext.launch import EXIT_PEER_LOST, LAUNCHER_FD, RENDEZVOUS, cores
+
+VERBS = ("route", "compact", "expand", "contract", "combine")
+
+
+class PeerLost(RuntimeError):
+    """Another site has gone away, or did not answer in time."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Which site this is, of how many, and which one on this machine, of how many."""
+
+    site: int = 0
+    num_sites: int = 1
+    local_site: int = 0
+    local_sites: int = 1
+
+    @property
+    def leads_machine(self) -> bool:
+        """Whether this is the first site of its machine."""
+        return self.local_site == 0
+
+
+def find_world(num_sites: int, environment: Mapping[str, str] = os.environ) -> World:
+    """The world that the launcher or torchrun describes in the environment.
+
+    Raises ValueError when it is not one of `num_sites` processes.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if "RANK" not in environment:
+        if num_sites == 1:
+            return World()
+        raise ValueError(
+            f"this is one process and sites is {num_sites}: start with `fomoe train --sites "
+            f"{num_sites}`, or with torchrun and {num_sites} processes"
+        )
+    try:
+        world = World(*(int(environment[name]) for name in names))
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{', '.join(names)} must be numbers as torchrun sets them: {error}"
+        ) from None
+    if world.num_sites != num_sites:
+        raise ValueError(
+            f"sites is {num_sites}, but there are {world.num_sites} processes: start as many as "
+            "there are sites (torchrun --nnodes, --nproc-per-node), or give --sites"
+        )
+    return world
+
+
+def use_threads(threads: int, world: World) -> None:
+    """Sets torch's threads; 0 = this machine's cores shared among its sites."""
+    torch.set_num_threads(threads or max(1, cores() // world.local_sites))
+
+
+def choose_device(wanted: str, world: World) -> torch.device:
+    """The device of a site: "cpu", "cuda" or "auto" = cuda where all verbs have kernels for it.
+
+    Raises ValueError for "cuda" where there is no GPU or no kernel.
+    """
+    from fomoe_ext import ops  # noqa: F401  loads the kernels
+
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    missing = [verb for verb in VERBS if not has(f"fomoe::{verb}", "CUDA")]
+    if wanted == "cpu" or (wanted == "auto" and (missing or not torch.cuda.is_available())):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("device is cuda, but torch sees no GPU")
+    if missing:
+        raise ValueError(f"device is cuda, but there are no CUDA kernels for {', '.join(missing)}")
+    return torch.device("cuda", world.local_site % torch.cuda.device_count())
+
+
+def _end_with_launcher(descriptor: int) -> None:
+    """Ends this process when the launcher, at the other end of the pipe, is gone."""
+
+    def wait() -> None:
+        os.read(descriptor, 1)  # returns at the end of the file: nobody writes
+        os._exit(EXIT_PEER_LOST)
+
+    threading.Thread(target=wait, name="launcher-watch", daemon=True).start()
+
+
+@contextmanager
+def joined(world: World, timeout_s: float) -> Iterator[None]:
+    """Inside, torch.distributed's default group is that of all sites (none for a single site)."""
+    if LAUNCHER_FD in os.environ:
+        _end_with_launcher(int(os.environ[LAUNCHER_FD]))
+    if world.num_sites == 1:
+        yield
+        return
+    with with_others("joining the other sites", world.site):
+        dist.init_process_group(
+            "gloo",
+            init_method=os.environ.get(RENDEZVOUS, "env://"),
+            rank=world.site,
+            world_size=world.num_sites,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    yield
+    with with_others("leaving the other sites", world.site):
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+@contextmanager
+def with_others(what: str, site: int) -> Iterator[None]:
+    """Turns a failed collective inside into PeerLost, which says what broke off."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, PeerLost) or not is_peer_error(error):
+            raise
+        raise PeerLost(f"{what}: site {site} lost another site ({error})") from error
+
+
+def is_peer_error(error: BaseException) -> bool:
+    """Whether an error is that of a collective whose other end is gone."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return any(sign in text for sign in ("gloo", "connection", "timed out", "nccl"))
+
+
+class StopRequest:
+    """Whether SIGINT or SIGTERM has come. The second one ends the process as it would by default."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def install(self) -> None:
+        """Listen to the signals; only in the main thread."""
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+def end_now(code: int) -> None:
+    """Ends the process at once: after a lost peer, clean ends of its connections may never come."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
