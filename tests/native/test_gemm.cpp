@@ -339,5 +339,6 @@ int main(int argc, char** argv) {
         check_contract_backward(c, dy, wc, moderate, grad_preact, scaled);
         check_gradients(c, moderate, x);
       }
-  std::printf("%d cases passed\n", cases);
+  for (const auto* table : tables) std::printf("%s ", table->name);
+  std::printf("passed %d cases\n", cases);
 }
