@@ -67,7 +67,8 @@ class Sites:
     """`run` calls a function on every site of a world of its own and returns the results."""
 
     def __init__(self, largest: int = LARGEST) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "fomoe_ext.moe", "fomoe_ext.outer"])
         saved = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME")}
         os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
         self._folder = tempfile.TemporaryDirectory()

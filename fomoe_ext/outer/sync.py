@@ -120,12 +120,12 @@ class OuterSync:
                 f"{self.groups.site} of {self.groups.num_sites}"
             )
         problem: Exception | None = None
+        self.moment_periods = (1, 1)
         try:
             self.rule = opt.OuterRule.make(optimizer, outer_lr, outer_momentum)
             self.codec = get_codec(codec)
             one_of(("holders", "all"), router_mean=router_mean)
-            first, second = moment_periods
-            at_least(1, first_moment_period=first, second_moment_period=second)
+            self.moment_periods = _two_periods(moment_periods)
             wire.bucket_elements(bucket_bytes)
             if optimizer == "local-adamw":
                 opt.check_adamw(inner_optimizer)
@@ -134,7 +134,7 @@ class OuterSync:
             problem = error
         self.model, self.placement, self.site = model, placement, site
         self.inner_optimizer, self.router_mean = inner_optimizer, router_mean
-        self.moment_periods, self.bucket_bytes = tuple(moment_periods), bucket_bytes
+        self.bucket_bytes = bucket_bytes
         self.round = 0
         """Rounds completed."""
         self.bytes_sent = 0
@@ -156,7 +156,7 @@ class OuterSync:
         """Raises this site's problem; MeetingError for another site's, or when arguments differ."""
         mine: dict[str, Any] = {"problem": str(problem or "")}
         if problem is None:
-            shapes = {n: tuple(p.shape) for n, p in self.model.named_parameters()}
+            shapes = [(n, p.shape, p.requires_grad) for n, p in self.model.named_parameters()]
             mine |= {
                 "placement": self.placement.to_dict(),
                 "optimizer, outer_lr and outer_momentum": str(self.rule),
@@ -164,7 +164,7 @@ class OuterSync:
                 "router_mean": self.router_mean,
                 "moment_periods": self.moment_periods,
                 "bucket_bytes": self.bucket_bytes,
-                "parameter names and shapes": hashlib.sha256(repr(shapes).encode()).hexdigest(),
+                "parameters": hashlib.sha256(repr(shapes).encode()).hexdigest(),
             }
         everyone = self._gather_objects(mine)
         if problem is not None:
@@ -267,21 +267,18 @@ class OuterSync:
             raise MeetingError(f"nothing was sent or changed: {'; '.join(problems)}")
 
     def _bad_tensor(self, what: str, tensor_of: Callable[[Piece], Tensor | None]) -> str:
-        """Names the first tensor of NaN or infinite values, or is empty."""
-        seen: set[int] = set()
+        """Names the first piece with NaN or infinite values, or is empty."""
+        good: set[int] = set()
         for layout in self.layouts:
             for piece in layout.pieces:
                 tensor = tensor_of(piece)
-                if tensor is None or id(piece.tensor) in seen:
+                if tensor is None or id(piece.tensor) in good:
                     continue
-                seen.add(id(piece.tensor))
-                if not _is_finite(tensor):
-                    row = "" if _is_finite(piece.part_of(tensor)) else f" ({piece.key})"
-                    return f"{what} of {self._name(piece.tensor)}{row} is NaN or infinite"
+                if _is_finite(tensor):
+                    good.add(id(piece.tensor))
+                elif not _is_finite(piece.part_of(tensor)):
+                    return f"{what} of {piece.key} is NaN or infinite"
         return ""
-
-    def _name(self, tensor: Tensor) -> str:
-        return next((n for n, p in self.model.named_parameters() if p is tensor), "a buffer")
 
     @torch.no_grad()
     def step(self) -> RoundReport:
@@ -293,7 +290,7 @@ class OuterSync:
         """
         with self._meeting("the meeting"):
             due = [
-                period and (self.round + 1) % period == 0 and self.rule.name == "local-adamw"
+                (self.round + 1) % period == 0 and self.rule.name == "local-adamw"
                 for period in self.moment_periods
             ]
             moments = [name for name, wanted in zip(opt.MOMENTS, due, strict=True) if wanted]
@@ -324,12 +321,12 @@ class OuterSync:
         return report
 
     def _problem_before_step(self, moments: Sequence[str]) -> str:
-        problem = self._bad_tensor("parameter", lambda piece: piece.tensor)
+        problem = self._bad_tensor("the value", lambda piece: piece.tensor)
         if problem or not moments:
             return problem
         assert self.inner_optimizer is not None
-        named = [(self._name(p.tensor), p.tensor) for x in self.layouts for p in x.pieces]
-        missing = opt.missing_moments(self.inner_optimizer, named)
+        trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        missing = opt.missing_moments(self.inner_optimizer, trained)
         if missing:
             return f"inner_optimizer has no moments of {missing}: no step was taken with it"
         for moment in moments:
@@ -560,6 +557,14 @@ class _DeltaJob:
         self._rule.apply_(anchor, delta, momentum)
         for part in parts:
             part.piece.values()[part.lo : part.hi].copy_(anchor[part.range])
+
+
+def _two_periods(periods: Sequence[int]) -> tuple[int, int]:
+    if len(periods) != 2:
+        raise ValueError(f"moment_periods must be two numbers of rounds, got {periods!r}")
+    first, second = periods
+    at_least(1, first_moment_period=first, second_moment_period=second)
+    return first, second
 
 
 def _is_finite(tensor: Tensor) -> bool:
