@@ -32,7 +32,7 @@ class MoEStats(NamedTuple):
 
 
 def log_scores(logits: Tensor, scoring: str) -> Tensor:
-    """Logarithm of the scores (softmax or sigmoid of the logits) normalised to sum 1, fp32 [T, C]."""
+    """Logarithm of the scores (softmax or sigmoid) normalised to sum 1, fp32 [T, C]."""
     if scoring == "sigmoid":
         logits = torch.nn.functional.logsigmoid(logits)
     return logits.log_softmax(dim=-1)

@@ -173,6 +173,32 @@ def _(
     return torch.empty_like(x), x.new_empty(saved, expand_weight.shape[1])
 
 
+@torch.library.register_fake("fomoe::moe_experts_backward")
+def _(
+    grad_y: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    token_of_row: Tensor,
+    slot_of_row: Tensor,
+    row_of_slot: Tensor,
+    offsets: Tensor,
+    expand_weight: Tensor,
+    contract_weight: Tensor,
+    preact: Tensor,
+    activation: int,
+    need_x: bool,
+    need_expand: bool,
+    need_contract: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    residents, hidden, expert_size = contract_weight.shape
+    return (
+        x.new_empty(x.shape[0] if need_x else 0, hidden),
+        torch.empty_like(weights),
+        x.new_empty(residents if need_expand else 0, expand_weight.shape[1], hidden),
+        x.new_empty(residents if need_contract else 0, hidden, expert_size),
+    )
+
+
 @torch.library.register_fake("fomoe::contract_backward")
 def _(
     grad_y: Tensor,
@@ -285,31 +311,30 @@ def _moe_backward(ctx: Any, grad_y: Tensor, _grad_preact: Tensor) -> tuple:
     x, weights, token_of_row, slot_of_row, row_of_slot, offsets = saved[:6]
     expand_weight, contract_weight, preact = saved[6:]
     _require_saved(ctx.saved)
-    grad_y = grad_y.contiguous()
-    grad_preact, scaled_act, grad_weights = _ops.contract_backward(
-        grad_y,
-        contract_weight,
-        preact,
+    needs = [ctx.needs_input_grad[at] for at in (0, 6, 7)]
+    grad_x, grad_weights, grad_expand, grad_contract = _ops.moe_experts_backward(
+        grad_y.contiguous(),
+        x,
         weights,
         token_of_row,
         slot_of_row,
-        offsets,
-        ctx.activation,
-    )
-    grad_contract = None
-    if ctx.needs_input_grad[7]:
-        grad_contract = _ops.weight_grad(grad_y, scaled_act, token_of_row, None, offsets)
-    del scaled_act
-    grad_x, grad_expand = _expand_grads(
-        (ctx.needs_input_grad[0], ctx.needs_input_grad[6]),
-        x,
-        expand_weight,
-        grad_preact,
-        token_of_row,
         row_of_slot,
         offsets,
+        expand_weight,
+        contract_weight,
+        preact,
+        ctx.activation,
+        *needs,
     )
-    return grad_x, grad_weights, None, None, None, None, grad_expand, grad_contract, None, None
+    return (
+        grad_x if needs[0] else None,
+        grad_weights,
+        *[None] * 4,
+        grad_expand if needs[1] else None,
+        grad_contract if needs[2] else None,
+        None,
+        None,
+    )
 
 
 def _require_saved(saved: bool) -> None:

@@ -25,13 +25,14 @@ def _resident_ids(resident_experts: Sequence[int] | None, num_experts: int) -> t
         raise ValueError(f"resident_experts must be distinct, got {ids}")
     if ids and not 0 <= ids[0] <= ids[-1] < num_experts:
         raise ValueError(
-            f"resident_experts must be in 0..{num_experts - 1} (num_experts is {num_experts}), got {ids}"
+            f"resident_experts must be in 0..{num_experts - 1} (num_experts is {num_experts}), "
+            f"got {ids}"
         )
     return tuple(ids)
 
 
 class Experts(nn.Module):
-    """The weights of the resident experts, in ascending order of their ids; no others are allocated.
+    """The weights of the resident experts, ascending by id; no others are allocated.
 
     expand_weight: [R, G*N, D], gated: gate rows first, then up. contract_weight: [R, D, N].
     resident_experts: the global ids. resident_index: int32 [E], row of each expert or -1.

@@ -1,4 +1,4 @@
-"""The Mixture-of-Experts layer of one site: a router over all experts, weights of the resident ones.
+"""The Mixture-of-Experts layer of one site: routes to all experts, holds the resident ones.
 
     y = shared_expert(x) + sum over the token's slots of w[t, k] * expert[e[t, k]](x[t])
 
@@ -85,7 +85,7 @@ class Router(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights of deviation 1/sqrt(D) that depend only on (seed, layer); a selection bias of 0."""
+        """Weights of deviation 1/sqrt(D) that depend only on (seed, layer); selection bias 0."""
         fill_normal_(self.weight, self.hidden_size**-0.5, self.seed, "router", self.layer_index)
         self.selection_bias.zero_()
 
@@ -97,7 +97,7 @@ class Router(nn.Module):
     def choose(
         self, logits: Tensor, allowed: Tensor | None = None, top_k: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Logits [T, E] -> combine weights fp32 [T, K] and chosen experts int32 [T, K] (`ops.route`).
+        """Logits [T, E] -> combine weights fp32 [T, K] and experts int32 [T, K] (`ops.route`).
 
         `allowed` is a bool mask [E] (None = all may be chosen), `top_k` overrides the router's own.
         Raises as `ops.route` does, e.g. ValueError for NaN logits.
@@ -194,7 +194,7 @@ class MoELayer(nn.Module):
                 `update_selection_bias` is called.
             balance_coef, z_loss_coef: factors of the balance loss and of the router z-loss.
             bias_update_rate: step of the selection bias.
-            layer_index, seed: the initial weights of expert e depend only on (seed, layer_index, e).
+            layer_index, seed: with e all that the initial weights of expert e depend on.
             device, dtype: of the parameters; float32, bfloat16 or float16.
 
         Raises ValueError or TypeError naming the argument.
@@ -273,7 +273,7 @@ class MoELayer(nn.Module):
     def set_resident_experts(
         self, resident_experts: Sequence[int], weights: Mapping[int, ExpertWeights] | None = None
     ) -> tuple[int, ...]:
-        """`Experts.set_resident_experts`, and the choice of the router with router_scope "resident"."""
+        """`Experts.set_resident_experts`; in scope "resident" the router then chooses among these."""
         arrived = self.experts.set_resident_experts(resident_experts, weights)
         if self.allowed is not None and not self.allowed.is_meta:
             torch.ge(self.experts.resident_index, 0, out=self.allowed)
@@ -285,7 +285,7 @@ class MoELayer(nn.Module):
 
         selection_bias += bias_update_rate * sign(mean load - load), over the experts that may be
         chosen. `load` is [E], slots per expert, e.g. summed over sites; None = what this layer
-        counted in training mode since the last update. Raises ValueError for a load of another shape.
+        counted in training mode since the last update. Raises ValueError for another shape.
         """
         if self.balance != "bias":
             return

@@ -267,7 +267,11 @@ def test_initial_bits_depend_on_no_process_nor_vector_unit() -> None:
     for changes in ({"PYTHONHASHSEED": "1"}, {"ATEN_CPU_CAPABILITY": "default"}):
         environment = os.environ | changes
         done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         outputs.add(done.stdout)
@@ -433,7 +437,7 @@ def test_a_loss_balances_a_skewed_router(kind: str) -> None:
     x = skewed_tokens()
     before = imbalance(layer, x)
     optimizer = torch.optim.Adam(layer.router.parameters(), lr=0.02)
-    for _ in range(60):
+    for _ in range(120):
         optimizer.zero_grad()
         layer(x)
         layer.aux_loss.backward()

@@ -54,15 +54,15 @@ void expand(const ExpandArgs& args) {
   const int64_t rows = args.offsets[args.residents];
   expect_rows(args.act, args.dtype, rows, n);
   expect_rows(args.preact, args.dtype, rows, halves * n);
-  run_all(p, items, [&](const GemmKernels& g, const Item& item, Block block, int64_t row,
-                        int64_t up_column) {
-    const int64_t column = item.columns.begin;
-    void* preact =
-        args.preact ? at(args.preact, args.dtype, row * halves * n + column) : nullptr;
-    g.activate(args.dtype, args.activation, block, up_column,
-               at(args.act, args.dtype, row * n + column), n, preact);
-    if (column == 0) rows_computed += block.rows;
-  });
+  run_all(p, items,
+          [&](const GemmKernels& g, const Item& item, Block block, int64_t row, int64_t up_column) {
+            const int64_t column = item.columns.begin;
+            void* preact =
+                args.preact ? at(args.preact, args.dtype, row * halves * n + column) : nullptr;
+            g.activate(args.dtype, args.activation, block, up_column,
+                       at(args.act, args.dtype, row * n + column), n, preact);
+            if (column == 0) rows_computed += block.rows;
+          });
 }
 
 void contract(const ContractArgs& args) {
@@ -74,15 +74,13 @@ void contract(const ContractArgs& args) {
                          .b_expert_bytes = args.hidden * args.expert_size * size_of(args.dtype),
                          .columns = args.hidden,
                          .halves = 1};
-  const auto items = items_by_rows(gemm_kernels(), args.offsets, args.residents, args.hidden, 1,
-                                   args.expert_size);
+  const auto items =
+      items_by_rows(gemm_kernels(), args.offsets, args.residents, args.hidden, 1, args.expert_size);
   expect_rows(args.rows, args.dtype, args.offsets[args.residents], args.hidden);
-  run_all(p, items,
-          [&](const GemmKernels& g, const Item& item, Block block, int64_t row, int64_t) {
-            g.store(args.dtype, block,
-                    at(args.rows, args.dtype, row * args.hidden + item.columns.begin),
-                    args.hidden);
-          });
+  run_all(p, items, [&](const GemmKernels& g, const Item& item, Block block, int64_t row, int64_t) {
+    g.store(args.dtype, block, at(args.rows, args.dtype, row * args.hidden + item.columns.begin),
+            args.hidden);
+  });
 }
 
 void grouped_rows(const GroupedRowsArgs& args) {
@@ -97,11 +95,10 @@ void grouped_rows(const GroupedRowsArgs& args) {
   const auto items =
       items_by_rows(gemm_kernels(), args.offsets, args.residents, args.out, 1, args.in);
   expect_rows(args.rows_out, args.dtype, args.offsets[args.residents], args.out);
-  run_all(p, items,
-          [&](const GemmKernels& g, const Item& item, Block block, int64_t row, int64_t) {
-            g.store(args.dtype, block,
-                    at(args.rows_out, args.dtype, row * args.out + item.columns.begin), args.out);
-          });
+  run_all(p, items, [&](const GemmKernels& g, const Item& item, Block block, int64_t row, int64_t) {
+    g.store(args.dtype, block, at(args.rows_out, args.dtype, row * args.out + item.columns.begin),
+            args.out);
+  });
 }
 
 void contract_backward(const ContractBackwardArgs& args) {
@@ -123,20 +120,17 @@ void contract_backward(const ContractBackwardArgs& args) {
   expect_rows(args.grad_preact, args.dtype, rows, preact_width);
   expect_rows(args.scaled_act, args.dtype, rows, n);
   std::unique_ptr<float[]> partial(new float[size_t(std::max<int64_t>(rows * parts, 1))]);
-  run_all(p, items,
-          [&](const GemmKernels& g, const Item& item, Block block, int64_t row, int64_t) {
-            thread_local Scratch scratch;
-            float* weights = scratch.get(block.rows);
-            for (int64_t i = 0; i < block.rows; ++i)
-              weights[i] = args.weights[args.slot_of_row[row + i]];
-            const int64_t column = item.columns.begin;
-            const int64_t wide = row * preact_width + column, narrow = row * n + column;
-            g.activate_backward(args.dtype, args.activation, block,
-                                at(args.preact, args.dtype, wide), n, weights,
-                                at(args.grad_preact, args.dtype, wide),
-                                at(args.scaled_act, args.dtype, narrow),
-                                partial.get() + column / width * rows + row);
-          });
+  run_all(p, items, [&](const GemmKernels& g, const Item& item, Block block, int64_t row, int64_t) {
+    thread_local Scratch scratch;
+    float* weights = scratch.get(block.rows);
+    for (int64_t i = 0; i < block.rows; ++i) weights[i] = args.weights[args.slot_of_row[row + i]];
+    const int64_t column = item.columns.begin;
+    const int64_t wide = row * preact_width + column, narrow = row * n + column;
+    g.activate_backward(args.dtype, args.activation, block, at(args.preact, args.dtype, wide), n,
+                        weights, at(args.grad_preact, args.dtype, wide),
+                        at(args.scaled_act, args.dtype, narrow),
+                        partial.get() + column / width * rows + row);
+  });
   std::fill_n(args.grad_weights, args.slots, 0.0f);
   parallel_for(0, rows, 4096, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
@@ -167,6 +161,7 @@ void weight_grad(const WeightGradArgs& args) {
                          {row, std::min(row + kItemRows, args.left_size)},
                          {column, std::min(column + width, args.right_size)},
                          {args.offsets[e], args.offsets[e + 1]}});
+  order_items(items);
   run_all(p, items,
           [&](const GemmKernels& kernels, const Item& item, Block block, int64_t row, int64_t) {
             const int64_t first = (item.expert * args.left_size + row) * args.right_size;

@@ -18,8 +18,10 @@
 
 namespace fomoe::cpu {
 
-constexpr int64_t kItemRows = 1024;      // rows of C an item walks with one packed B
-constexpr int64_t kItemColumns = 512;    // columns of C at most
+constexpr int64_t kItemRows = 1024;     // rows of C an item walks with one packed B
+constexpr int64_t kItemColumns = 512;   // columns of C at most
+constexpr int64_t kItemsPerWorker = 8;  // wanted at least, to balance uneven experts
+constexpr int64_t kFewestItemRows = 192;
 #ifndef FOMOE_PACKED_B  // small in tests, so that small products go in stretches
 #define FOMOE_PACKED_B (1 << 20)
 #endif
@@ -59,8 +61,8 @@ struct GroupedProduct {
   Source b;        // per expert: data advances by b_expert bytes
   bool b_by_columns;
   int64_t b_expert_bytes;
-  int64_t columns;    // of C for the epilogue; with `halves` 2 the product has two such column sets,
-  int32_t halves;     // `columns` lines apart in B (gate and up)
+  int64_t columns;  // of C for the epilogue; with `halves` 2 the product has two such column sets,
+  int32_t halves;   // `columns` lines apart in B (gate and up)
 };
 
 struct Range {
@@ -91,8 +93,7 @@ void run_item(const GemmKernels& g, const GroupedProduct& p, const Item& item, E
   const int64_t half_width = round_up(item.columns.size(), g.nr);
   const int64_t width = half_width * p.halves;
   const int64_t stride = width + 16;
-  const int64_t block_rows =
-      std::max<int64_t>(kBlockBytesC / 4 / stride / g.mr, 4) * g.mr;
+  const int64_t block_rows = std::max<int64_t>(kBlockBytesC / 4 / stride / g.mr, 4) * g.mr;
 
   // A sum too long for one packed B goes in stretches, and C then waits in full.
   const int64_t stretch = std::max(round_up(kPackedB / width, step), step);
@@ -102,8 +103,8 @@ void run_item(const GemmKernels& g, const GroupedProduct& p, const Item& item, E
                round_up(item.rows.size(), g.mr));
   float* c = scratch_c.get(kept_rows * stride);
   float* a = scratch_a.get(round_up(block_rows, g.mr) * kRowStrideA);
-  float* b = scratch_b.get(width * std::min(ceil_div(std::max<int64_t>(item.sum.size(), 1), depth),
-                                            stretch / depth));
+  float* b = scratch_b.get(
+      width * std::min(ceil_div(std::max<int64_t>(item.sum.size(), 1), depth), stretch / depth));
   Source source_b = p.b;
   source_b.data = static_cast<const char*>(p.b.data) + item.expert * p.b_expert_bytes;
 
@@ -113,9 +114,9 @@ void run_item(const GemmKernels& g, const GroupedProduct& p, const Item& item, E
     for (int64_t k = s0; k < s1; k += step) {
       const int64_t deep = std::min(step, s1 - k);
       for (int32_t half = 0; half < p.halves; ++half) {
-        (p.b_by_columns ? g.pack_b_columns : g.pack_b_rows)(
-            p.dtype, unit, source_b, item.columns.begin + half * p.columns, item.columns.size(), k,
-            deep, packed);
+        (p.b_by_columns ? g.pack_b_columns : g.pack_b_rows)(p.dtype, unit, source_b,
+                                                            item.columns.begin + half * p.columns,
+                                                            item.columns.size(), k, deep, packed);
         packed += half_width * ceil_div(deep, depth);
       }
     }
@@ -138,19 +139,35 @@ void run_item(const GemmKernels& g, const GroupedProduct& p, const Item& item, E
   }
 }
 
-// The items of a product whose rows are grouped by `offsets`.
+// Largest first, so that workers who pull items end together.
+inline void order_items(std::vector<Item>& items) {
+  std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) {
+    return a.rows.size() * a.columns.size() * a.sum.size() >
+           b.rows.size() * b.columns.size() * b.sum.size();
+  });
+}
+
+// The items of a product whose rows are grouped by `offsets`. Fewer rows an item where that gives
+// every worker some: how rows are split changes no result, but each item packs its B anew.
 inline std::vector<Item> items_by_rows(const GemmKernels& g, const int32_t* offsets,
                                        int32_t residents, int64_t columns, int32_t halves,
                                        int64_t sum) {
   const int64_t width = item_columns(g, columns, halves, sum);
+  const int64_t share =
+      offsets[residents] * ceil_div(columns, width) / (kItemsPerWorker * num_workers());
+  const int64_t most = std::clamp(share, kFewestItemRows, kItemRows);
   std::vector<Item> items;
-  for (int32_t e = 0; e < residents; ++e)
-    for (int64_t row = offsets[e]; row < offsets[e + 1]; row += kItemRows)
+  for (int32_t e = 0; e < residents; ++e) {
+    const int64_t begin = offsets[e], rows = offsets[e + 1] - begin;
+    const int64_t parts = ceil_div(rows, most);  // even ones
+    for (int64_t part = 0; part < parts; ++part)
       for (int64_t column = 0; column < columns; column += width)
         items.push_back({e,
-                         {row, std::min<int64_t>(row + kItemRows, offsets[e + 1])},
+                         {begin + rows * part / parts, begin + rows * (part + 1) / parts},
                          {column, std::min(column + width, columns)},
                          {0, sum}});
+  }
+  order_items(items);
   return items;
 }
 

@@ -2,62 +2,16 @@
 #include <cstring>
 #include <tuple>
 
-#include "common.h"
+#include "experts.h"
 
 namespace fomoe::ops {
 namespace {
-
-// Checks `offsets` [R + 1] and returns the number of rows, offsets[R].
-int64_t check_offsets(const Tensor& offsets, int64_t residents, int64_t slots) {
-  check(offsets, "offsets").cpu().dtype(ScalarType::Int).shape({residents + 1}).contiguous();
-  const int32_t* at = pointer<int32_t>(offsets);
-  require(at[0] == 0, "offsets: starts at ", at[0], ", wanted 0");
-  for (int64_t e = 0; e < residents; ++e)
-    require(at[e] <= at[e + 1], "offsets: falls from ", at[e], " to ", at[e + 1], " at resident ",
-            e, ", wanted a non-decreasing list");
-  require(at[residents] <= slots, "offsets: ends at ", at[residents], ", wanted at most the ",
-          slots, " rows of the row tensors");
-  return at[residents];
-}
-
-// Checks an index [S] into `limit` lines for the rows that are used.
-void check_index(const Tensor& index, const char* name, int64_t slots, int64_t rows,
-                 int64_t limit) {
-  check(index, name).cpu().dtype(ScalarType::Int).shape({slots}).contiguous();
-  const int32_t* at = pointer<int32_t>(index);
-  for (int64_t row = 0; row < rows; ++row)
-    require(at[row] >= 0 && at[row] < limit, name, ": has ", at[row], " at row ", row,
-            ", wanted 0 .. ", limit - 1);
-}
-
-// Checks row_of_slot [T, K], T * K = slots.
-void check_rows(const Tensor& row_of_slot, int64_t tokens, int64_t slots, int64_t rows) {
-  check(row_of_slot, "row_of_slot").cpu().dtype(ScalarType::Int).shape({tokens, kAny});
-  check(row_of_slot, "row_of_slot").contiguous();
-  require(tokens * row_of_slot.size(1) == slots, "row_of_slot: has shape ",
-          shape_name(row_of_slot.sizes()), ", wanted one entry for each of ", slots, " slots");
-  const int32_t* at = pointer<int32_t>(row_of_slot);
-  for (int64_t slot = 0; slot < slots; ++slot)
-    require(at[slot] >= -1 && at[slot] < rows, "row_of_slot: has ", at[slot], " at slot ", slot,
-            ", wanted -1 .. ", rows - 1);
-}
 
 // Public results have no undefined rows: zeroes those past the last one that was computed.
 void zero_tail(const Tensor& rows_by_width, int64_t rows) {
   const int64_t row_bytes = rows_by_width.size(1) * int64_t(rows_by_width.element_size());
   std::memset(static_cast<char*>(rows_by_width.mutable_data_ptr()) + rows * row_bytes, 0,
               size_t((rows_by_width.size(0) - rows) * row_bytes));
-}
-
-int64_t gates(Activation activation) { return is_gated(activation) ? 2 : 1; }
-
-// Expert size from the expand weight [R, G*N, D]; checks both against x [*, D].
-int64_t check_expand_weight(const Tensor& weight, const Tensor& x, Activation activation) {
-  check(weight, "expand_weight").cpu().same_dtype(x, "x").shape({kAny, kAny, x.size(1)});
-  check(weight, "expand_weight").contiguous();
-  require(weight.size(1) % gates(activation) == 0, "expand_weight: has shape ",
-          shape_name(weight.sizes()), ", wanted an even size of dimension 1 for a gated activation");
-  return weight.size(1) / gates(activation);
 }
 
 std::tuple<Tensor, Tensor> expand(const Tensor& x, const Tensor& weight, const Tensor& token_of_row,
@@ -106,69 +60,11 @@ Tensor contract(const Tensor& act, const Tensor& weight, const Tensor& offsets) 
   return rows;
 }
 
-// The three verbs in one op, for autograd that keeps only `preact`; its rows past the last one
-// computed are undefined, as are those of the temporaries.
-std::tuple<Tensor, Tensor> moe_experts(const Tensor& x, const Tensor& weights,
-                                       const Tensor& token_of_row, const Tensor& slot_of_row,
-                                       const Tensor& row_of_slot, const Tensor& offsets,
-                                       const Tensor& expand_weight,
-                                       const Tensor& contract_weight, int64_t activation_id,
-                                       bool save_preact) {
-  const Activation activation = as_activation(activation_id);
-  check(x, "x").cpu().dtype(kFloatTypes).shape({kAny, kAny}).contiguous();
-  const int64_t tokens = x.size(0), hidden = x.size(1);
-  const int64_t expert_size = check_expand_weight(expand_weight, x, activation);
-  const int64_t residents = expand_weight.size(0), slots = token_of_row.size(0);
-  check(contract_weight, "contract_weight").cpu().same_dtype(x, "x");
-  check(contract_weight, "contract_weight").shape({residents, hidden, expert_size}).contiguous();
-  check(weights, "weights").cpu().dtype(ScalarType::Float).shape({tokens, kAny}).contiguous();
-  const int64_t top_k = weights.size(1);
-  require(slots == tokens * top_k, "token_of_row: has ", slots, " rows, wanted tokens * top_k = ",
-          tokens * top_k);
-  const int64_t rows = check_offsets(offsets, residents, slots);
-  check_index(token_of_row, "token_of_row", slots, rows, tokens);
-  check_index(slot_of_row, "slot_of_row", slots, rows, slots);
-  check_rows(row_of_slot, tokens, slots, rows);
-
-  const DType dtype = dtype_of(x, "x");
-  Tensor act = empty(x, {slots, expert_size});
-  Tensor preact = empty(x, {save_preact ? slots : 0, expand_weight.size(1)});
-  Tensor expert_rows = empty(x, {slots, hidden});
-  Tensor y = empty(x, {tokens, hidden});
-  cpu::expand({.x = x.const_data_ptr(),
-               .weight = expand_weight.const_data_ptr(),
-               .token_of_row = pointer<int32_t>(token_of_row),
-               .offsets = pointer<int32_t>(offsets),
-               .dtype = dtype,
-               .residents = int32_t(residents),
-               .hidden = hidden,
-               .expert_size = expert_size,
-               .activation = activation,
-               .act = act.mutable_data_ptr(),
-               .preact = save_preact ? preact.mutable_data_ptr() : nullptr});
-  cpu::contract({.act = act.const_data_ptr(),
-                 .weight = contract_weight.const_data_ptr(),
-                 .offsets = pointer<int32_t>(offsets),
-                 .dtype = dtype,
-                 .residents = int32_t(residents),
-                 .hidden = hidden,
-                 .expert_size = expert_size,
-                 .rows = expert_rows.mutable_data_ptr()});
-  cpu::combine({.rows = expert_rows.const_data_ptr(),
-                .weights = pointer<float>(weights),
-                .row_of_slot = pointer<int32_t>(row_of_slot),
-                .dtype = dtype,
-                .tokens = tokens,
-                .hidden = hidden,
-                .top_k = as_int32(top_k, "top_k"),
-                .y = y.mutable_data_ptr()});
-  return {y, preact};
-}
-
-std::tuple<Tensor, Tensor, Tensor> contract_backward(
-    const Tensor& grad_y, const Tensor& weight, const Tensor& preact, const Tensor& weights,
-    const Tensor& token_of_row, const Tensor& slot_of_row, const Tensor& offsets,
-    int64_t activation_id) {
+std::tuple<Tensor, Tensor, Tensor> contract_backward(const Tensor& grad_y, const Tensor& weight,
+                                                     const Tensor& preact, const Tensor& weights,
+                                                     const Tensor& token_of_row,
+                                                     const Tensor& slot_of_row,
+                                                     const Tensor& offsets, int64_t activation_id) {
   const Activation activation = as_activation(activation_id);
   check(grad_y, "grad_y").cpu().dtype(kFloatTypes).shape({kAny, kAny}).contiguous();
   const int64_t tokens = grad_y.size(0), hidden = grad_y.size(1), slots = token_of_row.size(0);
@@ -283,10 +179,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fomoe, m) {
       "Tensor offsets, int activation, bool save_preact) -> (Tensor, Tensor)");
   m.def("contract(Tensor act, Tensor contract_weight, Tensor offsets) -> Tensor");
   m.def(
-      "moe_experts(Tensor x, Tensor weights, Tensor token_of_row, Tensor slot_of_row, "
-      "Tensor row_of_slot, Tensor offsets, Tensor expand_weight, Tensor contract_weight, int activation, "
-      "bool save_preact) -> (Tensor, Tensor)");
-  m.def(
       "contract_backward(Tensor grad_y, Tensor contract_weight, Tensor preact, Tensor weights, "
       "Tensor token_of_row, Tensor slot_of_row, Tensor offsets, int activation) "
       "-> (Tensor, Tensor, Tensor)");
@@ -303,7 +195,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fomoe, m) {
 STABLE_TORCH_LIBRARY_IMPL(fomoe, CPU, m) {
   m.impl("expand", TORCH_BOX(&expand));
   m.impl("contract", TORCH_BOX(&contract));
-  m.impl("moe_experts", TORCH_BOX(&moe_experts));
   m.impl("contract_backward", TORCH_BOX(&contract_backward));
   m.impl("grouped_rows", TORCH_BOX(&grouped_rows));
   m.impl("weight_grad", TORCH_BOX(&weight_grad));

@@ -1,0 +1,221 @@
+"""What the benchmarks share: shapes, inputs, interleaved timing, and the machine's own limits.
+
+A time is only comparable with another one taken in the same seconds: machines change clock and
+have other work. So every round of a benchmark first times the rivals and a dense matmul, then us.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fomoe_ext import ops
+
+DENSE_SIZE = 2048  # of the square matmul whose rate stands for the machine
+RIVAL_SECONDS = 2.5  # a rival that would need longer gets fewer tokens
+CASE_SECONDS = 12.0  # what the rounds of one case may take, but never fewer than MIN_ROUNDS
+MIN_ROUNDS, MAX_ROUNDS = 3, 7
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of an MoE layer: tokens, hidden size, expert size, experts, slots per token."""
+
+    tokens: int
+    hidden: int
+    expert: int
+    experts: int
+    top_k: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens}x{self.hidden}x{self.expert}, top {self.top_k} of {self.experts}"
+
+
+SHAPES = (
+    Shape(4096, 512, 256, 32, 4),
+    Shape(4096, 1024, 512, 16, 2),
+    Shape(8192, 512, 128, 64, 8),
+)
+DTYPES = (torch.float32, torch.bfloat16)
+RESIDENCIES = ("all", "half")
+
+
+@dataclass
+class Problem:
+    """Inputs of an expert layer (SwiGLU) with random routing; every second expert for "half"."""
+
+    shape: Shape
+    x: Tensor  # [T, D]
+    logits: Tensor  # fp32 [T, E]
+    weights: Tensor  # fp32 [T, K]
+    experts: Tensor  # int32 [T, K]
+    resident_index: Tensor  # int32 [E]
+    expand_weight: Tensor  # [R, 2 N, D]
+    contract_weight: Tensor  # [R, D, N]
+    grad_y: Tensor  # [T, D]
+    table: ops.RowTable = field(init=False)
+    rows: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.table = ops.compact(self.experts, self.resident_index, self.residents)
+        self.rows = int(self.table.offsets[-1])
+
+    @property
+    def residents(self) -> int:
+        return self.expand_weight.shape[0]
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What gradients are taken to."""
+        return self.x, self.weights, self.expand_weight, self.contract_weight
+
+    @property
+    def flops(self) -> int:
+        """Of forward and backward: three products of the forward's size, gate, up and down."""
+        return 3 * self.rows * 6 * self.shape.hidden * self.shape.expert
+
+    @property
+    def least_bytes(self) -> int:
+        """Inputs read once, results written once, pre-activations written and read once."""
+        size, s = self.x.element_size(), self.shape
+        pre_activations = 2 * self.rows * 2 * s.expert * size
+        tokens = 4 * self.x.numel() * size  # x, grad_y; y, grad_x
+        return 2 * sum(w.nbytes for w in self.leaves[1:]) + tokens + pre_activations
+
+
+def make_problem(
+    shape: Shape, dtype: torch.dtype, residency: str, tokens: int | None = None
+) -> Problem:
+    """Random inputs from a fixed seed; `tokens` keeps only the first so many."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *sizes: torch.randn(*sizes, generator=generator)
+    residents = shape.experts if residency == "all" else shape.experts // 2
+    logits = draw(shape.tokens, shape.experts)[:tokens]
+    weights, experts = ops.route(logits, shape.top_k)
+    index = torch.full((shape.experts,), -1, dtype=torch.int32)
+    index[:: shape.experts // residents] = torch.arange(residents, dtype=torch.int32)
+    expand = draw(residents, 2 * shape.expert, shape.hidden) * shape.hidden**-0.5
+    contract = draw(residents, shape.hidden, shape.expert) * shape.expert**-0.5
+    return Problem(
+        shape=shape,
+        x=draw(shape.tokens, shape.hidden)[:tokens].to(dtype).requires_grad_(),
+        logits=logits.requires_grad_(),
+        weights=weights.requires_grad_(),
+        experts=experts,
+        resident_index=index,
+        expand_weight=expand.to(dtype).requires_grad_(),
+        contract_weight=contract.to(dtype).requires_grad_(),
+        grad_y=draw(shape.tokens, shape.hidden)[:tokens].to(dtype),
+    )
+
+
+# ---- the machine ---------------------------------------------------------------------------------
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+@cache
+def _dense_operands(dtype: torch.dtype, size: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+
+
+def dense_rate(dtype: torch.dtype, size: int = DENSE_SIZE) -> float:
+    """FLOP/s of one square torch.matmul, just now."""
+    left, right = _dense_operands(dtype, size)
+    return 2 * size**3 / seconds_of(lambda: left @ right)
+
+
+@cache
+def torch_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of torch.matmul in this dtype, once a run; small, as it may be 100 times too slow."""
+    return max(dense_rate(dtype, 512) for _ in range(3))
+
+
+@cache
+def dense_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the dense matmul to compare with: this one, or fp32 where that is faster.
+
+    Without bf16 instructions torch's bf16 matmul is no yardstick.
+    """
+    return max((dtype, torch.float32), key=torch_rate)
+
+
+@cache
+def memory_bandwidth() -> float:
+    """Bytes read and written per second by a copy of 256 MiB, the median of five."""
+    source = torch.ones(64 << 20)
+    target = torch.zeros_like(source)
+    return median(2 * source.nbytes / seconds_of(lambda: target.copy_(source)) for _ in range(5))
+
+
+def affordable_tokens(problem: Problem, dtype: torch.dtype) -> int:
+    """Tokens of which a plain-torch rival's pass takes about RIVAL_SECONDS at most; halved ones."""
+    tokens, seconds = problem.shape.tokens, problem.flops / torch_rate(dtype)
+    while seconds > RIVAL_SECONDS and tokens > 64:
+        tokens, seconds = tokens // 2, seconds / 2
+    return tokens
+
+
+# ---- timing --------------------------------------------------------------------------------------
+
+
+def interleave(
+    benchmark: Any, ours: Callable[[], Any], others: dict[str, Callable[[], float]]
+) -> tuple[float, dict[str, float]]:
+    """Rounds of every other, then ours. Others return their own measure.
+
+    Returns the median seconds of ours (0 with --benchmark-disable) and the medians of the others.
+    """
+    measures: dict[str, list[float]] = {name: [] for name in others}
+
+    def run_others() -> None:
+        for name, run in others.items():
+            measures[name].append(run())
+
+    round_seconds = seconds_of(run_others) + seconds_of(ours)  # also the warm-up
+    for values in measures.values():
+        values.clear()
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(CASE_SECONDS / round_seconds)))
+    benchmark.pedantic(ours, setup=run_others, rounds=rounds)
+    seconds = 0.0 if benchmark.disabled else benchmark.stats.stats.median
+    return seconds, {name: median(values) for name, values in measures.items()}
+
+
+def normalised_error(got: Tensor, wanted: Tensor) -> float:
+    """Root mean square of the difference over that of what is wanted."""
+    got, wanted = got.detach().double(), wanted.detach().double()
+    return float((got - wanted).norm() / wanted.norm())
+
+
+def assert_same(got: Sequence[Tensor], wanted: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """Both did the same work: floats agree to a few roundings of the storage type, ints exactly."""
+    limit = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert mine.shape == theirs.shape and mine.dtype == theirs.dtype
+        if not mine.is_floating_point():
+            assert torch.equal(mine, theirs)
+            continue
+        assert normalised_error(mine, theirs) < limit
+
+
+# ---- results -------------------------------------------------------------------------------------
+
+Case = tuple[Shape, torch.dtype, str]  # shape, dtype, residency
+layer_results: dict[Case, dict[str, float]] = {}
+verb_results: dict[tuple[str, Case], dict[str, float]] = {}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,107 @@
+"""Prints what the benchmarks found: a table of the layer, one of the verbs around it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import common
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fomoe_ext import _C
+
+WANTED_RATIO, WANTED_FRACTION, WANTED_HALF, WANTED_SHARE = 1.3, 0.85, 1.8, 0.10
+
+
+def share_of_verbs(case: common.Case) -> float | None:
+    """route + compact + combine (with what they add to the backward) of the layer's time."""
+    shape, _, residency = case
+    verbs = [
+        common.verb_results.get(("route", (shape, torch.float32, "all"))),
+        common.verb_results.get(("compact", (shape, torch.float32, residency))),
+        common.verb_results.get(("combine", case)),
+    ]
+    if not all(verbs):
+        return None
+    route, compact, combine = (verb["seconds"] for verb in verbs if verb)
+    layer = common.layer_results[case]["seconds"]  # holds compact and combine already
+    return (route + compact + combine) / (route + layer)
+
+
+def half_speed_up(case: common.Case) -> float | None:
+    """Time with all experts resident over time with half of them."""
+    full = common.layer_results.get((*case[:2], "all"))
+    if case[2] == "all" or full is None:
+        return None
+    return full["seconds"] / common.layer_results[case]["seconds"]
+
+
+def mark(value: float | None, good: bool, text: str) -> str:
+    """A number, with a * where it misses what is wanted."""
+    if value is None:
+        return "-"
+    return format(value, text) + ("" if good else "*")
+
+
+def layer_table() -> Table:
+    table = Table(title="expert layer, forward + backward (GFLOP/s; x = ours over it)")
+    for name in ("shape", "dtype", "resident", "ms", "GFLOP/s", "of dense", "loop", "grouped_mm"):
+        table.add_column(name, justify="left" if name in ("shape", "dtype") else "right")
+    table.add_column("all/half", justify="right")
+    table.add_column("verbs' share", justify="right")
+    for case, r in common.layer_results.items():
+        rate, dense = r["flops_per_second"], r["dense_flops_per_second"]
+        rivals = [r["loop_flops_per_second"], r["grouped_mm_flops_per_second"]]
+        fast = rate >= min(WANTED_RATIO * max(rivals), WANTED_FRACTION * dense)
+        speed_up, share = half_speed_up(case), share_of_verbs(case)
+        few = "" if r["rival_tokens"] == case[0].tokens else f" on {r['rival_tokens']:.0f} tokens"
+        table.add_row(
+            str(case[0]),
+            common.dtype_name(case[1]),
+            case[2],
+            f"{r['seconds'] * 1e3:.0f}",
+            mark(rate / 1e9, fast, ".0f"),
+            f"{rate / dense:.0%} of {dense / 1e9:.0f}",
+            *(f"{rival / 1e9:.1f} ({rate / rival:.2f}x){few}" for rival in rivals),
+            mark(speed_up, (speed_up or 9) >= WANTED_HALF, ".2f"),
+            mark(share, (share or 0) < WANTED_SHARE, ".1%"),
+        )
+    return table
+
+
+def verb_table() -> Table:
+    table = Table(title="route (with backward), compact, combine (with its sum in the backward)")
+    for name in ("verb", "shape", "dtype", "resident", "ms", "of bandwidth", "torch ops"):
+        table.add_column(name, justify="left" if name in ("verb", "shape", "dtype") else "right")
+    for (verb, case), r in common.verb_results.items():
+        table.add_row(
+            verb,
+            str(case[0]),
+            common.dtype_name(case[1]),
+            case[2],
+            f"{r['seconds'] * 1e3:.2f}",
+            f"{r['fraction_of_floor']:.0%}",
+            f"{r['torch_seconds'] * 1e3:.2f} ms ({r['torch_seconds'] / r['seconds']:.1f}x)",
+        )
+    return table
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    console = Console(width=None if os.isatty(1) else 160)
+    if common.layer_results:
+        console.print(layer_table())
+        console.print(
+            f"* misses what is wanted: {WANTED_RATIO}x the better rival or {WANTED_FRACTION:.0%} of "
+            f"the dense rate (the lesser), half resident {WANTED_HALF}x all, verbs under "
+            f"{WANTED_SHARE:.0%}. Medians of interleaved rounds; dense is torch.matmul of "
+            f"{common.DENSE_SIZE} squared between the rounds, in fp32 where that is the faster."
+        )
+    if common.verb_results:
+        console.print(verb_table())
+    if common.layer_results or common.verb_results:
+        console.print(
+            f"{torch.get_num_threads()} threads, {_C.cpu_features()['chosen']}, torch "
+            f"{torch.__version__}, memory {common.memory_bandwidth() / 1e9:.1f} GB/s"
+        )
