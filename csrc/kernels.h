@@ -28,7 +28,7 @@ constexpr bool is_gated(Activation a) { return a == Activation::swiglu || a == A
 // `renormalize`, times `scale`. Slots are in descending order of choice score. If fewer than K
 // experts are allowed in the kept groups the rest of the slots get expert -1 and weight 0.
 struct RouteArgs {
-  const void* logits;           // [T, E] of logits_dtype
+  const void* logits;  // [T, E] of logits_dtype
   DType logits_dtype;
   const float* selection_bias;  // [E] or null
   const uint8_t* allowed;       // [E], 1 = may be chosen; null = all
@@ -117,7 +117,8 @@ struct CombineBackwardArgs {
   DType dtype;
   int64_t tokens, hidden;
   int32_t top_k;
-  void* grad_rows;      // out [S, D] of dtype: weights[slot] * grad_y[token]; untouched past the last row
+  // out [S, D] of dtype: weights[slot] * grad_y[token]; untouched past the last row
+  void* grad_rows;
   float* grad_weights;  // out [T, K] or null: <rows, grad_y>, 0 where skipped
 };
 
@@ -202,7 +203,8 @@ int64_t expand_rows_computed();
 
 // How loops reach a thread pool; csrc/ops installs torch's. Serial until then.
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
-using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, ParallelBody, void* context);
+using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, ParallelBody,
+                             void* context);
 void set_parallel_for(ParallelFor, int (*num_threads)());
 
 }  // namespace cpu

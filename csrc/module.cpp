@@ -49,7 +49,8 @@ py::dict cpu_features() {
   return features;
 }
 
-// "gemm_avx2" -> gemm: [..., avx2]; a name without an instruction set counts as scalar.
+// "gemm_avx2" -> gemm: [..., avx2]; a name without an instruction set counts as scalar, and so does
+// the file beside it that only picks one.
 py::dict cpu_kernels() {
   py::dict kernels;
   for (const char* const* file = facts::kCpuFiles; *file != nullptr; ++file) {
@@ -65,7 +66,8 @@ py::dict cpu_kernels() {
       }
     }
     if (!kernels.contains(verb)) kernels[py::str(verb)] = py::list();
-    kernels[py::str(verb)].cast<py::list>().append(isa);
+    auto isas = kernels[py::str(verb)].cast<py::list>();
+    if (!isas.contains(isa)) isas.append(isa);
   }
   return kernels;
 }

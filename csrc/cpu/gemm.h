@@ -35,8 +35,8 @@ struct Block {
 
 struct GemmKernels {
   const char* name;
-  int32_t mr, nr;         // rows and columns of a register tile
-  bool bf16_pairs;        // has the bf16 dot instruction
+  int32_t mr, nr;   // rows and columns of a register tile
+  bool bf16_pairs;  // has the bf16 dot instruction
 
   // Bytes of a packed block never exceed 4 * (lines rounded up) * units; unused lines are zero.
   // A from lines = rows of A, contiguous along the sum: out[row][kRowStrideA].

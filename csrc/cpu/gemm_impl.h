@@ -66,8 +66,7 @@ void pack_a_rows(Source source, int64_t row, int64_t rows, int64_t k, int64_t de
   for (int64_t i = 0; i < rows; ++i)
     copy_units<S>(U{}, line_of<S>(source, row + i) + k, depth, out + i * kRowStrideA);
   const int64_t units = (depth + U::depth - 1) / U::depth;
-  for (int64_t i = rows; i % kMR; ++i)
-    std::memset(out + i * kRowStrideA, 0, size_t(units) * 4);
+  for (int64_t i = rows; i % kMR; ++i) std::memset(out + i * kRowStrideA, 0, size_t(units) * 4);
 }
 
 // `count` neighbours of one step of the sum (of two for pairs) -> units, zero-filled to `width`.
@@ -98,8 +97,8 @@ void pack_steps(Source source, int64_t first, int64_t count, int64_t k, int64_t 
     for (int64_t u = u0; u < u1; ++u) {
       const int64_t step = k + u * U::depth;
       line[u - u0] = line_of<S>(source, step) + first;
-      next[u - u0] = U::depth == 2 && step + 1 < k + depth ? line_of<S>(source, step + 1) + first
-                                                           : nullptr;
+      next[u - u0] =
+          U::depth == 2 && step + 1 < k + depth ? line_of<S>(source, step + 1) + first : nullptr;
     }
     for (int64_t done = 0; done < count; done += Width) {
       float* tile = out + done * units;
@@ -186,7 +185,8 @@ void pack_b_columns(Source source, int64_t column, int64_t columns, int64_t k, i
       if (whole == units) continue;
       float tail[kLanes > 8 ? kLanes : 8] = {};
       for (int i = 0; i < 8; ++i) {
-        if (i < live) copy_units<S>(U{}, line[i] + whole * U::depth, depth - whole * U::depth, tail);
+        if (i < live)
+          copy_units<S>(U{}, line[i] + whole * U::depth, depth - whole * U::depth, tail);
         for (int64_t u = whole; u < units; ++u)
           out[u * kNR + j + i] = i < live ? tail[u - whole] : 0.0f;
       }
@@ -204,8 +204,7 @@ FOMOE_INLINE void multiply_tile(const float* __restrict a, const float* __restri
 #pragma GCC unroll 32
   for (int i = 0; i < kMR; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < kNV; ++j)
-      sum[i][j] = accumulate ? load(c + i * stride + j * kLanes) : vf{};
+    for (int j = 0; j < kNV; ++j) sum[i][j] = accumulate ? load(c + i * stride + j * kLanes) : vf{};
 #pragma GCC unroll 4
   for (int64_t u = 0; u < units; ++u) {
     vf right[kNV];
@@ -230,8 +229,8 @@ void multiply(const float* a, const float* b, float* c, int64_t stride, int64_t 
   for (int64_t j = 0; j < columns; j += kNR) {
     const float* panel = b + j * units;
     for (int64_t i = 0; i < rows; i += kMR)
-      multiply_tile<U, kByRows>(a + i * (kByRows ? kRowStrideA : units), panel,
-                                c + i * stride + j, stride, units, accumulate);
+      multiply_tile<U, kByRows>(a + i * (kByRows ? kRowStrideA : units), panel, c + i * stride + j,
+                                stride, units, accumulate);
   }
 }
 
@@ -434,12 +433,14 @@ const GemmKernels gemm_table = {
           const auto* right = static_cast<const float*>(b);
 #ifdef FOMOE_BF16_DOT
           if (unit == Unit::bf16_pair)
-            return (a_by_rows ? multiply<UnitPair, true> : multiply<UnitPair, false>)(
-                left, right, c, stride, rows, columns, units, accumulate);
+            return (a_by_rows ? multiply<UnitPair, true>
+                              : multiply<UnitPair, false>)(left, right, c, stride, rows, columns,
+                                                           units, accumulate);
 #endif
           (void)unit;
-          (a_by_rows ? multiply<UnitF32, true> : multiply<UnitF32, false>)(
-              left, right, c, stride, rows, columns, units, accumulate);
+          (a_by_rows ? multiply<UnitF32, true> : multiply<UnitF32, false>)(left, right, c, stride,
+                                                                           rows, columns, units,
+                                                                           accumulate);
         },
     .load =
         [](DType dtype, const void* in, int64_t count, float* out) {
@@ -461,9 +462,8 @@ const GemmKernels gemm_table = {
           });
         },
     .activate_backward =
-        [](DType dtype, Activation activation, Block block, const void* preact,
-           int64_t expert_size, const float* weights, void* grad_preact, void* scaled_act,
-           float* dot) {
+        [](DType dtype, Activation activation, Block block, const void* preact, int64_t expert_size,
+           const float* weights, void* grad_preact, void* scaled_act, float* dot) {
           with_activation(dtype, activation, [&](auto s, auto a, auto gated) {
             activate_backward<decltype(s), decltype(a), decltype(gated)::value>(
                 block, preact, expert_size, weights, grad_preact, scaled_act, dot);

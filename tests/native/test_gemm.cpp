@@ -77,7 +77,9 @@ struct Matrix {
       std::memcpy(&bits, &value, 4);
       uint16_t half = uint16_t(bits >> 16);
       if (dtype == DType::f16)
-        half = value == 0 ? 0 : uint16_t(((bits >> 16) & 0x8000) | ((bits - 0x38000000) >> 13 & 0x7fff));
+        half = value == 0
+                   ? 0
+                   : uint16_t(((bits >> 16) & 0x8000) | ((bits - 0x38000000) >> 13 & 0x7fff));
       if (dtype == DType::f32)
         std::memcpy(&bytes[size_t(i) * 4], &value, 4);
       else
@@ -98,8 +100,8 @@ void expect(double got, double wanted, double scale, DType dtype, const char* wh
   // Half precision has subnormals from 6e-5 down: half their spacing is the floor.
   const double floor = dtype == DType::f16 ? 3e-8 : 0;
   if (std::abs(got - wanted) <= rounding(dtype) * std::abs(wanted) + 2e-6 * scale + floor) return;
-  std::printf("FAILED %s: %s[%ld, %ld] is %.9g, wanted %.9g\n", where.c_str(), what, long(i), long(j),
-              got, wanted);
+  std::printf("FAILED %s: %s[%ld, %ld] is %.9g, wanted %.9g\n", where.c_str(), what, long(i),
+              long(j), got, wanted);
   std::exit(1);
 }
 
@@ -203,9 +205,9 @@ void check_forward(const Case& c, const Matrix& x, const Matrix& w, const Matrix
     for (int64_t j = 0; j < n; ++j) {
       double value[2], scale = 0, unused;
       for (int64_t half = 0; half < g; ++half) {
-        const auto [sum, magnitude] =
-            dot(c.hidden, [&](int64_t k) { return x(t, k); },
-                [&](int64_t k) { return w((e * g + half) * n + j, k); });
+        const auto [sum, magnitude] = dot(
+            c.hidden, [&](int64_t k) { return x(t, k); },
+            [&](int64_t k) { return w((e * g + half) * n + j, k); });
         expect(preact(r, half * n + j), sum, magnitude, c.dtype, "preact", r, half * n + j);
         value[half] = sum;
         scale += magnitude;
@@ -217,8 +219,9 @@ void check_forward(const Case& c, const Matrix& x, const Matrix& w, const Matrix
       expect(act(r, j), wanted, scale, c.dtype, "act", r, j);
     }
     for (int64_t j = 0; j < c.hidden; j += 1 + c.hidden / 40) {
-      const auto [sum, magnitude] = dot(n, [&](int64_t k) { return act(r, k); },
-                                        [&](int64_t k) { return wc(e * c.hidden + j, k); });
+      const auto [sum, magnitude] = dot(
+          n, [&](int64_t k) { return act(r, k); },
+          [&](int64_t k) { return wc(e * c.hidden + j, k); });
       expect(rows(r, j), sum, magnitude, c.dtype, "contract", r, j);
     }
   }
@@ -232,12 +235,12 @@ void check_contract_backward(const Case& c, const Matrix& dy, const Matrix& wc,
   const int64_t n = c.size, g = is_gated(c.activation) ? 2 : 1;
   Matrix weights(DType::f32, 1, c.slots), grad_weights(DType::f32, 1, c.slots);
   weights.fill();
-  cpu::contract_backward(
-      {dy.bytes.data(), wc.bytes.data(), preact.bytes.data(),
-       reinterpret_cast<const float*>(weights.bytes.data()), c.token_of_row.data(),
-       c.slot_of_row.data(), c.offsets.data(), c.dtype, c.residents(), c.hidden, n, c.slots,
-       c.activation, grad_preact.bytes.data(), scaled_act.bytes.data(),
-       reinterpret_cast<float*>(grad_weights.bytes.data())});
+  cpu::contract_backward({dy.bytes.data(), wc.bytes.data(), preact.bytes.data(),
+                          reinterpret_cast<const float*>(weights.bytes.data()),
+                          c.token_of_row.data(), c.slot_of_row.data(), c.offsets.data(), c.dtype,
+                          c.residents(), c.hidden, n, c.slots, c.activation,
+                          grad_preact.bytes.data(), scaled_act.bytes.data(),
+                          reinterpret_cast<float*>(grad_weights.bytes.data())});
   std::vector<bool> seen(size_t(c.slots), false);
   for (int64_t r = 0; r < c.rows(); ++r) {
     const int64_t e = expert_of(c, r), t = c.token_of_row[size_t(r)];
@@ -245,9 +248,9 @@ void check_contract_backward(const Case& c, const Matrix& dy, const Matrix& wc,
     seen[size_t(slot)] = true;
     double total = 0, total_scale = 0;
     for (int64_t j = 0; j < n; ++j) {
-      const auto [through, magnitude] =
-          dot(c.hidden, [&](int64_t k) { return dy(t, k); },
-              [&](int64_t k) { return wc(e * c.hidden + k, j); });
+      const auto [through, magnitude] = dot(
+          c.hidden, [&](int64_t k) { return dy(t, k); },
+          [&](int64_t k) { return wc(e * c.hidden + k, j); });
       double slope, value = activation_of(c.activation, preact(r, j), &slope);
       const double up = g == 2 ? preact(r, n + j) : 1, weight = weights(0, slot);
       const double scale = magnitude * std::abs(weight) * (1 + std::abs(slope * up));
@@ -271,13 +274,13 @@ void check_gradients(const Case& c, const Matrix& rows_in, const Matrix& x) {
   const int64_t in = rows_in.columns;
   Matrix w(c.dtype, c.residents() * in, c.hidden), out(c.dtype, c.slots, c.hidden);
   w.fill();
-  cpu::grouped_rows({rows_in.bytes.data(), w.bytes.data(), c.offsets.data(), c.dtype,
-                     c.residents(), in, c.hidden, out.bytes.data()});
+  cpu::grouped_rows({rows_in.bytes.data(), w.bytes.data(), c.offsets.data(), c.dtype, c.residents(),
+                     in, c.hidden, out.bytes.data()});
   for (int64_t r = 0; r < c.rows(); ++r)
     for (int64_t j = 0; j < c.hidden; j += 1 + c.hidden / 40) {
-      const auto [sum, magnitude] =
-          dot(in, [&](int64_t k) { return rows_in(r, k); },
-              [&](int64_t k) { return w(expert_of(c, r) * in + k, j); });
+      const auto [sum, magnitude] = dot(
+          in, [&](int64_t k) { return rows_in(r, k); },
+          [&](int64_t k) { return w(expert_of(c, r) * in + k, j); });
       expect(out(r, j), sum, magnitude, c.dtype, "grouped rows", r, j);
     }
   // Left plain and right gathered, then the other way round.
@@ -295,10 +298,10 @@ void check_gradients(const Case& c, const Matrix& rows_in, const Matrix& x) {
           const auto line = [&](bool gathered, int64_t k) {
             return gathered ? int64_t(index[first + k]) : first + k;
           };
-          const auto [sum, magnitude] =
-              dot(c.offsets[size_t(e) + 1] - first,
-                  [&](int64_t k) { return left(line(left_gathered, k), i); },
-                  [&](int64_t k) { return right(line(!left_gathered, k), j); });
+          const auto [sum, magnitude] = dot(
+              c.offsets[size_t(e) + 1] - first,
+              [&](int64_t k) { return left(line(left_gathered, k), i); },
+              [&](int64_t k) { return right(line(!left_gathered, k), j); });
           expect(grad(e * left.columns + i, j), sum, magnitude, c.dtype, "weight grad",
                  e * left.columns + i, j);
         }
@@ -328,7 +331,8 @@ int main(int argc, char** argv) {
                 std::to_string(a) + " hidden " + std::to_string(c.hidden) + " expert size " +
                 std::to_string(c.size) + " rows " + std::to_string(c.rows());
         const int64_t g = is_gated(c.activation) ? 2 : 1;
-        Matrix x(dtype, c.tokens, c.hidden), dy = x, w(dtype, c.residents() * g * c.size, c.hidden),
+        Matrix x(dtype, c.tokens, c.hidden),
+            dy = x, w(dtype, c.residents() * g * c.size, c.hidden),
             wc(dtype, c.residents() * c.hidden, c.size), act(dtype, c.slots, c.size),
             preact(dtype, c.slots, g * c.size), grad_preact = preact, scaled = act;
         for (Matrix* m : {&x, &dy, &w, &wc}) m->fill();

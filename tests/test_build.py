@@ -1,0 +1,175 @@
+"""The build: stable ABI, CUDA machine code without spills, wheels, other versions of torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from test_native import ROOT, configure, run
+
+import fomoe_ext
+from fomoe_ext import _C
+
+PACKAGE = Path(fomoe_ext.__file__).parent
+LIBRARIES = ["libfomoe_cpu.so", "libfomoe_cuda.so"]
+
+
+def built(library: str) -> Path:
+    path = PACKAGE / library
+    if not path.exists():
+        assert library == "libfomoe_cuda.so" and _C.build_facts()["cuda"] is None
+        pytest.skip("built without CUDA")
+    return path
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_only_the_stable_abi(library):
+    """No C++ symbol of torch is needed, only C functions that keep their meaning."""
+    if shutil.which("nm") is None:
+        pytest.skip("nm is needed (binutils)")
+    symbols = run("nm", "-D", "--undefined-only", built(library)).split()
+    needed = [s for s in symbols if re.search(r"aoti_torch|torch_|c10|N2at|N5torch", s)]
+    assert any(s.startswith(("aoti_torch_", "torch_")) for s in needed)
+    assert [s for s in needed if s.startswith("_Z")] == []
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_no_python_and_no_cuda_library_is_needed(library):
+    if shutil.which("readelf") is None:
+        pytest.skip("readelf is needed (binutils)")
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", run("readelf", "-d", built(library)))
+    assert needed and not [n for n in needed if re.search(r"python|cudart|cublas", n)]
+
+
+def test_a_word_that_is_not_a_choice_is_refused(tmp_path):
+    with pytest.raises(AssertionError, match="FOMOE_CUDA='maybe', wanted on, off or auto"):
+        configure(tmp_path, "-DFOMOE_CUDA=maybe")
+
+
+def test_without_nvcc_one_line_says_so(tmp_path, monkeypatch):
+    """auto goes on for the CPU, on stops; nvcc is hidden by naming a program that is not there."""
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "no-nvcc"))
+    said = configure(tmp_path / "auto", "-DFOMOE_CUDA=auto")
+    lines = [line for line in said.splitlines() if line.startswith("-- fomoe_ext:")]
+    assert lines == ["-- fomoe_ext: no working nvcc found, building for the CPU only"]
+    with pytest.raises(AssertionError, match="FOMOE_CUDA=on, but no working nvcc was found"):
+        configure(tmp_path / "on", "-DFOMOE_CUDA=on")
+
+
+# ---- CUDA machine code ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_cuda_kernels_do_not_spill(tmp_path, arch):
+    """Registers and spills of every kernel, as ptxas reports them."""
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is needed")
+    said = run(
+        nvcc,
+        *("-std=c++20", "-O3", "-Xptxas=-v", "-cubin", f"-arch={arch}"),
+        *(ROOT / "csrc/cuda/combine.cu", "-o", tmp_path / "combine.cubin"),
+    )
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)]
+    assert len(registers) == len(spills) == 8  # float32 in two widths, bf16 and f16 in three
+    assert set(spills) == {("0", "0")}
+    assert max(registers) <= 128  # 512 threads at least live on a multiprocessor
+
+    code = disassembled(tmp_path / "combine.cubin")
+    assert "LDG.E.128" in code and "STG.E.128" in code
+    assert "LDL" not in code and "STL" not in code  # nothing in local memory either
+    assert "ATOM" not in code and "RED." not in code
+
+
+def disassembled(cubin: Path) -> str:
+    """SASS of a cubin; skips where there is no disassembler."""
+    candidates = ["nvdisasm", "/usr/local/cuda/bin/nvdisasm"]
+    site = Path(sysconfig.get_path("purelib"))
+    candidates += map(str, site.glob("nvidia/**/bin/nvdisasm"))
+    for candidate in candidates:
+        if shutil.which(candidate):
+            return run(candidate, "-c", cubin)
+    pytest.skip("nvdisasm is needed: pip install nvidia-cuda-nvdisasm")
+
+
+# ---- packages ------------------------------------------------------------------------------------
+
+
+def clean_copy(folder: Path) -> Path:
+    """The source tree without what earlier builds left in it."""
+    ignore = shutil.ignore_patterns(
+        "build", "*.so", ".git", "runs", ".venv", "*.egg-info", ".*cache"
+    )
+    return Path(shutil.copytree(ROOT, folder / "source", ignore=ignore))
+
+
+def new_environment(folder: Path) -> Path:
+    """A fresh virtual environment; returns its Python."""
+    venv.create(folder, with_pip=True)
+    return folder / "bin/python"
+
+
+SMOKE = """
+import torch, fomoe_ext
+layer = fomoe_ext.MoELayer(32, 16, 4, 2, resident_experts=[0, 2])
+x = torch.randn(6, 32, requires_grad=True)
+layer(x).sum().backward()
+assert x.grad.isfinite().all()
+print(torch.__version__, fomoe_ext.__file__)
+"""
+
+
+@pytest.mark.slow
+def test_wheel_built_in_isolation(tmp_path):
+    """`pip install .` where there is no torch: the wheel is whole and works from site-packages."""
+    python = new_environment(tmp_path / "env")
+    source = clean_copy(tmp_path)
+    run(python, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, source, FOMOE_CUDA="off")
+    (wheel,) = tmp_path.glob("fomoe_ext-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"fomoe_ext/py.typed", "fomoe_ext/libfomoe_cpu.so", "fomoe_ext/train.py"} <= set(names)
+    assert any(re.fullmatch(r"fomoe_ext/_C\..*\.so", name) for name in names)
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not [n for n in names if not n.startswith(("fomoe_ext/", "fomoe_ext-"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["2.11.0"])
+def test_one_build_runs_on_another_torch(tmp_path, version):
+    """The libraries at hand, built against the installed torch, in an environment with another."""
+    import torch
+
+    if torch.__version__.startswith(version):
+        pytest.skip(f"torch {version} is the one installed")
+    python = new_environment(tmp_path / "env")
+    run(python, "-m", "pip", "install", "--quiet", f"torch=={version}", "numpy")
+    shutil.copytree(PACKAGE, tmp_path / "site/fomoe_ext")
+    said = run(python, "-c", SMOKE, PYTHONPATH=str(tmp_path / "site"))
+    assert said.startswith(version) and str(tmp_path / "site") in said
+
+
+@pytest.mark.slow
+def test_editable_build_and_rebuild(tmp_path):
+    """`setup.py build_ext --inplace`; after touching one kernel only that one is compiled again."""
+    source = clean_copy(tmp_path)
+    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    environment = {**os.environ, "FOMOE_CUDA": "off"}
+    subprocess.run(build, cwd=source, check=True, env=environment, capture_output=True)
+    kernel = source / "csrc/cpu/compact.cpp"
+    kernel.write_text(kernel.read_text() + "// touched\n")
+    again = subprocess.run(
+        build, cwd=source, check=True, env=environment, capture_output=True, text=True
+    )
+    compiled = re.findall(r"Building CXX object \S+/(\w+\.cpp)\.o", again.stdout)
+    assert compiled == ["compact.cpp"]
+    said = run(sys.executable, "-c", SMOKE, PYTHONPATH=str(source))
+    assert str(source) in said
