@@ -56,6 +56,9 @@ def site_environment(
         LOCAL_WORLD_SIZE=str(num_sites),
     )
     env[RENDEZVOUS] = rendezvous
+    # The package that is running, not whatever lies in the current folder (a source tree, say).
+    home = str(Path(__file__).resolve().parent.parent)
+    env["PYTHONPATH"] = os.pathsep.join(p for p in (home, base.get("PYTHONPATH")) if p)
     env.setdefault("OMP_NUM_THREADS", str(max(1, cores() // num_sites)))
     if sys.platform == "linux":
         # All sites are here: do not depend on this machine's name or outer interfaces.
@@ -78,7 +81,7 @@ def _start(
             log = None if site == 0 else log_dir / f"site-{site}.log"
             output = None if log is None else log.open("ab")
             process = subprocess.Popen(
-                [sys.executable, "-m", "fomoe_ext.train", *arguments],
+                [sys.executable, "-P", "-m", "fomoe_ext.train", *arguments],
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
