@@ -133,7 +133,7 @@ def test_flags_of_the_documented_commands() -> None:
     config = parse_args(line.split())
     assert (config.sites.sites, config.sites.replication) == (4, 1)
     assert (config.model.router_scope, config.outer.optimizer) == ("global", "diloco")
-    assert (config.outer.resolved_lr, config.outer.resolved_momentum) == (0.7, 0.9)
+    assert (config.outer.resolved_lr, config.outer.resolved_momentum) == (1.0, 0.2)
     config = parse_args(["--optimizer", "local-adamw", "--replication", "4"])
     assert (config.outer.resolved_lr, config.outer.resolved_momentum) == (1.0, 0.0)
     line = (
