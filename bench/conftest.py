@@ -93,8 +93,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if common.layer_results:
         console.print(layer_table())
         console.print(
-            f"* misses what is wanted: {WANTED_RATIO}x the better rival or {WANTED_FRACTION:.0%} of "
-            f"the dense rate (the lesser), half resident {WANTED_HALF}x all, verbs under "
+            f"* misses what is wanted: {WANTED_RATIO}x the better rival or {WANTED_FRACTION:.0%} "
+            f"of the dense rate (the lesser), half resident {WANTED_HALF}x all, verbs under "
             f"{WANTED_SHARE:.0%}. Medians of interleaved rounds; dense is torch.matmul of "
             f"{common.DENSE_SIZE} squared between the rounds, in fp32 where that is the faster."
         )

@@ -1,4 +1,4 @@
-"""What a user has without this package: two plain-torch ways to compute the experts of an MoE layer.
+"""What a user has without this package: two plain-torch ways to compute an MoE layer's experts.
 
 Both take the same routing, weights and residency as `fomoe_ext.ops.moe_experts` and drop skipped
 slots before computing anything. Letters as in fomoe_ext/moe.py.

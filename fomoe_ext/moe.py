@@ -273,7 +273,7 @@ class MoELayer(nn.Module):
     def set_resident_experts(
         self, resident_experts: Sequence[int], weights: Mapping[int, ExpertWeights] | None = None
     ) -> tuple[int, ...]:
-        """`Experts.set_resident_experts`; in scope "resident" the router then chooses among these."""
+        """`Experts.set_resident_experts`; in scope "resident" the router chooses among these."""
         arrived = self.experts.set_resident_experts(resident_experts, weights)
         if self.allowed is not None and not self.allowed.is_meta:
             torch.ge(self.experts.resident_index, 0, out=self.allowed)

@@ -1,4 +1,4 @@
-"""MoELayer against a dense fp64 computation, its statistics and losses, and what torch may do to it."""
+"""MoELayer against a dense fp64 computation, its statistics and losses, what torch may do to it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,6 +24,15 @@ from fomoe_ext.seeding import fill_normal_
 ACTIVATIONS = ("swiglu", "geglu", "silu", "relu2", "gelu")
 # Normalised error allowed: two roundings of the storage type.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small layers gain nothing from two, and waiting threads are slow on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def make(**changes: Any) -> MoELayer:
@@ -54,7 +64,7 @@ def activate(preact: Tensor, activation: str) -> Tensor:
 def dense_layer(layer: MoELayer, x: Tensor, params: dict[str, Tensor], logits: Tensor) -> Tensor:
     """The layer's definition with every expert computed on every token, in the dtype of `params`.
 
-    The choice is taken from `logits` (the layer's own fp32 ones, which rounding could turn otherwise), the
+    The choice is taken from `logits` (the layer's own fp32 ones: rounding could turn it), the
     combine weights from logits of the same precision as everything else.
     """
     router, experts, residents = layer.router, layer.experts, layer.experts.resident_experts
@@ -106,7 +116,7 @@ def check_against_dense(layer: MoELayer, x: Tensor) -> None:
         assert normalised_error(parameter.grad, exact) < limit, name
 
 
-# ---- the function ---------------------------------------------------------------------------------
+# ---- the function --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -192,7 +202,7 @@ def test_a_view_with_gaps_gives_the_same_as_its_copy() -> None:
         torch.testing.assert_close(layer(view), layer(view.contiguous()), rtol=0, atol=0)
 
 
-# ---- residency ------------------------------------------------------------------------------------
+# ---- residency -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
@@ -261,22 +271,15 @@ def test_initial_bits_depend_on_no_process_nor_vector_unit() -> None:
     code = (
         "import torch; from fomoe_ext.seeding import fill_normal_\n"
         "t = fill_normal_(torch.empty(300), 0.5, 3, 'expert', 1, 2)\n"
-        "print(t.view(torch.int32).sum().item(), t.dtype, torch.initial_seed() == 1)"
+        "print(t.view(torch.int32).sum().item(), t.dtype)"
     )
-    outputs = set()
-    for changes in ({"PYTHONHASHSEED": "1"}, {"ATEN_CPU_CAPABILITY": "default"}):
-        environment = os.environ | changes
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        outputs.add(done.stdout)
+    environment = os.environ | {"PYTHONHASHSEED": "1", "ATEN_CPU_CAPABILITY": "default"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
     here = fill_normal_(torch.empty(300), 0.5, 3, "expert", 1, 2)
-    assert {o.split()[0] for o in outputs} == {str(here.view(torch.int32).sum().item())}
+    assert done.stdout.split()[0] == str(here.view(torch.int32).sum().item())
 
 
 def test_initial_weights_have_the_deviation_asked_for() -> None:
@@ -349,7 +352,7 @@ def test_set_resident_experts_moves_rows_in_place() -> None:
     assert torch.equal(layer.experts.expand_weight[0], layer.experts.expand_weight[1])
 
 
-# ---- statistics and balancing ---------------------------------------------------------------------
+# ---- statistics and balancing --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
@@ -505,7 +508,7 @@ def imbalance(layer: MoELayer, x: Tensor) -> float:
     return (load.max() / load.double().mean()).item()
 
 
-# ---- what torch may do to the layer ---------------------------------------------------------------
+# ---- what torch may do to the layer --------------------------------------------------------------
 
 
 def test_autocast_computes_in_the_lower_precision() -> None:
