@@ -6,11 +6,24 @@ import math
 from collections.abc import Sequence
 
 
-def at_least(minimum: int, **sizes: int) -> None:
-    """Each value an int of at least `minimum`, else TypeError or ValueError naming it."""
-    for name, value in sizes.items():
+def an_int(**values: int) -> None:
+    """Each value an int, else TypeError naming it."""
+    for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} must be an int, got {value!r}")
+
+
+def a_bool(**values: bool) -> None:
+    """Each value True or False, else TypeError naming it."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def at_least(minimum: int, **sizes: int) -> None:
+    """Each value an int of at least `minimum`, else TypeError or ValueError naming it."""
+    an_int(**sizes)
+    for name, value in sizes.items():
         if value < minimum:
             raise ValueError(f"{name} must be at least {minimum}, got {value}")
 

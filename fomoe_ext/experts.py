@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomoe_ext import ops
-from fomoe_ext.checks import at_least, one_of
+from fomoe_ext.checks import an_int, at_least, one_of
 from fomoe_ext.seeding import fill_normal_
 
 ExpertWeights = tuple[Tensor, Tensor]  # expand [G*N, D] and contract [D, N] of one expert
@@ -20,7 +21,10 @@ def _resident_ids(resident_experts: Sequence[int] | None, num_experts: int) -> t
     """The ids in ascending order, checked; None = all experts."""
     if resident_experts is None:
         return tuple(range(num_experts))
-    ids = sorted(int(e) for e in resident_experts)
+    try:
+        ids = sorted(operator.index(e) for e in resident_experts)
+    except TypeError as error:
+        raise TypeError(f"resident_experts must be ints, got {resident_experts!r}") from error
     if len(set(ids)) < len(ids):
         raise ValueError(f"resident_experts must be distinct, got {ids}")
     if ids and not 0 <= ids[0] <= ids[-1] < num_experts:
@@ -61,6 +65,8 @@ class Experts(nn.Module):
         """Sizes and options of `MoELayer`. Raises ValueError or TypeError for bad ones."""
         super().__init__()
         at_least(1, hidden_size=hidden_size, expert_size=expert_size, num_experts=num_experts)
+        at_least(0, layer_index=layer_index)
+        an_int(seed=seed)
         one_of(tuple(ops.ACTIVATIONS), activation=activation)
         self.hidden_size, self.expert_size, self.num_experts = hidden_size, expert_size, num_experts
         self.activation = activation
@@ -143,6 +149,9 @@ class Experts(nn.Module):
         for expert, given in weights.items():
             if expert not in ids:
                 raise ValueError(f"weights holds expert {expert}, which is not in {ids}")
+            if len(given) != 2 or not all(isinstance(weight, Tensor) for weight in given):
+                kinds = [type(weight).__name__ for weight in given]
+                raise TypeError(f"weights[{expert}] must be two tensors, got {kinds}")
             shapes = tuple(tuple(weight.shape) for weight in given)
             if shapes != wanted:
                 raise ValueError(f"weights[{expert}] must have the shapes {wanted}, got {shapes}")
@@ -210,8 +219,15 @@ class SharedExpert(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Weights as one expert's: expand [G*N, D], contract [D, N]; no biases."""
+        """Weights as one expert's: expand [G*N, D], contract [D, N]; no biases.
+
+        Raises ValueError or TypeError naming the argument.
+        """
         super().__init__()
+        at_least(1, hidden_size=hidden_size, expert_size=expert_size)
+        at_least(0, layer_index=layer_index)
+        an_int(seed=seed)
+        one_of(tuple(ops.ACTIVATIONS), activation=activation)
         self.activation, self.layer_index, self.seed = activation, layer_index, seed
         wide = expert_size * (2 if ops.is_gated(activation) else 1)
         device = torch.get_default_device() if device is None else device

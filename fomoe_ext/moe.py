@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fomoe_ext import balance as bal
 from fomoe_ext import ops
-from fomoe_ext.checks import at_least, finite, one_of
+from fomoe_ext.checks import a_bool, an_int, at_least, finite, one_of
 from fomoe_ext.experts import Experts, ExpertWeights, SharedExpert
 from fomoe_ext.seeding import fill_normal_
 
@@ -55,6 +55,9 @@ class Router(nn.Module):
         super().__init__()
         at_least(1, hidden_size=hidden_size, num_experts=num_experts, top_k=top_k)
         at_least(1, num_groups=num_groups, groups_kept=groups_kept)
+        at_least(0, layer_index=layer_index)
+        an_int(seed=seed)
+        a_bool(renormalize=renormalize)
         one_of(("sigmoid", "softmax"), scoring=scoring)
         finite(0.0, scale=scale)
         if top_k > num_experts:
@@ -291,6 +294,8 @@ class MoELayer(nn.Module):
             return
         if load is None:
             load = self.load_since_update
+        if not isinstance(load, Tensor):
+            raise TypeError(f"load must be a tensor, got {type(load).__name__}")
         if load.shape != (self.num_experts,):
             raise ValueError(f"load must have shape [{self.num_experts}], got {list(load.shape)}")
         load = load.to(self.load_since_update.device)
@@ -305,8 +310,11 @@ class MoELayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] of the layer's dtype (any float dtype under autocast) -> the same shape.
 
-        Raises ValueError for a wrong last dimension, dtype or device of x and for NaN logits.
+        Raises ValueError for a wrong last dimension, dtype or device of x and for NaN logits,
+        TypeError where x is no tensor.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         if x.dim() == 0 or x.shape[-1] != self.hidden_size:
             raise ValueError(f"x must have shape [..., {self.hidden_size}], got {list(x.shape)}")
         self._check_kind(x)
