@@ -17,8 +17,8 @@ from rich.table import Table
 from fomoe_ext.files import write_text
 from fomoe_ext.metrics import human_bytes, human_count
 
-_WIDEST = 32
-"""Most experts per layer whose load is shown one by one."""
+_MOST_EXPERTS, _MOST_LAYERS = 64, 8
+"""Up to so many experts and layers the load of each expert is shown."""
 
 
 class ReportTable(NamedTuple):
@@ -145,26 +145,29 @@ def _memory(report: Mapping[str, Any]) -> ReportTable:
 def _load(report: Mapping[str, Any]) -> ReportTable:
     loads: Sequence[Sequence[int]] = report["validation"]["load"]
     num_experts = len(loads[0])
-    single = num_experts <= _WIDEST
-    rows = []
-    for layer, load in enumerate(loads):
+    shares = []
+    for load in loads:
         mean = sum(load) / num_experts or 1.0
-        shares = [count / mean for count in load]
-        spread = math.sqrt(sum((s - 1) ** 2 for s in shares) / num_experts)
-        cells = [f"layer {layer}", f"{spread:.2f}"]
-        chosen = shares if single else (min(shares), max(shares))
-        rows.append((*cells, *(f"{share:.2f}" for share in chosen)))
-    columns = map(str, range(num_experts)) if single else ("least", "most")
-    return ReportTable(
-        "Load per expert on validation text",
-        ("", "spread", *columns),
-        tuple(rows),
-        "Slots that chose an expert, 1 = an even share. Spread: standard deviation over experts.",
-    )
+        shares.append([count / mean for count in load])
+    spreads = [math.sqrt(sum((s - 1) ** 2 for s in row) / num_experts) for row in shares]
+    title = "Load per expert on validation text"
+    note = "Slots that chose an expert, 1 = an even share. Spread: standard deviation over experts."
+    cell = "{:.2f}".format
+    if num_experts <= _MOST_EXPERTS and len(loads) <= _MOST_LAYERS:
+        rows = [(f"expert {e}", *(cell(row[e]) for row in shares)) for e in range(num_experts)]
+        rows.append(("spread", *map(cell, spreads)))
+        return ReportTable(
+            title, ("", *(f"layer {n}" for n in range(len(loads)))), tuple(rows), note
+        )
+    rows = [
+        (f"layer {n}", cell(min(row)), cell(max(row)), cell(spread))
+        for n, (row, spread) in enumerate(zip(shares, spreads, strict=True))
+    ]
+    return ReportTable(title, ("", "least", "most", "spread"), tuple(rows), note)
 
 
-def _arithmetic(report: Mapping[str, Any]) -> ReportTable:
-    flops = report["flops_per_token"]
+def arithmetic_table(flops: Mapping[str, Mapping[str, float]]) -> ReportTable:
+    """FLOPs per token by kind of job and part of the model."""
     rows = [(kind, *(f"{human_count(row[part])}" for part in row)) for kind, row in flops.items()]
     parts = next(iter(flops.values()))
     names = (part.replace("_", " ") for part in parts)
@@ -173,8 +176,9 @@ def _arithmetic(report: Mapping[str, Any]) -> ReportTable:
 
 def report_tables(report: Mapping[str, Any]) -> list[ReportTable]:
     """The tables of a report."""
-    makers = (_result, _bytes, _memory, _time, _arithmetic, _load)
-    return [make(report) for make in makers]
+    makers = (_result, _bytes, _memory, _time)
+    tables = [make(report) for make in makers]
+    return [*tables, arithmetic_table(report["flops_per_token"]), _load(report)]
 
 
 def _markdown_table(table: ReportTable) -> str:
@@ -192,9 +196,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     return f"# Run {report['run']['name']}\n\n{tables}\n"
 
 
-def print_report(report: Mapping[str, Any], console: Console) -> None:
-    """The report on a terminal, or as plain text where there is none."""
-    for table in report_tables(report):
+def print_tables(tables: Sequence[ReportTable], console: Console) -> None:
+    """Tables on a terminal, or as plain text where there is none."""
+    for table in tables:
         shown = Table(title=table.title, caption=table.note or None, title_justify="left")
         shown.caption_justify = "left"
         for i, column in enumerate(table.columns):
@@ -202,6 +206,11 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         for row in table.rows:
             shown.add_row(*row)
         console.print(shown)
+
+
+def print_report(report: Mapping[str, Any], console: Console) -> None:
+    """The report on a terminal, or as plain text where there is none."""
+    print_tables(report_tables(report), console)
 
 
 def write_report(run_dir: Path, report: Mapping[str, Any]) -> None:

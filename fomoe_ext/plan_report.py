@@ -1,0 +1,200 @@
+"""`fomoe plan`: what a job would cost, before anything is trained. Needs no torch.
+
+The job planned for stands beside three others of the same model, steps and batches: plain DDP, the
+same with all experts everywhere, and the same with bf16 on the wire.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from fomoe_ext import plan
+from fomoe_ext.config import TrainConfig, count_parameters
+from fomoe_ext.config_io import parse_args
+from fomoe_ext.metrics import human_bytes, human_count
+from fomoe_ext.placement import Placement
+from fomoe_ext.report import ReportTable, arithmetic_table, print_tables
+
+UTILIZATIONS = (0.50, 0.75, 0.90, 0.95, 0.99)
+"""Shares of the time in local steps for which the bandwidth is asked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """A site's connection and speed, for the times; every other flag is one of `fomoe train`."""
+
+    bandwidth_gbit: float = 1.0
+    """What a site can send, in 10^9 bits per second."""
+    latency_ms: float = 50.0
+    """From one site to another, in milliseconds."""
+    tflops: float = 100.0
+    """What a site reaches in training, in 10^12 operations per second."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+    def __post_init__(self) -> None:
+        if not (self.bandwidth_gbit > 0 and self.tflops > 0 and self.latency_ms >= 0):
+            raise ValueError(
+                "bandwidth_gbit and tflops must be > 0 and latency_ms >= 0, got "
+                f"{self.bandwidth_gbit}, {self.tflops} and {self.latency_ms}"
+            )
+
+    @property
+    def link(self) -> plan.Link:
+        """The connection in bits per second and seconds."""
+        return plan.Link(self.bandwidth_gbit * 1e9, self.latency_ms * 1e-3)
+
+
+def compared_jobs(config: TrainConfig) -> dict[str, TrainConfig]:
+    """The job beside DDP, a full replica and itself with bf16 on the wire, by name."""
+    replica = plan.full_replica(config)
+    outer = dataclasses.replace
+    jobs = {
+        "DDP": outer(replica, outer=outer(config.outer, optimizer="ddp", codec="fp32")),
+        "full replica": replica,
+        "this job": config,
+    }
+    if config.outer.codec != "bf16":
+        jobs["this job, bf16"] = outer(config, outer=outer(config.outer, codec="bf16"))
+    return jobs
+
+
+def _busiest_site(config: TrainConfig, placement: Placement) -> int:
+    sites = range(placement.num_sites)
+    return max(sites, key=lambda site: plan.meeting_bytes(config, placement, site))
+
+
+def make_plan(config: TrainConfig, options: PlanOptions) -> dict[str, Any]:
+    """Everything `fomoe plan` tells, as plain data: costs per round of the busiest site, by job.
+
+    Raises what `plan.job_placement` raises.
+    """
+    jobs: dict[str, Any] = {}
+    for name, job in compared_jobs(config).items():
+        placement = plan.job_placement(job)
+        site = _busiest_site(job, placement)
+        cost = plan.round_cost(job, placement, options.link, options.tflops * 1e12, site)
+        memory = plan.site_memory(
+            job.model,
+            placement,
+            site,
+            optimizer=job.outer.optimizer,
+            inner_optimizer=job.inner.inner_optimizer,
+            outer_momentum=job.outer.resolved_momentum,
+        )
+        needed = {
+            f"{share:.0%}": plan.bandwidth_needed(cost, share, options.link.latency)
+            for share in UTILIZATIONS
+        }
+        jobs[name] = {
+            **cost._asdict(),
+            "utilization": cost.utilization,
+            "memory_parts": memory._asdict(),
+            "bandwidth_needed": needed,
+        }
+    counts = count_parameters(config.model)
+    share = config.sites.replication / config.sites.sites
+    flops = {
+        kind: plan.flops_per_token(config.model, part)
+        for kind, part in {"full replica": 1.0, "this job": share}.items()
+    }
+    return {
+        "preset": config.preset,
+        "parameters": {"total": counts.total, "experts": counts.sparse},
+        "sites": config.sites.sites,
+        "replication": config.sites.replication,
+        "local_steps": config.run.local_steps,
+        "rounds": config.run.resolved_rounds,
+        "tokens_per_round": config.inner.batch_size * config.model.seq_len * config.run.local_steps,
+        "options": dataclasses.asdict(options),
+        "jobs": jobs,
+        "flops_per_token": {
+            kind: {**row._asdict(), "forward": row.forward, "training": row.training}
+            for kind, row in flops.items()
+        },
+    }
+
+
+def _duration(seconds: float) -> str:
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def _bandwidth(bits_per_s: float | None) -> str:
+    return "by none" if bits_per_s is None else f"{human_count(bits_per_s)}bit/s"
+
+
+def plan_tables(planned: Mapping[str, Any]) -> list[ReportTable]:
+    """The tables of a plan."""
+    jobs, options = planned["jobs"], planned["options"]
+    ddp = jobs["DDP"]["bytes_sent"]
+    cost = ReportTable(
+        f"A round of {planned['local_steps']} local steps, per site",
+        ("", "sent", "vs DDP", "memory", "local steps", "meeting", "utilization"),
+        tuple(
+            (
+                name,
+                human_bytes(job["bytes_sent"]),
+                f"{ddp / job['bytes_sent']:.2f}x" if job["bytes_sent"] else "-",
+                human_bytes(job["memory"]),
+                _duration(job["local_s"]),
+                _duration(job["meeting_s"]),
+                f"{job['utilization']:.1%}",
+            )
+            for name, job in jobs.items()
+        ),
+        f"{planned['preset']}: {human_count(planned['parameters']['total'])} parameters, "
+        f"{planned['parameters']['experts'] / planned['parameters']['total']:.0%} in experts; "
+        f"{planned['sites']} sites, replication {planned['replication']}, "
+        f"{human_count(planned['tokens_per_round'])} tokens per site and round, "
+        f"{planned['rounds']} rounds. Times at {options['bandwidth_gbit']:g} Gbit/s, "
+        f"{options['latency_ms']:g} ms and {options['tflops']:g} TFLOP/s, without overlap, of the "
+        "site that sends most.",
+    )
+    first = next(iter(jobs.values()))
+    bandwidth = ReportTable(
+        "Bandwidth needed for a share of the time in local steps",
+        ("", *first["bandwidth_needed"]),
+        tuple(
+            (name, *map(_bandwidth, job["bandwidth_needed"].values())) for name, job in jobs.items()
+        ),
+        f"At {options['latency_ms']:g} ms; by none: latency alone takes more.",
+    )
+    memory = ReportTable(
+        "Memory per site, without activations",
+        ("", *(part.replace("_", " ") for part in first["memory_parts"])),
+        tuple(
+            (name, *map(human_bytes, job["memory_parts"].values())) for name, job in jobs.items()
+        ),
+    )
+    return [cost, bandwidth, memory, arithmetic_table(planned["flops_per_token"])]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`fomoe plan [flags]`; returns the exit code.
+
+    Raises ValueError and OSError for bad values and files; SystemExit as `parse_args`.
+    """
+    import tyro
+
+    args = list(arguments)
+    if "-h" in args or "--help" in args:
+        try:
+            tyro.cli(PlanOptions, prog="fomoe plan", args=["--help"])
+        except SystemExit:
+            print()
+        parse_args(["--help"], "fomoe plan")
+    options, rest = tyro.cli(PlanOptions, prog="fomoe plan", args=args, return_unknown_args=True)
+    planned = make_plan(parse_args(rest, "fomoe plan"), options)
+    if options.json:
+        print(json.dumps(planned, indent=1))
+    else:
+        print_tables(plan_tables(planned), Console(file=sys.stdout))
+    return 0
