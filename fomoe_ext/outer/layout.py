@@ -9,14 +9,13 @@ the members get the same bits even where vector and scalar instructions round di
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
-from fomoe_ext.outer.codec import Codec
 from fomoe_ext.outer.reduce import SiteGroup, SiteGroups
 from fomoe_ext.placement import Owners, Placement
 
@@ -202,46 +201,3 @@ def make_layouts(pieces: Iterable[Piece], groups: SiteGroups) -> list[Layout]:
     for piece in pieces:
         by_owners.setdefault(piece.owners, []).append(piece)
     return [Layout(groups.group(owners), by_owners[owners]) for owners in sorted(by_owners)]
-
-
-class MeanJob:
-    """Averages a tensor of each piece over its contributors, in place (`reduce.Job`)."""
-
-    summed = True
-
-    def __init__(
-        self, layout: Layout, site: int, codec: Codec, tensor_of: Callable[[Piece], Tensor]
-    ) -> None:
-        self.layout, self.site, self.codec, self._tensor_of = layout, site, codec, tensor_of
-        self.group, self.numel = layout.group, layout.numel
-
-    def read(self, start: int, stop: int, out: Tensor) -> None:
-        for part in self.layout.parts(start, stop):
-            piece = part.piece
-            if self.site in piece.contributors:
-                source = piece.part_of(self._tensor_of(piece))
-                out[part.range].copy_(source[part.lo : part.hi])
-            else:
-                out[part.range].zero_()
-
-    def write(self, start: int, stop: int, total: Tensor) -> None:
-        for part in self.layout.parts(start, stop):
-            piece = part.piece
-            mean = total[part.range].div_(len(piece.contributors))
-            piece.part_of(self._tensor_of(piece))[part.lo : part.hi].copy_(mean)
-
-
-class EqualiseJob(MeanJob):
-    """Gives all members the same values: every share of a bucket as one of them has it."""
-
-    summed = False
-
-    def read(self, start: int, stop: int, out: Tensor) -> None:
-        for part in self.layout.parts(start, stop):
-            source = part.piece.part_of(self._tensor_of(part.piece))
-            out[part.range].copy_(source[part.lo : part.hi])
-
-    def write(self, start: int, stop: int, total: Tensor) -> None:
-        for part in self.layout.parts(start, stop):
-            target = part.piece.part_of(self._tensor_of(part.piece))
-            target[part.lo : part.hi].copy_(total[part.range])

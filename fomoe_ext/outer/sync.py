@@ -23,10 +23,9 @@ from fomoe_ext import wire
 from fomoe_ext.checks import at_least, finite, one_of
 from fomoe_ext.outer import optimizer as opt
 from fomoe_ext.outer.codec import Codec, get_codec
+from fomoe_ext.outer.jobs import DeltaJob, EqualiseJob, MeanJob
 from fomoe_ext.outer.layout import (
-    EqualiseJob,
     Layout,
-    MeanJob,
     Piece,
     bias_pieces,
     check_model,
@@ -305,7 +304,14 @@ class OuterSync:
                 ]
             else:
                 jobs += [
-                    _DeltaJob(self, layout, anchor, self.momenta[i] if self.momenta else None)
+                    DeltaJob(
+                        layout,
+                        self.site,
+                        self.codec,
+                        self.rule,
+                        anchor,
+                        self.momenta[i] if self.momenta else None,
+                    )
                     for i, (layout, anchor) in enumerate(
                         zip(self.layouts, self.anchors, strict=True)
                     )
@@ -522,41 +528,6 @@ class OuterSync:
         self.round, self.bytes_sent = round_index, sent
         if self.warmup is not None:
             self.warmup.progress = warming
-
-
-class _DeltaJob:
-    """Mean delta of one owner group, and the outer step with it (`reduce.Job`)."""
-
-    summed = True
-
-    def __init__(
-        self, sync: OuterSync, layout: Layout, anchor: Tensor, momentum: Tensor | None
-    ) -> None:
-        self.layout, self.anchor, self.momentum = layout, anchor, momentum
-        self.group, self.numel = layout.group, layout.numel
-        self.codec, self._rule, self._site = sync.codec, sync.rule, sync.site
-
-    def read(self, start: int, stop: int, out: Tensor) -> None:
-        delta = torch.zeros(stop - start, dtype=torch.float32, device=self.anchor.device)
-        anchor = self.anchor[start:stop]
-        for part in self.layout.parts(start, stop):
-            if self._site in part.piece.contributors:
-                local = part.piece.values()[part.lo : part.hi]
-                # What the local steps began from: the anchor as the parameter's type holds it.
-                begun = anchor[part.range].to(local.dtype).float()
-                torch.sub(begun, local.float(), out=delta[part.range])
-        out.copy_(delta)
-
-    def write(self, start: int, stop: int, total: Tensor) -> None:
-        anchor = self.anchor[start:stop]
-        delta = total.to(anchor.device)
-        parts = list(self.layout.parts(start, stop))
-        for part in parts:
-            delta[part.range].div_(len(part.piece.contributors))
-        momentum = None if self.momentum is None else self.momentum[start:stop]
-        self._rule.apply_(anchor, delta, momentum)
-        for part in parts:
-            part.piece.values()[part.lo : part.hi].copy_(anchor[part.range])
 
 
 def _two_periods(periods: Sequence[int]) -> tuple[int, int]:
