@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <new>
+#include <stdexcept>
 #include <utility>
 
 #include "huge_pages.h"
@@ -16,7 +17,7 @@ int64_t g_kept_bytes = 0;
 
 }  // namespace
 
-Workspace::Workspace(int64_t bytes) {
+Workspace::Workspace(int64_t bytes) : asked_(bytes) {
   {
     const std::lock_guard<std::mutex> lock(g_mutex);
     data_ = std::exchange(g_kept, nullptr);
@@ -30,7 +31,13 @@ Workspace::Workspace(int64_t bytes) {
     if (!data_) throw std::bad_alloc();
     prefer_huge_pages(data_, capacity_);
   }
-  next_ = data_;
+}
+
+void* Workspace::take(int64_t bytes) {
+  void* taken = data_ + taken_;
+  taken_ += padded(bytes);
+  if (taken_ > asked_) throw std::logic_error("a workspace is smaller than what is taken from it");
+  return taken;
 }
 
 Workspace::~Workspace() {

@@ -18,18 +18,14 @@ class Workspace {
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
-  // The next `bytes`, aligned to a cache line. All of them together must fit what was asked for,
-  // each rounded up by `padded`.
-  void* take(int64_t bytes) {
-    char* taken = next_;
-    next_ += padded(bytes);
-    return taken;
-  }
+  // The next `bytes`, aligned to a cache line. Throws std::logic_error where all that was taken,
+  // each rounded up by `padded`, is more than was asked for.
+  void* take(int64_t bytes);
   static int64_t padded(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 
  private:
   char* data_;
-  char* next_;
+  int64_t asked_, taken_ = 0;
   int64_t capacity_;
 };
 
