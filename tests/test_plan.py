@@ -1,0 +1,229 @@
+"""The cost model against counting by hand; the report and `fomoe plan` made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fomoe_ext
+from fomoe_ext import cli, plan, wire
+from fomoe_ext.config import TrainConfig, preset_config
+from fomoe_ext.plan_report import PlanOptions, make_plan
+from fomoe_ext.report import markdown, report_tables
+
+
+def config_of(preset: str = "tiny", **sections: dict) -> TrainConfig:
+    config = preset_config(preset)
+    changes = {
+        name: dataclasses.replace(getattr(config, name), **values)
+        for name, values in sections.items()
+    }
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.mark.parametrize("replication", [1, 2, 4])
+@pytest.mark.parametrize("scope", ["global", "resident"])
+def test_a_meeting_by_hand(replication, scope):
+    """Every owner group, bucket and share of one site, one after the other."""
+    config = config_of(
+        sites={"sites": 4, "replication": replication},
+        model={"router_scope": scope},
+        outer={"bucket_bytes": 40_000, "codec": "bf16"},
+    )
+    model, placement = config.model, plan.job_placement(config)
+    site = 2
+    dense = model.vocab_size * model.hidden_size + 2 * model.hidden_size
+    dense += model.num_layers * (4 * model.hidden_size**2 + 4 * model.hidden_size)
+    elements = {(0, 1, 2, 3): dense}
+    for layer in range(model.num_layers):
+        for expert in range(model.num_experts):
+            owners = placement.owners(layer, expert)
+            router = (0, 1, 2, 3) if scope == "global" else owners
+            for group, count in (
+                (owners, 3 * model.expert_size * model.hidden_size),
+                (router, model.hidden_size),
+            ):
+                if site in group:
+                    elements[group] = elements.get(group, 0) + count
+    sent = 3 * (40 + 128)  # a note of five numbers and a status to every other site
+    for group, count in elements.items():
+        while count:
+            bucket = min(count, 10_000)
+            share = -(-bucket // len(group))
+            sent += 2 * (len(group) - 1) * share * 2  # two stages, two bytes
+            count -= bucket
+    assert plan.meeting_bytes(config, placement, site) == sent
+
+
+def test_more_replication_costs_more_and_a_full_replica_most():
+    sent, held = [], []
+    for replication in (1, 2, 4):
+        config = config_of(sites={"replication": replication})
+        placement = plan.job_placement(config)
+        sent.append(plan.meeting_bytes(config, placement, 0))
+        held.append(plan.site_memory(config.model, placement, 0).total)
+    assert sent == sorted(sent) and held == sorted(held) and sent[0] < sent[1] < sent[2]
+    assert sent[2] == plan.full_replica_bytes(config, 1)
+    full = plan.site_memory(config.model, None).total
+    assert held[2] == full
+    sparse = plan.count_parameters(config.model).sparse
+    assert held[1] == full - sparse // 2 * 4 * 6  # half of the experts, six fp32 copies
+
+
+def test_ring_formula_is_the_limit_of_large_buckets():
+    """Up to padding, 2 (n - 1) / n of the payload, as a ring all-reduce sends."""
+    for members in (2, 3, 5, 8):
+        exact = wire.all_reduce_bytes(1_000_003, members, "fp32", 1 << 30)
+        assert exact == pytest.approx(plan.paper_ring_bytes(4 * 1_000_003, members), rel=1e-5)
+
+
+def test_flops_by_hand():
+    model = config_of().model
+    flops = plan.flops_per_token(model, 0.5)
+    width, layers = model.hidden_size, model.num_layers
+    assert flops.router == layers * 2 * model.num_experts * width
+    one_expert = 2 * 3 * width * model.expert_size
+    assert flops.experts == layers * model.top_k * 0.5 * one_expert
+    assert flops.unembedding == 2 * model.vocab_size * width
+    causal = sum(2 * 2 * width * (t + 1) for t in range(model.seq_len)) / model.seq_len
+    assert flops.attention == pytest.approx(layers * (4 * 2 * width**2 + causal))
+    assert flops.training == 3 * flops.forward
+    resident = dataclasses.replace(model, router_scope="resident")
+    assert plan.flops_per_token(resident, 0.5).experts == layers * model.top_k * one_expert
+    with pytest.raises(ValueError, match="resident_share"):
+        plan.flops_per_token(model, 0)
+
+
+def test_times_and_bandwidth_agree():
+    """At the bandwidth that is said to be needed the utilization is the one asked for."""
+    config = config_of("153m")
+    placement = plan.job_placement(config)
+    cost = plan.round_cost(config, placement, plan.Link(1e9, 0.01), 1e13)
+    assert cost.meeting_s == pytest.approx(8 * cost.bytes_sent / 1e9 + cost.waits * 0.01)
+    needed = plan.bandwidth_needed(cost, 0.8, 0.01)
+    again = plan.round_cost(config, placement, plan.Link(needed, 0.01), 1e13)
+    assert again.utilization == pytest.approx(0.8)
+    assert plan.bandwidth_needed(cost, 0.999999, 1.0) is None
+    for link, speed in ((plan.Link(0, 0), 1), (plan.Link(1, -1), 1), (plan.Link(1, 0), 0)):
+        with pytest.raises(ValueError, match="bandwidth and flops_per_s must be > 0"):
+            plan.round_cost(config, placement, link, speed)
+    with pytest.raises(ValueError, match="utilization"):
+        plan.bandwidth_needed(cost, 1.0, 0)
+
+
+def test_plan_compares_four_jobs():
+    planned = make_plan(preset_config("13.3b"), PlanOptions())
+    jobs = planned["jobs"]
+    assert list(jobs) == ["DDP", "full replica", "this job", "this job, bf16"]
+    sent = [job["bytes_sent"] for job in jobs.values()]
+    assert sent == sorted(sent, reverse=True)
+    assert sent[2] == pytest.approx(2 * sent[3], rel=1e-3)
+    assert jobs["this job"]["memory"] < jobs["full replica"]["memory"]
+    flops = planned["flops_per_token"]
+    assert flops["this job"]["experts"] == flops["full replica"]["experts"] / 2
+
+
+def test_plan_command(capsys):
+    assert cli.main(["plan", "--preset", "54m", "--json", "--tflops", "10"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["preset"] == "54m" and planned["options"]["tflops"] == 10
+    assert cli.main(["plan", "--sites", "8", "--replication", "4"]) == 0
+    assert "full replica" in capsys.readouterr().out.replace("\n", " ")
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--latency-ms", "-1"])
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--nonsense", "3"])
+
+
+def test_unknown_commands_are_refused(capsys):
+    assert cli.main(["fly"]) == 2
+    assert "unknown command 'fly'" in capsys.readouterr().err
+    assert cli.main([]) == 2
+    assert cli.main(["--help"]) == 0 and "plan" in capsys.readouterr().out
+
+
+def test_planning_needs_no_torch():
+    code = """
+import sys
+
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ImportError("no torch here")
+
+sys.meta_path.insert(0, NoTorch())
+sys.path.insert(0, sys.argv[1])
+from fomoe_ext.cli import main
+sys.exit(main(["plan", "--preset", "104b", "--json"]))
+"""
+    home = str(Path(fomoe_ext.__file__).parent.parent)
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code, home], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+
+def sample_report(num_experts: int = 4, num_layers: int = 2) -> dict:
+    memory = {"parameters": 40, "gradients": 40, "anchor": 0, "total": 80}
+    site = {
+        "site": 0,
+        "local_s": 9.0,
+        "meeting_s": 1.0,
+        "validation_s": 0.5,
+        "tokens": 900,
+        "skipped_share": 0.25,
+        "bytes_sent": 1000,
+        "moved_bytes": 0,
+        "validation_bytes": 5,
+        "planned": {"bytes": 1000, "full_replica_bytes": 2500, "ddp_bytes": 40_000},
+        "memory": memory,
+    }
+    load = [[10 * (e + layer) for e in range(num_experts)] for layer in range(num_layers)]
+    return {
+        "run": {
+            "name": "x",
+            "sites": 1,
+            "replication": 1,
+            "rounds": 3,
+            "local_steps": 2,
+            "tokens": 900,
+            "wall_s": 12.0,
+            "data": "text",
+        },
+        "validation": {"loss": 1.5, "bits_per_byte": 2.16, "tokens": 100, "load": load},
+        "first_validation": None,
+        "sites": [site],
+        "full_replica_memory": {part: 2 * size for part, size in memory.items()},
+        "model_parameters": {"total": 10, "sparse": 9},
+        "flops_per_token": {"this run": {"attention": 5.0, "forward": 5.0, "training": 15.0}},
+    }
+
+
+def test_report_says_what_was_counted():
+    text = markdown(sample_report())
+    for line in (
+        "| validation bits per byte | 2.160 |",
+        "| site 0 | 1 kB | 1 kB | 2.5 kB | 40 kB | 2.50x | 40.00x |",
+        "| site / full | 50.0% | 50.0% | - | 50.0% |",
+        "| site 0 | 9.0 s | 1.0 s | 90.0% | 0.5 s | 100 | 25.0% |",
+        "| expert 3 | 2.00 | 1.60 |",
+        "Counted and predicted equal.",
+    ):
+        assert line in text, text
+    report = sample_report()
+    report["sites"][0]["bytes_sent"] = 1001
+    assert "Counted and predicted differ by 1 bytes" in markdown(report)
+
+
+def test_loads_of_many_layers_are_summed_up():
+    table = report_tables(sample_report(num_experts=4, num_layers=30))[-1]
+    assert table.columns == ("", "least", "most", "spread") and len(table.rows) == 30
+    assert table.rows[0] == ("layer 0", "0.00", "2.00", "0.75")
