@@ -35,7 +35,7 @@ class Shape:
     top_k: int
 
     def __str__(self) -> str:
-        return f"{self.tokens}x{self.hidden}x{self.expert}, top {self.top_k} of {self.experts}"
+        return f"{self.tokens}x{self.hidden}x{self.expert} {self.top_k}/{self.experts}"
 
 
 SHAPES = (
@@ -140,7 +140,7 @@ def dense_rate(dtype: torch.dtype, size: int = DENSE_SIZE) -> float:
 @cache
 def torch_rate(dtype: torch.dtype) -> float:
     """FLOP/s of torch.matmul in this dtype, once a run; small, as it may be 100 times too slow."""
-    return max(dense_rate(dtype, 512) for _ in range(3))
+    return max(dense_rate(dtype, 512) for _ in range(5))
 
 
 @cache
@@ -161,7 +161,11 @@ def memory_bandwidth() -> float:
 
 
 def affordable_tokens(problem: Problem, dtype: torch.dtype) -> int:
-    """Tokens of which a plain-torch rival's pass takes about RIVAL_SECONDS at most; halved ones."""
+    """All tokens, or where torch has no fast matmul of the dtype so many that a rival's pass takes
+    about RIVAL_SECONDS: fewer rows per expert would slow down a rival that is fast.
+    """
+    if 8 * torch_rate(dtype) > torch_rate(torch.float32):
+        return problem.shape.tokens
     tokens, seconds = problem.shape.tokens, problem.flops / torch_rate(dtype)
     while seconds > RIVAL_SECONDS and tokens > 64:
         tokens, seconds = tokens // 2, seconds / 2

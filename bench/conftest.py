@@ -56,7 +56,7 @@ def layer_table() -> Table:
         rivals = [r["loop_flops_per_second"], r["grouped_mm_flops_per_second"]]
         fast = rate >= min(WANTED_RATIO * max(rivals), WANTED_FRACTION * dense)
         speed_up, share = half_speed_up(case), share_of_verbs(case)
-        few = "" if r["rival_tokens"] == case[0].tokens else f" on {r['rival_tokens']:.0f} tokens"
+        few = "" if r["rival_tokens"] == case[0].tokens else f" T={r['rival_tokens']:.0f}"
         table.add_row(
             str(case[0]),
             common.dtype_name(case[1]),
@@ -96,7 +96,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             f"* misses what is wanted: {WANTED_RATIO}x the better rival or {WANTED_FRACTION:.0%} "
             f"of the dense rate (the lesser), half resident {WANTED_HALF}x all, verbs under "
             f"{WANTED_SHARE:.0%}. Medians of interleaved rounds; dense is torch.matmul of "
-            f"{common.DENSE_SIZE} squared between the rounds, in fp32 where that is the faster."
+            f"{common.DENSE_SIZE} squared between the rounds, in fp32 where that is the faster. "
+            f"T=: a rival too slow for all tokens ran on so many."
         )
     if common.verb_results:
         console.print(verb_table())
