@@ -63,13 +63,13 @@ class ModelConfig:
     """Groups a token may choose from."""
     shared_expert_size: int = 0
     """Inner width of an expert that every token uses and every site holds; 0 = none."""
-    balance: Literal["none", "switch", "entropy", "bias"] = "none"
+    balance: Literal["none", "switch", "entropy", "bias"] = "bias"
     """Load balancing: an auxiliary loss (switch, entropy) or a learned selection bias."""
     balance_coef: float = 0.01
     """Weight of the auxiliary balance loss."""
     z_loss_coef: float = 0.0
     """Weight of the router z-loss."""
-    bias_update_rate: float = 1e-3
+    bias_update_rate: float = 4e-3
     """Step of the selection bias for balance = bias."""
     norm: Literal["layer", "rms"] = "layer"
     """LayerNorm (without bias) or RMSNorm."""
@@ -397,6 +397,7 @@ def _paper_model(hidden: int, layers: int, heads: int, experts: int, top_k: int)
         expert_size=128,
         top_k=top_k,
         activation="silu",
+        bias_update_rate=1e-3,
         depth_multiplier=4 / layers,
     )
 

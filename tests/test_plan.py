@@ -39,7 +39,7 @@ def test_a_meeting_by_hand(replication, scope):
     site = 2
     dense = model.vocab_size * model.hidden_size + 2 * model.hidden_size
     dense += model.num_layers * (4 * model.hidden_size**2 + 4 * model.hidden_size)
-    elements = {(0, 1, 2, 3): dense}
+    elements, biases = {(0, 1, 2, 3): dense}, {}
     for layer in range(model.num_layers):
         for expert in range(model.num_experts):
             owners = placement.owners(layer, expert)
@@ -50,13 +50,17 @@ def test_a_meeting_by_hand(replication, scope):
             ):
                 if site in group:
                     elements[group] = elements.get(group, 0) + count
+            if site in router:
+                biases[router] = biases.get(router, 0) + 1
     sent = 3 * (40 + 128)  # a note of five numbers and a status to every other site
-    for group, count in elements.items():
-        while count:
-            bucket = min(count, 10_000)
-            share = -(-bucket // len(group))
-            sent += 2 * (len(group) - 1) * share * 2  # two stages, two bytes
-            count -= bucket
+    for counts, width in ((elements, 2), (biases, 4)):  # bf16, but biases in fp32
+        for group, count in counts.items():
+            while count:
+                bucket = min(count, 10_000)
+                share = -(-bucket // len(group))
+                sent += 2 * (len(group) - 1) * share * width  # two stages
+                count -= bucket
+    assert config.model.balance == "bias"
     assert plan.meeting_bytes(config, placement, site) == sent
 
 
@@ -219,8 +223,9 @@ def test_report_says_what_was_counted():
     ):
         assert line in text, text
     report = sample_report()
-    report["sites"][0]["bytes_sent"] = 1001
-    assert "Counted and predicted differ by 1 bytes" in markdown(report)
+    report["sites"][0]["bytes_sent"] = 1024
+    text = markdown(report)
+    assert "Counted and predicted differ by 24 bytes" in text and "| 1.02 kB | 1 kB |" in text
 
 
 def test_loads_of_many_layers_are_summed_up():
