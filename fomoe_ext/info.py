@@ -66,7 +66,8 @@ def collect_info() -> dict[str, Any]:
     """Everything `fomoe info` tells, as plain data.
 
     Raises ImportError when the package is not built and RuntimeError when FOMOE_CPU_ISA names an
-    instruction set that is unknown or not there. Libraries that do not load are told under "native".
+    instruction set that is unknown or not there. A library that does not load is told under
+    "native".
     """
     try:
         from fomoe_ext import _C

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+
+# Python processes that tests start find the package under test, not a source tree without
+# libraries that happens to be the current folder.
+os.environ["PYTHONSAFEPATH"] = "1"
+_package = importlib.util.find_spec("fomoe_ext")
+if _package is not None and _package.origin is not None:
+    _home = Path(_package.origin).parent.parent
+    if (_home / "pyproject.toml").exists():  # not installed, built in place
+        os.environ["PYTHONPATH"] = str(_home)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

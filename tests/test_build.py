@@ -118,6 +118,7 @@ def new_environment(folder: Path) -> Path:
     return folder / "bin/python"
 
 
+# Run with -P and a PYTHONPATH: the package tried is the one there, whatever the current folder.
 SMOKE = """
 import torch, fomoe_ext
 layer = fomoe_ext.MoELayer(32, 16, 4, 2, resident_experts=[0, 2])
@@ -133,13 +134,20 @@ def test_wheel_built_in_isolation(tmp_path):
     """`pip install .` where there is no torch: the wheel is whole and works from site-packages."""
     python = new_environment(tmp_path / "env")
     source = clean_copy(tmp_path)
-    run(python, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, source, FOMOE_CUDA="off")
+    pip = (python, "-m", "pip")
+    run(*pip, "wheel", "--no-deps", "-w", tmp_path, source, FOMOE_CUDA="off", PYTHONPATH="")
     (wheel,) = tmp_path.glob("fomoe_ext-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {"fomoe_ext/py.typed", "fomoe_ext/libfomoe_cpu.so", "fomoe_ext/train.py"} <= set(names)
     assert any(re.fullmatch(r"fomoe_ext/_C\..*\.so", name) for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [n for n in names if not n.startswith(("fomoe_ext/", "fomoe_ext-"))]
+
+    # The torch of this environment stands for the one that pip would bring along.
+    site = tmp_path / "site"
+    run(*pip, "install", "--quiet", "--no-deps", "--target", site, wheel, PYTHONPATH="")
+    said = run(sys.executable, "-P", "-c", SMOKE, PYTHONPATH=str(site))
+    assert str(site) in said
 
 
 @pytest.mark.slow
@@ -151,9 +159,9 @@ def test_one_build_runs_on_another_torch(tmp_path, version):
     if torch.__version__.startswith(version):
         pytest.skip(f"torch {version} is the one installed")
     python = new_environment(tmp_path / "env")
-    run(python, "-m", "pip", "install", "--quiet", f"torch=={version}", "numpy")
+    run(python, "-m", "pip", "install", "-q", f"torch=={version}", "numpy", PYTHONPATH="")
     shutil.copytree(PACKAGE, tmp_path / "site/fomoe_ext")
-    said = run(python, "-c", SMOKE, PYTHONPATH=str(tmp_path / "site"))
+    said = run(python, "-P", "-c", SMOKE, PYTHONPATH=str(tmp_path / "site"))
     assert said.startswith(version) and str(tmp_path / "site") in said
 
 
@@ -171,5 +179,5 @@ def test_editable_build_and_rebuild(tmp_path):
     )
     compiled = re.findall(r"Building CXX object \S+/(\w+\.cpp)\.o", again.stdout)
     assert compiled == ["compact.cpp"]
-    said = run(sys.executable, "-c", SMOKE, PYTHONPATH=str(source))
+    said = run(sys.executable, "-P", "-c", SMOKE, PYTHONPATH=str(source))
     assert str(source) in said

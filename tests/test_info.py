@@ -14,14 +14,17 @@ import torch
 
 from fomoe_ext import _C, info
 
+# Of the package under test, which need not be the one in the current folder.
+HOME = str(Path(info.__file__).parent.parent)
+
 
 def run_info(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "fomoe_ext.info", *arguments],
+        [sys.executable, "-P", "-m", "fomoe_ext.info", *arguments],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "COLUMNS": "200", **environment},
+        env={**os.environ, "COLUMNS": "200", "PYTHONPATH": HOME, **environment},
     )
 
 
