@@ -265,7 +265,7 @@ def is_whole(path: Path, site: int | None = None) -> bool:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first, whole or not; those being written are left out."""
+    """The checkpoints in a folder, oldest first, whole or not, without those being written."""
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name) and p.is_dir())

@@ -61,11 +61,11 @@ class _Job:
         while site.round < site.rounds:
             if self._round():
                 return True
-            if self.run.eval_rounds and site.round % self.run.eval_rounds == 0:
-                if site.round < site.rounds:
-                    self._validate(self.run.eval_tokens)
+            every, last = self.run.eval_rounds, site.round == site.rounds
+            if every and site.round % every == 0 and not last:
+                self._validate(self.run.eval_tokens)
             due = self.run.checkpoint_rounds and site.round % self.run.checkpoint_rounds == 0
-            if due or site.round == site.rounds:
+            if due or last:
                 self._save(site.tally.steps)
         return False
 

@@ -145,7 +145,7 @@ def is_peer_error(error: BaseException) -> bool:
 
 
 class StopRequest:
-    """Whether SIGINT or SIGTERM has come. The second one ends the process as it would by default."""
+    """Whether SIGINT or SIGTERM has come. A second one ends the process as it would by default."""
 
     def __init__(self) -> None:
         self.asked = False
