@@ -284,7 +284,7 @@ def why_none(folder: Path) -> str:
 
 
 def newest_common(folder: Path, site: int, num_sites: int) -> Path | None:
-    """The newest checkpoint of which all sites find their files whole; a collective of all sites."""
+    """The newest checkpoint whose files every site finds whole; a collective of all sites."""
     own = [path.name for path in list_checkpoints(folder) if is_whole(path, site)]
     common = set.intersection(*map(set, _gather(own, num_sites)))
     return folder / max(common) if common else None
