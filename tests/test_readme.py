@@ -1,0 +1,43 @@
+"""What the README tells people to type is what the package understands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fomoe_ext import cli
+from fomoe_ext.config_io import parse_args
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = re.findall(r"^fomoe .*$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("code", CODE)
+def test_python_runs(code):
+    names: dict = {}
+    exec(code, names)
+    assert names["y"].shape == (4, 256, 512)
+    assert names["layer"].experts.expand_weight.shape[0] == 32
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_exist(command, tmp_path, monkeypatch):
+    words = shlex.split(command, comments=True)
+    assert words[1] in ("train", "plan", "info")
+    if words[1] == "info":
+        assert len(words) == 2
+        return
+    monkeypatch.chdir(tmp_path)
+    Path("job.toml").write_text("[run]\nrounds = 3\n")
+    config = parse_args(words[2:])
+    assert config.sites.sites == (8 if "8" in words else 4)
+    if words[1] == "plan":
+        assert cli.main(words[1:]) == 0
+
+
+def test_there_is_something_to_test():
+    assert len(CODE) == 1 and len(COMMANDS) >= 7
