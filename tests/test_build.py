@@ -164,6 +164,14 @@ def test_one_build_runs_on_another_torch(tmp_path, version):
     said = run(python, "-P", "-c", SMOKE, PYTHONPATH=str(tmp_path / "site"))
     assert said.startswith(version) and str(tmp_path / "site") in said
 
+    # And the other way round: built there, against that torch.
+    tools = ["setuptools>=77", "cmake", "ninja", "pybind11"]
+    run(python, "-m", "pip", "install", "--quiet", *tools)
+    build = ["install", "--no-build-isolation", "--no-deps"]
+    run(python, "-m", "pip", *build, clean_copy(tmp_path), PYTHONPATH="")
+    said = run(python, "-P", "-c", SMOKE, PYTHONPATH="")
+    assert said.startswith(version) and str(tmp_path / "env") in said
+
 
 @pytest.mark.slow
 def test_editable_build_and_rebuild(tmp_path):

@@ -10,7 +10,7 @@ namespace {
 class DeviceOf {
  public:
   explicit DeviceOf(const Tensor& tensor) : index_(tensor.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(index_, &guard_));
+    require_success(aoti_torch_create_cuda_guard(index_, &guard_), "choosing a CUDA device");
   }
   ~DeviceOf() { aoti_torch_delete_cuda_guard(guard_); }
   DeviceOf(const DeviceOf&) = delete;
@@ -19,7 +19,8 @@ class DeviceOf {
   // The stream that torch's own ops would use now.
   void* stream() const {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    require_success(aoti_torch_get_current_cuda_stream(index_, &stream),
+                    "asking for the CUDA stream");
     return stream;
   }
 

@@ -40,6 +40,11 @@ void require(bool condition, const Parts&... parts) {
   if (!condition) bad_argument(parts...);
 }
 
+// The status of a C function of torch's. (The macros for it have other names in other versions.)
+inline void require_success(int32_t status, const char* what) {
+  if (status != 0) throw std::runtime_error(std::string(what) + " failed in torch");
+}
+
 // ---- names for messages --------------------------------------------------------------------------
 
 inline const char* dtype_name(ScalarType type) {

@@ -5,7 +5,7 @@ namespace fomoe::ops {
 namespace {
 
 void torch_pool(int64_t begin, int64_t end, int64_t grain, cpu::ParallelBody body, void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+  require_success(torch_parallel_for(begin, end, grain, body, context), "torch_parallel_for");
 }
 
 int torch_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
