@@ -64,7 +64,8 @@ class ModelConfig:
     shared_expert_size: int = 0
     """Inner width of an expert that every token uses and every site holds; 0 = none."""
     balance: Literal["none", "switch", "entropy", "bias"] = "bias"
-    """Load balancing: an auxiliary loss (switch, entropy) or a learned selection bias."""
+    """Load balancing: an auxiliary loss (switch, entropy) or a learned selection bias, which each
+    site moves by its own load and which is averaged at the end of a round (also with ddp)."""
     balance_coef: float = 0.01
     """Weight of the auxiliary balance loss."""
     z_loss_coef: float = 0.0
