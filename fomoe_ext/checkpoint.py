@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from fomoe_ext.assemble import EXPERT_PARTS, expert_key, global_names, named_moe_layers
 from fomoe_ext.files import write_text
+from fomoe_ext.outer.reduce import gather_objects
 
 FORMAT = 1
 INDEX = "model.safetensors.index.json"
@@ -94,14 +95,6 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> list[dict[str,
         shards[-1][name] = tensor
         filled += tensor.nbytes
     return shards
-
-
-def _gather(value: Any, num_sites: int) -> list[Any]:
-    if num_sites == 1:
-        return [value]
-    result: list[Any] = [None] * num_sites
-    dist.all_gather_object(result, value)
-    return result
 
 
 def _barrier(num_sites: int) -> None:
@@ -167,7 +160,7 @@ def save_checkpoint(
     parts = _shards(tensors, shard_bytes)
     if leads_machine:
         shutil.rmtree(temporary, ignore_errors=True)
-    counts = _gather(len(parts), num_sites)
+    counts = gather_objects(len(parts), num_sites)
     first, total = sum(counts[:site]) + 1, sum(counts)
     shards = {
         f"model-{i:05d}-of-{total:05d}.safetensors": part for i, part in enumerate(parts, first)
@@ -178,7 +171,7 @@ def save_checkpoint(
         entries = _write_own_files(temporary, site, shards, state)
     except (OSError, SafetensorError) as reason:
         error = f"site {site}: {reason}"
-    gathered = _gather((error, entries, weight_map), num_sites)
+    gathered = gather_objects((error, entries, weight_map), num_sites)
     errors = [e for e, _, _ in gathered if e]
     if not errors:
         manifest = Manifest(
@@ -213,7 +206,7 @@ def _publish_everywhere(
             except OSError as reason:
                 error = f"site {site}: {reason}"
         _barrier(manifest.num_sites)
-    return [e for e in _gather(error, manifest.num_sites) if e]
+    return [e for e in gather_objects(error, manifest.num_sites) if e]
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -286,7 +279,7 @@ def why_none(folder: Path) -> str:
 def newest_common(folder: Path, site: int, num_sites: int) -> Path | None:
     """The newest checkpoint whose files every site finds whole; a collective of all sites."""
     own = [path.name for path in list_checkpoints(folder) if is_whole(path, site)]
-    common = set.intersection(*map(set, _gather(own, num_sites)))
+    common = set.intersection(*map(set, gather_objects(own, num_sites)))
     return folder / max(common) if common else None
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fomoe_ext.config import TrainConfig, preset_config
+from fomoe_ext.files import write_text
 
 _SECTIONS = tuple(
     f.name for f in dataclasses.fields(TrainConfig) if f.default_factory is not dataclasses.MISSING
@@ -149,9 +150,7 @@ def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
     """Write `dump_config` to a file, whole or not at all; `load_config` gives `config` again."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(dump_config(config), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, dump_config(config))
 
 
 def _take_option(args: list[str], flag: str) -> str | None:

@@ -213,6 +213,18 @@ def site_memory(
     )
 
 
+def job_memory(config: TrainConfig, placement: Placement | None, site: int = 0) -> SiteMemory:
+    """`site_memory` of a job's model with its optimizers."""
+    return site_memory(
+        config.model,
+        placement,
+        site,
+        optimizer=config.outer.optimizer,
+        inner_optimizer=config.inner.inner_optimizer,
+        outer_momentum=config.outer.resolved_momentum,
+    )
+
+
 def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
@@ -333,19 +345,11 @@ def round_cost(
     share = placement.replication / placement.num_sites
     tokens = config.inner.batch_size * config.model.seq_len * config.run.local_steps
     flops = tokens * flops_per_token(config.model, share).training
-    memory = site_memory(
-        config.model,
-        placement,
-        site,
-        optimizer=config.outer.optimizer,
-        inner_optimizer=config.inner.inner_optimizer,
-        outer_momentum=config.outer.resolved_momentum,
-    )
     return RoundCost(
         local_s=flops / flops_per_s,
         meeting_s=8 * sent / link.bandwidth + waits * link.latency,
         bytes_sent=sent,
-        memory=memory.total,
+        memory=job_memory(config, placement, site).total,
         flops=flops,
         waits=waits,
     )

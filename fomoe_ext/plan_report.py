@@ -80,14 +80,7 @@ def make_plan(config: TrainConfig, options: PlanOptions) -> dict[str, Any]:
         placement = plan.job_placement(job)
         site = _busiest_site(job, placement)
         cost = plan.round_cost(job, placement, options.link, options.tflops * 1e12, site)
-        memory = plan.site_memory(
-            job.model,
-            placement,
-            site,
-            optimizer=job.outer.optimizer,
-            inner_optimizer=job.inner.inner_optimizer,
-            outer_momentum=job.outer.resolved_momentum,
-        )
+        memory = plan.job_memory(job, placement, site)
         needed = {
             f"{share:.0%}": plan.bandwidth_needed(cost, share, options.link.latency)
             for share in UTILIZATIONS

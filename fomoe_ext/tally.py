@@ -89,13 +89,7 @@ def build_report(
     share = placement.replication / placement.num_sites
     kinds = {"full replica": 1.0, "this run": share}
     flops = {kind: plan.flops_per_token(model, part) for kind, part in kinds.items()}
-    full = plan.site_memory(
-        model,
-        None,
-        optimizer=config.outer.optimizer,
-        inner_optimizer=config.inner.inner_optimizer,
-        outer_momentum=config.outer.resolved_momentum,
-    )
+    full = plan.job_memory(config, None)
     return {
         "run": {
             "name": config.run.run_dir.name if config.run.run_dir else "run",

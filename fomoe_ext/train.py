@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fomoe_ext import checkpoint as ckpt
@@ -27,6 +26,7 @@ from fomoe_ext.evaluate import Validation
 from fomoe_ext.launch import EXIT_PEER_LOST, EXIT_STOPPED
 from fomoe_ext.metrics import RunLog, rewind_metrics
 from fomoe_ext.outer import MeetingError
+from fomoe_ext.outer.reduce import gather_objects
 from fomoe_ext.plan import RoundNote
 from fomoe_ext.report import print_report, write_report
 from fomoe_ext.runs import CHECKPOINTS, CONFIG, METRICS, check_folder, job_config, run_of
@@ -193,12 +193,8 @@ def _open_data(config: TrainConfig, world: World) -> TextData:
 
 
 def _gather(value: Any, world: World, what: str) -> list[Any]:
-    if world.num_sites == 1:
-        return [value]
-    values: list[Any] = [None] * world.num_sites
     with with_others(what, world.site):
-        dist.all_gather_object(values, value)
-    return values
+        return gather_objects(value, world.num_sites)
 
 
 class _OtherSiteFailed(RuntimeError):

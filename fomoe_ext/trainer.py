@@ -22,6 +22,7 @@ from fomoe_ext.data import TextData
 from fomoe_ext.evaluate import Validation, evaluate
 from fomoe_ext.model import LanguageModel, optimizer_groups
 from fomoe_ext.outer import OuterSync
+from fomoe_ext.outer.reduce import gather_objects
 from fomoe_ext.placement import Placement
 from fomoe_ext.plan import RoundNote
 from fomoe_ext.runs import CHECKPOINTS
@@ -314,10 +315,7 @@ class TrainingSite:
 
     def model_hash(self) -> str:
         """SHA-256 over the parameters' bits of the whole model; a collective."""
-        everyone: list[Any] = [self.sync.hashes()]
-        if self.world.num_sites > 1:
-            everyone = [None] * self.world.num_sites
-            dist.all_gather_object(everyone, self.sync.hashes())
+        everyone = gather_objects(self.sync.hashes(), self.world.num_sites)
         digests = {owners: digest for hashes in everyone for owners, digest in hashes.items()}
         return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
 
@@ -326,11 +324,8 @@ class TrainingSite:
         self.tally.wall_s = self._before_s + time.perf_counter() - self.started
         self.tally.bytes_sent = self.bytes_sent
         own = site_part(self.world.site, self.tally, self.memory(), self.config, self.round)
-        parts: list[Any] = [own]
         with with_others("the report", self.world.site):
-            if self.world.num_sites > 1:
-                parts = [None] * self.world.num_sites
-                dist.all_gather_object(parts, own)
+            parts = gather_objects(own, self.world.num_sites)
             model_hash = self.model_hash()
         return build_report(
             self.config,

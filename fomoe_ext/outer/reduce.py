@@ -209,6 +209,15 @@ def run_jobs(jobs: Sequence[Job], bucket_bytes: int) -> int:
     return sum(course.bytes_sent for course in courses)
 
 
+def gather_objects(value: Any, num_sites: int) -> list[Any]:
+    """What every site passed, in order of sites; a collective. Values must be picklable."""
+    if num_sites == 1:
+        return [value]
+    result: list[Any] = [None] * num_sites
+    dist.all_gather_object(result, value)
+    return result
+
+
 def share_statuses(group: SiteGroup, message: str) -> tuple[list[str], int]:
     """Tells all members a short text and returns theirs in rank order, and the bytes sent."""
     if group.size == 1:

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fomoe_ext import wire
@@ -33,7 +32,14 @@ from fomoe_ext.outer.layout import (
     make_layouts,
     parameter_pieces,
 )
-from fomoe_ext.outer.reduce import Job, SiteGroups, run_jobs, share_statuses, sum_floats
+from fomoe_ext.outer.reduce import (
+    Job,
+    SiteGroups,
+    gather_objects,
+    run_jobs,
+    share_statuses,
+    sum_floats,
+)
 from fomoe_ext.placement import Owners, Placement
 
 
@@ -165,7 +171,7 @@ class OuterSync:
                 "bucket_bytes": self.bucket_bytes,
                 "parameters": hashlib.sha256(repr(shapes).encode()).hexdigest(),
             }
-        everyone = self._gather_objects(mine)
+        everyone = gather_objects(mine, self.placement.num_sites)
         if problem is not None:
             raise problem
         for site, other in enumerate(everyone):
@@ -177,13 +183,6 @@ class OuterSync:
                     f"all sites must have the same {differing[0]}; site {self.site} and site "
                     f"{site} differ"
                 )
-
-    def _gather_objects(self, value: Any) -> list[Any]:
-        if self.placement.num_sites == 1:
-            return [value]
-        result: list[Any] = [None] * self.placement.num_sites
-        dist.all_gather_object(result, value)
-        return result
 
     def hashes(self) -> dict[Owners, str]:
         """SHA-256 of the parameters' bits by owner set, for the sets this site is in."""
@@ -198,7 +197,7 @@ class OuterSync:
 
     def verify(self) -> None:
         """Raises MeetingError unless all owners hold the same bits. True after `step`."""
-        everyone = self._gather_objects(self.hashes())
+        everyone = gather_objects(self.hashes(), self.placement.num_sites)
         for first, mine in enumerate(everyone):
             for owners, digest in mine.items():
                 differing = [site for site in owners if everyone[site].get(owners) != digest]
