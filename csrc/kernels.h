@@ -27,6 +27,13 @@ constexpr bool is_gated(Activation a) { return a == Activation::swiglu || a == A
 // Its *weight* is its score without the bias, divided by the sum over the chosen when
 // `renormalize`, times `scale`. Slots are in descending order of choice score. If fewer than K
 // experts are allowed in the kept groups the rest of the slots get expert -1 and weight 0.
+// Without a bias and with one group the logits themselves are compared: the same order, and logits
+// whose scores round to the same number do not tie. CPU and CUDA choose the same, bit for bit.
+// NaN logits, and for softmax an infinite largest one, are bad: see the entry points below.
+//
+// `statistics`, in units that add up exactly in any order: [0, E) slots that chose each expert,
+// [E, 2E) the sum over tokens of its score in 2^-24, [2E] the sum of the entropy (nats, of the
+// allowed experts' scores normalised to sum 1) in 2^-32.
 struct RouteArgs {
   const void* logits;  // [T, E] of logits_dtype
   DType logits_dtype;
@@ -40,13 +47,17 @@ struct RouteArgs {
   float scale;
   float* weights;       // out [T, K]
   int32_t* expert_ids;  // out [T, K]
+  int64_t* statistics;  // in and out [2E + 1], added to; or null
 };
+
+// Limits of the CUDA kernels.
+constexpr int32_t kMaxExperts = 1024, kMaxTopK = 64, kMaxResidents = 1024;
 
 struct RouteBackwardArgs {
   const float* grad_weights;  // [T, K]
   const void* logits;         // [T, E] of logits_dtype
   DType logits_dtype;
-  const int32_t* expert_ids;  // [T, K]
+  const int32_t* expert_ids;  // [T, K], each expert at most once per token
   const uint8_t* allowed;     // [E] or null
   int64_t tokens;
   int32_t experts, top_k;
@@ -60,6 +71,12 @@ struct RouteBackwardArgs {
 // A slot is skipped when its expert is -1 or resident_index[expert] is -1. Rows are ordered by
 // resident expert, then by slot (stable). Row tables are sized for the worst case, S rows;
 // entries past offsets[R] are -1.
+//
+// The tile schedule lists what a grouped GEMM with tiles of `tile_rows` rows has to do: (resident,
+// first row) pairs, each tile ending at first row + tile_rows or at the resident's last row. Tiles
+// of one resident stand together, so that its weights stay in cache, residents with more rows come
+// first (ties: lower resident first), so that workers that take every n-th tile share out the heavy
+// groups and end with small ones. Entries past the last tile are (-1, -1).
 struct CompactArgs {
   const int32_t* expert_ids;      // [T, K]
   const int32_t* resident_index;  // [E], position among the resident experts, -1 = not resident
@@ -69,6 +86,26 @@ struct CompactArgs {
   int32_t* slot_of_row;   // out [S], t * K + k
   int32_t* row_of_slot;   // out [T, K], -1 = skipped
   int32_t* offsets;       // out [R + 1], rows of resident r are offsets[r] .. offsets[r+1]
+  int32_t tile_rows;      // 0 = no schedule
+  int32_t* tiles;         // out [max_tiles, 2] or null
+  int32_t* workspace;     // CUDA only: cuda::compact_workspace(args) entries
+};
+
+// Tiles that a schedule has room for: every resident may end with a tile that is not full.
+constexpr int64_t max_tiles(int64_t slots, int64_t residents, int64_t tile_rows) {
+  return tile_rows > 0 ? slots / tile_rows + residents : 0;
+}
+
+// ---- gather: rows[row_of_slot[t,k]] = x[t], for GEMMs that do not gather by themselves ----------
+// Each row belongs to one slot, as compact gives them.
+struct GatherArgs {
+  const void* x;               // [T, D] of dtype
+  const int32_t* row_of_slot;  // [T, K]
+  const int32_t* row_count;    // [1], number of rows, or null
+  DType dtype;
+  int64_t tokens, hidden;
+  int32_t top_k;
+  void* rows;  // out [S, D] of dtype; past the last row zeros, or untouched without row_count
 };
 
 // ---- expand: preact = x[token] . We^T, act = activation(preact), grouped by expert ----------------
@@ -109,6 +146,7 @@ struct CombineArgs {
   void* y;  // out [T, D] of dtype, every element written
 };
 
+// Each row belongs to one slot.
 struct CombineBackwardArgs {
   const void* grad_y;          // [T, D] of dtype
   const void* rows;            // [S, D] of dtype, or null when grad_weights is null
@@ -117,9 +155,10 @@ struct CombineBackwardArgs {
   DType dtype;
   int64_t tokens, hidden;
   int32_t top_k;
-  // out [S, D] of dtype: weights[slot] * grad_y[token]; untouched past the last row
+  // out [S, D] of dtype: weights[slot] * grad_y[token]; zeros past the last row
   void* grad_rows;
   float* grad_weights;  // out [T, K] or null: <rows, grad_y>, 0 where skipped
+  int32_t* workspace;   // CUDA only: 1 entry
 };
 
 // ---- backward of contract + combine in one pass, without the contract output -------------------
@@ -184,11 +223,12 @@ struct ActivationBackwardArgs {
 
 namespace cpu {
 
-// False when a logit is NaN (nothing is promised about the outputs then).
+// False when logits are bad (nothing is promised about the outputs then).
 bool route(const RouteArgs&);
 void route_backward(const RouteBackwardArgs&);
 // False when an expert id is outside -1 .. experts-1.
 bool compact(const CompactArgs&);
+void gather(const GatherArgs&);
 void expand(const ExpandArgs&);
 void contract(const ContractArgs&);
 void combine(const CombineArgs&);
@@ -211,8 +251,17 @@ void set_parallel_for(ParallelFor, int (*num_threads)());
 
 namespace cuda {
 
-// `stream` is a cudaStream_t; the return value a cudaError_t.
+// `stream` is a cudaStream_t; the return value a cudaError_t. Nothing waits for the device and
+// nothing is allocated, so all of it can be captured in a graph. What the CPU entry points refuse is
+// not seen here: a token with bad logits gets experts 0 .. K-1 with NaN weights, so that NaN
+// reaches the output; ids and rows out of range count as -1 in compact and must not occur elsewhere.
+int route(const RouteArgs&, void* stream);
+int route_backward(const RouteBackwardArgs&, void* stream);
+int64_t compact_workspace(const CompactArgs&);
+int compact(const CompactArgs&, void* stream);
+int gather(const GatherArgs&, void* stream);
 int combine(const CombineArgs&, void* stream);
+int combine_backward(const CombineBackwardArgs&, void* stream);
 
 }  // namespace cuda
 

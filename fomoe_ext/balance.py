@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fomoe_ext.ops import RouterStatistics
+
 BALANCES = ("none", "switch", "entropy", "bias")
 
 
@@ -47,16 +49,12 @@ def expert_load(experts: Tensor, num_experts: int) -> Tensor:
 
 
 @torch.no_grad()
-def measure(
-    logits: Tensor, experts: Tensor, rows: Tensor, num_experts: int, scoring: str
-) -> MoEStats:
-    """The statistics of a pass: logits fp32 [T, C], chosen experts int32 [T, K], rows int32 []."""
-    log_p = log_scores(logits.detach(), scoring)
-    entropy = -(log_p.exp() * log_p).sum() / max(logits.shape[0], 1)
+def measure(statistics: RouterStatistics, rows: Tensor, tokens: int, slots: int) -> MoEStats:
+    """The statistics of a pass over so many tokens and slots, of which `rows` (int32 []) were rows."""
     return MoEStats(
-        load=expert_load(experts, num_experts),
-        skipped_share=1 - rows / experts.numel() if experts.numel() else entropy * 0,
-        router_entropy=entropy,
+        load=statistics.load,
+        skipped_share=1 - rows / slots if slots else torch.zeros_like(rows, dtype=torch.float32),
+        router_entropy=(statistics.entropy_sum / max(tokens, 1)).float(),
         rows=rows,
     )
 

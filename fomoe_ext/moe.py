@@ -106,16 +106,26 @@ class Router(nn.Module):
         Raises as `ops.route` does, e.g. ValueError for NaN logits.
         """
         return ops.route(
-            logits,
-            self.top_k if top_k is None else top_k,
-            scoring=self.scoring,
-            selection_bias=self.selection_bias,
-            allowed=allowed,
-            num_groups=self.num_groups,
-            groups_kept=self.groups_kept,
-            renormalize=self.renormalize,
-            scale=self.scale,
+            logits, self.top_k if top_k is None else top_k, allowed=allowed, **self._options()
         )
+
+    def choose_and_measure(
+        self, logits: Tensor, allowed: Tensor | None = None, top_k: int | None = None
+    ) -> tuple[Tensor, Tensor, ops.RouterStatistics]:
+        """`choose` and the statistics of `ops.measured_route`, from one pass over the logits."""
+        return ops.measured_route(
+            logits, self.top_k if top_k is None else top_k, allowed=allowed, **self._options()
+        )
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "scoring": self.scoring,
+            "selection_bias": self.selection_bias,
+            "num_groups": self.num_groups,
+            "groups_kept": self.groups_kept,
+            "renormalize": self.renormalize,
+            "scale": self.scale,
+        }
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, D] -> combine weights fp32 [T, K] and chosen experts int32 [T, K]."""
@@ -323,14 +333,17 @@ class MoELayer(nn.Module):
         top_k = self.top_k
         if self.router_scope == "resident":
             top_k = min(top_k, self.experts.num_resident)
-        weights, experts = self.router.choose(logits, self.allowed, top_k)
+        weights, experts, measured = self.router.choose_and_measure(logits, self.allowed, top_k)
         inputs = tokens
         if torch.is_autocast_enabled(x.device.type):
             inputs = tokens.to(torch.get_autocast_dtype(x.device.type))
         y, table = self.experts(inputs, weights, experts)
         if self.shared_expert is not None:
             y = y + self.shared_expert(tokens)
-        self._observe(logits, experts, table.offsets[-1].clone())
+        self.stats = bal.measure(
+            measured, table.offsets[-1].clone(), experts.shape[0], experts.numel()
+        )
+        self._balance(logits, self.stats.load)
         return y.view(x.shape)
 
     def _check_kind(self, x: Tensor) -> None:
@@ -342,28 +355,27 @@ class MoELayer(nn.Module):
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"x must have the layer's dtype {weight.dtype}, got {x.dtype}")
 
-    def _observe(self, logits: Tensor, experts: Tensor, rows: Tensor) -> None:
-        """Sets `stats` and `aux_loss` and counts the load of bias balancing."""
-        if self.allowed is not None:
-            logits = logits.index_select(1, self.experts.resident_ids)
-        stats = bal.measure(logits, experts, rows, self.num_experts, self.router.scoring)
-        self.stats = stats
+    def _balance(self, logits: Tensor, load: Tensor) -> None:
+        """Sets `aux_loss` and counts the load of bias balancing."""
         losses = []
-        if self.training and logits.shape[0] > 0:
+        if self.training and logits.shape[0] > 0 and self._wants_loss():
+            chosen = load
+            if self.allowed is not None:
+                logits = logits.index_select(1, self.experts.resident_ids)
+                chosen = load.index_select(0, self.experts.resident_ids)
             if self.balance == "switch":
-                load = stats.load
-                if self.allowed is not None:
-                    load = load.index_select(0, self.experts.resident_ids)
-                losses.append(
-                    self.balance_coef * bal.switch_loss(logits, load, self.router.scoring)
-                )
+                switch = bal.switch_loss(logits, chosen, self.router.scoring)
+                losses.append(self.balance_coef * switch)
             elif self.balance == "entropy":
                 losses.append(self.balance_coef * bal.entropy_loss(logits))
             if self.z_loss_coef:
                 losses.append(self.z_loss_coef * bal.z_loss(logits))
         if self.training and self.balance == "bias":
-            self.load_since_update += stats.load
+            self.load_since_update += load
         self.aux_loss = sum(losses, start=logits.new_zeros(()))
+
+    def _wants_loss(self) -> bool:
+        return self.balance in ("switch", "entropy") or self.z_loss_coef != 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         # The graph of the last pass can be neither copied nor stored.

@@ -25,13 +25,16 @@ from fomoe_ext.expert_ops import (
 __all__ = [
     "ACTIVATIONS",
     "SCORINGS",
+    "RouterStatistics",
     "RowTable",
     "combine",
     "compact",
     "contract",
     "expand",
     "expand_rows_computed",
+    "gather",
     "is_gated",
+    "measured_route",
     "moe_experts",
     "route",
 ]
@@ -53,6 +56,19 @@ class RowTable(NamedTuple):
     slot_of_row: Tensor  # [T * K], t * K + k
     row_of_slot: Tensor  # [T, K], -1 = skipped
     offsets: Tensor  # [R + 1]
+    tiles: Tensor  # [S // tile_rows + R, 2], (resident, first row); (-1, -1) past the last
+
+
+class RouterStatistics(NamedTuple):
+    """What `measured_route` counts beside choosing: sums over all tokens, on the logits' device.
+
+    Sums are exact integers (scores in units of 2^-24, entropies of 2^-32), so that they are the
+    same bits in any order; here they are as numbers.
+    """
+
+    load: Tensor  # int64 [E], slots that chose each expert
+    score_sum: Tensor  # fp64 [E], sum over tokens of an expert's score, 0 where not allowed
+    entropy_sum: Tensor  # fp64 [], nats: of the allowed experts' scores normalised to sum 1
 
 
 def route(
@@ -72,7 +88,12 @@ def route(
     An expert is chosen by score + selection_bias, ties going to the lower index; its weight is the
     score without the bias. With groups, the num_groups equal ranges of experts are ranked by the
     sum of their two best choice scores and only groups_kept of them stay (DeepSeek-V3,
-    arXiv 2412.19437). All arithmetic is fp32.
+    arXiv 2412.19437). All arithmetic is fp32, and CPU and CUDA choose the same experts, bit for
+    bit. Without a bias and groups the logits themselves are compared, which is the same order, but
+    logits whose scores round to the same number do not tie.
+
+    On CUDA nothing waits for the device, so values there are not checked: a token with NaN logits
+    gets experts 0 .. top_k - 1 with NaN weights. E is at most 1024, top_k at most 64 there.
 
     Args:
         logits: [T, E], float32, bfloat16 or float16.
@@ -91,40 +112,107 @@ def route(
         have expert -1 and weight 0.
 
     Raises:
-        ValueError: wrong shape, dtype, device or number, or NaN logits, naming the argument.
+        ValueError: wrong shape, dtype, device or number, or (CPU) NaN logits, naming the argument.
     """
-    if scoring not in SCORINGS:
-        raise ValueError(f"scoring: got {scoring!r}, wanted one of {', '.join(SCORINGS)}")
-    return _ops.route(
-        logits.contiguous(),
+    weights, experts, _ = _call_route(
+        logits,
         top_k,
-        SCORINGS[scoring],
+        scoring,
         selection_bias,
         allowed,
         num_groups,
         groups_kept,
         renormalize,
         scale,
+        False,
     )
+    return weights, experts
 
 
-def compact(experts: Tensor, resident_index: Tensor, num_resident: int) -> RowTable:
+def measured_route(
+    logits: Tensor,
+    top_k: int,
+    *,
+    scoring: str = "sigmoid",
+    selection_bias: Tensor | None = None,
+    allowed: Tensor | None = None,
+    num_groups: int = 1,
+    groups_kept: int = 1,
+    renormalize: bool = False,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, RouterStatistics]:
+    """`route` that also measures, in the same pass over the logits.
+
+    Arguments, first two results and errors as `route`; third the statistics, without gradient.
+    """
+    weights, experts, sums = _call_route(
+        logits,
+        top_k,
+        scoring,
+        selection_bias,
+        allowed,
+        num_groups,
+        groups_kept,
+        renormalize,
+        scale,
+        True,
+    )
+    num_experts = logits.shape[1]
+    statistics = RouterStatistics(
+        load=sums[:num_experts],
+        score_sum=sums[num_experts:-1].double() * 2.0**-24,
+        entropy_sum=sums[-1].double() * 2.0**-32,
+    )
+    return weights, experts, statistics
+
+
+def _call_route(
+    logits: Tensor, top_k: int, scoring: str, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    if scoring not in SCORINGS:
+        raise ValueError(f"scoring: got {scoring!r}, wanted one of {', '.join(SCORINGS)}")
+    return _ops.route(logits.contiguous(), top_k, SCORINGS[scoring], *options)
+
+
+def compact(
+    experts: Tensor, resident_index: Tensor, num_resident: int, tile_rows: int = 0
+) -> RowTable:
     """Gives every slot whose expert is resident a row, grouped by expert, without gaps.
 
-    Histogram, scan and stable scatter; no sort.
+    Histogram, scan and stable scatter; no sort. On CUDA nothing waits for the device: ids out of
+    range count as skipped, and num_resident is at most 1024.
 
     Args:
         experts: [T, K] int32, from `route`; -1 = no expert.
         resident_index: [E] int32, an expert's position among the resident ones, -1 = not resident.
         num_resident: R.
+        tile_rows: rows to a tile of the grouped GEMM that will use the table; 0 = no schedule.
+            Tiles of one resident stand together, residents with more rows come first.
 
     Returns:
         The row table, sized for the worst case of T * K rows.
 
     Raises:
-        ValueError: wrong shape, dtype or device, or an expert or index out of range.
+        ValueError: wrong shape, dtype or device, or (CPU) an expert or index out of range.
     """
-    return RowTable(*_ops.compact(experts.contiguous(), resident_index, num_resident))
+    return RowTable(*_ops.compact(experts.contiguous(), resident_index, num_resident, tile_rows))
+
+
+def gather(x: Tensor, table: RowTable) -> Tensor:
+    """Copies each row's token: rows[row_of_slot[t, k]] = x[t]. For GEMMs that cannot gather.
+
+    Args:
+        x: tokens [T, D], float32, bfloat16 or float16.
+        table: where the rows are, from `compact`.
+
+    Returns:
+        Rows [T*K, D] of x's dtype; zeros past the last row. Differentiable in x: a token's gradient
+        is the sum of its rows' gradients, in slot order.
+
+    Raises:
+        ValueError: wrong shape, dtype, device or layout, naming the argument.
+    """
+    return _ops.gather(x.contiguous(), table.row_of_slot, table.offsets)
 
 
 def combine(rows: Tensor, weights: Tensor | None, table: RowTable) -> Tensor:
@@ -161,9 +249,14 @@ def _(
     groups_kept: int,
     renormalize: bool,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+    statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     shape = (logits.shape[0], top_k)
-    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
+    return (
+        logits.new_empty(shape, dtype=torch.float32),
+        logits.new_empty(shape, dtype=torch.int32),
+        logits.new_empty(2 * logits.shape[1] + 1 if statistics else 0, dtype=torch.int64),
+    )
 
 
 @torch.library.register_fake("fomoe::route_backward")
@@ -181,15 +274,21 @@ def _(
 
 @torch.library.register_fake("fomoe::compact")
 def _(
-    experts: Tensor, resident_index: Tensor, num_resident: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    experts: Tensor, resident_index: Tensor, num_resident: int, tile_rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     slots = experts.shape[0] * experts.shape[1]
     return (
         experts.new_empty(slots),
         experts.new_empty(slots),
         torch.empty_like(experts),
         experts.new_empty(num_resident + 1),
+        experts.new_empty(slots // tile_rows + num_resident if tile_rows else 0, 2),
     )
+
+
+@torch.library.register_fake("fomoe::gather")
+def _(x: Tensor, row_of_slot: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(row_of_slot.shape[0] * row_of_slot.shape[1], x.shape[1])
 
 
 @torch.library.register_fake("fomoe::combine")
@@ -210,12 +309,12 @@ def _(
 
 
 def _route_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    logits, _, ctx.scoring, _, allowed, _, _, ctx.renormalize, ctx.scale = inputs
+    logits, _, ctx.scoring, _, allowed, _, _, ctx.renormalize, ctx.scale, _ = inputs
     ctx.save_for_backward(logits, output[1], allowed)
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _route_backward(ctx: Any, grad_weights: Tensor, _grad_experts: Tensor) -> tuple:
+def _route_backward(ctx: Any, grad_weights: Tensor, *_no_grads: Tensor) -> tuple:
     logits, experts, allowed = ctx.saved_tensors
     grad_logits = _ops.route_backward(
         grad_weights.contiguous(),
@@ -226,7 +325,7 @@ def _route_backward(ctx: Any, grad_weights: Tensor, _grad_experts: Tensor) -> tu
         ctx.renormalize,
         ctx.scale,
     )
-    return grad_logits, None, None, None, None, None, None, None, None
+    return grad_logits, *[None] * 9
 
 
 def _combine_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -244,5 +343,15 @@ def _combine_backward(ctx: Any, grad_y: Tensor) -> tuple:
     return grad_rows, None if rows is None else grad_weights, None
 
 
+def _gather_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _gather_backward(ctx: Any, grad_rows: Tensor) -> tuple:
+    (row_of_slot,) = ctx.saved_tensors
+    return _ops.combine(grad_rows.contiguous(), None, row_of_slot), None, None
+
+
+torch.library.register_autograd("fomoe::gather", _gather_backward, setup_context=_gather_setup)
 torch.library.register_autograd("fomoe::route", _route_backward, setup_context=_route_setup)
 torch.library.register_autograd("fomoe::combine", _combine_backward, setup_context=_combine_setup)

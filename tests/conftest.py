@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,45 +35,42 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @dataclass(frozen=True)
 class Device:
-    """A place that runs kernels. `cpu` and `cuda` go through torch's dispatcher; `emulated` runs
-    the CUDA kernels' source on CPU tensors.
+    """A place that runs kernels, all of them through torch's dispatcher. `emulated` runs the CUDA
+    kernels' source, and the ops around them, on CPU tensors.
     """
 
     name: str
     tensors: str  # torch device of the tensors
-    kernels: Any = field(repr=False)
+    namespace: str = "fomoe"
 
     def op(self, verb: str) -> Callable[..., Any]:
-        """The op `fomoe::<verb>` on this device; skips the test where it has no such kernel."""
-        if self.name == "emulated":
-            if not hasattr(self.kernels, verb):
-                pytest.skip(f"the emulator has no kernel '{verb}'")
-        elif not torch._C._dispatch_has_kernel_for_dispatch_key(
-            f"fomoe::{verb}", self.name.upper()
-        ):
+        """The op `verb` on this device; skips the test where it has no such kernel."""
+        key = "CUDA" if self.tensors == "cuda" else "CPU"
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{self.namespace}::{verb}", key):
             pytest.skip(f"{self.name} has no kernel '{verb}'")
-        return getattr(self.kernels, verb)
+        return getattr(getattr(torch.ops, self.namespace), verb)
 
 
 @pytest.fixture(scope="session")
-def emulated_kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Device:
     """The CUDA kernels compiled for the CPU, once a session."""
     import emulator
 
     if emulator.compiler() is None:
         pytest.skip("no C++ compiler: the CUDA kernels cannot be emulated")
-    folder: Path = tmp_path_factory.mktemp("emulator")
-    return emulator.EmulatedKernels(folder)
+    emulator.load(tmp_path_factory.mktemp("emulator"))
+    return Device("emulated", "cpu", emulator.NAMESPACE)
 
 
-@pytest.fixture(params=["cpu", "emulated", "cuda"])
+# Of the session, so that Hypothesis may draw many inputs for one device.
+@pytest.fixture(scope="session", params=["cpu", "emulated", "cuda"])
 def device(request: pytest.FixtureRequest) -> Device:
     """Every device in turn; `cuda` is skipped where torch sees no GPU."""
     name = request.param
     if name == "emulated":
-        return Device(name, "cpu", request.getfixturevalue("emulated_kernels"))
+        return request.getfixturevalue("emulated")
     from fomoe_ext import native  # here, so that tests without kernels run in an unbuilt tree
 
     if name == "cuda" and not native.cuda_loaded:
         pytest.skip("no GPU, or fomoe_ext was built without CUDA")
-    return Device(name, name, torch.ops.fomoe)
+    return Device(name, name)

@@ -60,7 +60,9 @@ def route_weights(
     return chosen * scale
 
 
-def compact(experts: Tensor, resident_index: Tensor, num_resident: int) -> RowTable:
+def compact(
+    experts: Tensor, resident_index: Tensor, num_resident: int, tile_rows: int = 0
+) -> RowTable:
     """One pass per resident expert over all slots."""
     tokens, top_k = experts.shape
     slots = [
@@ -78,12 +80,19 @@ def compact(experts: Tensor, resident_index: Tensor, num_resident: int) -> RowTa
     for row, slot in enumerate(slots):
         row_of_slot[slot] = row
     offsets = [sum(counts[:r]) for r in range(num_resident + 1)]
+    tiles = []
+    for r in sorted(range(num_resident), key=lambda r: -counts[r]):
+        tiles += [(r, row) for row in range(offsets[r], offsets[r + 1], tile_rows or 1)]
+    room = len(slots) + len(tail)
+    room = room // tile_rows + num_resident if tile_rows else 0
+    tiles = (tiles + [(-1, -1)] * room)[:room]
     int32 = lambda values: torch.tensor(values, dtype=torch.int32)
     return RowTable(
         int32([slot // top_k for slot in slots] + tail),
         int32(slots + tail),
         row_of_slot.view(tokens, top_k),
         int32(offsets),
+        int32(tiles).view(-1, 2),
     )
 
 

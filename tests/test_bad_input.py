@@ -217,6 +217,8 @@ BAD_CALLS: list[tuple[str, dict[str, Any], str, type[Exception]]] = [
     ("route", {"num_groups": 3}, "num_groups", ValueError),
     ("route", {"groups_kept": 2}, "groups_kept", ValueError),
     ("route", {"scale": NAN}, "scale", ValueError),
+    ("measured_route", {"scoring": "x"}, "scoring", ValueError),
+    ("measured_route", {"logits": torch.full((3, 4), NAN)}, "logits", ValueError),
     ("compact", {"experts": EXPERTS.long()}, "experts", ValueError),
     ("compact", {"experts": EXPERTS[0]}, "experts", ValueError),
     ("compact", {"experts": EXPERTS + 1}, "experts", ValueError),
@@ -226,6 +228,17 @@ BAD_CALLS: list[tuple[str, dict[str, Any], str, type[Exception]]] = [
     ("compact", {"resident_index": INDEX * 2}, "resident_index", ValueError),
     ("compact", {"num_resident": -1}, "num_resident", ValueError),
     ("compact", {"num_resident": 1}, "resident_index", ValueError),
+    ("compact", {"tile_rows": -1}, "tile_rows", ValueError),
+    ("gather", {"x": torch.zeros(4, 8)}, "row_of_slot", ValueError),
+    ("gather", {"x": torch.zeros(3, 8).double()}, "x", ValueError),
+    (
+        "gather",
+        {"table": TABLE._replace(row_of_slot=TABLE.row_of_slot.long())},
+        "row_of_slot",
+        ValueError,
+    ),
+    ("gather", {"table": TABLE._replace(offsets=TABLE.offsets[:2])}, "offsets", ValueError),
+    ("gather", {"table": TABLE._replace(offsets=TABLE.offsets[:0])}, "offsets", ValueError),
     ("expand", {"x": torch.zeros(8)}, "x", ValueError),
     ("expand", {"x": torch.zeros(3, 8).double()}, "x", ValueError),
     ("expand", {"expand_weight": torch.zeros(2, 11, 8)}, "expand_weight", ValueError),
@@ -260,6 +273,8 @@ def good_call(verb: str) -> dict[str, Any]:
     expand_weight, contract_weight = torch.ones(2, 12, 8), torch.ones(2, 8, 6)
     return {
         "route": {"logits": torch.zeros(3, 4), "top_k": 2},
+        "measured_route": {"logits": torch.zeros(3, 4), "top_k": 2},
+        "gather": {"x": x, "table": TABLE},
         "compact": {"experts": EXPERTS, "resident_index": INDEX, "num_resident": 2},
         "expand": {"x": x, "expand_weight": expand_weight, "table": TABLE},
         "contract": {
@@ -290,5 +305,9 @@ def test_an_op_refuses(
 
 def test_every_public_function_is_tried() -> None:
     functions = {name for name in ops.__all__ if callable(getattr(ops, name))}
-    assert functions - {verb for verb, *_ in BAD_CALLS} == {"RowTable", "expand_rows_computed"}
+    assert functions - {verb for verb, *_ in BAD_CALLS} == {
+        "RowTable",
+        "RouterStatistics",
+        "expand_rows_computed",
+    }
     assert set(fomoe_ext.moe.__all__) == {"Experts", "MoELayer", "Router", "SharedExpert"}

@@ -119,3 +119,21 @@ def test_bad_input():
     for function, arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             function(*arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gather(dtype):
+    """Rows are their tokens' copies, zeros past the last; a token's gradient sums its rows'."""
+    _, _, table, _ = make_case(17, 24, 3, dtype, seed=7)
+    x = torch.randn(17, 24, generator=torch.Generator().manual_seed(8)).to(dtype).requires_grad_()
+    rows = ops.gather(x, table)
+    count = int(table.offsets[-1])
+    assert torch.equal(rows[:count], x[table.token_of_row[:count].long()])
+    assert (rows[count:] == 0).all()
+    grad = torch.randn(rows.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+    rows.backward(grad)
+    assert torch.equal(x.grad, ops.combine(grad, None, table))
+    wanted = reference.combine(grad.double(), None, table)
+    rtol = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    torch.testing.assert_close(x.grad.double(), wanted, rtol=rtol, atol=1e-6)
+    torch.library.opcheck(torch.ops.fomoe.gather, (x, table.row_of_slot, table.offsets))

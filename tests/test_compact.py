@@ -87,7 +87,7 @@ def test_many_slots_and_threads():
 
 def test_opcheck():
     torch.library.opcheck(
-        torch.ops.fomoe.compact, (int32([[0, 2], [1, 0], [-1, 2]]), int32([1, -1, 0]), 2)
+        torch.ops.fomoe.compact, (int32([[0, 2], [1, 0], [-1, 2]]), int32([1, -1, 0]), 2, 4)
     )
 
 

@@ -206,9 +206,11 @@ def test_opcheck(scoring, dtype):
     allowed = torch.arange(12) != 3
     number = ops.SCORINGS[scoring]
     torch.library.opcheck(
-        torch.ops.fomoe.route, (logits, 3, number, bias, allowed, 4, 2, True, 1.5)
+        torch.ops.fomoe.route, (logits, 3, number, bias, allowed, 4, 2, True, 1.5, True)
     )
-    torch.library.opcheck(torch.ops.fomoe.route, (logits, 3, number, None, None, 1, 1, False, 1.0))
+    torch.library.opcheck(
+        torch.ops.fomoe.route, (logits, 3, number, None, None, 1, 1, False, 1.0, False)
+    )
     _, chosen = ops.route(logits.detach(), 3, scoring=scoring)
     torch.library.opcheck(
         torch.ops.fomoe.route_backward,
@@ -253,3 +255,47 @@ def test_one_nan_anywhere_is_found():
         for scoring in SCORINGS:
             with pytest.raises(ValueError, match="logits: contain NaN"):
                 ops.route(logits, 2, scoring=scoring)
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("restricted", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_statistics(scoring, restricted, biased):
+    """Load, score sums and entropy of `measured_route` against fp64; the rest is that of `route`."""
+    logits = make_logits(300, 20, torch.float32, seed=13)
+    allowed = torch.arange(20) % 3 != 0 if restricted else None
+    bias = torch.linspace(-0.2, 0.2, 20) if biased else None
+    options = {"scoring": scoring, "allowed": allowed, "selection_bias": bias}
+    weights, experts, statistics = ops.measured_route(logits, 3, **options)
+    plain = ops.route(logits, 3, **options)
+    assert torch.equal(weights, plain[0]) and torch.equal(experts, plain[1])
+
+    scores = reference.scores_of(logits.double(), scoring, allowed)
+    if allowed is not None:
+        scores = scores * allowed
+    assert torch.equal(statistics.load, torch.bincount(experts.flatten().long(), minlength=20))
+    assert statistics.load.dtype == torch.int64
+    # Each score is rounded to 2^-24.
+    torch.testing.assert_close(statistics.score_sum, scores.sum(0), rtol=0, atol=300 * 2.0**-23)
+    share = scores / scores.sum(1, keepdim=True)
+    entropy = -torch.special.xlogy(share, share).sum()
+    torch.testing.assert_close(statistics.entropy_sum, entropy, rtol=1e-6, atol=0)
+
+
+def test_statistics_of_extreme_logits():
+    """A certain router has no entropy; tiny scores neither overflow nor become NaN."""
+    logits = torch.tensor([[100.0, -100.0, -torch.inf, -3e38]])
+    for scoring in SCORINGS:
+        _, _, statistics = ops.measured_route(logits, 2, scoring=scoring)
+        assert statistics.entropy_sum == pytest.approx(0.0, abs=1e-6)
+        assert statistics.score_sum.tolist() == [1.0, 0.0, 0.0, 0.0]
+    none = torch.zeros(4, dtype=torch.bool)
+    _, _, statistics = ops.measured_route(logits, 2, allowed=none)
+    assert statistics.load.sum() == 0 and statistics.entropy_sum == 0
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_scores_that_round_to_the_same_number_do_not_tie(scoring):
+    """sigmoid(20) and sigmoid(30) are both 1 in fp32; without a bias the larger logit wins."""
+    logits = torch.tensor([[20.0, 30.0, -200.0, -150.0]])
+    assert ops.route(logits, 4, scoring=scoring)[1].tolist() == [[1, 0, 3, 2]]

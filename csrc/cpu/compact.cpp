@@ -2,6 +2,7 @@
 // rows is fixed by the definition, so the cut does not show in the result.
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <vector>
 
 #include "parallel.h"
@@ -16,6 +17,23 @@ constexpr int64_t kSlotsPerStretch = 8192;
 int32_t resident_of(const CompactArgs& args, int64_t slot) {
   const int32_t expert = args.expert_ids[slot];
   return expert < 0 ? -1 : args.resident_index[expert];
+}
+
+// Writes the tile schedule from the offsets.
+void write_tiles(const CompactArgs& args, int64_t slots) {
+  const auto rows_of = [&](int32_t r) { return args.offsets[r + 1] - args.offsets[r]; };
+  std::vector<int32_t> order(size_t(args.residents));
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int32_t a, int32_t b) { return rows_of(a) > rows_of(b); });
+  int32_t* tile = args.tiles;
+  for (const int32_t r : order) {
+    for (int64_t row = args.offsets[r]; row < args.offsets[r + 1]; row += args.tile_rows) {
+      *tile++ = r;
+      *tile++ = int32_t(row);
+    }
+  }
+  std::fill(tile, args.tiles + 2 * max_tiles(slots, args.residents, args.tile_rows), -1);
 }
 
 }  // namespace
@@ -81,6 +99,7 @@ bool compact(const CompactArgs& args) {
   });
   std::fill(args.token_of_row + row, args.token_of_row + slots, -1);
   std::fill(args.slot_of_row + row, args.slot_of_row + slots, -1);
+  if (args.tiles != nullptr) write_tiles(args, slots);
   return true;
 }
 

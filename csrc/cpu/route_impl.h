@@ -1,6 +1,7 @@
 // route for one instruction set. Scores are computed a vector of experts at a time; the K best are
 // kept in a short sorted list, into which few experts get once it is full.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -144,41 +145,122 @@ void keep_best_groups(const RouteArgs& args, float* choice, Best& best) {
   }
 }
 
+// choice[E, padded]: the logits of the experts that may be chosen, infinite ones too, -inf for the
+// others. False when a logit is NaN.
+template <class S>
+bool choice_by_logits(const typename S::type* logits, const float* mask, int64_t experts,
+                      float* choice) {
+  const vf lowest = splat(std::numeric_limits<float>::lowest());
+  vi bad = {};
+  for (int64_t e = 0; e < round_up(experts); e += kLanes) {
+    const vf logit = load_logits<S>(logits, e, experts);
+    bad |= (vi)(logit != logit);
+    store(choice + e, select((vi)(logit > lowest), logit, lowest) + load(mask + e));
+  }
+  return !any(bad);
+}
+
+// Entropy in nats of the scores of the allowed experts, normalised to sum 1.
+float entropy(const float* scores, const float* mask, int64_t experts) {
+  WideSum sum, weighted;
+  for (int64_t e = 0; e < round_up(experts); e += kSumLanes) {
+    for (int i = 0; i < kSumVectors; ++i) {
+      const vf score = load(scores + e + i * kLanes);
+      const vi counts =
+          (vi)(load(mask + e + i * kLanes) == 0.0f) & (vi)(score >= 1.17549435e-38f);  // normal
+      sum.part[i] += select(counts, score, vf{});
+      weighted.part[i] += select(counts, score * log(select(counts, score, splat(1.0f))), vf{});
+    }
+  }
+  const float total = sum.total();
+  return total > 0.0f ? std::log(total) - weighted.total() / total : 0.0f;
+}
+
+// What a range of tokens adds to the statistics.
+class Statistics {
+ public:
+  explicit Statistics(const RouteArgs& args)
+      : args_(args), sum_(args.statistics ? 2 * args.experts + 1 : 0, 0) {}
+
+  void add(const float* scores, const float* mask, const Best& best) {
+    for (int32_t k = 0; k < best.count(); ++k) ++sum_[best.index(k)];
+    for (int32_t e = 0; e < args_.experts; ++e) {
+      if (mask[e] == 0.0f) sum_[args_.experts + e] += std::lrint(scores[e] * 0x1p24f);
+    }
+    sum_[2 * args_.experts] += std::llrint(entropy(scores, mask, args_.experts) * 0x1p32f);
+  }
+
+  void write() const {
+    for (size_t i = 0; i < sum_.size(); ++i)
+      std::atomic_ref<int64_t>(args_.statistics[i]).fetch_add(sum_[i], std::memory_order_relaxed);
+  }
+
+ private:
+  const RouteArgs& args_;
+  std::vector<int64_t> sum_;
+};
+
+// Scores of the chosen experts, from all scores or, where those were not computed, the logits.
+template <class S>
+void chosen_scores(const Best& best, const float* scores, const typename S::type* logits,
+                   float* chosen) {
+  for (int32_t k = 0; k < best.count(); ++k)
+    chosen[k] = scores ? scores[best.index(k)] : to_float(S{}, logits[best.index(k)]);
+  if (scores) return;
+  for (int64_t k = 0; k < best.count(); k += kLanes) store(chosen + k, sigmoid(load(chosen + k)));
+}
+
+void write_slots(const RouteArgs& args, int64_t token, const Best& best, const float* chosen) {
+  float sum = 0.0f;
+  for (int32_t k = 0; k < best.count(); ++k) sum += chosen[k];
+  float* weights = args.weights + token * args.top_k;
+  int32_t* expert_ids = args.expert_ids + token * args.top_k;
+  for (int32_t k = 0; k < args.top_k; ++k) {
+    const bool exists = k < best.count();
+    expert_ids[k] = exists ? best.index(k) : -1;
+    const float score = exists ? chosen[k] : 0.0f;
+    weights[k] = (args.renormalize && sum > 0.0f ? score / sum : score) * args.scale;
+  }
+}
+
 template <class S>
 bool route_tokens(const RouteArgs& args, int64_t begin, int64_t end) {
   using T = typename S::type;
   const std::vector<float> mask = choice_mask(args.allowed, args.experts);
   const int64_t padded = int64_t(mask.size());
+  const bool by_logits = args.selection_bias == nullptr && args.groups == 1;
+  const bool softmax = args.scoring == Scoring::softmax;
+  const bool all_scores = !by_logits || softmax || args.statistics != nullptr;
   std::vector<float> offset = mask;  // added to a score it makes the choice score
   if (args.selection_bias) {
     for (int32_t e = 0; e < args.experts; ++e) offset[e] += args.selection_bias[e];
   }
-  std::vector<float> scores(padded), choice(padded);
+  std::vector<float> scores(padded), choice(padded), chosen(round_up(args.top_k));
   Best best(args.top_k), best_groups(args.groups_kept);
+  Statistics statistics(args);
 
   for (int64_t t = begin; t < end; ++t) {
     const T* logits = static_cast<const T*>(args.logits) + t * args.experts;
-    const bool valid = args.scoring == Scoring::sigmoid
-                           ? sigmoid_scores<S>(logits, args.experts, scores.data())
-                           : softmax_scores<S>(logits, mask.data(), args.experts, scores.data());
-    if (!valid) return false;
-    for (int64_t e = 0; e < padded; e += kLanes)
-      store(choice.data() + e, load(scores.data() + e) + load(offset.data() + e));
-    if (args.groups > 1) keep_best_groups(args, choice.data(), best_groups);
+    if (by_logits && !choice_by_logits<S>(logits, mask.data(), args.experts, choice.data()))
+      return false;
+    if (all_scores) {
+      const bool valid = softmax
+                             ? softmax_scores<S>(logits, mask.data(), args.experts, scores.data())
+                             : sigmoid_scores<S>(logits, args.experts, scores.data());
+      if (!valid) return false;
+    }
+    if (!by_logits) {
+      for (int64_t e = 0; e < padded; e += kLanes)
+        store(choice.data() + e, load(scores.data() + e) + load(offset.data() + e));
+      if (args.groups > 1) keep_best_groups(args, choice.data(), best_groups);
+    }
     best.clear();
     best.offer_all(choice.data(), padded);
-
-    float sum = 0.0f;
-    for (int32_t k = 0; k < best.count(); ++k) sum += scores[best.index(k)];
-    float* weights = args.weights + t * args.top_k;
-    int32_t* expert_ids = args.expert_ids + t * args.top_k;
-    for (int32_t k = 0; k < args.top_k; ++k) {
-      const bool chosen = k < best.count();
-      expert_ids[k] = chosen ? best.index(k) : -1;
-      const float score = chosen ? scores[best.index(k)] : 0.0f;
-      weights[k] = (args.renormalize && sum > 0.0f ? score / sum : score) * args.scale;
-    }
+    chosen_scores<S>(best, all_scores ? scores.data() : nullptr, logits, chosen.data());
+    write_slots(args, t, best, chosen.data());
+    if (args.statistics) statistics.add(scores.data(), mask.data(), best);
   }
+  statistics.write();
   return true;
 }
 

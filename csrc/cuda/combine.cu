@@ -4,16 +4,14 @@
 // the 32 neighbouring vectors (512 bytes where rows allow 16-byte accesses) of one token, each lane
 // one of them, and reads the rows of kSlotsAhead slots before it adds the first, which keeps enough
 // bytes in flight. A token belongs to one lane per column: no atomics, one order of summation.
-#include <algorithm>
 #include <cstdint>
 
-#include "../kernels.h"
 #include "formats.cuh"
+#include "grid.cuh"
 
 namespace fomoe::cuda {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kWarpsPerBlock = 8;
 constexpr int kSlotsAhead = 4;
 constexpr int64_t kMaxGridX = 2147483647;
@@ -47,15 +45,14 @@ struct SlotBlock {
   }
 };
 
-// Grid (token blocks, column blocks), block (lane, warp). `columns` counts vectors of kUnits units;
+// Grid (token blocks, column blocks), block (lane, warp). `columns` counts vectors;
 // `aligned_slots`: the slots of every token can be read kSlotsAhead at a time.
-template <class Format, int kUnits>
+template <class A>
 __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
     combine_kernel(const void* __restrict__ rows, const float* __restrict__ weights,
                    const int32_t* __restrict__ row_of_slot, int64_t tokens, int64_t columns,
                    int32_t top_k, bool aligned_slots, void* __restrict__ y) {
-  using V = Vector<typename Format::Unit, kUnits>;
-  constexpr int kValues = Format::kValues;
+  using V = typename A::V;
   const V* __restrict__ row_vectors = static_cast<const V*>(rows);
   V* __restrict__ y_vectors = static_cast<V*>(y);
 
@@ -67,7 +64,7 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
     const float* token_weights = weights == nullptr ? nullptr : weights + token * top_k;
     for (int64_t column = int64_t(blockIdx.y) * kWarp + threadIdx.x; column < columns;
          column += column_step) {
-      float sum[kUnits * kValues] = {};
+      float sum[A::kWidth] = {};
       for (int32_t first = 0; first < top_k; first += kSlotsAhead) {
         const SlotBlock slots(token_rows, token_weights, first, top_k, aligned_slots);
         V read[kSlotsAhead];
@@ -79,65 +76,40 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
 #pragma unroll
         for (int i = 0; i < kSlotsAhead; ++i) {
           if (slots.row.unit[i] < 0) continue;
+          float values[A::kWidth];
+          A::unpack(read[i], values);
 #pragma unroll
-          for (int u = 0; u < kUnits; ++u) {
-            float values[kValues];
-            Format::unpack(read[i].unit[u], values);
-#pragma unroll
-            for (int v = 0; v < kValues; ++v) {
-              sum[u * kValues + v] = fmaf(slots.weight.unit[i], values[v], sum[u * kValues + v]);
-            }
-          }
+          for (int v = 0; v < A::kWidth; ++v)
+            sum[v] = fmaf(slots.weight.unit[i], values[v], sum[v]);
         }
       }
-      V result;
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u) result.unit[u] = Format::pack(sum + u * kValues);
-      y_vectors[token * columns + column] = result;
+      y_vectors[token * columns + column] = A::pack(sum);
     }
   }
 }
 
-template <class Format, int kUnits>
+template <class A>
 cudaError_t launch(const CombineArgs& args, cudaStream_t stream) {
-  const int64_t columns = args.hidden / (kUnits * Format::kValues);
-  const int64_t token_blocks = (args.tokens + kWarpsPerBlock - 1) / kWarpsPerBlock;
-  const int64_t column_blocks = (columns + kWarp - 1) / kWarp;
+  const int64_t columns = args.hidden / A::kWidth;
   const bool aligned_slots = args.top_k % kSlotsAhead == 0 && is_aligned(args.row_of_slot, 16) &&
                              is_aligned(args.weights, 16);
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(std::min(token_blocks, kMaxGridX)),
-                        static_cast<unsigned>(std::min(column_blocks, kMaxGridY)));
+  config.gridDim = dim3(blocks_for(args.tokens, kWarpsPerBlock, kMaxGridX),
+                        blocks_for(columns, kWarp, kMaxGridY));
   config.blockDim = dim3(kWarp, kWarpsPerBlock);
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, combine_kernel<Format, kUnits>, args.rows, args.weights,
-                            args.row_of_slot, args.tokens, columns, args.top_k, aligned_slots,
-                            args.y);
-}
-
-// The widest access that every row starts aligned for. `Pair`: two elements in one register.
-template <class Element, class Pair>
-cudaError_t launch_widest(const CombineArgs& args, cudaStream_t stream) {
-  const auto fits = [&](int64_t bytes) {
-    const int64_t row_bytes = args.hidden * int64_t(sizeof(typename Element::Unit));
-    return row_bytes % bytes == 0 && is_aligned(args.rows, bytes) && is_aligned(args.y, bytes);
-  };
-  if (fits(16)) return launch<Pair, 4>(args, stream);
-  if (fits(4)) return launch<Pair, 1>(args, stream);
-  return launch<Element, 1>(args, stream);
+  return cudaLaunchKernelEx(&config, combine_kernel<A>, args.rows, args.weights, args.row_of_slot,
+                            args.tokens, columns, args.top_k, aligned_slots, args.y);
 }
 
 }  // namespace
 
 int combine(const CombineArgs& args, void* stream) {
   if (args.tokens == 0 || args.hidden == 0) return cudaSuccess;
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  switch (args.dtype) {
-    case DType::f32: return launch_widest<F32, F32>(args, cuda_stream);
-    case DType::bf16: return launch_widest<Bf16, Bf16x2>(args, cuda_stream);
-    case DType::f16: return launch_widest<F16, F16x2>(args, cuda_stream);
-  }
-  return cudaErrorInvalidValue;
+  const auto body = [&](auto access) {
+    return launch<decltype(access)>(args, static_cast<cudaStream_t>(stream));
+  };
+  return for_widest_access(args.dtype, body, args.hidden, args.rows, args.y);
 }
 
 }  // namespace fomoe::cuda

@@ -10,7 +10,12 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../kernels.h"
+
 namespace fomoe::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <class Unit, int N>
 struct alignas(N * sizeof(Unit)) Vector {
@@ -84,6 +89,51 @@ struct F16x2 {
 
 inline bool is_aligned(const void* pointer, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
+}
+
+// How a kernel reaches rows of `dtype`: vectors of kUnits units of Format.
+template <class Format_, int kUnits_>
+struct Access {
+  using Format = Format_;
+  static constexpr int kUnits = kUnits_;
+  static constexpr int kValues = Format::kValues;  // to a unit
+  static constexpr int kWidth = kUnits * kValues;  // values to a vector
+  using V = Vector<typename Format::Unit, kUnits>;
+
+  __device__ static void unpack(const V& vector, float (&values)[kWidth]) {
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) Format::unpack(vector.unit[u], values + u * kValues);
+  }
+  __device__ static V pack(const float (&values)[kWidth]) {
+    V vector;
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) vector.unit[u] = Format::pack(values + u * kValues);
+    return vector;
+  }
+};
+
+// Calls body(Access) with the widest access for which every row of `width` elements is aligned in
+// each of the tensors that start at `pointers` (null ones are aligned).
+template <class Element, class Pair, class Body, class... Pointers>
+cudaError_t with_widest_access(const Body& body, int64_t width, const Pointers... pointers) {
+  const auto fits = [&](int64_t bytes) {
+    const int64_t row_bytes = width * int64_t(sizeof(typename Element::Unit));
+    return row_bytes % bytes == 0 && (is_aligned(pointers, bytes) && ...);
+  };
+  if (fits(16)) return body(Access<Pair, 4>{});
+  if (fits(4)) return body(Access<Pair, 1>{});
+  return body(Access<Element, 1>{});
+}
+
+template <class Body, class... Pointers>
+cudaError_t for_widest_access(DType dtype, const Body& body, int64_t width,
+                              const Pointers... pointers) {
+  switch (dtype) {
+    case DType::f32: return with_widest_access<F32, F32>(body, width, pointers...);
+    case DType::bf16: return with_widest_access<Bf16, Bf16x2>(body, width, pointers...);
+    case DType::f16: return with_widest_access<F16, F16x2>(body, width, pointers...);
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace fomoe::cuda

@@ -1,7 +1,6 @@
-// combine and its gradients as torch ops on the CPU.
+// combine, its gradients and gather as torch ops on the CPU.
 #include "combine.h"
 
-#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -17,7 +16,7 @@ void check_range(const Tensor& row_of_slot, int64_t rows) {
 }
 
 // The number of rows n, checked to be 0 .. n-1, each once, as `compact` gives them: only then is
-// every row's gradient written, and by one slot.
+// every row written, and by one slot.
 int64_t check_each_row_once(const Tensor& row_of_slot) {
   const int32_t* row = pointer<int32_t>(row_of_slot);
   const int64_t slots = row_of_slot.numel();
@@ -44,46 +43,29 @@ Tensor combine(const Tensor& rows, const std::optional<Tensor>& weights,
   return y;
 }
 
-// rows none: grad_weights is empty.
 std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad_y, const std::optional<Tensor>& rows,
                                             const Tensor& weights, const Tensor& row_of_slot) {
-  check(row_of_slot, "row_of_slot").cpu().dtype(ScalarType::Int).shape({kAny, kAny}).contiguous();
-  const int64_t tokens = row_of_slot.size(0), top_k = row_of_slot.size(1);
-  check(grad_y, "grad_y").cpu().dtype(kFloatTypes).shape({tokens, kAny}).contiguous();
-  const int64_t hidden = grad_y.size(1), slots = tokens * top_k;
-  check(weights, "weights").cpu().dtype(ScalarType::Float).shape({tokens, top_k}).contiguous();
-  if (rows) {
-    check(*rows, "rows").cpu().same_dtype(grad_y, "grad_y").shape({slots, hidden}).contiguous();
-  }
-  const int64_t row_count = check_each_row_once(row_of_slot);
-  Tensor grad_rows = empty(grad_y, {slots, hidden});
-  Tensor grad_weights = empty(weights, {rows ? tokens : 0, top_k});
-  cpu::combine_backward({.grad_y = grad_y.const_data_ptr(),
-                         .rows = rows ? rows->const_data_ptr() : nullptr,
-                         .weights = pointer<float>(weights),
-                         .row_of_slot = pointer<int32_t>(row_of_slot),
-                         .dtype = dtype_of(grad_y, "grad_y"),
-                         .tokens = tokens,
-                         .hidden = hidden,
-                         .top_k = as_int32(top_k, "row_of_slot: top_k (dimension 1)"),
-                         .grad_rows = grad_rows.mutable_data_ptr(),
-                         .grad_weights = rows ? mutable_pointer<float>(grad_weights) : nullptr});
-  const int64_t row_bytes = hidden * int64_t(grad_rows.element_size());
-  std::memset(static_cast<char*>(grad_rows.mutable_data_ptr()) + row_count * row_bytes, 0,
-              size_t((slots - row_count) * row_bytes));
-  return {grad_rows, grad_weights};
+  check(row_of_slot, "row_of_slot").cpu();
+  const CombineBackwardCall call(grad_y, rows, weights, row_of_slot);
+  check_each_row_once(row_of_slot);
+  cpu::combine_backward(call.args);
+  return {call.grad_rows, call.grad_weights};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fomoe, m) {
-  m.def("combine(Tensor rows, Tensor? weights, Tensor row_of_slot) -> Tensor");
-  m.def(
-      "combine_backward(Tensor grad_y, Tensor? rows, Tensor weights, Tensor row_of_slot) -> "
-      "(Tensor, Tensor)");
+Tensor gather(const Tensor& x, const Tensor& row_of_slot, const Tensor& offsets) {
+  check(x, "x").cpu();
+  const GatherCall call(x, row_of_slot, offsets);
+  const int64_t rows = check_each_row_once(row_of_slot);
+  require(*call.args.row_count == rows, "offsets: ends at ", *call.args.row_count, ", wanted the ",
+          rows, " rows of row_of_slot");
+  cpu::gather(call.args);
+  return call.rows;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fomoe, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(FOMOE_NAMESPACE, CPU, m) {
   m.impl("combine", TORCH_BOX(&combine));
   m.impl("combine_backward", TORCH_BOX(&combine_backward));
+  m.impl("gather", TORCH_BOX(&gather));
 }
 
 }  // namespace

@@ -1,53 +1,45 @@
-// combine as a torch op on CUDA.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
+// combine, its gradients and gather as torch ops on CUDA. Values in device memory are not checked.
 #include "combine.h"
+
+#include <tuple>
+
+#include "cuda.h"
 
 namespace fomoe::ops {
 namespace {
 
-// Makes a tensor's device the current one as long as it lives.
-class DeviceOf {
- public:
-  explicit DeviceOf(const Tensor& tensor) : index_(tensor.get_device_index()) {
-    require_success(aoti_torch_create_cuda_guard(index_, &guard_), "choosing a CUDA device");
-  }
-  ~DeviceOf() { aoti_torch_delete_cuda_guard(guard_); }
-  DeviceOf(const DeviceOf&) = delete;
-  DeviceOf& operator=(const DeviceOf&) = delete;
-
-  // The stream that torch's own ops would use now.
-  void* stream() const {
-    void* stream = nullptr;
-    require_success(aoti_torch_get_current_cuda_stream(index_, &stream),
-                    "asking for the CUDA stream");
-    return stream;
-  }
-
- private:
-  int32_t index_;
-  CUDAGuardHandle guard_ = nullptr;
-};
-
-void check_launch(int error, const char* verb) {
-  if (error != 0) {
-    throw std::runtime_error(std::string(verb) + ": CUDA error " + std::to_string(error) +
-                             " at launch");
-  }
-}
-
 Tensor combine(const Tensor& rows, const std::optional<Tensor>& weights,
                const Tensor& row_of_slot) {
-  check(row_of_slot, "row_of_slot").cuda();
+  const DeviceOf device(row_of_slot, "row_of_slot");
   check_combine(rows, weights, row_of_slot);
   Tensor y = empty(rows, {row_of_slot.size(0), rows.size(1)});
-  const DeviceOf device(rows);
   check_launch(cuda::combine(combine_args(rows, weights, row_of_slot, y), device.stream()),
                "combine");
   return y;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fomoe, CUDA, m) { m.impl("combine", TORCH_BOX(&combine)); }
+std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad_y, const std::optional<Tensor>& rows,
+                                            const Tensor& weights, const Tensor& row_of_slot) {
+  const DeviceOf device(row_of_slot, "row_of_slot");
+  CombineBackwardCall call(grad_y, rows, weights, row_of_slot);
+  const Tensor row_count = empty(row_of_slot, {1});
+  call.args.workspace = mutable_pointer<int32_t>(row_count);
+  check_launch(cuda::combine_backward(call.args, device.stream()), "combine_backward");
+  return {call.grad_rows, call.grad_weights};
+}
+
+Tensor gather(const Tensor& x, const Tensor& row_of_slot, const Tensor& offsets) {
+  const DeviceOf device(x, "x");
+  const GatherCall call(x, row_of_slot, offsets);
+  check_launch(cuda::gather(call.args, device.stream()), "gather");
+  return call.rows;
+}
+
+FOMOE_CUDA_OPS(m) {
+  m.impl("combine", TORCH_BOX(&combine));
+  m.impl("combine_backward", TORCH_BOX(&combine_backward));
+  m.impl("gather", TORCH_BOX(&gather));
+}
 
 }  // namespace
 }  // namespace fomoe::ops

@@ -20,6 +20,11 @@
 
 #include "../kernels.h"
 
+// Where the ops are found: torch.ops.<namespace>.
+#ifndef FOMOE_NAMESPACE
+#define FOMOE_NAMESPACE fomoe
+#endif
+
 namespace fomoe::ops {
 
 using torch::headeronly::ScalarType;

@@ -173,26 +173,7 @@ Tensor activation_backward(const Tensor& grad_act, const Tensor& preact, const T
 
 int64_t expand_rows_computed() { return cpu::expand_rows_computed(); }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fomoe, m) {
-  m.def(
-      "expand(Tensor x, Tensor expand_weight, Tensor token_of_row, Tensor row_of_slot, "
-      "Tensor offsets, int activation, bool save_preact) -> (Tensor, Tensor)");
-  m.def("contract(Tensor act, Tensor contract_weight, Tensor offsets) -> Tensor");
-  m.def(
-      "contract_backward(Tensor grad_y, Tensor contract_weight, Tensor preact, Tensor weights, "
-      "Tensor token_of_row, Tensor slot_of_row, Tensor offsets, int activation) "
-      "-> (Tensor, Tensor, Tensor)");
-  m.def("grouped_rows(Tensor rows, Tensor weight, Tensor offsets) -> Tensor");
-  m.def(
-      "weight_grad(Tensor left, Tensor right, Tensor? left_index, Tensor? right_index, "
-      "Tensor offsets) -> Tensor");
-  m.def(
-      "activation_backward(Tensor grad_act, Tensor preact, Tensor offsets, int activation) "
-      "-> Tensor");
-  m.def("expand_rows_computed() -> int");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fomoe, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(FOMOE_NAMESPACE, CPU, m) {
   m.impl("expand", TORCH_BOX(&expand));
   m.impl("contract", TORCH_BOX(&contract));
   m.impl("contract_backward", TORCH_BOX(&contract_backward));
@@ -201,7 +182,7 @@ STABLE_TORCH_LIBRARY_IMPL(fomoe, CPU, m) {
   m.impl("activation_backward", TORCH_BOX(&activation_backward));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fomoe, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(FOMOE_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("expand_rows_computed", TORCH_BOX(&expand_rows_computed));
 }
 

@@ -177,19 +177,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> moe_experts_backward(
   return {grad_x, grad_weights, grad_expand, grad_contract};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fomoe, m) {
-  m.def(
-      "moe_experts(Tensor x, Tensor weights, Tensor token_of_row, Tensor slot_of_row, "
-      "Tensor row_of_slot, Tensor offsets, Tensor expand_weight, Tensor contract_weight, "
-      "int activation, bool save_preact) -> (Tensor, Tensor)");
-  m.def(
-      "moe_experts_backward(Tensor grad_y, Tensor x, Tensor weights, Tensor token_of_row, "
-      "Tensor slot_of_row, Tensor row_of_slot, Tensor offsets, Tensor expand_weight, "
-      "Tensor contract_weight, Tensor preact, int activation, bool need_x, bool need_expand, "
-      "bool need_contract) -> (Tensor, Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fomoe, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(FOMOE_NAMESPACE, CPU, m) {
   m.impl("moe_experts", TORCH_BOX(&moe_experts));
   m.impl("moe_experts_backward", TORCH_BOX(&moe_experts_backward));
 }
