@@ -261,7 +261,7 @@ def test_one_nan_anywhere_is_found():
 @pytest.mark.parametrize("restricted", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_statistics(scoring, restricted, biased):
-    """Load, score sums and entropy of `measured_route` against fp64; the rest is that of `route`."""
+    """Load, score sums and entropy of `measured_route` against fp64; the rest is `route`'s."""
     logits = make_logits(300, 20, torch.float32, seed=13)
     allowed = torch.arange(20) % 3 != 0 if restricted else None
     bias = torch.linspace(-0.2, 0.2, 20) if biased else None

@@ -2,6 +2,8 @@
 // tokens begin .. end-1 of its arguments; route.cpp and combine.cpp share tokens out over threads.
 #pragma once
 
+#include <type_traits>
+
 #include "../kernels.h"
 #include "features.h"
 
@@ -43,7 +45,8 @@ extern const CombineKernels combine_table;
 
 // The best table for the chosen instruction set among those compiled in.
 template <class Table>
-const Table& choose_table(const Table* scalar, const Table* avx2, const Table* avx512) {
+const Table& choose_table(const Table* scalar, const std::type_identity_t<Table>* avx2,
+                          const std::type_identity_t<Table>* avx512) {
   const Isa isa = chosen_isa();
   if (isa >= Isa::avx512 && avx512 != nullptr) return *avx512;
   if (isa >= Isa::avx2 && avx2 != nullptr) return *avx2;

@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kThreads) scatter_kernel(const __grid_constant
 }
 
 Params params_of(const CompactArgs& args) {
-  Params p{args};
+  Params p{args, 0, 0, 0, 0};
   p.slots = args.tokens * args.top_k;
   const int64_t most = blocks_for(p.slots, kTile, kMaxBlocks);
   const int64_t tiles = (p.slots + kTile - 1) / kTile;

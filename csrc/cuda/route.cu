@@ -421,7 +421,7 @@ __global__ void __launch_bounds__(kWarp* Router<Element, kPerLane>::kWarps)
 template <class Element, int kPerLane>
 cudaError_t launch(const RouteArgs& args, cudaStream_t stream) {
   using R = Router<Element, kPerLane>;
-  Params params{args};
+  Params params{args, false, false, 0, 0};
   params.whole_vectors = R::L::whole_vectors(args.logits, args.experts);
   params.by_logits = args.selection_bias == nullptr && args.groups == 1;
   const uint32_t group_size = uint32_t(args.experts / args.groups);

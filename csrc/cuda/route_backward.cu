@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kWarp* RouteGradient<Element, kPerLane>::kWarp
 template <class Element, int kPerLane>
 cudaError_t launch(const RouteBackwardArgs& args, cudaStream_t stream) {
   using R = RouteGradient<Element, kPerLane>;
-  Params params{args};
+  Params params{args, false, false};
   params.whole_logits = R::L::whole_vectors(args.logits, args.experts);
   params.whole_grads = R::L::whole_vectors(args.grad_logits, args.experts);
   cudaLaunchConfig_t config{};

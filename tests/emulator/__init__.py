@@ -1,70 +1,74 @@
-"""Runs the CUDA kernels' own source on the CPU: compiled by g++ against a stand-in for CUDA's
-headers, with the undefined-behaviour checks of the compiler on (misaligned vector accesses, signed
-overflow and shifts out of range abort).
+"""Runs the CUDA kernels' own source on the CPU (README.md).
+
+`load` builds csrc/cuda/*.cu and the ops around them (csrc/ops/*_cuda.cpp) into a library that
+registers the same ops for CPU tensors under a namespace of their own; `build_driver` builds them
+into a program without Python, for sanitizers.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
-import shutil
-import subprocess
+import importlib.util
 from pathlib import Path
 
-import torch
+from .build import HERE, Builder, compiler, in_parallel, runtime_objects
 
-HERE = Path(__file__).parent
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+__all__ = ["NAMESPACE", "Builder", "build_driver", "compiler", "kernel_sources", "load"]
 
-
-def compiler() -> str | None:
-    """The C++ compiler, or None where there is none."""
-    return shutil.which(os.environ.get("CXX", "g++"))
+NAMESPACE = "fomoe_emulated"
+ROOT = HERE.parent.parent
+CPU_KERNELS = ["route", "combine", "compact", "parallel", "features"]
 
 
-class EmulatedKernels:
-    """The CUDA kernels by name, on CPU tensors, with the signatures of `torch.ops.fomoe`."""
+def kernel_sources(root: Path = ROOT) -> list[Path]:
+    """All CUDA sources of the package."""
+    return sorted((root / "csrc/cuda").glob("*.cu"))
 
-    def __init__(self, folder: Path) -> None:
-        """Compiles into `folder`; RuntimeError with the compiler's words when that fails."""
-        library = folder / "emulated_kernels.so"
-        # -O0: an optimiser would drop a read whose value goes unused, and hide it from the tests.
-        command = [str(compiler()), "-x", "c++", "-std=c++20", "-O0", "-g", "-shared", "-fPIC"]
-        command += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", "-ffp-contract=off"]
-        command += ["-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
-        command += [f"-I{HERE / 'include'}", str(HERE / "kernels.cpp"), "-o", str(library)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
-        self._library = ctypes.CDLL(str(library))
 
-    def combine(
-        self, rows: torch.Tensor, weights: torch.Tensor | None, row_of_slot: torch.Tensor
-    ) -> torch.Tensor:
-        """`fomoe::cuda::combine`; y is poisoned with NaN before. RuntimeError on a CUDA error."""
-        y = torch.full((len(row_of_slot), rows.shape[1]), float("nan"), dtype=rows.dtype)
-        self.call_combine(rows.data_ptr(), weights, row_of_slot, rows.dtype, y)
-        return y
+def load(folder: Path) -> None:
+    """Builds the emulated ops in `folder` and loads them: `torch.ops.fomoe_emulated.*`.
 
-    def call_combine(
-        self,
-        rows: int,
-        weights: torch.Tensor | None,
-        row_of_slot: torch.Tensor,
-        dtype: torch.dtype,
-        y: torch.Tensor,
-    ) -> None:
-        """The same with `rows` as an address and y given."""
-        tokens, top_k = row_of_slot.shape
-        error = self._library.emulated_combine(
-            ctypes.c_void_p(rows),
-            ctypes.c_void_p(0 if weights is None else weights.data_ptr()),
-            ctypes.c_void_p(row_of_slot.data_ptr()),
-            ctypes.c_int32(DTYPES[dtype]),
-            ctypes.c_int64(tokens),
-            ctypes.c_int64(y.shape[1]),
-            ctypes.c_int32(top_k),
-            ctypes.c_void_p(y.data_ptr()),
-        )
-        if error != 0:
-            raise RuntimeError(f"emulated combine: CUDA error {error}")
+    Undefined behaviour in a kernel (misaligned vector accesses, signed overflow) ends the process.
+    RuntimeError with the compiler's words when building fails.
+    """
+    import torch
+
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.origin is not None
+    torch_root = Path(spec.origin).parent
+    kernels = Builder(folder, sanitize="undefined")
+    ops = Builder(
+        folder,
+        defines=(f"FOMOE_NAMESPACE={NAMESPACE}", "TORCH_TARGET_VERSION=0x020a000000000000"),
+        include_dirs=(torch_root / "include",),
+        optimize="-O0",
+    )
+    op_sources = [ROOT / "csrc/ops/schemas.cpp", *sorted((ROOT / "csrc/ops").glob("*_cuda.cpp"))]
+    jobs = [(kernels.compile, source) for source in kernel_sources()]
+    objects = in_parallel([*jobs, *((ops.compile, source) for source in op_sources)])
+    libraries = [f"-L{torch_root / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10"]
+    library = folder / "libfomoe_emulated.so"
+    kernels.link([*objects, *runtime_objects(folder)], library, shared=True, extra=libraries)
+    torch.ops.load_library(library)
+
+
+def build_driver(folder: Path, sanitize: str, root: Path = ROOT) -> Path:
+    """The driver (driver.cpp) with the kernels of the source tree `root`; returns the program.
+
+    Launches have few blocks, so that small inputs make blocks go around.
+    """
+    builder = Builder(folder, sanitize=sanitize, defines=("FOMOE_FEW_BLOCKS=3",))
+    jobs = [(builder.compile, source) for source in [*kernel_sources(root), HERE / "driver.cpp"]]
+    objects = in_parallel([*jobs, *((reference, s, folder) for s in cpu_sources())])
+    return builder.link([*objects, *runtime_objects(folder)], folder / "driver", shared=False)
+
+
+def cpu_sources() -> list[Path]:
+    """The CPU kernels that the driver compares with, for the plainest instruction set."""
+    names = [*CPU_KERNELS, "route_scalar", "combine_scalar"]
+    return [ROOT / f"csrc/cpu/{name}.cpp" for name in names]
+
+
+def reference(source: Path, folder: Path) -> Path:
+    """The object of a CPU kernel, never sanitized."""
+    isas = ("FOMOE_HAVE_AVX2=0", "FOMOE_HAVE_AVX512=0", "FOMOE_HAVE_AVX512_BF16=0")
+    return Builder(folder).compile_plain(source, isas)

@@ -1,0 +1,177 @@
+"""Plants bugs in the CUDA kernels, one at a time, and expects the emulator to catch each.
+
+    python tests/emulator/mutants               all of them; status 1 when one survives
+    python tests/emulator/mutants NAME ...      some
+    python tests/emulator/mutants --apply NAME  writes the bug into csrc/cuda (git restores it)
+    python tests/emulator/mutants --list        what there is
+
+A mutant that survives is a hole in the tests: a case is missing, or a schedule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent))
+
+import emulator  # noqa: E402
+from emulator.build import Builder, in_parallel, runtime_objects  # noqa: E402
+from emulator.runs import PART_OF, RUNS, failure_of  # noqa: E402
+
+KERNELS = emulator.ROOT / "csrc/cuda"
+# The quickest to build first.
+BUILDS = ["undefined", "thread", "address,undefined"]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A planted bug: `find`, which stands once in the file, becomes `replace`."""
+
+    name: str
+    file: str
+    find: str
+    replace: str
+
+    def plant(self, kernels: Path) -> None:
+        """Writes the bug into a folder of kernels. ValueError when its place is not there."""
+        path = kernels / self.file
+        text = path.read_text()
+        if text.count(self.find) != 1:
+            raise ValueError(
+                f"{self.name}: 'find' stands {text.count(self.find)} times in {self.file}, "
+                f"wanted once; the kernel has changed, so must the mutant"
+            )
+        path.write_text(text.replace(self.find, self.replace))
+
+    def sources(self) -> list[str]:
+        """The .cu files whose code the bug is in."""
+        if self.file.endswith(".cu"):
+            return [self.file]
+        include = re.compile(rf'#include "{re.escape(self.file)}"')
+        return [s.name for s in sorted(KERNELS.glob("*.cu")) if include.search(s.read_text())]
+
+    def parts(self) -> list[str]:
+        """The driver's parts that run the code."""
+        return [part for part, files in PART_OF.items() if self.file in files]
+
+
+def all_mutants() -> list[Mutant]:
+    with (HERE / "mutants.toml").open("rb") as file:
+        return [Mutant(name, **fields) for name, fields in tomllib.load(file).items()]
+
+
+class Laboratory:
+    """The driver's objects in every build, and what becomes of them with a bug in one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.builders = {
+            sanitize: Builder(folder / sanitize, sanitize, ("FOMOE_FEW_BLOCKS=3",))
+            for sanitize in BUILDS
+        }
+        self.common = [
+            *runtime_objects(folder),
+            *in_parallel([(emulator.reference, s, folder) for s in emulator.cpu_sources()]),
+        ]
+        sources = [*emulator.kernel_sources(), emulator.HERE / "driver.cpp"]
+        self.objects = {
+            sanitize: dict(
+                zip(
+                    [source.name for source in sources],
+                    in_parallel([(builder.compile, source) for source in sources]),
+                    strict=True,
+                )
+            )
+            for sanitize, builder in self.builders.items()
+        }
+
+    def driver(self, sanitize: str, objects: dict[str, Path], folder: Path) -> Path:
+        program = folder / f"driver-{sanitize.replace(',', '-')}"
+        all_objects = [*objects.values(), *self.common]
+        return self.builders[sanitize].link(all_objects, program, shared=False)
+
+    def healthy(self) -> str | None:
+        """What the kernels without a bug fail at; None when nothing."""
+        for sanitize in BUILDS:
+            program = self.driver(sanitize, self.objects[sanitize], self.folder)
+            for run in RUNS[sanitize]:
+                if failure := failure_of(program, run, []):
+                    return f"{sanitize}, {run}: {failure}"
+        return None
+
+    def caught_by(self, mutant: Mutant) -> str | None:
+        """The build and schedule that catch the bug first; None when it survives."""
+        folder = self.folder / mutant.name
+        shutil.copytree(KERNELS.parent, folder / "csrc")
+        kernels = folder / "csrc/cuda"
+        mutant.plant(kernels)
+        for sanitize, builder in self.builders.items():
+            own = Builder(folder / sanitize, builder.sanitize, builder.defines)
+            objects = dict(self.objects[sanitize])
+            for name in mutant.sources():
+                # A planted bug may leave something unused: no warnings.
+                objects[name] = own.compile(kernels / name, warn=False)
+            program = self.driver(sanitize, objects, folder)
+            for run in RUNS[sanitize]:
+                if failure_of(program, run, mutant.parts()) is not None:
+                    shutil.rmtree(folder)
+                    return f"{sanitize}, {run.order} {run.seed}"
+        return None
+
+
+def try_all(mutants: list[Mutant], folder: Path) -> int:
+    start = time.monotonic()
+    laboratory = Laboratory(folder)
+    if failure := laboratory.healthy():
+        print(f"the kernels fail without any bug planted: {failure}")
+        return 2
+    survivors = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for mutant, caught in zip(mutants, pool.map(laboratory.caught_by, mutants), strict=True):
+            survivors += caught is None
+            print(f"{mutant.name:50} {caught or 'SURVIVES'}", flush=True)
+    print(
+        f"{len(mutants) - survivors} of {len(mutants)} caught in {time.monotonic() - start:.0f} s"
+    )
+    return 1 if survivors else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="mutants", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--apply", action="store_true", help="write one bug into csrc/cuda")
+    parser.add_argument("--list", action="store_true", help="print the names")
+    arguments = parser.parse_args()
+    mutants = {mutant.name: mutant for mutant in all_mutants()}
+    if unknown := set(arguments.names) - set(mutants):
+        parser.error(f"no such mutant: {', '.join(sorted(unknown))} (--list names them)")
+    if arguments.list:
+        print("\n".join(mutants))
+        return 0
+    if arguments.apply:
+        if len(arguments.names) != 1:
+            parser.error("--apply takes one name")
+        mutants[arguments.names[0]].plant(KERNELS)
+        return 0
+    if emulator.compiler() is None:
+        parser.error("a C++ compiler is needed")
+    chosen = [mutants[name] for name in arguments.names] or list(mutants.values())
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        return try_all(chosen, Path(folder))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""How the driver is run: under which sanitizers, in which schedules. Tests and mutants alike."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+TIMEOUT_SECONDS = 300
+
+# Which of the driver's parts a source file matters to.
+PART_OF = {
+    "route": ["route.cu", "route_backward.cu", "router.cuh"],
+    "compact": ["compact.cu"],
+    "rows": ["combine.cu", "combine_backward.cu", "gather.cu", "scatter.cuh"],
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the driver: its arguments and its schedule."""
+
+    order: str
+    seed: int = 1
+    resident: int = 4
+    arrival: str = "late"
+    small: bool = False
+
+    def environment(self) -> dict[str, str]:
+        return {
+            "FOMOE_EMULATOR_ORDER": self.order,
+            "FOMOE_EMULATOR_SEED": str(self.seed),
+            "FOMOE_EMULATOR_RESIDENT": str(self.resident),
+            "FOMOE_EMULATOR_ASYNC": self.arrival,
+        }
+
+
+# By sanitizers. The thread sanitizer makes a fiber per CUDA thread and block: small cases there.
+RUNS: dict[str, list[Run]] = {
+    "undefined": [
+        Run("forward", resident=1, arrival="early"),
+        Run("reverse"),
+        Run("random", seed=1),
+        Run("random", seed=2, resident=1, arrival="random"),
+        Run("priority", seed=1),
+        Run("priority", seed=2),
+        Run("priority", seed=3, resident=1),
+    ],
+    "thread": [Run("forward", small=True), Run("priority", seed=1, small=True)],
+    "address,undefined": [Run("random", seed=1), Run("reverse", resident=1)],
+}
+
+
+def failure_of(program: Path, run: Run, parts: list[str]) -> str | None:
+    """What a run of the driver had to complain about; None when all is well."""
+    options = {
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
+        "TSAN_OPTIONS": "halt_on_error=1:report_bugs=1",
+        "UBSAN_OPTIONS": "print_stacktrace=0",
+    }
+    command = [str(program), *(["--small"] if run.small else []), *parts]
+    try:
+        result = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=TIMEOUT_SECONDS,
+            env={**os.environ, **options, **run.environment()},
+        )
+    except subprocess.TimeoutExpired:
+        return f"did not end within {TIMEOUT_SECONDS} s"
+    if result.returncode == 0:
+        return None
+    return f"status {result.returncode}\n{result.stdout[-3000:]}{result.stderr[-3000:]}"

@@ -1,0 +1,466 @@
+// Runs the threads of a launch, one fiber each, in the order that the schedule says.
+#include "scheduler.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+
+#include "sanitizers.h"
+
+namespace fomoe::emulator {
+
+Thread* current = nullptr;
+
+namespace {
+
+constexpr size_t kStackBytes = 64 << 10, kGuardBytes = 4 << 10;
+constexpr unsigned kMaxThreads = 1024;
+constexpr size_t kDefaultShared = 48 << 10, kMostShared = 227 << 10;
+constexpr int kInvalidValue = 1, kInvalidConfiguration = 9, kLaunchFailure = 719;
+
+struct Machine {
+  std::mutex mutex;  // one launch at a time
+  uint64_t launches = 0;
+  Schedule schedule;
+  Random random;
+  Launch* launch = nullptr;
+  std::vector<std::unique_ptr<Block>> resident;
+  std::vector<Fiber*> ready;  // a queue from `head` on, a heap under priority order
+  size_t head = 0;
+  uint64_t polls = 0;  // in a row, by all threads
+  std::vector<char*> free_stacks;
+  std::string error;
+  bool failed = false;
+  std::map<const void*, int> allowed_shared;  // by kernel
+  Context main;
+  const void* main_stack = nullptr;
+  size_t main_stack_bytes = 0;
+  void* main_tsan = nullptr;
+  void* main_asan_stack = nullptr;
+};
+
+Machine& machine() {
+  static Machine* m = new Machine;  // never destroyed: fibers may outlive main's statics
+  return *m;
+}
+
+bool lower_priority(const Fiber* a, const Fiber* b) {
+  return a->priority != b->priority ? a->priority < b->priority : a->linear > b->linear;
+}
+
+void push_ready(Fiber* fiber) {
+  Machine& m = machine();
+  m.ready.push_back(fiber);
+  if (m.schedule.order == Order::priority)
+    std::push_heap(m.ready.begin(), m.ready.end(), lower_priority);
+}
+
+// The fiber to run next, null when none can.
+Fiber* take_ready() {
+  Machine& m = machine();
+  if (m.head == m.ready.size()) {
+    m.ready.clear();
+    m.head = 0;
+    return nullptr;
+  }
+  Fiber* fiber = nullptr;
+  switch (m.schedule.order) {
+    case Order::random: {
+      std::swap(m.ready[m.random.below(m.ready.size())], m.ready.back());
+      fiber = m.ready.back();
+      m.ready.pop_back();
+      break;
+    }
+    case Order::priority: {
+      std::pop_heap(m.ready.begin(), m.ready.end(), lower_priority);
+      fiber = m.ready.back();
+      m.ready.pop_back();
+      break;
+    }
+    default: {
+      fiber = m.ready[m.head++];
+      if (m.head > 4096 && 2 * m.head > m.ready.size()) {
+        m.ready.erase(m.ready.begin(), m.ready.begin() + std::ptrdiff_t(m.head));
+        m.head = 0;
+      }
+    }
+  }
+  return fiber;
+}
+
+// ---- switching -----------------------------------------------------------------------------------
+
+// From the running fiber (null: main) to another (null: main). `for_good`: the running one is done.
+void switch_to(Fiber* to, bool for_good) {
+  Machine& m = machine();
+  Fiber* from = self();
+  void** asan_save = from ? &from->asan_stack : &m.main_asan_stack;
+  if (__sanitizer_start_switch_fiber) {
+    __sanitizer_start_switch_fiber(for_good ? nullptr : asan_save, to ? to->stack : m.main_stack,
+                                   to ? kStackBytes : m.main_stack_bytes);
+  }
+  // Flag 1: switching itself orders nothing.
+  if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(to ? to->tsan_fiber : m.main_tsan, 1);
+  current = to;
+  switch_context(from ? from->context : m.main, to ? to->context : m.main);
+  if (__sanitizer_finish_switch_fiber) {
+    void* saved = from ? from->asan_stack : m.main_asan_stack;
+    __sanitizer_finish_switch_fiber(saved, nullptr, nullptr);
+  }
+}
+
+// Lets others run. Main decides what it means when nobody can.
+void run_others(bool for_good) {
+  Fiber* next;
+  {
+    Unseen unseen;
+    next = take_ready();
+  }
+  if (next == self() && !for_good) return;
+  switch_to(next, for_good);
+}
+
+void run_thread() {
+  Machine& m = machine();
+  if (__sanitizer_finish_switch_fiber) {
+    const void* bottom = nullptr;
+    size_t bytes = 0;
+    __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes);
+    if (m.main_stack == nullptr) {  // the first fiber comes from main
+      m.main_stack = bottom;
+      m.main_stack_bytes = bytes;
+    }
+  }
+  acquire(&m.launch->started);
+  m.launch->body(m.launch->context);
+  release(&m.launch->finished);
+  Fiber* me = self();
+  bool last;
+  {
+    Unseen unseen;
+    m.polls = 0;
+    me->done = true;
+    last = --me->block->live == 0;
+    leave_meetings(me);
+  }
+  // Main replaces a block that is done.
+  if (last) switch_to(nullptr, true);
+  run_others(true);
+  std::abort();
+}
+
+// ---- blocks --------------------------------------------------------------------------------------
+
+char* take_stack() {
+  Machine& m = machine();
+  if (!m.free_stacks.empty()) {
+    char* stack = m.free_stacks.back();
+    m.free_stacks.pop_back();
+    return stack;
+  }
+  void* memory = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  mprotect(memory, kGuardBytes, PROT_NONE);
+  return static_cast<char*>(memory) + kGuardBytes;
+}
+
+void give_stack(char* stack) {
+  // TSan remembers who touched a stack: never use one twice there.
+  if (__tsan_create_fiber) {
+    munmap(stack - kGuardBytes, kGuardBytes + kStackBytes);
+    return;
+  }
+  if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(stack, kStackBytes);
+  machine().free_stacks.push_back(stack);
+}
+
+void start_block(uint64_t number) {
+  Machine& m = machine();
+  const Launch& launch = *m.launch;
+  auto block = std::make_unique<Block>();
+  const dim3 size = launch.block;
+  const unsigned threads = unsigned(size.size());
+  block->index = {unsigned(number % launch.grid.x),
+                  unsigned(number / launch.grid.x % launch.grid.y),
+                  unsigned(number / launch.grid.x / launch.grid.y)};
+  block->live = threads;
+  block->fibers.resize(threads);
+  block->warps.resize((threads + kLanes - 1) / kLanes);
+  block->async = make_async_state();
+  block->dynamic_bytes = launch.dynamic_bytes;
+  if (launch.dynamic_bytes > 0) block->dynamic = new_shared(launch.dynamic_bytes);
+  std::vector<Fiber*> all;
+  for (unsigned i = 0; i < threads; ++i) {
+    Fiber& fiber = block->fibers[i];
+    fiber.index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
+    fiber.block_index = block->index;
+    fiber.block_size = size;
+    fiber.grid_size = launch.grid;
+    fiber.linear = i;
+    fiber.lane = i % kLanes;
+    fiber.warp = i / kLanes;
+    fiber.block = block.get();
+    fiber.priority = fiber.lane == 0 ? m.random.next() : block->fibers[i - 1].priority;
+    fiber.stack = take_stack();
+    // Stacks that start at different cache lines do not evict each other.
+    prepare(fiber.context, fiber.stack, kStackBytes - i % 8 * 128, run_thread);
+    if (__tsan_create_fiber) fiber.tsan_fiber = __tsan_create_fiber(0);
+    block->warps[fiber.warp].live |= 1u << fiber.lane;
+    all.push_back(&fiber);
+  }
+  make_ready(all);
+  m.resident.push_back(std::move(block));
+}
+
+void end_block(Block& block) {
+  for (const SharedArray& array : block.arrays) std::free(array.memory);
+  std::free(block.dynamic);
+  free_async_state(block.async);
+  for (Fiber& fiber : block.fibers) {
+    if (__tsan_destroy_fiber) __tsan_destroy_fiber(fiber.tsan_fiber);
+    forget(fiber.context);
+    give_stack(fiber.stack);
+  }
+}
+
+// ---- errors --------------------------------------------------------------------------------------
+
+void set_error(const std::string& text) {
+  Machine& m = machine();
+  m.error = text + "\n  schedule: " + m.schedule.text();
+  m.failed = true;
+  std::fprintf(stderr, "emulator: %s\n", m.error.c_str());
+}
+
+// Who waits for what, for a launch in which nobody can go on.
+std::string waiting_threads() {
+  std::string text;
+  for (const auto& block : machine().resident) {
+    std::map<std::string, std::vector<unsigned>> groups;
+    for (const Fiber& fiber : block->fibers) {
+      if (fiber.done || fiber.waits_for == nullptr) continue;
+      groups[std::string(fiber.waits_for) + " at " + fiber.where.file + ":" +
+             std::to_string(fiber.where.line)]
+          .push_back(fiber.linear);
+    }
+    for (const auto& [what, threads] : groups) {
+      text += "\n  block (" + std::to_string(block->index.x) + ", " +
+              std::to_string(block->index.y) + ", " + std::to_string(block->index.z) +
+              "): " + std::to_string(threads.size()) + " threads from " +
+              std::to_string(threads.front()) + " on wait for " + what;
+    }
+  }
+  return text;
+}
+
+// ---- a launch ------------------------------------------------------------------------------------
+
+// Block numbers in the order in which blocks start.
+std::vector<uint64_t> start_order(uint64_t blocks) {
+  Machine& m = machine();
+  std::vector<uint64_t> order(blocks);
+  for (uint64_t i = 0; i < blocks; ++i)
+    order[i] = m.schedule.order == Order::reverse ? blocks - 1 - i : i;
+  if (m.schedule.order == Order::random || m.schedule.order == Order::priority) {
+    for (uint64_t i = blocks; i > 1; --i) std::swap(order[i - 1], order[m.random.below(i)]);
+  }
+  return order;
+}
+
+void run_blocks() {
+  Machine& m = machine();
+  const std::vector<uint64_t> order = start_order(m.launch->grid.size());
+  for (size_t next = 0; !m.failed;) {
+    while (m.resident.size() < m.schedule.resident_blocks && next < order.size())
+      start_block(order[next++]);
+    if (m.resident.empty()) break;
+    Fiber* fiber = take_ready();
+    if (fiber == nullptr) {
+      set_error("deadlock: no thread can go on" + waiting_threads());
+      break;
+    }
+    switch_to(fiber, false);
+    for (size_t i = 0; i < m.resident.size() && !m.failed;) {
+      Block& block = *m.resident[i];
+      if (block.live > 0) {
+        ++i;
+        continue;
+      }
+      if (const std::string what = unfinished(block); !what.empty())
+        set_error("block (" + std::to_string(block.index.x) + ", " + std::to_string(block.index.y) +
+                  ", " + std::to_string(block.index.z) + ") ends with " + what);
+      end_block(block);
+      m.resident.erase(m.resident.begin() + std::ptrdiff_t(i));
+    }
+  }
+  for (const auto& block : m.resident) end_block(*block);
+  m.resident.clear();
+  m.ready.clear();
+  m.head = 0;
+}
+
+int check_launch(dim3 grid, dim3 block, size_t dynamic_bytes, const void* kernel) {
+  const auto refuse = [](const std::string& what) {
+    set_error("launch: " + what);
+    return kInvalidConfiguration;
+  };
+  if (block.size() == 0 || block.size() > kMaxThreads || block.z > 64)
+    return refuse("blocks of " + std::to_string(block.size()) + " threads");
+  if (grid.size() == 0 || grid.x > 0x7fffffffu || grid.y > 0xffff || grid.z > 0xffff)
+    return refuse("a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
+                  std::to_string(grid.z) + " blocks");
+  const auto allowed = machine().allowed_shared.find(kernel);
+  const size_t most = allowed == machine().allowed_shared.end()
+                          ? kDefaultShared
+                          : std::max(kDefaultShared, size_t(allowed->second));
+  if (dynamic_bytes > most)
+    return refuse(std::to_string(dynamic_bytes) + " bytes of dynamic shared memory, allowed are " +
+                  std::to_string(most));
+  return 0;
+}
+
+}  // namespace
+
+const Schedule& schedule() { return machine().schedule; }
+Random& random_source() { return machine().random; }
+Fiber* self() { return static_cast<Fiber*>(current); }
+
+void make_ready(Fiber* fiber) {
+  fiber->waits_for = nullptr;
+  push_ready(fiber);
+}
+
+void make_ready(std::vector<Fiber*>& fibers) {
+  if (machine().schedule.order == Order::reverse) std::reverse(fibers.begin(), fibers.end());
+  for (Fiber* fiber : fibers) make_ready(fiber);
+  fibers.clear();
+}
+
+void wait_here(const char* what, Here here) {
+  Fiber* me = self();
+  me->waits_for = what;
+  me->where = here;
+  machine().polls = 0;
+  run_others(false);
+  me->waits_for = nullptr;
+}
+
+void maybe_yield() {
+  Machine& m = machine();
+  if (m.schedule.order != Order::random && m.schedule.order != Order::priority) return;
+  {
+    Unseen unseen;
+    if (m.random.below(8) != 0) return;
+    self()->priority = m.random.next();
+    push_ready(self());
+  }
+  run_others(false);
+}
+
+void yield_polling(Here here) {
+  Machine& m = machine();
+  {
+    Unseen unseen;
+    uint64_t threads = 0;
+    for (const auto& block : m.resident) threads += block->live;
+    if (++m.polls > 200000 + 200 * threads) fail(here, "livelock: all threads only poll");
+    self()->priority = 0;
+    push_ready(self());
+  }
+  run_others(false);
+}
+
+void fail(Here here, const char* format, ...) {
+  {
+    Unseen unseen;
+    char message[2048];
+    va_list arguments;
+    va_start(arguments, format);
+    std::vsnprintf(message, sizeof message, format, arguments);
+    va_end(arguments);
+    std::string text = std::string(here.file) + ":" + std::to_string(here.line) + ": " + message;
+    if (const Fiber* me = self()) {
+      char place[160];
+      std::snprintf(place, sizeof place, "\n  block (%u, %u, %u), thread (%u, %u, %u)",
+                    me->block_index.x, me->block_index.y, me->block_index.z, me->index.x,
+                    me->index.y, me->index.z);
+      text += place;
+    }
+    set_error(text);
+  }
+  if (self() == nullptr) throw std::runtime_error(machine().error);
+  switch_to(nullptr, true);  // main drops all fibers
+  std::abort();
+}
+
+unsigned char* new_shared(size_t bytes) {
+  void* memory = nullptr;
+  // Exactly so long: ASan's red zone begins right behind.
+  if (posix_memalign(&memory, 1024, bytes) != 0) throw std::bad_alloc();
+  std::memset(memory, 0xff, bytes);
+  return static_cast<unsigned char*>(memory);
+}
+
+void* shared_array(const void* key, size_t bytes) {
+  Unseen unseen;
+  Block& block = *self()->block;
+  for (const SharedArray& array : block.arrays)
+    if (array.key == key) return array.memory;
+  size_t used = block.dynamic_bytes;
+  for (const SharedArray& array : block.arrays) used += array.bytes;
+  if (used - block.dynamic_bytes + bytes > kDefaultShared || used + bytes > kMostShared)
+    fail({}, "%zu bytes of shared memory, more than a block has", used + bytes);
+  block.arrays.push_back({key, new_shared(bytes), bytes});
+  return block.arrays.back().memory;
+}
+
+unsigned char* dynamic_shared() { return self()->block->dynamic; }
+
+int allow_dynamic_shared(const void* kernel, int bytes) {
+  if (bytes < 0 || size_t(bytes) > kMostShared) return kInvalidValue;
+  machine().allowed_shared[kernel] = bytes;
+  return 0;
+}
+
+int run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, const void* kernel, void (*body)(void*),
+             void* context) {
+  Machine& m = machine();
+  const std::lock_guard<std::mutex> lock(m.mutex);
+  if (self() != nullptr) return kInvalidConfiguration;  // a kernel that launches
+  m.failed = false;
+  m.error.clear();
+  m.polls = 0;
+  try {
+    m.schedule = schedule_of_launch(m.launches++);
+  } catch (const std::invalid_argument& error) {
+    set_error(error.what());
+    return kInvalidConfiguration;
+  }
+  m.random = Random(m.schedule.seed);
+  if (const int refused = check_launch(grid, block, dynamic_bytes, kernel)) return refused;
+  Launch launch{grid, block, dynamic_bytes, body, context};
+  m.launch = &launch;
+  if (__tsan_get_current_fiber) m.main_tsan = __tsan_get_current_fiber();
+  m.main_stack = nullptr;  // the thread that launches may be another one than last time
+  release(&launch.started);
+  {
+    Unseen unseen;
+    run_blocks();
+  }
+  acquire(&launch.finished);
+  m.launch = nullptr;
+  return m.failed ? kLaunchFailure : 0;
+}
+
+extern "C" __attribute__((visibility("default"))) const char* fomoe_emulator_last_error() {
+  return machine().error.c_str();
+}
+
+}  // namespace fomoe::emulator

@@ -1,0 +1,106 @@
+// The state of a launch: fibers, warps, blocks, and the machine that runs them. Internal to the
+// runtime and to the CPU twins of asynchronous instructions.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../include/emulator.h"
+#include "schedule.h"
+#include "switch.h"
+
+namespace fomoe::emulator {
+
+constexpr unsigned kLanes = 32;
+constexpr unsigned kNamedBarriers = 16;
+
+// Memory order between those who meet, for TSan. Two addresses take turns: who is late in leaving a
+// meeting must not see what others brought to the next one.
+struct OrderPoint {
+  char address[2];
+  unsigned turn = 0;
+  void* now() { return &address[turn & 1]; }
+};
+
+struct Fiber : Thread {
+  Context context;
+  char* stack = nullptr;
+  void* tsan_fiber = nullptr;
+  void* asan_stack = nullptr;
+  uint64_t priority = 0;
+  bool done = false;
+  const char* waits_for = nullptr;  // null = runs or could run
+  Here where;
+};
+
+struct Meeting {
+  uint32_t mask = 0, arrived = 0;
+  const char* name = nullptr;
+  Combine combine = nullptr;
+  bool orders_memory = false;
+  void* payloads[kLanes] = {};
+};
+
+struct Warp {
+  uint32_t live = 0;
+  std::vector<std::unique_ptr<Meeting>> meetings;
+  OrderPoint order;
+};
+
+struct Barrier {
+  unsigned needed = 0, arrived = 0;  // needed 0: all live threads of the block
+  Here where;
+  std::vector<Fiber*> waiting;
+  OrderPoint order;
+};
+
+struct SharedArray {
+  const void* key;
+  unsigned char* memory;
+  size_t bytes;
+};
+
+// What asynchronous instructions keep for a block (async.cpp).
+struct AsyncState;
+AsyncState* make_async_state();
+void free_async_state(AsyncState*);
+// What is wrong with leaving the block now; empty when nothing is.
+std::string unfinished(const Block& block);
+
+struct Block {
+  uint3 index{};
+  unsigned live = 0;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  Barrier barriers[kNamedBarriers];
+  std::vector<SharedArray> arrays;
+  unsigned char* dynamic = nullptr;
+  size_t dynamic_bytes = 0;
+  AsyncState* async = nullptr;
+};
+
+struct Launch {
+  dim3 grid, block;
+  size_t dynamic_bytes;
+  void (*body)(void*);
+  void* context;
+  char started = 0, finished = 0;  // addresses for TSan
+};
+
+const Schedule& schedule();
+Random& random_source();
+Fiber* self();  // the running fiber
+
+// Stops the running fiber until make_ready is called for it, or for good.
+void wait_here(const char* what, Here here);
+void make_ready(Fiber* fiber);
+void make_ready(std::vector<Fiber*>& fibers);  // in the order of the schedule; empties the list
+
+// Memory of a block: exact size, 0xff bytes, aligned to 1024 bytes.
+unsigned char* new_shared(size_t bytes);
+
+// Called when a thread leaves its kernel: meetings and barriers do not wait for it any more.
+void leave_meetings(Fiber* fiber);
+
+}  // namespace fomoe::emulator

@@ -1,0 +1,18 @@
+"""The CUDA kernels' source under sanitizers and in many schedules: see tests/emulator/README.md."""
+
+from __future__ import annotations
+
+import emulator
+import pytest
+from emulator.runs import RUNS, failure_of
+
+pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="a C++ compiler is needed")
+
+
+@pytest.mark.parametrize("sanitize", list(RUNS))
+def test_emulated_kernels_agree_with_the_cpu(tmp_path, sanitize):
+    """Every kernel, every schedule, no race and no access out of bounds."""
+    program = emulator.build_driver(tmp_path, sanitize)
+    for run in RUNS[sanitize]:
+        failure = failure_of(program, run, [])
+        assert failure is None, f"{run}\n{failure}"
