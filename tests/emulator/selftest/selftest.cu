@@ -1,0 +1,215 @@
+// Small kernels around every wrapper in csrc/cuda/arch and every way in which threads meet. Each is
+// right for defect 0; other numbers plant a bug that the emulator must find (test_emulator.py).
+// Compiled by g++ for the emulator and by nvcc for a GPU: both must write the same bytes.
+#include <cstring>
+
+#include "../../../csrc/cuda/arch/async_copy.cuh"
+#include "../../../csrc/cuda/arch/barrier.cuh"
+#include "../../../csrc/cuda/arch/bulk_copy.cuh"
+#include "../../../csrc/cuda/arch/memory_order.cuh"
+#include "../../../csrc/cuda/arch/shared_memory.cuh"
+
+namespace fomoe::cuda {
+namespace {
+
+// out[t] = in[t + 1], through shared memory.
+__global__ void neighbours(const uint32_t* in, uint32_t* out, int defect) {
+  FOMOE_SHARED(uint32_t, values, [128]);
+  const unsigned t = threadIdx.x;
+  values[t + (defect == 3 && t == 127)] = in[t];
+  if (defect == 2 && t < 64) {
+    __syncthreads();  // not the barrier of the others
+  } else if (defect != 1) {
+    __syncthreads();
+  }
+  out[t] = values[(t + 1) % 128];
+}
+
+// Counts of values modulo 8, by several blocks.
+__global__ void histogram(const uint32_t* in, uint32_t* out, int defect) {
+  const unsigned i = blockIdx.x * 64 + threadIdx.x;
+  uint32_t* count = out + in[i] % 8;
+  if (defect == 1) {
+    *count += 1;
+  } else {
+    atomicAdd(count, 1u);
+  }
+}
+
+// Inclusive sums over a warp, votes, matches, reductions.
+__global__ void warp_words(const uint32_t* in, uint32_t* out, int defect) {
+  const unsigned lane = threadIdx.x;
+  const unsigned all = defect == 1 ? 0xffffu : 0xffffffffu;
+  uint32_t sum = in[lane] % 100;
+  for (unsigned apart = 1; apart < 32; apart *= 2) {
+    const uint32_t other = __shfl_up_sync(all, sum, apart);
+    if (lane >= apart) sum += other;
+  }
+  if (defect == 2 && lane < 8) {
+    sum += __popc(__ballot_sync(0xffu, lane & 1));
+    sum += __shfl_sync(0xffffffffu, sum, 3);  // lanes 8 .. 31 are at a vote
+  }
+  out[lane] = sum;
+  out[32 + lane] = __ballot_sync(all, in[lane] & 1);
+  out[64 + lane] = __match_any_sync(all, in[lane] % 3);
+  out[96 + lane] = __reduce_max_sync(all, in[lane]);
+  out[128 + lane] = __reduce_min_sync(all, in[lane]);
+  out[160 + lane] = __reduce_add_sync(all, in[lane]);
+  out[192 + lane] = __shfl_xor_sync(all, in[lane], 5);
+  out[224 + lane] = __shfl_down_sync(all, in[lane], 3u, 8);
+}
+
+// Warp 0 produces, warp 1 consumes; numbered barriers both ways.
+__global__ void named_barriers(const uint32_t* in, uint32_t* out, int defect) {
+  FOMOE_SHARED(uint32_t, values, [32]);
+  const unsigned lane = threadIdx.x % 32;
+  const bool producer = threadIdx.x < 32;
+  for (int round = 0; round < 4; ++round) {
+    if (producer) {
+      values[lane] = in[round * 32 + lane];
+      barrier_arrive(1, 64);
+      if (defect != 1) barrier_sync(2, 64);
+    } else {
+      barrier_sync(1, defect == 2 ? 96 : 64);
+      out[round * 32 + lane] = values[31 - lane];
+      barrier_arrive(2, 64);
+    }
+  }
+}
+
+// Two stages of 16-byte copies, every third line left out.
+__global__ void async_copies(const uint32_t* in, uint32_t* out, int defect) {
+  FOMOE_SHARED(uint4, stage, [2][33]);
+  const unsigned t = threadIdx.x;
+  const auto load = [&](int round) {
+    if (round < 4) {
+      unsigned char* to = reinterpret_cast<unsigned char*>(&stage[round % 2][t]);
+      const uint4* from = reinterpret_cast<const uint4*>(in) + round * 32 + t;
+      async_copy_16(to + (defect == 3 ? 4 : 0), from, t % 3 != 0);
+    }
+    async_copy_commit();
+  };
+  load(0);
+  for (int round = 0; round < 4; ++round) {
+    load(round + 1);
+    if (defect == 1) {
+      async_copy_wait<2>();
+    } else {
+      async_copy_wait<1>();
+    }
+    __syncthreads();
+    reinterpret_cast<uint4*>(out)[round * 32 + t] = stage[round % 2][31 - t];
+    if (defect != 2) __syncthreads();
+  }
+  async_copy_wait<0>();
+}
+
+// Thread 0 loads lines of 512 bytes in bulk into a ring of two stages; all threads add one to a copy
+// of them, which thread 0 stores in bulk.
+__global__ void bulk_ring(const uint32_t* in, uint32_t* out, int defect) {
+  FOMOE_SHARED(uint4, loaded, [2][32]);
+  FOMOE_SHARED(uint4, changed, [2][32]);
+  FOMOE_SHARED(uint64_t, full, [2]);
+  constexpr unsigned kLine = 512, kLines = 8;
+  const unsigned t = threadIdx.x;
+  const auto load = [&](unsigned line) {
+    if (t != 0 || line >= kLines) return;
+    const unsigned expected = defect == 1 ? kLine / 2 : defect == 2 ? 2 * kLine : kLine;
+    mbarrier_arrive_expect(&full[line % 2], expected);
+    for (unsigned half = 0; half < 2; ++half)
+      bulk_load(&loaded[line % 2][half * 16], in + (2 * line + half) * 64, kLine / 2,
+                &full[line % 2]);
+  };
+  if (t == 0) {
+    mbarrier_init(&full[0], 1);
+    mbarrier_init(&full[1], 1);
+    mbarrier_init_fence();
+  }
+  if (defect != 7) __syncthreads();
+  load(0);
+  for (unsigned line = 0; line < kLines; ++line) {
+    load(line + 1);
+    mbarrier_wait(&full[line % 2], defect == 6 ? 1 - line / 2 % 2 : line / 2 % 2);
+    uint4 value = loaded[line % 2][t];
+    value.x += 1;
+    value.w += t;
+    if (t == 0 && line >= 2 && defect != 5) bulk_wait_read<1>();  // the store of two lines ago
+    __syncthreads();
+    changed[line % 2][t] = value;
+    if (defect != 3) fence_proxy_async();
+    __syncthreads();
+    if (t == 0) {
+      bulk_store(out + line * kLine / 4, changed[line % 2], kLine);
+      bulk_commit();
+    }
+  }
+  if (t == 0 && defect != 4) bulk_wait<0>();
+}
+
+// Block b adds its numbers to what block b - 1 hands on: the blocks wait for each other in turn.
+__global__ void chain(const uint32_t* in, uint32_t* out, int defect) {
+  uint32_t* ticket = out + 1000;
+  uint32_t* handed = out + 500;  // by block
+  uint32_t* ready = out + 600;
+  FOMOE_SHARED(uint32_t, turn, [1]);
+  if (threadIdx.x == 0) turn[0] = defect == 2 ? blockIdx.x : atomicAdd(ticket, 1u);
+  __syncthreads();
+  const uint32_t b = turn[0];
+  if (threadIdx.x != 0) return;
+  uint32_t sum = in[b] % 1000;
+  if (b > 0) {
+    while (defect == 1 ? *const_cast<volatile uint32_t*>(ready + b - 1) == 0
+                       : load_acquire(ready + b - 1) == 0)
+      polling_pause();
+    sum += handed[b - 1];
+  }
+  handed[b] = sum;
+  if (defect == 1) {
+    *const_cast<volatile uint32_t*>(ready + b) = 1;
+  } else {
+    store_release(ready + b, 1u);
+  }
+  out[b] = sum;
+}
+
+// 64-bit words handed from warp to warp.
+__global__ void wide_words(const uint32_t* in, uint32_t* out, int) {
+  auto* words = reinterpret_cast<uint64_t*>(out);
+  if (threadIdx.x == 0) store_release(words + 1, uint64_t(in[0]) << 32 | 7u);
+  __syncthreads();
+  if (threadIdx.x == 32) words[0] = load_acquire(words + 1) + 1;
+}
+
+struct Selftest {
+  const char* name;
+  void (*kernel)(const uint32_t*, uint32_t*, int);
+  unsigned blocks, threads;
+};
+
+const Selftest kSelftests[] = {
+    {"neighbours", neighbours, 1, 128},
+    {"histogram", histogram, 4, 64},
+    {"warp_words", warp_words, 1, 32},
+    {"named_barriers", named_barriers, 1, 64},
+    {"async_copies", async_copies, 1, 32},
+    {"bulk_ring", bulk_ring, 1, 32},
+    {"chain", chain, 6, 32},
+    {"wide_words", wide_words, 1, 64},
+};
+
+}  // namespace
+}  // namespace fomoe::cuda
+
+// `in` and `out` hold 4096 bytes each, out zeros; returns a cudaError_t, -1 for an unknown name.
+extern "C" __attribute__((visibility("default"))) int fomoe_selftest(const char* name, int defect,
+                                                                     const void* in, void* out) {
+  for (const auto& test : fomoe::cuda::kSelftests) {
+    if (std::strcmp(test.name, name) != 0) continue;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(test.blocks);
+    config.blockDim = dim3(test.threads);
+    return cudaLaunchKernelEx(&config, test.kernel, static_cast<const uint32_t*>(in),
+                              static_cast<uint32_t*>(out), defect);
+  }
+  return -1;
+}

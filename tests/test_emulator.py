@@ -1,0 +1,276 @@
+"""The emulator itself: what it computes, what it catches, and that its twins of instructions do
+what the hardware does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from itertools import product
+from pathlib import Path
+
+import emulator
+import numpy as np
+import pytest
+from emulator.build import Builder, in_parallel, run, runtime_objects
+
+SELFTEST = emulator.HERE / "selftest"
+BUILDS = ["undefined", "address,undefined", "thread"]
+INPUT = np.arange(1024, dtype=np.uint32) * np.uint32(2654435761)
+
+pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="a C++ compiler is needed")
+
+
+def build_program(folder: Path, sanitize: str, runtime: list[Path]) -> Path:
+    builder = Builder(folder / sanitize, sanitize)
+    jobs = [(builder.compile, SELFTEST / name) for name in ("selftest.cu", "main.cpp")]
+    objects = [*in_parallel(jobs), *runtime]
+    return builder.link(objects, folder / f"selftest-{sanitize}", shared=False)
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory) -> dict[str, Path]:
+    """The self-tests as programs, by sanitizers."""
+    folder = tmp_path_factory.mktemp("selftest")
+    runtime = runtime_objects(folder)
+    return {sanitize: build_program(folder, sanitize, runtime) for sanitize in BUILDS}
+
+
+def execute(program: Path, name: str, defect: int, **schedule: object) -> tuple[int, str, str]:
+    """Status, output words and messages of one run; schedule: order, seed, resident, async_."""
+    names = {key.rstrip("_").upper(): str(value) for key, value in schedule.items()}
+    environment = {f"FOMOE_EMULATOR_{key}": value for key, value in names.items()}
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
+    result = subprocess.run(
+        [program, name, str(defect)],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        timeout=120,
+        env={**os.environ, **options, **environment},
+    )
+    return result.returncode, result.stdout, result.stderr
+
+
+# ---- what each self-test writes ------------------------------------------------------------------
+
+
+def lines(words: np.ndarray, count: int, width: int) -> np.ndarray:
+    return words[: count * width].reshape(count, width)
+
+
+def expected(name: str) -> np.ndarray:
+    """The output of a self-test, by its definition in numpy."""
+    out = np.zeros(1024, np.uint32)
+    if name == "neighbours":
+        out[:128] = np.roll(INPUT[:128], -1)
+    elif name == "histogram":
+        out[:8] = np.bincount(INPUT[:256] % 8, minlength=8)
+    elif name == "warp_words":
+        x, lanes = INPUT[:32], np.arange(32)
+        out[:32] = np.cumsum(x % 100)
+        bits = np.uint32(1) << lanes.astype(np.uint32)
+        out[32:64] = bits[x & 1 == 1].sum()
+        out[64:96] = [bits[x % 3 == v].sum() for v in x % 3]
+        out[96:128], out[128:160] = x.max(), x.min()
+        out[160:192] = x.sum(dtype=np.uint32)
+        out[192:224] = x[lanes ^ 5]
+        out[224:256] = x[np.where(lanes % 8 + 3 < 8, lanes + 3, lanes)]
+    elif name == "named_barriers":
+        out[:128] = lines(INPUT, 4, 32)[:, ::-1].ravel()
+    elif name == "async_copies":
+        rows = INPUT[:512].reshape(4, 32, 4) * (np.arange(32) % 3 != 0)[:, None]
+        out[:512] = rows[:, ::-1].ravel()
+    elif name == "bulk_ring":
+        rows = INPUT.reshape(8, 32, 4).copy()
+        rows[..., 0] += 1
+        rows[..., 3] += np.arange(32, dtype=np.uint32)
+        out[:] = rows.ravel()
+    elif name == "chain":
+        out[:6] = np.cumsum(INPUT[:6] % 1000)
+        out[500:506], out[600:606], out[1000] = out[:6], 1, 6
+    else:
+        assert name == "wide_words"
+        # The low words of two 64-bit numbers come first.
+        out[:4] = [8, INPUT[0], 7, INPUT[0]]
+    return out
+
+
+NAMES = [
+    "neighbours",
+    "histogram",
+    "warp_words",
+    "named_barriers",
+    "async_copies",
+    "bulk_ring",
+    "chain",
+    "wide_words",
+]
+
+
+def words_of(stdout: str) -> np.ndarray:
+    return np.array([int(word, 16) for word in stdout.split()], dtype=np.uint32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_emulated_selftest_is_right_in_every_schedule(programs, name):
+    orders, arrivals = ["forward", "reverse", "random", "priority"], ["early", "late", "random"]
+    for order, async_, seed in product(orders, arrivals, range(3)):
+        schedule = {"order": order, "async_": async_, "seed": seed, "resident": 1 + seed}
+        status, stdout, stderr = execute(programs["undefined"], name, 0, **schedule)
+        assert status == 0, stderr
+        assert np.array_equal(words_of(stdout), expected(name)), schedule
+    for sanitize, order in product(BUILDS[1:], ("random", "priority")):
+        status, _, stderr = execute(programs[sanitize], name, 0, order=order, resident=4)
+        assert status == 0, stderr
+
+
+# name, planted bug, which build finds it and what it says; None: the output is wrong, or an error.
+DEFECTS = [
+    ("neighbours", 1, "thread", "data race"),  # no barrier
+    ("neighbours", 1, "undefined", None),
+    ("neighbours", 2, "undefined", "__syncthreads in divergent code"),
+    ("neighbours", 3, "address,undefined", "heap-buffer-overflow|out of bounds"),
+    ("histogram", 1, "thread", "data race"),  # a plain add for an atomic one
+    ("warp_words", 1, "undefined", "the calling lane .* is not in its mask"),
+    ("warp_words", 2, "undefined", "divergent code|overlaps"),
+    ("named_barriers", 1, "thread", "data race"),
+    ("named_barriers", 2, "undefined", "others came for|deadlock"),
+    ("async_copies", 1, "undefined", None),  # waits for one group too few
+    ("async_copies", 2, "thread", "data race"),  # a stage is written while it is read
+    ("async_copies", 3, "undefined", "not aligned to 16"),
+    ("bulk_ring", 1, "undefined", None),  # expects half the bytes
+    ("bulk_ring", 2, "undefined", "livelock|deadlock"),  # expects twice the bytes
+    ("bulk_ring", 3, "undefined", None),  # no fence.proxy.async
+    ("bulk_ring", 4, "undefined", "bulk stores of thread 0"),
+    ("bulk_ring", 5, "undefined", None),  # overwrites what a store has not read
+    ("bulk_ring", 6, "undefined", None),  # waits for the wrong parity
+    ("bulk_ring", 7, "undefined", "no mbarrier at"),  # used before it is initialised
+    ("chain", 1, "thread", "data race"),  # ordinary loads and stores for ordered ones
+    ("chain", 2, "undefined", "livelock|deadlock"),  # expects blocks to start in order
+]
+
+
+@pytest.mark.parametrize("name, defect, sanitize, message", DEFECTS)
+def test_emulated_defect_is_caught(programs, name, defect, sanitize, message):
+    schedules = [
+        {"order": order, "async": async_, "seed": seed, "resident": 2}
+        for order, async_, seed in product(
+            ("forward", "reverse", "random", "priority"), ("late", "early"), range(2)
+        )
+    ]
+    found = []
+    for schedule in schedules:
+        status, stdout, stderr = execute(programs[sanitize], name, defect, **schedule)
+        wrong = status != 0 or not np.array_equal(words_of(stdout), expected(name))
+        if wrong and message is None:
+            return
+        if wrong and re.search(message, stderr):
+            return
+        found.append(f"{schedule}: status {status}, {'wrong' if wrong else 'right'}\n{stderr}")
+    pytest.fail("\n".join(found))
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> ctypes.CDLL:
+    """The self-tests as a library in this process, its fibers switched by ucontext."""
+    folder = tmp_path_factory.mktemp("ucontext")
+    builder = Builder(folder)
+    sources = sorted((emulator.HERE / "runtime").glob("*.cpp"))
+    portable = ("FOMOE_EMULATOR_UCONTEXT",)
+    jobs = [(builder.compile_plain, source, portable) for source in sources]
+    objects = in_parallel([*jobs, (builder.compile, SELFTEST / "selftest.cu")])
+    loaded = ctypes.CDLL(str(builder.link(objects, folder / "selftest.so", shared=True)))
+    loaded.fomoe_emulator_last_error.restype = ctypes.c_char_p
+    return loaded
+
+
+def call(library: ctypes.CDLL, name: str, defect: int) -> tuple[int, np.ndarray]:
+    # Aligned as device memory is.
+    memory = np.zeros(4096 * 2 + 256, np.uint8)
+    start = -memory.ctypes.data % 256
+    inputs = memory[start : start + 4096].view(np.uint32)
+    outputs = memory[start + 4096 : start + 8192].view(np.uint32)
+    inputs[:] = INPUT
+    address = lambda array: ctypes.c_void_p(array.ctypes.data)
+    error = library.fomoe_selftest(name.encode(), defect, address(inputs), address(outputs))
+    return error, outputs.copy()
+
+
+def test_emulated_error_is_returned_not_fatal(library, monkeypatch, capfd):
+    """A launch that fails says where, who and how to see it again; the next one is not harmed."""
+    monkeypatch.setenv("FOMOE_EMULATOR_SEED", "7")
+    error, _ = call(library, "neighbours", 2)
+    assert error == 719
+    text = library.fomoe_emulator_last_error().decode()
+    assert "selftest.cu:" in text and "thread (" in text and "FOMOE_EMULATOR_SEED=7" in text
+    assert text in capfd.readouterr().err
+    for name in NAMES:
+        error, outputs = call(library, name, 0)
+        assert error == 0, library.fomoe_emulator_last_error()
+        assert np.array_equal(outputs, expected(name))
+
+
+@pytest.mark.parametrize(
+    "variable, value, message",
+    [
+        ("ORDER", "sideways", "got 'sideways', wanted forward, reverse, random, priority"),
+        ("SEED", "x", "got 'x', wanted a number of at least 0"),
+        ("RESIDENT", "0", "got '0', wanted a number of at least 1"),
+        ("ASYNC", "", "got '', wanted early, late, random"),
+    ],
+)
+def test_emulated_schedule_that_does_not_exist(library, monkeypatch, variable, value, message):
+    monkeypatch.setenv(f"FOMOE_EMULATOR_{variable}", value)
+    error, _ = call(library, "neighbours", 0)
+    assert error == 9
+    assert f"FOMOE_EMULATOR_{variable}: {message}" in library.fomoe_emulator_last_error().decode()
+
+
+# ---- the hardware --------------------------------------------------------------------------------
+
+
+def nvcc() -> str:
+    found = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if found is None:
+        pytest.skip("nvcc is needed")
+    return found
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_emulated_selftest_is_cuda_too(tmp_path, arch):
+    """The twins' other halves: every PTX wrapper is known to the assembler."""
+    flags = ["-std=c++20", "-O3", f"-arch={arch}", "-cubin", "-Werror", "all-warnings"]
+    run([nvcc(), *flags, SELFTEST / "selftest.cu", "-o", tmp_path / "selftest.cubin"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_twins_write_what_the_hardware_writes(tmp_path_factory, name):
+    """Bit for bit, wherever there is a GPU (of sm_90 for bulk copies) and nvcc."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    major, minor = torch.cuda.get_device_capability()
+    if name == "bulk_ring" and major < 9:
+        pytest.skip("bulk copies are from sm_90 on")
+    library_path = tmp_path_factory.getbasetemp() / "selftest-cuda.so"
+    if not library_path.exists():
+        arch = f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
+        flags = ["-std=c++20", "-O3", f"-arch={arch}", "-shared", "-Xcompiler", "-fPIC"]
+        run([nvcc(), *flags, SELFTEST / "selftest.cu", "-o", library_path])
+    hardware = ctypes.CDLL(str(library_path))
+    inputs = torch.from_numpy(INPUT.view(np.int32).copy()).cuda()
+    outputs = torch.zeros_like(inputs)
+    torch.cuda.synchronize()
+    pointer = lambda tensor: ctypes.c_void_p(tensor.data_ptr())
+    assert hardware.fomoe_selftest(name.encode(), 0, pointer(inputs), pointer(outputs)) == 0
+    torch.cuda.synchronize()
+    assert np.array_equal(outputs.cpu().numpy().view(np.uint32), expected(name))
