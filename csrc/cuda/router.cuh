@@ -97,7 +97,9 @@ struct Lanes {
       if (whole) {
         if (begin >= experts) continue;
         float vector[kVector];
-        Whole::unpack(*reinterpret_cast<const typename Whole::V*>(at + begin), vector);
+        // By value: one access, not one per unit.
+        const typename Whole::V access = *reinterpret_cast<const typename Whole::V*>(at + begin);
+        Whole::unpack(access, vector);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) values[first + j] = vector[j];
       } else {

@@ -1,0 +1,143 @@
+"""What can be said of the CUDA kernels without a GPU: registers, spills, access widths.
+
+The library under test is the one that was built; CI builds it for sm_80, sm_90a and sm_120 with
+spills as errors.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import cuda_resources
+import emulator
+import pytest
+from cuda_resources import Code, Resources, ToolMissing
+from emulator.build import run
+
+import fomoe_ext
+from fomoe_ext import _C
+
+LIBRARY = Path(fomoe_ext.__file__).parent / "libfomoe_cuda.so"
+SOURCES = [p for p in (emulator.ROOT / "csrc").rglob("*") if p.suffix in (".cu", ".cuh", ".h")]
+
+
+@pytest.fixture(scope="module")
+def taken() -> dict[tuple[str, str], Resources]:
+    if _C.build_facts()["cuda"] is None:
+        pytest.skip("built without CUDA")
+    try:
+        return cuda_resources.resources(LIBRARY)
+    except ToolMissing as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="module")
+def codes(taken) -> dict[tuple[str, str], Code]:
+    return cuda_resources.machine_code(LIBRARY)
+
+
+def test_every_architecture_is_there(taken):
+    built = {re.sub("-real|-virtual", "", arch) for arch in _C.build_facts()["cuda_archs"]}
+    assert {arch for _, arch in taken} == {f"sm_{arch}" for arch in built}
+
+
+def test_within_the_budget(taken):
+    """Registers and shared memory; `python tests/cuda_resources.py --write` makes a new budget."""
+    table = cuda_resources.table_of(taken)
+    assert list(cuda_resources.complaints(table, cuda_resources.read_budget())) == []
+
+
+def test_nothing_in_local_memory(taken, codes):
+    assert [key for key, what in taken.items() if what.stack or what.local] == []
+    assert [key for key, code in codes.items() if code.has(r"^(LDL|STL)\b")] == []
+
+
+def test_wide_accesses(codes):
+    """Kernels for rows of aligned 16-byte vectors load and store 128 bits at a time."""
+    wide = {
+        (kernel, arch): code
+        for (kernel, arch), code in codes.items()
+        if re.search(r"Access<\w+, 4>", kernel)
+    }
+    loading = {
+        (kernel, arch): code
+        for (kernel, arch), code in codes.items()
+        # As many experts to a lane as make 16 bytes.
+        if re.fullmatch(r"route(_backward)?_kernel<(F32, (4|8|16|32)|B?f?F?16, (8|16|32))>", kernel)
+    }
+    assert len(wide) > 0 and len(loading) > 0
+    for key, code in (wide | loading).items():
+        assert code.has(r"^LDG\.E\.(\w+\.)*128"), key
+    storing = {key for key in loading if "backward" in key[0]}
+    for key in [*wide, *storing]:
+        assert (wide | loading)[key].has(r"^STG\.E\.(\w+\.)*128"), key
+
+
+def test_no_floating_point_atomics(codes):
+    """Sums of floats have one order."""
+    floating = r"^(ATOM|ATOMG|ATOMS|RED|REDG)\b.*\.(F16|F32|F64|BF16)"
+    assert [key for key, code in codes.items() if code.has(floating)] == []
+
+
+def test_warp_reductions_are_instructions(codes):
+    """Choosing takes the maximum over a warp in one instruction."""
+    for (kernel, arch), code in codes.items():
+        if kernel.startswith("route_kernel"):
+            assert code.has(r"^C?REDUX"), (kernel, arch)
+
+
+def test_inline_assembly_is_in_one_place():
+    guilty = [
+        path
+        for path in SOURCES
+        if re.search(r"\basm\b", path.read_text()) and path.parent.name != "arch"
+    ]
+    assert guilty == []
+    assert any(re.search(r"\basm\b", p.read_text()) for p in SOURCES if p.parent.name == "arch")
+
+
+# ---- the checks themselves -----------------------------------------------------------------------
+
+
+def test_a_budget_that_is_too_small_is_noticed():
+    budget = {"a": {"shared": 0, "sm_80": 32}, "gone": {"shared": 0, "sm_80": 8}}
+    table = {"a": {"shared": 16, "sm_80": 33, "sm_90a": 20}, "new": {"shared": 0, "sm_80": 1}}
+    assert list(cuda_resources.complaints(table, budget)) == [
+        "new: has no line in cuda_budget.csv",
+        "gone: stands in cuda_budget.csv but not in the library",
+        "a: 16 bytes of shared memory, the budget is 0",
+        "a: 33 registers on sm_80, the budget is 32",
+        "a: no budget for registers on sm_90a",
+    ]
+
+
+def test_warps_per_multiprocessor():
+    """By hand: 65536 registers, 227 KiB, 64 warps."""
+    warps = cuda_resources.warps_per_multiprocessor
+    assert warps(32, 0, 256) == 64  # 2048 threads of 32 registers
+    assert warps(33, 0, 256) == 48  # 40 registers are given out: 6 blocks of 8 warps
+    assert warps(255, 0, 128) == 8  # 256: 8 warps
+    assert warps(32, 56 << 10, 256) == 24  # three blocks' shared memory
+
+
+def test_a_spill_is_an_error(tmp_path):
+    """The flags that CI builds with stop at a kernel that needs local memory."""
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is needed")
+    script = (emulator.ROOT / ".ci/run").read_text()
+    (flags,) = re.findall(r'FOMOE_CUDA_FLAGS="([^"]*)"', script)
+    source = tmp_path / "kernel.cu"
+    command = [nvcc, "-arch=sm_90a", "-cubin", *flags.split(), source, "-o", tmp_path / "cubin"]
+    kernel = (
+        "__global__ void kernel(float* p) {{ float kept[64]; {} "
+        "for (int i = 0; i < 64; ++i) p[i] = kept[{}]; }}"
+    )
+    fill = "for (int i = 0; i < 64; ++i) kept[i] = p[64 + i];"
+    source.write_text(kernel.format(fill, "63 - i"))
+    run(command)
+    source.write_text(kernel.format(fill, "int(p[i]) % 64"))  # an index known only when it runs
+    with pytest.raises(RuntimeError, match="Local memory used"):
+        run(command)
