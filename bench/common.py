@@ -205,13 +205,13 @@ def normalised_error(got: Tensor, wanted: Tensor) -> float:
 
 def assert_same(got: Sequence[Tensor], wanted: Sequence[Tensor], dtype: torch.dtype) -> None:
     """Both did the same work: floats agree to a few roundings of the storage type, ints exactly."""
-    limit = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    limits = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
     for mine, theirs in zip(got, wanted, strict=True):
         assert mine.shape == theirs.shape and mine.dtype == theirs.dtype
         if not mine.is_floating_point():
             assert torch.equal(mine, theirs)
             continue
-        assert normalised_error(mine, theirs) < limit
+        assert normalised_error(mine, theirs) < limits[dtype]
 
 
 # ---- results -------------------------------------------------------------------------------------
@@ -219,6 +219,7 @@ def assert_same(got: Sequence[Tensor], wanted: Sequence[Tensor], dtype: torch.dt
 Case = tuple[Shape, torch.dtype, str]  # shape, dtype, residency
 layer_results: dict[Case, dict[str, float]] = {}
 verb_results: dict[tuple[str, Case], dict[str, float]] = {}
+token_results: list[dict[str, Any]] = []  # of bench_token_kernels.py
 
 
 def dtype_name(dtype: torch.dtype) -> str:

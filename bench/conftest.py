@@ -88,6 +88,29 @@ def verb_table() -> Table:
     return table
 
 
+def token_table() -> Table:
+    table = Table(title="kernels around the expert GEMMs (x = a rival's time over ours)")
+    for name in ("device", "verb", "shape"):
+        table.add_column(name)
+    for name in ("us", "GB/s", "of copy", "torch", "compiled", "suspect"):
+        table.add_column(name, justify="right")
+    for r in common.token_results:
+        rate = r["memory_floor_seconds"] * r["copy_bytes_per_second"] / r["seconds"]
+        compiled = r.get("compiled_seconds")
+        table.add_row(
+            r["gpu"]["name"] if "gpu" in r else r["device"],
+            r["verb"],
+            r["shape"],
+            f"{r['seconds'] * 1e6:.1f}",
+            f"{rate / 1e9:.0f}",
+            f"{r['fraction_of_floor']:.0%}",
+            f"{r['torch_seconds'] / r['seconds']:.1f}x",
+            "-" if compiled is None else f"{compiled / r['seconds']:.1f}x",
+            "; ".join(r["suspect"]) or "no",
+        )
+    return table
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     console = Console(width=None if os.isatty(1) else 160)
     if common.layer_results:
@@ -101,6 +124,10 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         )
     if common.verb_results:
         console.print(verb_table())
+    if common.token_results:
+        console.print(token_table())
+        copy = common.token_results[0]["copy_bytes_per_second"]
+        console.print(f"copy: {copy / 1e9:.1f} GB/s read and written, in the same run")
     if common.layer_results or common.verb_results:
         console.print(
             f"{torch.get_num_threads()} threads, {_C.cpu_features()['chosen']}, torch "

@@ -50,7 +50,7 @@ def expert_load(experts: Tensor, num_experts: int) -> Tensor:
 
 @torch.no_grad()
 def measure(statistics: RouterStatistics, rows: Tensor, tokens: int, slots: int) -> MoEStats:
-    """The statistics of a pass over so many tokens and slots, of which `rows` (int32 []) were rows."""
+    """The statistics of a pass over so many tokens and slots; `rows` (int32 []) were computed."""
     return MoEStats(
         load=statistics.load,
         skipped_share=1 - rows / slots if slots else torch.zeros_like(rows, dtype=torch.float32),

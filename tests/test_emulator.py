@@ -138,11 +138,13 @@ DEFECTS = [
     ("histogram", 1, "thread", "data race"),  # a plain add for an atomic one
     ("warp_words", 1, "undefined", "the calling lane .* is not in its mask"),
     ("warp_words", 2, "undefined", "divergent code|overlaps"),
+    ("warp_words", 3, "undefined", None),  # lanes that have left take no part
     ("named_barriers", 1, "thread", "data race"),
     ("named_barriers", 2, "undefined", "others came for|deadlock"),
     ("async_copies", 1, "undefined", None),  # waits for one group too few
     ("async_copies", 2, "thread", "data race"),  # a stage is written while it is read
     ("async_copies", 3, "undefined", "not aligned to 16"),
+    ("async_copies", 4, "undefined", "cp.async of thread .* in flight"),
     ("bulk_ring", 1, "undefined", None),  # expects half the bytes
     ("bulk_ring", 2, "undefined", "livelock|deadlock"),  # expects twice the bytes
     ("bulk_ring", 3, "undefined", None),  # no fence.proxy.async
@@ -150,6 +152,7 @@ DEFECTS = [
     ("bulk_ring", 5, "undefined", None),  # overwrites what a store has not read
     ("bulk_ring", 6, "undefined", None),  # waits for the wrong parity
     ("bulk_ring", 7, "undefined", "no mbarrier at"),  # used before it is initialised
+    ("bulk_ring", 8, "undefined", "ends with an mbarrier that expects 512 more bytes"),
     ("chain", 1, "thread", "data race"),  # ordinary loads and stores for ordered ones
     ("chain", 2, "undefined", "livelock|deadlock"),  # expects blocks to start in order
 ]

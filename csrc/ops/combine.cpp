@@ -4,6 +4,8 @@
 #include <tuple>
 #include <vector>
 
+#include "../cpu/huge_pages.h"
+
 namespace fomoe::ops {
 namespace {
 
@@ -48,6 +50,8 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad_y, const std::opt
   check(row_of_slot, "row_of_slot").cpu();
   const CombineBackwardCall call(grad_y, rows, weights, row_of_slot);
   check_each_row_once(row_of_slot);
+  cpu::prefer_huge_pages(call.args.grad_rows,
+                         call.grad_rows.numel() * int64_t(call.grad_rows.element_size()));
   cpu::combine_backward(call.args);
   return {call.grad_rows, call.grad_weights};
 }
@@ -58,6 +62,7 @@ Tensor gather(const Tensor& x, const Tensor& row_of_slot, const Tensor& offsets)
   const int64_t rows = check_each_row_once(row_of_slot);
   require(*call.args.row_count == rows, "offsets: ends at ", *call.args.row_count, ", wanted the ",
           rows, " rows of row_of_slot");
+  cpu::prefer_huge_pages(call.args.rows, call.rows.numel() * int64_t(call.rows.element_size()));
   cpu::gather(call.args);
   return call.rows;
 }

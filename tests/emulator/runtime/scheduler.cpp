@@ -306,6 +306,14 @@ void run_blocks() {
   m.head = 0;
 }
 
+// Bytes of shared memory that blocks of this kernel may have.
+size_t most_shared(const void* kernel) {
+  const auto allowed = machine().allowed_shared.find(kernel);
+  return allowed == machine().allowed_shared.end()
+             ? kDefaultShared
+             : std::max(kDefaultShared, size_t(allowed->second));
+}
+
 int check_launch(dim3 grid, dim3 block, size_t dynamic_bytes, const void* kernel) {
   const auto refuse = [](const std::string& what) {
     set_error("launch: " + what);
@@ -316,13 +324,9 @@ int check_launch(dim3 grid, dim3 block, size_t dynamic_bytes, const void* kernel
   if (grid.size() == 0 || grid.x > 0x7fffffffu || grid.y > 0xffff || grid.z > 0xffff)
     return refuse("a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
                   std::to_string(grid.z) + " blocks");
-  const auto allowed = machine().allowed_shared.find(kernel);
-  const size_t most = allowed == machine().allowed_shared.end()
-                          ? kDefaultShared
-                          : std::max(kDefaultShared, size_t(allowed->second));
-  if (dynamic_bytes > most)
+  if (dynamic_bytes > most_shared(kernel))
     return refuse(std::to_string(dynamic_bytes) + " bytes of dynamic shared memory, allowed are " +
-                  std::to_string(most));
+                  std::to_string(most_shared(kernel)));
   return 0;
 }
 
@@ -415,8 +419,11 @@ void* shared_array(const void* key, size_t bytes) {
     if (array.key == key) return array.memory;
   size_t used = block.dynamic_bytes;
   for (const SharedArray& array : block.arrays) used += array.bytes;
-  if (used - block.dynamic_bytes + bytes > kDefaultShared || used + bytes > kMostShared)
-    fail({}, "%zu bytes of shared memory, more than a block has", used + bytes);
+  const size_t arrays = used - block.dynamic_bytes + bytes;
+  if (arrays > kDefaultShared || used + bytes > most_shared(machine().launch->kernel))
+    fail({},
+         "%zu bytes of shared memory in arrays and %zu dynamic ones, more than a block may have",
+         arrays, block.dynamic_bytes);
   block.arrays.push_back({key, new_shared(bytes), bytes});
   return block.arrays.back().memory;
 }
@@ -445,7 +452,7 @@ int run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, const void* kernel, vo
   }
   m.random = Random(m.schedule.seed);
   if (const int refused = check_launch(grid, block, dynamic_bytes, kernel)) return refused;
-  Launch launch{grid, block, dynamic_bytes, body, context};
+  Launch launch{grid, block, dynamic_bytes, kernel, body, context};
   m.launch = &launch;
   if (__tsan_get_current_fiber) m.main_tsan = __tsan_get_current_fiber();
   m.main_stack = nullptr;  // the thread that launches may be another one than last time

@@ -83,6 +83,7 @@ struct Block {
 struct Launch {
   dim3 grid, block;
   size_t dynamic_bytes;
+  const void* kernel;
   void (*body)(void*);
   void* context;
   char started = 0, finished = 0;  // addresses for TSan
