@@ -92,7 +92,7 @@ def token_table() -> Table:
     table = Table(title="kernels around the expert GEMMs (x = a rival's time over ours)")
     for name in ("device", "verb", "shape"):
         table.add_column(name)
-    for name in ("us", "GB/s", "of copy", "torch", "compiled", "suspect"):
+    for name in ("us", "bytes us", "flops us", "GB/s", "of copy", "torch", "compiled", "suspect"):
         table.add_column(name, justify="right")
     for r in common.token_results:
         rate = r["memory_floor_seconds"] * r["copy_bytes_per_second"] / r["seconds"]
@@ -102,7 +102,9 @@ def token_table() -> Table:
             r["verb"],
             r["shape"],
             f"{r['seconds'] * 1e6:.1f}",
-            f"{rate / 1e9:.0f}",
+            f"{r['memory_floor_seconds'] * 1e6:.2f}",
+            f"{r['compute_floor_seconds'] * 1e6:.2f}",
+            f"{rate / 1e9:.2f}",
             f"{r['fraction_of_floor']:.0%}",
             f"{r['torch_seconds'] / r['seconds']:.1f}x",
             "-" if compiled is None else f"{compiled / r['seconds']:.1f}x",
@@ -127,7 +129,14 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if common.token_results:
         console.print(token_table())
         copy = common.token_results[0]["copy_bytes_per_second"]
-        console.print(f"copy: {copy / 1e9:.1f} GB/s read and written, in the same run")
+        console.print(
+            f"bytes us, flops us: the two floors. Copy: {copy / 1e9:.1f} GB/s read and written, in "
+            "the same run."
+        )
+        for r in common.token_results:
+            if r["compiled_failed"]:
+                reason = r["compiled_failed"]
+                console.print(f"{r['verb']} {r['shape']}: no compiled rival, {reason}")
     if common.layer_results or common.verb_results:
         console.print(
             f"{torch.get_num_threads()} threads, {_C.cpu_features()['chosen']}, torch "

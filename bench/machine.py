@@ -86,7 +86,7 @@ def read_gpu(nvml: Any, uuid: str) -> GpuState | None:
 def suspicions(before: GpuState | None, after: GpuState | None, own_pid: int) -> list[str]:
     """What speaks against a result that was measured between the two states, in words."""
     if before is None or after is None:
-        return ["the GPU's state is unknown: NVML does not answer"]
+        return ["the GPU's state is unknown: NVML does not answer (needs nvidia-ml-py)"]
     found = []
     for state, when in ((before, "before"), (after, "after")):
         slowed = (state.clock_event_reasons or 0) & SLOWING
@@ -98,9 +98,11 @@ def suspicions(before: GpuState | None, after: GpuState | None, own_pid: int) ->
 
 
 def current_gpu() -> GpuState | None:
-    """The state of torch's current GPU."""
-    import pynvml
-
+    """The state of torch's current GPU; None without nvidia-ml-py or an NVML that answers."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
     uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
     return read_gpu(pynvml, uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
 
@@ -128,6 +130,7 @@ class Watch:
             return facts | {"threads": threads, "isa": _C.cpu_features()["chosen"]}
         after = current_gpu()
         facts["suspect"] = suspicions(self.before, after, os.getpid())
-        if after is not None:
-            facts["gpu"] = asdict(after) | {"reasons": after.reasons()}
+        for key, state in (("gpu_before", self.before), ("gpu", after)):
+            if state is not None:
+                facts[key] = asdict(state) | {"reasons": state.reasons()}
         return facts

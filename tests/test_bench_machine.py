@@ -79,7 +79,13 @@ def test_a_shared_gpu_is_marked():
 
 def test_without_a_driver_the_state_is_unknown():
     assert machine.read_gpu(made_up_driver(nvmlInit=refuse), "GPU-1") is None
-    assert suspicions(None, None, OWN) == ["the GPU's state is unknown: NVML does not answer"]
+    (said,) = suspicions(None, None, OWN)
+    assert said.startswith("the GPU's state is unknown: NVML does not answer")
+
+
+def test_without_the_python_package_the_state_is_unknown(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert machine.current_gpu() is None
 
 
 def test_what_a_gpu_does_not_tell_is_none():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -91,6 +92,17 @@ print(torch.__version__, fomoe_ext.__file__)
 """
 
 
+# Under a CUDA build of torch the CUDA library loads, also where there is no GPU.
+CUDA_SMOKE = """
+import pathlib, torch, fomoe_ext
+assert torch.version.cuda is not None, torch.__version__
+library = pathlib.Path(fomoe_ext.__file__).parent / "libfomoe_cuda.so"
+if library.exists():
+    torch.ops.load_library(library)
+print(torch.version.cuda, library.exists())
+"""
+
+
 @pytest.mark.slow
 def test_wheel_built_in_isolation(tmp_path):
     """`pip install .` where there is no torch: the wheel is whole and works from site-packages."""
@@ -115,7 +127,9 @@ def test_wheel_built_in_isolation(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["2.11.0"])
 def test_one_build_runs_on_another_torch(tmp_path, version):
-    """The libraries at hand, built against the installed torch, in an environment with another."""
+    """The libraries at hand, built against the installed torch, in an environment with another:
+    the wheel that pip takes by default on Linux (x86-64), which is a CUDA build.
+    """
     import torch
 
     if torch.__version__.startswith(version):
@@ -125,6 +139,9 @@ def test_one_build_runs_on_another_torch(tmp_path, version):
     shutil.copytree(PACKAGE, tmp_path / "site/fomoe_ext")
     said = run(python, "-P", "-c", SMOKE, PYTHONPATH=str(tmp_path / "site"))
     assert said.startswith(version) and str(tmp_path / "site") in said
+    if (sys.platform, platform.machine()) == ("linux", "x86_64"):
+        said = run(python, "-P", "-c", CUDA_SMOKE, PYTHONPATH=str(tmp_path / "site"))
+        assert said.split()[-1] == str((PACKAGE / "libfomoe_cuda.so").exists())
 
     # And the other way round: built there, against that torch.
     tools = ["setuptools>=77", "cmake", "ninja", "pybind11"]
