@@ -92,7 +92,9 @@ def suspicions(before: GpuState | None, after: GpuState | None, own_pid: int) ->
         slowed = (state.clock_event_reasons or 0) & SLOWING
         found += [f"{text} {when}" for bit, text in REASONS.items() if slowed & bit]
     others = sorted({*before.processes, *after.processes} - {own_pid})
-    if others:
+    # In a container NVML may count processes by the host's numbers: a single one is this one.
+    alone = len(others) == 1 and own_pid not in {*before.processes, *after.processes}
+    if others and not alone:
         found.append(f"shared with processes {', '.join(map(str, others))}")
     return found
 

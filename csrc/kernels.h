@@ -253,8 +253,9 @@ namespace cuda {
 
 // `stream` is a cudaStream_t; the return value a cudaError_t. Nothing waits for the device and
 // nothing is allocated, so all of it can be captured in a graph. What the CPU entry points refuse is
-// not seen here: a token with bad logits gets experts 0 .. K-1 with NaN weights, so that NaN
-// reaches the output; ids and rows out of range count as -1 in compact and must not occur elsewhere.
+// not seen here: a token with bad logits gets experts 0 .. K-1 with NaN weights, so that NaN reaches
+// the output if one of them is resident; ids and rows out of range count as -1 in compact and must
+// not occur elsewhere.
 int route(const RouteArgs&, void* stream);
 int route_backward(const RouteBackwardArgs&, void* stream);
 int64_t compact_workspace(const CompactArgs&);

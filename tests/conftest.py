@@ -11,6 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples in every run.
+settings.register_profile("fixed", derandomize=True)
+settings.load_profile("fixed")
 
 # Python processes that tests start find the package under test, not a source tree without
 # libraries that happens to be the current folder.

@@ -77,6 +77,15 @@ def test_a_shared_gpu_is_marked():
     assert suspicions(shared, shared, OWN) == ["shared with processes 7"]
 
 
+def test_a_process_numbered_by_the_host_is_this_one():
+    numbered = lambda *pids: lambda handle: [SimpleNamespace(pid=pid) for pid in pids]
+    one = made_up_driver(nvmlDeviceGetComputeRunningProcesses=numbered(31000))
+    two = made_up_driver(nvmlDeviceGetComputeRunningProcesses=numbered(31000, 32000))
+    alone, shared = (machine.read_gpu(driver, "GPU-1") for driver in (one, two))
+    assert suspicions(alone, alone, OWN) == []
+    assert suspicions(alone, shared, OWN) == ["shared with processes 31000, 32000"]
+
+
 def test_without_a_driver_the_state_is_unknown():
     assert machine.read_gpu(made_up_driver(nvmlInit=refuse), "GPU-1") is None
     (said,) = suspicions(None, None, OWN)

@@ -33,7 +33,7 @@ def check(device, experts, index, num_resident, tile_rows, wanted=None):
         assert torch.equal(mine, want), name
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_matches_definition(device, data):
     num_experts = data.draw(st.integers(1, 40), label="experts")

@@ -55,7 +55,7 @@ def check(device, logits, top_k, scoring, bias, allowed, groups, kept, renormali
     assert torch.equal(backward.cpu(), CPU.route_backward(*arguments, number, renormalize, 1.5))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(st.data())
 def test_chooses_as_the_cpu(device, data):
     experts = data.draw(

@@ -59,7 +59,7 @@ def check(device, x, rows, weights, row_of_slot, count, with_weights=True):
     assert (grad_weights.cpu()[row_of_slot < 0] == 0).all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_matches_definition(device, data):
     dtype = data.draw(st.sampled_from(DTYPES), label="dtype")
