@@ -10,7 +10,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "grid.cuh"
 #include "router.cuh"
 
 namespace fomoe::cuda {
@@ -419,7 +418,7 @@ __global__ void __launch_bounds__(kWarp* Router<Element, kPerLane>::kWarps)
 }
 
 template <class Element, int kPerLane>
-cudaError_t launch(const RouteArgs& args, cudaStream_t stream) {
+cudaError_t launch(const RouteArgs& args, void* stream) {
   using R = Router<Element, kPerLane>;
   Params params{args, false, false, 0, 0};
   params.whole_vectors = R::L::whole_vectors(args.logits, args.experts);
@@ -430,10 +429,7 @@ cudaError_t launch(const RouteArgs& args, cudaStream_t stream) {
   params.lanes_per_group = 1;
   while (params.lanes_per_group * 2 * args.groups <= kWarp) params.lanes_per_group *= 2;
   const int64_t most = args.statistics != nullptr ? kMaxBlocksCounting : kMaxBlocks;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks_for(args.tokens, R::kWarps, most));
-  config.blockDim = dim3(kWarp, R::kWarps);
-  config.stream = stream;
+  const auto config = warp_per_token(args.tokens, R::kWarps, most, stream);
   return cudaLaunchKernelEx(&config, route_kernel<Element, kPerLane>, params);
 }
 
@@ -442,11 +438,8 @@ cudaError_t launch(const RouteArgs& args, cudaStream_t stream) {
 int route(const RouteArgs& args, void* stream) {
   if (args.tokens == 0 || args.top_k == 0) return cudaSuccess;
   if (args.top_k > kMaxTopK) return cudaErrorInvalidValue;
-  return for_element(args.logits_dtype, [&](auto element) {
-    return for_experts_per_lane(args.experts, [&](auto per_lane) {
-      return launch<decltype(element), decltype(per_lane)::value>(
-          args, static_cast<cudaStream_t>(stream));
-    });
+  return for_logits(args.logits_dtype, args.experts, [&](auto element, auto per_lane) {
+    return launch<decltype(element), decltype(per_lane)::value>(args, stream);
   });
 }
 

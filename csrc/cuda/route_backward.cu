@@ -3,7 +3,6 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "grid.cuh"
 #include "router.cuh"
 
 namespace fomoe::cuda {
@@ -189,15 +188,12 @@ __global__ void __launch_bounds__(kWarp* RouteGradient<Element, kPerLane>::kWarp
 }
 
 template <class Element, int kPerLane>
-cudaError_t launch(const RouteBackwardArgs& args, cudaStream_t stream) {
+cudaError_t launch(const RouteBackwardArgs& args, void* stream) {
   using R = RouteGradient<Element, kPerLane>;
   Params params{args, false, false};
   params.whole_logits = R::L::whole_vectors(args.logits, args.experts);
   params.whole_grads = R::L::whole_vectors(args.grad_logits, args.experts);
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks_for(args.tokens, R::kWarps, kMaxBlocks));
-  config.blockDim = dim3(kWarp, R::kWarps);
-  config.stream = stream;
+  const auto config = warp_per_token(args.tokens, R::kWarps, kMaxBlocks, stream);
   return cudaLaunchKernelEx(&config, route_backward_kernel<Element, kPerLane>, params);
 }
 
@@ -206,11 +202,8 @@ cudaError_t launch(const RouteBackwardArgs& args, cudaStream_t stream) {
 int route_backward(const RouteBackwardArgs& args, void* stream) {
   if (args.tokens == 0 || args.experts == 0) return cudaSuccess;
   if (args.top_k > kMaxTopK) return cudaErrorInvalidValue;
-  return for_element(args.logits_dtype, [&](auto element) {
-    return for_experts_per_lane(args.experts, [&](auto per_lane) {
-      return launch<decltype(element), decltype(per_lane)::value>(
-          args, static_cast<cudaStream_t>(stream));
-    });
+  return for_logits(args.logits_dtype, args.experts, [&](auto element, auto per_lane) {
+    return launch<decltype(element), decltype(per_lane)::value>(args, stream);
   });
 }
 

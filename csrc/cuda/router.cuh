@@ -9,6 +9,7 @@
 
 #include "arch/shared_memory.cuh"
 #include "formats.cuh"
+#include "grid.cuh"
 
 namespace fomoe::cuda {
 
@@ -161,26 +162,35 @@ __device__ inline float sum_of_scores(const float* scores, int experts, int lane
 
 // ---- launching -----------------------------------------------------------------------------------
 
-// Calls body(kPerLane as a constant) with the least power of two that gives every expert a place.
+// Calls body(element, per_lane): the format of the dtype, and as a constant the least power of two
+// that gives every expert a place.
 template <class Body>
-cudaError_t for_experts_per_lane(int experts, const Body& body) {
-  if (experts <= 32) return body(std::integral_constant<int, 1>{});
-  if (experts <= 64) return body(std::integral_constant<int, 2>{});
-  if (experts <= 128) return body(std::integral_constant<int, 4>{});
-  if (experts <= 256) return body(std::integral_constant<int, 8>{});
-  if (experts <= 512) return body(std::integral_constant<int, 16>{});
-  if (experts <= kMaxExperts) return body(std::integral_constant<int, 32>{});
+cudaError_t for_logits(DType dtype, int experts, const Body& body) {
+  const auto with_places = [&](auto element) {
+    if (experts <= 32) return body(element, std::integral_constant<int, 1>{});
+    if (experts <= 64) return body(element, std::integral_constant<int, 2>{});
+    if (experts <= 128) return body(element, std::integral_constant<int, 4>{});
+    if (experts <= 256) return body(element, std::integral_constant<int, 8>{});
+    if (experts <= 512) return body(element, std::integral_constant<int, 16>{});
+    if (experts <= kMaxExperts) return body(element, std::integral_constant<int, 32>{});
+    return cudaErrorInvalidValue;
+  };
+  switch (dtype) {
+    case DType::f32: return with_places(F32{});
+    case DType::bf16: return with_places(Bf16{});
+    case DType::f16: return with_places(F16{});
+  }
   return cudaErrorInvalidValue;
 }
 
-template <class Body>
-cudaError_t for_element(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::f32: return body(F32{});
-    case DType::bf16: return body(Bf16{});
-    case DType::f16: return body(F16{});
-  }
-  return cudaErrorInvalidValue;
+// A warp per token, `warps` to a block.
+inline cudaLaunchConfig_t warp_per_token(int64_t tokens, int warps, int64_t most_blocks,
+                                         void* stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks_for(tokens, warps, most_blocks));
+  config.blockDim = dim3(kWarp, static_cast<unsigned>(warps));
+  config.stream = static_cast<cudaStream_t>(stream);
+  return config;
 }
 
 }  // namespace fomoe::cuda
