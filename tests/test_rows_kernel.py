@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -98,3 +100,26 @@ def test_same_bits_every_time(device):
     for _ in range(3):
         again = device.op("combine_backward")(*arguments)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("verb, hidden", [("gather", (32 << 20) + 1), ("combine", 32 << 20)])
+def test_emulated_rows_beyond_32_bits(emulated, verb, hidden):
+    """Elements past number 2^31 of the rows, in memory of which only two rows are ever touched. An
+    odd width makes each element an index of its own.
+    """
+    tokens, top_k = 2, 36
+    slots = tokens * top_k
+    assert (slots - 2) * hidden > 2**31
+    x = torch.arange(tokens * hidden, dtype=torch.int32).view(tokens, hidden)
+    x = (x % 251).bfloat16()
+    row_of_slot = torch.full((tokens, top_k), -1, dtype=torch.int32)
+    row_of_slot[0, 3], row_of_slot[1, 30] = slots - 1, slots - 2
+    if verb == "gather":
+        offsets = torch.tensor([0, slots], dtype=torch.int32)  # no row to clear
+        rows = emulated.op("gather")(x, row_of_slot, offsets)
+        assert torch.equal(rows[slots - 1], x[0]) and torch.equal(rows[slots - 2], x[1])
+        return
+    memory = mmap.mmap(-1, 2 * slots * hidden, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    rows = torch.frombuffer(memory, dtype=torch.bfloat16).view(slots, hidden)
+    rows[slots - 1], rows[slots - 2] = x[0], x[1]
+    assert torch.equal(emulated.op("combine")(rows, None, row_of_slot), x)
