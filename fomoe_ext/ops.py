@@ -62,13 +62,27 @@ class RowTable(NamedTuple):
 class RouterStatistics(NamedTuple):
     """What `measured_route` counts beside choosing: sums over all tokens, on the logits' device.
 
-    Sums are exact integers (scores in units of 2^-24, entropies of 2^-32), so that they are the
-    same bits in any order; here they are as numbers.
+    Sums are exact integers, so that they are the same bits in any order.
     """
 
-    load: Tensor  # int64 [E], slots that chose each expert
-    score_sum: Tensor  # fp64 [E], sum over tokens of an expert's score, 0 where not allowed
-    entropy_sum: Tensor  # fp64 [], nats: of the allowed experts' scores normalised to sum 1
+    sums: Tensor  # int64 [2 E + 1]: slots; scores in 2^-24; entropies in 2^-32
+
+    @property
+    def load(self) -> Tensor:
+        """int64 [E], slots that chose each expert."""
+        return self.sums[: self.sums.shape[0] // 2]
+
+    @property
+    def score_sum(self) -> Tensor:
+        """fp64 [E], sum over tokens of an expert's score, 0 where not allowed."""
+        return self.sums[self.sums.shape[0] // 2 : -1].double() * 2.0**-24
+
+    @property
+    def entropy_sum(self) -> Tensor:
+        """fp64 [], nats, sum over tokens of the entropy of the allowed experts' scores, normalised
+        to sum 1.
+        """
+        return self.sums[-1].double() * 2.0**-32
 
 
 def route(
@@ -157,13 +171,7 @@ def measured_route(
         scale,
         True,
     )
-    num_experts = logits.shape[1]
-    statistics = RouterStatistics(
-        load=sums[:num_experts],
-        score_sum=sums[num_experts:-1].double() * 2.0**-24,
-        entropy_sum=sums[-1].double() * 2.0**-32,
-    )
-    return weights, experts, statistics
+    return weights, experts, RouterStatistics(sums)
 
 
 def _call_route(

@@ -12,16 +12,20 @@ from pathlib import Path
 
 from .build import HERE, Builder, compiler, in_parallel, runtime_objects
 
-__all__ = ["NAMESPACE", "Builder", "build_driver", "compiler", "kernel_sources", "load"]
+__all__ = ["NAMESPACE", "build_driver", "compiler", "load"]
 
 NAMESPACE = "fomoe_emulated"
 ROOT = HERE.parent.parent
 CPU_KERNELS = ["route", "combine", "compact", "parallel", "features"]
 
 
-def kernel_sources(root: Path = ROOT) -> list[Path]:
+# Launches of the driver have few blocks, so that small inputs make blocks go around.
+DRIVER_DEFINES = ("FOMOE_FEW_BLOCKS=3",)
+
+
+def kernel_sources() -> list[Path]:
     """All CUDA sources of the package."""
-    return sorted((root / "csrc/cuda").glob("*.cu"))
+    return sorted((ROOT / "csrc/cuda").glob("*.cu"))
 
 
 def load(folder: Path) -> None:
@@ -51,24 +55,24 @@ def load(folder: Path) -> None:
     torch.ops.load_library(library)
 
 
-def build_driver(folder: Path, sanitize: str, root: Path = ROOT) -> Path:
-    """The driver (driver.cpp) with the kernels of the source tree `root`; returns the program.
+def build_driver(folder: Path, sanitize: str) -> Path:
+    """The driver (driver.cpp) with the package's kernels; returns the program."""
+    builder = Builder(folder, sanitize=sanitize, defines=DRIVER_DEFINES)
+    objects = in_parallel([(builder.compile, source) for source in driver_sources()])
+    return builder.link([*objects, *driver_references(folder)], folder / "driver", shared=False)
 
-    Launches have few blocks, so that small inputs make blocks go around.
+
+def driver_sources() -> list[Path]:
+    """What the driver is built from with sanitizers: the kernels and driver.cpp."""
+    return [*kernel_sources(), HERE / "driver.cpp"]
+
+
+def driver_references(folder: Path) -> list[Path]:
+    """Objects of the driver that are never sanitized: the runtime, and the CPU kernels that it
+    compares with, for the plainest instruction set.
     """
-    builder = Builder(folder, sanitize=sanitize, defines=("FOMOE_FEW_BLOCKS=3",))
-    jobs = [(builder.compile, source) for source in [*kernel_sources(root), HERE / "driver.cpp"]]
-    objects = in_parallel([*jobs, *((reference, s, folder) for s in cpu_sources())])
-    return builder.link([*objects, *runtime_objects(folder)], folder / "driver", shared=False)
-
-
-def cpu_sources() -> list[Path]:
-    """The CPU kernels that the driver compares with, for the plainest instruction set."""
-    names = [*CPU_KERNELS, "route_scalar", "combine_scalar"]
-    return [ROOT / f"csrc/cpu/{name}.cpp" for name in names]
-
-
-def reference(source: Path, folder: Path) -> Path:
-    """The object of a CPU kernel, never sanitized."""
     isas = ("FOMOE_HAVE_AVX2=0", "FOMOE_HAVE_AVX512=0", "FOMOE_HAVE_AVX512_BF16=0")
-    return Builder(folder).compile_plain(source, isas)
+    names = [*CPU_KERNELS, "route_scalar", "combine_scalar"]
+    plain = Builder(folder)
+    kernels = [(plain.compile_plain, ROOT / f"csrc/cpu/{name}.cpp", isas) for name in names]
+    return [*runtime_objects(folder), *in_parallel(kernels)]

@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 import emulator  # noqa: E402
-from emulator.build import Builder, in_parallel, runtime_objects  # noqa: E402
+from emulator.build import Builder, in_parallel  # noqa: E402
 from emulator.runs import PART_OF, RUNS, failure_of  # noqa: E402
 
 KERNELS = emulator.ROOT / "csrc/cuda"
@@ -77,14 +77,11 @@ class Laboratory:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.builders = {
-            sanitize: Builder(folder / sanitize, sanitize, ("FOMOE_FEW_BLOCKS=3",))
+            sanitize: Builder(folder / sanitize, sanitize, emulator.DRIVER_DEFINES)
             for sanitize in BUILDS
         }
-        self.common = [
-            *runtime_objects(folder),
-            *in_parallel([(emulator.reference, s, folder) for s in emulator.cpu_sources()]),
-        ]
-        sources = [*emulator.kernel_sources(), emulator.HERE / "driver.cpp"]
+        self.common = emulator.driver_references(folder)
+        sources = emulator.driver_sources()
         self.objects = {
             sanitize: dict(
                 zip(
