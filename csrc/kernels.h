@@ -16,9 +16,21 @@ namespace fomoe {
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 enum class Scoring : int32_t { softmax = 0, sigmoid = 1 };
 
-// Gated: activation(gate) * up. GELU is the tanh form, as in Gemma's GeGLU.
-enum class Activation : int32_t { swiglu = 0, geglu = 1, silu = 2, relu2 = 3, gelu = 4 };
-constexpr bool is_gated(Activation a) { return a == Activation::swiglu || a == Activation::geglu; }
+// Gated: activation(gate) * up. GELU is the tanh form, as in Gemma's GeGLU. clamped_swiglu is that of
+// gpt-oss: with g = min(gate, limit) and u = up clamped to -limit .. limit it is
+// g * sigmoid(slope * g) * (u + 1).
+enum class Activation : int32_t {
+  swiglu = 0,
+  geglu = 1,
+  silu = 2,
+  relu2 = 3,
+  gelu = 4,
+  clamped_swiglu = 5
+};
+constexpr bool is_gated(Activation a) {
+  return a == Activation::swiglu || a == Activation::geglu || a == Activation::clamped_swiglu;
+}
+constexpr float kClampedSwigluLimit = 7.0f, kClampedSwigluSlope = 1.702f;
 
 // ---- route: logits -> the K chosen experts of every token and their combine weights ------------
 // score = sigmoid(logit) or softmax over the allowed experts, fp32. An expert is *chosen* by
@@ -108,28 +120,37 @@ struct GatherArgs {
   void* rows;  // out [S, D] of dtype; past the last row zeros, or untouched without row_count
 };
 
-// ---- expand: preact = x[token] . We^T, act = activation(preact), grouped by expert ----------------
+// ---- The grouped GEMMs --------------------------------------------------------------------------
+// On CUDA those that write rows follow compact's schedule `tiles` for tiles of kTileRows rows, with
+// room for max_tiles of them, and rows of every operand start at multiples of 16 bytes.
+constexpr int32_t kTileRows = 128;
+
+// ---- expand: preact = x[token] . We^T + bias, act = activation(preact), grouped by expert ---------
 struct ExpandArgs {
   const void* x;                // [T, D]
   const void* weight;           // [R, G*N, D]; gated: rows 0..N-1 gate, N..2N-1 up
+  const void* bias;             // [R, G*N] or null
   const int32_t* token_of_row;  // [S]
   const int32_t* offsets;       // [R + 1]
-  DType dtype;                  // of x, weight, act and preact
+  const int32_t* tiles;         // CUDA only
+  DType dtype;                  // of x, weight, bias, act and preact
   int32_t residents;
-  int64_t hidden, expert_size;
+  int64_t tokens, slots, hidden, expert_size;
   Activation activation;
   void* act;     // out [S, N]; rows past offsets[R] untouched
   void* preact;  // out [S, G*N] or null
 };
 
-// ---- contract: rows = act . Wc^T, grouped by expert -----------------------------------------------
+// ---- contract: rows = act . Wc^T + bias, grouped by expert ----------------------------------------
 struct ContractArgs {
   const void* act;         // [S, N]
   const void* weight;      // [R, D, N]
+  const void* bias;        // [R, D] or null
   const int32_t* offsets;  // [R + 1]
+  const int32_t* tiles;    // CUDA only
   DType dtype;
   int32_t residents;
-  int64_t hidden, expert_size;
+  int64_t slots, hidden, expert_size;
   void* rows;  // out [S, D]; rows past offsets[R] untouched
 };
 
@@ -163,23 +184,27 @@ struct CombineBackwardArgs {
 
 // ---- backward of contract + combine in one pass, without the contract output -------------------
 // With g = grad_y[token] . Wc of a row and a = activation(preact):
-//   grad_weights[slot] = <a, g>,  grad_preact = activation'(preact) * (w * g),  scaled_act = w * a
+//   grad_weights[slot] = <a, g> + <bias, grad_y[token]>,
+//   grad_preact = activation'(preact) * (w * g),  scaled_act = w * a
 // (the order of computation of SonicMoE, arXiv 2512.14080).
 struct ContractBackwardArgs {
   const void* grad_y;           // [T, D]
   const void* weight;           // [R, D, N]
+  const void* bias;             // [R, D], contract's, or null
   const void* preact;           // [S, G*N]
   const float* weights;         // [T, K] combine weights
   const int32_t* token_of_row;  // [S]
   const int32_t* slot_of_row;   // [S]
   const int32_t* offsets;       // [R + 1]
+  const int32_t* tiles;         // CUDA only
   DType dtype;
   int32_t residents;
-  int64_t hidden, expert_size, slots;
+  int64_t tokens, slots, hidden, expert_size;
   Activation activation;
-  void* grad_preact;    // out [S, G*N]
-  void* scaled_act;     // out [S, N]
+  void* grad_preact;    // out [S, G*N]; rows past offsets[R] untouched
+  void* scaled_act;     // out [S, N]; likewise
   float* grad_weights;  // out [S]; zero where skipped
+  float* workspace;     // CUDA only: cuda::contract_backward_workspace(args) entries
 };
 
 // ---- rows_out[r] = rows_in[r] . W of the row's expert, W [R, in, out] as stored -------------------
@@ -188,15 +213,17 @@ struct GroupedRowsArgs {
   const void* rows_in;     // [S, in]
   const void* weight;      // [R, in, out]
   const int32_t* offsets;  // [R + 1]
+  const int32_t* tiles;    // CUDA only
   DType dtype;
   int32_t residents;
-  int64_t in, out;
-  void* rows_out;  // out [S, out]
+  int64_t slots, in, out;
+  void* rows_out;  // out [S, out]; rows past offsets[R] untouched
 };
 
 // ---- grad_weight[e] = sum over the expert's rows of left[row]^T right[row] -----------------------
 // Either side may be gathered: index null = row itself, else token_of_row. Rows in order, fp32
-// accumulation; experts without rows get zeros.
+// accumulation; experts without rows get zeros. `add`: instead, grad_weight is fp32 and the sums are
+// added to it; experts without rows leave theirs as they are.
 struct WeightGradArgs {
   const void* left;            // [S or T, left_size]
   const void* right;           // [S or T, right_size]
@@ -205,8 +232,25 @@ struct WeightGradArgs {
   const int32_t* offsets;      // [R + 1]
   DType dtype;
   int32_t residents;
+  int64_t left_lines, right_lines;  // S or T
   int64_t left_size, right_size;
-  void* grad_weight;  // out [R, left_size, right_size] of dtype, every element written
+  bool add;
+  void* grad_weight;  // out [R, left_size, right_size] of dtype, or fp32 when `add`
+};
+
+// ---- grad_bias[e] = sum over the expert's rows of factor[row] * in[row or its index] ------------
+// fp32 accumulation in row order; experts without rows get zeros. The factor of a row is
+// weights[slot_of_row[row]], or 1 where weights is null.
+struct BiasGradArgs {
+  const void* in;              // [S or T, width]
+  const int32_t* index;        // [S] or null
+  const float* weights;        // [S] or null
+  const int32_t* slot_of_row;  // [S], null when weights is
+  const int32_t* offsets;      // [R + 1]
+  DType dtype;
+  int32_t residents;
+  int64_t width;
+  void* grad_bias;  // out [R, width] of dtype, every element written
 };
 
 // ---- elementwise: grad_preact = activation'(preact) * grad_act --------------------------------------
@@ -216,7 +260,7 @@ struct ActivationBackwardArgs {
   const int32_t* offsets;
   DType dtype;
   int32_t residents;
-  int64_t expert_size;
+  int64_t slots, expert_size;
   Activation activation;
   void* grad_preact;  // out [S, G*N]; rows past offsets[R] untouched
 };
@@ -236,6 +280,7 @@ void combine_backward(const CombineBackwardArgs&);
 void contract_backward(const ContractBackwardArgs&);
 void grouped_rows(const GroupedRowsArgs&);
 void weight_grad(const WeightGradArgs&);
+void bias_grad(const BiasGradArgs&);
 void activation_backward(const ActivationBackwardArgs&);
 
 // Rows multiplied by expand since the library was loaded: what a skipped slot must not add to.
@@ -263,6 +308,14 @@ int compact(const CompactArgs&, void* stream);
 int gather(const GatherArgs&, void* stream);
 int combine(const CombineArgs&, void* stream);
 int combine_backward(const CombineBackwardArgs&, void* stream);
+int expand(const ExpandArgs&, void* stream);
+int contract(const ContractArgs&, void* stream);
+int64_t contract_backward_workspace(const ContractBackwardArgs&);
+int contract_backward(const ContractBackwardArgs&, void* stream);
+int grouped_rows(const GroupedRowsArgs&, void* stream);
+int weight_grad(const WeightGradArgs&, void* stream);
+int bias_grad(const BiasGradArgs&, void* stream);
+int activation_backward(const ActivationBackwardArgs&, void* stream);
 
 }  // namespace cuda
 
