@@ -18,6 +18,10 @@ char* at(void* base, DType dtype, int64_t element) {
 const char* at(const void* base, DType dtype, int64_t element) {
   return static_cast<const char*>(base) + element * size_of(dtype);
 }
+// Of a bias that may be null.
+const char* bias_at(const void* bias, DType dtype, int64_t element) {
+  return bias ? at(bias, dtype, element) : nullptr;
+}
 
 void expect_rows(void* out, DType dtype, int64_t rows, int64_t width) {
   prefer_huge_pages(out, rows * width * size_of(dtype));
@@ -60,6 +64,7 @@ void expand(const ExpandArgs& args) {
             void* preact =
                 args.preact ? at(args.preact, args.dtype, row * halves * n + column) : nullptr;
             g.activate(args.dtype, args.activation, block, up_column,
+                       bias_at(args.bias, args.dtype, item.expert * halves * n + column),
                        at(args.act, args.dtype, row * n + column), n, preact);
             if (column == 0) rows_computed += block.rows;
           });
@@ -78,8 +83,9 @@ void contract(const ContractArgs& args) {
       items_by_rows(gemm_kernels(), args.offsets, args.residents, args.hidden, 1, args.expert_size);
   expect_rows(args.rows, args.dtype, args.offsets[args.residents], args.hidden);
   run_all(p, items, [&](const GemmKernels& g, const Item& item, Block block, int64_t row, int64_t) {
-    g.store(args.dtype, block, at(args.rows, args.dtype, row * args.hidden + item.columns.begin),
-            args.hidden);
+    const int64_t column = item.columns.begin;
+    g.store(args.dtype, block, bias_at(args.bias, args.dtype, item.expert * args.hidden + column),
+            at(args.rows, args.dtype, row * args.hidden + column), args.hidden);
   });
 }
 
@@ -96,8 +102,8 @@ void grouped_rows(const GroupedRowsArgs& args) {
       items_by_rows(gemm_kernels(), args.offsets, args.residents, args.out, 1, args.in);
   expect_rows(args.rows_out, args.dtype, args.offsets[args.residents], args.out);
   run_all(p, items, [&](const GemmKernels& g, const Item& item, Block block, int64_t row, int64_t) {
-    g.store(args.dtype, block, at(args.rows_out, args.dtype, row * args.out + item.columns.begin),
-            args.out);
+    g.store(args.dtype, block, nullptr,
+            at(args.rows_out, args.dtype, row * args.out + item.columns.begin), args.out);
   });
 }
 
@@ -132,10 +138,18 @@ void contract_backward(const ContractBackwardArgs& args) {
                         partial.get() + column / width * rows + row);
   });
   std::fill_n(args.grad_weights, args.slots, 0.0f);
-  parallel_for(0, rows, 4096, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, args.bias ? 64 : 4096, [&](int64_t begin, int64_t end) {
+    const GemmKernels& g = gemm_kernels();
+    int32_t expert = 0;
     for (int64_t row = begin; row < end; ++row) {
       float total = 0;
       for (int64_t part = 0; part < parts; ++part) total += partial[size_t(part * rows + row)];
+      if (args.bias) {
+        while (args.offsets[expert + 1] <= row) ++expert;
+        total +=
+            g.dot(args.dtype, at(args.bias, args.dtype, expert * args.hidden),
+                  at(args.grad_y, args.dtype, args.token_of_row[row] * args.hidden), args.hidden);
+      }
       args.grad_weights[args.slot_of_row[row]] = total;
     }
   });
@@ -151,24 +165,54 @@ void weight_grad(const WeightGradArgs& args) {
                          .b_expert_bytes = 0,
                          .columns = args.right_size,
                          .halves = 1};
-  expect_rows(args.grad_weight, args.dtype, args.residents * args.left_size, args.right_size);
+  // A total has its pages already, and keeps what it has where an expert has no rows.
+  if (!args.add)
+    expect_rows(args.grad_weight, args.dtype, args.residents * args.left_size, args.right_size);
   const int64_t width = item_columns(g, args.right_size, 1, 0);
   std::vector<Item> items;
-  for (int32_t e = 0; e < args.residents; ++e)
+  for (int32_t e = 0; e < args.residents; ++e) {
+    if (args.add && args.offsets[e] == args.offsets[e + 1]) continue;
     for (int64_t row = 0; row < args.left_size; row += kItemRows)
       for (int64_t column = 0; column < args.right_size; column += width)
         items.push_back({e,
                          {row, std::min(row + kItemRows, args.left_size)},
                          {column, std::min(column + width, args.right_size)},
                          {args.offsets[e], args.offsets[e + 1]}});
+  }
   order_items(items);
   run_all(p, items,
           [&](const GemmKernels& kernels, const Item& item, Block block, int64_t row, int64_t) {
-            const int64_t first = (item.expert * args.left_size + row) * args.right_size;
-            kernels.store(args.dtype, block,
-                          at(args.grad_weight, args.dtype, first + item.columns.begin),
-                          args.right_size);
+            const int64_t first =
+                (item.expert * args.left_size + row) * args.right_size + item.columns.begin;
+            if (args.add)
+              kernels.add(block, static_cast<float*>(args.grad_weight) + first, args.right_size);
+            else
+              kernels.store(args.dtype, block, nullptr, at(args.grad_weight, args.dtype, first),
+                            args.right_size);
           });
+}
+
+void bias_grad(const BiasGradArgs& args) {
+  const GemmKernels& g = gemm_kernels();
+  // Ranges of columns, narrow enough for every worker to have some.
+  const int64_t share = args.residents * args.width / (kItemsPerWorker * num_workers());
+  const int64_t width = std::clamp<int64_t>(round_up(share, 64), 64, 1024);
+  const int64_t ranges = ceil_div(args.width, width);
+  parallel_items(args.residents * ranges, [&](int64_t i, int) {
+    thread_local Scratch scratch;
+    const int64_t expert = i / ranges, column = i % ranges * width;
+    const int64_t count = std::min(width, args.width - column);
+    float* sum = scratch.get(width);
+    std::fill_n(sum, width, 0.0f);
+    for (int64_t row = args.offsets[expert]; row < args.offsets[expert + 1]; ++row) {
+      const int64_t line = args.index ? args.index[row] : row;
+      const float factor = args.weights ? args.weights[args.slot_of_row[row]] : 1.0f;
+      g.add_scaled(args.dtype, at(args.in, args.dtype, line * args.width + column), factor, count,
+                   sum);
+    }
+    g.store(args.dtype, Block{sum, width, 1, count}, nullptr,
+            at(args.grad_bias, args.dtype, expert * args.width + column), args.width);
+  });
 }
 
 void activation_backward(const ActivationBackwardArgs& args) {

@@ -57,12 +57,19 @@ struct GemmKernels {
 
   // out[j] = in[j] as fp32.
   void (*load)(DType, const void* in, int64_t count, float* out);
-  // out[i][j] = c[i][j], rows `stride` elements apart.
-  void (*store)(DType, Block, void* out, int64_t stride);
+  // out[i][j] = c[i][j] + bias[j], rows `stride` elements apart; bias of the dtype or null.
+  void (*store)(DType, Block, const void* bias, void* out, int64_t stride);
+  // out[i][j] += c[i][j].
+  void (*add)(Block, float* out, int64_t stride);
+  // sum[j] += factor * in[j].
+  void (*add_scaled)(DType, const void* in, float factor, int64_t count, float* sum);
+  // The sum over j of a[j] * b[j].
+  float (*dot)(DType, const void* a, const void* b, int64_t count);
   // The epilogue of expand: column j of the gate is c[.][j], of the up projection
-  // c[.][up_column + j]. preact may be null.
-  void (*activate)(DType, Activation, Block, int64_t up_column, void* act, int64_t expert_size,
-                   void* preact);
+  // c[.][up_column + j]. Each plus its bias, at the block's first column, up expert_size further;
+  // bias and preact may be null.
+  void (*activate)(DType, Activation, Block, int64_t up_column, const void* bias, void* act,
+                   int64_t expert_size, void* preact);
   // The epilogue of contract's backward; pointers at the block's first row and column.
   // dot[i] = <activation(preact), c> over the block's columns.
   void (*activate_backward)(DType, Activation, Block, const void* preact, int64_t expert_size,

@@ -236,7 +236,8 @@ void multiply(const float* a, const float* b, float* c, int64_t stride, int64_t 
 
 // ---- activations -----------------------------------------------------------------------------------
 
-// value: activation(gate); slope: its derivative.
+// value: activation(gate); slope: its derivative. A gated one also says what the up projection
+// counts for: up_value(up), up_slope its derivative.
 struct Silu {
   static vf value(vf x) { return x * sigmoid(x); }
   static void both(vf x, vf& value, vf& slope) {
@@ -244,6 +245,8 @@ struct Silu {
     value = x * s;
     slope = s + value * (1.0f - s);
   }
+  static vf up_value(vf up) { return up; }
+  static vf up_slope(vf) { return splat(1.0f); }
 };
 // 0.5 x (1 + tanh(z)) = x sigmoid(2 z), z = sqrt(2/pi) (x + 0.044715 x^3)
 struct Gelu {
@@ -254,6 +257,8 @@ struct Gelu {
     value = x * s;
     slope = s + value * (1.0f - s) * (kTwoZ * (1.0f + 3.0f * 0.044715f * x * x));
   }
+  static vf up_value(vf up) { return up; }
+  static vf up_slope(vf) { return splat(1.0f); }
 };
 struct Relu2 {
   static vf value(vf x) {
@@ -265,6 +270,21 @@ struct Relu2 {
     value = positive * positive;
     slope = 2.0f * positive;
   }
+};
+struct ClampedSwiglu {
+  static constexpr float kLimit = kClampedSwigluLimit, kSlope = kClampedSwigluSlope;
+  static vf below(vf x) { return select(x > kLimit, splat(kLimit), x); }
+  static vf value(vf x) {
+    x = below(x);
+    return x * sigmoid(kSlope * x);
+  }
+  static void both(vf x, vf& value, vf& slope) {
+    const vf g = below(x), s = sigmoid(kSlope * g);
+    value = g * s;
+    slope = select(x > kLimit, vf{}, s + kSlope * value * (1.0f - s));
+  }
+  static vf up_value(vf up) { return 1.0f + select(up < -kLimit, splat(-kLimit), below(up)); }
+  static vf up_slope(vf up) { return select((up > kLimit) | (up < -kLimit), vf{}, splat(1.0f)); }
 };
 
 template <class S>
@@ -280,16 +300,54 @@ FOMOE_INLINE void store_some(typename S::type* p, vf v, int64_t count) {
 }
 
 template <class S>
-void store_block(Block block, void* out_bytes, int64_t stride) {
+void store_block(Block block, const void* bias_bytes, void* out_bytes, int64_t stride) {
+  auto* bias = static_cast<const typename S::type*>(bias_bytes);
   auto* out = static_cast<typename S::type*>(out_bytes);
   for (int64_t i = 0; i < block.rows; ++i)
-    for (int64_t j = 0; j < block.columns; j += kLanes)
-      store_some<S>(out + i * stride + j, load(block.c + i * block.stride + j), block.columns - j);
+    for (int64_t j = 0; j < block.columns; j += kLanes) {
+      const int64_t count = block.columns - j;
+      vf value = load(block.c + i * block.stride + j);
+      if (bias) value += load_some<S>(bias + j, count);
+      store_some<S>(out + i * stride + j, value, count);
+    }
+}
+
+FOMOE_INLINE void add_block(Block block, float* out, int64_t stride) {
+  for (int64_t i = 0; i < block.rows; ++i) {
+    const float* c = block.c + i * block.stride;
+    float* to = out + i * stride;
+    int64_t j = 0;
+    for (; j + kLanes <= block.columns; j += kLanes) store(to + j, load(to + j) + load(c + j));
+    for (; j < block.columns; ++j) to[j] += c[j];
+  }
+}
+
+// `sum` has room for whole vectors.
+template <class S>
+void add_scaled(const void* in_bytes, float factor, int64_t count, float* sum) {
+  auto* in = static_cast<const typename S::type*>(in_bytes);
+  for (int64_t j = 0; j < count; j += kLanes)
+    store(sum + j, fmadd(splat(factor), load_some<S>(in + j, count - j), load(sum + j)));
+}
+
+template <class S>
+float dot(const void* a_bytes, const void* b_bytes, int64_t count) {
+  auto* a = static_cast<const typename S::type*>(a_bytes);
+  auto* b = static_cast<const typename S::type*>(b_bytes);
+  WideSum sum;
+  for (int64_t j = 0; j < count; j += kSumLanes)
+    for (int v = 0; v < kSumVectors && j + v * kLanes < count; ++v) {
+      const int64_t at = j + v * kLanes;
+      sum.part[v] =
+          fmadd(load_some<S>(a + at, count - at), load_some<S>(b + at, count - at), sum.part[v]);
+    }
+  return sum.total();
 }
 
 template <class S, class Act, bool kGated>
-void activate(Block block, int64_t up_column, void* act_bytes, int64_t expert_size,
-              void* preact_bytes) {
+void activate(Block block, int64_t up_column, const void* bias_bytes, void* act_bytes,
+              int64_t expert_size, void* preact_bytes) {
+  auto* bias = static_cast<const typename S::type*>(bias_bytes);
   auto* act = static_cast<typename S::type*>(act_bytes);
   auto* preact = static_cast<typename S::type*>(preact_bytes);
   const int64_t preact_stride = kGated ? 2 * expert_size : expert_size;
@@ -297,14 +355,17 @@ void activate(Block block, int64_t up_column, void* act_bytes, int64_t expert_si
     const float* c = block.c + i * block.stride;
     for (int64_t j = 0; j < block.columns; j += kLanes) {
       const int64_t count = block.columns - j;
-      const vf gate = load(c + j);
+      vf gate = load(c + j);
+      if (bias) gate += load_some<S>(bias + j, count);
       vf value = Act::value(gate);
-      if (kGated) value *= load(c + up_column + j);
+      if (preact) store_some<S>(preact + i * preact_stride + j, gate, count);
+      if constexpr (kGated) {
+        vf up = load(c + up_column + j);
+        if (bias) up += load_some<S>(bias + expert_size + j, count);
+        value *= Act::up_value(up);
+        if (preact) store_some<S>(preact + i * preact_stride + expert_size + j, up, count);
+      }
       store_some<S>(act + i * expert_size + j, value, count);
-      if (!preact) continue;
-      store_some<S>(preact + i * preact_stride + j, gate, count);
-      if (kGated)
-        store_some<S>(preact + i * preact_stride + expert_size + j, load(c + up_column + j), count);
     }
   }
 }
@@ -327,10 +388,12 @@ void activate_backward(Block block, const void* preact_bytes, int64_t expert_siz
       Act::both(gate, value, slope);
       vf through = load(c + j);  // zero past the last column, as packed B is
       vf act = value;
-      if (kGated) {
+      if constexpr (kGated) {
         const vf up = load_some<S>(preact + i * stride + expert_size + j, count);
-        act *= up;
-        slope *= up;
+        const vf up_value = Act::up_value(up);
+        act *= up_value;
+        slope *= up_value;
+        value *= Act::up_slope(up);
       }
       total = fmadd(act, through, total);
       through *= weight;
@@ -378,6 +441,7 @@ void with_activation(DType dtype, Activation activation, F f) {
       case Activation::silu: return f(s, Silu{}, No{});
       case Activation::relu2: return f(s, Relu2{}, No{});
       case Activation::gelu: return f(s, Gelu{}, No{});
+      case Activation::clamped_swiglu: return f(s, ClampedSwiglu{}, Yes{});
     }
   });
 }
@@ -450,14 +514,25 @@ const GemmKernels gemm_table = {
           });
         },
     .store =
-        [](DType dtype, Block block, void* out, int64_t stride) {
-          with_storage(dtype, [&](auto s) { store_block<decltype(s)>(block, out, stride); });
+        [](DType dtype, Block block, const void* bias, void* out, int64_t stride) {
+          with_storage(dtype, [&](auto s) { store_block<decltype(s)>(block, bias, out, stride); });
+        },
+    .add = [](Block block, float* out, int64_t stride) { add_block(block, out, stride); },
+    .add_scaled =
+        [](DType dtype, const void* in, float factor, int64_t count, float* sum) {
+          with_storage(dtype, [&](auto s) { add_scaled<decltype(s)>(in, factor, count, sum); });
+        },
+    .dot =
+        [](DType dtype, const void* a, const void* b, int64_t count) {
+          float sum = 0;
+          with_storage(dtype, [&](auto s) { sum = dot<decltype(s)>(a, b, count); });
+          return sum;
         },
     .activate =
-        [](DType dtype, Activation activation, Block block, int64_t up_column, void* act,
-           int64_t expert_size, void* preact) {
+        [](DType dtype, Activation activation, Block block, int64_t up_column, const void* bias,
+           void* act, int64_t expert_size, void* preact) {
           with_activation(dtype, activation, [&](auto s, auto a, auto gated) {
-            activate<decltype(s), decltype(a), decltype(gated)::value>(block, up_column, act,
+            activate<decltype(s), decltype(a), decltype(gated)::value>(block, up_column, bias, act,
                                                                        expert_size, preact);
           });
         },

@@ -171,7 +171,7 @@ inline int32_t as_int32(int64_t value, const char* name,
 }
 
 inline Activation as_activation(int64_t value) {
-  return static_cast<Activation>(as_int32(value, "activation", 0, 4));
+  return static_cast<Activation>(as_int32(value, "activation", 0, 5));
 }
 
 inline Scoring as_scoring(int64_t value) {
