@@ -25,6 +25,7 @@ from fomoe_ext.expert_ops import (
 __all__ = [
     "ACTIVATIONS",
     "SCORINGS",
+    "TILE_ROWS",
     "RouterStatistics",
     "RowTable",
     "combine",
@@ -38,6 +39,9 @@ __all__ = [
     "moe_experts",
     "route",
 ]
+
+TILE_ROWS = 128
+"""Rows to a tile of the grouped GEMMs on CUDA."""
 
 SCORINGS: dict[str, int] = {"softmax": 0, "sigmoid": 1}
 """How logits become scores: softmax over the allowed experts, or each one's sigmoid."""
@@ -183,7 +187,7 @@ def _call_route(
 
 
 def compact(
-    experts: Tensor, resident_index: Tensor, num_resident: int, tile_rows: int = 0
+    experts: Tensor, resident_index: Tensor, num_resident: int, tile_rows: int | None = None
 ) -> RowTable:
     """Gives every slot whose expert is resident a row, grouped by expert, without gaps.
 
@@ -195,7 +199,8 @@ def compact(
         resident_index: [E] int32, an expert's position among the resident ones, -1 = not resident.
         num_resident: R.
         tile_rows: rows to a tile of the grouped GEMM that will use the table; 0 = no schedule.
-            Tiles of one resident stand together, residents with more rows come first.
+            Tiles of one resident stand together, residents with more rows come first. None = what
+            `expand` and `contract` need: `TILE_ROWS` on CUDA, no schedule on the CPU.
 
     Returns:
         The row table, sized for the worst case of T * K rows.
@@ -203,6 +208,8 @@ def compact(
     Raises:
         ValueError: wrong shape, dtype or device, or (CPU) an expert or index out of range.
     """
+    if tile_rows is None:
+        tile_rows = TILE_ROWS if experts.is_cuda else 0
     return RowTable(*_ops.compact(experts.contiguous(), resident_index, num_resident, tile_rows))
 
 

@@ -107,28 +107,43 @@ def activate(preact: Tensor, activation: str) -> Tensor:
     gate, up = preact.chunk(2, -1)
     if activation == "swiglu":
         return F.silu(gate) * up
+    if activation == "clamped_swiglu":  # of gpt-oss
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
     assert activation == "geglu"
     return F.gelu(gate, approximate="tanh") * up
 
 
-def expand(x: Tensor, expand_weight: Tensor, table: RowTable, activation: str) -> Tensor:
+def expand(
+    x: Tensor,
+    expand_weight: Tensor,
+    table: RowTable,
+    activation: str,
+    expand_bias: Tensor | None = None,
+) -> Tensor:
     """Activation rows [S, N]; zeros past the last row."""
-    gates = 2 if activation in ("swiglu", "geglu") else 1
+    gates = 1 if activation in ("silu", "relu2", "gelu") else 2
     slots, offsets = table.token_of_row.shape[0], table.offsets.tolist()
     parts = []
     for r, (begin, end) in enumerate(pairwise(offsets)):
         tokens = table.token_of_row[begin:end].long()
-        parts.append(activate(x[tokens] @ expand_weight[r].T, activation))
+        preact = x[tokens] @ expand_weight[r].T
+        if expand_bias is not None:
+            preact = preact + expand_bias[r]
+        parts.append(activate(preact, activation))
     parts.append(x.new_zeros(slots - offsets[-1], expand_weight.shape[1] // gates))
     return torch.cat(parts)
 
 
-def contract(act: Tensor, contract_weight: Tensor, table: RowTable) -> Tensor:
+def contract(
+    act: Tensor, contract_weight: Tensor, table: RowTable, contract_bias: Tensor | None = None
+) -> Tensor:
     """Rows [S, D]; zeros past the last row."""
     offsets = table.offsets.tolist()
-    parts = [
-        act[begin:end] @ contract_weight[r].T for r, (begin, end) in enumerate(pairwise(offsets))
-    ]
+    parts = []
+    for r, (begin, end) in enumerate(pairwise(offsets)):
+        rows = act[begin:end] @ contract_weight[r].T
+        parts.append(rows if contract_bias is None else rows + contract_bias[r])
     parts.append(act.new_zeros(act.shape[0] - offsets[-1], contract_weight.shape[1]))
     return torch.cat(parts)
 
@@ -151,7 +166,9 @@ def moe_experts(
     expand_weight: Tensor,
     contract_weight: Tensor,
     activation: str,
+    expand_bias: Tensor | None = None,
+    contract_bias: Tensor | None = None,
 ) -> Tensor:
     """expand, contract, combine."""
-    act = expand(x, expand_weight, table, activation)
-    return combine(contract(act, contract_weight, table), weights, table)
+    act = expand(x, expand_weight, table, activation, expand_bias)
+    return combine(contract(act, contract_weight, table, contract_bias), weights, table)

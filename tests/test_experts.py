@@ -213,7 +213,7 @@ def test_grouped_rows_and_weight_grad_match_fp64(dtype: torch.dtype) -> None:
     left[rows:], right[rows:] = torch.nan, torch.nan  # rows that do not exist
     weight = draw(3, 37, 19, seed=10).to(dtype)
 
-    got = fomoe.grouped_rows(left, weight, table.offsets)[:rows]
+    got = fomoe.grouped_rows(left, weight, table.offsets, table.tiles)[:rows]
     parts = [
         left[begin:end].double() @ weight[e].double()
         for e, (begin, end) in enumerate(pairwise(offsets))
@@ -254,20 +254,24 @@ def test_contract_backward_matches_fp64(name: str, activation: str, dtype: torch
     _, preact = fomoe.expand(
         inputs.x,
         inputs.expand_weight,
+        None,
         table.token_of_row,
         table.row_of_slot,
         table.offsets,
+        table.tiles,
         ops.ACTIVATIONS[activation],
         True,
     )
     grad_preact, scaled_act, grad_weights = fomoe.contract_backward(
         grad_y,
         inputs.contract_weight,
+        None,
         preact,
         inputs.weights,
         table.token_of_row,
         table.slot_of_row,
         table.offsets,
+        table.tiles,
         ops.ACTIVATIONS[activation],
     )
     exact_preact, exact_weights = exact(preact, inputs.weights)
@@ -470,35 +474,26 @@ def op_arguments(
         torch.ones_like(x, requires_grad=False),
     )
     constants = [t.detach() for t in (x, weights, expand_weight, contract_weight)]
-    tables = (table.token_of_row, table.slot_of_row, table.row_of_slot, table.offsets)
+    left = (preact, constants[0], None, table.token_of_row, table.offsets)
+    forward = (x, weights, *table, expand_weight, None, contract_weight, None, number, True)
+    backward = (*constants[:2], *table, constants[2], None, constants[3], None, preact, number)
+    of_row = (table.token_of_row, table.slot_of_row)
+    of_slot = (table.token_of_row, table.row_of_slot)
+    ends = (table.offsets, table.tiles)
     return {
-        "expand": (fomoe.expand, (x, expand_weight, *tables[:1], *tables[2:], number, True)),
-        "contract": (fomoe.contract, (act, contract_weight, table.offsets)),
-        "moe_experts": (
-            fomoe.moe_experts,
-            (x, weights, *tables, expand_weight, contract_weight, number, True),
-        ),
+        "expand": (fomoe.expand, (x, expand_weight, None, *of_slot, *ends, number, True)),
+        "contract": (fomoe.contract, (act, contract_weight, None, *ends)),
+        "moe_experts": (fomoe.moe_experts, forward),
         "moe_experts_backward": (
             fomoe.moe_experts_backward,
-            (grad_y, *constants[:2], *tables, *constants[2:], preact, number, True, True, False),
+            (grad_y, *backward, True, True, False, None, None),
         ),
         "contract_backward": (
             fomoe.contract_backward,
-            (
-                grad_y,
-                constants[3],
-                preact,
-                constants[1],
-                *tables[:2],
-                table.offsets,
-                number,
-            ),
+            (grad_y, constants[3], None, preact, constants[1], *of_row, *ends, number),
         ),
-        "grouped_rows": (fomoe.grouped_rows, (preact, constants[2], table.offsets)),
-        "weight_grad": (
-            fomoe.weight_grad,
-            (preact, constants[0], None, table.token_of_row, table.offsets),
-        ),
+        "grouped_rows": (fomoe.grouped_rows, (preact, constants[2], *ends)),
+        "weight_grad": (fomoe.weight_grad, left),
         "activation_backward": (
             fomoe.activation_backward,
             (act.detach(), preact, table.offsets, number),
@@ -510,7 +505,7 @@ OP_NAMES = tuple(op_arguments(make(SIZES["odd"]), "swiglu", False))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+@pytest.mark.parametrize("activation", ["clamped_swiglu", "relu2"])
 @pytest.mark.parametrize("name", OP_NAMES)
 def test_opcheck(name: str, activation: str, dtype: torch.dtype) -> None:
     # Rows past the last one may be undefined, which opcheck's comparisons would trip over.
@@ -590,6 +585,8 @@ BAD = [
         "token_of_row: has dtype float32",
     ),
     ("table", lambda i: i.table._replace(offsets=i.table.offsets[:3]), "offsets: has shape"),
+    ("table", lambda i: i.table._replace(tiles=i.table.tiles.long()), "tiles: has dtype int64"),
+    ("table", lambda i: i.table._replace(tiles=i.table.offsets), "tiles: has shape"),
     ("table", lambda i: i.table._replace(slot_of_row=i.table.slot_of_row[:9]), "slot_of_row: has"),
     ("table", lambda i: i.table._replace(row_of_slot=i.table.row_of_slot[:9]), "row_of_slot: has"),
 ]
@@ -616,7 +613,7 @@ def test_bad_input_of_single_verbs() -> None:
         (lambda: ops.expand(x.int(), inputs.expand_weight, table), "x: has dtype int32"),
         (lambda: ops.expand(x, inputs.expand_weight[:2], table), "offsets: has shape"),
         (lambda: ops.expand(x, inputs.expand_weight.half(), table), "expand_weight: has dtype"),
-        (lambda: ops.expand(x[:40], inputs.expand_weight, table), "token_of_row: has"),
+        (lambda: ops.expand(x[:40], inputs.expand_weight, table), "row_of_slot: has shape"),
         (lambda: ops.expand(x, inputs.expand_weight, table, "relu"), "activation: got 'relu'"),
         (lambda: ops.contract(act[0], inputs.contract_weight, table), "act: has shape"),
         (lambda: ops.contract(act.double(), inputs.contract_weight, table), "act: has dtype"),
@@ -642,16 +639,18 @@ def test_bad_input_of_backward_ops() -> None:
         ("moe_experts_backward", 0, lambda t: t[:, :5].contiguous(), "grad_y: has shape"),
         ("moe_experts_backward", 0, lambda t: t.half(), "grad_y: has dtype float16"),
         ("moe_experts_backward", 0, lambda t: t.T.contiguous().T, "grad_y: is not contiguous"),
-        ("moe_experts_backward", 9, lambda t: t[:4], "preact: has shape"),
-        ("moe_experts_backward", 9, lambda t: t.double(), "preact: has dtype float64"),
-        ("moe_experts_backward", 10, lambda t: 5, "activation: got 5, wanted 0 .. 4"),
+        ("moe_experts_backward", 12, lambda t: t[:4], "preact: has shape"),
+        ("moe_experts_backward", 12, lambda t: t.double(), "preact: has dtype float64"),
+        ("moe_experts_backward", 13, lambda t: 6, "activation: got 6, wanted 0 .. 5"),
         ("contract_backward", 0, lambda t: t[:, :5].contiguous(), "contract_weight: has shape"),
-        ("contract_backward", 2, lambda t: t[:, :5].contiguous(), "preact: has shape"),
-        ("contract_backward", 3, lambda t: t[:3], "weights: has shape"),
-        ("contract_backward", 4, lambda t: t.long(), "token_of_row: has dtype int64"),
+        ("contract_backward", 3, lambda t: t[:, :5].contiguous(), "preact: has shape"),
+        ("contract_backward", 4, lambda t: t[:3], "weights: has shape"),
+        ("contract_backward", 5, lambda t: t.long(), "token_of_row: has dtype int64"),
         ("grouped_rows", 0, lambda t: t[0], "rows: has shape"),
         ("grouped_rows", 1, lambda t: t[:, :3].contiguous(), "weight: has shape"),
         ("grouped_rows", 2, lambda t: t[:2], "offsets: has shape"),
+        ("grouped_rows", 3, lambda t: t.long(), "tiles: has dtype int64, wanted int32"),
+        ("grouped_rows", 3, lambda t: t.view(-1), "tiles: has shape"),
         ("weight_grad", 0, lambda t: t[0], "left: has shape"),
         ("weight_grad", 0, lambda t: t[:5], "offsets: ends at|left: has 5 rows"),
         ("weight_grad", 1, lambda t: t.half(), "right: has dtype float16"),
