@@ -3,7 +3,7 @@
 No site holds the global model. Expert e of layer l is taken from one of its holders, its router row
 as well (with router_scope "resident" the rows of absent experts stand still on a site), everything
 else from site 0. Tensors are called as in the model's state dict, but that experts are single:
-`blocks.0.moe.experts.3.expand_weight`, [G*N, D].
+`blocks.0.moe.experts.3.expand_weight`, [G*N, D], and so on for `Experts.parts`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from fomoe_ext.moe import MoELayer
 from fomoe_ext.placement import Placement
-
-EXPERT_PARTS = ("expand_weight", "contract_weight")
 
 
 class NamedLayer(NamedTuple):
@@ -36,7 +34,7 @@ def named_moe_layers(model: nn.Module) -> list[NamedLayer]:
 
 
 def expert_key(path: str, expert: int, part: str) -> str:
-    """Name of one expert's tensor in the global model; `part` is one of `EXPERT_PARTS`."""
+    """Name of one expert's tensor in the global model; `part` is one of `Experts.parts`."""
     return f"{path}.experts.{expert}.{part}" if path else f"experts.{expert}.{part}"
 
 
@@ -97,7 +95,7 @@ def own_global_tensors(
     stacked: set[str] = set()
     for named in named_moe_layers(model):
         residents = named.layer.experts.resident_experts
-        for part in EXPERT_PARTS:
+        for part in named.layer.experts.parts:
             stack_key = _share(named, f"experts.{part}")
             stacked.add(stack_key)
             for row, expert in enumerate(residents):
@@ -113,7 +111,7 @@ def global_names(model: nn.Module) -> set[str]:
     """Names of all tensors of the global model."""
     names = set(model.state_dict())
     for named in named_moe_layers(model):
-        for part in EXPERT_PARTS:
+        for part in named.layer.experts.parts:
             names.remove(_share(named, f"experts.{part}"))
             names.update(expert_key(named.path, e, part) for e in range(named.layer.num_experts))
     return names

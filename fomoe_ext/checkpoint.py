@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fomoe_ext.assemble import EXPERT_PARTS, expert_key, global_names, named_moe_layers
+from fomoe_ext.assemble import expert_key, global_names, named_moe_layers
 from fomoe_ext.files import write_text
 from fomoe_ext.outer.reduce import gather_objects
 
@@ -351,7 +351,7 @@ def load_global_model(path: Path, model: nn.Module) -> None:
         targets = dict(model.state_dict())
         for named in named_moe_layers(model):
             prefix = f"{named.path}." if named.path else ""
-            for part in EXPERT_PARTS:
+            for part in named.layer.experts.parts:
                 stack = targets.pop(f"{prefix}experts.{part}")
                 for row, expert in enumerate(named.layer.experts.resident_experts):
                     targets[expert_key(named.path, expert, part)] = stack[row]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-GATED_ACTIVATIONS = ("swiglu", "geglu")
+GATED_ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu")
 
 
 def _at_least(owner: str, low: float, **values: float | None) -> None:
@@ -47,8 +47,10 @@ class ModelConfig:
     """Inner width of one routed expert."""
     top_k: int = 2
     """Experts chosen per token."""
-    activation: Literal["swiglu", "geglu", "silu", "relu2", "gelu"] = "swiglu"
-    """Activation of the experts; swiglu and geglu are gated (two up projections)."""
+    activation: Literal["swiglu", "geglu", "silu", "relu2", "gelu", "clamped_swiglu"] = "swiglu"
+    """Activation of the experts; those with glu in their name are gated (two up projections)."""
+    expert_bias: bool = False
+    """Biases in the routed experts, as gpt-oss has them."""
     scoring: Literal["sigmoid", "softmax"] = "sigmoid"
     """How router logits become scores."""
     router_scope: Literal["global", "resident"] = "global"
@@ -140,10 +142,22 @@ class ParameterCounts(NamedTuple):
         return self.sparse / self.total
 
 
+def expert_matrices(config: ModelConfig, expert_size: int | None = None) -> int:
+    """Elements of the matrices of an expert, routed or (of another size) shared: G*N*D up and D*N
+    down, G = 2 for gated activations.
+    """
+    size = config.expert_size if expert_size is None else expert_size
+    return (_up_projections(config) + 1) * size * config.hidden_size
+
+
+def _up_projections(config: ModelConfig) -> int:
+    return 2 if config.activation in GATED_ACTIVATIONS else 1
+
+
 def expert_parameters(config: ModelConfig) -> int:
-    """Parameters of one routed expert: G*N*D up and D*N down, G = 2 for gated activations."""
-    up_projections = 2 if config.activation in GATED_ACTIVATIONS else 1
-    return (up_projections + 1) * config.expert_size * config.hidden_size
+    """Parameters of one routed expert: its matrices and, with biases, G*N + D more."""
+    biases = _up_projections(config) * config.expert_size + config.hidden_size
+    return expert_matrices(config) + (biases if config.expert_bias else 0)
 
 
 def count_parameters(config: ModelConfig) -> ParameterCounts:
@@ -154,9 +168,9 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     V*D + L*(4*D^2 + 2*D*N*E + D*E).
     """
     width, layers = config.hidden_size, config.num_layers
-    shared = expert_parameters(dataclasses.replace(config, expert_size=1))
+    shared = expert_matrices(config, config.shared_expert_size)
     dense = config.vocab_size * width + 2 * width
-    dense += layers * (4 * width * width + 4 * width + shared * config.shared_expert_size)
+    dense += layers * (4 * width * width + 4 * width + shared)
     return ParameterCounts(
         dense=dense,
         sparse=layers * config.num_experts * expert_parameters(config),

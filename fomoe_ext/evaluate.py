@@ -73,7 +73,7 @@ class ExpertStream:
         else:
             inputs = tokens
         y = torch.zeros_like(inputs)
-        for experts, expand, contract in self._experts(named):
+        for experts, parts in self._experts(named):
             index = torch.full((layer.num_experts,), -1, dtype=torch.int32)
             index[experts] = torch.arange(len(experts), dtype=torch.int32)
             table = ops.compact(chosen, index.to(x.device), len(experts))
@@ -81,38 +81,37 @@ class ExpertStream:
                 inputs,
                 weights,
                 table,
-                expand.to(inputs.dtype),
-                contract.to(inputs.dtype),
-                layer.experts.activation,
+                activation=layer.experts.activation,
+                **{name: part.to(inputs.dtype) for name, part in parts.items()},
             )
         if layer.shared_expert is not None:
             y = y + layer.shared_expert(tokens)
         return y.view(x.shape)
 
-    def _experts(self, named: NamedLayer) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """All experts of the layer in chunks: ids, expand [C, G*N, D] and contract [C, D, N]."""
+    def _experts(self, named: NamedLayer) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """All experts of the layer in chunks: ids, and `Experts.parts` [C, ...] by name."""
         experts = named.layer.experts
-        shapes = experts.expand_weight.shape[1:], experts.contract_weight.shape[1:]
-        one = (shapes[0].numel() + shapes[1].numel()) * experts.expand_weight.element_size()
+        shapes = {name: experts.part(name).shape[1:] for name in experts.parts}
+        one = sum(shape.numel() for shape in shapes.values()) * experts.expand_weight.element_size()
         size = max(1, min(self.placement.num_experts, self.buffer_bytes // one))
         senders = [
             responsible_site(self.placement, named.index, e) for e in range(experts.num_experts)
         ]
         order = sorted(range(experts.num_experts), key=lambda e: (senders[e], e))
-        buffers = [experts.expand_weight.new_empty(size, *shape) for shape in shapes]
+        new = experts.expand_weight.new_empty
+        buffers = {name: new(size, *shape) for name, shape in shapes.items()}
         for start in range(0, len(order), size):
             ids = order[start : start + size]
-            expand, contract = (buffer[: len(ids)] for buffer in buffers)
+            chunk = {name: buffer[: len(ids)] for name, buffer in buffers.items()}
             everywhere = self.placement.replication == self.placement.num_sites
             for row, expert in enumerate(ids):
                 if everywhere or senders[expert] == self.site:
-                    for target, source in zip(
-                        (expand, contract), experts.expert_weights(expert), strict=True
-                    ):
+                    sources = experts.expert_weights(expert)
+                    for target, source in zip(chunk.values(), sources, strict=True):
                         target[row].copy_(source)
             if not everywhere:
-                self._broadcast([senders[e] for e in ids], expand, contract)
-            yield ids, expand, contract
+                self._broadcast([senders[e] for e in ids], *chunk.values())
+            yield ids, chunk
 
     def _broadcast(self, senders: list[int], *buffers: Tensor) -> None:
         """Send the rows of the buffers from their senders (ascending) to all sites."""

@@ -11,10 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomoe_ext import ops
-from fomoe_ext.checks import an_int, at_least, one_of
+from fomoe_ext.checks import a_bool, an_int, at_least, one_of
 from fomoe_ext.seeding import fill_normal_
 
-ExpertWeights = tuple[Tensor, Tensor]  # expand [G*N, D] and contract [D, N] of one expert
+# Of one expert, in the order of `Experts.parts`: expand [G*N, D], contract [D, N] and, where there
+# are biases, theirs [G*N] and [D].
+ExpertWeights = tuple[Tensor, ...]
+_NUMBER = {2: "two", 4: "four"}
 
 
 def _resident_ids(resident_experts: Sequence[int] | None, num_experts: int) -> tuple[int, ...]:
@@ -39,13 +42,19 @@ class Experts(nn.Module):
     """The weights of the resident experts, ascending by id; no others are allocated.
 
     expand_weight: [R, G*N, D], gated: gate rows first, then up. contract_weight: [R, D, N].
+    expand_bias: [R, G*N] and contract_bias: [R, D], or None.
     resident_experts: the global ids. resident_index: int32 [E], row of each expert or -1.
     resident_ids: int64 [R], the ids as a tensor. The ids are not in the state dict: whoever loads
     one must have built the module with the same ids.
+
+    Where a weight has an attribute `main_grad`, float32 of its shape (Megatron-LM's convention),
+    the backward pass adds the weight's gradient to that, and its `grad` stays as it is.
     """
 
     expand_weight: nn.Parameter
     contract_weight: nn.Parameter
+    expand_bias: nn.Parameter | None
+    contract_bias: nn.Parameter | None
     resident_index: Tensor
     resident_ids: Tensor
 
@@ -56,6 +65,7 @@ class Experts(nn.Module):
         num_experts: int,
         *,
         activation: str = "swiglu",
+        bias: bool = False,
         resident_experts: Sequence[int] | None = None,
         layer_index: int = 0,
         seed: int = 0,
@@ -67,6 +77,7 @@ class Experts(nn.Module):
         at_least(1, hidden_size=hidden_size, expert_size=expert_size, num_experts=num_experts)
         at_least(0, layer_index=layer_index)
         an_int(seed=seed)
+        a_bool(bias=bias)
         one_of(tuple(ops.ACTIVATIONS), activation=activation)
         self.hidden_size, self.expert_size, self.num_experts = hidden_size, expert_size, num_experts
         self.activation = activation
@@ -79,6 +90,9 @@ class Experts(nn.Module):
         self.contract_weight = nn.Parameter(
             torch.empty(residents, hidden_size, expert_size, **options)
         )
+        for name, width in (("expand_bias", wide), ("contract_bias", hidden_size)):
+            lines = nn.Parameter(torch.empty(residents, width, **options)) if bias else None
+            self.register_parameter(name, lines)
         for name, size, kind in (
             ("resident_index", num_experts, torch.int32),
             ("resident_ids", residents, torch.int64),
@@ -92,8 +106,20 @@ class Experts(nn.Module):
         """R, the number of resident experts."""
         return len(self.resident_experts)
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parameters, each with a row per resident expert."""
+        weights = ("expand_weight", "contract_weight")
+        return weights if self.expand_bias is None else (*weights, "expand_bias", "contract_bias")
+
+    def part(self, name: str) -> nn.Parameter:
+        """The parameter of one of the `parts`."""
+        return self.get_parameter(name)
+
     def reset_parameters(self) -> None:
-        """Weights of deviation 1/sqrt(fan-in) that depend only on (seed, layer, expert)."""
+        """Weights of deviation 1/sqrt(fan-in) that depend only on (seed, layer, expert); zero
+        biases.
+        """
         self._write_resident_tables()
         for row, expert in enumerate(self.resident_experts):
             for weight, name in (
@@ -104,6 +130,9 @@ class Experts(nn.Module):
                 fill_normal_(
                     weight[row].detach(), fan_in**-0.5, self.seed, name, self.layer_index, expert
                 )
+        for bias in (self.expand_bias, self.contract_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
 
     def _write_resident_tables(self) -> None:
         index = [-1] * self.num_experts
@@ -115,14 +144,14 @@ class Experts(nn.Module):
             self.resident_ids.copy_(ids)
 
     def expert_weights(self, expert: int) -> ExpertWeights:
-        """Views of a resident expert's weights, expand [G*N, D] and contract [D, N].
+        """Views of a resident expert's `parts`: expand [G*N, D], contract [D, N], biases if any.
 
         Raises ValueError when the expert is not resident.
         """
         if expert not in self.resident_experts:
             raise ValueError(f"expert must be one of {self.resident_experts}, got {expert}")
         row = self.resident_experts.index(expert)
-        return self.expand_weight.detach()[row], self.contract_weight.detach()[row]
+        return tuple(self.part(name).detach()[row] for name in self.parts)
 
     @torch.no_grad()
     def set_resident_experts(
@@ -130,9 +159,9 @@ class Experts(nn.Module):
     ) -> tuple[int, ...]:
         """Changes which experts are resident, in place: the Parameter objects stay the same.
 
-        `weights` gives expand [G*N, D] and contract [D, N] for every expert that arrives (and for
-        any other that is to be overwritten); the rows of experts that stay are moved. Returns the
-        ids that arrived. Nothing is changed when an error is raised: ValueError for a different
+        `weights` gives what `expert_weights` returns for every expert that arrives (and for any
+        other that is to be overwritten); the rows of experts that stay are moved. Returns the ids
+        that arrived. Nothing is changed when an error is raised: ValueError for a different
         number of ids, ids out of range or repeated, and missing or misshapen weights.
         """
         weights = weights or {}
@@ -145,26 +174,29 @@ class Experts(nn.Module):
         missing = [e for e in arrived if e not in weights]
         if missing:
             raise ValueError(f"weights must hold the experts that arrive, {missing} are missing")
-        wanted = (tuple(self.expand_weight.shape[1:]), tuple(self.contract_weight.shape[1:]))
+        parts = [self.part(name) for name in self.parts]
+        wanted = tuple(tuple(part.shape[1:]) for part in parts)
         for expert, given in weights.items():
             if expert not in ids:
                 raise ValueError(f"weights holds expert {expert}, which is not in {ids}")
-            if len(given) != 2 or not all(isinstance(weight, Tensor) for weight in given):
+            if len(given) != len(parts) or not all(isinstance(weight, Tensor) for weight in given):
                 kinds = [type(weight).__name__ for weight in given]
-                raise TypeError(f"weights[{expert}] must be two tensors, got {kinds}")
+                raise TypeError(
+                    f"weights[{expert}] must be {_NUMBER[len(parts)]} tensors, got {kinds}"
+                )
             shapes = tuple(tuple(weight.shape) for weight in given)
             if shapes != wanted:
                 raise ValueError(f"weights[{expert}] must have the shapes {wanted}, got {shapes}")
         # What moves is copied out first: rows may swap places.
         old = {
-            row: (self.expand_weight[at].clone(), self.contract_weight[at].clone())
+            row: tuple(part[at].clone() for part in parts)
             for row, expert in enumerate(ids)
             if expert not in weights and (at := self.resident_experts.index(expert)) != row
         }
         new = old | {ids.index(expert): given for expert, given in weights.items()}
-        for row, (expand, contract) in new.items():
-            self.expand_weight[row].copy_(expand)
-            self.contract_weight[row].copy_(contract)
+        for row, values in new.items():
+            for part, value in zip(parts, values, strict=True):
+                part[row].copy_(value)
         self.resident_experts = ids
         self._write_resident_tables()
         return arrived
@@ -179,23 +211,27 @@ class Experts(nn.Module):
             x,
             weights,
             table,
-            self.expand_weight.to(x.dtype),
-            self.contract_weight.to(x.dtype),
-            self.activation,
+            activation=self.activation,
+            expand_total=getattr(self.expand_weight, "main_grad", None),
+            contract_total=getattr(self.contract_weight, "main_grad", None),
+            **{name: self.part(name).to(x.dtype) for name in self.parts},
         )
         return y, table
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.hidden_size}, {self.expert_size}, resident={self.num_resident}/"
-            f"{self.num_experts}, activation={self.activation}"
-        )
+        text = f"{self.hidden_size}, {self.expert_size}, resident={self.num_resident}/"
+        text += f"{self.num_experts}, activation={self.activation}"
+        return text if self.expand_bias is None else text + ", bias=True"
 
 
 def _activate(preact: Tensor, activation: str) -> Tensor:
     up: Tensor | None = None
     if ops.is_gated(activation):
         preact, up = preact.chunk(2, dim=-1)
+    if activation == "clamped_swiglu":
+        assert up is not None
+        gate = preact.clamp(max=7.0)
+        return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
     if activation in ("swiglu", "silu"):
         act = F.silu(preact)
     elif activation in ("geglu", "gelu"):

@@ -132,6 +132,7 @@ class Block(nn.Module):
             config.num_experts,
             config.top_k,
             activation=config.activation,
+            bias=config.expert_bias,
             scoring=config.scoring,
             router_scope=config.router_scope,
             resident_experts=residents,
@@ -265,13 +266,17 @@ def parameter_kinds(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]
 
 
 def optimizer_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict]:
-    """Parameter groups for torch.optim: matrices with `weight_decay`, vectors (norm gains) without.
+    """Parameter groups for torch.optim: matrices with `weight_decay`; vectors, which are norm gains
+    and biases, without.
 
     Raises ValueError for a negative `weight_decay`.
     """
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay must be >= 0, got {weight_decay}")
-    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    plain = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    experts = [module.experts for module in model.modules() if isinstance(module, MoELayer)]
+    biases = {id(bias) for e in experts for bias in (e.expand_bias, e.contract_bias)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.dim() > 1 and id(p) not in biases]
+    plain = [p for p in trained if p.dim() <= 1 or id(p) in biases]
     groups = [(decayed, weight_decay), (plain, 0.0)]
     return [{"params": params, "weight_decay": decay} for params, decay in groups if params]

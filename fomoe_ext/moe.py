@@ -169,7 +169,10 @@ class MoELayer(nn.Module):
         num_experts: int,
         top_k: int,
         *,
-        activation: Literal["swiglu", "geglu", "silu", "relu2", "gelu"] = "swiglu",
+        activation: Literal[
+            "swiglu", "geglu", "silu", "relu2", "gelu", "clamped_swiglu"
+        ] = "swiglu",
+        bias: bool = False,
         scoring: Literal["sigmoid", "softmax"] = "sigmoid",
         router_scope: Literal["global", "resident"] = "global",
         resident_experts: Sequence[int] | None = None,
@@ -194,7 +197,9 @@ class MoELayer(nn.Module):
             expert_size: N, inner width of an expert.
             num_experts: E, experts over all sites.
             top_k: K, experts chosen per token.
-            activation: swiglu and geglu are gated (G = 2).
+            activation: a key of `ops.ACTIVATIONS`; swiglu, geglu and clamped_swiglu are gated
+                (G = 2).
+            bias: the routed experts have biases, 0 at first, in both of their layers.
             scoring: how logits become scores.
             router_scope: "global" chooses among all experts and skips those not resident,
                 "resident" chooses min(K, R) among the resident ones.
@@ -243,6 +248,7 @@ class MoELayer(nn.Module):
             expert_size,
             num_experts,
             activation=activation,
+            bias=bias,
             resident_experts=resident_experts,
             **common,
         )

@@ -20,6 +20,7 @@ from fomoe_ext.config import (
     ParameterCounts,
     TrainConfig,
     count_parameters,
+    expert_matrices,
     expert_parameters,
 )
 from fomoe_ext.placement import Placement
@@ -267,12 +268,11 @@ def flops_per_token(model: ModelConfig, resident_share: float = 1.0) -> TokenFlo
         slots = model.top_k * resident_share
     else:
         slots = min(model.top_k, model.num_experts * resident_share)
-    per_unit = expert_parameters(model) / model.expert_size
     return TokenFlops(
         attention=layers * (8.0 * width**2 + 2.0 * (model.seq_len + 1) * width),
         router=layers * 2.0 * model.num_experts * width,
-        experts=layers * slots * 2.0 * expert_parameters(model),
-        shared_experts=layers * 2.0 * per_unit * model.shared_expert_size,
+        experts=layers * slots * 2.0 * expert_matrices(model),
+        shared_experts=layers * 2.0 * expert_matrices(model, model.shared_expert_size),
         unembedding=2.0 * model.vocab_size * width,
     )
 

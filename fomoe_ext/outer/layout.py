@@ -1,8 +1,8 @@
 """Layout: which piece of which tensor travels with which owner group, the same order everywhere.
 
-A piece is a whole dense tensor, a router row, or one expert's part of a stacked weight. All pieces
-of one owner set form one flat vector; every member has the same pieces at the same places in it,
-whatever rows of its stacked weights they are. The outer optimizer works on that vector, so that
+A piece is a whole dense tensor, a router row, or one expert's part of a stacked weight or bias. All
+pieces of one owner set form one flat vector; every member has the same pieces at the same places in
+it, whatever rows of its stacked weights they are. The outer optimizer works on that vector, so that
 the members get the same bits even where vector and scalar instructions round differently.
 """
 
@@ -21,8 +21,6 @@ from fomoe_ext.placement import Owners, Placement
 
 if TYPE_CHECKING:
     from fomoe_ext.moe import MoELayer
-
-EXPERT_PARTS = ("expand_weight", "contract_weight")
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ def parameter_pieces(
     everyone = tuple(range(placement.num_sites))
     layers = find_moe_layers(model)
     special = {id(layer.router.weight) for _, layer in layers}
-    special |= {id(getattr(layer.experts, part)) for _, layer in layers for part in EXPERT_PARTS}
+    special |= {id(parameter) for _, layer in layers for parameter in layer.experts.parameters()}
     pieces = [
         Piece(name, p, None, everyone, everyone)
         for name, p in model.named_parameters()
@@ -153,11 +151,11 @@ def parameter_pieces(
     for index, (path, layer) in enumerate(layers):
         for row, expert in enumerate(layer.experts.resident_experts):
             owners = placement.owners(index, expert)
-            for part in EXPERT_PARTS:
-                weight = getattr(layer.experts, part)
-                if weight.requires_grad:
+            for part in layer.experts.parts:
+                stack = layer.experts.part(part)
+                if stack.requires_grad:
                     key = _join(path, f"experts.{expert}.{part}")
-                    pieces.append(Piece(key, weight, row, owners, owners, (index, expert)))
+                    pieces.append(Piece(key, stack, row, owners, owners, (index, expert)))
     return pieces
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fomoe_ext.outer import optimizer as opt
-from fomoe_ext.outer.layout import EXPERT_PARTS, Piece, find_moe_layers
+from fomoe_ext.outer.layout import Piece, find_moe_layers
 from fomoe_ext.placement import Placement, Transfer
 
 if TYPE_CHECKING:
@@ -139,12 +139,12 @@ def _change_residents(sync: OuterSync, layer: MoELayer, residents: tuple[int, ..
     if residents == old:
         return
     arrived = [e for e in residents if e not in old]
-    blank = [torch.zeros_like(getattr(experts, part)[0]) for part in EXPERT_PARTS]
-    layer.set_resident_experts(residents, dict.fromkeys(arrived, (blank[0], blank[1])))
+    blank = tuple(torch.zeros_like(experts.part(name)[0]) for name in experts.parts)
+    layer.set_resident_experts(residents, dict.fromkeys(arrived, blank))
     sources = [old.index(e) if e in old else None for e in residents]
-    for part in EXPERT_PARTS:
-        opt.move_state_rows(optimizer, getattr(experts, part), sources)
-        getattr(experts, part).grad = None
+    for name in experts.parts:
+        opt.move_state_rows(optimizer, experts.part(name), sources)
+        experts.part(name).grad = None
     if layer.router_scope == "resident":
         rows = [None if e in arrived else e for e in range(layer.num_experts)]
         opt.move_state_rows(optimizer, layer.router.weight, rows)
