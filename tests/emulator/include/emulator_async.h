@@ -21,4 +21,20 @@ void bulk_wait_read(unsigned pending);
 void bulk_wait(unsigned pending);
 void fence_proxy_async();
 
+// What the driver packs into a CUtensorMap: a tensor of three dimensions, innermost first, and the
+// box that is loaded at a time. 128-byte swizzle, zeros outside.
+struct alignas(64) TensorMap {
+  uint64_t magic;
+  const unsigned char* base;
+  int64_t element_bytes;
+  int64_t sizes[3];    // in elements
+  int64_t strides[2];  // of dimensions 1 and 2, in bytes
+  int32_t box[3];      // in elements
+};
+constexpr uint64_t kTensorMapWord = 0x74656e736f726d61ull;
+
+void tensor_load(void* shared, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2,
+                 Here here);
+void prefetch_tensor_map(const TensorMap* map, Here here);
+
 }  // namespace fomoe::emulator

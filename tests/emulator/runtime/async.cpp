@@ -3,13 +3,14 @@
 //
 // Bulk copies belong to the async proxy. It has its own view of shared memory, which ordinary
 // stores do not reach until fence.proxy.async: a shadow of each array.
+#include "async.h"
+
 #include <cstring>
 #include <deque>
 #include <map>
 
 #include "../include/emulator_async.h"
 #include "sanitizers.h"
-#include "scheduler.h"
 
 namespace fomoe::emulator {
 
@@ -23,11 +24,17 @@ struct Copy {
   bool landed;
 };
 
+struct Load {
+  unsigned char* to;
+  size_t bytes;
+  std::function<void(unsigned char*)> fill;
+};
+
 struct Mbarrier {
   unsigned count, pending;
   int64_t bytes = 0;  // still expected
   unsigned phase = 0;
-  std::deque<Copy> loads;  // that have not landed
+  std::deque<Load> loads;  // that have not landed
 };
 
 struct Group {
@@ -49,6 +56,9 @@ struct AsyncState {
   std::map<unsigned, Groups> copies, stores;  // by thread
   std::map<uint64_t*, Mbarrier> mbarriers;
   std::map<const unsigned char*, std::vector<unsigned char>> shadows;  // by start of an array
+  std::map<unsigned, uint32_t> fenced;  // by warp: lanes that have fenced, but not yet all
+  bool stale = false;                   // a fence has not reached the shadows yet
+  std::shared_ptr<Warpgroups> warpgroups;
 };
 
 AsyncState* make_async_state() { return new AsyncState; }
@@ -57,14 +67,6 @@ void free_async_state(AsyncState* state) { delete state; }
 namespace {
 
 AsyncState& state() { return *self()->block->async; }
-
-bool lands_now() {
-  switch (schedule().arrival) {
-    case Arrival::early: return true;
-    case Arrival::late: return false;
-    default: return random_source().below(2) == 0;
-  }
-}
 
 // The array of shared memory that holds [p, p + bytes), or null.
 const SharedArray* array_of(const void* p, size_t bytes) {
@@ -81,26 +83,22 @@ const SharedArray* array_of(const void* p, size_t bytes) {
   return &dynamic;
 }
 
-// What the async proxy sees at a place of shared memory.
-unsigned char* proxy_view(const unsigned char* p, size_t bytes) {
+unsigned char* shadow_of(const unsigned char* p, size_t bytes) {
   const SharedArray* array = array_of(p, bytes);
   auto [place, is_new] = state().shadows.try_emplace(array->memory);
   if (is_new) place->second.assign(array->bytes, 0xff);
   return place->second.data() + (p - array->memory);
 }
 
-void check_shared(const char* name, const void* p, size_t bytes, Here here) {
-  if (uintptr_t(p) % 16 != 0) fail(here, "%s: shared address %p is not aligned to 16", name, p);
-  if (array_of(p, bytes) == nullptr)
-    fail(here, "%s: %zu bytes at %p are not within one array of shared memory", name, bytes, p);
-}
-
-void check_global(const char* name, const void* p, size_t bytes, Here here) {
-  if (uintptr_t(p) % 16 != 0) fail(here, "%s: global address %p is not aligned to 16", name, p);
-  if (!__asan_region_is_poisoned) return;
-  if (const void* bad = __asan_region_is_poisoned(const_cast<void*>(p), bytes))
-    fail(here, "%s: byte %td of %zu in global memory may not be touched", name,
-         static_cast<const char*>(bad) - static_cast<const char*>(p), bytes);
+// The async proxy sees all that is in shared memory now.
+void refresh_shadows() {
+  const auto refresh = [](const unsigned char* memory, size_t bytes) {
+    if (memory != nullptr) std::memcpy(shadow_of(memory, bytes), memory, bytes);
+  };
+  const Block& block = *self()->block;
+  for (const SharedArray& array : block.arrays) refresh(array.memory, array.bytes);
+  refresh(block.dynamic, block.dynamic_bytes);
+  state().stale = false;
 }
 
 // To TSan the thread that issues a copy is who reads and writes.
@@ -122,7 +120,7 @@ void land(Copy& copy) {
 void land_store(Copy& copy) {
   if (copy.landed) return;
   copy.landed = true;
-  std::memcpy(copy.to, proxy_view(copy.from, copy.bytes), copy.bytes);
+  std::memcpy(copy.to, proxy_sees(copy.from, copy.bytes), copy.bytes);
 }
 
 template <class Land>
@@ -152,15 +150,47 @@ void finish_phase(Mbarrier& barrier) {
 }
 
 void land_load(Mbarrier& barrier) {
-  Copy copy = barrier.loads.front();
+  const Load load = std::move(barrier.loads.front());
   barrier.loads.pop_front();
-  land(copy);
-  std::memcpy(proxy_view(copy.to, copy.bytes), copy.to, copy.bytes);
-  barrier.bytes -= int64_t(copy.bytes);
+  load.fill(load.to);
+  std::memcpy(shadow_of(load.to, load.bytes), load.to, load.bytes);
+  barrier.bytes -= int64_t(load.bytes);
   finish_phase(barrier);
 }
 
 }  // namespace
+
+bool lands_now() {
+  switch (schedule().arrival) {
+    case Arrival::early: return true;
+    case Arrival::late: return false;
+    default: return random_source().below(2) == 0;
+  }
+}
+
+const unsigned char* proxy_sees(const void* p, size_t bytes) {
+  if (array_of(p, bytes) == nullptr) return nullptr;
+  if (state().stale) refresh_shadows();
+  return shadow_of(static_cast<const unsigned char*>(p), bytes);
+}
+
+void check_shared(const char* name, const void* p, size_t bytes, size_t alignment, Here here) {
+  if (uintptr_t(p) % alignment != 0)
+    fail(here, "%s: shared address %p is not aligned to %zu", name, p, alignment);
+  if (array_of(p, bytes) == nullptr)
+    fail(here, "%s: %zu bytes at %p are not within one array of shared memory", name, bytes, p);
+}
+
+void check_global(const char* name, const void* p, size_t bytes, size_t alignment, Here here) {
+  if (uintptr_t(p) % alignment != 0)
+    fail(here, "%s: global address %p is not aligned to %zu", name, p, alignment);
+  if (!__asan_region_is_poisoned) return;
+  if (const void* bad = __asan_region_is_poisoned(const_cast<void*>(p), bytes))
+    fail(here, "%s: byte %td of %zu in global memory may not be touched", name,
+         static_cast<const char*>(bad) - static_cast<const char*>(p), bytes);
+}
+
+std::shared_ptr<Warpgroups>& warpgroups_of(const Block& block) { return block.async->warpgroups; }
 
 // ---- cp.async ------------------------------------------------------------------------------------
 
@@ -168,8 +198,8 @@ void async_copy_16(void* shared, const void* global, bool valid, Here here) {
   constexpr size_t kBytes = 16;
   {
     Unseen unseen;
-    check_shared("cp.async", shared, kBytes, here);
-    if (valid) check_global("cp.async", global, kBytes, here);
+    check_shared("cp.async", shared, kBytes, kBytes, here);
+    if (valid) check_global("cp.async", global, kBytes, kBytes, here);
   }
   announce(valid ? global : nullptr, shared, kBytes);
   Unseen unseen;
@@ -243,28 +273,36 @@ void check_bulk(const char* name, const void* shared, const void* global, unsign
                 Here here) {
   if (bytes == 0 || bytes % 16 != 0)
     fail(here, "%s: %u bytes, wanted a positive multiple of 16", name, bytes);
-  check_shared(name, shared, bytes, here);
-  check_global(name, global, bytes, here);
+  check_shared(name, shared, bytes, 16, here);
+  check_global(name, global, bytes, 16, here);
 }
 
 }  // namespace
 
-void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* barrier, Here here) {
-  {
-    Unseen unseen;
-    check_bulk("cp.async.bulk", shared, global, bytes, here);
-    mbarrier_at(barrier, "cp.async.bulk", here);
-  }
-  announce(global, shared, bytes);
+void load_by_proxy(const char* name, void* shared, size_t bytes, uint64_t* barrier,
+                   std::function<void(unsigned char*)> fill, Here here) {
+  if (__tsan_write_range) __tsan_write_range(shared, bytes);
   release(barrier);
   Unseen unseen;
-  Mbarrier& b = mbarrier_at(barrier, "cp.async.bulk", here);
-  std::memset(shared, 0xff, bytes);
-  std::memset(proxy_view(static_cast<unsigned char*>(shared), bytes), 0xff, bytes);
-  b.loads.push_back({static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global),
-                     bytes, false});
+  Mbarrier& b = mbarrier_at(barrier, name, here);
+  auto* to = static_cast<unsigned char*>(shared);
+  std::memset(to, 0xff, bytes);
+  std::memset(shadow_of(to, bytes), 0xff, bytes);
+  b.loads.push_back({to, bytes, std::move(fill)});
   if (lands_now())
     while (!b.loads.empty()) land_load(b);
+}
+
+void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* barrier, Here here) {
+  constexpr const char* kName = "cp.async.bulk";
+  {
+    Unseen unseen;
+    check_bulk(kName, shared, global, bytes, here);
+    mbarrier_at(barrier, kName, here);
+  }
+  if (__tsan_read_range) __tsan_read_range(const_cast<void*>(global), bytes);
+  const auto fill = [=](unsigned char* to) { std::memcpy(to, global, bytes); };
+  load_by_proxy(kName, shared, bytes, barrier, fill, here);
 }
 
 void bulk_store(void* global, const void* shared, unsigned bytes, Here here) {
@@ -292,14 +330,21 @@ void bulk_wait_read(unsigned pending) {
 
 void bulk_wait(unsigned pending) { bulk_wait_read(pending); }
 
+// To copy all of shared memory for every thread would take most of a launch's time. The fences of a
+// warp act together, when its last lane has come; or when the async proxy looks, if that is earlier.
 void fence_proxy_async() {
   Unseen unseen;
-  Block& block = *self()->block;
-  const auto refresh = [&](const unsigned char* memory, size_t bytes) {
-    if (memory != nullptr) std::memcpy(proxy_view(memory, bytes), memory, bytes);
-  };
-  for (const SharedArray& array : block.arrays) refresh(array.memory, array.bytes);
-  refresh(block.dynamic, block.dynamic_bytes);
+  const Fiber& me = *self();
+  AsyncState& s = state();
+  uint32_t& lanes = s.fenced[me.warp];
+  const uint32_t mine = 1u << me.lane, live = me.block->warps[me.warp].live;
+  s.stale = true;
+  if ((lanes & mine) == 0 && ((lanes | mine) & live) != live) {
+    lanes |= mine;
+    return;
+  }
+  lanes = 0;
+  refresh_shadows();
 }
 
 std::string unfinished(const Block& block) {
@@ -315,6 +360,7 @@ std::string unfinished(const Block& block) {
     if (barrier.bytes != 0)
       return "an mbarrier that expects " + std::to_string(barrier.bytes) + " more bytes";
   }
+  if (block.async->warpgroups != nullptr) return unfinished(*block.async->warpgroups);
   return {};
 }
 

@@ -420,7 +420,9 @@ void* shared_array(const void* key, size_t bytes) {
   size_t used = block.dynamic_bytes;
   for (const SharedArray& array : block.arrays) used += array.bytes;
   const size_t arrays = used - block.dynamic_bytes + bytes;
-  if (arrays > kDefaultShared || used + bytes > most_shared(machine().launch->kernel))
+  // A kernel that may have more dynamic shared memory may have all there is in total.
+  const bool raised = most_shared(machine().launch->kernel) > kDefaultShared;
+  if (arrays > kDefaultShared || used + bytes > (raised ? kMostShared : kDefaultShared))
     fail({},
          "%zu bytes of shared memory in arrays and %zu dynamic ones, more than a block may have",
          arrays, block.dynamic_bytes);

@@ -1,0 +1,87 @@
+// Loads of boxes of a tensor by the async proxy (cp.async.bulk.tensor).
+#include <cstring>
+
+#include "../include/emulator_async.h"
+#include "async.h"
+#include "sanitizers.h"
+
+namespace fomoe::emulator {
+namespace {
+
+constexpr int64_t kRowBytes = 128;  // the innermost dimension of a box
+constexpr size_t kPatternBytes = 1024;
+
+struct Box {
+  TensorMap map;
+  int64_t at[3];
+
+  // Elements of a row that lie in the tensor: [first, first + count).
+  int64_t first() const { return std::min(std::max<int64_t>(-at[0], 0), int64_t(map.box[0])); }
+  int64_t count() const {
+    const int64_t end = std::min<int64_t>(map.box[0], map.sizes[0] - at[0]);
+    return std::max<int64_t>(end - first(), 0);
+  }
+
+  // Calls body(row of the box, its first element in the tensor), null for a row of zeros.
+  template <class Body>
+  void for_rows(const Body& body) const {
+    for (int64_t plane = 0, row = 0; plane < map.box[2]; ++plane) {
+      for (int64_t line = 0; line < map.box[1]; ++line, ++row) {
+        const int64_t y = at[1] + line, z = at[2] + plane;
+        const bool inside = y >= 0 && y < map.sizes[1] && z >= 0 && z < map.sizes[2] && count() > 0;
+        body(row, inside ? map.base + z * map.strides[1] + y * map.strides[0] +
+                               (at[0] + first()) * map.element_bytes
+                         : nullptr);
+      }
+    }
+  }
+
+  size_t bytes() const { return size_t(kRowBytes * map.box[1] * map.box[2]); }
+  size_t first_byte() const { return size_t(first() * map.element_bytes); }
+  size_t row_bytes() const { return size_t(count() * map.element_bytes); }
+
+  // Chunks of 16 bytes change places within a row: chunk c of row r stands at c ^ r % 8.
+  void write(unsigned char* to) const {
+    for_rows([&](int64_t row, const unsigned char* from) {
+      unsigned char line[kRowBytes] = {};
+      if (from != nullptr) std::memcpy(line + first_byte(), from, row_bytes());
+      for (int64_t chunk = 0; chunk < kRowBytes / 16; ++chunk)
+        std::memcpy(to + row * kRowBytes + (chunk ^ row % 8) * 16, line + chunk * 16, 16);
+    });
+  }
+};
+
+void check_map(const char* name, const TensorMap* map, Here here) {
+  if (uintptr_t(map) % alignof(TensorMap) != 0 || map->magic != kTensorMapWord)
+    fail(here, "%s: %p is not a tensor map", name, static_cast<const void*>(map));
+}
+
+}  // namespace
+
+void tensor_load(void* shared, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2,
+                 Here here) {
+  constexpr const char* kName = "cp.async.bulk.tensor";
+  Box box;
+  {
+    Unseen unseen;
+    check_map(kName, map, here);
+    box = {*map, {c0, c1, c2}};
+    check_shared(kName, shared, box.bytes(), kPatternBytes, here);
+    box.for_rows([&](int64_t, const unsigned char* from) {
+      if (from != nullptr) check_global(kName, from, box.row_bytes(), 1, here);
+    });
+  }
+  if (__tsan_read_range) {
+    box.for_rows([&](int64_t, const unsigned char* from) {
+      if (from != nullptr) __tsan_read_range(const_cast<unsigned char*>(from), box.row_bytes());
+    });
+  }
+  const auto fill = [box](unsigned char* to) { box.write(to); };
+  load_by_proxy(kName, shared, box.bytes(), barrier, fill, here);
+}
+
+void prefetch_tensor_map(const TensorMap* map, Here here) {
+  check_map("prefetch.tensormap", map, here);
+}
+
+}  // namespace fomoe::emulator
