@@ -71,9 +71,9 @@ def pieces(
         for expert, row in enumerate(of(layer.router.weight).detach()):
             result["router", index, expert] = row.clone()
         for row, expert in enumerate(layer.experts.resident_experts):
-            for part in ("expand_weight", "contract_weight"):
-                weight = of(getattr(layer.experts, part))
-                result["expert", index, expert, part] = weight.detach()[row].clone()
+            for part in layer.experts.parts:
+                stack = of(layer.experts.part(part))
+                result["expert", index, expert, part] = stack.detach()[row].clone()
     for name, parameter in model.named_parameters():
         if id(parameter) not in special:
             result["dense", name] = of(parameter).detach().clone()

@@ -30,6 +30,8 @@ CONFIG = ModelConfig(
     num_experts=6,
     expert_size=5,
     top_k=2,
+    activation="clamped_swiglu",
+    expert_bias=True,
 )
 
 
@@ -38,12 +40,23 @@ def place(num_sites: int, replication: int) -> Placement:
 
 
 def site_model(num_sites: int, replication: int, site: int) -> LanguageModel:
-    return LanguageModel(CONFIG, place(num_sites, replication), site, seed=3)
+    return with_biases(LanguageModel(CONFIG, place(num_sites, replication), site, seed=3))
 
 
 def full_model() -> LanguageModel:
     """The same model with all experts; its bits do not depend on who holds what."""
-    return LanguageModel(CONFIG, seed=3)
+    return with_biases(LanguageModel(CONFIG, seed=3))
+
+
+@torch.no_grad()
+def with_biases(model: LanguageModel) -> LanguageModel:
+    """Biases that depend on layer and expert, instead of zeros."""
+    for index, layer in enumerate(model.moe_layers()):
+        for expert in layer.experts.resident_experts:
+            _, _, *biases = layer.experts.expert_weights(expert)
+            for part, bias in enumerate(biases):
+                bias += torch.linspace(-1, 1 + part, bias.numel()) * (1 + expert - 3 * index)
+    return model
 
 
 def save(
@@ -97,7 +110,7 @@ def test_the_global_model_comes_back(tmp_path, num_sites, replication):
         assert torch.equal(value, wanted[name]), name
     part = LanguageModel(CONFIG, place(3, 1), 1, seed=4)
     ckpt.load_global_model(path, part)
-    reference = LanguageModel(CONFIG, place(3, 1), 1, seed=3)
+    reference = site_model(3, 1, 1)
     for name, value in part.state_dict().items():
         assert torch.equal(value, reference.state_dict()[name]), name
     for site in range(num_sites):

@@ -271,9 +271,10 @@ def test_only_resident_experts_are_allocated(sites: int, replication: int) -> No
         SMALL,
         small(activation="silu", shared_expert_size=12),
         small(activation="geglu", shared_expert_size=5, num_experts=5),
+        small(activation="clamped_swiglu", shared_expert_size=5, expert_bias=True),
         PRESETS["tiny"][0],
     ],
-    ids=["small", "plain", "shared", "tiny"],
+    ids=["small", "plain", "shared", "biases", "tiny"],
 )
 def test_counted_parameters_are_the_built_ones(config: ModelConfig) -> None:
     kinds = parameter_kinds(LanguageModel(config, device="meta"))
@@ -358,12 +359,14 @@ def test_same_input_twice_gives_the_same_bits() -> None:
 
 
 def test_optimizer_groups() -> None:
-    model = LanguageModel(small(shared_expert_size=12))
+    model = LanguageModel(small(shared_expert_size=12, expert_bias=True))
     decayed, plain = optimizer_groups(model, 0.1)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     ids = [id(p) for group in (decayed, plain) for p in group["params"]]
     assert sorted(ids) == sorted(map(id, model.parameters()))
-    assert {p.dim() for p in plain["params"]} == {1}
+    names = {name for name, p in model.named_parameters() if any(p is q for q in plain["params"])}
+    assert {name.rpartition(".")[2] for name in names} == {"weight", "expand_bias", "contract_bias"}
+    assert all(p.dim() == 1 for p in plain["params"] if p.shape[0] != SMALL.num_experts)
     model.embedding.requires_grad_(False)
     assert len(optimizer_groups(model)[0]["params"]) == len(decayed["params"]) - 1
     for bad in (-0.1, math.nan):

@@ -21,7 +21,7 @@ from fomoe_ext import balance, ops
 from fomoe_ext.moe import Experts, MoELayer, Router
 from fomoe_ext.seeding import fill_normal_
 
-ACTIVATIONS = ("swiglu", "geglu", "silu", "relu2", "gelu")
+ACTIVATIONS = ("swiglu", "geglu", "silu", "relu2", "gelu", "clamped_swiglu")
 # Normalised error allowed: two roundings of the storage type.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
@@ -53,6 +53,10 @@ def normalised_error(got: Tensor, wanted: Tensor) -> float:
 
 
 def activate(preact: Tensor, activation: str) -> Tensor:
+    if activation == "clamped_swiglu":
+        gate, up = preact.chunk(2, dim=-1)
+        gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+        return (up + 1) * gate * torch.sigmoid(gate * 1.702)
     if activation in ("swiglu", "geglu"):
         gate, up = preact.chunk(2, dim=-1)
         return (F.silu(gate) if activation == "swiglu" else F.gelu(gate, approximate="tanh")) * up
@@ -86,8 +90,13 @@ def dense_layer(layer: MoELayer, x: Tensor, params: dict[str, Tensor], logits: T
     gates = torch.zeros_like(own).scatter(1, chosen, gates * router.scale)
     y = torch.zeros_like(x)
     for row, expert in enumerate(residents):
-        act = activate(x @ params["experts.expand_weight"][row].T, experts.activation)
-        y = y + gates[:, expert, None] * (act @ params["experts.contract_weight"][row].T)
+        preact = x @ params["experts.expand_weight"][row].T
+        if experts.expand_bias is not None:
+            preact = preact + params["experts.expand_bias"][row]
+        out = activate(preact, experts.activation) @ params["experts.contract_weight"][row].T
+        if experts.contract_bias is not None:
+            out = out + params["experts.contract_bias"][row]
+        y = y + gates[:, expert, None] * out
     if layer.shared_expert is not None:
         act = activate(x @ params["shared_expert.expand.weight"].T, experts.activation)
         y = y + act @ params["shared_expert.contract.weight"].T

@@ -11,6 +11,7 @@ from outer_model import (
     EXPERTS,
     HIDDEN,
     LAYERS,
+    SIZE,
     SmallModel,
     assert_same_bits,
     bits,
@@ -60,7 +61,7 @@ def reshuffle_once(
     site: int, num_sites: int, replication: int, scope: str, optimizer: str
 ) -> dict[str, Any]:
     old, new = drawn(num_sites, replication, 0), drawn(num_sites, replication, 1)
-    model = SmallModel(old, site, scope, balance="bias")
+    model = SmallModel(old, site, scope, balance="bias", bias=True)
     inner = torch.optim.AdamW(model.parameters(), lr=0.05)
     sync = OuterSync(
         model, old, site, optimizer=optimizer, inner_optimizer=inner, bucket_bytes=3000
@@ -149,7 +150,8 @@ def test_content_follows_the_expert(
 def check_bytes(
     answers: list[Any], old: Placement, new: Placement, scope: str, optimizer: str
 ) -> None:
-    sizes = wire.Sizes(dense=0, expert=3 * 5 * HIDDEN, router_row=HIDDEN)
+    expert = 3 * SIZE * HIDDEN + 2 * SIZE + HIDDEN  # matrices and biases
+    sizes = wire.Sizes(dense=0, expert=expert, router_row=HIDDEN)
     for site, answer in enumerate(answers):
         sent = wire.reshuffle_bytes(
             old,
@@ -161,7 +163,7 @@ def check_bytes(
             selection_bias=True,
         )
         assert answer["report"].bytes_sent == sent
-        floats = 3 * 5 * HIDDEN + (HIDDEN if scope == "resident" else 0)
+        floats = expert + (HIDDEN if scope == "resident" else 0)
         floats *= 2 if optimizer == "diloco" else 1
         floats += scope == "resident"
         moves = sum(t.source == site for t in old.transfers(new))

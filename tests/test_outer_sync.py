@@ -224,7 +224,7 @@ def train_all_cases(
 def train_case(
     site: int, placement: Placement, scope: str, case: Case, groups: SiteGroups
 ) -> tuple[list[Round], dict[Any, str]]:
-    model = SmallModel(placement, site, scope)
+    model = SmallModel(placement, site, scope, bias=True)
     inner = torch.optim.AdamW(model.parameters(), lr=0.05)
     sync = OuterSync(
         model,
@@ -332,11 +332,11 @@ def test_same_bits_right_values_and_counted_bytes(
 ) -> None:
     answers = pool().run(num_sites, train_all_cases, replication, scope)
     placement = place(num_sites, replication)
-    model = SmallModel(placement, 0, scope)
+    model = SmallModel(placement, 0, scope, bias=True)
     experts = model.layers[0].experts
     sizes = wire.Sizes(
         dense=model.first.numel() + 1,
-        expert=experts.expand_weight[0].numel() + experts.contract_weight[0].numel(),
+        expert=sum(part[0].numel() for part in experts.parameters()),
         router_row=HIDDEN,
     )
     for index, case in enumerate(CASES):

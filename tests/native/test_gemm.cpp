@@ -108,6 +108,11 @@ void expect(double got, double wanted, double scale, DType dtype, const char* wh
 double activation_of(Activation a, double x, double* slope) {
   const double s = 1 / (1 + std::exp(-x));
   switch (a) {
+    case Activation::clamped_swiglu: {
+      const double g = std::min(x, 7.0), gs = 1 / (1 + std::exp(-1.702 * g));
+      *slope = x > 7 ? 0 : gs + 1.702 * g * gs * (1 - gs);
+      return g * gs;
+    }
     case Activation::swiglu:
     case Activation::silu: *slope = s + x * s * (1 - s); return x * s;
     case Activation::relu2: *slope = x > 0 ? 2 * x : 0; return x > 0 ? x * x : 0;
@@ -119,6 +124,14 @@ double activation_of(Activation a, double x, double* slope) {
     }
   }
   std::abort();
+}
+
+// What the up projection counts for beside the activated gate.
+double up_of(Activation a, double up, double* slope) {
+  *slope = 1;
+  if (a != Activation::clamped_swiglu) return up;
+  if (std::abs(up) > 7) *slope = 0;
+  return std::clamp(up, -7.0, 7.0) + 1;
 }
 
 struct Case {
@@ -166,11 +179,24 @@ void check_activation(Activation activation) {
     x[size_t(i)] = std::uniform_real_distribution<float>(i % 2 ? -1.0f : -120.0f,
                                                          i % 2 ? 1.0f : 120.0f)(generator);
   }
-  cpu::expand({x.data(), weight.data(), index.data(), offsets.data(), DType::f32, 1, 1, 1,
-               activation, act.data(), nullptr});
+  cpu::expand({.x = x.data(),
+               .weight = weight.data(),
+               .bias = nullptr,
+               .token_of_row = index.data(),
+               .offsets = offsets.data(),
+               .tiles = nullptr,
+               .dtype = DType::f32,
+               .residents = 1,
+               .tokens = kCount,
+               .slots = kCount,
+               .hidden = 1,
+               .expert_size = 1,
+               .activation = activation,
+               .act = act.data(),
+               .preact = nullptr});
   for (int i = 0; i < kCount; ++i) {
     double unused, wanted = activation_of(activation, x[size_t(i)], &unused);
-    if (is_gated(activation)) wanted *= x[size_t(i)];
+    if (is_gated(activation)) wanted *= up_of(activation, x[size_t(i)], &unused);
     const double error = std::abs(act[size_t(i)] - wanted);
     // Where the tail of GELU cancels, relative to the argument instead.
     const double scale = std::abs(wanted) + std::abs(x[size_t(i)]) * 1e-2;
@@ -189,17 +215,45 @@ std::pair<double, double> dot(int64_t n, A a, B b) {
   return {sum, scale};
 }
 
-void check_forward(const Case& c, const Matrix& x, const Matrix& w, const Matrix& wc, Matrix& act,
-                   Matrix& preact) {
+// Biases are of one row per resident, or have none.
+const void* data_of(const Matrix& bias) { return bias.rows > 0 ? bias.bytes.data() : nullptr; }
+double at(const Matrix& bias, int64_t expert, int64_t column) {
+  return bias.rows > 0 ? bias(expert, column) : 0;
+}
+
+void check_forward(const Case& c, const Matrix& x, const Matrix& w, const Matrix& wc,
+                   const Matrix& bias, const Matrix& bias_c, Matrix& act, Matrix& preact) {
   const int64_t n = c.size, g = is_gated(c.activation) ? 2 : 1;
   const int64_t before = cpu::expand_rows_computed();
-  cpu::expand({x.bytes.data(), w.bytes.data(), c.token_of_row.data(), c.offsets.data(), c.dtype,
-               c.residents(), c.hidden, n, c.activation, act.bytes.data(), preact.bytes.data()});
+  cpu::expand({.x = x.bytes.data(),
+               .weight = w.bytes.data(),
+               .bias = data_of(bias),
+               .token_of_row = c.token_of_row.data(),
+               .offsets = c.offsets.data(),
+               .tiles = nullptr,
+               .dtype = c.dtype,
+               .residents = c.residents(),
+               .tokens = c.tokens,
+               .slots = c.slots,
+               .hidden = c.hidden,
+               .expert_size = n,
+               .activation = c.activation,
+               .act = act.bytes.data(),
+               .preact = preact.bytes.data()});
   expect(double(cpu::expand_rows_computed() - before), double(c.rows()), 0, DType::f32,
          "rows computed", 0, 0);
   Matrix rows(c.dtype, c.slots, c.hidden);
-  cpu::contract({act.bytes.data(), wc.bytes.data(), c.offsets.data(), c.dtype, c.residents(),
-                 c.hidden, n, rows.bytes.data()});
+  cpu::contract({.act = act.bytes.data(),
+                 .weight = wc.bytes.data(),
+                 .bias = data_of(bias_c),
+                 .offsets = c.offsets.data(),
+                 .tiles = nullptr,
+                 .dtype = c.dtype,
+                 .residents = c.residents(),
+                 .slots = c.slots,
+                 .hidden = c.hidden,
+                 .expert_size = n,
+                 .rows = rows.bytes.data()});
   for (int64_t r = 0; r < c.rows(); ++r) {
     const int64_t e = expert_of(c, r), t = c.token_of_row[size_t(r)];
     for (int64_t j = 0; j < n; ++j) {
@@ -208,12 +262,12 @@ void check_forward(const Case& c, const Matrix& x, const Matrix& w, const Matrix
         const auto [sum, magnitude] = dot(
             c.hidden, [&](int64_t k) { return x(t, k); },
             [&](int64_t k) { return w((e * g + half) * n + j, k); });
-        expect(preact(r, half * n + j), sum, magnitude, c.dtype, "preact", r, half * n + j);
-        value[half] = sum;
+        value[half] = sum + at(bias, e, half * n + j);
+        expect(preact(r, half * n + j), value[half], magnitude, c.dtype, "preact", r, half * n + j);
         scale += magnitude;
       }
       double wanted = activation_of(c.activation, value[0], &unused);
-      if (g == 2) wanted *= value[1];
+      if (g == 2) wanted *= up_of(c.activation, value[1], &unused);
       if (c.activation == Activation::relu2) scale *= scale;
       if (g == 2) scale *= 1 + std::abs(value[0]) + std::abs(value[1]);
       expect(act(r, j), wanted, scale, c.dtype, "act", r, j);
@@ -222,7 +276,7 @@ void check_forward(const Case& c, const Matrix& x, const Matrix& w, const Matrix
       const auto [sum, magnitude] = dot(
           n, [&](int64_t k) { return act(r, k); },
           [&](int64_t k) { return wc(e * c.hidden + j, k); });
-      expect(rows(r, j), sum, magnitude, c.dtype, "contract", r, j);
+      expect(rows(r, j), sum + at(bias_c, e, j), magnitude, c.dtype, "contract", r, j);
     }
   }
   for (int64_t r = c.rows(); r < c.slots; ++r)  // poison stays
@@ -230,33 +284,50 @@ void check_forward(const Case& c, const Matrix& x, const Matrix& w, const Matrix
       expect(0, 1, 0, DType::f32, "row past the last", r, 0);
 }
 
-void check_contract_backward(const Case& c, const Matrix& dy, const Matrix& wc,
+void check_contract_backward(const Case& c, const Matrix& dy, const Matrix& wc, const Matrix& bias,
                              const Matrix& preact, Matrix& grad_preact, Matrix& scaled_act) {
   const int64_t n = c.size, g = is_gated(c.activation) ? 2 : 1;
   Matrix weights(DType::f32, 1, c.slots), grad_weights(DType::f32, 1, c.slots);
   weights.fill();
-  cpu::contract_backward({dy.bytes.data(), wc.bytes.data(), preact.bytes.data(),
-                          reinterpret_cast<const float*>(weights.bytes.data()),
-                          c.token_of_row.data(), c.slot_of_row.data(), c.offsets.data(), c.dtype,
-                          c.residents(), c.hidden, n, c.slots, c.activation,
-                          grad_preact.bytes.data(), scaled_act.bytes.data(),
-                          reinterpret_cast<float*>(grad_weights.bytes.data())});
+  cpu::contract_backward({.grad_y = dy.bytes.data(),
+                          .weight = wc.bytes.data(),
+                          .bias = data_of(bias),
+                          .preact = preact.bytes.data(),
+                          .weights = reinterpret_cast<const float*>(weights.bytes.data()),
+                          .token_of_row = c.token_of_row.data(),
+                          .slot_of_row = c.slot_of_row.data(),
+                          .offsets = c.offsets.data(),
+                          .tiles = nullptr,
+                          .dtype = c.dtype,
+                          .residents = c.residents(),
+                          .tokens = c.tokens,
+                          .slots = c.slots,
+                          .hidden = c.hidden,
+                          .expert_size = n,
+                          .activation = c.activation,
+                          .grad_preact = grad_preact.bytes.data(),
+                          .scaled_act = scaled_act.bytes.data(),
+                          .grad_weights = reinterpret_cast<float*>(grad_weights.bytes.data()),
+                          .workspace = nullptr});
   std::vector<bool> seen(size_t(c.slots), false);
   for (int64_t r = 0; r < c.rows(); ++r) {
     const int64_t e = expert_of(c, r), t = c.token_of_row[size_t(r)];
     const int64_t slot = c.slot_of_row[size_t(r)];
     seen[size_t(slot)] = true;
-    double total = 0, total_scale = 0;
+    auto [total, total_scale] = dot(
+        c.hidden, [&](int64_t k) { return dy(t, k); }, [&](int64_t k) { return at(bias, e, k); });
     for (int64_t j = 0; j < n; ++j) {
       const auto [through, magnitude] = dot(
           c.hidden, [&](int64_t k) { return dy(t, k); },
           [&](int64_t k) { return wc(e * c.hidden + k, j); });
       double slope, value = activation_of(c.activation, preact(r, j), &slope);
-      const double up = g == 2 ? preact(r, n + j) : 1, weight = weights(0, slot);
+      double up = 1, up_slope = 1;
+      if (g == 2) up = up_of(c.activation, preact(r, n + j), &up_slope);
+      const double weight = weights(0, slot);
       const double scale = magnitude * std::abs(weight) * (1 + std::abs(slope * up));
       expect(grad_preact(r, j), slope * up * through * weight, scale, c.dtype, "grad gate", r, j);
       if (g == 2)
-        expect(grad_preact(r, n + j), value * through * weight,
+        expect(grad_preact(r, n + j), value * up_slope * through * weight,
                magnitude * std::abs(weight) * (1 + std::abs(value)), c.dtype, "grad up", r, j);
       expect(scaled_act(r, j), value * up * weight, std::abs(value * up * weight) + 1e-3, c.dtype,
              "scaled act", r, j);
@@ -274,8 +345,16 @@ void check_gradients(const Case& c, const Matrix& rows_in, const Matrix& x) {
   const int64_t in = rows_in.columns;
   Matrix w(c.dtype, c.residents() * in, c.hidden), out(c.dtype, c.slots, c.hidden);
   w.fill();
-  cpu::grouped_rows({rows_in.bytes.data(), w.bytes.data(), c.offsets.data(), c.dtype, c.residents(),
-                     in, c.hidden, out.bytes.data()});
+  cpu::grouped_rows({.rows_in = rows_in.bytes.data(),
+                     .weight = w.bytes.data(),
+                     .offsets = c.offsets.data(),
+                     .tiles = nullptr,
+                     .dtype = c.dtype,
+                     .residents = c.residents(),
+                     .slots = c.slots,
+                     .in = in,
+                     .out = c.hidden,
+                     .rows_out = out.bytes.data()});
   for (int64_t r = 0; r < c.rows(); ++r)
     for (int64_t j = 0; j < c.hidden; j += 1 + c.hidden / 40) {
       const auto [sum, magnitude] = dot(
@@ -283,14 +362,27 @@ void check_gradients(const Case& c, const Matrix& rows_in, const Matrix& x) {
           [&](int64_t k) { return w(expert_of(c, r) * in + k, j); });
       expect(out(r, j), sum, magnitude, c.dtype, "grouped rows", r, j);
     }
-  // Left plain and right gathered, then the other way round.
+  // Left plain and right gathered, then the other way round and added to a total.
   for (const bool left_gathered : {false, true}) {
+    const bool add = left_gathered;
     const Matrix &left = left_gathered ? x : rows_in, &right = left_gathered ? rows_in : x;
     const int32_t* index = c.token_of_row.data();
-    Matrix grad(c.dtype, c.residents() * left.columns, right.columns);
-    cpu::weight_grad({left.bytes.data(), right.bytes.data(), left_gathered ? index : nullptr,
-                      left_gathered ? nullptr : index, c.offsets.data(), c.dtype, c.residents(),
-                      left.columns, right.columns, grad.bytes.data()});
+    Matrix grad(add ? DType::f32 : c.dtype, c.residents() * left.columns, right.columns);
+    if (add) grad.fill();
+    const Matrix before = grad;
+    cpu::weight_grad({.left = left.bytes.data(),
+                      .right = right.bytes.data(),
+                      .left_index = left_gathered ? index : nullptr,
+                      .right_index = left_gathered ? nullptr : index,
+                      .offsets = c.offsets.data(),
+                      .dtype = c.dtype,
+                      .residents = c.residents(),
+                      .left_lines = left.rows,
+                      .right_lines = right.rows,
+                      .left_size = left.columns,
+                      .right_size = right.columns,
+                      .add = add,
+                      .grad_weight = grad.bytes.data()});
     for (int64_t e = 0; e < c.residents(); ++e)
       for (int64_t i = 0; i < left.columns; i += 1 + left.columns / 40)
         for (int64_t j = 0; j < right.columns; j += 1 + right.columns / 40) {
@@ -302,9 +394,37 @@ void check_gradients(const Case& c, const Matrix& rows_in, const Matrix& x) {
               c.offsets[size_t(e) + 1] - first,
               [&](int64_t k) { return left(line(left_gathered, k), i); },
               [&](int64_t k) { return right(line(!left_gathered, k), j); });
-          expect(grad(e * left.columns + i, j), sum, magnitude, c.dtype, "weight grad",
-                 e * left.columns + i, j);
+          const double start = add ? before(e * left.columns + i, j) : 0;
+          expect(grad(e * left.columns + i, j), start + sum, magnitude + std::abs(start),
+                 grad.dtype, "weight grad", e * left.columns + i, j);
         }
+  }
+  // Rows as they are, then gathered and weighted.
+  Matrix weights(DType::f32, 1, c.slots);
+  weights.fill();
+  for (const bool gathered : {false, true}) {
+    const Matrix& in = gathered ? x : rows_in;
+    Matrix grad(c.dtype, c.residents(), in.columns);
+    cpu::bias_grad(
+        {.in = in.bytes.data(),
+         .index = gathered ? c.token_of_row.data() : nullptr,
+         .weights = gathered ? reinterpret_cast<const float*>(weights.bytes.data()) : nullptr,
+         .slot_of_row = gathered ? c.slot_of_row.data() : nullptr,
+         .offsets = c.offsets.data(),
+         .dtype = c.dtype,
+         .residents = c.residents(),
+         .width = in.columns,
+         .grad_bias = grad.bytes.data()});
+    for (int64_t e = 0; e < c.residents(); ++e)
+      for (int64_t j = 0; j < in.columns; ++j) {
+        const int64_t first = c.offsets[size_t(e)];
+        const auto row = [&](int64_t k) { return size_t(first + k); };
+        const auto [sum, magnitude] = dot(
+            c.offsets[size_t(e) + 1] - first,
+            [&](int64_t k) { return in(gathered ? c.token_of_row[row(k)] : first + k, j); },
+            [&](int64_t k) { return gathered ? weights(0, c.slot_of_row[row(k)]) : 1.0; });
+        expect(grad(e, j), sum, magnitude, c.dtype, "bias grad", e, j);
+      }
   }
 }
 
@@ -321,7 +441,7 @@ int main(int argc, char** argv) {
   int cases = 0;
   for (const auto* table : tables)
     for (const DType dtype : {DType::f32, DType::bf16, DType::f16})
-      for (int a = 0; a < 5; ++a) {
+      for (int a = 0; a < 6; ++a) {
         generator.seed(seed * 1000 + unsigned(cases++));
         cpu::current = table;
         const Case c = random_case(dtype, Activation(a));
@@ -335,12 +455,14 @@ int main(int argc, char** argv) {
             dy = x, w(dtype, c.residents() * g * c.size, c.hidden),
             wc(dtype, c.residents() * c.hidden, c.size), act(dtype, c.slots, c.size),
             preact(dtype, c.slots, g * c.size), grad_preact = preact, scaled = act;
-        for (Matrix* m : {&x, &dy, &w, &wc}) m->fill();
+        const int64_t biases = pick(0, 1) * c.residents();
+        Matrix bias(dtype, biases, g * c.size), bias_c(dtype, biases, c.hidden);
+        for (Matrix* m : {&x, &dy, &w, &wc, &bias, &bias_c}) m->fill();
         // Sums of hundreds of terms would drive every activation into saturation.
         Matrix moderate = preact;
-        check_forward(c, x, w, wc, act, preact);
+        check_forward(c, x, w, wc, bias, bias_c, act, preact);
         moderate.fill();
-        check_contract_backward(c, dy, wc, moderate, grad_preact, scaled);
+        check_contract_backward(c, dy, wc, bias_c, moderate, grad_preact, scaled);
         check_gradients(c, moderate, x);
       }
   for (const auto* table : tables) std::printf("%s ", table->name);
