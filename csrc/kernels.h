@@ -239,7 +239,7 @@ struct WeightGradArgs {
 };
 
 // ---- grad_bias[e] = sum over the expert's rows of factor[row] * in[row or its index] ------------
-// fp32 accumulation in row order; experts without rows get zeros. The factor of a row is
+// fp32 accumulation in one fixed order; experts without rows get zeros. The factor of a row is
 // weights[slot_of_row[row]], or 1 where weights is null.
 struct BiasGradArgs {
   const void* in;              // [S or T, width]
@@ -316,6 +316,8 @@ int grouped_rows(const GroupedRowsArgs&, void* stream);
 int weight_grad(const WeightGradArgs&, void* stream);
 int bias_grad(const BiasGradArgs&, void* stream);
 int activation_backward(const ActivationBackwardArgs&, void* stream);
+// Zeroes rows [*row_count, slots).
+int zero_tail(void* rows, int64_t row_bytes, int64_t slots, const int32_t* row_count, void* stream);
 
 }  // namespace cuda
 

@@ -41,13 +41,6 @@ inline void check_tiles(const Tensor& tiles, const Tensor& like, const char* lik
   check_table(tiles, "tiles", {kAny, 2}, like, like_name);
 }
 
-// For the CUDA ops: the schedule is one for tiles of kTileRows rows.
-inline void require_schedule(const Tensor& tiles, int64_t slots, int64_t residents) {
-  const int64_t wanted = max_tiles(slots, residents, kTileRows);
-  require(tiles.size(0) == wanted, "tiles: has shape ", shape_name(tiles.sizes()), ", wanted [",
-          wanted, ", 2], as compact gives with tile_rows ", kTileRows);
-}
-
 // A bias of one line per resident.
 inline void check_bias(const std::optional<Tensor>& bias, const char* name, int64_t residents,
                        int64_t width, const Tensor& like, const char* like_name) {

@@ -97,14 +97,23 @@ __device__ inline void prefetch_tensor_map(const TensorMap*) { __trap(); }
 
 #else
 
+// To newer chips' assembler a target that may be in another block is a call with a stack.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ > 900
+#define FOMOE_TARGET "shared::cta"
+#else
+#define FOMOE_TARGET "shared::cluster"
+#endif
+
 __device__ inline void tensor_load(void* shared, const TensorMap* map, uint64_t* barrier, int c0,
                                    int c1, int c2) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(shared)),
-      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2)
-      : "memory");
+  asm volatile("cp.async.bulk.tensor.3d." FOMOE_TARGET
+               ".global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
+                   shared_address(shared)),
+               "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2)
+               : "memory");
 }
+#undef FOMOE_TARGET
+
 __device__ inline void prefetch_tensor_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

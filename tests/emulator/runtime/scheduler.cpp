@@ -22,6 +22,7 @@ namespace {
 constexpr size_t kStackBytes = 64 << 10, kGuardBytes = 4 << 10;
 constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kDefaultShared = 48 << 10, kMostShared = 227 << 10;
+constexpr uint64_t kPollingPriority = uint64_t(1) << 40;
 constexpr int kInvalidValue = 1, kInvalidConfiguration = 9, kLaunchFailure = 719;
 
 struct Machine {
@@ -34,6 +35,8 @@ struct Machine {
   std::vector<Fiber*> ready;  // a queue from `head` on, a heap under priority order
   size_t head = 0;
   uint64_t polls = 0;  // in a row, by all threads
+  uint64_t turns = 0;  // of fibers that became ready
+  uint64_t failed_polls = 0;
   std::vector<char*> free_stacks;
   std::string error;
   bool failed = false;
@@ -51,11 +54,12 @@ Machine& machine() {
 }
 
 bool lower_priority(const Fiber* a, const Fiber* b) {
-  return a->priority != b->priority ? a->priority < b->priority : a->linear > b->linear;
+  return a->priority != b->priority ? a->priority < b->priority : a->turn > b->turn;
 }
 
 void push_ready(Fiber* fiber) {
   Machine& m = machine();
+  fiber->turn = ++m.turns;
   m.ready.push_back(fiber);
   if (m.schedule.order == Order::priority)
     std::push_heap(m.ready.begin(), m.ready.end(), lower_priority);
@@ -375,7 +379,8 @@ void yield_polling(Here here) {
     uint64_t threads = 0;
     for (const auto& block : m.resident) threads += block->live;
     if (++m.polls > 200000 + 200 * threads) fail(here, "livelock: all threads only poll");
-    self()->priority = 0;
+    // Below those that do not poll; among those that do, who polled last comes last.
+    self()->priority = kPollingPriority - ++m.failed_polls;
     push_ready(self());
   }
   run_others(false);
@@ -445,7 +450,7 @@ int run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, const void* kernel, vo
   if (self() != nullptr) return kInvalidConfiguration;  // a kernel that launches
   m.failed = false;
   m.error.clear();
-  m.polls = 0;
+  m.polls = m.failed_polls = 0;
   try {
     m.schedule = schedule_of_launch(m.launches++);
   } catch (const std::invalid_argument& error) {

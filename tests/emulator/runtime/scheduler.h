@@ -29,6 +29,7 @@ struct Fiber : Thread {
   void* tsan_fiber = nullptr;
   void* asan_stack = nullptr;
   uint64_t priority = 0;
+  uint64_t turn = 0;  // of becoming ready: among equal priorities, first come first served
   bool done = false;
   const char* waits_for = nullptr;  // null = runs or could run
   Here where;

@@ -1,0 +1,69 @@
+// The activations of experts on pre-activations gate and up, and their slopes.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../kernels.h"
+
+namespace fomoe::cuda {
+
+// kExact: to the last bits of fp32; else to what 16-bit results can show.
+template <bool kExact>
+__device__ inline float sigmoid(float x) {
+  if constexpr (kExact) return 1.0f / (1.0f + expf(-x));
+  return __fdividef(1.0f, 1.0f + __expf(-x));
+}
+
+struct Curve {
+  float value, slope;
+};
+
+// x * sigmoid(steepness * x)
+template <bool kExact>
+__device__ inline Curve swish(float x, float steepness) {
+  const float s = sigmoid<kExact>(steepness * x);
+  const float value = x * s;
+  return {value, fmaf(steepness * value, 1.0f - s, s)};
+}
+
+// 0.5 x (1 + tanh(z)) = x sigmoid(2 z), z = sqrt(2/pi) (x + 0.044715 x^3)
+template <bool kExact>
+__device__ inline Curve gelu(float x) {
+  constexpr float kTwoZ = 1.5957691216057308f, kCube = 0.044715f;
+  const float square = kCube * x * x;
+  const float s = sigmoid<kExact>(kTwoZ * fmaf(square, x, x));
+  const float value = x * s;
+  return {value, fmaf(value * (1.0f - s), kTwoZ * fmaf(3.0f, square, 1.0f), s)};
+}
+
+// An activation and its derivatives.
+struct Activated {
+  float act, gate_slope, up_slope;
+};
+
+template <bool kExact, bool kGated>
+__device__ inline Activated activate(Activation activation, float gate, float up) {
+  if constexpr (kGated) {
+    if (activation == Activation::clamped_swiglu) {
+      constexpr float kLimit = kClampedSwigluLimit;  // compared so that NaN stays NaN
+      const float lower = gate > kLimit ? kLimit : gate;
+      const float factor = (up > kLimit ? kLimit : up < -kLimit ? -kLimit : up) + 1.0f;
+      const Curve curve = swish<kExact>(lower, kClampedSwigluSlope);
+      return {curve.value * factor, gate > kLimit ? 0.0f : curve.slope * factor,
+              fabsf(up) > kLimit ? 0.0f : curve.value};
+    }
+    const Curve curve =
+        activation == Activation::swiglu ? swish<kExact>(gate, 1.0f) : gelu<kExact>(gate);
+    return {curve.value * up, curve.slope * up, curve.value};
+  } else {
+    if (activation == Activation::relu2) {
+      const float positive = fmaxf(gate, 0.0f);
+      return {positive * positive, 2.0f * positive, 0.0f};
+    }
+    const Curve curve =
+        activation == Activation::silu ? swish<kExact>(gate, 1.0f) : gelu<kExact>(gate);
+    return {curve.value, curve.slope, 0.0f};
+  }
+}
+
+}  // namespace fomoe::cuda

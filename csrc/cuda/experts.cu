@@ -1,0 +1,142 @@
+// The verbs of the grouped GEMMs: what each multiplies, and which kernel does it.
+#include <atomic>
+
+#include "grouped.cuh"
+
+namespace fomoe::cuda {
+namespace {
+
+// Whether the current device runs sm_90a code, asked for once per device.
+cudaError_t runs_hopper_code(bool& answer) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];  // 0 unknown, 1 no, 2 yes
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  int state = device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
+  if (state == 0) {
+    int major = 0;
+    if (const cudaError_t error =
+            cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device))
+      return error;
+    state = major == 9 ? 2 : 1;
+    if (device < kDevices) known[device].store(state, std::memory_order_relaxed);
+  }
+  answer = state == 2;
+  return cudaSuccess;
+}
+
+template <class Problem>
+cudaError_t run(Verb verb, DType dtype, const Problem& problem, cudaStream_t stream) {
+  using Epilogue = typename Problem::Epilogue;
+  bool hopper = false;
+  if (const cudaError_t error = runs_hopper_code(hopper)) return error;
+  const int64_t columns = problem.schedule.columns * (Epilogue::kInterleaved ? 2 : 1);
+  const Tile tile = choose_tile(verb, dtype, columns, hopper);
+  if constexpr (!std::is_same_v<typename Epilogue::Format, F32>)
+    if (tile.kernel != Kernel::multistage) return run_warp_specialized(problem, tile, stream);
+  return run_multistage(problem, tile, stream);
+}
+
+template <class Body>
+cudaError_t with_format(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::f32: return body(F32{});
+    case DType::bf16: return body(Bf16x2{});
+    case DType::f16: return body(F16x2{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <class Body>
+cudaError_t with_gating(DType dtype, Activation activation, const Body& body) {
+  return with_format(dtype, [&](auto format) {
+    return is_gated(activation) ? body(format, std::true_type{}) : body(format, std::false_type{});
+  });
+}
+
+// Rows of 16-bit and fp32 elements are read 16 bytes at a time.
+bool whole_chunks(DType dtype, int64_t size) { return size % (dtype == DType::f32 ? 4 : 8) == 0; }
+
+}  // namespace
+
+int expand(const ExpandArgs& args, void* stream) {
+  if (!whole_chunks(args.dtype, args.hidden) || !whole_chunks(args.dtype, args.expert_size))
+    return cudaErrorInvalidValue;
+  const auto body = [&](auto format, auto gated) {
+    using Epilogue = Activate<decltype(format), decltype(gated)::value>;
+    const int64_t width = args.expert_size * (decltype(gated)::value ? 2 : 1);
+    const RowsProblem<Epilogue, Major::sum, true> problem{
+        {args.x, args.token_of_row, args.tokens, args.hidden},
+        {args.weight, nullptr, width, args.hidden},
+        {args.offsets, args.tiles, args.residents, args.expert_size, args.hidden, 0},
+        {args.act, args.preact, args.bias, args.expert_size, args.activation}};
+    return run(Verb::expand, args.dtype, problem, static_cast<cudaStream_t>(stream));
+  };
+  return with_gating(args.dtype, args.activation, body);
+}
+
+int contract(const ContractArgs& args, void* stream) {
+  if (!whole_chunks(args.dtype, args.hidden) || !whole_chunks(args.dtype, args.expert_size))
+    return cudaErrorInvalidValue;
+  const auto body = [&](auto format) {
+    const RowsProblem<StoreRows<decltype(format)>, Major::sum, false> problem{
+        {args.act, nullptr, args.slots, args.expert_size},
+        {args.weight, nullptr, args.hidden, args.expert_size},
+        {args.offsets, args.tiles, args.residents, args.hidden, args.expert_size, 0},
+        {args.rows, args.hidden, args.bias}};
+    return run(Verb::contract, args.dtype, problem, static_cast<cudaStream_t>(stream));
+  };
+  return with_format(args.dtype, body);
+}
+
+int contract_backward_rows(const ContractBackwardArgs& args, void* stream) {
+  if (!whole_chunks(args.dtype, args.hidden) || !whole_chunks(args.dtype, args.expert_size))
+    return cudaErrorInvalidValue;
+  const auto body = [&](auto format, auto gated) {
+    using Epilogue = ActivateBackward<decltype(format), decltype(gated)::value>;
+    const RowsProblem<Epilogue, Major::line, true> problem{
+        {args.grad_y, args.token_of_row, args.tokens, args.hidden},
+        {args.weight, nullptr, args.hidden, args.expert_size},
+        {args.offsets, args.tiles, args.residents, args.expert_size, args.hidden, 0},
+        {args.preact, args.weights, args.slot_of_row, args.grad_preact, args.scaled_act,
+         args.workspace, args.slots, args.expert_size, args.activation}};
+    return run(Verb::contract_backward, args.dtype, problem, static_cast<cudaStream_t>(stream));
+  };
+  return with_gating(args.dtype, args.activation, body);
+}
+
+int grouped_rows(const GroupedRowsArgs& args, void* stream) {
+  if (!whole_chunks(args.dtype, args.in) || !whole_chunks(args.dtype, args.out))
+    return cudaErrorInvalidValue;
+  const auto body = [&](auto format) {
+    const RowsProblem<StoreRows<decltype(format)>, Major::line, false> problem{
+        {args.rows_in, nullptr, args.slots, args.in},
+        {args.weight, nullptr, args.in, args.out},
+        {args.offsets, args.tiles, args.residents, args.out, args.in, 0},
+        {args.rows_out, args.out, nullptr}};
+    return run(Verb::grouped_rows, args.dtype, problem, static_cast<cudaStream_t>(stream));
+  };
+  return with_format(args.dtype, body);
+}
+
+int weight_grad(const WeightGradArgs& args, void* stream) {
+  if (!whole_chunks(args.dtype, args.left_size) || !whole_chunks(args.dtype, args.right_size))
+    return cudaErrorInvalidValue;
+  const auto body = [&](auto format) {
+    using Format = decltype(format);
+    const auto run_with = [&](const auto& epilogue) {
+      const WeightsProblem<std::decay_t<decltype(epilogue)>> problem{
+          {args.left, args.left_index, args.left_lines, args.left_size},
+          {args.right, args.right_index, args.right_lines, args.right_size},
+          {args.offsets, args.residents, args.left_size, args.right_size, nullptr},
+          epilogue};
+      return run(Verb::weight_grad, args.dtype, problem, static_cast<cudaStream_t>(stream));
+    };
+    if (args.add)
+      return run_with(AddRows<Format>{static_cast<float*>(args.grad_weight), args.right_size});
+    return run_with(StoreRows<Format>{args.grad_weight, args.right_size, nullptr});
+  };
+  return with_format(args.dtype, body);
+}
+
+}  // namespace fomoe::cuda

@@ -1,0 +1,126 @@
+// Which tile of which expert is next. Every block of a grouped GEMM walks the tiles by itself: it
+// takes every gridDim.x-th item of a list that all blocks know, since the list follows from what
+// compact left in device memory. No counters, nothing to reset, the same order every time.
+//
+// Items are ordered in bands of kBand row tiles. Within a band the row tiles of one column tile come
+// first, so that blocks that run together share both: kBand row tiles of A, and of B as many column
+// tiles as blocks / kBand. Both stay in L2 then, whatever the sizes.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../kernels.h"
+#include "formats.cuh"
+
+namespace fomoe::cuda {
+
+constexpr int kBand = 8;
+
+struct TilePosition {
+  int32_t row, column;  // tiles
+};
+
+__device__ inline TilePosition in_bands(int64_t item, int64_t row_tiles, int64_t column_tiles) {
+  const int64_t band = item / (kBand * column_tiles);
+  const int64_t height = min(int64_t(kBand), row_tiles - band * kBand);
+  const int64_t within = item - band * kBand * column_tiles;
+  return {int32_t(band * kBand + within % height), int32_t(within / height)};
+}
+
+// A tile of C and what is summed: rows [row, row_end) of operand A, columns from `column` on.
+struct Work {
+  int32_t resident;
+  int64_t row, row_end;
+  int32_t column;
+  int64_t sum_begin, sum_end;  // along the sum
+};
+
+// ---- GEMMs whose sums run over columns: the rows of a group are rows of C ------------------------
+
+class RowSchedule {
+ public:
+  struct Shared {
+    int32_t tiles;  // in use
+  };
+
+  // All threads of the block.
+  __device__ void prepare(Shared& shared) {
+    if (threadIdx.x == 0) shared.tiles = 0;
+    __syncthreads();
+    int count = 0;
+    for (int r = threadIdx.x; r < residents; r += blockDim.x)
+      count += (offsets[r + 1] - offsets[r] + kTileRows - 1) / kTileRows;
+    if (count != 0) atomicAdd(&shared.tiles, count);
+    __syncthreads();
+    row_tiles_ = shared.tiles;
+  }
+  // False behind the last item.
+  __device__ bool get(int64_t item, int tile_columns, Work& work) const {
+    const int64_t column_tiles = (columns + tile_columns - 1) / tile_columns;
+    if (item >= row_tiles_ * column_tiles) return false;
+    const TilePosition at = in_bands(item, row_tiles_, column_tiles);
+    const int2 tile = reinterpret_cast<const int2*>(tiles)[at.row];
+    work.resident = tile.x;
+    work.row = tile.y;
+    work.row_end = min(tile.y + kTileRows, offsets[tile.x + 1]);
+    work.column = at.column * tile_columns;
+    work.sum_begin = 0;
+    work.sum_end = depth;
+    return true;
+  }
+
+  const int32_t* offsets;
+  const int32_t* tiles;
+  int32_t residents;
+  int64_t columns, depth;
+
+  int64_t row_tiles_;
+};
+
+// ---- GEMMs whose sums run over the rows of a group: gradients of weights ------------------------
+
+class WeightSchedule {
+ public:
+  struct Shared {
+    uint16_t order[kMaxResidents];  // residents with more rows first
+  };
+
+  __device__ void prepare(Shared& shared) {
+    for (int r = threadIdx.x; r < residents; r += blockDim.x) {
+      const int rows = offsets[r + 1] - offsets[r];
+      int before = 0;
+      for (int other = 0; other < residents; ++other) {
+        const int theirs = offsets[other + 1] - offsets[other];
+        before += theirs > rows || (theirs == rows && other < r);
+      }
+      shared.order[before] = static_cast<uint16_t>(r);
+    }
+    __syncthreads();
+    order_ = shared.order;
+  }
+  __device__ bool get(int64_t item, int tile_columns, Work& work) const {
+    const int64_t row_tiles = (lines + kTileRows - 1) / kTileRows;
+    const int64_t column_tiles = (columns + tile_columns - 1) / tile_columns;
+    const int64_t rank = item / (row_tiles * column_tiles);
+    if (rank >= residents) return false;
+    const TilePosition at =
+        in_bands(item - rank * row_tiles * column_tiles, row_tiles, column_tiles);
+    work.resident = order_[rank];
+    work.row = int64_t(at.row) * kTileRows;
+    work.row_end = min(work.row + kTileRows, lines);
+    work.column = at.column * tile_columns;
+    work.sum_begin = offsets[work.resident];
+    work.sum_end = offsets[work.resident + 1];
+    return true;
+  }
+
+  const int32_t* offsets;
+  int32_t residents;
+  int64_t lines, columns;  // of a gradient: lines of the left operand, columns of the right
+
+  const uint16_t* order_;
+};
+
+}  // namespace fomoe::cuda

@@ -1,0 +1,84 @@
+// ldmatrix and mma.sync: what a warp's lanes make of their registers together.
+#include "../include/emulator_matrix.h"
+
+#include <cstring>
+
+#include "scheduler.h"
+
+namespace fomoe::emulator {
+
+namespace {
+
+struct Load {
+  uint16_t row[8];  // read by the lane that names it, so that sanitizers see the access
+  uint32_t* matrices;
+  bool transposed;
+};
+
+struct Multiply {
+  float* c;
+  const uint32_t* a;
+  MatrixPair b;
+  Unpack unpack;
+};
+
+void exchange(void** payloads, uint32_t) {
+  for (unsigned lane = 0; lane < kLanes; ++lane) {
+    auto* mine = static_cast<Load*>(payloads[lane]);
+    const unsigned row = lane / 4, column = lane % 4 * 2;
+    for (unsigned matrix = 0; matrix < 4; ++matrix) {
+      const auto element = [&](unsigned r, unsigned c) -> uint32_t {
+        return static_cast<Load*>(payloads[matrix * 8 + r])->row[c];
+      };
+      mine->matrices[matrix] = mine->transposed
+                                   ? element(column, row) | element(column + 1, row) << 16
+                                   : element(row, column) | element(row, column + 1) << 16;
+    }
+  }
+}
+
+void multiply(void** payloads, uint32_t) {
+  float a[16][16], b[16][8], c[16][8];
+  for (unsigned lane = 0; lane < kLanes; ++lane) {
+    const auto* mine = static_cast<const Multiply*>(payloads[lane]);
+    const unsigned row = lane / 4, column = lane % 4 * 2;
+    for (unsigned i = 0; i < 4; ++i) {
+      float pair[2];
+      mine->unpack(mine->a[i], pair);
+      std::memcpy(&a[row + 8 * (i & 1)][column + 8 * (i >> 1)], pair, sizeof pair);
+    }
+    for (unsigned i = 0; i < 2; ++i) {
+      float pair[2];
+      mine->unpack(i == 0 ? mine->b.left : mine->b.right, pair);
+      b[8 * i + column][row] = pair[0];
+      b[8 * i + column + 1][row] = pair[1];
+    }
+    std::memcpy(&c[row][column], mine->c, 8);
+    std::memcpy(&c[row + 8][column], mine->c + 2, 8);
+  }
+  for (unsigned i = 0; i < 16; ++i)
+    for (unsigned k = 0; k < 16; ++k)
+      for (unsigned j = 0; j < 8; ++j) c[i][j] += a[i][k] * b[k][j];
+  for (unsigned lane = 0; lane < kLanes; ++lane) {
+    auto* mine = static_cast<Multiply*>(payloads[lane]);
+    const unsigned row = lane / 4, column = lane % 4 * 2;
+    std::memcpy(mine->c, &c[row][column], 8);
+    std::memcpy(mine->c + 2, &c[row + 8][column], 8);
+  }
+}
+
+}  // namespace
+
+void load_matrices(uint32_t (&matrices)[4], const void* row, bool transposed, Here here) {
+  if (uintptr_t(row) % 16 != 0) fail(here, "ldmatrix: row at %p is not aligned to 16", row);
+  Load mine{{}, matrices, transposed};
+  std::memcpy(mine.row, row, sizeof mine.row);
+  meet_warp(~0u, transposed ? "ldmatrix.trans" : "ldmatrix", &mine, exchange, false, here);
+}
+
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], MatrixPair b, Unpack unpack, Here here) {
+  Multiply mine{c, a, b, unpack};
+  meet_warp(~0u, "mma.sync", &mine, multiply, false, here);
+}
+
+}  // namespace fomoe::emulator
