@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fomoe_ext import _C, ops
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 fomoe = torch.ops.fomoe
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Normalised error allowed: a few roundings of the storage type.
@@ -51,15 +52,6 @@ class Inputs(NamedTuple):
     table: ops.RowTable
     expand_weight: Tensor
     contract_weight: Tensor
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two are for the tests that ask for them: waiting threads are slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def draw(*shape: int, seed: int) -> Tensor:
