@@ -5,19 +5,24 @@ what the hardware does.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
+import cuda_resources
 import emulator
 import numpy as np
 import pytest
 from emulator.build import Builder, in_parallel, run, runtime_objects
 
 SELFTEST = emulator.HERE / "selftest"
+SOURCES = [SELFTEST / "selftest.cu", SELFTEST / "warpgroup.cu"]
+OUT_WORDS = (192 << 10) // 4
 BUILDS = ["undefined", "address,undefined", "thread"]
 INPUT = np.arange(1024, dtype=np.uint32) * np.uint32(2654435761)
 
@@ -26,7 +31,7 @@ pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="a C++ compi
 
 def build_program(folder: Path, sanitize: str, runtime: list[Path]) -> Path:
     builder = Builder(folder / sanitize, sanitize)
-    jobs = [(builder.compile, SELFTEST / name) for name in ("selftest.cu", "main.cpp")]
+    jobs = [(builder.compile, source) for source in (*SOURCES, SELFTEST / "main.cpp")]
     objects = [*in_parallel(jobs), *runtime]
     return builder.link(objects, folder / f"selftest-{sanitize}", shared=False)
 
@@ -45,7 +50,7 @@ def execute(program: Path, name: str, defect: int, **schedule: object) -> tuple[
     environment = {f"FOMOE_EMULATOR_{key}": value for key, value in names.items()}
     options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
     result = subprocess.run(
-        [program, name, str(defect)],
+        [program, name, str(defect), str(len(expected(name)))],
         capture_output=True,
         text=True,
         errors="replace",
@@ -63,8 +68,59 @@ def lines(words: np.ndarray, count: int, width: int) -> np.ndarray:
     return words[: count * width].reshape(count, width)
 
 
+def operand(seed: int, *shape: int) -> np.ndarray:
+    """What the self-tests fill operands with."""
+    index = np.arange(np.prod(shape), dtype=np.uint32) + np.uint32(seed)
+    return ((index * np.uint32(2654435761) >> np.uint32(16)) % 5 - 2.0).reshape(shape)
+
+
+PRODUCTS = [
+    "stored_bf16_64",
+    "stored_bf16_256",
+    "stored_f16_64",
+    "stored_f16_128",
+    "stored_f16_256",
+    # By what is contiguous in A and in B.
+    "gemm_kk",
+    "gemm_mk",
+    "gemm_kn",
+    "gemm_mn",
+]
+BOXES = [(0, 0, 0), (-5, -1, 1), (40, 3, 3), (8, 1, -9), (-70, 0, 0)]
+
+
+def boxes() -> np.ndarray:
+    """Boxes of 64 x 4 x 2 values of INPUT as 4 planes of 5 rows of 70, in 128-byte swizzle."""
+    values = INPUT.view(np.uint16)
+    planes, rows, columns = np.ogrid[:4, :5, :70]
+    tensor = values[planes * 440 + rows * 80 + columns]
+    out = np.zeros((len(BOXES), 8, 8, 8), np.uint16)
+    for box, (x, y, z) in enumerate(BOXES):
+        for row, chunk, i in np.ndindex(8, 8, 8):
+            place = (z + row // 4, y + row % 4, x + chunk * 8 + i)
+            if all(0 <= p < size for p, size in zip(place, tensor.shape, strict=True)):
+                out[box, row, chunk ^ row, i] = tensor[place]
+    return out
+
+
+def products(name: str) -> np.ndarray:
+    """The result of a self-test of matrix products."""
+    kind, *rest = name.split("_")
+    if kind == "stored":
+        a, b = operand(1, 64, 64), operand(2, int(rest[1]), 64).T
+    else:
+        a = operand(1, 192, 128).T if rest[0][0] == "m" else operand(1, 128, 192)
+        b = operand(2, 192, 128) if rest[0][1] == "n" else operand(2, 128, 192).T
+    return np.ascontiguousarray(a @ b, np.float32)
+
+
+@functools.cache
 def expected(name: str) -> np.ndarray:
     """The output of a self-test, by its definition in numpy."""
+    if name == "tensor_boxes":
+        return boxes().view(np.uint32).ravel()
+    if name in PRODUCTS:
+        return products(name).view(np.uint32).ravel()
     out = np.zeros(1024, np.uint32)
     if name == "neighbours":
         out[:128] = np.roll(INPUT[:128], -1)
@@ -109,6 +165,8 @@ NAMES = [
     "bulk_ring",
     "chain",
     "wide_words",
+    "tensor_boxes",
+    *PRODUCTS,
 ]
 
 
@@ -155,6 +213,42 @@ DEFECTS = [
     ("bulk_ring", 8, "undefined", "ends with an mbarrier that expects 512 more bytes"),
     ("chain", 1, "thread", "data race"),  # ordinary loads and stores for ordered ones
     ("chain", 2, "undefined", "livelock|deadlock"),  # expects blocks to start in order
+    ("tensor_boxes", 1, "undefined", "not aligned to 1024"),
+    (
+        "tensor_boxes",
+        2,
+        "undefined",
+        "ends with .* (in flight|more bytes)",
+    ),  # expects too few bytes
+    ("tensor_boxes", 3, "undefined", None),  # does not wait
+    ("tensor_boxes", 3, "thread", "data race"),
+    ("tensor_boxes", 4, "address,undefined", "cp.async.bulk.tensor: byte .* may not be touched"),
+    ("tensor_boxes", 5, "undefined", "is not a tensor map"),
+    ("stored_bf16_64", 1, "undefined", None),  # no fence.proxy.async
+    ("stored_bf16_64", 2, "undefined", None),  # it comes before cp.async has arrived
+    ("stored_bf16_64", 3, "undefined", None),  # it comes before ordinary stores
+    ("gemm_kn", 1, "undefined", "no wgmma.fence since"),
+    ("gemm_kn", 2, "undefined", "ends with wgmma of warpgroup 1 in flight"),  # no wait
+    ("gemm_kn", 3, "thread", "data race"),  # a stage is free before its products are done
+    ("gemm_kn", 3, "undefined", None),
+    ("gemm_kn", 4, "undefined", "not aligned to 1024"),  # steps of K twice too far
+    ("gemm_kn", 5, "undefined", "outside of dynamic shared memory"),  # twice the stride
+    ("gemm_kn", 6, "undefined", None),  # a wrong leading offset
+    ("gemm_kn", 7, "undefined", "livelock|deadlock"),  # waits for the wrong parity
+    ("gemm_kn", 8, "undefined", None),  # expects too few bytes
+    ("gemm_kn", 9, "undefined", "not aligned to 1024"),
+    ("gemm_kn", 10, "undefined", None),  # the wrong operand is transposed
+    ("gemm_kn", 11, "undefined", "descriptors differ inside the warpgroup"),
+    ("gemm_kn", 12, "undefined", "outside of dynamic shared memory"),
+    ("gemm_kn", 13, "undefined", "wgmma.wait_group in divergent code|deadlock"),
+    ("gemm_kn", 14, "undefined", "ends with wgmma of warpgroup 1 in flight"),  # no commit
+    ("gemm_kn", 15, "undefined", None),  # every step starts from zero
+    ("gemm_kn", 16, "undefined", None),  # one thread waits for all
+    ("gemm_kn", 16, "thread", "data race"),
+    ("gemm_kn", 17, "undefined", "ends with setmaxnreg.dec .* to which 32 threads came"),
+    ("gemm_kn", 18, "undefined", "deadlock"),  # half a warpgroup waits once more
+    ("gemm_kn", 19, "undefined", "`accumulate` differs inside the warpgroup"),
+    ("gemm_kn", 20, "undefined", "others in the warpgroup have other accumulators"),
 ]
 
 
@@ -189,7 +283,7 @@ def library(tmp_path_factory) -> ctypes.CDLL:
     sources = sorted((emulator.HERE / "runtime").glob("*.cpp"))
     portable = ("FOMOE_EMULATOR_UCONTEXT",)
     jobs = [(builder.compile_plain, source, portable) for source in sources]
-    objects = in_parallel([*jobs, (builder.compile, SELFTEST / "selftest.cu")])
+    objects = in_parallel([*jobs, *((builder.compile, source) for source in SOURCES)])
     loaded = ctypes.CDLL(str(builder.link(objects, folder / "selftest.so", shared=True)))
     loaded.fomoe_emulator_last_error.restype = ctypes.c_char_p
     return loaded
@@ -197,14 +291,13 @@ def library(tmp_path_factory) -> ctypes.CDLL:
 
 def call(library: ctypes.CDLL, name: str, defect: int) -> tuple[int, np.ndarray]:
     # Aligned as device memory is.
-    memory = np.zeros(4096 * 2 + 256, np.uint8)
-    start = -memory.ctypes.data % 256
-    inputs = memory[start : start + 4096].view(np.uint32)
-    outputs = memory[start + 4096 : start + 8192].view(np.uint32)
+    memory = np.zeros(1024 + OUT_WORDS + 64, np.uint32)
+    start = -memory.ctypes.data % 256 // 4
+    inputs, outputs = np.split(memory[start : start + 1024 + OUT_WORDS], [1024])
     inputs[:] = INPUT
     address = lambda array: ctypes.c_void_p(array.ctypes.data)
     error = library.fomoe_selftest(name.encode(), defect, address(inputs), address(outputs))
-    return error, outputs.copy()
+    return error, outputs[: len(expected(name))]
 
 
 def test_emulated_error_is_returned_not_fatal(library, monkeypatch, capfd):
@@ -237,6 +330,47 @@ def test_emulated_schedule_that_does_not_exist(library, monkeypatch, variable, v
     assert f"FOMOE_EMULATOR_{variable}: {message}" in library.fomoe_emulator_last_error().decode()
 
 
+MAP = {"dtype": 1, "sizes": (64, 8, 2), "strides": (128, 1024), "box": (64, 8, 1), "shift": 0}
+
+
+@pytest.mark.parametrize(
+    "change, accepted",
+    [
+        ({}, True),
+        ({"dtype": 2}, True),
+        ({"dtype": 0}, False),
+        ({"shift": 8}, False),
+        ({"shift": 16}, True),
+        ({"sizes": (64, 0, 2)}, False),
+        ({"sizes": (2**32, 8, 2)}, True),
+        ({"sizes": (64, 2**32 + 1, 2)}, False),
+        ({"strides": (120, 1024)}, False),
+        ({"strides": (128, 2**40)}, False),
+        ({"strides": (0, 1024)}, False),
+        ({"strides": (-128, 1024)}, False),
+        ({"box": (64, 256, 256)}, True),
+        ({"box": (64, 257, 1)}, False),
+        ({"box": (64, 8, 0)}, False),
+        ({"box": (32, 8, 1)}, False),
+    ],
+)
+def test_emulated_tensor_maps_are_refused_as_by_the_driver(library, change, accepted):
+    assert map_error(library, **{**MAP, **change}) == (0 if accepted else 1)
+
+
+def map_error(
+    library: ctypes.CDLL,
+    dtype: int,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    box: Sequence[int],
+    shift: int,
+) -> int:
+    base = ctypes.c_void_p((1 << 20) + shift)
+    sizes, strides = (ctypes.c_int64 * 3)(*sizes), (ctypes.c_int64 * 2)(*strides)
+    return library.fomoe_selftest_map(dtype, base, sizes, strides, (ctypes.c_int * 3)(*box))
+
+
 # ---- the hardware --------------------------------------------------------------------------------
 
 
@@ -247,11 +381,30 @@ def nvcc() -> str:
     return found
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_120"])
 def test_emulated_selftest_is_cuda_too(tmp_path, arch):
     """The twins' other halves: every PTX wrapper is known to the assembler."""
     flags = ["-std=c++20", "-O3", f"-arch={arch}", "-cubin", "-Werror", "all-warnings"]
-    run([nvcc(), *flags, SELFTEST / "selftest.cu", "-o", tmp_path / "selftest.cubin"])
+    for source in SOURCES:
+        run([nvcc(), *flags, source, "-o", tmp_path / f"{source.stem}.cubin"])
+
+
+def test_products_and_boxes_are_hopper_instructions(tmp_path):
+    """In straight flight: no spills, and no wgmma that waits because of how the code is."""
+    cubin = tmp_path / "warpgroup.cubin"
+    command = [nvcc(), "-std=c++20", "-O3", "-arch=sm_90a", "-cubin", "-Xptxas=-v", SOURCES[1]]
+    said = subprocess.run([*command, "-o", cubin], capture_output=True, text=True, check=True)
+    assert re.search(r"serializ|[1-9]\d* bytes (stack|spill)|ignored", said.stderr) is None
+    try:
+        codes = cuda_resources.machine_code(cubin)
+    except cuda_resources.ToolMissing as missing:
+        pytest.skip(str(missing))
+    for (kernel, _), code in codes.items():
+        if kernel.startswith(("gemm", "stored")):
+            assert code.has(r"^HGMMA\.64x(64|128|256)x16\.F32") and code.has(r"^WARPGROUP"), kernel
+        if kernel.startswith(("gemm", "tensor")):
+            assert code.has(r"^UTMALDG\.3D"), kernel
+    assert sum(kernel.startswith("gemm") for kernel, _ in codes) == 4
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -262,18 +415,21 @@ def test_twins_write_what_the_hardware_writes(tmp_path_factory, name):
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     major, minor = torch.cuda.get_device_capability()
-    if name == "bulk_ring" and major < 9:
+    if name in ("bulk_ring", "tensor_boxes") and major < 9:
         pytest.skip("bulk copies are from sm_90 on")
+    if name in PRODUCTS and (major, minor) != (9, 0):
+        pytest.skip("products of warpgroups are for sm_90")
     library_path = tmp_path_factory.getbasetemp() / "selftest-cuda.so"
     if not library_path.exists():
         arch = f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
         flags = ["-std=c++20", "-O3", f"-arch={arch}", "-shared", "-Xcompiler", "-fPIC"]
-        run([nvcc(), *flags, SELFTEST / "selftest.cu", "-o", library_path])
+        run([nvcc(), *flags, *SOURCES, "-o", library_path])
     hardware = ctypes.CDLL(str(library_path))
     inputs = torch.from_numpy(INPUT.view(np.int32).copy()).cuda()
-    outputs = torch.zeros_like(inputs)
+    outputs = torch.zeros(OUT_WORDS, dtype=torch.int32, device="cuda")
     torch.cuda.synchronize()
     pointer = lambda tensor: ctypes.c_void_p(tensor.data_ptr())
     assert hardware.fomoe_selftest(name.encode(), 0, pointer(inputs), pointer(outputs)) == 0
     torch.cuda.synchronize()
-    assert np.array_equal(outputs.cpu().numpy().view(np.uint32), expected(name))
+    words = outputs.cpu().numpy().view(np.uint32)[: len(expected(name))]
+    assert np.array_equal(words, expected(name))

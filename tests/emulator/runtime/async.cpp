@@ -34,7 +34,8 @@ struct Mbarrier {
   unsigned count, pending;
   int64_t bytes = 0;  // still expected
   unsigned phase = 0;
-  std::deque<Load> loads;  // that have not landed
+  std::deque<Load> loads;        // that have not landed
+  std::shared_ptr<Unit> copier;  // writes what they bring
 };
 
 struct Group {
@@ -233,7 +234,7 @@ void mbarrier_init(uint64_t* barrier, unsigned count, Here here) {
   if (count == 0 || count > kMost)
     fail(here, "mbarrier.init: count %u, wanted 1 .. %u", count, kMost);
   *barrier = kMbarrierWord;
-  state().mbarriers[barrier] = Mbarrier{count, count, 0, 0, {}};
+  state().mbarriers[barrier] = Mbarrier{count, count, 0, 0, {}, std::make_shared<Unit>()};
 }
 
 void mbarrier_arrive(uint64_t* barrier, unsigned expected_bytes, Here here) {
@@ -279,18 +280,27 @@ void check_bulk(const char* name, const void* shared, const void* global, unsign
 
 }  // namespace
 
-void load_by_proxy(const char* name, void* shared, size_t bytes, uint64_t* barrier,
-                   std::function<void(unsigned char*)> fill, Here here) {
-  if (__tsan_write_range) __tsan_write_range(shared, bytes);
-  release(barrier);
+void load_by_proxy(const char* name, ProxyLoad load, uint64_t* barrier, Here here) {
+  Mbarrier* b;
+  char issued = 0;
+  {
+    Unseen unseen;
+    b = &mbarrier_at(barrier, name, here);
+  }
+  release(&issued);
+  b->copier->act([&] {
+    acquire(&issued);
+    load.announce_reads();
+    __tsan_write_range(load.shared, load.bytes);
+    release(barrier);
+  });
   Unseen unseen;
-  Mbarrier& b = mbarrier_at(barrier, name, here);
-  auto* to = static_cast<unsigned char*>(shared);
-  std::memset(to, 0xff, bytes);
-  std::memset(shadow_of(to, bytes), 0xff, bytes);
-  b.loads.push_back({to, bytes, std::move(fill)});
+  auto* to = static_cast<unsigned char*>(load.shared);
+  std::memset(to, 0xff, load.bytes);
+  std::memset(shadow_of(to, load.bytes), 0xff, load.bytes);
+  b->loads.push_back({to, load.bytes, std::move(load.fill)});
   if (lands_now())
-    while (!b.loads.empty()) land_load(b);
+    while (!b->loads.empty()) land_load(*b);
 }
 
 void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* barrier, Here here) {
@@ -298,11 +308,11 @@ void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* barri
   {
     Unseen unseen;
     check_bulk(kName, shared, global, bytes, here);
-    mbarrier_at(barrier, kName, here);
   }
-  if (__tsan_read_range) __tsan_read_range(const_cast<void*>(global), bytes);
-  const auto fill = [=](unsigned char* to) { std::memcpy(to, global, bytes); };
-  load_by_proxy(kName, shared, bytes, barrier, fill, here);
+  load_by_proxy(kName,
+                {shared, bytes, [=](unsigned char* to) { std::memcpy(to, global, bytes); },
+                 [=] { __tsan_read_range(const_cast<void*>(global), bytes); }},
+                barrier, here);
 }
 
 void bulk_store(void* global, const void* shared, unsigned bytes, Here here) {

@@ -16,10 +16,15 @@ bool lands_now();
 void check_shared(const char* name, const void* p, size_t bytes, size_t alignment, Here here);
 void check_global(const char* name, const void* p, size_t bytes, size_t alignment, Here here);
 
-// A load of `bytes` into shared memory by the async proxy: `fill` writes them when it lands, and
-// `barrier` then expects so many fewer.
-void load_by_proxy(const char* name, void* shared, size_t bytes, uint64_t* barrier,
-                   std::function<void(unsigned char*)> fill, Here here);
+// A load into shared memory by the async proxy: `fill` writes it when it lands, and `barrier` then
+// expects so many bytes fewer.
+struct ProxyLoad {
+  void* shared;
+  size_t bytes;
+  std::function<void(unsigned char*)> fill;
+  std::function<void()> announce_reads;  // of global memory, to TSan
+};
+void load_by_proxy(const char* name, ProxyLoad load, uint64_t* barrier, Here here);
 
 // What the async proxy sees at a place of shared memory: null where nothing is.
 const unsigned char* proxy_sees(const void* p, size_t bytes);

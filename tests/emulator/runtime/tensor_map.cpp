@@ -71,13 +71,14 @@ void tensor_load(void* shared, const TensorMap* map, uint64_t* barrier, int c0, 
       if (from != nullptr) check_global(kName, from, box.row_bytes(), 1, here);
     });
   }
-  if (__tsan_read_range) {
+  const auto announce_reads = [box] {
     box.for_rows([&](int64_t, const unsigned char* from) {
       if (from != nullptr) __tsan_read_range(const_cast<unsigned char*>(from), box.row_bytes());
     });
-  }
-  const auto fill = [box](unsigned char* to) { box.write(to); };
-  load_by_proxy(kName, shared, box.bytes(), barrier, fill, here);
+  };
+  load_by_proxy(kName,
+                {shared, box.bytes(), [box](unsigned char* to) { box.write(to); }, announce_reads},
+                barrier, here);
 }
 
 void prefetch_tensor_map(const TensorMap* map, Here here) {

@@ -1,8 +1,8 @@
-// Instructions of warpgroups. A product is taken at its issue, or as late as the wait for it allows, or
-// somewhere between, as the schedule says; always in order. Until the wait its accumulators read NaN.
+// Instructions of warpgroups. A product reads its operands when the first thread issues it, or only at
+// the wait for it, as the schedule says. Until the wait its accumulators read NaN.
 //
-// Threads come to an instruction when they like: it happens when the last of them has come, and only
-// the wait holds them. So each thread's n-th instruction must be the same as everybody's n-th.
+// Threads come to an instruction when they like, and only the wait holds them; it has happened when the
+// last of them has come. So each thread's n-th instruction must be the same as everybody's n-th.
 #include "../include/emulator_warpgroup.h"
 
 #include <cmath>
@@ -17,7 +17,7 @@ namespace fomoe::emulator {
 namespace {
 
 constexpr unsigned kThreads = 128;
-constexpr int kRows = 64, kDepth = 16, kMostColumns = 256;
+constexpr int kRows = 64, kDepth = 16;
 // Where dynamic shared memory begins, so that address 0 is never right.
 constexpr uint32_t kFirstAddress = 1024;
 
@@ -138,10 +138,30 @@ struct Accumulators {
 struct Multiply {
   Product product;
   std::shared_ptr<Accumulators> accumulators;
-  bool starts;  // nothing was in flight to these accumulators
-  bool done = false;
-  char issued = 0;  // an address for TSan
+  bool starts;                     // nothing was in flight to these accumulators
+  std::vector<float> rows, depth;  // A by rows, B by steps of K; empty until they are read
+  char issued = 0;                 // an address for TSan
+
+  Operand a() const { return Operand(product.a, product.transpose_a, kRows); }
+  Operand b() const { return Operand(product.b, product.transpose_b, product.columns); }
 };
+
+void read_operands(Multiply& multiply) {
+  const Block& block = *self()->block;
+  const unsigned char* shared = proxy_sees(block.dynamic, block.dynamic_bytes);
+  const int columns = multiply.product.columns;
+  multiply.rows.resize(size_t(kRows * kDepth));
+  multiply.depth.resize(size_t(kDepth * columns));
+  const auto read = [&](const auto& value_of) {
+    read_operand(multiply.a(), shared, kDepth, 1, multiply.rows.data(), value_of);
+    read_operand(multiply.b(), shared, 1, columns, multiply.depth.data(), value_of);
+  };
+  if (multiply.product.element == Element::bf16) {
+    read(bf16_value);
+  } else {
+    read(f16_value);
+  }
+}
 
 template <int kColumns>
 [[gnu::optimize("O3")]] void multiply_add(const float* a, const float* b, float* d) {
@@ -155,24 +175,11 @@ template <int kColumns>
 }
 
 void compute(Multiply& multiply) {
-  if (multiply.done) return;
-  multiply.done = true;
-  const Product& p = multiply.product;
-  const Block& block = *self()->block;
-  const unsigned char* shared = proxy_sees(block.dynamic, block.dynamic_bytes);
-  alignas(64) float a[kRows * kDepth], b[kDepth * kMostColumns];
-  const auto read = [&](const auto& value_of) {
-    read_operand(Operand(p.a, p.transpose_a, kRows), shared, kDepth, 1, a, value_of);
-    read_operand(Operand(p.b, p.transpose_b, p.columns), shared, 1, p.columns, b, value_of);
-  };
-  if (p.element == Element::bf16) {
-    read(bf16_value);
-  } else {
-    read(f16_value);
-  }
+  if (multiply.rows.empty()) read_operands(multiply);
   std::vector<float>& d = multiply.accumulators->values;
-  if (!p.accumulate) std::fill(d.begin(), d.end(), 0.0f);
-  switch (p.columns) {
+  if (!multiply.product.accumulate) std::fill(d.begin(), d.end(), 0.0f);
+  const float *a = multiply.rows.data(), *b = multiply.depth.data();
+  switch (multiply.product.columns) {
     case 64: return multiply_add<64>(a, b, d.data());
     case 128: return multiply_add<128>(a, b, d.data());
     default: return multiply_add<256>(a, b, d.data());
@@ -202,16 +209,11 @@ struct Warpgroup {
   uint64_t next[kThreads] = {};          // the number of each thread's next one
   std::vector<Fiber*> waiting;
   std::vector<std::shared_ptr<Accumulators>> in_flight;
-  std::deque<std::shared_ptr<Multiply>> undone;
   Multiplies open;
   std::deque<Group> groups;
   bool arrived = false;          // since accumulators could last be touched
   std::shared_ptr<char> waited;  // what TSan knows of groups that are done
-  void* tensor_core = nullptr;   // to TSan, who reads operands
-
-  ~Warpgroup() {
-    if (tensor_core != nullptr) __tsan_destroy_fiber(tensor_core);
-  }
+  Unit tensor_core;              // reads operands
 };
 
 }  // namespace
@@ -264,9 +266,11 @@ std::shared_ptr<Accumulators> in_flight_at(Warpgroup& group, const float* regist
 }
 
 std::shared_ptr<Multiply> new_multiply(Warpgroup& group, const Product& product,
-                                       std::shared_ptr<Accumulators> accumulators) {
+                                       std::shared_ptr<Accumulators> accumulators, Here here) {
   auto multiply = std::make_shared<Multiply>();
   multiply->product = product;
+  check_operand("A", product.a, multiply->a(), here);
+  check_operand("B", product.b, multiply->b(), here);
   multiply->starts = accumulators == nullptr;
   if (multiply->starts) {
     accumulators = std::make_shared<Accumulators>();
@@ -286,52 +290,26 @@ void check_same(const Product& mine, const Product& others, Here here) {
     fail(here, "wgmma.mma_async: `accumulate` differs inside the warpgroup");
 }
 
-// Announces what a product reads, as read by the tensor cores: what its threads do next is in no order
-// with that until they wait.
+// Announces what a product reads, as read by the tensor core when the first thread has issued it: what
+// threads do next is in no order with that until they wait.
 void announce_reads(Warpgroup& group, Multiply& multiply) {
-  if (!__tsan_create_fiber) return;
-  if (group.tensor_core == nullptr) group.tensor_core = __tsan_create_fiber(0);
-  void* me = __tsan_get_current_fiber();
-  const Product& p = multiply.product;
   unsigned char* shared = self()->block->dynamic;
-  __tsan_switch_to_fiber(group.tensor_core, 1);
-  acquire(&multiply.issued);
-  for (const Operand& operand :
-       {Operand(p.a, p.transpose_a, kRows), Operand(p.b, p.transpose_b, p.columns)}) {
-    for (int number = 0; number < operand.chunks(); ++number) {
-      int line, k;
-      __tsan_read_range(shared + (operand.chunk(number, &line, &k) - kFirstAddress), 16);
+  group.tensor_core.act([&] {
+    acquire(&multiply.issued);
+    for (const Operand& operand : {multiply.a(), multiply.b()}) {
+      for (int number = 0; number < operand.chunks(); ++number) {
+        int line, k;
+        __tsan_read_range(shared + (operand.chunk(number, &line, &k) - kFirstAddress), 16);
+      }
     }
-  }
-  __tsan_switch_to_fiber(me, 1);
-}
-
-void issue(Warpgroup& group, const std::shared_ptr<Multiply>& multiply, Here here) {
-  const Product& p = multiply->product;
-  if (multiply->starts && !group.arrived)
-    fail(here, "wgmma.mma_async: no wgmma.fence since the accumulators could last be touched");
-  check_operand("A", p.a, Operand(p.a, p.transpose_a, kRows), here);
-  check_operand("B", p.b, Operand(p.b, p.transpose_b, p.columns), here);
-  group.open.push_back(multiply);
-  group.undone.push_back(multiply);
-  if (!lands_now()) return;
-  for (const auto& each : group.undone) compute(*each);
-  group.undone.clear();
-}
-
-// Products up to this one, in order.
-void compute_until(Warpgroup& group, const Multiply* last) {
-  while (!last->done) {
-    compute(*group.undone.front());
-    group.undone.pop_front();
-  }
+  });
 }
 
 void retire(Warpgroup& group, unsigned pending) {
   while (group.groups.size() > pending) {
     Group& oldest = group.groups.front();
     for (const auto& multiply : oldest.multiplies) {
-      compute_until(group, multiply.get());
+      compute(*multiply);
       Accumulators& accumulators = *multiply->accumulators;
       if (--accumulators.in_flight > 0) continue;
       accumulators.give_back();
@@ -366,29 +344,37 @@ void warpgroup_arrive(Here here) {
 void warpgroup_multiply(float* registers, const Product& product, Here here) {
   constexpr const char* kName = "wgmma.mma_async";
   maybe_yield();
-  std::shared_ptr<Multiply> multiply;
+  Multiply* first = nullptr;  // the product, for the thread that comes first
+  const unsigned thread = thread_of_group();
   {
     Unseen unseen;
     Warpgroup& group = warpgroup(kName, here);
     Instruction& instruction = come_to(group, kName, 0, here);
-    auto mine = in_flight_at(group, registers);
-    if (instruction.multiply == nullptr)
-      instruction.multiply = new_multiply(group, product, std::move(mine));
-    else if (instruction.multiply->starts == (mine != nullptr))
-      fail(here, "%s: others in the warpgroup have other accumulators", kName);
-    multiply = instruction.multiply;
-    check_same(product, multiply->product, here);
-    Accumulators& accumulators = *multiply->accumulators;
-    if (multiply->starts) accumulators.take(thread_of_group(), registers);
-    if (accumulators.of[thread_of_group()] != registers || accumulators.columns != product.columns)
+    const auto mine = in_flight_at(group, registers);
+    if (instruction.came == 1) {
+      instruction.multiply = new_multiply(group, product, mine, here);
+      first = instruction.multiply.get();
+    }
+    Multiply& multiply = *instruction.multiply;
+    check_same(product, multiply.product, here);
+    Accumulators& accumulators = *multiply.accumulators;
+    if (multiply.starts && mine == nullptr) accumulators.take(thread, registers);
+    if (accumulators.of[thread] != registers || accumulators.columns != product.columns)
       fail(here, "%s: others in the warpgroup have other accumulators", kName);
   }
-  release(&multiply->issued);
-  Warpgroup& group = warpgroup(kName, here);
-  Instruction& instruction = group.instructions[group.next[thread_of_group()] - 1 - group.first];
-  if (instruction.came == kThreads) announce_reads(group, *multiply);
+  if (first != nullptr) {
+    release(&first->issued);
+    announce_reads(warpgroup(kName, here), *first);
+  }
   Unseen unseen;
-  if (is_complete(group, instruction)) issue(group, multiply, here);
+  if (first != nullptr && lands_now()) read_operands(*first);
+  Warpgroup& group = warpgroup(kName, here);
+  Instruction& instruction = group.instructions[group.next[thread] - 1 - group.first];
+  const auto multiply = instruction.multiply;
+  if (!is_complete(group, instruction)) return;
+  if (multiply->starts && !group.arrived)
+    fail(here, "%s: no wgmma.fence since the accumulators could last be touched", kName);
+  group.open.push_back(multiply);
 }
 
 void warpgroup_commit(Here here) {
@@ -400,11 +386,7 @@ void warpgroup_commit(Here here) {
   Group& closed = group.groups.emplace_back();
   closed.multiplies = std::move(group.open);
   group.open.clear();
-  if (group.tensor_core == nullptr) return;
-  void* me = __tsan_get_current_fiber();
-  __tsan_switch_to_fiber(group.tensor_core, 1);
-  release(closed.finished.get());
-  __tsan_switch_to_fiber(me, 1);
+  group.tensor_core.act([&] { release(closed.finished.get()); });
 }
 
 void warpgroup_wait(unsigned pending, Here here) {

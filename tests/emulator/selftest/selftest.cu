@@ -8,6 +8,7 @@
 #include "../../../csrc/cuda/arch/bulk_copy.cuh"
 #include "../../../csrc/cuda/arch/memory_order.cuh"
 #include "../../../csrc/cuda/arch/shared_memory.cuh"
+#include "selftest.h"
 
 namespace fomoe::cuda {
 namespace {
@@ -201,7 +202,7 @@ const Selftest kSelftests[] = {
 }  // namespace
 }  // namespace fomoe::cuda
 
-// `in` and `out` hold 4096 bytes each, out zeros; returns a cudaError_t, -1 for an unknown name.
+// `in` holds 4096 bytes, `out` kOutBytes, zeros; returns a cudaError_t, kUnknownTest for an unknown name.
 extern "C" __attribute__((visibility("default"))) int fomoe_selftest(const char* name, int defect,
                                                                      const void* in, void* out) {
   for (const auto& test : fomoe::cuda::kSelftests) {
@@ -212,5 +213,5 @@ extern "C" __attribute__((visibility("default"))) int fomoe_selftest(const char*
     return cudaLaunchKernelEx(&config, test.kernel, static_cast<const uint32_t*>(in),
                               static_cast<uint32_t*>(out), defect);
   }
-  return -1;
+  return fomoe::cuda::warpgroup_selftest(name, defect, in, out);
 }
