@@ -72,7 +72,9 @@ template <int kPending>
 void warpgroup_wait(Here here = {}) {
   emulator::warpgroup_wait(kPending, here);
 }
-// The compiler moves no access to `acc` across this. After a wait, before accumulators are read.
+// The compiler moves no access to `acc` across this: before warpgroup_arrive where they have been written,
+// after a wait before they are read. They must stay in registers, so index them by constants only: loops
+// over them are unrolled.
 template <int N>
 void warpgroup_fence(float (&)[N]) {}
 
