@@ -81,16 +81,18 @@ template <int kStages>
 struct Ring {
   int stage = 0;
   unsigned phase = 0;
-  __device__ void next() { skip(1); }
-  __device__ void skip(int64_t slices) {
-    const int64_t ahead = stage + slices;
-    phase ^= unsigned(ahead / kStages) & 1u;
-    stage = int(ahead % kStages);
+  __device__ void next() {
+    stage = stage == kStages - 1 ? 0 : stage + 1;
+    phase ^= stage == 0 ? 1u : 0u;
+  }
+  __device__ void skip(int slices) {
+    phase ^= unsigned(stage + slices) / kStages & 1u;
+    stage = (stage + slices) % kStages;
   }
 };
 
-__device__ inline int64_t slices_of(const Work& work) {
-  return (work.sum_end - work.sum_begin + kDepth - 1) / kDepth;
+__device__ inline int slices_of(const Work& work) {
+  return int((work.sum_end - work.sum_begin + kDepth - 1) / kDepth);
 }
 
 // ---- the producer ------------------------------------------------------------------------------------
@@ -275,16 +277,32 @@ struct Slices {
   }
 };
 
+// In ping-pong the consumers' slices follow each other, and a consumer may wait for its first one only
+// when the other has seen its last one arrive: a barrier's parity tells one round of the ring from
+// the next, not from the one after.
+struct Turns {
+  int consumer;
+  bool first, last;  // of the block's tiles
+
+  __device__ void begin() const {
+    if (!first) barrier_sync(1 + consumer, kConsumers * kGroup);
+  }
+  __device__ void hand_over() const {
+    if (!last) barrier_arrive(1 + (consumer ^ 1), kConsumers * kGroup);
+  }
+};
+
 // Multiplies all slices of a tile; acc[p] are the sums of rows 64 * (first + p) and on.
 template <int kProducts, class Shape>
 __device__ void multiply_slices(float (&acc)[Shape::kProducts][Shape::kN / 2], int first,
-                                int64_t slices, unsigned char* shared, const Barriers& barriers,
-                                Ring<Shape::kStages>& ring) {
+                                int slices, unsigned char* shared, const Barriers& barriers,
+                                const Turns& turns, Ring<Shape::kStages>& ring) {
   using A = Slices<Shape::Problem::kMajorA>;
   using B = Slices<Shape::Problem::kMajorB>;
   const bool speaks = threadIdx.x % kWarp == 0;
   int before = -1;  // stage of the slice before
-  for (int64_t slice = 0; slice < slices; ++slice) {
+  if (Shape::kPingPong) turns.begin();
+  for (int slice = 0; slice < slices; ++slice) {
     mbarrier_wait(barriers.full + ring.stage, ring.phase);
     if constexpr (kProducts > 0) {
       const unsigned char* stage = shared + ring.stage * Shape::kStageBytes;
@@ -307,6 +325,7 @@ __device__ void multiply_slices(float (&acc)[Shape::kProducts][Shape::kN / 2], i
     before = ring.stage;
     ring.next();
   }
+  if (Shape::kPingPong) turns.hand_over();
   if constexpr (kProducts > 0) {
     warpgroup_wait<0>();
 #pragma unroll
@@ -326,14 +345,19 @@ __device__ void consume(const typename Shape::Problem& problem, const Schedule& 
   unsigned char* staging = shared + Shape::kStages * Shape::kStageBytes +
                            (consumer * kGroupWarps + warp) * Shape::kStagingBytes;
   Ring<Shape::kStages> ring;
-  Work work;
-  int turn = 0;
-  for (int64_t item = blockIdx.x; schedule.get(item, kColumns, work); item += gridDim.x) {
-    const int64_t slices = slices_of(work);
-    if (Shape::kPingPong && (turn++ % kConsumers) != consumer) {
+  Work work, next;
+  int64_t item = blockIdx.x;
+  bool more = schedule.get(item, kColumns, next);
+  for (int turn = 0; more; ++turn) {
+    work = next;
+    item += gridDim.x;
+    more = schedule.get(item, kColumns, next);
+    const int slices = slices_of(work);
+    if (Shape::kPingPong && turn % kConsumers != consumer) {
       ring.skip(slices);
       continue;
     }
+    const Turns turns{consumer, turn == 0, !more};
     float acc[kProducts][Shape::kN / 2];
 #pragma unroll
     for (int p = 0; p < kProducts; ++p)
@@ -342,9 +366,9 @@ __device__ void consume(const typename Shape::Problem& problem, const Schedule& 
     // A tile's last rows may leave whole products without work.
     const int64_t rows = work.row_end - work.row - first * kRowsOfProduct;
     if (rows > (kProducts - 1) * kRowsOfProduct) {
-      multiply_slices<kProducts, Shape>(acc, first, slices, shared, barriers, ring);
+      multiply_slices<kProducts, Shape>(acc, first, slices, shared, barriers, turns, ring);
     } else {
-      multiply_slices<kProducts - 1, Shape>(acc, first, slices, shared, barriers, ring);
+      multiply_slices<kProducts - 1, Shape>(acc, first, slices, shared, barriers, turns, ring);
     }
 #pragma unroll
     for (int p = 0; p < kProducts; ++p)
