@@ -180,13 +180,14 @@ __device__ inline float2 pair_of(const Sums& sums, int block, int half) {
 }
 
 // Every epilogue: kInterleaved, a strip holds 32 gate and the 32 up columns that belong to them;
-// kWindows, how much staging a warp needs; strip(sums, place, staging), called by whole warps.
+// kAdds, it adds to what is there; kWindows, how much staging a warp needs; strip(sums, place,
+// staging), called by whole warps.
 
 // out[row][column] = sums + bias[resident][column]
 template <class Format_>
 struct StoreRows {
   using Format = Format_;
-  static constexpr bool kInterleaved = false;
+  static constexpr bool kInterleaved = false, kAdds = false;
   static constexpr int kWindows = 1;
   void* out;
   int64_t stride;    // of out
@@ -210,7 +211,7 @@ struct StoreRows {
 template <class Format_>
 struct AddRows {
   using Format = Format_;
-  static constexpr bool kInterleaved = false;
+  static constexpr bool kInterleaved = false, kAdds = true;
   static constexpr int kWindows = 0;
   float* total;
   int64_t stride;
@@ -232,7 +233,7 @@ struct AddRows {
 template <class Format_, bool kGated>
 struct Activate {
   using Format = Format_;
-  static constexpr bool kInterleaved = kGated;
+  static constexpr bool kInterleaved = kGated, kAdds = false;
   static constexpr int kWindows = 1;
   static constexpr int kBlocks = kGated ? 4 : 8;  // of 8 columns of act
   void* act;                                      // [S, N]
@@ -283,7 +284,7 @@ struct Activate {
 template <class Format_, bool kGated>
 struct ActivateBackward {
   using Format = Format_;
-  static constexpr bool kInterleaved = false;
+  static constexpr bool kInterleaved = false, kAdds = false;
   static constexpr int kWindows = kGated ? 2 : 1;
   const void* preact;          // [S, G*N]
   const float* weights;        // [S], by slot

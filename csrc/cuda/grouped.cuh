@@ -60,6 +60,8 @@ __device__ inline Place place_of(const Problem& problem, const Work& work, int r
   place.row = first;
   if constexpr (Problem::kSumsRows) place.row += work.resident * problem.schedule.lines;
   place.rows = int(max(min(work.row_end - first, int64_t(kStripRows)), int64_t(0)));
+  // Nothing to add: not even -0 becomes 0.
+  if (Problem::Epilogue::kAdds && work.sum_begin == work.sum_end) place.rows = 0;
   constexpr int kColumns = result_columns<typename Problem::Epilogue>(kStripColumns);
   place.column = work.column + result_columns<typename Problem::Epilogue>(column);
   place.columns =
