@@ -22,7 +22,6 @@ namespace {
 constexpr size_t kStackBytes = 64 << 10, kGuardBytes = 4 << 10;
 constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kDefaultShared = 48 << 10, kMostShared = 227 << 10;
-constexpr uint64_t kPollingPriority = uint64_t(1) << 40;
 constexpr int kInvalidValue = 1, kInvalidConfiguration = 9, kLaunchFailure = 719;
 
 struct Machine {
@@ -36,7 +35,6 @@ struct Machine {
   size_t head = 0;
   uint64_t polls = 0;  // in a row, by all threads
   uint64_t turns = 0;  // of fibers that became ready
-  uint64_t failed_polls = 0;
   std::vector<char*> free_stacks;
   std::string error;
   bool failed = false;
@@ -379,8 +377,7 @@ void yield_polling(Here here) {
     uint64_t threads = 0;
     for (const auto& block : m.resident) threads += block->live;
     if (++m.polls > 200000 + 200 * threads) fail(here, "livelock: all threads only poll");
-    // Below those that do not poll; among those that do, who polled last comes last.
-    self()->priority = kPollingPriority - ++m.failed_polls;
+    self()->priority = 0;  // with equal priorities who became ready first goes first
     push_ready(self());
   }
   run_others(false);
@@ -450,7 +447,7 @@ int run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, const void* kernel, vo
   if (self() != nullptr) return kInvalidConfiguration;  // a kernel that launches
   m.failed = false;
   m.error.clear();
-  m.polls = m.failed_polls = 0;
+  m.polls = 0;
   try {
     m.schedule = schedule_of_launch(m.launches++);
   } catch (const std::invalid_argument& error) {
