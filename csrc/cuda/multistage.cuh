@@ -4,8 +4,8 @@
 // A block makes a tile of kTileRows x kN sums: it copies slices of both operands,
 // 128 bytes of the sum deep, into a ring of stages while its warps multiply the slice before. Lines
 // of a slice are swizzled in chunks of 16 bytes, so that the 8 lines that ldmatrix reads at once lie
-// in different banks. Blocks are persistent (scheduler.cuh); two fit on a multiprocessor, so that
-// one multiplies while the other is in its epilogue.
+// in different banks. Blocks are persistent (scheduler.cuh); two fit on a multiprocessor with 16-bit
+// formats, so that one multiplies while the other is in its epilogue.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -205,6 +205,8 @@ struct Shape {
   using Format = typename Epilogue::Format;
   static constexpr int kM = kTileRows, kN = kN_, kStages = kStages_;
   static constexpr int kWarps = kThreads<Format> / kWarp;
+  // Blocks to a multiprocessor that registers allow.
+  static constexpr int kBlocks = std::is_same_v<Format, F32> && kN == 128 ? 1 : 2;
   static constexpr int kWarpsN = kN / kStripColumns, kWarpsM = kWarps / kWarpsN;
   static constexpr int kWarpM = kM / kWarpsM, kStrips = kWarpM / kStripRows;
   static constexpr int kDepth = kSliceBytes / kElementBytes<Format>;  // elements to a slice
@@ -358,7 +360,7 @@ __device__ void make_tile(const typename Shape::Problem& problem, const Work& wo
 }
 
 template <class Shape>
-__global__ void __launch_bounds__(kThreads<typename Shape::Format>)
+__global__ void __launch_bounds__(kThreads<typename Shape::Format>, Shape::kBlocks)
     multistage_kernel(const __grid_constant__ typename Shape::Problem problem) {
   FOMOE_DYNAMIC_SHARED(shared);
   using Schedule = decltype(problem.schedule);
