@@ -250,6 +250,20 @@ def test_main_grad_under_autocast() -> None:
         assert_near(weight.main_grad, getattr(plain.experts, name).grad.double(), 2**-8)
 
 
+def test_a_compiled_layer_fills_main_grad() -> None:
+    eager, traced = test_moe.make(bias=True), test_moe.make(bias=True)
+    compiled = torch.compile(traced, backend="aot_eager")
+    for layer in (eager, traced):
+        set_main_grads(layer)
+    for step in range(2):
+        for run in (eager, compiled):
+            run(test_moe.tokens(40, 24, seed=step)).sum().backward()
+    for name in ("expand_weight", "contract_weight"):
+        got, wanted = getattr(traced.experts, name), getattr(eager.experts, name)
+        assert got.grad is None
+        torch.testing.assert_close(got.main_grad, wanted.main_grad)
+
+
 # ---- bad input -----------------------------------------------------------------------------------
 
 BAD = [
