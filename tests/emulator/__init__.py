@@ -16,11 +16,12 @@ __all__ = ["NAMESPACE", "build_driver", "compiler", "load"]
 
 NAMESPACE = "fomoe_emulated"
 ROOT = HERE.parent.parent
-CPU_KERNELS = ["route", "combine", "compact", "parallel", "features"]
+CPU_KERNELS = ["route", "combine", "compact", "experts", "gemm", "parallel", "features"]
 
 
-# Launches of the driver have few blocks, so that small inputs make blocks go around.
-DRIVER_DEFINES = ("FOMOE_FEW_BLOCKS=3",)
+# Launches of the driver have few blocks, so that small inputs make blocks go around; of the 16-bit
+# formats, whose kernels differ in nothing but conversions, it has one.
+DRIVER_DEFINES = ("FOMOE_FEW_BLOCKS=3", "FOMOE_FEW_FORMATS")
 
 
 def kernel_sources() -> list[Path]:
@@ -63,8 +64,8 @@ def build_driver(folder: Path, sanitize: str) -> Path:
 
 
 def driver_sources() -> list[Path]:
-    """What the driver is built from with sanitizers: the kernels and driver.cpp."""
-    return [*kernel_sources(), HERE / "driver.cpp"]
+    """What the driver is built from with sanitizers: the kernels and its own files."""
+    return [*kernel_sources(), HERE / "driver.cpp", HERE / "driver_experts.cpp"]
 
 
 def driver_references(folder: Path) -> list[Path]:
@@ -72,7 +73,7 @@ def driver_references(folder: Path) -> list[Path]:
     compares with, for the plainest instruction set.
     """
     isas = ("FOMOE_HAVE_AVX2=0", "FOMOE_HAVE_AVX512=0", "FOMOE_HAVE_AVX512_BF16=0")
-    names = [*CPU_KERNELS, "route_scalar", "combine_scalar"]
+    names = [*CPU_KERNELS, "route_scalar", "combine_scalar", "gemm_scalar"]
     plain = Builder(folder)
     kernels = [(plain.compile_plain, ROOT / f"csrc/cpu/{name}.cpp", isas) for name in names]
     return [*runtime_objects(folder), *in_parallel(kernels)]

@@ -15,49 +15,10 @@
 #include <vector>
 
 #include "../../csrc/cpu/simd.h"
+#include "driver.h"
 
-extern "C" const char* fomoe_emulator_last_error();
+namespace fomoe::driver {
 
-namespace {
-
-using namespace fomoe;
-
-constexpr unsigned char kGarbage = 0xcd;
-
-// An output: exact size, garbage before; CPU's and CUDA's side by side.
-template <class T>
-struct Pair {
-  explicit Pair(int64_t size) : cpu(size_t(size)), cuda(size_t(size)) {
-    if (size == 0) return;
-    std::memset(cpu.data(), kGarbage, cpu.size() * sizeof(T));
-    std::memset(cuda.data(), kGarbage, cuda.size() * sizeof(T));
-  }
-  bool same(const char* name) const {
-    for (size_t i = 0; i < cpu.size(); ++i) {
-      if (std::memcmp(&cpu[i], &cuda[i], sizeof(T)) == 0) continue;
-      std::printf("  %s[%zu]: cpu %g, cuda %g\n", name, i, double(cpu[i]), double(cuda[i]));
-      return false;
-    }
-    return true;
-  }
-  std::vector<T> cpu, cuda;
-};
-
-bool launched(int error, const char* kernel) {
-  if (error == 0) return true;
-  std::printf("  %s: CUDA error %d: %s\n", kernel, error, fomoe_emulator_last_error());
-  return false;
-}
-
-struct Random {
-  explicit Random(unsigned seed) : engine(seed) {}
-  float normal() { return std::normal_distribution<float>()(engine); }
-  int below(int n) { return int(engine() % unsigned(n)); }
-  bool chance(double p) { return std::uniform_real_distribution<>()(engine) < p; }
-  std::mt19937 engine;
-};
-
-// Values as stored bytes of a dtype.
 std::vector<char> stored(DType dtype, const std::vector<float>& values) {
   std::vector<char> bytes(values.size() * (dtype == DType::f32 ? 4 : 2));
   for (size_t i = 0; i < values.size(); ++i) {
@@ -72,15 +33,12 @@ std::vector<char> stored(DType dtype, const std::vector<float>& values) {
   return bytes;
 }
 
-std::vector<float> normals(Random& random, int64_t size) {
-  std::vector<float> values(static_cast<size_t>(size));
-  for (float& value : values) value = random.normal();
-  return values;
-}
+}  // namespace fomoe::driver
 
-const char* name_of(DType dtype) {
-  return dtype == DType::f32 ? "f32" : dtype == DType::bf16 ? "bf16" : "f16";
-}
+namespace {
+
+using namespace fomoe;
+using namespace fomoe::driver;
 
 // ---- route ---------------------------------------------------------------------------------------
 
@@ -249,7 +207,7 @@ std::vector<RouteCase> route_cases(bool small) {
 std::string name_of(const RouteCase& c) {
   char name[200];
   std::snprintf(name, sizeof name, "route %dx%d top %d %s %s%s%s%s%s%s groups %d/%d", c.tokens,
-                c.experts, c.top_k, name_of(c.dtype),
+                c.experts, c.top_k, dtype_name(c.dtype),
                 c.scoring == Scoring::softmax ? "softmax" : "sigmoid", c.biased ? " biased" : "",
                 c.restricted ? " restricted" : "", c.renormalize ? " renormalized" : "",
                 c.counting ? " counting" : "", c.tied ? " tied" : "", c.groups_kept, c.groups);
@@ -417,21 +375,9 @@ std::vector<RowsCase> rows_cases(bool small) {
 std::string name_of(const RowsCase& c) {
   char name[160];
   std::snprintf(name, sizeof name, "rows %dx%d hidden %d %s skipped %.1f%s shift %d", c.tokens,
-                c.top_k, c.hidden, name_of(c.dtype), c.skipped, c.weighted ? " weighted" : "",
+                c.top_k, c.hidden, dtype_name(c.dtype), c.skipped, c.weighted ? " weighted" : "",
                 c.misaligned);
   return name;
-}
-
-template <class Case>
-int failures(const std::vector<Case>& cases, bool (*run)(const Case&)) {
-  int failed = 0;
-  for (const Case& c : cases) {
-    if (run(c)) continue;
-    std::printf("FAILED: %s\n", name_of(c).c_str());
-    std::fflush(stdout);
-    ++failed;
-  }
-  return failed;
 }
 
 }  // namespace
@@ -446,7 +392,7 @@ int main(int count, char** arguments) {
       kernels.push_back(arguments[i]);
     }
   }
-  if (kernels.empty()) kernels = {"route", "compact", "rows"};
+  if (kernels.empty()) kernels = {"route", "compact", "rows", "experts"};
   int failed = 0;
   for (const std::string& kernel : kernels) {
     if (kernel == "route") {
@@ -455,8 +401,10 @@ int main(int count, char** arguments) {
       failed += failures(compact_cases(small), run_compact);
     } else if (kernel == "rows") {
       failed += failures(rows_cases(small), run_rows);
+    } else if (kernel == "experts") {
+      failed += run_expert_cases(small);
     } else {
-      std::fprintf(stderr, "kernel '%s': wanted route, compact or rows\n", kernel.c_str());
+      std::fprintf(stderr, "kernel '%s': wanted route, compact, rows or experts\n", kernel.c_str());
       return 2;
     }
   }

@@ -14,6 +14,12 @@ PART_OF = {
     "route": ["route.cu", "route_backward.cu", "router.cuh"],
     "compact": ["compact.cu"],
     "rows": ["combine.cu", "combine_backward.cu", "gather.cu", "scatter.cuh"],
+    "experts": [
+        "contract_backward.cu",
+        *("experts.cu", "experts_f32.cu", "experts_sm80.cu", "experts_sm90.cu", "experts_choice.h"),
+        *("activation.cuh", "epilogue.cuh", "grouped.cuh", "scheduler.cuh"),
+        *("multistage.cuh", "warp_specialized.cuh"),
+    ],
 }
 
 

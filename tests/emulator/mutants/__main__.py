@@ -55,15 +55,25 @@ class Mutant:
         path.write_text(text.replace(self.find, self.replace))
 
     def sources(self) -> list[str]:
-        """The .cu files whose code the bug is in."""
-        if self.file.endswith(".cu"):
-            return [self.file]
-        include = re.compile(rf'#include "{re.escape(self.file)}"')
-        return [s.name for s in sorted(KERNELS.glob("*.cu")) if include.search(s.read_text())]
+        """The .cu files whose code the bug is in: the file itself, or all that include it."""
+        return [s.name for s in sorted(KERNELS.glob("*.cu")) if self.file in included(s)]
 
     def parts(self) -> list[str]:
         """The driver's parts that run the code."""
         return [part for part, files in PART_OF.items() if self.file in files]
+
+
+def included(source: Path) -> set[str]:
+    """Names of a file and of those beside it that it includes, also through others."""
+    names, waiting = set(), [source]
+    while waiting:
+        file = waiting.pop()
+        if file.name in names or not file.exists():
+            continue
+        names.add(file.name)
+        quoted = re.findall(r'#include "([^"/]+)"', file.read_text())
+        waiting += [file.parent / name for name in quoted]
+    return names
 
 
 def all_mutants() -> list[Mutant]:
