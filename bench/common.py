@@ -197,6 +197,87 @@ def interleave(
     return seconds, {name: median(values) for name, values in measures.items()}
 
 
+# ---- timing on any device ------------------------------------------------------------------------
+
+INTERLEAVED_ROUNDS = 9
+LEAST_SECONDS = 2e-3  # of one measurement on a GPU: shorter calls are repeated
+
+
+def device_seconds(run: Callable[[], Any], device: str, repeats: int = 1) -> float:
+    """Of one call among `repeats`: by events on a GPU, else by the clock on the wall."""
+    if device == "cpu":
+        return seconds_of(lambda: [run() for _ in range(repeats)]) / repeats
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
+
+
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """Replays what `run` launches, as a CUDA graph. RuntimeError where it waits for the device."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # as capture wants it: warmed up, and on another stream
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def interleaved_seconds(
+    calls: dict[str, Callable[[], Any]], device: str, rounds: int = INTERLEAVED_ROUNDS
+) -> dict[str, float]:
+    """Median seconds of each, all of them in turn in every round, after a warm-up."""
+    repeats = {}
+    for name, call in calls.items():
+        device_seconds(call, device)
+        once = device_seconds(call, device)
+        repeats[name] = max(1, min(20, int(LEAST_SECONDS / once))) if device == "cuda" else 1
+    measures: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            measures[name].append(device_seconds(call, device, repeats[name]))
+    return {name: median(values) for name, values in measures.items()}
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def kept_bytes(run: Callable[[], Any], known: Sequence[Tensor]) -> int:
+    """Of float tensors that autograd keeps for the backward of `run`, beside the `known` ones."""
+    own = {t.untyped_storage().data_ptr() for t in known}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.is_floating_point() and storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(kept.values())
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most that `run` held on the GPU at once beside what was there before."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+# ---- comparing -----------------------------------------------------------------------------------
+
+
 def normalised_error(got: Tensor, wanted: Tensor) -> float:
     """Root mean square of the difference over that of what is wanted."""
     error = size = 0.0
