@@ -1,0 +1,229 @@
+"""Raw benchmark results -> the tables of docs/performance.md.
+
+    python bench/report.py bench/results/*.json > table.md
+
+Reads pytest-benchmark's JSON: results of bench_experts.py on a GPU and of bench_token_kernels.py.
+A section for each file: machine, then figures with both floors, the fraction of the larger one that
+was reached, and every rival's time over ours (above 1: we are faster).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experts_model import table
+
+Result = dict[str, Any]  # a benchmark's extra_info
+LAYERS = ("forward", "forward_backward", "layer")
+
+
+class BadFile(Exception):
+    """A file that is no result; says which and why."""
+
+
+def read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadFile(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("benchmarks"), list):
+        raise BadFile(f"{path}: has no list 'benchmarks', wanted a file of pytest-benchmark")
+    return found
+
+
+# ---- the machine ---------------------------------------------------------------------------------
+
+
+def machine_lines(results: Sequence[Result]) -> list[str]:
+    """What bench/machine.py recorded, over all results: device, driver, clocks, commit, doubts."""
+    machines = [result["machine"] for result in results if "machine" in result]
+    gpus = [machine["gpu"] for machine in machines if machine.get("gpu")]
+
+    def seen(of: Sequence[dict[str, Any]], key: str) -> str:
+        values = sorted({str(each[key]) for each in of if each.get(key) is not None})
+        return ", ".join(values) or "unknown"
+
+    def span(key: str) -> str:
+        values = [gpu[key] for gpu in gpus if gpu.get(key) is not None]
+        if not values:
+            return "unknown"
+        low, high = min(values), max(values)
+        return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+    device = seen(gpus, "name") if gpus else seen(machines, "device")
+    lines = [
+        f"* device: {device}, driver {seen(gpus, 'driver')}" if gpus else f"* device: {device}"
+    ]
+    if gpus:
+        lines.append(
+            f"* after each measurement: {span('sm_clock_mhz')} MHz (at most "
+            f"{span('max_sm_clock_mhz')}), memory {span('memory_clock_mhz')} MHz, "
+            f"{span('power_watts')} W (limit {span('power_limit_watts')}), "
+            f"{span('temperature_celsius')} °C"
+        )
+    versions = f"torch {seen(machines, 'torch')}, CUDA {seen(machines, 'built_with_cuda')}"
+    lines.append(f"* commit {seen(machines, 'commit')}, {versions}")
+    doubts: dict[str, int] = defaultdict(int)
+    for machine in machines:
+        for doubt in machine.get("suspect", []):
+            doubts[doubt] += 1
+    lines += [f"* suspect: {doubt} ({count} results)" for doubt, count in sorted(doubts.items())]
+    return lines
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+def microseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e6:.1f}"
+
+
+def ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def rival_names(results: Sequence[Result]) -> list[str]:
+    """Those measured in any of the results, in the order in which they first stand there."""
+    return list(dict.fromkeys(name for result in results for name in result["rivals"]))
+
+
+def floor_cells(result: Result) -> list[str]:
+    return [
+        microseconds(result["seconds"]),
+        microseconds(result["compute_floor_seconds"]),
+        microseconds(result["memory_floor_seconds"]),
+        f"{result['fraction_of_floor']:.2f}",
+    ]
+
+
+FLOOR_HEAD = ("µs", "FLOPs floor µs", "bytes floor µs", "of floor")
+
+
+def case_cells(result: Result) -> list[str]:
+    return [
+        result["model"]["name"],
+        str(result["tokens"]),
+        result["routing"],
+        result["task"],
+        *floor_cells(result),
+        f"{result['flops_per_second'] / 1e12:.0f}",
+        f"{result['dense_flops_per_second'] / 1e12:.0f}",
+    ]
+
+
+CASE_HEAD = ("model", "tokens", "routing", "what", *FLOOR_HEAD, "TFLOP/s", "dense 8192³ TFLOP/s")
+
+
+def rival_cells(result: Result, names: Sequence[str]) -> list[str]:
+    of = lambda name: result["rivals"].get(name, {}).get("ratio")
+    return [ratio(of(name)) for name in names]
+
+
+def part_cells(result: Result) -> list[str]:
+    """Ours in a graph, and with half or a quarter of the experts, over the time of all."""
+    share = lambda name: result.get(f"{name}_seconds")
+    over = lambda seconds: "-" if seconds is None else f"{seconds / result['seconds']:.2f}"
+    return [microseconds(share("graph")), over(share("half")), over(share("quarter"))]
+
+
+def memory_cells(result: Result) -> list[str]:
+    """GB at the peak without the gradients of weights, ours and the composition's, and ours over
+    theirs.
+    """
+    memory = result.get("memory") or {}
+    ours, theirs = (
+        (memory.get(name) or {}).get("peak_without_weight_gradients")
+        for name in ("ours", "grouped_mm")
+    )
+    cells = ["-" if size is None else f"{size / 1e9:.2f}" for size in (ours, theirs)]
+    return [*cells, f"{ours / theirs:.2f}" if ours and theirs else "-"]
+
+
+def experts_tables(results: Sequence[Result]) -> list[str]:
+    tables = []
+    products = [result for result in results if result["task"] not in LAYERS]
+    if products:
+        names = rival_names(products)
+        rows = [[*case_cells(result), *rival_cells(result, names)] for result in products]
+        tables.append(table("Grouped products", (*CASE_HEAD, *names), rows, True))
+    layers = [result for result in results if result["task"] in LAYERS]
+    if layers:
+        names = rival_names(layers)
+        rows = [
+            [*case_cells(r), *rival_cells(r, names), *part_cells(r), *memory_cells(r)]
+            for r in layers
+        ]
+        head = (*CASE_HEAD, *names, "in a graph µs", "half / all", "quarter / all")
+        head += ("peak GB", "grouped_mm peak GB", "peak ratio")
+        tables.append(table("Layers", head, rows, True))
+    return tables
+
+
+def absent_lines(results: Sequence[Result]) -> list[str]:
+    """Rivals that could not be measured, and why."""
+    reasons: dict[tuple[str, str], int] = defaultdict(int)
+    for result in results:
+        for name, reason in result.get("absent", {}).items():
+            reasons[name, reason] += 1
+    return [f"* no {name} in {n} results: {why}" for (name, why), n in sorted(reasons.items())]
+
+
+def token_table(named: Sequence[tuple[str, Result]]) -> str:
+    rows = [
+        [
+            name.removeprefix("test_token_kernels_"),
+            *floor_cells(result),
+            f"{result['copy_bytes_per_second'] / 1e9:.0f}",
+            *(
+                ratio(seconds and seconds / result["seconds"])
+                for seconds in (result.get("torch_seconds"), result.get("compiled_seconds"))
+            ),
+        ]
+        for name, result in named
+    ]
+    head = ("kernel", *FLOOR_HEAD, "copy GB/s", "torch", "compiled")
+    return table("Kernels around the grouped products", head, rows, True)
+
+
+def section(path: Path) -> str:
+    """Of one file."""
+    found = read(path)
+    named = [(b.get("name", "?"), b.get("extra_info", {})) for b in found["benchmarks"]]
+    is_experts: Callable[[Result], bool] = lambda result: "task" in result and "rivals" in result
+    experts = [result for _, result in named if is_experts(result)]
+    tokens = [(name, result) for name, result in named if name.startswith("test_token_kernels_")]
+    tokens = [(name, result) for name, result in tokens if "seconds" in result]
+    shown = [*experts, *(result for _, result in tokens)]
+    lines = [f"### {path.name}", ""]
+    if shown:
+        lines += [*machine_lines(shown), ""]
+    lines += experts_tables(experts)
+    if tokens:
+        lines.append(token_table(tokens))
+    if absent := absent_lines(experts):
+        lines += [*absent, ""]
+    if left := len(named) - len(shown):
+        lines += [f"{left} results of other benchmarks are not shown.", ""]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="results.json")
+    try:
+        print("\n".join(map(section, parser.parse_args().files)).rstrip("\n"))
+    except BadFile as bad:
+        parser.error(str(bad))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
