@@ -17,7 +17,7 @@ from fomoe_ext import checkpoint as ckpt
 from fomoe_ext.assemble import local_tensors, own_global_tensors
 from fomoe_ext.config import ModelConfig
 from fomoe_ext.data import open_data
-from fomoe_ext.evaluate import evaluate
+from fomoe_ext.evaluate import evaluate, global_experts
 from fomoe_ext.model import LanguageModel
 from fomoe_ext.placement import Placement
 
@@ -245,6 +245,17 @@ def texts(tmp_path_factory):
         (folder / f"{i}.txt").write_text(words)
     open_data([str(folder / "*.txt")], CONFIG.seq_len, cache_dir=folder / "cache")
     return folder
+
+
+@pytest.mark.parametrize("buffer_bytes", [1, 1 << 20])
+def test_the_global_model_of_one_site_is_its_own(buffer_bytes):
+    """With weights, biases and activation of the layers themselves."""
+    model = full_model().eval()
+    tokens = torch.arange(2 * CONFIG.seq_len).view(2, -1)
+    with torch.no_grad():
+        wanted = model(tokens)
+        with global_experts(model, place(1, 1), 0, buffer_bytes):
+            torch.testing.assert_close(model(tokens), wanted)
 
 
 @pytest.mark.parametrize("num_sites, replication", [(2, 1), (3, 1), (3, 2), (4, 2), (2, 2)])
