@@ -295,7 +295,7 @@ class Held:
 
 
 @pytest.mark.skipif(not native.cuda_loaded, reason="torch sees no GPU, or the library is without")
-@pytest.mark.parametrize("task_name", TASKS)
+@pytest.mark.parametrize("task_name", TASKS)  # the first changes first: inputs are made once
 @pytest.mark.parametrize("routing", work.ROUTINGS)
 @pytest.mark.parametrize("tokens", work.TOKENS)
 @pytest.mark.parametrize("model", work.MODELS, ids=lambda model: model.name)

@@ -96,7 +96,11 @@ def chosen_shares(popularity: Sequence[float], top_k: int) -> list[float]:
 
 
 def expected_load(model: Model, tokens: int, routing: str, parts: int = 1) -> Load:
-    """The load to expect when one expert in `parts` is resident, of any popularity."""
+    """The load to expect when one expert in `parts` is resident, of any popularity.
+
+    Tokens without a row: exact for balanced routing, for Zipf as if experts were chosen
+    independently of each other.
+    """
     if routing == "balanced":
         shares = [model.top_k / model.experts] * model.experts
     elif routing == "zipf":
@@ -105,7 +109,10 @@ def expected_load(model: Model, tokens: int, routing: str, parts: int = 1) -> Lo
         raise ValueError(f"routing: got {routing!r}, wanted one of {', '.join(ROUTINGS)}")
     resident = shares[parts // 2 :: parts]
     groups = tuple(round(tokens * share) for share in resident)
-    untouched = math.prod(1 - share for share in resident)
+    others = model.experts - len(resident)
+    untouched = math.comb(others, model.top_k) / math.comb(model.experts, model.top_k)
+    if routing == "zipf" and others:
+        untouched = math.prod(1 - share for share in resident)
     return Load(tokens, tokens * model.top_k, groups, round(tokens * (1 - untouched)))
 
 
