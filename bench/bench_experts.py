@@ -10,6 +10,7 @@ rate of a dense bf16 product, bytes over that of a copy, both measured in the sa
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +27,7 @@ from bench_token_kernels import copy_bandwidth
 from common import Problem, Shape
 from torch import Tensor
 
-from fomoe_ext import native, ops
+from fomoe_ext import _C, native, ops
 
 Layer = Callable[..., Tensor]
 RIVALS: dict[str, Layer] = {"loop": rivals.loop_experts, "grouped_mm": rivals.grouped_mm_experts}
@@ -125,7 +126,7 @@ class Task:
     kernels: list[work.Kernel]
     ours: Call
     rivals: dict[str, Call] = field(default_factory=dict)
-    absent: dict[str, str] = field(default_factory=dict)  # rivals that could not run, and why
+    absent: dict[str, str] = field(default_factory=dict)  # what could not run, and why
     others: dict[str, Call] = field(default_factory=dict)  # in a graph; with fewer residents
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -209,7 +210,11 @@ def add_parts(task: Task, inputs: cases.Inputs, call: Callable[[cases.Inputs], C
             shares[name] = part.rows / inputs.rows
     task.facts["rows_share"] = shares
     if inputs.x.is_cuda:
-        task.others["graph"] = common.captured(task.ours)
+        try:
+            task.others["graph"] = common.captured(task.ours)
+        except RuntimeError as error:  # the other figures are wanted all the same
+            torch.cuda.synchronize()
+            task.absent["replay in a graph"] = str(error)[:200]
 
 
 def memory_of(ours: Call, theirs: Call, inputs: cases.Inputs) -> dict[str, dict[str, int | None]]:
@@ -273,6 +278,15 @@ def measure(task: Task, device: str, copy_rate: float) -> dict[str, Any]:
     return result
 
 
+def tiles_of(task: Task, hopper: bool) -> dict[str, str]:
+    """The tile that each grouped product runs with."""
+    return {
+        kernel.name: _C.expert_tile(kernel.verb, common.dtype_name(DTYPE), kernel.columns, hopper)
+        for kernel in task.kernels
+        if isinstance(kernel, work.Gemm)
+    }
+
+
 class Held:
     """The inputs of the last benchmark: the next one mostly wants the same, and two do not fit."""
 
@@ -283,6 +297,7 @@ class Held:
     def get(cls, model: work.Model, tokens: int, routing: str) -> cases.Inputs:
         if cls.key != (model, tokens, routing) or cls.inputs is None:
             cls.key = cls.inputs = None
+            gc.collect()
             torch.cuda.empty_cache()
             needed, free = work.needed_bytes(model, tokens), torch.cuda.mem_get_info()[0]
             if needed > free:
@@ -303,6 +318,7 @@ def test_experts_on_gpu(
     benchmark: Any, model: work.Model, tokens: int, routing: str, task_name: str
 ) -> None:
     inputs = Held.get(model, tokens, routing)
+    hopper = torch.cuda.get_device_capability()[0] == 9
     watch = machine.Watch("cuda")
     task = make_task(inputs, task_name)
     result = measure(task, "cuda", copy_bandwidth())
@@ -313,7 +329,8 @@ def test_experts_on_gpu(
         "routing": routing,
         "rows": inputs.rows,
         "largest_group": max(inputs.load.groups),
-        "tile": os.environ.get("FOMOE_EXPERTS_TILE", ""),
+        "forced_tile": os.environ.get("FOMOE_EXPERTS_TILE", ""),
+        "tiles": tiles_of(task, hopper),
     }
     benchmark.extra_info.update(result, machine=watch.facts())
 

@@ -150,8 +150,9 @@ def experts_tables(results: Sequence[Result]) -> list[str]:
     products = [result for result in results if result["task"] not in LAYERS]
     if products:
         names = rival_names(products)
-        rows = [[*case_cells(result), *rival_cells(result, names)] for result in products]
-        tables.append(table("Grouped products", (*CASE_HEAD, *names), rows, True))
+        tile = lambda result: result.get("tiles", {}).get(result["task"], "-")
+        rows = [[*case_cells(r), tile(r), *rival_cells(r, names)] for r in products]
+        tables.append(table("Grouped products", (*CASE_HEAD, "tile", *names), rows, True))
     layers = [result for result in results if result["task"] in LAYERS]
     if layers:
         names = rival_names(layers)
@@ -166,7 +167,7 @@ def experts_tables(results: Sequence[Result]) -> list[str]:
 
 
 def absent_lines(results: Sequence[Result]) -> list[str]:
-    """Rivals that could not be measured, and why."""
+    """What could not be measured, and why."""
     reasons: dict[tuple[str, str], int] = defaultdict(int)
     for result in results:
         for name, reason in result.get("absent", {}).items():

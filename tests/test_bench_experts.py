@@ -249,6 +249,10 @@ def test_a_task_is_measured(name):
         assert result["memory"]["ours"]["kept"] == 2 * 32 * slots
         assert result["absent"].keys() >= {"compiled", "liger"}
     json.dumps(result)
+    for hopper, kind in ((True, ("ping_pong", "cooperative")), (False, ("multistage",))):
+        tiles = bench.tiles_of(task, hopper)
+        assert tiles.keys() == {k.name for k in task.kernels if isinstance(k, work.Gemm)}
+        assert tiles and all(tile.startswith(kind) for tile in tiles.values())
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch):
@@ -356,7 +360,10 @@ def test_report_of_a_made_up_file(tmp_path, capsys, monkeypatch):
     }
     hot = MACHINE | {"suspect": ["power cap after"], "gpu": MACHINE["gpu"] | {"sm_clock_mhz": 1410}}
     results = [
-        ("test_experts_on_gpu[a]", made_up("contract", rivals={"dense": {"ratio": 0.9}})),
+        (
+            "test_experts_on_gpu[a]",
+            made_up("contract", rivals={"dense": {"ratio": 0.9}}, tiles={"contract": "wide"}),
+        ),
         (
             "test_experts_on_gpu[b]",
             made_up(
@@ -384,7 +391,7 @@ def test_report_of_a_made_up_file(tmp_path, capsys, monkeypatch):
     assert "* suspect: power cap after (1 results)" in lines
     assert any("1410 to 1500 MHz (at most 1980)" in line for line in lines)
     case = "| OLMoE | 4096 | zipf | {} | 500.0 | 400.0 | 100.0 | 0.80 | 600 | 750 | "
-    assert case.format("contract") + "0.90x |" in lines
+    assert case.format("contract") + "wide | 0.90x |" in lines
     layer = "1.50x | 450.0 | 0.52 | 0.27 | 1.00 | 2.50 | 0.40 |"
     assert case.format("layer") + layer in lines
     assert "| route[c] | 500.0 | 400.0 | 100.0 | 0.80 | 4000 | 2.00x | - |" in lines
