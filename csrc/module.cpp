@@ -6,6 +6,7 @@
 
 #include "build_facts.h"
 #include "cpu/features.h"
+#include "cuda/experts_choice.h"
 
 namespace py = pybind11;
 
@@ -78,6 +79,48 @@ py::list cuda_kernels() {
   return kernels;
 }
 
+const char* kernel_name(cuda::Kernel kernel) {
+  switch (kernel) {
+    case cuda::Kernel::multistage: return "multistage";
+    case cuda::Kernel::ping_pong: return "ping_pong";
+    case cuda::Kernel::cooperative: return "cooperative";
+  }
+  return "";
+}
+
+py::list expert_tiles() {
+  py::list tiles;
+  for (const cuda::Tile& tile : cuda::kTiles) {
+    py::dict entry;
+    entry["name"] = tile.name;
+    entry["kernel"] = kernel_name(tile.kernel);
+    entry["rows"] = kTileRows;
+    entry["columns"] = tile.columns;
+    tiles.append(entry);
+  }
+  return tiles;
+}
+
+// The index of `got` among names; std::invalid_argument (ValueError) for one that is not there.
+template <size_t N>
+int index_of(const char* argument, const std::string& got, const char* const (&names)[N]) {
+  std::string wanted;
+  for (size_t i = 0; i < N; ++i) {
+    if (got == names[i]) return static_cast<int>(i);
+    wanted += (i == 0 ? "" : ", ") + std::string(names[i]);
+  }
+  throw std::invalid_argument(std::string(argument) + ": got '" + got + "', wanted one of " +
+                              wanted);
+}
+
+std::string expert_tile(const std::string& verb, const std::string& dtype, int64_t columns,
+                        bool hopper) {
+  const char* const dtypes[] = {"float32", "bfloat16", "float16"};
+  const auto which = static_cast<cuda::Verb>(index_of("verb", verb, cuda::kVerbNames));
+  const auto type = static_cast<DType>(index_of("dtype", dtype, dtypes));
+  return cuda::choose_tile(which, type, columns, hopper).name;
+}
+
 }  // namespace
 }  // namespace fomoe
 
@@ -93,4 +136,13 @@ PYBIND11_MODULE(_C, m) {
         "dict: kernel file compiled into libfomoe_cpu.so -> list of its instruction sets.");
   m.def("cuda_kernels", &fomoe::cuda_kernels,
         "list: kernel files compiled into libfomoe_cuda.so, empty without CUDA.");
+  m.def("expert_tiles", &fomoe::expert_tiles,
+        "list of dict(name, kernel, rows, columns): the tiles that grouped GEMMs can run with.");
+  m.def("expert_tile", &fomoe::expert_tile, py::arg("verb"), py::arg("dtype"), py::arg("columns"),
+        py::arg("hopper"),
+        "str: the tile that a grouped GEMM runs with. verb: expand, contract, contract_backward, "
+        "grouped_rows or weight_grad; dtype: float32, bfloat16 or float16; columns: of its sums "
+        "(expand's gate and up columns both count); hopper: whether the device is one. "
+        "FOMOE_EXPERTS_TILE overrides it where dtype and device allow. Raises ValueError for an "
+        "unknown verb, dtype or tile.");
 }

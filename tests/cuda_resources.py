@@ -19,6 +19,7 @@ import sys
 import sysconfig
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,7 +46,11 @@ class Code:
     count: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     def has(self, pattern: str) -> bool:
-        return any(re.search(pattern, mnemonic) for mnemonic in self.count)
+        return self.total(pattern) > 0
+
+    def total(self, pattern: str) -> int:
+        """How many instructions have a mnemonic that the pattern is found in."""
+        return sum(n for mnemonic, n in self.count.items() if re.search(pattern, mnemonic))
 
 
 class ToolMissing(Exception):
@@ -84,7 +89,10 @@ def readable(symbols: Iterable[str]) -> dict[str, str]:
     names = {}
     for symbol, name in zip(symbols, said, strict=True):
         name = re.sub(r"fomoe::cuda::|\(anonymous namespace\)::|\w*_GLOBAL__N_\w*::", "", name)
+        name = re.sub(r"\(Major\)(\d)", lambda m: ("sum", "line")[int(m[1])], name)
         name = re.sub(r"^void ", "", name).split("(")[0].replace("> >", ">>")
+        # A GEMM is named by its problem, columns and stages: the rest says the same twice.
+        name = re.sub(r"(\w+)::\1_kernel<\1::Shape<(.*)>>$", r"\1<\2>", name)
         names[symbol] = name
     return names
 
@@ -109,15 +117,17 @@ def resources(library: Path) -> dict[tuple[str, str], Resources]:
 
 def machine_code(library: Path) -> dict[tuple[str, str], Code]:
     """(kernel, architecture) -> its instructions."""
+    archs = sorted(set(re.findall(r"\.(sm_\w+)\.cubin", cuobjdump("--list-elf", library))))
     codes: dict[tuple[str, str], Code] = defaultdict(Code)
-    arch = function = ""
-    for line in cuobjdump("-sass", library).splitlines():
-        if match := re.match(r"\s*arch = (\w+)", line):
-            arch = match[1]
-        elif match := re.match(r"\s*Function : (\S+)", line):
-            function = match[1]
-        elif match := re.match(r"\s*/\*\w+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
-            codes[function, arch].count[match[1]] += 1
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        texts = pool.map(lambda arch: cuobjdump("-sass", "-arch", arch, library), archs)
+        for arch, text in zip(archs, texts, strict=True):
+            function = ""
+            for line in text.splitlines():
+                if match := re.match(r"\s*Function : (\S+)", line):
+                    function = match[1]
+                elif match := re.match(r"\s*/\*\w+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
+                    codes[function, arch].count[match[1]] += 1
     names = readable({function for function, _ in codes})
     return {(names[function], arch): code for (function, arch), code in codes.items()}
 
@@ -140,7 +150,7 @@ def table_of(taken: dict[tuple[str, str], Resources]) -> Table:
 def read_budget() -> Table:
     with BUDGET.open(newline="") as file:
         return {
-            row.pop("kernel"): {name: int(value) for name, value in row.items()}
+            row.pop("kernel"): {name: int(value) for name, value in row.items() if value}
             for row in csv.DictReader(file)
         }
 
@@ -191,7 +201,20 @@ def threads_of(kernel: str) -> int:
     """Threads of a kernel's blocks, as its source has them."""
     if kernel.startswith(("route_kernel", "route_backward_kernel")):
         return 128 if kernel.endswith(", 32>") else 256
+    if kernel.startswith("warp_specialized<"):
+        return 384
+    if kernel.startswith("multistage<"):
+        return 256 if "<F32" in kernel else 128
     return 512 if kernel in ("count_kernel", "scatter_kernel") else 256
+
+
+def dynamic_shared_of(kernel: str) -> int:
+    """Shared memory that a launch adds, bytes: a GEMM's ring of stages, as its source has them."""
+    if match := re.match(r"multistage<.*, (\d+), (\d+)>$", kernel):
+        columns, stages = map(int, match.groups())
+        return stages * (128 + columns) * 128
+    # As many stages as fit, so one block.
+    return SM_SHARED // 2 if kernel.startswith("warp_specialized<") else 0
 
 
 def main() -> int:
@@ -216,7 +239,8 @@ def main() -> int:
     )
     for kernel, row in sorted(table.items()):
         registers = " ".join(f"{row.get(arch, 0):7}" for arch in archs)
-        warps = warps_per_multiprocessor(row["sm_90a"], row["shared"], threads_of(kernel))
+        shared = row["shared"] + dynamic_shared_of(kernel)
+        warps = warps_per_multiprocessor(row["sm_90a"], shared, threads_of(kernel))
         print(f"{kernel:60} {row['shared']:7} {registers}  {warps} of {SM_WARPS}")
     spilling = [f"{kernel} on {arch}" for (kernel, arch), r in taken.items() if r.stack or r.local]
     if spilling:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import cuda_resources
@@ -71,7 +72,8 @@ def test_wide_accesses(codes):
     for key, code in (wide | loading).items():
         assert code.has(r"^LDG\.E\.(\w+\.)*128"), key
     storing = {key for key in loading if "backward" in key[0]}
-    for key in [*wide, *storing]:
+    storing |= {key for key in wide if not key[0].startswith("weight_dots")}  # a number per row
+    for key in storing:
         assert (wide | loading)[key].has(r"^STG\.E\.(\w+\.)*128"), key
 
 
@@ -88,6 +90,44 @@ def test_warp_reductions_are_instructions(codes):
             assert code.has(r"^C?REDUX"), (kernel, arch)
 
 
+def gemms(codes: dict[tuple[str, str], Code], kind: str, arch: str) -> dict[str, Code]:
+    return {k: code for (k, a), code in codes.items() if k.startswith(f"{kind}<") and a == arch}
+
+
+def test_hopper_gemms_are_wgmma_and_tma(codes):
+    """Products of warpgroups, boxes by TMA, registers moved to those who multiply."""
+    found = gemms(codes, "warp_specialized", "sm_90a")
+    assert len(found) > 0
+    for kernel, code in found.items():
+        columns = int(re.findall(r", (\d+), (?:true|false)>$", kernel)[0])
+        kind = "F16" if "<F16x2" in kernel else "BF16"
+        products = code.total(
+            rf"^HGMMA\.64x{columns}x16\.F32\.{kind}$|HGMMA\.64x{columns}x16\.F32$"
+        )
+        assert products > 0 and products == code.total("^HGMMA"), kernel
+        # Serialised products would wait one by one.
+        assert code.total(r"^WARPGROUP\.DEPBAR") <= products / 2, kernel
+        assert code.total("^UTMALDG") > 0, kernel
+        assert code.total("^USETMAXREG") == 2, kernel
+        # Rows are gathered by cp.async on their way, as steps of a sum over rows are.
+        gathers = "true>, " in kernel or kernel.startswith("warp_specialized<Weights")
+        assert code.has("^LDGSTS") == gathers, kernel
+
+
+def test_portable_gemms_are_mma_and_cp_async(codes):
+    for arch in {arch for _, arch in codes}:
+        found = gemms(codes, "multistage", arch)
+        assert len(found) > 0
+        for kernel, code in found.items():
+            assert code.has(r"^LDGSTS\.E\.(\w+\.)*128"), (kernel, arch)
+            if "<F32" in kernel:
+                assert code.has("^FFMA") and not code.has("^HMMA"), (kernel, arch)
+                continue
+            kind = "BF16" if "<Bf16x2" in kernel else "F32$"
+            assert code.has(rf"^HMMA\.16816\.F32.*{kind}|^HMMA\.16816\.{kind}"), (kernel, arch)
+            assert code.has(r"^LDSM\.16\.M?T?(88|8816)?.*\.4"), (kernel, arch)
+
+
 def test_inline_assembly_is_in_one_place():
     guilty = [
         path
@@ -96,6 +136,57 @@ def test_inline_assembly_is_in_one_place():
     ]
     assert guilty == []
     assert any(re.search(r"\basm\b", p.read_text()) for p in SOURCES if p.parent.name == "arch")
+
+
+# ---- what the assembler says ---------------------------------------------------------------------
+
+
+def nvcc() -> str:
+    program = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if program is None:
+        pytest.skip("nvcc is needed")
+    return program
+
+
+def words_of_the_assembler(source: Path, cubin: Path, *flags: str) -> str:
+    command = [nvcc(), "-std=c++20", "-O3", "-fmad=false", "-arch=sm_90a", "-cubin", "-Xptxas=-v"]
+    result = subprocess.run(
+        [*command, *flags, source, "-o", cubin], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stderr
+
+
+def complaints_about_warpgroups(words: str) -> list[str]:
+    """Lines that say that products are serialised, fences injected or setmaxnreg ignored."""
+    return [
+        line
+        for line in words.splitlines()
+        if re.search("wgmma|warpgroup|setmaxnreg", line)
+        and "Compiling entry function" not in line
+        and "Function properties" not in line
+    ]
+
+
+@pytest.mark.slow
+def test_the_assembler_has_no_words_about_hopper_gemms(tmp_path):
+    """CI reads the same in what its own build says."""
+    source = emulator.ROOT / "csrc/cuda/experts_sm90.cu"
+    # One of the 16-bit formats, whose kernels differ in the name of an instruction.
+    words = words_of_the_assembler(source, tmp_path / "cubin", "-DFOMOE_FEW_FORMATS")
+    assert "Used 168 registers" in words
+    assert complaints_about_warpgroups(words) == []
+
+
+def test_words_about_warpgroups_are_noticed(tmp_path):
+    """Without launch bounds the assembler cannot tell how many registers there are to move."""
+    source = tmp_path / "kernel.cu"
+    source.write_text(
+        f'#include "{emulator.ROOT / "csrc/cuda/arch/warpgroup.cuh"}"\n'
+        "__global__ void kernel() { fomoe::cuda::registers_raise<216>(); }"
+    )
+    (complaint,) = complaints_about_warpgroups(words_of_the_assembler(source, tmp_path / "cubin"))
+    assert "'setmaxnreg' ignored" in complaint
 
 
 # ---- the checks themselves -----------------------------------------------------------------------
@@ -124,13 +215,10 @@ def test_warps_per_multiprocessor():
 
 def test_a_spill_is_an_error(tmp_path):
     """The flags that CI builds with stop at a kernel that needs local memory."""
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if nvcc is None:
-        pytest.skip("nvcc is needed")
     script = (emulator.ROOT / ".ci/run").read_text()
     (flags,) = re.findall(r'FOMOE_CUDA_FLAGS="([^"]*)"', script)
     source = tmp_path / "kernel.cu"
-    command = [nvcc, "-arch=sm_90a", "-cubin", *flags.split(), source, "-o", tmp_path / "cubin"]
+    command = [nvcc(), "-arch=sm_90a", "-cubin", *flags.split(), source, "-o", tmp_path / "cubin"]
     kernel = (
         "__global__ void kernel(float* p) {{ float kept[64]; {} "
         "for (int i = 0; i < 64; ++i) p[i] = kept[{}]; }}"

@@ -121,6 +121,9 @@ def expected(name: str) -> np.ndarray:
         return boxes().view(np.uint32).ravel()
     if name in PRODUCTS:
         return products(name).view(np.uint32).ravel()
+    if name.startswith("matrices"):
+        product = operand(1, 16, 16) @ operand(2, 16, 16).T
+        return np.tile(product.ravel().astype(np.float32).view(np.uint32), 4)
     out = np.zeros(1024, np.uint32)
     if name == "neighbours":
         out[:128] = np.roll(INPUT[:128], -1)
@@ -165,6 +168,8 @@ NAMES = [
     "bulk_ring",
     "chain",
     "wide_words",
+    "matrices_bf16",
+    "matrices_f16",
     "tensor_boxes",
     *PRODUCTS,
 ]
@@ -213,6 +218,9 @@ DEFECTS = [
     ("bulk_ring", 8, "undefined", "ends with an mbarrier that expects 512 more bytes"),
     ("chain", 1, "thread", "data race"),  # ordinary loads and stores for ordered ones
     ("chain", 2, "undefined", "livelock|deadlock"),  # expects blocks to start in order
+    ("matrices_bf16", 1, "thread", "data race"),  # read before others have written
+    ("matrices_bf16", 2, "undefined", "deadlock|divergent code"),
+    ("matrices_bf16", 3, "undefined", "ldmatrix: row at .* is not aligned to 16"),
     ("tensor_boxes", 1, "undefined", "not aligned to 1024"),
     (
         "tensor_boxes",

@@ -20,7 +20,7 @@ int64_t parts_of(int64_t expert_size) { return (expert_size + kStripColumns - 1)
 // grad_weights[slot] = the parts of its row in order, plus <bias, grad_y[token]>. A warp to 32 rows;
 // with a bias it goes through them one by one.
 template <class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     weight_dots_kernel(const __grid_constant__ ContractBackwardArgs args, int64_t parts) {
   const int lane = threadIdx.x % kWarp;
   const int64_t rows = args.offsets[args.residents];
@@ -50,8 +50,9 @@ __global__ void __launch_bounds__(kThreads)
         float dot = 0.0f;
         for (int64_t column = lane; column < columns; column += kWarp) {
           float left[A::kWidth], right[A::kWidth];
-          A::unpack(bias[column], left);
-          A::unpack(grad[column], right);
+          const V bias_vector = bias[column], grad_vector = grad[column];
+          A::unpack(bias_vector, left);
+          A::unpack(grad_vector, right);
 #pragma unroll
           for (int v = 0; v < A::kWidth; ++v) dot = fmaf(left[v], right[v], dot);
         }
@@ -85,8 +86,9 @@ __global__ void __launch_bounds__(kThreads)
       for (int64_t row = args.offsets[resident] + warp; row < end; row += kWarps) {
         const int64_t line = args.index == nullptr ? row : args.index[row];
         const float factor = args.weights == nullptr ? 1.0f : args.weights[args.slot_of_row[row]];
+        const V vector = static_cast<const V*>(args.in)[line * columns + column];
         float values[A::kWidth];
-        A::unpack(static_cast<const V*>(args.in)[line * columns + column], values);
+        A::unpack(vector, values);
 #pragma unroll
         for (int v = 0; v < A::kWidth; ++v) sum[v] = fmaf(factor, values[v], sum[v]);
       }
@@ -115,10 +117,15 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < vectors;
        i += int64_t(gridDim.x) * kThreads) {
     const int64_t row = i / columns, at = (kGated ? row * columns : 0) + i;
+    const V grad_vector = static_cast<const V*>(args.grad_act)[i];
+    const V gate_vector = static_cast<const V*>(args.preact)[at];
     float grad[A::kWidth], gate[A::kWidth], up[A::kWidth];
-    A::unpack(static_cast<const V*>(args.grad_act)[i], grad);
-    A::unpack(static_cast<const V*>(args.preact)[at], gate);
-    if constexpr (kGated) A::unpack(static_cast<const V*>(args.preact)[at + columns], up);
+    A::unpack(grad_vector, grad);
+    A::unpack(gate_vector, gate);
+    if constexpr (kGated) {
+      const V up_vector = static_cast<const V*>(args.preact)[at + columns];
+      A::unpack(up_vector, up);
+    }
 #pragma unroll
     for (int v = 0; v < A::kWidth; ++v) {
       const Activated a = activate<kExact, kGated>(args.activation, gate[v], kGated ? up[v] : 0.0f);

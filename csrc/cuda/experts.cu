@@ -6,6 +6,12 @@
 namespace fomoe::cuda {
 namespace {
 
+#ifdef FOMOE_HAVE_SM90A  // built for it
+constexpr bool kHopperCode = true;
+#else
+constexpr bool kHopperCode = false;
+#endif
+
 // Whether the current device runs sm_90a code, asked for once per device.
 cudaError_t runs_hopper_code(bool& answer) {
   constexpr int kDevices = 64;
@@ -18,7 +24,7 @@ cudaError_t runs_hopper_code(bool& answer) {
     if (const cudaError_t error =
             cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device))
       return error;
-    state = major == 9 ? 2 : 1;
+    state = kHopperCode && major == 9 ? 2 : 1;
     if (device < kDevices) known[device].store(state, std::memory_order_relaxed);
   }
   answer = state == 2;
@@ -32,7 +38,7 @@ cudaError_t run(Verb verb, DType dtype, const Problem& problem, cudaStream_t str
   if (const cudaError_t error = runs_hopper_code(hopper)) return error;
   const int64_t columns = problem.schedule.columns * (Epilogue::kInterleaved ? 2 : 1);
   const Tile tile = choose_tile(verb, dtype, columns, hopper);
-  if constexpr (!std::is_same_v<typename Epilogue::Format, F32>)
+  if constexpr (kHopperCode && !std::is_same_v<typename Epilogue::Format, F32>)
     if (tile.kernel != Kernel::multistage) return run_warp_specialized(problem, tile, stream);
   return run_multistage(problem, tile, stream);
 }

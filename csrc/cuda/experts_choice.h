@@ -32,9 +32,10 @@ constexpr Tile kMultistage64 = kTiles[0], kMultistage128 = kTiles[1], kPingPong1
                kCooperative256 = kTiles[3];
 
 // The first rule that fits is taken. Derived, not measured: docs/performance.md has the arithmetic.
-// A long epilogue hides behind the other warpgroup's products in ping-pong; where it is short, a
-// wider tile reads less of both operands. `columns` is the number of columns of sums from which on a
-// rule holds: a tile that is wider than they are would multiply zeros.
+// Tiles of 256 columns read the least of shared memory for a product. contract_backward's epilogue
+// reads and writes several times what the others do, and hides behind the other warpgroup's products
+// in ping-pong. `columns` is the number of columns of sums from which on a rule holds: a tile that is
+// wider than they are would multiply zeros.
 struct Rule {
   bool hopper;
   Verb verb;
@@ -42,6 +43,7 @@ struct Rule {
   Tile tile;
 };
 constexpr Rule kRules[] = {
+    {true, Verb::expand, 256, kCooperative256},
     {true, Verb::expand, 0, kPingPong128},
     {true, Verb::contract, 256, kCooperative256},
     {true, Verb::contract, 0, kPingPong128},

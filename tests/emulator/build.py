@@ -57,7 +57,12 @@ class Builder:
         Named by source and flags, and made anew every time: sources include each other.
         """
         flags = ["-std=c++20", self.optimize, "-g", "-fPIC", "-ffp-contract=off"]
-        flags += ["-fvisibility=hidden", "-DFOMOE_EMULATED", *(f"-D{d}" for d in self.defines)]
+        flags += [
+            "-fvisibility=hidden",
+            "-DFOMOE_EMULATED",
+            "-DFOMOE_HAVE_SM90A",
+            *(f"-D{d}" for d in self.defines),
+        ]
         flags += [f"-I{HERE / 'include'}", *(f"-isystem{d}" for d in self.include_dirs)]
         flags += self._sanitizer_flags() + (STRICT if warn else ["-w"])
         # Sanitizers and vector code set this one off where nothing is wrong.

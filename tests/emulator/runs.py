@@ -54,7 +54,7 @@ RUNS: dict[str, list[Run]] = {
         Run("priority", seed=3, resident=1),
     ],
     "thread": [Run("forward", small=True), Run("priority", seed=1, small=True)],
-    "address,undefined": [Run("random", seed=1), Run("reverse", resident=1)],
+    "address,undefined": [Run("random", seed=1), Run("reverse", resident=1, small=True)],
 }
 
 

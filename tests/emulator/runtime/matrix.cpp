@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "sanitizers.h"
 #include "scheduler.h"
 
 namespace fomoe::emulator {
@@ -13,6 +14,7 @@ struct Load {
   uint16_t row[8];  // read by the lane that names it, so that sanitizers see the access
   uint32_t* matrices;
   bool transposed;
+  bool complete = false;  // the whole warp came
 };
 
 struct Multiply {
@@ -20,11 +22,20 @@ struct Multiply {
   const uint32_t* a;
   MatrixPair b;
   Unpack unpack;
+  bool complete = false;
 };
 
-void exchange(void** payloads, uint32_t) {
+constexpr uint32_t kWholeWarp = ~0u;
+
+void check_whole(bool complete, const char* name, Here here) {
+  if (!complete) fail(here, "%s in divergent code: some lanes have left the kernel", name);
+}
+
+void exchange(void** payloads, uint32_t lanes) {
+  if (lanes != kWholeWarp) return;
   for (unsigned lane = 0; lane < kLanes; ++lane) {
     auto* mine = static_cast<Load*>(payloads[lane]);
+    mine->complete = true;
     const unsigned row = lane / 4, column = lane % 4 * 2;
     for (unsigned matrix = 0; matrix < 4; ++matrix) {
       const auto element = [&](unsigned r, unsigned c) -> uint32_t {
@@ -37,7 +48,8 @@ void exchange(void** payloads, uint32_t) {
   }
 }
 
-void multiply(void** payloads, uint32_t) {
+void multiply(void** payloads, uint32_t lanes) {
+  if (lanes != kWholeWarp) return;
   float a[16][16], b[16][8], c[16][8];
   for (unsigned lane = 0; lane < kLanes; ++lane) {
     const auto* mine = static_cast<const Multiply*>(payloads[lane]);
@@ -61,6 +73,7 @@ void multiply(void** payloads, uint32_t) {
       for (unsigned j = 0; j < 8; ++j) c[i][j] += a[i][k] * b[k][j];
   for (unsigned lane = 0; lane < kLanes; ++lane) {
     auto* mine = static_cast<Multiply*>(payloads[lane]);
+    mine->complete = true;
     const unsigned row = lane / 4, column = lane % 4 * 2;
     std::memcpy(mine->c, &c[row][column], 8);
     std::memcpy(mine->c + 2, &c[row + 8][column], 8);
@@ -71,14 +84,21 @@ void multiply(void** payloads, uint32_t) {
 
 void load_matrices(uint32_t (&matrices)[4], const void* row, bool transposed, Here here) {
   if (uintptr_t(row) % 16 != 0) fail(here, "ldmatrix: row at %p is not aligned to 16", row);
+  const char* name = transposed ? "ldmatrix.trans" : "ldmatrix";
   Load mine{{}, matrices, transposed};
-  std::memcpy(mine.row, row, sizeof mine.row);
-  meet_warp(~0u, transposed ? "ldmatrix.trans" : "ldmatrix", &mine, exchange, false, here);
+  if (__tsan_read_range) __tsan_read_range(const_cast<void*>(row), sizeof mine.row);
+  {
+    Unseen unseen;
+    std::memcpy(mine.row, row, sizeof mine.row);
+  }
+  meet_warp(kWholeWarp, name, &mine, exchange, false, here);
+  check_whole(mine.complete, name, here);
 }
 
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], MatrixPair b, Unpack unpack, Here here) {
   Multiply mine{c, a, b, unpack};
-  meet_warp(~0u, "mma.sync", &mine, multiply, false, here);
+  meet_warp(kWholeWarp, "mma.sync", &mine, multiply, false, here);
+  check_whole(mine.complete, "mma.sync", here);
 }
 
 }  // namespace fomoe::emulator

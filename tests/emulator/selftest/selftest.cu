@@ -6,6 +6,7 @@
 #include "../../../csrc/cuda/arch/async_copy.cuh"
 #include "../../../csrc/cuda/arch/barrier.cuh"
 #include "../../../csrc/cuda/arch/bulk_copy.cuh"
+#include "../../../csrc/cuda/arch/matrix.cuh"
 #include "../../../csrc/cuda/arch/memory_order.cuh"
 #include "../../../csrc/cuda/arch/shared_memory.cuh"
 #include "selftest.h"
@@ -182,6 +183,57 @@ __global__ void wide_words(const uint32_t* in, uint32_t* out, int) {
   if (threadIdx.x == 32) words[0] = load_acquire(words + 1) + 1;
 }
 
+// Products of 16 x 16 matrices by one warp: a . b^T four times, by what is contiguous in a and in b. In
+// shared memory the matrices stand as they are and transposed.
+template <class Format>
+__global__ void matrices(const uint32_t*, uint32_t* out, int defect) {
+  FOMOE_SHARED(uint4, tiles, [2][2][33]);  // of a and b: as it is, transposed
+  const int lane = threadIdx.x;
+  const auto value = [](int seed, int row, int column) {
+    const uint32_t index = uint32_t(16 * row + column + seed);
+    return float((index * 2654435761u >> 16) % 5) - 2.0f;
+  };
+  for (int i = lane; i < 16 * 8; i += 32) {
+    const int row = i / 8, column = i % 8 * 2;
+    for (int which = 0; which < 2; ++which) {
+      const int seed = which + 1;
+      const float pair[] = {value(seed, row, column), value(seed, row, column + 1)};
+      const float down[] = {value(seed, column, row), value(seed, column + 1, row)};
+      reinterpret_cast<uint32_t*>(tiles[which][0])[i] = Format::pack(pair);
+      reinterpret_cast<uint32_t*>(tiles[which][1])[i] = Format::pack(down);
+    }
+  }
+  if (defect != 1) __syncwarp();
+  if (defect == 2 && lane >= 16) return;  // ldmatrix wants the whole warp
+  for (int combination = 0; combination < 4; ++combination) {
+    const bool a_transposed = combination & 1, b_transposed = combination & 2;
+    const int down = lane % 8 + lane / 16 * 8, right = lane / 8 % 2;
+    uint32_t a[4], b[4];
+    const uint4* tile_a = tiles[0][a_transposed];
+    const uint4* tile_b = tiles[1][b_transposed];
+    const auto* shift = reinterpret_cast<const unsigned char*>(tile_a) + (defect == 3 ? 8 : 0);
+    tile_a = reinterpret_cast<const uint4*>(shift);
+    if (a_transposed) {
+      load_matrices_transposed(a, tile_a + down * 2 + right);
+    } else {
+      load_matrices(a, tile_a + lane % 16 * 2 + lane / 16);
+    }
+    if (b_transposed) {
+      load_matrices_transposed(b, tile_b + lane % 16 * 2 + lane / 16);
+    } else {
+      load_matrices(b, tile_b + down * 2 + right);
+    }
+    for (int half = 0; half < 2; ++half) {
+      float c[4] = {};
+      multiply_add<Format>(c, a, b[2 * half], b[2 * half + 1]);
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = 8 * half + lane % 4 * 2 + i % 2;
+        out[256 * combination + 16 * row + column] = __float_as_uint(c[i]);
+      }
+    }
+  }
+}
+
 struct Selftest {
   const char* name;
   void (*kernel)(const uint32_t*, uint32_t*, int);
@@ -197,6 +249,8 @@ const Selftest kSelftests[] = {
     {"bulk_ring", bulk_ring, 1, 32},
     {"chain", chain, 6, 32},
     {"wide_words", wide_words, 1, 64},
+    {"matrices_bf16", matrices<Bf16x2>, 1, 32},
+    {"matrices_f16", matrices<F16x2>, 1, 32},
 };
 
 }  // namespace
