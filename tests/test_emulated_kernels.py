@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import emulator
 import pytest
-from emulator.runs import RUNS, failure_of
+from emulator.runs import RUNS, first_failure
 
 pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="a C++ compiler is needed")
 
@@ -13,6 +13,5 @@ pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="a C++ compi
 def test_emulated_kernels_agree_with_the_cpu(tmp_path, sanitize):
     """Every kernel, every schedule, no race and no access out of bounds."""
     program = emulator.build_driver(tmp_path, sanitize)
-    for run in RUNS[sanitize]:
-        failure = failure_of(program, run, [])
-        assert failure is None, f"{run}\n{failure}"
+    failure = first_failure(program, RUNS[sanitize])
+    assert failure is None, failure

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,3 +83,13 @@ def failure_of(program: Path, run: Run, parts: list[str]) -> str | None:
     if result.returncode == 0:
         return None
     return f"status {result.returncode}\n{result.stdout[-3000:]}{result.stderr[-3000:]}"
+
+
+def first_failure(program: Path, runs: Sequence[Run]) -> str | None:
+    """The first run of all of the driver's parts that fails, and why; several at a time."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        failures = pool.map(lambda run: failure_of(program, run, []), runs)
+        for run, failure in zip(runs, failures, strict=True):
+            if failure is not None:
+                return f"{run}\n{failure}"
+    return None

@@ -27,11 +27,12 @@ sys.path.insert(0, str(HERE.parent.parent))
 
 import emulator  # noqa: E402
 from emulator.build import Builder, in_parallel  # noqa: E402
-from emulator.runs import PART_OF, RUNS, failure_of  # noqa: E402
+from emulator.runs import PART_OF, RUNS, failure_of, first_failure  # noqa: E402
 
 KERNELS = emulator.ROOT / "csrc/cuda"
-# The quickest to build first.
-BUILDS = ["undefined", "thread", "address,undefined"]
+# The quickest to build first: most bugs show in results, without a sanitizer.
+BUILDS = ["", "thread", "address,undefined"]
+RUNS_OF = {**RUNS, "": RUNS["undefined"]}
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Laboratory:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.builders = {
-            sanitize: Builder(folder / sanitize, sanitize, emulator.DRIVER_DEFINES)
+            sanitize: Builder(folder / (sanitize or "plain"), sanitize, emulator.DRIVER_DEFINES)
             for sanitize in BUILDS
         }
         self.common = emulator.driver_references(folder)
@@ -104,7 +105,7 @@ class Laboratory:
         }
 
     def driver(self, sanitize: str, objects: dict[str, Path], folder: Path) -> Path:
-        program = folder / f"driver-{sanitize.replace(',', '-')}"
+        program = folder / f"driver-{sanitize.replace(',', '-') or 'plain'}"
         all_objects = [*objects.values(), *self.common]
         return self.builders[sanitize].link(all_objects, program, shared=False)
 
@@ -112,9 +113,8 @@ class Laboratory:
         """What the kernels without a bug fail at; None when nothing."""
         for sanitize in BUILDS:
             program = self.driver(sanitize, self.objects[sanitize], self.folder)
-            for run in RUNS[sanitize]:
-                if failure := failure_of(program, run, []):
-                    return f"{sanitize}, {run}: {failure}"
+            if failure := first_failure(program, RUNS_OF[sanitize]):
+                return f"{sanitize or 'plain'}, {failure}"
         return None
 
     def caught_by(self, mutant: Mutant) -> str | None:
@@ -124,16 +124,16 @@ class Laboratory:
         kernels = folder / "csrc/cuda"
         mutant.plant(kernels)
         for sanitize, builder in self.builders.items():
-            own = Builder(folder / sanitize, builder.sanitize, builder.defines)
+            own = Builder(folder / (sanitize or "plain"), builder.sanitize, builder.defines)
             objects = dict(self.objects[sanitize])
             for name in mutant.sources():
                 # A planted bug may leave something unused: no warnings.
                 objects[name] = own.compile(kernels / name, warn=False)
             program = self.driver(sanitize, objects, folder)
-            for run in RUNS[sanitize]:
+            for run in RUNS_OF[sanitize]:
                 if failure_of(program, run, mutant.parts()) is not None:
                     shutil.rmtree(folder)
-                    return f"{sanitize}, {run.order} {run.seed}"
+                    return f"{sanitize or 'plain'}, {run.order} {run.seed}"
         return None
 
 
