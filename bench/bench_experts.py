@@ -281,7 +281,9 @@ def measure(task: Task, device: str, copy_rate: float) -> dict[str, Any]:
 def tiles_of(task: Task, hopper: bool) -> dict[str, str]:
     """The tile that each grouped product runs with."""
     return {
-        kernel.name: _C.expert_tile(kernel.verb, common.dtype_name(DTYPE), kernel.columns, hopper)
+        kernel.name: _C.expert_tile(
+            kernel.verb, common.dtype_name(DTYPE), kernel.columns, kernel.terms, hopper
+        )
         for kernel in task.kernels
         if isinstance(kernel, work.Gemm)
     }

@@ -141,6 +141,11 @@ class Gemm(Kernel):
     epilogue: str
     makes_weights: bool = False
 
+    @property
+    def terms(self) -> int:
+        """Of a sum, for the table of tiles; 0 where only the device knows."""
+        return 0 if self.makes_weights else self.length
+
 
 def gemms(model: Model, load: Load, training: bool = True) -> dict[str, Gemm]:
     """The six grouped products of a layer, forward first. Without `training` expand keeps no

@@ -130,7 +130,7 @@ TILES = {
 
 def chosen_tile(gemm: Gemm) -> Tile:
     """What the kernels run with on Hopper. FOMOE_EXPERTS_TILE overrides it, as it does theirs."""
-    name = _C.expert_tile(gemm.verb, "bfloat16", gemm.columns, True)
+    name = _C.expert_tile(gemm.verb, "bfloat16", gemm.columns, gemm.terms, True)
     if name not in TILES:
         raise SystemExit(f"FOMOE_EXPERTS_TILE: {name} is not modelled, only {', '.join(TILES)}")
     return TILES[name]

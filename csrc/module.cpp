@@ -114,11 +114,11 @@ int index_of(const char* argument, const std::string& got, const char* const (&n
 }
 
 std::string expert_tile(const std::string& verb, const std::string& dtype, int64_t columns,
-                        bool hopper) {
+                        int64_t terms, bool hopper) {
   const char* const dtypes[] = {"float32", "bfloat16", "float16"};
   const auto which = static_cast<cuda::Verb>(index_of("verb", verb, cuda::kVerbNames));
   const auto type = static_cast<DType>(index_of("dtype", dtype, dtypes));
-  return cuda::choose_tile(which, type, columns, hopper).name;
+  return cuda::choose_tile(which, type, columns, terms, hopper).name;
 }
 
 }  // namespace
@@ -139,10 +139,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("expert_tiles", &fomoe::expert_tiles,
         "list of dict(name, kernel, rows, columns): the tiles that grouped GEMMs can run with.");
   m.def("expert_tile", &fomoe::expert_tile, py::arg("verb"), py::arg("dtype"), py::arg("columns"),
-        py::arg("hopper"),
+        py::arg("terms"), py::arg("hopper"),
         "str: the tile that a grouped GEMM runs with. verb: expand, contract, contract_backward, "
         "grouped_rows or weight_grad; dtype: float32, bfloat16 or float16; columns: of its sums "
-        "(expand's gate and up columns both count); hopper: whether the device is one. "
+        "(expand's gate and up columns both count); terms: of each sum, 0 where only the device "
+        "knows "
+        "(weight_grad); hopper: whether the device is one. "
         "FOMOE_EXPERTS_TILE overrides it where dtype and device allow. Raises ValueError for an "
         "unknown verb, dtype or tile.");
 }

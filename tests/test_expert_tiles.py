@@ -49,7 +49,7 @@ def everything(device: Device, inputs: Inputs, activation: str) -> list[torch.Te
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
 def test_tile(gpu_device, monkeypatch, tile, hidden, size, dtype):
     monkeypatch.setenv("FOMOE_EXPERTS_TILE", tile)
-    if _C.expert_tile("expand", str(dtype).removeprefix("torch."), 1024, True) != tile:
+    if _C.expert_tile("expand", str(dtype).removeprefix("torch."), 1024, 0, True) != tile:
         pytest.skip(f"{tile} is not for {dtype}")
     inputs = make(GROUPS, hidden, size, dtype, bias=True)
     got = everything(gpu_device, inputs, "swiglu")
@@ -110,35 +110,42 @@ def test_choice():
     for verb in VERBS:
         for size in (8, 64, 128, 256, 4096):
             for dtype in ("float32", "bfloat16", "float16"):
-                assert kernels[choose(verb, dtype, size, False)] == "multistage"
-                on_hopper = choose(verb, dtype, size, True)
+                assert kernels[choose(verb, dtype, size, size, False)] == "multistage"
+                on_hopper = choose(verb, dtype, size, size, True)
                 assert (kernels[on_hopper] == "multistage") == (dtype == "float32")
-                for tile in (on_hopper, choose(verb, dtype, size, False)):
+                for tile in (on_hopper, choose(verb, dtype, size, size, False)):
                     narrowest = {"float32": 64}.get(dtype, 128 if tile == on_hopper else 64)
                     assert columns[tile] <= max(size, narrowest)
 
 
+def test_short_sums_are_stored_behind_the_products_of_others():
+    for verb in ("contract", "grouped_rows"):
+        assert _C.expert_tile(verb, "bfloat16", 2048, 128, True) == "ping_pong_128"
+        for terms in (256, 0):
+            assert _C.expert_tile(verb, "bfloat16", 2048, terms, True) == "cooperative_256"
+
+
 def test_forced_choice(monkeypatch):
     monkeypatch.setenv("FOMOE_EXPERTS_TILE", "multistage_64")
-    assert _C.expert_tile("contract", "bfloat16", 4096, True) == "multistage_64"
+    assert _C.expert_tile("contract", "bfloat16", 4096, 0, True) == "multistage_64"
     monkeypatch.setenv("FOMOE_EXPERTS_TILE", "cooperative_256")
-    assert _C.expert_tile("contract", "bfloat16", 64, True) == "cooperative_256"
+    assert _C.expert_tile("contract", "bfloat16", 64, 0, True) == "cooperative_256"
     # What dtype or device cannot have is passed over.
-    assert _C.expert_tile("contract", "float32", 4096, True) == "multistage_128"
-    assert _C.expert_tile("contract", "bfloat16", 4096, False) == "multistage_128"
+    assert _C.expert_tile("contract", "float32", 4096, 0, True) == "multistage_128"
+    assert _C.expert_tile("contract", "bfloat16", 4096, 0, False) == "multistage_128"
     monkeypatch.setenv("FOMOE_EXPERTS_TILE", "")
-    assert _C.expert_tile("contract", "bfloat16", 4096, True) == "cooperative_256"
+    assert _C.expert_tile("contract", "bfloat16", 4096, 0, True) == "cooperative_256"
 
 
 def test_unknown_names(gpu_device, monkeypatch):
     with pytest.raises(ValueError, match="verb: got 'route', wanted one of expand, contract"):
-        _C.expert_tile("route", "bfloat16", 64, True)
+        _C.expert_tile("route", "bfloat16", 64, 0, True)
     with pytest.raises(ValueError, match="dtype: got 'int8', wanted one of float32, bfloat16"):
-        _C.expert_tile("expand", "int8", 64, True)
+        _C.expert_tile("expand", "int8", 64, 0, True)
     monkeypatch.setenv("FOMOE_EXPERTS_TILE", "huge")
     message = "FOMOE_EXPERTS_TILE: got 'huge', wanted one of multistage_64"
     with pytest.raises(ValueError, match=message):
-        _C.expert_tile("expand", "bfloat16", 64, True)
+        _C.expert_tile("expand", "bfloat16", 64, 0, True)
     inputs = make((3, 2), 16, 16, torch.bfloat16)
     arguments = [a.to(gpu_device.tensors) if a is not None else None for a in moe_arguments(inputs)]
     with pytest.raises(ValueError, match=message):

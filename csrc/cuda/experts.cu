@@ -37,7 +37,9 @@ cudaError_t run(Verb verb, DType dtype, const Problem& problem, cudaStream_t str
   bool hopper = false;
   if (const cudaError_t error = runs_hopper_code(hopper)) return error;
   const int64_t columns = problem.schedule.columns * (Epilogue::kInterleaved ? 2 : 1);
-  const Tile tile = choose_tile(verb, dtype, columns, hopper);
+  int64_t terms = 0;
+  if constexpr (!Problem::kSumsRows) terms = problem.schedule.depth;
+  const Tile tile = choose_tile(verb, dtype, columns, terms, hopper);
   if constexpr (kHopperCode && !std::is_same_v<typename Epilogue::Format, F32>)
     if (tile.kernel != Kernel::multistage) return run_warp_specialized(problem, tile, stream);
   return run_multistage(problem, tile, stream);

@@ -34,34 +34,35 @@ constexpr Tile kMultistage64 = kTiles[0], kMultistage128 = kTiles[1], kPingPong1
 // The first rule that fits is taken. Derived, not measured: docs/performance.md has the arithmetic.
 // Tiles of 256 columns read the least of shared memory for a product. contract_backward's epilogue
 // reads and writes several times what the others do, and hides behind the other warpgroup's products
-// in ping-pong. `columns` is the number of columns of sums from which on a rule holds: a tile that is
-// wider than they are would multiply zeros.
+// in ping-pong, and so does that of sums so short that they are made in less time than they are stored
+// in. `columns` and `terms` are the number of columns of sums, and of terms of a sum, from which on a
+// rule holds: a tile that is wider than there are columns would multiply zeros.
 struct Rule {
   bool hopper;
   Verb verb;
-  int32_t columns;
+  int32_t columns, terms;
   Tile tile;
 };
 constexpr Rule kRules[] = {
-    {true, Verb::expand, 256, kCooperative256},
-    {true, Verb::expand, 0, kPingPong128},
-    {true, Verb::contract, 256, kCooperative256},
-    {true, Verb::contract, 0, kPingPong128},
-    {true, Verb::contract_backward, 0, kPingPong128},
-    {true, Verb::grouped_rows, 256, kCooperative256},
-    {true, Verb::grouped_rows, 0, kPingPong128},
-    {true, Verb::weight_grad, 256, kCooperative256},
-    {true, Verb::weight_grad, 0, kPingPong128},
-    {false, Verb::expand, 128, kMultistage128},
-    {false, Verb::expand, 0, kMultistage64},
-    {false, Verb::contract, 128, kMultistage128},
-    {false, Verb::contract, 0, kMultistage64},
-    {false, Verb::contract_backward, 128, kMultistage128},
-    {false, Verb::contract_backward, 0, kMultistage64},
-    {false, Verb::grouped_rows, 128, kMultistage128},
-    {false, Verb::grouped_rows, 0, kMultistage64},
-    {false, Verb::weight_grad, 128, kMultistage128},
-    {false, Verb::weight_grad, 0, kMultistage64},
+    {true, Verb::expand, 256, 256, kCooperative256},
+    {true, Verb::expand, 0, 0, kPingPong128},
+    {true, Verb::contract, 256, 256, kCooperative256},
+    {true, Verb::contract, 0, 0, kPingPong128},
+    {true, Verb::contract_backward, 0, 0, kPingPong128},
+    {true, Verb::grouped_rows, 256, 256, kCooperative256},
+    {true, Verb::grouped_rows, 0, 0, kPingPong128},
+    {true, Verb::weight_grad, 256, 0, kCooperative256},
+    {true, Verb::weight_grad, 0, 0, kPingPong128},
+    {false, Verb::expand, 128, 0, kMultistage128},
+    {false, Verb::expand, 0, 0, kMultistage64},
+    {false, Verb::contract, 128, 0, kMultistage128},
+    {false, Verb::contract, 0, 0, kMultistage64},
+    {false, Verb::contract_backward, 128, 0, kMultistage128},
+    {false, Verb::contract_backward, 0, 0, kMultistage64},
+    {false, Verb::grouped_rows, 128, 0, kMultistage128},
+    {false, Verb::grouped_rows, 0, 0, kMultistage64},
+    {false, Verb::weight_grad, 128, 0, kMultistage128},
+    {false, Verb::weight_grad, 0, 0, kMultistage64},
 };
 
 // The tile that FOMOE_EXPERTS_TILE names, for tuning and tests; null when it is not set.
@@ -78,15 +79,17 @@ inline const Tile* forced_tile() {
                               "', wanted one of " + names);
 }
 
-// `hopper`: the device runs sm_90a code. A forced tile that dtype or device cannot have is passed
-// over.
-inline Tile choose_tile(Verb verb, DType dtype, int64_t columns, bool hopper) {
+// `terms` is 0 where only the device knows them: many. `hopper`: the device runs sm_90a code. A forced
+// tile that dtype or device cannot have is passed over.
+inline Tile choose_tile(Verb verb, DType dtype, int64_t columns, int64_t terms, bool hopper) {
   hopper = hopper && dtype != DType::f32;
   if (const Tile* forced = forced_tile();
       forced != nullptr && (forced->kernel == Kernel::multistage || hopper))
     return *forced;
   for (const Rule& rule : kRules)
-    if (rule.hopper == hopper && rule.verb == verb && columns >= rule.columns) return rule.tile;
+    if (rule.hopper == hopper && rule.verb == verb && columns >= rule.columns &&
+        (terms >= rule.terms || terms == 0))
+      return rule.tile;
   return kMultistage64;
 }
 
