@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
@@ -95,17 +96,18 @@ class Laboratory:
             for sanitize in BUILDS
         }
         self.common = emulator.driver_references(folder)
-        sources = emulator.driver_sources()
-        self.objects = {
-            sanitize: dict(
-                zip(
-                    [source.name for source in sources],
-                    in_parallel([(builder.compile, source) for source in sources]),
-                    strict=True,
-                )
-            )
-            for sanitize, builder in self.builders.items()
-        }
+        self.built: dict[str, dict[str, Path]] = {}
+        self.lock = Lock()
+
+    def objects(self, sanitize: str) -> dict[str, Path]:
+        """Of the driver without a bug; a build is made when it is first asked for."""
+        with self.lock:
+            if sanitize not in self.built:
+                sources, compile_one = emulator.driver_sources(), self.builders[sanitize].compile
+                made = in_parallel([(compile_one, source) for source in sources])
+                names = [source.name for source in sources]
+                self.built[sanitize] = dict(zip(names, made, strict=True))
+            return self.built[sanitize]
 
     def driver(self, sanitize: str, objects: dict[str, Path], folder: Path) -> Path:
         program = folder / f"driver-{sanitize.replace(',', '-') or 'plain'}"
@@ -115,7 +117,7 @@ class Laboratory:
     def healthy(self, builds: Sequence[str]) -> str | None:
         """What the kernels without a bug fail at in these builds; None when nothing."""
         for sanitize in builds:
-            program = self.driver(sanitize, self.objects[sanitize], self.folder)
+            program = self.driver(sanitize, self.objects(sanitize), self.folder)
             if failure := first_failure(program, RUNS_OF[sanitize]):
                 return f"{sanitize or 'plain'}, {failure}"
         return None
@@ -128,7 +130,7 @@ class Laboratory:
         mutant.plant(kernels)
         for sanitize, builder in self.builders.items():
             own = Builder(folder / (sanitize or "plain"), builder.sanitize, builder.defines)
-            objects = dict(self.objects[sanitize])
+            objects = dict(self.objects(sanitize))
             for name in mutant.sources():
                 # A planted bug may leave something unused: no warnings.
                 objects[name] = own.compile(kernels / name, warn=False)
