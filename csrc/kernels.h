@@ -265,6 +265,133 @@ struct ActivationBackwardArgs {
   void* grad_preact;  // out [S, G*N]; rows past offsets[R] untouched
 };
 
+// ---- delta: fp32 values <-> the bytes that travel -------------------------------------------------
+// A payload holds n values in payload_bytes(codec, n) bytes, little endian, at any address. Decoding
+// needs the payload and n alone, and every decoded value is a product that fp32 holds exactly (or a
+// stored float): all who decode the same bytes get the same bits, with or without fused multiply-adds.
+//
+// fp32, bf16: the values (bf16 to nearest, ties to even).
+// int8, int4, int2: blocks of `block` = 64 or 128 values, the last one shorter. First a step per
+//   block, bf16; then a code of b = 8, 4 or 2 bits per value, value i at bits b*i .. b*i + b-1 (low bits
+//   of a byte first).
+//   int8, int4: code q in -M .. M, two's complement, M = 127 or 7, value q * step. step is
+//     max|v| / M (an fp32 division) rounded *up* to bf16 (at most the largest finite bf16).
+//     Nearest: q = v / step rounded to nearest even, clamped; v / step as v * (1 / step), both fp32.
+//   int2: code q in 0 .. 3, value (2q - 3) * step. With k = floor(log2 max|v|) and
+//     r = |v| * 2^(10-k) rounded to nearest even, an integer, step is
+//     0.498f * (sqrtf(float(sum of r^2) / count) * 2^(k-10)) rounded to nearest bf16: the best four
+//     even levels for normal values. Nearest: q = v * (0.5f / step) + 1.5f, rounded to nearest even,
+//     clamped to 0 .. 3 (product, then sum: two roundings).
+// topk: chunks of kTopkChunk = 4096 values, the last one shorter; of each the ceil(count / 64) values of
+//   largest magnitude, ties to the lower index. Per chunk: a unit, bf16; the kept indices within the
+//   chunk, ascending, 12 bits each; a 2-bit code per kept value: bit 0 = large, bit 1 = negative; indices
+//   and codes each packed like codes above and padded to a byte. Value +-7 or +-10 times unit. With k of
+//   the chunk's largest magnitude and r = |v| * 2^(20-k) rounded to nearest even, unit is
+//   (float(sum of r over the kept) / kept * 2^(k-20)) * 0.125f rounded to nearest bf16; large means
+//   |v| > 8.5f * unit. All other values decode to 0.
+// A block or chunk whose largest magnitude is under 2^-90 gets step (unit) 0 and codes 0 (topk: and
+// indices 0, 1, ..): it decodes to zeros. One that holds NaN or an infinity is bad: the CPU says so, on
+// CUDA its step is NaN, so that what is decoded is NaN too.
+//
+// Stochastic rounding (int8, int4, int2; ignored by the others): in place of rounding t to nearest,
+// floor(t + u) with u = (random_bits(seed, first + i) >> 8) * 2^-24, then clamped.
+enum class Format : int32_t { fp32 = 0, bf16 = 1, int8 = 2, int4 = 3, int2 = 4, topk = 5 };
+
+struct DeltaCodec {
+  Format format;
+  int32_t block;  // 64 or 128; for int8, int4 and int2
+  bool stochastic;
+  uint64_t seed;
+};
+
+constexpr int64_t kTopkChunk = 4096, kTopkShare = 64;
+
+constexpr int64_t payload_bytes(const DeltaCodec& codec, int64_t n) {
+  const auto packed = [](int64_t count, int64_t bits) { return (count * bits + 7) / 8; };
+  const auto blocks = [&](int64_t bits) {
+    return 2 * ((n + codec.block - 1) / codec.block) + packed(n, bits);
+  };
+  switch (codec.format) {
+    case Format::fp32: return 4 * n;
+    case Format::bf16: return 2 * n;
+    case Format::int8: return blocks(8);
+    case Format::int4: return blocks(4);
+    case Format::int2: return blocks(2);
+    case Format::topk: break;
+  }
+  const auto chunk = [&](int64_t count) {
+    const int64_t kept = (count + kTopkShare - 1) / kTopkShare;
+    return count == 0 ? 0 : 2 + packed(kept, 12) + packed(kept, 2);
+  };
+  return n / kTopkChunk * chunk(kTopkChunk) + chunk(n % kTopkChunk);
+}
+
+// A counter-based generator (two rounds of a 32-bit finaliser).
+constexpr uint32_t mix_bits(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+constexpr uint32_t random_bits(uint64_t seed, uint64_t index) {
+  return mix_bits(mix_bits(uint32_t(index) ^ uint32_t(seed)) + uint32_t(seed >> 32) +
+                  uint32_t(index >> 32));
+}
+
+// A stretch of the values that one tensor gives: elements `begin` up to the next part's begin.
+struct DeltaPart {
+  const void* local;  // of dtype; null = these values are 0 before the error is added
+  DType dtype;
+  float weight;
+  int64_t begin;
+};
+
+// v = weight * (anchor as the part's dtype holds it - local), or weight * local without an anchor;
+// plus error. Every operation rounds once, in that order. Encodes v; error becomes v - what the
+// payload decodes to.
+struct DeltaEncodeArgs {
+  const float* anchor;     // [n] or null
+  const DeltaPart* parts;  // [num_parts], begins ascending from 0; on the host
+  int32_t num_parts;
+  float* error;  // in and out [n], or null
+  int64_t numel;
+  DeltaCodec codec;
+  uint64_t first;    // index of value 0 for the random bits
+  uint8_t* payload;  // out [payload_bytes]
+};
+
+// CUDA takes so many parts in one call; a caller with more copies them into one first.
+constexpr int32_t kMaxDeltaParts = 64;
+
+// v = the sum over the members, in rank order, each addition rounded to fp32, starting with the value
+// of member 0 itself, plus error. Member `own_rank` gives `own` as it is where that is not null; then
+// `payloads` holds those of the others only. Encodes v into `payload` and error becomes v - what that
+// decodes to, or, with `payload` null, writes v to `sum`.
+struct DeltaReduceArgs {
+  const uint8_t* payloads;  // member m's, or with own the others' in order, at m * stride
+  int64_t stride;           // bytes
+  int32_t members, own_rank;
+  const float* own;  // [n] or null
+  float* error;      // in and out [n], or null (always null with sum)
+  int64_t numel;
+  DeltaCodec codec;
+  uint64_t first;
+  uint8_t* payload;  // out [payload_bytes] or null
+  float* sum;        // out [n] or null: exactly one of the two
+};
+
+// A 64-bit hash of bits: the sum, mod 2^64, over the 4-byte words w_i (the last one padded with zero
+// bytes) of mix64(w_i + (i << 32)), plus the number of bytes. It adds up in any order.
+constexpr uint64_t mix64(uint64_t x) {
+  x = (x ^ (x >> 32)) * 0xd6e8feb86659fd93u;
+  x = (x ^ (x >> 32)) * 0xd6e8feb86659fd93u;
+  return x ^ (x >> 32);
+}
+struct HashArgs {
+  const void* bytes;
+  int64_t numel;   // bytes
+  uint64_t* hash;  // out, one
+};
+
 namespace cpu {
 
 // False when logits are bad (nothing is promised about the outputs then).
@@ -282,6 +409,10 @@ void grouped_rows(const GroupedRowsArgs&);
 void weight_grad(const WeightGradArgs&);
 void bias_grad(const BiasGradArgs&);
 void activation_backward(const ActivationBackwardArgs&);
+// The index of a value that is NaN or infinite, in whose block nothing is promised; -1 when all are good.
+int64_t delta_encode(const DeltaEncodeArgs&);
+int64_t delta_reduce(const DeltaReduceArgs&);
+void hash_bits(const HashArgs&);
 
 // Rows multiplied by expand since the library was loaded: what a skipped slot must not add to.
 int64_t expand_rows_computed();
@@ -316,6 +447,9 @@ int grouped_rows(const GroupedRowsArgs&, void* stream);
 int weight_grad(const WeightGradArgs&, void* stream);
 int bias_grad(const BiasGradArgs&, void* stream);
 int activation_backward(const ActivationBackwardArgs&, void* stream);
+int delta_encode(const DeltaEncodeArgs&, void* stream);  // num_parts <= kMaxDeltaParts
+int delta_reduce(const DeltaReduceArgs&, void* stream);
+int hash_bits(const HashArgs&, void* stream);  // adds to *hash, which the caller zeroes
 // Zeroes rows [*row_count, slots).
 int zero_tail(void* rows, int64_t row_bytes, int64_t slots, const int32_t* row_count, void* stream);
 

@@ -58,6 +58,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FOMOE_NAMESPACE, m) {
       "Tensor(a!)? expand_total, Tensor(b!)? contract_total) -> (Tensor grad_x, "
       "Tensor grad_weights, Tensor grad_expand, Tensor grad_expand_bias, Tensor grad_contract, "
       "Tensor grad_contract_bias)");
+  m.def(
+      "delta_encode(Tensor? anchor, Tensor[] local, int[] begins, float[] weights, "
+      "Tensor(a!)? error, int numel, int format, int block, bool stochastic, int seed, int first, "
+      "Tensor(b!) payload) -> ()");
+  m.def(
+      "delta_reduce(Tensor payloads, Tensor? own, int own_rank, Tensor(a!)? error, int numel, "
+      "int format, int block, bool stochastic, int seed, int first, Tensor(b!)? payload, "
+      "Tensor(c!)? sum) -> ()");
+  m.def("hash_bits(Tensor[] tensors) -> Tensor");
 }
 
 }  // namespace
