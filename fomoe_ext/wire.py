@@ -15,8 +15,9 @@ from typing import Literal, NamedTuple
 
 from fomoe_ext.placement import Owners, Placement
 
-CODEC_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2}
-"""Bytes per element of each codec."""
+CODECS = ("fp32", "bf16", "int8", "int8-128", "int4", "int4-128", "int2", "int2-128", "topk")
+"""How values may travel: as floats; in 8, 4 or 2 bits with a step per block of 64 (or, "-128", of
+128) values; or only the 1/64 largest of every 4096 values. csrc/kernels.h describes the formats."""
 OPTIMIZERS = ("diloco", "fedavg", "local-adamw", "ddp")
 STATUS_BYTES = 128
 """Before a meeting every site tells every other one in so many bytes that its data are good."""
@@ -43,10 +44,29 @@ class GroupElements(NamedTuple):
 
 
 def wire_bytes(codec: str, numel: int) -> int:
-    """Bytes of `numel` encoded elements. Raises ValueError for an unknown codec."""
-    if codec not in CODEC_BYTES:
-        raise ValueError(f"codec must be one of {', '.join(CODEC_BYTES)}, got {codec!r}")
-    return CODEC_BYTES[codec] * numel
+    """Bytes of the payload of `numel` values. Raises ValueError for an unknown codec."""
+    if codec not in CODECS:
+        raise ValueError(f"codec must be one of {', '.join(CODECS)}, got {codec!r}")
+    if numel < 0:
+        raise ValueError(f"numel must be >= 0, got {numel}")
+    if codec == "topk":
+        full, rest = divmod(numel, 4096)
+        return full * _topk_chunk_bytes(4096) + _topk_chunk_bytes(rest)
+    name, _, block = codec.partition("-")
+    if name in ("fp32", "bf16"):
+        return numel * (4 if name == "fp32" else 2)
+    steps = -(-numel // int(block or 64))
+    return 2 * steps + _packed_bytes(numel, int(name.removeprefix("int")))
+
+
+def _packed_bytes(count: int, bits: int) -> int:
+    return -(-count * bits // 8)
+
+
+def _topk_chunk_bytes(numel: int) -> int:
+    """A unit, a 12-bit index and a 2-bit code of each value that a chunk keeps."""
+    kept = -(-numel // 64)
+    return 2 + _packed_bytes(kept, 12) + _packed_bytes(kept, 2) if numel else 0
 
 
 def bucket_elements(bucket_bytes: int) -> int:
