@@ -275,7 +275,7 @@ struct ActivationBackwardArgs {
 //   block, bf16; then a code of b = 8, 4 or 2 bits per value, value i at bits b*i .. b*i + b-1 (low bits
 //   of a byte first).
 //   int8, int4: code q in -M .. M, two's complement, M = 127 or 7, value q * step. step is
-//     max|v| / M (an fp32 division) rounded *up* to bf16 (at most the largest finite bf16).
+//     max|v| / M (an fp32 division) rounded *up* to bf16.
 //     Nearest: q = v / step rounded to nearest even, clamped; v / step as v * (1 / step), both fp32.
 //   int2: code q in 0 .. 3, value (2q - 3) * step. With k = floor(log2 max|v|) and
 //     r = |v| * 2^(10-k) rounded to nearest even, an integer, step is
@@ -289,6 +289,7 @@ struct ActivationBackwardArgs {
 //   the chunk's largest magnitude and r = |v| * 2^(20-k) rounded to nearest even, unit is
 //   (float(sum of r over the kept) / kept * 2^(k-20)) * 0.125f rounded to nearest bf16; large means
 //   |v| > 8.5f * unit. All other values decode to 0.
+// A step (unit) is at most max_step(format), the largest bf16 with which all decoded values are finite.
 // A block or chunk whose largest magnitude is under 2^-90 gets step (unit) 0 and codes 0 (topk: and
 // indices 0, 1, ..): it decodes to zeros. One that holds NaN or an infinity is bad: the CPU says so, on
 // CUDA its step is NaN, so that what is decoded is NaN too.
@@ -296,6 +297,17 @@ struct ActivationBackwardArgs {
 // Stochastic rounding (int8, int4, int2; ignored by the others): in place of rounding t to nearest,
 // floor(t + u) with u = (random_bits(seed, first + i) >> 8) * 2^-24, then clamped.
 enum class Format : int32_t { fp32 = 0, bf16 = 1, int8 = 2, int4 = 3, int2 = 4, topk = 5 };
+
+// Bits of the largest bf16 whose product with the largest factor of a code is finite in fp32.
+constexpr uint16_t max_step(Format format) {
+  switch (format) {
+    case Format::int8: return 0x7c01;  // 127
+    case Format::int4: return 0x7e12;  // 7
+    case Format::int2: return 0x7eaa;  // 3
+    case Format::topk: return 0x7dcc;  // 10
+    default: return 0x7f7f;
+  }
+}
 
 struct DeltaCodec {
   Format format;
@@ -350,7 +362,7 @@ struct DeltaPart {
 // payload decodes to.
 struct DeltaEncodeArgs {
   const float* anchor;     // [n] or null
-  const DeltaPart* parts;  // [num_parts], begins ascending from 0; on the host
+  const DeltaPart* parts;  // [num_parts], begins strictly ascending from 0; on the host
   int32_t num_parts;
   float* error;  // in and out [n], or null
   int64_t numel;
@@ -409,7 +421,8 @@ void grouped_rows(const GroupedRowsArgs&);
 void weight_grad(const WeightGradArgs&);
 void bias_grad(const BiasGradArgs&);
 void activation_backward(const ActivationBackwardArgs&);
-// The index of a value that is NaN or infinite, in whose block nothing is promised; -1 when all are good.
+// The index of a value (of delta_reduce: of a sum) that is NaN or infinite, in whose block nothing is
+// promised; -1 when all are good.
 int64_t delta_encode(const DeltaEncodeArgs&);
 int64_t delta_reduce(const DeltaReduceArgs&);
 void hash_bits(const HashArgs&);
