@@ -11,6 +11,13 @@
 
 #include <cstdint>
 
+// Of functions that kernels call too.
+#ifdef __CUDACC__
+#define FOMOE_ANYWHERE __host__ __device__
+#else
+#define FOMOE_ANYWHERE
+#endif
+
 namespace fomoe {
 
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
@@ -269,6 +276,7 @@ struct ActivationBackwardArgs {
 // A payload holds n values in payload_bytes(codec, n) bytes, little endian, at any address. Decoding
 // needs the payload and n alone, and every decoded value is a product that fp32 holds exactly (or a
 // stored float): all who decode the same bytes get the same bits, with or without fused multiply-adds.
+// Bits that pad a byte are 0.
 //
 // fp32, bf16: the values (bf16 to nearest, ties to even).
 // int8, int4, int2: blocks of `block` = 64 or 128 values, the last one shorter. First a step per
@@ -339,12 +347,12 @@ constexpr int64_t payload_bytes(const DeltaCodec& codec, int64_t n) {
 }
 
 // A counter-based generator (two rounds of a 32-bit finaliser).
-constexpr uint32_t mix_bits(uint32_t x) {
+FOMOE_ANYWHERE constexpr uint32_t mix_bits(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x7feb352du;
   x = (x ^ (x >> 15)) * 0x846ca68bu;
   return x ^ (x >> 16);
 }
-constexpr uint32_t random_bits(uint64_t seed, uint64_t index) {
+FOMOE_ANYWHERE constexpr uint32_t random_bits(uint64_t seed, uint64_t index) {
   return mix_bits(mix_bits(uint32_t(index) ^ uint32_t(seed)) + uint32_t(seed >> 32) +
                   uint32_t(index >> 32));
 }
@@ -393,7 +401,7 @@ struct DeltaReduceArgs {
 
 // A 64-bit hash of bits: the sum, mod 2^64, over the 4-byte words w_i (the last one padded with zero
 // bytes) of mix64(w_i + (i << 32)), plus the number of bytes. It adds up in any order.
-constexpr uint64_t mix64(uint64_t x) {
+FOMOE_ANYWHERE constexpr uint64_t mix64(uint64_t x) {
   x = (x ^ (x >> 32)) * 0xd6e8feb86659fd93u;
   x = (x ^ (x >> 32)) * 0xd6e8feb86659fd93u;
   return x ^ (x >> 32);
