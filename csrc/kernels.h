@@ -279,9 +279,9 @@ struct ActivationBackwardArgs {
 // Bits that pad a byte are 0.
 //
 // fp32, bf16: the values (bf16 to nearest, ties to even).
-// int8, int4, int2: blocks of `block` = 64 or 128 values, the last one shorter. First a step per
-//   block, bf16; then a code of b = 8, 4 or 2 bits per value, value i at bits b*i .. b*i + b-1 (low bits
-//   of a byte first).
+// int8, int4, int2: blocks of `block` = 64 or 128 values, the last one shorter, one behind the other.
+//   Of each first its step, bf16; then a code of b = 8, 4 or 2 bits per value, its value i at bits
+//   b*i .. b*i + b-1 (low bits of a byte first).
 //   int8, int4: code q in -M .. M, two's complement, M = 127 or 7, value q * step. step is
 //     max|v| / M (an fp32 division) rounded *up* to bf16.
 //     Nearest: q = v / step rounded to nearest even, clamped; v / step as v * (1 / step), both fp32.
@@ -292,7 +292,7 @@ struct ActivationBackwardArgs {
 //     clamped to 0 .. 3 (product, then sum: two roundings).
 // topk: chunks of kTopkChunk = 4096 values, the last one shorter; of each the ceil(count / 64) values of
 //   largest magnitude, ties to the lower index. Per chunk: a unit, bf16; the kept indices within the
-//   chunk, ascending, 12 bits each; a 2-bit code per kept value: bit 0 = large, bit 1 = negative; indices
+//   chunk, ascending, 12 bits each; a 2-bit code per kept value: bit 0 = large, bit 1 = v < 0; indices
 //   and codes each packed like codes above and padded to a byte. Value +-7 or +-10 times unit. With k of
 //   the chunk's largest magnitude and r = |v| * 2^(20-k) rounded to nearest even, unit is
 //   (float(sum of r over the kept) / kept * 2^(k-20)) * 0.125f rounded to nearest bf16; large means
