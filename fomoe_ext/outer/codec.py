@@ -1,100 +1,210 @@
-"""Codecs: how fp32 values become bytes on the wire and back."""
+"""Codecs: how deltas become bytes on the wire and back, and hashes of bits.
+
+The formats are described in csrc/kernels.h and made by the ops `delta_encode` and `delta_reduce`: a
+pass over the data each. Stochastic rounding takes its random bits from a counter: value i of a call
+uses number first + i of the stream `seed`, so that the same seed gives the same bytes anywhere.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+import fomoe_ext.native  # noqa: F401  (defines the ops)
 from fomoe_ext import wire
 
+__all__ = ["Codec", "DeltaPart", "get_codec", "hash_bits"]
 
-class Codec(Protocol):
-    """Turns flat fp32 tensors into payloads (flat uint8) and back, on any device.
+Rounding = Literal["nearest", "stochastic"]
 
-    A payload's size depends on the number of elements alone, and decoding on nothing but the
-    payload, so that all who decode the same bytes get the same bits.
+_FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3, "int2": 4, "topk": 5}
+_ops = torch.ops.fomoe
+
+
+class DeltaPart(NamedTuple):
+    """What one tensor gives of a run of values: those from `begin` up to the next part's begin.
+
+    `local` is flat, float32, bfloat16 or float16; None = these values are zero.
     """
 
-    name: str
+    local: Tensor | None
+    begin: int
+    weight: float = 1.0
+
+
+class Codec:
+    """Turns flat fp32 values into payloads (flat uint8) and back, on any device that has the ops.
+
+    A payload's size depends on the number of values alone, and decoding on nothing but the payload
+    and that number, so that all who decode the same bytes get the same bits. Codecs are equal when
+    they make the same bytes.
+
+    Args:
+        name: one of `fomoe_ext.wire.CODECS`. "fp32", "bf16": the values, rounded to nearest even.
+            "int8", "int4", "int2": blocks of 64 values (with "-128" of 128) that share a step.
+            "topk": of every 4096 values the 64 largest, as one of two magnitudes with a sign.
+        rounding: of the codes of int8, int4 and int2: to nearest, or "stochastic", right on
+            average.
+
+    Attributes:
+        lossy: whether decoding may give other values than were encoded; False for "fp32" only.
+
+    Methods raise ValueError for bad arguments and, on the CPU, for a value that is NaN or infinite,
+    which they name; nothing is promised then about what they write. On CUDA NaN travels as NaN.
+
+    What is not encoded can be kept (error feedback; Seide et al., 2014; Karimireddy et al., arXiv
+    1901.09847): `error` is added to the values and then becomes what the payload lacks of them.
+    """
+
+    def __init__(self, name: str, rounding: Rounding = "nearest") -> None:
+        wire.wire_bytes(name, 0)  # refuses unknown names
+        if rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"rounding must be nearest or stochastic, got {rounding!r}")
+        self.name, self.rounding, self.lossy = name, rounding, name != "fp32"
+        base, _, block = name.partition("-")
+        self._format = (_FORMATS[base], int(block or 64), rounding == "stochastic")
+
+    def __repr__(self) -> str:
+        return f"Codec({self.name!r}, rounding={self.rounding!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Codec) and self._format == other._format
+
+    def __hash__(self) -> int:
+        return hash(self._format)
 
     def wire_bytes(self, numel: int) -> int:
-        """Bytes of the payload of `numel` elements."""
-        ...
-
-    def encode(self, values: Tensor) -> Tensor:
-        """Flat fp32 [n] -> uint8 [wire_bytes(n)]; may share memory with `values`."""
-        ...
-
-    def decode(self, payload: Tensor) -> Tensor:
-        """Payload uint8 [wire_bytes(n)] -> fp32 [n]; may share memory with `payload`."""
-        ...
-
-    def decode_sum(self, payloads: Sequence[Tensor]) -> Tensor:
-        """Payloads of equal size, in rank order -> their sum, fp32 [n], added in that order."""
-        ...
-
-
-class _CastCodec:
-    """A codec that stores every value in another float type."""
-
-    def __init__(self, name: str, dtype: torch.dtype) -> None:
-        self.name, self._dtype = name, dtype
-
-    def wire_bytes(self, numel: int) -> int:
+        """Bytes of the payload of `numel` values."""
         return wire.wire_bytes(self.name, numel)
 
-    def encode(self, values: Tensor) -> Tensor:
+    def encode(
+        self, values: Tensor, *, error: Tensor | None = None, seed: int = 0, first: int = 0
+    ) -> Tensor:
+        """Flat fp32 [n] (plus `error`, fp32 [n], updated in place) -> uint8 [wire_bytes(n)]."""
         if values.dtype != torch.float32 or values.dim() != 1:
             raise ValueError(
                 f"values must be a flat float32 tensor, got {values.dtype} {list(values.shape)}"
             )
-        return values.contiguous().to(self._dtype).view(torch.uint8)
+        numel = values.numel()
+        out = torch.empty(self.wire_bytes(numel), dtype=torch.uint8, device=values.device)
+        part = DeltaPart(values.contiguous(), 0)
+        self.encode_delta([part], numel, out, error=error, seed=seed, first=first)
+        return out
 
-    def decode(self, payload: Tensor) -> Tensor:
+    def encode_delta(
+        self,
+        parts: Sequence[DeltaPart],
+        numel: int,
+        out: Tensor,
+        *,
+        anchor: Tensor | None = None,
+        error: Tensor | None = None,
+        seed: int = 0,
+        first: int = 0,
+    ) -> None:
+        """Encodes weight * (anchor - local), or weight * local without an anchor, plus `error`.
+
+        Args:
+            parts: what gives the values, `begin`s rising from 0. The anchor is rounded to a part's
+                dtype first, so that parameters nobody has moved have no delta.
+            numel: how many values.
+            out: uint8 [wire_bytes(numel)], written; may be a view that starts anywhere.
+            anchor: fp32 [numel].
+            error: fp32 [numel], updated in place.
+            seed: 0 .. 2^63 - 1, chooses the random bits of stochastic rounding.
+            first: the number of value 0 in their stream.
+        """
+        ends = [*(part.begin for part in parts[1:]), numel]
+        given = [(p, end) for p, end in zip(parts, ends, strict=False) if p.begin != end]
+        nothing = out.new_empty(0, dtype=torch.float32)
+        _ops.delta_encode(
+            anchor,
+            [nothing if part.local is None else part.local for part, _ in given],
+            [part.begin for part, _ in given],
+            [float(part.weight) for part, _ in given],
+            error,
+            numel,
+            *self._format,
+            seed,
+            first,
+            out,
+        )
+
+    def decode(self, payload: Tensor, numel: int, out: Tensor | None = None) -> Tensor:
+        """Payload uint8 [wire_bytes(numel)] -> fp32 [numel], a new tensor or `out`."""
         if payload.dtype != torch.uint8 or payload.dim() != 1:
             raise ValueError(
                 f"payload must be a flat uint8 tensor, got {payload.dtype} {list(payload.shape)}"
             )
-        if payload.numel() % self._dtype.itemsize:
-            raise ValueError(
-                f"payload of codec {self.name} must be a multiple of {self._dtype.itemsize} bytes, "
-                f"got {payload.numel()}"
-            )
-        return payload.contiguous().view(self._dtype).float()
+        return self.decode_sum(payload[None], numel, out=out)
 
-    def decode_sum(self, payloads: Sequence[Tensor]) -> Tensor:
-        if not len(payloads):
-            raise ValueError("payloads must not be empty")
-        total = self.decode(payloads[0]).clone()
-        for payload in payloads[1:]:
-            total += self.decode(payload)
-        return total
+    def decode_sum(
+        self,
+        payloads: Tensor | Sequence[Tensor],
+        numel: int,
+        *,
+        own: Tensor | None = None,
+        own_rank: int = 0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The sum of what the members gave, fp32 [numel], added in rank order.
+
+        `payloads`: uint8 [members, wire_bytes(numel)], or as many flat ones; with `own`, fp32
+        [numel], they are those of the others and member `own_rank` gives `own` as it is.
+        """
+        rows = self._rows(payloads, numel, own)
+        if out is None:
+            out = torch.empty(numel, dtype=torch.float32, device=rows.device)
+        _ops.delta_reduce(rows, own, own_rank, None, numel, *self._format, 0, 0, None, out)
+        return out
+
+    def reduce(
+        self,
+        payloads: Tensor | Sequence[Tensor],
+        numel: int,
+        out: Tensor,
+        *,
+        own: Tensor | None = None,
+        own_rank: int = 0,
+        error: Tensor | None = None,
+        seed: int = 0,
+        first: int = 0,
+    ) -> None:
+        """Encodes the sum of what the members gave (as in `decode_sum`), plus `error`, into `out`.
+
+        One pass: the sum is never in memory. `error`, `seed`, `first` as in `encode_delta`; `out`
+        must not overlap `payloads`.
+        """
+        rows = self._rows(payloads, numel, own)
+        _ops.delta_reduce(rows, own, own_rank, error, numel, *self._format, seed, first, out, None)
+
+    def _rows(self, payloads: Tensor | Sequence[Tensor], numel: int, own: Tensor | None) -> Tensor:
+        if isinstance(payloads, Tensor):
+            return payloads
+        if len(payloads):
+            return torch.stack(list(payloads))
+        if own is None:
+            raise ValueError("payloads must not be empty where own is not given")
+        return torch.empty(0, self.wire_bytes(numel), dtype=torch.uint8, device=own.device)
 
 
-class Fp32Codec(_CastCodec):
-    """The values as they are, four bytes each."""
+def get_codec(name: str | Codec, rounding: Rounding = "nearest") -> Codec:
+    """The codec of a name in `fomoe_ext.wire.CODECS`, or the codec given, as it is.
 
-    def __init__(self) -> None:
-        super().__init__("fp32", torch.float32)
-
-
-class Bf16Codec(_CastCodec):
-    """bfloat16, two bytes each, rounded to nearest, ties to even (as torch converts)."""
-
-    def __init__(self) -> None:
-        super().__init__("bf16", torch.bfloat16)
+    ValueError for an unknown name.
+    """
+    return name if isinstance(name, Codec) else Codec(name, rounding)
 
 
-_CODECS: dict[str, type[_CastCodec]] = {"fp32": Fp32Codec, "bf16": Bf16Codec}
+def hash_bits(tensors: Sequence[Tensor]) -> list[int]:
+    """A 64-bit hash of the bits of each tensor, unsigned: equal bits, equal hashes on any device.
 
-
-def get_codec(name: str | Codec) -> Codec:
-    """The codec of a name ("fp32", "bf16"), or the codec given. ValueError for an unknown name."""
-    if not isinstance(name, str):
-        return name
-    if name not in _CODECS:
-        raise ValueError(f"codec must be one of {', '.join(_CODECS)}, got {name!r}")
-    return _CODECS[name]()
+    Any dtype and shape, contiguous, all on one device. Shapes and dtypes do not enter. It guards
+    against accidents, not against anybody's intent.
+    """
+    if not len(tensors):
+        return []
+    return [h & 0xFFFFFFFFFFFFFFFF for h in _ops.hash_bits(list(tensors)).tolist()]
