@@ -75,5 +75,6 @@ int failures(const std::vector<Case>& cases, bool (*run)(const Case&)) {
 
 // The parts; each returns how many cases failed.
 int run_expert_cases(bool small);
+int run_delta_cases(bool small);
 
 }  // namespace fomoe::driver
