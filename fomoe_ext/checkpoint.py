@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from fomoe_ext.assemble import expert_key, global_names, named_moe_layers
 from fomoe_ext.files import write_text
-from fomoe_ext.outer.reduce import gather_objects
+from fomoe_ext.outer.groups import gather_objects
 
 FORMAT = 1
 INDEX = "model.safetensors.index.json"

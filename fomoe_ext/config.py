@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from fomoe_ext import wire
+from fomoe_ext.link import parse_link
+
 GATED_ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu")
 
 
@@ -160,6 +163,12 @@ def expert_parameters(config: ModelConfig) -> int:
     return expert_matrices(config) + (biases if config.expert_bias else 0)
 
 
+def block_parameters(config: ModelConfig) -> int:
+    """Parameters of a block but for router and routed experts: attention, norms, shared expert."""
+    width, shared = config.hidden_size, expert_matrices(config, config.shared_expert_size)
+    return 4 * width * width + 4 * width + shared
+
+
 def count_parameters(config: ModelConfig) -> ParameterCounts:
     """Parameter counts of the whole model (every expert once), without allocating anything.
 
@@ -168,9 +177,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     V*D + L*(4*D^2 + 2*D*N*E + D*E).
     """
     width, layers = config.hidden_size, config.num_layers
-    shared = expert_matrices(config, config.shared_expert_size)
-    dense = config.vocab_size * width + 2 * width
-    dense += layers * (4 * width * width + 4 * width + shared)
+    dense = config.vocab_size * width + 2 * width + layers * block_parameters(config)
     return ParameterCounts(
         dense=dense,
         sparse=layers * config.num_experts * expert_parameters(config),
@@ -222,6 +229,9 @@ class SitesConfig:
     """Steps over which the learning rate of experts new to a site rises to its full value."""
     threads: int = 0
     """Threads per site; 0 = this machine's cores shared among its sites."""
+    link: str | None = None
+    """A slow link on this machine, such as 200mbit,50ms (what each site can send, and how long it
+    takes to arrive): meetings take what they would on it; none = as fast as this machine is."""
 
     def __post_init__(self) -> None:
         at = "sites."
@@ -229,6 +239,8 @@ class SitesConfig:
         _at_least(at, 0, reshuffle_rounds=self.reshuffle_rounds, threads=self.threads)
         _at_least(at, 0, reshuffle_warmup=self.reshuffle_warmup)
         _inside(at, 1, self.sites, replication=self.replication)
+        if self.link is not None:
+            parse_link(self.link)
         if self.reshuffle_rounds and (self.placement != "random" or self.placement_file):
             raise ValueError("sites.reshuffle_rounds needs sites.placement = random and no table")
 
@@ -289,24 +301,86 @@ class OuterConfig:
     """Learning rate of the outer step; none = 1."""
     outer_momentum: float | None = None
     """Nesterov momentum of the outer step; none = 0.2 for diloco, else 0."""
-    codec: Literal["fp32", "bf16"] = "fp32"
-    """How a delta travels."""
+    codec: Literal[
+        "fp32", "bf16", "int8", "int8-128", "int4", "int4-128", "int2", "int2-128", "topk"
+    ] = "fp32"
+    """How a delta travels: as floats; in 8, 4 or 2 bits with a scale per block of 64 (or 128)
+    values; topk: the 64 largest of every 4096 values in 14 bits each."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How int8, int4 and int2 round; stochastic: right on average."""
+    error_feedback: bool = True
+    """Keep what encoding loses and send it with the next delta."""
     router_mean: Literal["holders", "all"] = "holders"
     """Which sites a router row is averaged over, with router_scope = global."""
+    expert_mean: Literal["equal", "tokens"] = "equal"
+    """tokens: an expert's deltas weigh as many tokens as each holder routed to it."""
+    rescale: bool = False
+    """Multiply mean deltas by the square root of the number of sites they are of (DiPaCo)."""
+    moment_periods: tuple[int, ...] = (1, 1)
+    """local-adamw: rounds between averages of the first and the second moment (DES-LOC: 3 6)."""
+    moment_codecs: tuple[str, ...] = ()
+    """local-adamw: codecs of the two moments; none = fp32 with codec fp32, else bf16."""
+    fragments: int = 1
+    """The model meets in so many parts, at steps spread over a round."""
+    overlap: int = 0
+    """Local steps that go on while a part is under way; 0 = sites wait for it."""
+    overlap_alpha: float = 0.5
+    """With overlap: the share of a parameter that stays the site's own when a part arrives."""
+    on_mismatch: Literal["stop", "heal"] = "stop"
+    """When holders differ after a meeting: stop, or take what the majority has."""
     bucket_bytes: int = 1 << 22
     """Size of the buckets in which tensors travel together, bytes of fp32."""
-    timeout_s: float = 600.0
+    in_flight: int = 8
+    """Buckets under way at once in each direction."""
+    timeout_s: float = 300.0
     """Seconds after which a meeting that does not complete is an error."""
 
     def __post_init__(self) -> None:
         at = "outer."
-        _at_least(at, 1, bucket_bytes=self.bucket_bytes)
+        _at_least(at, 4, bucket_bytes=self.bucket_bytes)
+        _at_least(at, 1, fragments=self.fragments, in_flight=self.in_flight)
+        _at_least(at, 0, overlap=self.overlap)
+        self._check_moments(at)
+        if not 0 <= self.overlap_alpha < 1:
+            raise ValueError(f"outer.overlap_alpha must be in [0, 1), got {self.overlap_alpha}")
+        if (self.fragments > 1 or self.overlap) and self.optimizer not in ("diloco", "fedavg"):
+            raise ValueError(
+                "outer.fragments and outer.overlap are for optimizer diloco or fedavg, got "
+                f"{self.optimizer}"
+            )
         if not self.timeout_s > 0:
             raise ValueError(f"outer.timeout_s must be > 0, got {self.timeout_s}")
         if self.outer_lr is not None and not self.outer_lr > 0:
             raise ValueError(f"outer.outer_lr must be > 0, got {self.outer_lr}")
         if self.outer_momentum is not None:
             _inside(at, 0, 1, outer_momentum=self.outer_momentum)
+        if self.expert_mean == "tokens" and self.optimizer == "ddp":
+            raise ValueError("outer.expert_mean = tokens needs an optimizer that sends deltas")
+
+    def _check_moments(self, at: str) -> None:
+        if len(self.moment_periods) != 2 or len(self.moment_codecs) not in (0, 2):
+            raise ValueError(
+                f"outer.moment_periods must be two numbers of rounds and outer.moment_codecs two "
+                f"codecs or none, got {self.moment_periods} and {self.moment_codecs}"
+            )
+        _at_least(at, 1, moment_periods=min(self.moment_periods))
+        first, second = self.resolved_moment_codecs
+        if first not in wire.CODECS or first == "topk" or second not in ("fp32", "bf16"):
+            raise ValueError(
+                "outer.moment_codecs must be any codec but topk for the first moment and fp32 or "
+                f"bf16 for the second, got {first!r} and {second!r}"
+            )
+
+    @property
+    def resolved_moment_codecs(self) -> tuple[str, ...]:
+        """`moment_codecs`, or their default."""
+        lossless = ("fp32", "fp32") if self.codec == "fp32" else ("bf16", "bf16")
+        return self.moment_codecs or lossless
+
+    @property
+    def staggered(self) -> bool:
+        """Whether meetings are spread over a round, or go on during its steps."""
+        return self.fragments > 1 or self.overlap > 0
 
     @property
     def resolved_lr(self) -> float:
@@ -387,6 +461,16 @@ class TrainConfig:
             )
         if self.outer.optimizer == "local-adamw" and self.inner.inner_optimizer != "adamw":
             raise ValueError("outer.optimizer = local-adamw needs inner.inner_optimizer = adamw")
+        outer, steps = self.outer, self.run.local_steps
+        if outer.fragments > min(steps, self.model.num_layers):
+            raise ValueError(
+                f"outer.fragments must be at most run.local_steps and model.num_layers, got "
+                f"{outer.fragments} with {steps} and {self.model.num_layers}"
+            )
+        if outer.overlap >= steps:
+            raise ValueError(
+                f"outer.overlap must be less than run.local_steps = {steps}, got {outer.overlap}"
+            )
 
     def with_vocab(self, vocab_size: int) -> TrainConfig:
         """This configuration with the vocabulary grown to at least `vocab_size` token ids."""

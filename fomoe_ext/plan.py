@@ -19,11 +19,13 @@ from fomoe_ext.config import (
     ModelConfig,
     ParameterCounts,
     TrainConfig,
+    block_parameters,
     count_parameters,
     expert_matrices,
     expert_parameters,
 )
 from fomoe_ext.placement import Placement
+from fomoe_ext.wire import Link
 
 FLOAT_BYTES = 4
 """Parameters, gradients, moments, anchor and momentum are fp32."""
@@ -105,22 +107,33 @@ def full_replica(config: TrainConfig) -> TrainConfig:
 
 
 def model_sizes(model: ModelConfig) -> wire.Sizes:
-    """Elements of the dense parameters, of one expert and of one router row."""
-    return wire.Sizes(count_parameters(model).dense, expert_parameters(model), model.hidden_size)
+    """Elements outside of the blocks, of a block, of one expert and of one router row."""
+    dense, in_blocks = count_parameters(model).dense, block_parameters(model)
+    outside = dense - model.num_layers * in_blocks
+    return wire.Sizes(outside, in_blocks, expert_parameters(model), model.hidden_size)
 
 
-def _elements(config: TrainConfig, placement: Placement, site: int) -> wire.GroupElements:
+def _elements(
+    config: TrainConfig, placement: Placement, site: int
+) -> tuple[wire.GroupElements, ...]:
     return wire.group_elements(
         placement,
         site,
         model_sizes(config.model),
         router_scope=config.model.router_scope,
         selection_bias=config.model.balance == "bias",
+        fragments=config.outer.fragments,
     )
 
 
-def meeting_bytes(config: TrainConfig, placement: Placement, site: int) -> int:
-    """Bytes a site sends in a round, in its meeting (with ddp: in all its steps) and before it."""
+def meeting_bytes(
+    config: TrainConfig, placement: Placement, site: int, round_index: int = 1
+) -> int:
+    """Bytes a site sends in a round, in its meetings (with ddp: in all its steps) and before them.
+
+    `round_index` counts from 1; it matters where moments have periods.
+    """
+    experts = placement.num_layers * placement.num_experts
     return (placement.num_sites - 1) * NOTE_BYTES + wire.round_bytes(
         _elements(config, placement, site),
         placement.num_sites,
@@ -129,6 +142,10 @@ def meeting_bytes(config: TrainConfig, placement: Placement, site: int) -> int:
         bucket_bytes=config.outer.bucket_bytes,
         local_steps=config.run.local_steps,
         clip=config.inner.grad_clip > 0,
+        round_index=round_index,
+        moment_periods=config.outer.moment_periods,
+        moment_codecs=config.outer.resolved_moment_codecs,
+        counted_experts=experts if config.outer.expert_mean == "tokens" else 0,
     )
 
 
@@ -149,7 +166,8 @@ def moved_bytes(config: TrainConfig, placement: Placement, new: Placement, site:
 def full_replica_bytes(config: TrainConfig, rounds: int) -> int:
     """Bytes a site would send in `rounds` rounds of the same job with all experts everywhere."""
     replica = full_replica(config)
-    return rounds * meeting_bytes(replica, job_placement(replica), 0)
+    placement = job_placement(replica)
+    return sum(meeting_bytes(replica, placement, 0, index + 1) for index in range(rounds))
 
 
 def ddp_bytes(config: TrainConfig, steps: int) -> int:
@@ -170,6 +188,7 @@ class SiteMemory(NamedTuple):
     inner_state: int
     anchor: int
     outer_state: int
+    error_feedback: int
 
     @property
     def total(self) -> int:
@@ -194,12 +213,13 @@ def site_memory(
     optimizer: str = "diloco",
     inner_optimizer: str = "adamw",
     outer_momentum: float | None = None,
+    error_feedback: int = 0,
 ) -> SiteMemory:
     """Bytes of parameters and state on a site; `placement` None = a full replica.
 
     `optimizer` as in `OuterConfig`: ddp needs no anchor; with outer momentum (None = the default,
     diloco alone has it) the others keep that too. `inner_optimizer` adamw keeps two moments, sgd
-    one.
+    one. `error_feedback`: elements of it.
     """
     _one_of("optimizer", optimizer, ("diloco", "fedavg", "local-adamw", "ddp"))
     _one_of("inner_optimizer", inner_optimizer, ("adamw", "sgd"))
@@ -211,11 +231,21 @@ def site_memory(
         inner_state=unit * (2 if inner_optimizer == "adamw" else 1),
         anchor=0 if optimizer == "ddp" else unit,
         outer_state=unit if momentum and optimizer != "ddp" else 0,
+        error_feedback=FLOAT_BYTES * error_feedback,
     )
 
 
 def job_memory(config: TrainConfig, placement: Placement | None, site: int = 0) -> SiteMemory:
-    """`site_memory` of a job's model with its optimizers."""
+    """`site_memory` of a job's model with its optimizers and codec."""
+    feedback = 0
+    if config.outer.codec != "fp32" and config.outer.error_feedback:
+        of_job = placement or job_placement(full_replica(config))
+        feedback = sum(
+            n + wire.own_elements(n, len(owners), config.outer.bucket_bytes)
+            for fragment in _elements(config, of_job, site)
+            for owners, n in fragment.parameters.items()
+            if len(owners) > 1
+        )
     return site_memory(
         config.model,
         placement,
@@ -223,6 +253,7 @@ def job_memory(config: TrainConfig, placement: Placement | None, site: int = 0) 
         optimizer=config.outer.optimizer,
         inner_optimizer=config.inner.inner_optimizer,
         outer_momentum=config.outer.resolved_momentum,
+        error_feedback=feedback,
     )
 
 
@@ -280,19 +311,12 @@ def flops_per_token(model: ModelConfig, resident_share: float = 1.0) -> TokenFlo
 # ------------------------------------------------------------------------------------------ time
 
 
-class Link(NamedTuple):
-    """A site's connection to the others: bits per second it can send, seconds of latency."""
-
-    bandwidth: float
-    latency: float
-
-
 class RoundCost(NamedTuple):
     """What a round costs a site.
 
-    local_s: seconds of arithmetic. meeting_s: seconds of sending. bytes_sent. memory: bytes, as
-    `SiteMemory.total`. flops: of all local steps. waits: exchanges one after the other, each of
-    which costs a latency.
+    local_s: seconds of arithmetic. meeting_s: seconds of sending, of which `hidden_s` pass while
+    local steps go on. bytes_sent. memory: bytes, as `SiteMemory.total`. flops: of all local steps.
+    waits: exchanges one after the other, each of which costs a latency.
     """
 
     local_s: float
@@ -301,33 +325,39 @@ class RoundCost(NamedTuple):
     memory: int
     flops: float
     waits: int
+    hidden_s: float = 0.0
 
     @property
     def utilization(self) -> float:
         """Share of the time in local steps, 0..1."""
-        return self.local_s / (self.local_s + self.meeting_s)
+        return self.local_s / (self.local_s + self.meeting_s - self.hidden_s)
 
 
 def meeting_waits(config: TrainConfig, placement: Placement, site: int) -> int:
     """Exchanges that a site waits for one after the other in a round.
 
-    A note, a status, then a tick per bucket of the largest owner group and one more (all groups
-    advance together); ddp has a status and the ticks in every step.
+    A note, then for every fragment a status, the buckets and the hashes. `in_flight` buckets are
+    under way at once, so that so many wait together, for their shares and for the sums. ddp has a
+    status and the buckets in every step.
     """
-    elements = _elements(config, placement, site).parameters
-    size = wire.bucket_elements(config.outer.bucket_bytes)
-    ticks = max((-(-n // size) + 1 for g, n in elements.items() if len(g) > 1), default=0)
-    if config.outer.optimizer == "ddp":
-        clip = config.inner.grad_clip > 0
-        return 2 + ticks + config.run.local_steps * (1 + clip + ticks)
-    return 2 + ticks
+    size, in_flight = wire.bucket_elements(config.outer.bucket_bytes), config.outer.in_flight
+    total = 1
+    for fragment in _elements(config, placement, site):
+        groups = fragment.parameters.items()
+        buckets = sum(-(-n // size) for owners, n in groups if len(owners) > 1)
+        waves = 2 * -(-buckets // in_flight)
+        total += waves + 2 + (config.outer.expert_mean == "tokens")
+        if config.outer.optimizer == "ddp":
+            total += config.run.local_steps * (1 + (config.inner.grad_clip > 0) + waves)
+    return total
 
 
 def round_cost(
     config: TrainConfig, placement: Placement, link: Link, flops_per_s: float, site: int = 0
 ) -> RoundCost:
-    """The cost of a round of a job: local steps, then the meeting, without overlap.
+    """The cost of a round of a job: local steps and meetings.
 
+    With overlap, of each fragment's exchange as much is hidden as its `overlap` steps take.
     `flops_per_s`: what a site reaches in training. With `reshuffle_rounds` the experts moved by one
     reshuffle are spread over its rounds. Raises ValueError unless bandwidth and `flops_per_s` are
     positive and the latency is not negative.
@@ -345,13 +375,16 @@ def round_cost(
     share = placement.replication / placement.num_sites
     tokens = config.inner.batch_size * config.model.seq_len * config.run.local_steps
     flops = tokens * flops_per_token(config.model, share).training
+    local_s, meeting_s = flops / flops_per_s, 8 * sent / link.bandwidth + waits * link.latency
+    behind = config.outer.overlap * config.outer.fragments / config.run.local_steps
     return RoundCost(
-        local_s=flops / flops_per_s,
-        meeting_s=8 * sent / link.bandwidth + waits * link.latency,
+        local_s=local_s,
+        meeting_s=meeting_s,
         bytes_sent=sent,
         memory=job_memory(config, placement, site).total,
         flops=flops,
         waits=waits,
+        hidden_s=min(meeting_s, behind * local_s),
     )
 
 

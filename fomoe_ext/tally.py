@@ -16,7 +16,9 @@ class Tally:
     """Counts of one site since the job began, over all its resumptions.
 
     Seconds, bytes, tokens of text trained on, slots that routers chose and rows that experts
-    computed. `bytes_sent`: in meetings, for moved experts and in notes; `planned_bytes`: what
+    computed. `exchange_s`: from the start of exchanges to their end; `meeting_s`: what the site
+    waited in meetings, for others too. `healed`: tensors restored from the majority.
+    `bytes_sent`: in meetings, for moved experts and in notes; `planned_bytes`: what
     `fomoe_ext.plan` says of the same.
     """
 
@@ -26,6 +28,8 @@ class Tally:
     rows: int = 0
     local_s: float = 0.0
     meeting_s: float = 0.0
+    exchange_s: float = 0.0
+    healed: int = 0
     validation_s: float = 0.0
     wall_s: float = 0.0
     bytes_sent: int = 0
@@ -80,10 +84,12 @@ def build_report(
     rounds: int,
     data: str,
     model_hash: str,
+    link: str,
 ) -> dict[str, Any]:
     """The report (`fomoe_ext.report`) of the parts of all sites and the last validation.
 
-    `validation`: loss, bits_per_byte, tokens, load [L][E]. `model_hash`: of all parameters.
+    `validation`: loss, bits_per_byte, tokens, load [L][E]. `model_hash`: of all parameters. `link`:
+    what meetings went over, in words.
     """
     model, counts = config.model, count_parameters(config.model)
     share = placement.replication / placement.num_sites
@@ -104,6 +110,9 @@ def build_report(
             "wall_s": max(site["wall_s"] for site in sites),
             "data": data,
             "model_hash": model_hash,
+            "link": link,
+            "fragments": config.outer.fragments,
+            "overlap": config.outer.overlap,
         },
         "validation": dict(validation),
         "first_validation": sites[0]["first_validation"],

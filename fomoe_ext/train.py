@@ -26,7 +26,7 @@ from fomoe_ext.evaluate import Validation
 from fomoe_ext.launch import EXIT_PEER_LOST, EXIT_STOPPED
 from fomoe_ext.metrics import RunLog, rewind_metrics
 from fomoe_ext.outer import MeetingError
-from fomoe_ext.outer.reduce import gather_objects
+from fomoe_ext.outer.groups import gather_objects
 from fomoe_ext.plan import RoundNote
 from fomoe_ext.report import print_report, write_report
 from fomoe_ext.runs import CHECKPOINTS, CONFIG, METRICS, check_folder, job_config, run_of
@@ -155,6 +155,7 @@ class _Job:
 
     def finish(self) -> None:
         """The last validation and the report."""
+        self.site.finish()
         validation = self._validate(_FINAL_EVAL * self.run.eval_tokens)
         report = self.site.report(validation)
         if self.log is not None:
@@ -256,10 +257,11 @@ def _make_log(site: TrainingSite, resumed: Path | None) -> RunLog:
     config, world = site.config, site.world
     log.say(f"run {site.run_dir}: {site.data.description}")
     counts = plan.count_parameters(config.model)
+    over = f" over {site.link}" if site.link else ""
     log.say(
         f"{world.num_sites} sites x {config.inner.batch_size} x {config.model.seq_len} tokens, "
         f"replication {site.placement.replication}, {config.outer.optimizer}, "
-        f"{config.outer.codec} on the wire; {counts.total / 1e6:.2f} M parameters, "
+        f"{config.outer.codec} on the wire{over}; {counts.total / 1e6:.2f} M parameters, "
         f"{counts.sparse_share:.0%} in experts; {site.device}, {torch.get_num_threads()} threads "
         "per site"
     )

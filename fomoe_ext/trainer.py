@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fomoe_ext import checkpoint as ckpt
 from fomoe_ext import plan
 from fomoe_ext.assemble import local_tensors, own_global_tensors
-from fomoe_ext.config import InnerConfig, TrainConfig
+from fomoe_ext.config import InnerConfig, OuterConfig, TrainConfig
 from fomoe_ext.data import TextData
 from fomoe_ext.evaluate import Validation, evaluate
+from fomoe_ext.link import parse_link
 from fomoe_ext.model import LanguageModel, optimizer_groups
-from fomoe_ext.outer import OuterSync
-from fomoe_ext.outer.reduce import gather_objects
+from fomoe_ext.outer import OuterOptions, OuterSync, RoundReport, SiteGroups
+from fomoe_ext.outer.groups import Handle, gather_objects
 from fomoe_ext.placement import Placement
 from fomoe_ext.plan import RoundNote
 from fomoe_ext.runs import CHECKPOINTS
@@ -82,19 +84,15 @@ class TrainingSite:
             ckpt.load_global_model(resume, self.model)
         self.optimizer = make_optimizer(self.model, config.inner)
         outer = config.outer
+        link = None if config.sites.link is None else parse_link(config.sites.link)
         with with_others("the first meeting", world.site):
             self.sync = OuterSync(
                 self.model,
                 placement,
                 world.site,
-                optimizer=outer.optimizer,
-                outer_lr=outer.resolved_lr,
-                outer_momentum=outer.resolved_momentum,
-                codec=outer.codec,
                 inner_optimizer=self.optimizer,
-                router_mean=outer.router_mean,
-                bucket_bytes=outer.bucket_bytes,
-                timeout_s=outer.timeout_s,
+                groups=SiteGroups(world.num_sites, world.site, outer.timeout_s, link=link),
+                **outer_options(config),
             )
         self.batches = data.train_batches(
             world.site, world.num_sites, config.inner.batch_size, config.run.seed
@@ -104,6 +102,7 @@ class TrainingSite:
         self._round_loss = torch.zeros((), dtype=torch.float64, device=device)
         self._round_rows = torch.zeros((), dtype=torch.int64, device=device)
         self._round_slots = 0
+        self._notes: tuple[Handle, Tensor] | None = None
         if state is not None:
             self._load(state)
         self._before_s = self.tally.wall_s
@@ -119,6 +118,11 @@ class TrainingSite:
     def bytes_sent(self) -> int:
         """Bytes this site has sent so far in meetings, for moved experts and in notes."""
         return self.sync.bytes_sent + self.tally.note_bytes
+
+    @property
+    def link(self) -> str:
+        """The link that meetings go over, in words."""
+        return self.sync.groups.link_words
 
     @property
     def placement(self) -> Placement:
@@ -143,6 +147,7 @@ class TrainingSite:
             group["lr"] = lr
         self.optimizer.step()
         self._count(tokens, loss.cross_entropy.detach())
+        self.sync.after_step()
         self.optimizer.zero_grad()
         return loss.cross_entropy.detach()
 
@@ -166,15 +171,20 @@ class TrainingSite:
     def take_local_steps(self, stop: StopRequest, after_step: Callable[[Tensor], None]) -> None:
         """The round's remaining local steps, cut short when this site is asked to stop.
 
-        With ddp every step is a meeting, so all sites take all of them. `after_step` gets the cross
-        entropy of every step, nats per token, as a scalar.
+        Where a step can be a meeting (ddp, fragments, overlap) all sites take all of them.
+        `after_step` gets the cross entropy of every step, nats per token, as a scalar.
         """
-        ddp = self.config.outer.optimizer == "ddp"
-        while self.steps_in_round < self.local_steps and (ddp or not stop.asked):
+        outer = self.config.outer
+        all_of_them = outer.optimizer == "ddp" or outer.staggered
+        while self.steps_in_round < self.local_steps and (all_of_them or not stop.asked):
             after_step(self._local_step())
 
     def exchange_notes(self, stop: bool) -> list[RoundNote]:
-        """Tells all sites how the round went here, and returns the notes of all."""
+        """Tells all sites how the round went here, and returns the notes of all.
+
+        With overlap nobody waits: these are the notes of the round before (after the first round
+        this site's own, which asks nobody to stop).
+        """
         note = RoundNote(
             stop=float(stop),
             steps=self.tally.steps,
@@ -182,14 +192,18 @@ class TrainingSite:
             rows=float(self._round_rows),
             slots=self._round_slots,
         )
-        own = torch.tensor(note, dtype=torch.float64)
-        notes = [own]
-        if self.world.num_sites > 1:
-            notes = [torch.empty_like(own) for _ in range(self.world.num_sites)]
-            with with_others(f"the notes of round {self.round + 1}", self.world.site):
-                dist.all_gather(notes, own)
-            self.tally.note_bytes += (self.world.num_sites - 1) * own.nbytes
-        return [RoundNote(*numbers.tolist()) for numbers in notes]
+        with with_others(f"the notes of round {self.round + 1}", self.world.site):
+            own = torch.tensor(note, dtype=torch.float64)
+            handle, notes, sent = self.sync.groups.gather_numbers(own)
+            self.tally.note_bytes += sent
+            if self.config.outer.overlap and handle is not None:
+                before, self._notes = self._notes, (handle, notes)
+                if before is None:
+                    return [note._replace(stop=0.0)]
+                handle, notes = before
+            if handle is not None:
+                handle.wait()
+        return [RoundNote(*numbers) for numbers in notes.tolist()]
 
     # --------------------------------------------------------------------------------- meetings
 
@@ -198,10 +212,14 @@ class TrainingSite:
 
         Returns the seconds it took; with ddp those of all reductions of the round.
         """
-        seconds = self.sync.step().seconds
+        placement, outcome = self.placement, self.sync.step()
+        seconds = outcome.seconds
+        self._tell_of(outcome)
         self.tally.rows += int(self._round_rows)
         self.tally.slots += self._round_slots
-        self.tally.planned_bytes += plan.meeting_bytes(self.config, self.placement, self.world.site)
+        self.tally.planned_bytes += plan.meeting_bytes(
+            self.config, placement, self.world.site, self.round
+        )
         self.steps_in_round = 0
         self._round_slots = 0
         self._round_loss.zero_()
@@ -216,9 +234,39 @@ class TrainingSite:
             seconds += moved.seconds
         return seconds
 
+    def _tell_of(self, outcome: RoundReport) -> None:
+        self.tally.exchange_s += outcome.exchange_s
+        self.tally.healed += len(outcome.healed)
+        if outcome.healed:
+            print(
+                f"site {self.world.site}: restored from the majority after round {self.round}: "
+                f"{', '.join(outcome.healed)}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def finish(self) -> None:
+        """Takes in what is under way, after the last round; a collective."""
+        outcome = self.sync.finish()
+        self.tally.meeting_s += outcome.seconds
+        self._tell_of(outcome)
+
+    @contextmanager
+    def _global_model(self) -> Iterator[dict[str, Tensor] | None]:
+        """Inside, the model is that of the last meeting; gives this site's where that differs."""
+        if not (self.steps_in_round or self.config.outer.staggered):
+            yield None
+            return
+        local = {name: value.clone() for name, value in local_tensors(self.model).items()}
+        self.sync.copy_anchor_to_model()
+        yield local
+        self._restore(local)
+
+    @torch.no_grad()
     def validate(self, max_tokens: int) -> Validation:
         """Validation of the global model, counted; a collective."""
-        with with_others(f"the validation after round {self.round}", self.world.site):
+        what = f"the validation after round {self.round}"
+        with self._global_model(), with_others(what, self.world.site):
             result = evaluate(
                 self.model,
                 self.data,
@@ -243,14 +291,15 @@ class TrainingSite:
     def save(self, steps: int) -> Path:
         """Writes a checkpoint with all other sites; `steps` is the most that a site has taken.
 
-        In the middle of a round the global model is that of the last meeting, and each site's state
-        holds its own parameters too.
+        The global model is that of the last meeting; where a site's own differs (in the middle of a
+        round, with fragments or overlap) its state holds that too. Fragments under way are taken in before.
         """
+        self.finish()
+        with self._global_model() as local:
+            return self._save(steps, local)
+
+    def _save(self, steps: int, local: dict[str, Tensor] | None) -> Path:
         self.tally.wall_s = self._before_s + time.perf_counter() - self.started
-        local = None
-        if self.steps_in_round:
-            local = {name: value.clone() for name, value in local_tensors(self.model).items()}
-            self.sync.copy_anchor_to_model()
         state = {
             "sync": self.sync.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],
@@ -266,7 +315,7 @@ class TrainingSite:
             parts = own_global_tensors(
                 self.model, self.placement, self.world.site, local_tensors(self.model)
             )
-            path = ckpt.save_checkpoint(
+            return ckpt.save_checkpoint(
                 self.run_dir / CHECKPOINTS,
                 ckpt.checkpoint_name(steps),
                 parts,
@@ -276,9 +325,6 @@ class TrainingSite:
                 round=self.round,
                 meta=job_identity(self.config),
             )
-        if local is not None:
-            self._restore(local)
-        return path
 
     @torch.no_grad()
     def _restore(self, tensors: dict[str, Tensor]) -> None:
@@ -304,19 +350,20 @@ class TrainingSite:
         """Bytes of this site's tensors by the parts of `plan.SiteMemory`."""
         states = self.optimizer.state.values()
         tensors = [v for state in states for v in state.values() if isinstance(v, Tensor)]
-        anchor, outer_state = self.sync.state_bytes()
+        anchor, outer_state, error_feedback = self.sync.state_bytes()
         return {
             "parameters": sum(p.nbytes for p in self.model.parameters()),
             "gradients": self.tally.gradient_bytes,
             "inner_state": sum(t.nbytes for t in tensors if t.dim()),
             "anchor": anchor,
             "outer_state": outer_state,
+            "error_feedback": error_feedback,
         }
 
     def model_hash(self) -> str:
         """SHA-256 over the parameters' bits of the whole model; a collective."""
         everyone = gather_objects(self.sync.hashes(), self.world.num_sites)
-        digests = {owners: digest for hashes in everyone for owners, digest in hashes.items()}
+        digests = {name: digest for hashes in everyone for name, digest in hashes.items()}
         return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
 
     def report(self, validation: Validation) -> dict[str, Any]:
@@ -340,7 +387,26 @@ class TrainingSite:
             rounds=self.round,
             data=self.data.description,
             model_hash=model_hash,
+            link=self.link,
         )
+
+
+def outer_options(config: TrainConfig) -> dict[str, Any]:
+    """The options of OuterSync that a job's configuration stands for."""
+    outer = config.outer
+    return {
+        **{name: getattr(outer, name) for name in _OUTER_FIELDS},
+        "outer_lr": outer.resolved_lr,
+        "outer_momentum": outer.resolved_momentum,
+        "moment_codecs": outer.resolved_moment_codecs,
+        "local_steps": config.run.local_steps,
+        "seed": config.run.seed,
+    }
+
+
+_OUTER_FIELDS = tuple(
+    {field.name for field in fields(OuterConfig)} & {field.name for field in fields(OuterOptions)}
+)
 
 
 def job_identity(config: TrainConfig) -> dict[str, Any]:

@@ -23,12 +23,27 @@ STATUS_BYTES = 128
 """Before a meeting every site tells every other one in so many bytes that its data are good."""
 NORM_BYTES = 8
 """A site's part of the squared gradient norm, fp64."""
+HASH_BYTES = 8
+"""Behind every payload, and after a meeting for what an owner group shares: a 64-bit hash."""
+COUNT_BYTES = 8
+"""The tokens that a site has routed to an expert, where experts are averaged by them."""
+IN_FLIGHT = 8
+"""Buckets that a site has under way at once in each direction."""
+
+
+class Link(NamedTuple):
+    """A site's connection to the others: bits per second it can send, seconds of latency."""
+
+    bandwidth: float
+    latency: float
 
 
 class Sizes(NamedTuple):
-    """Elements of a model: everything but routers and experts; one expert; one router row."""
+    """Elements of a model: outside of its blocks; of every block but for router and experts; of one
+    expert; of one router row. A block has one MoE layer."""
 
-    dense: int
+    outside: int
+    block: int
     expert: int
     router_row: int
 
@@ -90,12 +105,34 @@ def share_elements(numel: int, members: int) -> int:
 def all_gather_bytes(numel: int, members: int, codec: str, bucket_bytes: int) -> int:
     """Bytes a member sends to give all others its shares of `numel` elements."""
     shares = (share_elements(n, members) for n in bucket_sizes(numel, bucket_bytes))
-    return (members - 1) * sum(wire_bytes(codec, share) for share in shares)
+    return (members - 1) * sum(wire_bytes(codec, share) + HASH_BYTES for share in shares)
 
 
 def all_reduce_bytes(numel: int, members: int, codec: str, bucket_bytes: int) -> int:
     """Bytes a member sends to sum `numel` elements over the group; 0 in a group of one."""
     return 2 * all_gather_bytes(numel, members, codec, bucket_bytes)
+
+
+def own_elements(numel: int, members: int, bucket_bytes: int) -> int:
+    """Elements of which a member encodes the sum: its shares of all buckets, padded ones whole."""
+    return sum(share_elements(n, members) for n in bucket_sizes(numel, bucket_bytes))
+
+
+def fragment_of_block(block: int, fragments: int) -> int:
+    """The fragment that a block of the model meets with, blocks counted from 0.
+
+    Neighbours are in different fragments (the strided pattern of Streaming DiLoCo, arXiv
+    2501.18512). What is outside of the blocks meets with fragment 0.
+    """
+    return block % fragments
+
+
+def fragment_steps(fragments: int, local_steps: int) -> list[int]:
+    """After which local step of a round, from 1, each fragment meets: evenly spread, the last one
+    at the end. Raises ValueError unless 1 <= fragments <= local_steps."""
+    if not 1 <= fragments <= local_steps:
+        raise ValueError(f"fragments must be in [1, local_steps = {local_steps}], got {fragments}")
+    return [(index + 1) * local_steps // fragments for index in range(fragments)]
 
 
 def group_elements(
@@ -105,34 +142,46 @@ def group_elements(
     *,
     router_scope: Literal["global", "resident"] = "global",
     selection_bias: bool = False,
-) -> GroupElements:
-    """What a site shares with which owner group, as `OuterSync` lays it out.
+    fragments: int = 1,
+) -> tuple[GroupElements, ...]:
+    """What a site shares with which owner group, by fragment, as `OuterSync` lays it out.
 
     With router_scope "global" all router rows travel with the dense parameters, with "resident"
     each with its expert. `selection_bias`: whether routers balance by bias (one fp32 per expert).
     """
     everyone = tuple(range(placement.num_sites))
-    parameters, biases = Counter({everyone: sizes.dense}), Counter[Owners]()
-    for experts in placement.owners_of:
+    parameters = [Counter[Owners]() for _ in range(fragments)]
+    biases = [Counter[Owners]() for _ in range(fragments)]
+    parameters[0][everyone] += sizes.outside
+    for layer, experts in enumerate(placement.owners_of):
+        fragment = fragment_of_block(layer, fragments)
+        parameters[fragment][everyone] += sizes.block
         for owners in experts:
             router_owners = everyone if router_scope == "global" else owners
             for group, counter, elements in (
-                (owners, parameters, sizes.expert),
-                (router_owners, parameters, sizes.router_row),
-                (router_owners, biases, int(selection_bias)),
+                (owners, parameters[fragment], sizes.expert),
+                (router_owners, parameters[fragment], sizes.router_row),
+                (router_owners, biases[fragment], int(selection_bias)),
             ):
                 if site in group and elements:
                     counter[group] += elements
-    return GroupElements(dict(parameters), dict(biases))
+    return tuple(
+        GroupElements({g: n for g, n in of_parameters.items() if n}, dict(of_biases))
+        for of_parameters, of_biases in zip(parameters, biases, strict=True)
+    )
 
 
-def moments_due(round_index: int, moment_periods: Sequence[int]) -> int:
-    """How many of the two AdamW moments are averaged in a round; rounds count from 1."""
-    return sum(round_index % period == 0 for period in moment_periods)
+def moments_due(round_index: int, moment_periods: Sequence[int]) -> tuple[bool, ...]:
+    """Which of the two AdamW moments are averaged in a round; rounds count from 1."""
+    return tuple(round_index % period == 0 for period in moment_periods)
+
+
+def _reduced(groups: Mapping[Owners, int], codec: str, bucket_bytes: int) -> int:
+    return sum(all_reduce_bytes(n, len(g), codec, bucket_bytes) for g, n in groups.items())
 
 
 def round_bytes(
-    elements: GroupElements,
+    elements: Sequence[GroupElements],
     num_sites: int,
     *,
     optimizer: str,
@@ -142,31 +191,42 @@ def round_bytes(
     clip: bool = False,
     round_index: int = 1,
     moment_periods: Sequence[int] = (1, 1),
+    moment_codecs: Sequence[str] = ("fp32", "fp32"),
+    counted_experts: int = 0,
 ) -> int:
     """Bytes a site sends in a round, reshuffles aside; exactly what `OuterSync` counts.
 
-    `local_steps` and `clip` (gradient clipping) matter for "ddp" only, which sends every step;
-    `round_index` (from 1) and `moment_periods` for "local-adamw" only. Raises ValueError for an
-    unknown optimizer or codec.
+    `elements` by fragment. `local_steps` and `clip` (gradient clipping) matter for "ddp" only,
+    which sends every step; `round_index` (from 1), `moment_periods` and `moment_codecs` for
+    "local-adamw" only. `counted_experts`: experts of all layers, where they are averaged by tokens,
+    else 0.
+    Raises ValueError for an unknown optimizer or codec.
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     peers = num_sites - 1
-
-    def reduced(groups: Mapping[Owners, int], codec: str) -> int:
-        return sum(all_reduce_bytes(n, len(g), codec, bucket_bytes) for g, n in groups.items())
-
-    once = reduced(elements.parameters, codec)
-    meeting = peers * STATUS_BYTES + reduced(elements.biases, "fp32")
-    if optimizer == "ddp":
-        step = peers * (STATUS_BYTES + (NORM_BYTES if clip else 0)) + once
-        equalised = sum(
-            all_gather_bytes(n, len(g), "fp32", bucket_bytes)
-            for g, n in elements.parameters.items()
-        )
-        return meeting + local_steps * step + equalised
-    moments = moments_due(round_index, moment_periods) if optimizer == "local-adamw" else 0
-    return meeting + (1 + moments) * once
+    total = 0
+    for fragment in elements:
+        total += peers * (STATUS_BYTES + COUNT_BYTES * counted_experts)
+        total += _reduced(fragment.biases, "fp32", bucket_bytes)
+        groups = fragment.parameters.keys() | fragment.biases.keys()
+        total += sum((len(owners) - 1) * HASH_BYTES for owners in groups)
+        if optimizer == "ddp":
+            step = peers * (STATUS_BYTES + (NORM_BYTES if clip else 0))
+            step += _reduced(fragment.parameters, codec, bucket_bytes)
+            equalised = sum(
+                all_gather_bytes(n, len(g), "fp32", bucket_bytes)
+                for g, n in fragment.parameters.items()
+            )
+            total += local_steps * step + equalised
+            continue
+        total += _reduced(fragment.parameters, codec, bucket_bytes)
+        if optimizer == "local-adamw":
+            due = moments_due(round_index, moment_periods)
+            for wanted, moment_codec in zip(due, moment_codecs, strict=True):
+                if wanted:
+                    total += _reduced(fragment.parameters, moment_codec, bucket_bytes)
+    return total
 
 
 def reshuffle_bytes(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from fomoe_ext.outer.codec import Bf16Codec, Codec, Fp32Codec, get_codec
-from fomoe_ext.outer.reduce import SiteGroups
-from fomoe_ext.outer.sync import MeetingError, OuterSync, ReshuffleReport, RoundReport
+from fomoe_ext.outer.codec import Codec, get_codec
+from fomoe_ext.outer.groups import SiteGroups
+from fomoe_ext.outer.options import MeetingError, OuterOptions
+from fomoe_ext.outer.sync import OuterSync, ReshuffleReport, RoundReport
 
 __all__ = [
-    "Bf16Codec",
     "Codec",
-    "Fp32Codec",
     "MeetingError",
+    "OuterOptions",
     "OuterSync",
     "ReshuffleReport",
     "RoundReport",

@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fomoe_ext.outer.codec import Codec
-from fomoe_ext.outer.layout import Layout, Piece
+from fomoe_ext import wire
+from fomoe_ext.outer.codec import Codec, DeltaPart
+from fomoe_ext.outer.layout import Layout, Part, Piece
 from fomoe_ext.outer.optimizer import OuterRule
+
+
+class Feedback:
+    """Error feedback of one layout: what encoding has lost so far, to be sent with the next values.
+
+    `own`: of this site's values, fp32 [numel]; `shares`: of the sums that this site encodes for its
+    group, fp32 [wire.own_elements]. Both None where nothing is lost: codec fp32, a group of one.
+    1-bit SGD (Seide et al. 2014) keeps such an error; on both ends, 1-bit Adam (arXiv 2102.02888).
+    """
+
+    def __init__(self, layout: Layout, codec: Codec, bucket_bytes: int, wanted: bool) -> None:
+        self.own: Tensor | None = None
+        self.shares: Tensor | None = None
+        group = layout.group
+        if wanted and codec.lossy and group.size > 1:
+            device = layout.pieces[0].tensor.device
+            count = wire.own_elements(layout.numel, group.size, bucket_bytes)
+            self.own = torch.zeros(layout.numel, device=device)
+            self.shares = torch.zeros(count, device=group.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.nbytes for t in (self.own, self.shares) if t is not None)
 
 
 class MeanJob:
@@ -18,25 +45,81 @@ class MeanJob:
     summed = True
 
     def __init__(
-        self, layout: Layout, site: int, codec: Codec, tensor_of: Callable[[Piece], Tensor]
+        self,
+        layout: Layout,
+        site: int,
+        codec: Codec,
+        tensor_of: Callable[[Piece], Tensor],
+        *,
+        feedback: Feedback | None = None,
+        seed: int = 0,
     ) -> None:
         self.layout, self.site, self.codec, self._tensor_of = layout, site, codec, tensor_of
-        self.group, self.numel = layout.group, layout.numel
+        self.group, self.numel, self.seed = layout.group, layout.numel, seed
+        self.device = layout.pieces[0].tensor.device
+        self.own_error = feedback.own if feedback else None
+        self.share_error = feedback.shares if feedback else None
 
-    def read(self, start: int, stop: int, out: Tensor) -> None:
-        for part in self.layout.parts(start, stop):
-            piece = part.piece
-            if self.site in piece.contributors:
-                source = piece.part_of(self._tensor_of(piece))
-                out[part.range].copy_(source[part.lo : part.hi])
-            else:
-                out[part.range].zero_()
+    def _anchor(self, start: int, stop: int) -> Tensor | None:
+        return None
+
+    def _source(self, part: Part) -> DeltaPart:
+        """What this site gives of a part."""
+        if self.site not in part.piece.contributors:
+            return DeltaPart(None, part.at)
+        values = part.piece.part_of(self._tensor_of(part.piece))
+        return DeltaPart(values[part.lo : part.hi], part.at)
+
+    def encode(self, start: int, stop: int, payload: Tensor) -> None:
+        self._encode(self.codec, start, stop, payload)
+
+    def values(self, start: int, stop: int) -> Tensor:
+        out = torch.empty(stop - start, device=self.device)
+        # As fp32 nothing is lost: the error so far goes along, and none is left.
+        self._encode(_EXACT, start, stop, out.view(torch.uint8))
+        return out
+
+    def _encode(self, codec: Codec, start: int, stop: int, payload: Tensor) -> None:
+        if start == stop:
+            return
+        error = None if self.own_error is None else self.own_error[start:stop]
+        codec.encode_delta(
+            [self._source(part) for part in self.layout.parts(start, stop)],
+            stop - start,
+            payload,
+            anchor=self._anchor(start, stop),
+            error=error,
+            seed=self.seed,
+            first=start,
+        )
 
     def write(self, start: int, stop: int, total: Tensor) -> None:
         for part in self.layout.parts(start, stop):
-            piece = part.piece
-            mean = total[part.range].div_(len(piece.contributors))
-            piece.part_of(self._tensor_of(piece))[part.lo : part.hi].copy_(mean)
+            mean = total[part.range].div_(len(part.piece.contributors))
+            self._target(part).copy_(mean)
+
+    def _target(self, part: Part) -> Tensor:
+        return part.piece.part_of(self._tensor_of(part.piece))[part.lo : part.hi]
+
+
+_EXACT = Codec("fp32")
+
+
+class ShiftJob(MeanJob):
+    """Averages a tensor that goes on changing meanwhile: it moves by mean - what it was."""
+
+    def __init__(
+        self, layout: Layout, site: int, codec: Codec, tensor_of: Callable[[Piece], Tensor]
+    ) -> None:
+        super().__init__(layout, site, codec, tensor_of)
+        self._before = torch.cat(
+            [piece.part_of(tensor_of(piece)).float() for piece in layout.pieces]
+        )
+
+    def write(self, start: int, stop: int, total: Tensor) -> None:
+        for part in self.layout.parts(start, stop):
+            mean = total[part.range].div_(len(part.piece.contributors))
+            self._target(part).add_(mean - self._before[start:stop][part.range])
 
 
 class EqualiseJob(MeanJob):
@@ -44,21 +127,49 @@ class EqualiseJob(MeanJob):
 
     summed = False
 
-    def read(self, start: int, stop: int, out: Tensor) -> None:
-        for part in self.layout.parts(start, stop):
-            source = part.piece.part_of(self._tensor_of(part.piece))
-            out[part.range].copy_(source[part.lo : part.hi])
+    def _source(self, part: Part) -> DeltaPart:
+        return DeltaPart(self._target(part), part.at)
 
     def write(self, start: int, stop: int, total: Tensor) -> None:
         for part in self.layout.parts(start, stop):
-            target = part.piece.part_of(self._tensor_of(part.piece))
-            target[part.lo : part.hi].copy_(total[part.range])
+            self._target(part).copy_(total[part.range])
 
 
-class DeltaJob:
-    """Mean delta of one owner group, and the outer step with it (`reduce.Job`)."""
+@dataclass(frozen=True)
+class Averaging:
+    """How deltas of a piece become one.
 
-    summed = True
+    `tokens`: by piece of an expert, the tokens that each site has routed to it since the last
+    meeting, fp64 [num_sites], in place of equal weights; None = equal. `rescale`: the mean times
+    the square root of the number of contributors, which a mean of unlike deltas loses of its norm
+    (DiPaCo, arXiv 2403.10616).
+    """
+
+    tokens: dict[tuple[int, int], Sequence[float]] | None = None
+    rescale: bool = False
+
+    def weight(self, piece: Piece, site: int) -> float:
+        """What this site's delta is multiplied by."""
+        if self.tokens is None or piece.expert is None or len(piece.contributors) == 1:
+            return 1.0
+        return float(self.tokens[piece.expert][site])
+
+    def divisor(self, piece: Piece) -> float:
+        """What the sum is divided by."""
+        members = piece.contributors
+        total = float(len(members))
+        if self.tokens is not None and piece.expert is not None and len(members) > 1:
+            # No tokens anywhere: nothing but the error of before is in the sum.
+            total = sum(self.tokens[piece.expert][site] for site in members) or 1.0
+        return total / math.sqrt(len(members)) if self.rescale else total
+
+
+class DeltaJob(MeanJob):
+    """Mean delta of one owner group, and the outer step with it (`reduce.Job`).
+
+    `alpha`: the share of a parameter that stays the site's own in what it goes on with, the rest
+    being the new anchor's (Streaming DiLoCo, arXiv 2501.18512); 0 = all is the anchor's.
+    """
 
     def __init__(
         self,
@@ -68,29 +179,35 @@ class DeltaJob:
         rule: OuterRule,
         anchor: Tensor,
         momentum: Tensor | None,
+        *,
+        feedback: Feedback | None = None,
+        seed: int = 0,
+        alpha: float = 0.0,
     ) -> None:
-        self.layout, self.anchor, self.momentum = layout, anchor, momentum
-        self.group, self.numel = layout.group, layout.numel
-        self.codec, self._rule, self._site = codec, rule, site
+        super().__init__(
+            layout, site, codec, lambda piece: piece.tensor, feedback=feedback, seed=seed
+        )
+        self.anchor, self.momentum, self._rule, self._alpha = anchor, momentum, rule, alpha
+        self.averaging = Averaging()
 
-    def read(self, start: int, stop: int, out: Tensor) -> None:
-        delta = torch.zeros(stop - start, dtype=torch.float32, device=self.anchor.device)
-        anchor = self.anchor[start:stop]
-        for part in self.layout.parts(start, stop):
-            if self._site in part.piece.contributors:
-                local = part.piece.values()[part.lo : part.hi]
-                # What the local steps began from: the anchor as the parameter's type holds it.
-                begun = anchor[part.range].to(local.dtype).float()
-                torch.sub(begun, local.float(), out=delta[part.range])
-        out.copy_(delta)
+    def _anchor(self, start: int, stop: int) -> Tensor | None:
+        return self.anchor[start:stop]
+
+    def _source(self, part: Part) -> DeltaPart:
+        source = super()._source(part)
+        return source._replace(weight=self.averaging.weight(part.piece, self.site))
 
     def write(self, start: int, stop: int, total: Tensor) -> None:
         anchor = self.anchor[start:stop]
-        delta = total.to(anchor.device)
         parts = list(self.layout.parts(start, stop))
         for part in parts:
-            delta[part.range].div_(len(part.piece.contributors))
+            total[part.range].div_(self.averaging.divisor(part.piece))
         momentum = None if self.momentum is None else self.momentum[start:stop]
-        self._rule.apply_(anchor, delta, momentum)
+        self._rule.apply_(anchor, total, momentum)
         for part in parts:
-            part.piece.values()[part.lo : part.hi].copy_(anchor[part.range])
+            target = self._target(part)
+            if self._alpha:
+                new = self._alpha * target.float() + (1 - self._alpha) * anchor[part.range]
+                target.copy_(new)
+            else:
+                target.copy_(anchor[part.range])

@@ -8,6 +8,7 @@ the members get the same bits even where vector and scalar instructions round di
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
-from fomoe_ext.outer.reduce import SiteGroup, SiteGroups
+from fomoe_ext import wire
+from fomoe_ext.outer.groups import SiteGroup, SiteGroups
 from fomoe_ext.placement import Owners, Placement
 
 if TYPE_CHECKING:
@@ -66,12 +68,17 @@ class Part(NamedTuple):
 
 
 class Layout:
-    """The pieces that travel in one owner group, as one flat vector of `numel` elements."""
+    """The pieces of a fragment that travel in one owner group: a flat vector, `numel` elements."""
 
-    def __init__(self, group: SiteGroup, pieces: Sequence[Piece]) -> None:
-        self.group, self.pieces = group, tuple(pieces)
+    def __init__(self, group: SiteGroup, pieces: Sequence[Piece], fragment: int = 0) -> None:
+        self.group, self.pieces, self.fragment = group, tuple(pieces), fragment
         self.starts = [0, *accumulate(piece.numel for piece in pieces)]
         self.numel = self.starts[-1]
+
+    @property
+    def name(self) -> str:
+        """The fragment and the owners, e.g. "0:1-3"."""
+        return f"{self.fragment}:{'-'.join(map(str, self.group.owners))}"
 
     def parts(self, start: int, stop: int) -> Iterator[Part]:
         """The parts of pieces that make up elements start..stop-1, in order."""
@@ -193,9 +200,42 @@ def _rows(
             yield Piece(f"{key}.{expert}", tensor, expert, owners, owners, (layer, expert))
 
 
-def make_layouts(pieces: Iterable[Piece], groups: SiteGroups) -> list[Layout]:
-    """One layout per owner set, in ascending order of the sets, pieces in the given order."""
-    by_owners: dict[Owners, list[Piece]] = {}
+def block_of(key: str) -> str | None:
+    """The block that a piece is in, e.g. "layers.3" of "layers.3.experts.5.expand_weight": the path
+    to the first number; None outside of all blocks."""
+    found = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", key)
+    return found[0] if found else None
+
+
+class Fragments:
+    """Which fragment of a model every piece meets with (`wire.fragment_of_block`).
+
+    Raises ValueError when the model has fewer blocks than fragments.
+    """
+
+    def __init__(self, pieces: Iterable[Piece], fragments: int) -> None:
+        blocks = dict.fromkeys(block_of(piece.key) for piece in pieces)
+        blocks.pop(None, None)
+        if fragments > max(1, len(blocks)):
+            raise ValueError(
+                f"fragments must be at most the number of the model's blocks, {len(blocks)}, got "
+                f"{fragments}"
+            )
+        self._of_block = {
+            block: wire.fragment_of_block(i, fragments) for i, block in enumerate(blocks)
+        }
+
+    def of(self, piece: Piece) -> int:
+        """The fragment of a piece."""
+        return self._of_block.get(block_of(piece.key), 0)
+
+
+def make_layouts(pieces: Iterable[Piece], groups: SiteGroups, fragments: Fragments) -> list[Layout]:
+    """One layout per fragment and owner set, in ascending order of both, pieces in given order."""
+    together: dict[tuple[int, Owners], list[Piece]] = {}
     for piece in pieces:
-        by_owners.setdefault(piece.owners, []).append(piece)
-    return [Layout(groups.group(owners), by_owners[owners]) for owners in sorted(by_owners)]
+        together.setdefault((fragments.of(piece), piece.owners), []).append(piece)
+    return [
+        Layout(groups.group(owners), together[fragment, owners], fragment)
+        for fragment, owners in sorted(together)
+    ]

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fomoe_ext.outer import optimizer as opt
-from fomoe_ext.outer.layout import Piece, find_moe_layers
+from fomoe_ext.outer.layout import Layout, Piece, find_moe_layers
 from fomoe_ext.placement import Placement, Transfer
 
 if TYPE_CHECKING:
@@ -50,6 +49,11 @@ class _Before:
     def __init__(self, sync: OuterSync) -> None:
         self.anchor: dict[str, Tensor] = {}
         self.momentum: dict[str, Tensor] = {}
+        self.error: dict[str, Tensor] = {}
+        self.shares = {
+            _shape(layout): feedback.shares
+            for layout, feedback in zip(sync.layouts, sync.feedback, strict=True)
+        }
         self.pieces: dict[_ExpertId, list[Piece]] = {}
         self.biases: dict[_ExpertId, Piece] = {}
         for index, layout in enumerate(sync.layouts):
@@ -58,6 +62,9 @@ class _Before:
                     self.anchor[piece.key] = sync.anchors[index][place]
                 if sync.momenta:
                     self.momentum[piece.key] = sync.momenta[index][place]
+                error = sync.feedback[index].own
+                if error is not None:
+                    self.error[piece.key] = error[place]
                 if piece.expert is not None:
                     self.pieces.setdefault(piece.expert, []).append(piece)
         for layout in sync.bias_layouts:
@@ -92,6 +99,7 @@ class _Before:
         for piece in (p for layout in sync.bias_layouts for p in layout.pieces):
             if piece.expert in arrived:
                 piece.values().copy_(arrived[piece.expert][-1:])
+        self._restore_feedback(sync, arrived)
         if sync.rule.name == "ddp":
             return
         for layout in sync.layouts:
@@ -101,10 +109,27 @@ class _Before:
                     values = [source[piece.key].to(device) for piece in layout.pieces]
                     target.append(torch.cat(values))
 
+    def _restore_feedback(self, sync: OuterSync, arrived: Mapping[_ExpertId, Tensor]) -> None:
+        """What encoding lost of pieces that stay; a new holder, and other sums, start from zero."""
+        for layout, feedback in zip(sync.layouts, sync.feedback, strict=True):
+            if feedback.own is None:
+                continue
+            for piece, place in layout.slices():
+                if piece.key in self.error and piece.expert not in arrived:
+                    feedback.own[place].copy_(self.error[piece.key])
+            shares = self.shares.get(_shape(layout))
+            if shares is not None and feedback.shares is not None:
+                feedback.shares.copy_(shares)
+
     def _sizes(self, pieces: list[Piece], sync: OuterSync) -> list[int]:
         """Lengths of the parts of an expert's vector, of which the bias is the last."""
         numels = [piece.numel for piece in pieces] * (2 if self.momentum else 1)
         return numels + ([1] if self.biases else [])
+
+
+def _shape(layout: Layout) -> tuple[str, ...]:
+    """Tells layouts apart: who is in it, and which pieces."""
+    return layout.name, *(piece.key for piece in layout.pieces)
 
 
 def _exchange(
@@ -120,15 +145,14 @@ def _exchange(
     sent = torch.cat(vectors) if vectors else torch.empty(0)
     sent = sent.to(group.device)
     received = torch.empty(size * sum(map(len, incoming)), device=group.device)
-    dist.all_to_all_single(
+    count = group.send_to_each(
         received,
         sent,
         [size * len(from_site) for from_site in incoming],
         [size * len(to_site) for to_site in outgoing],
-        group=group.process_group,
     )
     order = [(t.layer, t.expert) for from_site in incoming for t in from_site]
-    return dict(zip(order, received.split(size) if order else (), strict=True)), sent.nbytes
+    return dict(zip(order, received.split(size) if order else (), strict=True)), count
 
 
 def _change_residents(sync: OuterSync, layer: MoELayer, residents: tuple[int, ...]) -> None:

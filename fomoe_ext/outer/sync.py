@@ -11,54 +11,53 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fomoe_ext import wire
-from fomoe_ext.checks import at_least, finite, one_of
+from fomoe_ext.checks import at_least
+from fomoe_ext.outer import gradients
 from fomoe_ext.outer import optimizer as opt
-from fomoe_ext.outer.codec import Codec, get_codec
-from fomoe_ext.outer.jobs import DeltaJob, EqualiseJob, MeanJob
+from fomoe_ext.outer.agreement import Agreement
+from fomoe_ext.outer.codec import get_codec
+from fomoe_ext.outer.flight import Background, Flight
+from fomoe_ext.outer.groups import SiteGroups, gather_objects, share_statuses
+from fomoe_ext.outer.jobs import Feedback
 from fomoe_ext.outer.layout import (
-    Layout,
-    Piece,
+    Fragments,
     bias_pieces,
     check_model,
     find_moe_layers,
     make_layouts,
     parameter_pieces,
 )
-from fomoe_ext.outer.reduce import (
-    Job,
-    SiteGroups,
-    gather_objects,
-    run_jobs,
-    share_statuses,
-    sum_floats,
-)
-from fomoe_ext.placement import Owners, Placement
-
-
-class MeetingError(RuntimeError):
-    """A meeting that did not come about, or broke off."""
+from fomoe_ext.outer.meeting import Meeting
+from fomoe_ext.outer.options import MeetingError, OuterOptions
+from fomoe_ext.outer.reduce import buckets_of, exchange, run_jobs
+from fomoe_ext.placement import Placement
 
 
 class RoundReport(NamedTuple):
     """What the meetings of a round cost this site.
 
-    round: counts from 1. bytes_sent and seconds: of `step` and, with "ddp", of all
-    `reduce_gradients` and `clip_grad_norm` since the last one; seconds include waiting for others.
-    moments: how many of the two AdamW moments were averaged.
+    round: counts from 1. bytes_sent and seconds: of `step`, of fragments that arrived since the
+    last one and, with "ddp", of all `reduce_gradients` and `clip_grad_norm`; seconds that the site
+    waited, for others too. moments: how many of the two AdamW moments were averaged. exchange_s:
+    seconds from the start of exchanges to their end, of which all but `seconds` were hidden behind
+    local steps. healed: pieces that had to be restored from the majority.
     """
 
     round: int
     bytes_sent: int
     seconds: float
     moments: int
+    exchange_s: float
+    healed: tuple[str, ...]
 
 
 class ReshuffleReport(NamedTuple):
@@ -78,9 +77,13 @@ class OuterSync:
     averaged like parameters: dense ones over all sites, an expert's over its holders, as if their
     batches were all there is. With replication = sites that is the gradient of the joined batch.
 
+    With `fragments` or `overlap` call `after_step` after every local step, `step` at the end of a
+    round as well, and `finish` before the model is used for anything but local steps.
+
     After a `step` all sites hold the same bits of dense parameters and all holders the same bits of
-    an expert. A site's memory: an fp32 anchor of what it holds (not with "ddp") and, with outer
-    momentum, as much again.
+    an expert (with fragments or overlap: of the anchor), which they prove to each other by hashes. A site's
+    memory: an fp32 anchor of what it holds (not with "ddp"), with outer momentum as much again, and
+    with a lossy codec and error feedback as much again and a share of the sums.
     """
 
     def __init__(
@@ -89,31 +92,20 @@ class OuterSync:
         placement: Placement,
         site: int,
         *,
-        optimizer: Literal["diloco", "fedavg", "local-adamw", "ddp"] = "diloco",
-        outer_lr: float | None = None,
-        outer_momentum: float | None = None,
-        codec: str | Codec = "fp32",
         inner_optimizer: torch.optim.Optimizer | None = None,
-        router_mean: Literal["holders", "all"] = "holders",
-        moment_periods: Sequence[int] = (1, 1),
-        bucket_bytes: int = 1 << 22,
         groups: SiteGroups | None = None,
-        timeout_s: float = 600.0,
+        timeout_s: float = 300.0,
+        **options: Any,
     ) -> None:
-        """Meets the other sites; all must call it with the same arguments but model and site.
+        """Meets the other sites; all must call it with the same options and placement.
 
         Args:
             model: its `MoELayer`s, in order of appearance, hold the placement's experts of `site`.
             placement, site: who holds what, and which site this is (its rank).
-            optimizer: see `fomoe_ext.outer.optimizer`.
-            outer_lr, outer_momentum: None = 0.7 and 0.9 for diloco, 1 and 0 for the others.
-            codec: "fp32" or "bf16", for deltas, moments and gradients.
             inner_optimizer: that of the local steps; "local-adamw" and `reshuffle` need it.
-            router_mean: over which sites a router row is averaged, with router_scope "global".
-            moment_periods: rounds between two averages of the first and of the second moment.
-            bucket_bytes: fp32 bytes that travel at once.
-            groups: process groups to be shared with another OuterSync; None = new ones.
-            timeout_s: seconds after which a collective of new groups fails.
+            groups: connections to be shared with another OuterSync; None = new ones.
+            timeout_s: seconds after which an exchange over new connections fails.
+            options: the fields of `OuterOptions`.
 
         Raises ValueError or TypeError naming the argument, RuntimeError when torch.distributed is
         not ready, and MeetingError when sites differ in arguments or initial parameters.
@@ -124,32 +116,45 @@ class OuterSync:
                 f"groups must be of site {site} of {placement.num_sites}, got those of site "
                 f"{self.groups.site} of {self.groups.num_sites}"
             )
+        self.model, self.placement, self.site = model, placement, site
+        self.inner_optimizer = inner_optimizer
         problem: Exception | None = None
-        self.moment_periods = (1, 1)
         try:
-            self.rule = opt.OuterRule.make(optimizer, outer_lr, outer_momentum)
-            self.codec = get_codec(codec)
-            one_of(("holders", "all"), router_mean=router_mean)
-            self.moment_periods = _two_periods(moment_periods)
-            wire.bucket_elements(bucket_bytes)
-            if optimizer == "local-adamw":
+            self.options = OuterOptions(**options)
+            if self.options.optimizer == "local-adamw":
                 opt.check_adamw(inner_optimizer)
             check_model(model, placement, site)
+            pieces = parameter_pieces(model, placement, site, self.options.router_mean)
+            self._fragments = Fragments(pieces, self.options.fragments)
         except (ValueError, TypeError) as error:
             problem = error
-        self.model, self.placement, self.site = model, placement, site
-        self.inner_optimizer, self.router_mean = inner_optimizer, router_mean
-        self.bucket_bytes = bucket_bytes
+        self._agree_on_arguments(problem)
+        options_ = self.options
+        self.rule = opt.OuterRule.make(
+            options_.optimizer, options_.outer_lr, options_.outer_momentum
+        )
+        self.codec = get_codec(options_.codec, options_.rounding)
         self.round = 0
         """Rounds completed."""
         self.bytes_sent = 0
         """Bytes this site has sent in all meetings and reshuffles."""
+        self.steps = 0
+        """Local steps taken, as far as `after_step` was told of them."""
+        self.reductions = 0
+        """How often gradients were reduced."""
         self._broken = ""
-        self._round_bytes, self._round_seconds = 0, 0.0
-        self._agree_on_arguments(problem)
+        self._round_bytes, self._round_seconds, self._round_exchange_s = 0, 0.0, 0.0
+        self._healed: list[str] = []
+        self._background = Background()
+        self._flights: list[Flight] = []
+        self._meetings: dict[int, Meeting] = {}
+        self._checks: list[tuple[Agreement, Future[None]]] = []
+        layers = [layer for _, layer in find_moe_layers(model)]
+        experts = layers[0].num_experts if layers else 0
+        self.tokens = torch.zeros(len(layers), experts, dtype=torch.float64)
+        """Tokens routed to each expert [L, E] since its last meeting, with expert_mean "tokens"."""
         self.warmup: opt.ArrivalWarmup | None = None
         if inner_optimizer is not None:
-            layers = [layer for _, layer in find_moe_layers(model)]
             self.warmup = opt.ArrivalWarmup(inner_optimizer, layers)
         self.adopt_placement(placement)
         self._fill_anchor()
@@ -164,11 +169,7 @@ class OuterSync:
             shapes = [(n, p.shape, p.requires_grad) for n, p in self.model.named_parameters()]
             mine |= {
                 "placement": self.placement.to_dict(),
-                "optimizer, outer_lr and outer_momentum": str(self.rule),
-                "codec": self.codec.name,
-                "router_mean": self.router_mean,
-                "moment_periods": self.moment_periods,
-                "bucket_bytes": self.bucket_bytes,
+                **self.options.agreed(),
                 "parameters": hashlib.sha256(repr(shapes).encode()).hexdigest(),
             }
         everyone = gather_objects(mine, self.placement.num_sites)
@@ -184,23 +185,28 @@ class OuterSync:
                     f"{site} differ"
                 )
 
-    def hashes(self) -> dict[Owners, str]:
-        """SHA-256 of the parameters' bits by owner set, for the sets this site is in."""
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of what all its holders hold alike, by name of a fragment and owner set.
+
+        With fragments or overlap that is the anchor, else the parameters.
+        """
         result = {}
-        for layout in self.layouts:
+        for i, layout in enumerate(self.layouts):
             digest = hashlib.sha256()
-            for piece in layout.pieces:
-                values = piece.values().cpu().contiguous()
-                digest.update(values.view(torch.uint8).numpy())
-            result[layout.group.owners] = digest.hexdigest()
+            for piece, place in layout.slices():
+                values = self.anchors[i][place] if self.options.staggered else piece.values()
+                digest.update(values.cpu().contiguous().view(torch.uint8).numpy())
+            result[layout.name] = digest.hexdigest()
         return result
 
     def verify(self) -> None:
         """Raises MeetingError unless all owners hold the same bits. True after `step`."""
-        everyone = gather_objects(self.hashes(), self.placement.num_sites)
-        for first, mine in enumerate(everyone):
-            for owners, digest in mine.items():
-                differing = [site for site in owners if everyone[site].get(owners) != digest]
+        own = {la.name: la.group.owners for la in self.layouts}
+        mine = {name: (own[name], digest) for name, digest in self.hashes().items()}
+        everyone = gather_objects(mine, self.placement.num_sites)
+        for first, theirs in enumerate(everyone):
+            for name, (owners, digest) in theirs.items():
+                differing = [s for s in owners if everyone[s].get(name, ("", ""))[1] != digest]
                 if differing:
                     raise MeetingError(
                         f"the sites {owners} must hold the same bits of what they share, but site "
@@ -213,13 +219,18 @@ class OuterSync:
     def adopt_placement(self, placement: Placement) -> None:
         """Lays out the pieces for a placement that the model's resident experts are already of."""
         self.placement = placement
-        pieces = parameter_pieces(self.model, placement, self.site, self.router_mean)
+        pieces = parameter_pieces(self.model, placement, self.site, self.options.router_mean)
         biases = bias_pieces(self.model, placement, self.site)
         self.groups.create(placement.owner_sets())
-        self.layouts = make_layouts(pieces, self.groups)
-        self.bias_layouts = make_layouts(biases, self.groups)
+        self.layouts = make_layouts(pieces, self.groups, self._fragments)
+        self.bias_layouts = make_layouts(biases, self.groups, self._fragments)
         self.anchors: list[Tensor] = []
         self.momenta: list[Tensor] = []
+        options = self.options
+        self.feedback = [
+            Feedback(layout, self.codec, options.bucket_bytes, options.error_feedback)
+            for layout in self.layouts
+        ]
 
     def _fill_anchor(self) -> None:
         """The anchor is what the parameters are; the momentum is zero. "ddp" has neither."""
@@ -237,7 +248,7 @@ class OuterSync:
     # --------------------------------------------------------------------------------- meetings
 
     @contextmanager
-    def _meeting(self, what: str) -> Iterator[None]:
+    def meeting(self, what: str) -> Iterator[None]:
         """Measures a meeting, and makes a failure in it final."""
         if self._broken:
             raise MeetingError(f"this OuterSync cannot go on: {self._broken}; resume a checkpoint")
@@ -247,110 +258,165 @@ class OuterSync:
         except MeetingError:
             raise
         except RuntimeError as error:
-            self._broken = f"{what} after round {self.round} broke off at site {self.site}: {error}"
+            missing = self.groups.missing_sites()
+            self._broken = (
+                f"{what} after round {self.round} broke off at site {self.site}: "
+                f"{missing + ': ' if missing else ''}{error}"
+            )
             raise MeetingError(self._broken) from error
         finally:
             self._round_seconds += time.perf_counter() - start
 
-    def _sent(self, count: int) -> None:
+    def sent(self, count: int) -> None:
+        """Counts bytes that were sent."""
         self.bytes_sent += count
         self._round_bytes += count
 
-    def _require_good(self, problem: str) -> None:
-        """Raises MeetingError on all sites when one has a problem; before anything is changed."""
-        texts, sent = share_statuses(self.groups.group(self.groups.everyone), problem)
-        self._sent(sent)
-        problems = [f"site {site}: {text}" for site, text in enumerate(texts) if text]
-        if problems:
-            raise MeetingError(f"nothing was sent or changed: {'; '.join(problems)}")
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Call it after every local step, with fragments, overlap or expert_mean "tokens".
 
-    def _bad_tensor(self, what: str, tensor_of: Callable[[Piece], Tensor | None]) -> str:
-        """Names the first piece with NaN or infinite values, or is empty."""
-        good: set[int] = set()
-        for layout in self.layouts:
-            for piece in layout.pieces:
-                tensor = tensor_of(piece)
-                if tensor is None or id(piece.tensor) in good:
-                    continue
-                if _is_finite(tensor):
-                    good.add(id(piece.tensor))
-                elif not _is_finite(piece.part_of(tensor)):
-                    return f"{what} of {piece.key} is NaN or infinite"
-        return ""
+        Counts the tokens routed to each expert; sends and takes in the fragments that are due.
+        Raises MeetingError as `step`.
+        """
+        self.steps += 1
+        for row, (_, layer) in zip(self.tokens, find_moe_layers(self.model), strict=True):
+            if self.options.expert_mean == "tokens" and layer.stats is not None:
+                row += layer.stats.load.to("cpu", torch.float64)
+        if not self.options.staggered:
+            return
+        with self.meeting("a fragment's meeting"):
+            self._land(self.steps)
+            self._meet_where_due(last=False)
+
+    def _meet_where_due(self, last: bool) -> None:
+        """Meetings of this step: the last of a round are `step`'s."""
+        assert self.options.local_steps is not None
+        steps = wire.fragment_steps(self.options.fragments, self.options.local_steps)
+        here = self.steps % self.options.local_steps or self.options.local_steps
+        if (here == self.options.local_steps) != last:
+            return
+        for fragment, due in enumerate(steps):
+            if due == here:
+                self._meet(fragment)
+
+    def _meet(self, fragment: int) -> None:
+        """Sends a fragment off and, without overlap, takes it in."""
+        self._look_at_checks()
+        options = self.options
+        begun = time.perf_counter()
+        meeting = Meeting(self, fragment)
+        problem = meeting.problem()
+        if not options.overlap:
+            jobs = meeting.jobs()
+            self.sent(meeting.announce(problem))
+            meeting.forget_tokens()
+            self.sent(run_jobs(jobs, options.bucket_bytes, options.in_flight))
+            agreement = meeting.agreement()
+            agreement.exchange()
+            self._settle(agreement)
+            self._round_exchange_s += time.perf_counter() - begun
+            return
+        buckets = [] if problem else buckets_of(meeting.jobs(), options.bucket_bytes)
+        for bucket in buckets:
+            bucket.encode()
+        meeting.forget_tokens()
+
+        def fly(flight: Flight) -> None:
+            flight.bytes_sent += meeting.announce(problem)
+            flight.bytes_sent += exchange(buckets, options.in_flight, all_at_once=True)
+
+        flight = Flight(fragment, self.steps + options.overlap, buckets)
+        flight.start(self._background, fly)
+        self._flights.append(flight)
+        self._meetings[fragment] = meeting
+
+    def _land(self, step: int | None) -> None:
+        """Takes in the fragments that are due at a step, or all of them."""
+        while self._flights and (step is None or self._flights[0].due <= step):
+            flight = self._flights.pop(0)
+            assert flight.arrived is not None
+            try:
+                flight.arrived.result()
+            finally:
+                self.sent(flight.bytes_sent)
+                self._round_exchange_s += flight.exchange_s
+            for bucket in flight.buckets:
+                bucket.apply()
+            agreement = self._meetings.pop(flight.fragment).agreement()
+            self._checks.append((agreement, self._background.submit(agreement.exchange)))
+
+    def _look_at_checks(self) -> None:
+        """Settles what has been compared in the background."""
+        while self._checks:
+            agreement, done = self._checks.pop(0)
+            done.result()
+            self._settle(agreement)
+
+    def _settle(self, agreement: Agreement) -> None:
+        """Stops, or mends, where holders differ. All of a group do the same."""
+        try:
+            if agreement.differing and self.options.on_mismatch == "heal":
+                mend = self._background.submit(agreement.heal)  # after what is under way
+                self._healed += mend.result()
+            agreement.require()
+        except MeetingError as error:
+            self._broken = str(error)
+            raise
+        finally:
+            self.sent(agreement.bytes_sent)
 
     @torch.no_grad()
     def step(self) -> RoundReport:
         """The meeting at the end of a round, after the local steps; parameters change in place.
 
         Raises MeetingError on all sites, with nothing sent or changed, when a parameter or moment
-        is NaN or infinite or a moment is missing; and, with the model in an undefined state, when a
-        site is lost.
+        is NaN or infinite, a moment is missing, or a site is in another round; with the model in an
+        undefined state, naming the site, when one is lost; and naming the tensors when holders do
+        not end with the same bits.
         """
-        with self._meeting("the meeting"):
-            due = [
-                (self.round + 1) % period == 0 and self.rule.name == "local-adamw"
-                for period in self.moment_periods
-            ]
-            moments = [name for name, wanted in zip(opt.MOMENTS, due, strict=True) if wanted]
-            self._require_good(self._problem_before_step(moments))
-            jobs: list[Job] = []
-            if self.rule.name == "ddp":
-                fp32 = get_codec("fp32")
-                jobs += [
-                    EqualiseJob(layout, self.site, fp32, lambda piece: piece.tensor)
-                    for layout in self.layouts
-                    if layout.group.size > 1
-                ]
+        with self.meeting("the meeting"):
+            if self.options.staggered:
+                assert self.options.local_steps is not None
+                if self.steps % self.options.local_steps:
+                    raise MeetingError(
+                        f"step is due every local_steps = {self.options.local_steps} steps, "
+                        f"after_step was called {self.steps} times"
+                    )
+                self._meet_where_due(last=True)
             else:
-                jobs += [
-                    DeltaJob(
-                        layout,
-                        self.site,
-                        self.codec,
-                        self.rule,
-                        anchor,
-                        self.momenta[i] if self.momenta else None,
-                    )
-                    for i, (layout, anchor) in enumerate(
-                        zip(self.layouts, self.anchors, strict=True)
-                    )
-                ]
-            for moment in moments:
-                jobs += self._mean_jobs(self.layouts, self.codec, self._moment_of(moment))
-            fp32, bias_of = get_codec("fp32"), lambda piece: piece.tensor
-            jobs += self._mean_jobs(self.bias_layouts, fp32, bias_of)
-            self._sent(run_jobs(jobs, self.bucket_bytes))
+                self._meet(0)
+            due = wire.moments_due(self.round + 1, self.options.moment_periods)
             self.round += 1
-        report = RoundReport(self.round, self._round_bytes, self._round_seconds, len(moments))
-        self._round_bytes, self._round_seconds = 0, 0.0
+        return self._report(sum(due) if self.rule.name == "local-adamw" else 0)
+
+    def _report(self, moments: int) -> RoundReport:
+        """What has come together since the last report."""
+        report = RoundReport(
+            self.round,
+            self._round_bytes,
+            self._round_seconds,
+            moments,
+            self._round_exchange_s,
+            tuple(self._healed),
+        )
+        self._round_bytes, self._round_seconds, self._round_exchange_s = 0, 0.0, 0.0
+        self._healed = []
         return report
 
-    def _problem_before_step(self, moments: Sequence[str]) -> str:
-        problem = self._bad_tensor("the value", lambda piece: piece.tensor)
-        if problem or not moments:
-            return problem
-        assert self.inner_optimizer is not None
-        trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        missing = opt.missing_moments(self.inner_optimizer, trained)
-        if missing:
-            return f"inner_optimizer has no moments of {missing}: no step was taken with it"
-        for moment in moments:
-            problem = problem or self._bad_tensor(moment, self._moment_of(moment))
-        return problem
+    @torch.no_grad()
+    def finish(self) -> RoundReport:
+        """Takes in all fragments that are under way, whenever they were due; a collective.
 
-    def _moment_of(self, moment: str) -> Callable[[Piece], Tensor]:
-        assert self.inner_optimizer is not None
-        state = self.inner_optimizer.state
-        return lambda piece: state[piece.tensor][moment]
+        Returns what came together since the last report. Raises MeetingError as `step`.
+        """
+        self._finish()
+        return self._report(0)
 
-    def _mean_jobs(
-        self, layouts: Sequence[Layout], codec: Codec, tensor_of: Callable[[Piece], Tensor]
-    ) -> list[Job]:
-        return [
-            MeanJob(layout, self.site, codec, tensor_of)
-            for layout in layouts
-            if layout.group.size > 1
-        ]
+    def _finish(self) -> None:
+        with self.meeting("the last meeting"):
+            self._land(None)
+            self._look_at_checks()
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
@@ -360,18 +426,7 @@ class OuterSync:
         outer optimizer, MeetingError on all sites, with nothing sent or changed, when a gradient
         is NaN or infinite.
         """
-        self._require_ddp("reduce_gradients")
-        for layout in self.layouts:
-            for piece in layout.pieces:
-                parameter = piece.tensor
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                elif not parameter.grad.is_contiguous():
-                    parameter.grad = parameter.grad.contiguous()
-        with self._meeting("the reduction of gradients"):
-            self._require_good(self._bad_tensor("gradient", lambda piece: piece.tensor.grad))
-            jobs = self._mean_jobs(self.layouts, self.codec, lambda piece: piece.tensor.grad)
-            self._sent(run_jobs(jobs, self.bucket_bytes))
+        gradients.reduce_gradients(self)
 
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float) -> float:
@@ -382,38 +437,17 @@ class OuterSync:
         their own would drive them apart); a collective. Else it is this site's own norm and no
         other site is asked. Raises ValueError unless max_norm > 0.
         """
-        finite(0.0, max_norm=max_norm)
-        if max_norm == 0:
-            raise ValueError(f"max_norm must be > 0, got {max_norm}")
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        if self.rule.name != "ddp":
-            return float(nn.utils.clip_grad_norm_(parameters, max_norm))
-        with self._meeting("the clipping of gradients"):
-            own = sum(
-                float(piece.part_of(piece.tensor.grad).double().square().sum())
-                for layout in self.layouts
-                if layout.group.rank == 0  # one holder speaks for the group
-                for piece in layout.pieces
-            )
-            total, sent = sum_floats(self.groups.group(self.groups.everyone), own)
-            self._sent(sent)
-        norm = total**0.5
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.tensor(norm))
-        return norm
-
-    def _require_ddp(self, what: str) -> None:
-        if self.rule.name != "ddp":
-            raise RuntimeError(f"{what} is for optimizer 'ddp', this is {self.rule.name!r}")
+        return gradients.clip_grad_norm(self, max_norm)
 
     def reshuffle(self, new: Placement, *, warmup_steps: int = 0) -> ReshuffleReport:
         """Brings a new placement into force: experts move, right after a `step`.
 
         A moved expert comes from a holder, with its outer momentum (and router row and selection
-        bias with router_scope "resident"). Its inner optimizer state starts from zero and its
-        learning rate rises over `warmup_steps` steps (`ArrivalWarmup`). Gradients of experts are
-        dropped. Raises ValueError, with nothing changed, for a placement of other sizes, without
-        `inner_optimizer`, or for warmup_steps < 0; MeetingError when sites differ about `new` or
-        one is lost.
+        bias with router_scope "resident"). Its inner optimizer state and error feedback start from
+        zero and its learning rate rises over `warmup_steps` steps (`ArrivalWarmup`). Gradients of
+        experts are dropped; fragments under way are taken in before. Raises ValueError, with
+        nothing changed, for a placement of other sizes, without `inner_optimizer`, or for
+        warmup_steps < 0; MeetingError when sites differ about `new` or one is lost.
         """
         from fomoe_ext.outer.reshuffle import move_experts
 
@@ -424,14 +458,15 @@ class OuterSync:
         for path, layer in find_moe_layers(self.model):
             if not all(p.requires_grad for p in layer.experts.parameters()):
                 raise ValueError(f"reshuffle cannot move the frozen experts of {path}")
+        self._finish()
         before = self._round_bytes, self._round_seconds
-        with self._meeting("the reshuffle"):
+        with self.meeting("the reshuffle"):
             digest = hashlib.sha256(repr(new.owners_of).encode()).hexdigest()
             texts, sent = share_statuses(self.groups.group(self.groups.everyone), digest)
             if len(set(texts)) > 1:
                 raise MeetingError("all sites must pass the same placement to reshuffle")
             arrived, moved = move_experts(self, new)
-            self._sent(sent + moved)
+            self.sent(sent + moved)
             self.warmup.start(arrived, warmup_steps)
         report = ReshuffleReport(
             arrived, self._round_bytes - before[0], self._round_seconds - before[1]
@@ -441,33 +476,43 @@ class OuterSync:
 
     # -------------------------------------------------------------------------------- questions
 
-    def elements(self) -> wire.GroupElements:
-        """Elements this site shares with each owner group."""
-        return wire.GroupElements(
-            {layout.group.owners: layout.numel for layout in self.layouts},
-            {layout.group.owners: layout.numel for layout in self.bias_layouts},
-        )
+    def elements(self) -> tuple[wire.GroupElements, ...]:
+        """Elements this site shares with each owner group, by fragment."""
+        result = tuple(wire.GroupElements({}, {}) for _ in range(self.options.fragments))
+        for layout in self.layouts:
+            result[layout.fragment].parameters[layout.group.owners] = layout.numel
+        for layout in self.bias_layouts:
+            result[layout.fragment].biases[layout.group.owners] = layout.numel
+        return result
 
     def predicted_bytes(self, local_steps: int = 1, clip: bool = False) -> int:
         """Bytes that this site will send in the coming round (`wire.round_bytes`).
 
-        `local_steps` and `clip` say how often "ddp" will reduce and whether it clips.
+        `local_steps` and `clip` say how often "ddp" will reduce and whether it clips. With overlap
+        they are counted when they arrive, part of them in the round after.
         """
+        options = self.options
         return wire.round_bytes(
             self.elements(),
             self.placement.num_sites,
             optimizer=self.rule.name,
             codec=self.codec.name,
-            bucket_bytes=self.bucket_bytes,
+            bucket_bytes=options.bucket_bytes,
             local_steps=local_steps,
             clip=clip,
             round_index=self.round + 1,
-            moment_periods=self.moment_periods,
+            moment_periods=options.moment_periods,
+            moment_codecs=options.codecs_of_moments,
+            counted_experts=self.tokens.numel() if options.expert_mean == "tokens" else 0,
         )
 
-    def state_bytes(self) -> tuple[int, int]:
-        """Bytes of anchor and of outer momentum on this site."""
-        return sum(a.nbytes for a in self.anchors), sum(m.nbytes for m in self.momenta)
+    def state_bytes(self) -> tuple[int, int, int]:
+        """Bytes of anchor, of outer momentum and of error feedback on this site."""
+        return (
+            sum(a.nbytes for a in self.anchors),
+            sum(m.nbytes for m in self.momenta),
+            sum(f.nbytes for f in self.feedback),
+        )
 
     @torch.no_grad()
     def copy_anchor_to_model(self) -> None:
@@ -479,64 +524,24 @@ class OuterSync:
     # --------------------------------------------------------------------------------- resuming
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs of this site: tensors (not copied), numbers and strings only."""
-        names = ["-".join(map(str, layout.group.owners)) for layout in self.layouts]
-        warming = self.warmup.progress if self.warmup else {}
-        return {
-            "round": self.round,
-            "bytes_sent": self.bytes_sent,
-            "optimizer": self.rule.name,
-            "placement": self.placement.to_dict(),
-            "anchor": dict(zip(names, self.anchors, strict=False)),
-            "momentum": dict(zip(names, self.momenta, strict=False)),
-            "warmup": [[*key, *steps] for key, steps in warming.items()],
-        }
+        """What a resumed run needs of this site: tensors (not copied), numbers and strings only.
+
+        Call `finish` before: raises RuntimeError while a fragment is under way.
+        """
+        from fomoe_ext.outer.state import state_dict
+
+        if self._flights or self._checks:
+            raise RuntimeError("call finish before state_dict: a fragment is under way")
+        return state_dict(self)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state_dict`; the model's parameters are not touched.
 
         Raises ValueError, with nothing changed, for a state of another optimizer, placement (make
-        the OuterSync with `Placement.from_dict(state["placement"])`), model or outer momentum.
+        the OuterSync with `Placement.from_dict(state["placement"])`), model, outer momentum, codec
+        or fragments.
         """
-        try:
-            given = state["optimizer"]
-            placement = Placement.from_dict(state["placement"])
-            stored = {"anchor": state["anchor"], "momentum": state["momentum"]}
-            round_index, sent = int(state["round"]), int(state["bytes_sent"])
-            warming = {(a, b): (c, d) for a, b, c, d in state["warmup"]}
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"state must be as OuterSync.state_dict makes it ({error!r})"
-            ) from None
-        if given != self.rule.name:
-            raise ValueError(f"state is of optimizer {given!r}, this is {self.rule.name!r}")
-        if placement != self.placement:
-            raise ValueError("state is of another placement than this OuterSync")
-        mine = self.state_dict()
-        for what, tensors in stored.items():
-            wanted = {name: tuple(t.shape) for name, t in mine[what].items()}
-            found = {name: tuple(t.shape) for name, t in tensors.items()}
-            if wanted != found:
-                raise ValueError(
-                    f"state has an outer {what} of the sizes {found}, this model wants {wanted}"
-                )
-        for what, tensors in stored.items():
-            for name, tensor in tensors.items():
-                mine[what][name].copy_(tensor)
-        self.round, self.bytes_sent = round_index, sent
-        if self.warmup is not None:
-            self.warmup.progress = warming
+        from fomoe_ext.outer.state import load_state_dict
 
-
-def _two_periods(periods: Sequence[int]) -> tuple[int, int]:
-    if len(periods) != 2:
-        raise ValueError(f"moment_periods must be two numbers of rounds, got {periods!r}")
-    first, second = periods
-    at_least(1, first_moment_period=first, second_moment_period=second)
-    return first, second
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # The sum is quick and tells most often; it can overflow, so only then look at every element.
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+        load_state_dict(self, state)

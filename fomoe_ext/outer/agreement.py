@@ -1,0 +1,126 @@
+"""That all holders hold the same bits: hashes, exchanged after a meeting, and what differs.
+
+The first exchange is one number per owner group. Only where that differs do its members exchange
+one per piece, so that the error can name the pieces, or the majority's can be restored.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fomoe_ext.outer.codec import hash_bits
+from fomoe_ext.outer.groups import Handle, SiteGroup, SiteGroups
+from fomoe_ext.outer.options import MeetingError
+from fomoe_ext.placement import Owners
+
+_BITS = 1 << 64
+
+
+class Held(NamedTuple):
+    """What a site holds of a piece: parameter, anchor, outer momentum; as far as there are."""
+
+    key: str
+    owners: Owners
+    tensors: tuple[Tensor, ...]
+
+
+def _fold(hashes: Iterable[int]) -> int:
+    return sum(h * (2 * i + 1) for i, h in enumerate(hashes)) % _BITS
+
+
+def _signed(value: int) -> int:
+    return value - _BITS if value >= _BITS // 2 else value
+
+
+def piece_hashes(held: Sequence[Held]) -> dict[Owners, dict[str, int]]:
+    """A 64-bit hash of every piece, by owner set and key, in the order given."""
+    flat = [tensor for piece in held for tensor in piece.tensors]
+    values = iter(hash_bits(flat))
+    result: dict[Owners, dict[str, int]] = {}
+    for piece in held:
+        result.setdefault(piece.owners, {})[piece.key] = _fold(next(values) for _ in piece.tensors)
+    return result
+
+
+class Agreement:
+    """One exchange of hashes within the owner groups."""
+
+    def __init__(self, groups: SiteGroups, held: Sequence[Held]) -> None:
+        self._groups, self._held = groups, list(held)
+        self._hashes = {
+            owners: of_pieces for owners, of_pieces in piece_hashes(held).items() if len(owners) > 1
+        }
+        self.bytes_sent = 0
+        self.differing: dict[Owners, list[tuple[str, list[int]]]] = {}
+        """By owner set: pieces that are not the same everywhere, and their hashes in rank order."""
+
+    def exchange(self) -> None:
+        """Finds out what differs; all members of the groups must call it."""
+        waiting: list[tuple[SiteGroup, Handle, Tensor]] = []
+        for owners in sorted(self._hashes):
+            group = self._groups.group(owners)
+            own = torch.tensor([_signed(_fold(self._hashes[owners].values()))])
+            own = own.to(group.device)
+            gathered = own.new_empty(group.size)
+            handle, sent = group.gather(gathered, own)
+            self.bytes_sent += sent
+            waiting.append((group, handle, gathered))
+        for group, handle, gathered in waiting:
+            handle.wait()
+            if len(set(gathered.tolist())) > 1:
+                self.differing[group.owners] = self._find(group)
+
+    def _find(self, group: SiteGroup) -> list[tuple[str, list[int]]]:
+        mine = self._hashes[group.owners]
+        table, sent = group.gather_now(torch.tensor([_signed(h) for h in mine.values()]))
+        self.bytes_sent += sent
+        columns = zip(mine, table.T.tolist(), strict=True)
+        return [(key, column) for key, column in columns if len(set(column)) > 1]
+
+    def require(self) -> None:
+        """Raises MeetingError, with names, when something differs."""
+        for owners, pieces in self.differing.items():
+            key, column = pieces[0]
+            usual = _majority(column)
+            common = column[0] if usual is None else usual
+            others = [owners[i] for i, value in enumerate(column) if value != common]
+            same = [owners[i] for i, value in enumerate(column) if value == common]
+            more = f" and {len(pieces) - 1} more" if len(pieces) > 1 else ""
+            raise MeetingError(
+                f"sites {_words(others)} hold other bits of {key}{more} than sites {_words(same)}"
+            )
+
+    def heal(self) -> list[str]:
+        """Gives all members what more than half of them hold; the keys that were mended.
+
+        All members of the groups must call it. Raises MeetingError where there is no majority.
+        """
+        tensors = {(piece.owners, piece.key): piece.tensors for piece in self._held}
+        healed = []
+        for owners, pieces in sorted(self.differing.items()):
+            group = self._groups.group(owners)
+            for key, column in pieces:
+                usual = _majority(column)
+                if usual is None:
+                    raise MeetingError(
+                        f"no majority of the sites {_words(owners)} holds the same bits of {key}"
+                    )
+                for tensor in tensors[owners, key]:
+                    self.bytes_sent += group.broadcast(tensor, column.index(usual))
+                healed.append(key)
+        self.differing = {}
+        return healed
+
+
+def _majority(column: Sequence[int]) -> int | None:
+    value, count = Counter(column).most_common(1)[0]
+    return value if 2 * count > len(column) else None
+
+
+def _words(sites: Iterable[int]) -> str:
+    return ", ".join(map(str, sites))

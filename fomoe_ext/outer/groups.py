@@ -1,0 +1,295 @@
+"""Owner groups: who meets whom, over which connections, and who is missing when a meeting fails.
+
+Payloads travel over connections of their own, apart from the default group that the rest of a job
+uses: shares to their owners over one set, sums back over another, so that both can be under way in
+any order, and several of each at once.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fomoe_ext import wire
+from fomoe_ext.link import CountedLink, active_link
+from fomoe_ext.placement import Owners
+
+CONNECTIONS = 2
+"""TCP connections between two sites for each of a group's two directions."""
+_THREADS = 8
+"""Exchanges of one kind that a group has under way at once; a slow link needs several."""
+_PROBE_S = 1.0
+"""How long the others have to show that they are there, after a failure."""
+
+# How many SiteGroups a default group has seen: the same on all sites, part of connections' names.
+_made: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+
+
+class Handle(Protocol):
+    """An exchange under way."""
+
+    def wait(self) -> None:
+        """Returns when it is complete; RuntimeError when it failed."""
+        ...
+
+
+class _Exchange:
+    """A collective under way and, on a link that is counted, when it would be complete."""
+
+    def __init__(self, work: Any, link: CountedLink | None, until: float) -> None:
+        self._work, self._link, self._until = work, link, until
+
+    def wait(self) -> None:
+        self._work.wait()
+        if self._link is not None:
+            self._link.wait(self._link.ended(self._until))
+
+
+class SiteGroup:
+    """The sites of one owner set and their connections; none for a single site."""
+
+    def __init__(
+        self, owners: Owners, site: int, channels: Sequence[Any], link: CountedLink | None
+    ) -> None:
+        self.owners, self.size = owners, len(owners)
+        self.rank = owners.index(site)
+        """This site's place among the owners."""
+        self._scatter, self._gather = channels or (None, None)
+        self._link = link
+        on_gpu = bool(channels) and not isinstance(self._scatter, dist.ProcessGroupGloo)
+        self.device = torch.device("cuda" if on_gpu else "cpu")
+        """Where payloads must be."""
+
+    def _under_way(self, work: Any, sent: int) -> Handle:
+        return _Exchange(work, self._link, self._link.send(sent) if self._link else 0.0)
+
+    def scatter(self, received: Tensor, sent: Tensor) -> tuple[Handle, int]:
+        """Row i of `sent` [size - 1, n] goes to the i-th other member; `received` is filled alike.
+
+        Returns at once: the exchange and the bytes that this site sends.
+        """
+        each = sent.numel() // (self.size - 1)
+        split = [each] * self.size
+        split[self.rank] = 0
+        work = self._scatter.alltoall_base(received.view(-1), sent.view(-1), split, split)
+        return self._under_way(work, sent.nbytes), sent.nbytes
+
+    def send_to_each(
+        self, received: Tensor, sent: Tensor, received_by: Sequence[int], sent_by: Sequence[int]
+    ) -> int:
+        """sent_by[r] elements of `sent` go to member r, received_by[r] come from it; waits.
+
+        Returns the bytes sent.
+        """
+        if self.size > 1:
+            work = self._scatter.alltoall_base(received, sent, list(received_by), list(sent_by))
+            self._under_way(work, sent.nbytes).wait()
+        return sent.nbytes
+
+    def gather(self, gathered: Tensor, own: Tensor) -> tuple[Handle, int]:
+        """`own` [n] of all members, in rank order, in `gathered` [size * n]; as `scatter`."""
+        sent = (self.size - 1) * own.nbytes
+        return self._under_way(self._gather._allgather_base(gathered.view(-1), own), sent), sent
+
+    def gather_now(self, own: Tensor) -> tuple[Tensor, int]:
+        """`own` [n] of all members [size, n], on the CPU, and the bytes sent; waits."""
+        own = own.contiguous()
+        if self.size == 1:
+            return own.cpu().unsqueeze(0), 0
+        sent = own.to(self.device)
+        gathered = sent.new_empty(self.size, own.numel())
+        handle, count = self.gather(gathered, sent)
+        handle.wait()
+        return gathered.cpu(), count
+
+    def broadcast(self, tensor: Tensor, rank: int) -> int:
+        """Member `rank`'s `tensor` in place at all members; the bytes this site sends."""
+        if self.size == 1:
+            return 0
+        here = tensor.to(self.device).contiguous()
+        options = dist.distributed_c10d.BroadcastOptions()
+        options.rootRank, options.rootTensor = rank, 0
+        self._gather.broadcast([here], options).wait()
+        tensor.copy_(here)
+        return (self.size - 1) * here.nbytes if rank == self.rank else 0
+
+
+class SiteGroups:
+    """The owner groups of one site, connected once per owner set.
+
+    Site numbers are ranks of torch.distributed's default group, which must be initialised when
+    there is more than one site. `link`: a slow link to imitate, where the launcher has not made one
+    (`fomoe_ext.link`). Raises ValueError for a wrong site, RuntimeError when the default
+    group is missing or of another size or rank.
+    """
+
+    def __init__(
+        self, num_sites: int, site: int, timeout_s: float = 300.0, *, link: wire.Link | None = None
+    ) -> None:
+        if num_sites < 1:
+            raise ValueError(f"num_sites must be >= 1, got {num_sites}")
+        if not 0 <= site < num_sites:
+            raise ValueError(f"site must be in [0, {num_sites}), got {site}")
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s must be > 0, got {timeout_s}")
+        self.num_sites, self.site = num_sites, site
+        self._timeout = timedelta(seconds=timeout_s)
+        self._groups: dict[Owners, SiteGroup | None] = {}
+        self.link, self.link_words = active_link(link=link)
+        if num_sites == 1:
+            self.create([self.everyone])
+            return
+        if not dist.is_initialized():
+            raise RuntimeError(
+                f"torch.distributed must be initialised before {num_sites} sites can meet "
+                "(torch.distributed.init_process_group)"
+            )
+        found = dist.get_rank(), dist.get_world_size()
+        if found != (site, num_sites):
+            raise RuntimeError(
+                f"site {site} of {num_sites} must be rank {site} of {num_sites} processes in "
+                f"torch.distributed, this is rank {found[0]} of {found[1]}"
+            )
+        self._gloo = "gloo" in dist.get_backend()
+        world = dist.group.WORLD
+        _made[world] = _made.get(world, 0) + 1
+        self._name = f"fomoe/{_made[world]}"
+        self.create([self.everyone])
+        probe, self._control = (
+            self._connect(self.everyone, name, 1, 1) for name in ("probe", "control")
+        )
+        self._probe = probe if self._gloo else None
+
+    @property
+    def everyone(self) -> Owners:
+        """The set of all sites."""
+        return tuple(range(self.num_sites))
+
+    def _connect(self, owners: Owners, purpose: str, connections: int, threads: int) -> Any:
+        """A process group of the owners: called by them alone with Gloo, else by all sites."""
+        if not self._gloo:
+            return dist.new_group(list(owners), timeout=self._timeout)
+        gloo = dist.ProcessGroupGloo
+        options = gloo._Options()
+        options._timeout, options._threads = self._timeout, threads
+        names = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")
+        options._devices = [
+            gloo.create_device(interface=name) if name else gloo.create_default_device()
+            for name in names * connections
+        ]
+        who = "-".join(map(str, owners))
+        store = dist.PrefixStore(
+            f"{self._name}/{who}/{purpose}", dist.distributed_c10d._get_default_store()
+        )
+        return gloo(store, owners.index(self.site), len(owners), options)
+
+    def create(self, owner_sets: Iterable[Owners]) -> None:
+        """Connects the groups that are not there yet; a collective call with the same sets.
+
+        In ascending order of the sets, so that sites of several groups cannot wait in a circle.
+        """
+        for owners in sorted(set(owner_sets) - self._groups.keys()):
+            mine = self.site in owners
+            channels = []
+            if len(owners) > 1 and (mine or not self._gloo):
+                channels = [
+                    self._connect(owners, purpose, CONNECTIONS, _THREADS)
+                    for purpose in ("scatter", "gather")
+                ]
+            self._groups[owners] = (
+                SiteGroup(owners, self.site, channels, self.link) if mine else None
+            )
+
+    def group(self, owners: Owners) -> SiteGroup:
+        """This site's group of an owner set. Raises KeyError where it is no member or not made."""
+        group = self._groups.get(owners)
+        if group is None:
+            raise KeyError(f"site {self.site} has no group of the sites {owners}")
+        return group
+
+    def gather_numbers(self, own: Tensor) -> tuple[Handle | None, Tensor, int]:
+        """Small CPU tensors [n] of all sites [num_sites, n], while meetings may be under way.
+
+        Returns the exchange (None for a single site), the tensor that it fills, the bytes sent.
+        """
+        if self.num_sites == 1:
+            return None, own.unsqueeze(0), 0
+        gathered = own.new_empty(self.num_sites, own.numel())
+        until = self.link.send((self.num_sites - 1) * own.nbytes) if self.link else 0.0
+        if self._gloo:
+            work = self._control._allgather_base(gathered.view(-1), own)
+        else:
+            rows = list(gathered)
+            work = dist.all_gather(rows, own, async_op=True)
+        return _Exchange(work, self.link, until), gathered, (self.num_sites - 1) * own.nbytes
+
+    def missing_sites(self) -> str:
+        """After a failure: which sites are gone or silent, in words; empty when all are there.
+
+        Every site says to every other one that it is there. A connection whose other end is closed
+        fails at once; who is alive but says nothing may just not have noticed the failure.
+        """
+        if self.num_sites == 1 or self._probe is None:
+            return ""
+        words: dict[int, str] = {}
+
+        def hear(site: int) -> None:
+            here = torch.zeros(1, dtype=torch.uint8)
+            try:
+                self._probe.send([here], site, self.site)
+                self._probe.recv([here], site, site).wait()
+                words[site] = "here"
+            except RuntimeError:
+                words[site] = "gone"
+
+        others = [site for site in self.everyone if site != self.site]
+        listeners = [threading.Thread(target=hear, args=(s,), daemon=True) for s in others]
+        for listener in listeners:
+            listener.start()
+        deadline = time.monotonic() + _PROBE_S
+        for listener in listeners:
+            listener.join(max(0.0, deadline - time.monotonic()))
+        gone = [site for site in others if words.get(site) == "gone"]
+        silent = [site for site in others if site not in words]
+        if gone:
+            return f"{_names(gone)} {'is' if len(gone) == 1 else 'are'} gone"
+        return f"no word from {_names(silent)}" if silent else ""
+
+
+def _names(sites: Sequence[int]) -> str:
+    return f"{'site' if len(sites) == 1 else 'sites'} {', '.join(map(str, sites))}"
+
+
+def gather_objects(value: Any, num_sites: int) -> list[Any]:
+    """What every site passed, in order of sites; a collective. Values must be picklable."""
+    if num_sites == 1:
+        return [value]
+    result: list[Any] = [None] * num_sites
+    dist.all_gather_object(result, value)
+    return result
+
+
+def share_statuses(group: SiteGroup, message: str) -> tuple[list[str], int]:
+    """Tells all members a short text and returns theirs in rank order, and the bytes sent."""
+    if group.size == 1:
+        return [message], 0
+    raw = message.encode()[: wire.STATUS_BYTES]
+    own = torch.zeros(wire.STATUS_BYTES, dtype=torch.uint8)
+    own[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else 0
+    rows, sent = group.gather_now(own)
+    return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows], sent
+
+
+def sum_floats(group: SiteGroup, value: float) -> tuple[float, int]:
+    """Sum over the members in fp64, in rank order, the same bits for all; and the bytes sent."""
+    rows, sent = group.gather_now(torch.tensor([value], dtype=torch.float64))
+    return sum(rows.view(-1).tolist()), sent

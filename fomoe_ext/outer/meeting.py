@@ -1,0 +1,224 @@
+"""One meeting: what is asked before it, what is sent, and the proof that all agree after it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fomoe_ext import wire
+from fomoe_ext.outer import optimizer as opt
+from fomoe_ext.outer.agreement import Agreement, Held
+from fomoe_ext.outer.codec import Codec, get_codec
+from fomoe_ext.outer.groups import share_statuses
+from fomoe_ext.outer.jobs import Averaging, DeltaJob, EqualiseJob, MeanJob, ShiftJob
+from fomoe_ext.outer.layout import Layout, Piece
+from fomoe_ext.outer.options import MeetingError
+from fomoe_ext.outer.reduce import Job
+
+if TYPE_CHECKING:
+    from fomoe_ext.outer.sync import OuterSync
+
+
+def random_seed(*name: object) -> int:
+    """A seed of 63 bits that depends on the name alone."""
+    digest = hashlib.blake2b(repr(name).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are. (The sum is quick and tells most often, but it can overflow.)"""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def bad_tensor(
+    layouts: Sequence[Layout], what: str, tensor_of: Callable[[Piece], Tensor | None]
+) -> str:
+    """Names the first piece with NaN or infinite values, or is empty."""
+    good: set[int] = set()
+    for layout in layouts:
+        for piece in layout.pieces:
+            tensor = tensor_of(piece)
+            if tensor is None or id(piece.tensor) in good:
+                continue
+            if is_finite(tensor):
+                good.add(id(piece.tensor))
+            elif not is_finite(piece.part_of(tensor)):
+                return f"{what} of {piece.key} is NaN or infinite"
+    return ""
+
+
+def meeting_name(sync: OuterSync, fragment: int = 0) -> str:
+    """The coming meeting: its round and fragment, and a hash of the placement."""
+    digest = hashlib.blake2b(repr(sync.placement.owners_of).encode(), digest_size=4).hexdigest()
+    return f"{sync.round + 1}.{fragment} {digest}"
+
+
+def require_good(sync: OuterSync, name: str, problem: str) -> int:
+    """Raises MeetingError on all sites when one has a problem, or meets for something else.
+
+    Nothing has been changed then. `name`: see `meeting_name`. Returns the bytes sent.
+    """
+    group = sync.groups.group(sync.groups.everyone)
+    texts, sent = share_statuses(group, f"{name} {problem}")
+    number, placement = name.split()
+    problems = []
+    for site, text in enumerate(texts):
+        meeting, theirs, words = [*text.split(" ", 2), "", ""][:3]
+        if words:
+            problems.append(f"site {site}: {words}")
+        elif f"{meeting} {theirs}" != name:
+            what = "has another placement" if theirs != placement else f"is in meeting {meeting}"
+            problems.append(f"site {site} {what}, site {sync.site} is in meeting {number}")
+    if problems:
+        raise MeetingError(f"nothing was sent or changed: {'; '.join(problems)}")
+    return sent
+
+
+class Meeting:
+    """The meeting of one fragment of the model (with one fragment: of all of it)."""
+
+    def __init__(self, sync: OuterSync, fragment: int) -> None:
+        self.sync, options = sync, sync.options
+        self._name = meeting_name(sync, fragment)
+        due = wire.moments_due(sync.round + 1, options.moment_periods)
+        names = zip(opt.MOMENTS, options.codecs_of_moments, due, strict=True)
+        self.moments = {
+            name: get_codec(codec, options.rounding)
+            for name, codec, wanted in names
+            if wanted and sync.rule.name == "local-adamw"
+        }
+        self.members = [i for i, la in enumerate(sync.layouts) if la.fragment == fragment]
+        self.layouts = [sync.layouts[i] for i in self.members]
+        self.bias_layouts = [la for la in sync.bias_layouts if la.fragment == fragment]
+        self.deltas: list[DeltaJob] = []
+        self._counts: Tensor | None = None
+
+    # ---------------------------------------------------------------------------------- before
+
+    def problem(self) -> str:
+        """What speaks against the meeting here, or an empty string."""
+        sync = self.sync
+        problem = bad_tensor(self.layouts, "the value", lambda piece: piece.tensor)
+        if problem or not self.moments:
+            return problem
+        assert sync.inner_optimizer is not None
+        trained = [(n, p) for n, p in sync.model.named_parameters() if p.requires_grad]
+        missing = opt.missing_moments(sync.inner_optimizer, trained)
+        if missing:
+            return f"inner_optimizer has no moments of {missing}: no step was taken with it"
+        for moment in self.moments:
+            problem = problem or bad_tensor(self.layouts, moment, self._moment_of(moment))
+        return problem
+
+    def announce(self, problem: str) -> int:
+        """Tells all sites how it looks here and hears the same of them; the bytes sent.
+
+        Raises MeetingError on all sites when one has a problem.
+        """
+        sent = require_good(self.sync, self._name, problem)
+        if self._counts is not None:
+            group = self.sync.groups.group(self.sync.groups.everyone)
+            counts, more = group.gather_now(self._counts.flatten())
+            sent += more
+            self._average_by(counts.view(group.size, *self._counts.shape))
+        return sent
+
+    def _average_by(self, counts: Tensor) -> None:
+        """`counts` [num_sites, L, E]: tokens that the sites routed to the experts."""
+        experts = {p.expert for la in self.layouts for p in la.pieces if p.expert is not None}
+        tokens = {key: counts[:, key[0], key[1]].tolist() for key in experts}
+        for job in self.deltas:
+            job.averaging = Averaging(tokens, self.sync.options.rescale)
+
+    # ------------------------------------------------------------------------------------ jobs
+
+    def jobs(self) -> list[Job]:
+        """What the owner groups have to exchange."""
+        sync = self.sync
+        fp32, tensor_of = get_codec("fp32"), lambda piece: piece.tensor
+        if sync.rule.name == "ddp":
+            jobs: list[Job] = [
+                EqualiseJob(layout, sync.site, fp32, tensor_of)
+                for layout in self.layouts
+                if layout.group.size > 1
+            ]
+        else:
+            self._make_deltas()
+            jobs = list(self.deltas)
+        for moment, codec in self.moments.items():
+            jobs += self._means(self.layouts, codec, self._moment_of(moment), moment)
+        if sync.options.overlap:
+            shifted = [la for la in self.bias_layouts if la.group.size > 1]
+            return jobs + [ShiftJob(la, sync.site, fp32, tensor_of) for la in shifted]
+        return jobs + self._means(self.bias_layouts, fp32, tensor_of, "bias")
+
+    def _make_deltas(self) -> None:
+        sync, options = self.sync, self.sync.options
+        self.deltas = [
+            DeltaJob(
+                sync.layouts[i],
+                sync.site,
+                sync.codec,
+                sync.rule,
+                sync.anchors[i],
+                sync.momenta[i] if sync.momenta else None,
+                feedback=sync.feedback[i],
+                seed=self._seed("delta", sync.layouts[i]),
+                alpha=options.alpha,
+            )
+            for i in self.members
+        ]
+        for job in self.deltas:
+            job.averaging = Averaging(rescale=options.rescale)
+        if options.expert_mean == "tokens":
+            # The others' counts come with their statuses; encoding takes no more than one's own.
+            self._counts = sync.tokens.clone()
+            own = torch.zeros(sync.placement.num_sites, *self._counts.shape, dtype=torch.float64)
+            own[sync.site] = self._counts
+            self._average_by(own)
+
+    def forget_tokens(self) -> None:
+        """The tokens that have been counted for this meeting are not counted for the next one."""
+        for expert in {p.expert for la in self.layouts for p in la.pieces if p.expert is not None}:
+            self.sync.tokens[expert] = 0
+
+    def _seed(self, what: str, layout: Layout) -> int:
+        sync = self.sync
+        return random_seed(sync.options.seed, sync.round, what, layout.name, sync.site)
+
+    def _moment_of(self, moment: str) -> Callable[[Piece], Tensor]:
+        assert self.sync.inner_optimizer is not None
+        state = self.sync.inner_optimizer.state
+        return lambda piece: state[piece.tensor][moment]
+
+    def _means(
+        self,
+        layouts: Sequence[Layout],
+        codec: Codec,
+        tensor_of: Callable[[Piece], Tensor],
+        what: str,
+    ) -> list[Job]:
+        return [
+            MeanJob(la, self.sync.site, codec, tensor_of, seed=self._seed(what, la))
+            for la in layouts
+            if la.group.size > 1
+        ]
+
+    # ----------------------------------------------------------------------------------- after
+
+    def agreement(self) -> Agreement:
+        """What this site holds now of all that was exchanged, hashed; not yet compared."""
+        sync, held = self.sync, []
+        for i, layout in zip(self.members, self.layouts, strict=True):
+            for piece, place in layout.slices():
+                tensors = [] if sync.options.overlap else [piece.values()]
+                tensors += [a[i][place] for a in (sync.anchors, sync.momenta) if a]
+                held.append(Held(piece.key, piece.owners, tuple(tensors)))
+        if not sync.options.overlap:
+            for layout in self.bias_layouts:
+                held += [Held(p.key, p.owners, (p.values(),)) for p in layout.pieces]
+        return Agreement(sync.groups, held)

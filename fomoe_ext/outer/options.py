@@ -1,0 +1,138 @@
+"""How sites meet: the options of `OuterSync`, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from fomoe_ext import wire
+from fomoe_ext.checks import a_bool, at_least, finite, one_of
+from fomoe_ext.outer.codec import Codec, get_codec
+from fomoe_ext.outer.optimizer import OuterRule
+
+
+class MeetingError(RuntimeError):
+    """A meeting that did not come about, or broke off."""
+
+
+@dataclass(frozen=True)
+class OuterOptions:
+    """The keywords of `OuterSync`, the same on all sites; ValueError or TypeError for a bad one."""
+
+    optimizer: Literal["diloco", "fedavg", "local-adamw", "ddp"] = "diloco"
+    """See `fomoe_ext.outer.optimizer`."""
+    outer_lr: float | None = None
+    """None = 0.7 for diloco, 1 for the others."""
+    outer_momentum: float | None = None
+    """None = 0.9 for diloco, 0 for the others."""
+    codec: str | Codec = "fp32"
+    """How deltas (with "ddp" gradients) travel: one of `wire.CODECS`."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How int8, int4 and int2 round; stochastic: up or down at random, right on average."""
+    error_feedback: bool = True
+    """Keep what encoding loses and send it with the next delta, on both ends of the all-reduce."""
+    router_mean: Literal["holders", "all"] = "holders"
+    """Over which sites a router row is averaged, with router_scope "global"."""
+    expert_mean: Literal["equal", "tokens"] = "equal"
+    """tokens: an expert's deltas weigh as many tokens as each holder routed to it. Needs
+    `OuterSync.after_step` after every local step."""
+    rescale: bool = False
+    """Multiply a mean delta by the square root of the number of sites it is of (DiPaCo)."""
+    moment_periods: Sequence[int] = (1, 1)
+    """local-adamw: rounds between two averages of the first and of the second moment."""
+    moment_codecs: Sequence[str] | None = None
+    """local-adamw: codecs of the two moments, without error feedback. None = fp32 with codec fp32,
+    else bf16. The second moment must not be rounded to zero: fp32 or bf16."""
+    fragments: int = 1
+    """The model meets in so many parts, at steps spread evenly over a round."""
+    overlap: int = 0
+    """Local steps that go on while a fragment is under way; 0 = the site waits for it."""
+    overlap_alpha: float = 0.5
+    """With overlap: the share of a parameter that stays the site's own when a fragment arrives."""
+    local_steps: int | None = None
+    """Local steps of a round; needed for fragments and overlap."""
+    bucket_bytes: int = 1 << 22
+    """fp32 bytes that travel at once."""
+    in_flight: int = wire.IN_FLIGHT
+    """Buckets under way at once in each direction."""
+    on_mismatch: Literal["stop", "heal"] = "stop"
+    """When holders differ after a meeting: stop, or take what the majority has."""
+    seed: int = 0
+    """Of stochastic rounding."""
+
+    def __post_init__(self) -> None:
+        OuterRule.make(self.optimizer, self.outer_lr, self.outer_momentum)
+        get_codec(self.codec, self.rounding)
+        one_of(("holders", "all"), router_mean=self.router_mean)
+        one_of(("equal", "tokens"), expert_mean=self.expert_mean)
+        one_of(("stop", "heal"), on_mismatch=self.on_mismatch)
+        a_bool(error_feedback=self.error_feedback, rescale=self.rescale)
+        at_least(0, overlap=self.overlap, seed=self.seed)
+        at_least(1, fragments=self.fragments, in_flight=self.in_flight)
+        wire.bucket_elements(self.bucket_bytes)
+        self._check_moments()
+        finite(0.0, overlap_alpha=self.overlap_alpha)
+        if self.overlap_alpha >= 1:
+            raise ValueError(f"overlap_alpha must be in [0, 1), got {self.overlap_alpha}")
+        if self.staggered:
+            self._check_fragments()
+        if self.expert_mean == "tokens" and self.optimizer == "ddp":
+            raise ValueError("expert_mean = tokens is for deltas: optimizer must not be ddp")
+
+    def _check_moments(self) -> None:
+        if len(self.moment_periods) != 2:
+            raise ValueError(
+                f"moment_periods must be two numbers of rounds, got {self.moment_periods!r}"
+            )
+        first, second = self.moment_periods
+        at_least(1, first_moment_period=first, second_moment_period=second)
+        if len(self.codecs_of_moments) != 2:
+            raise ValueError(f"moment_codecs must be two codecs, got {self.moment_codecs!r}")
+        one_of(
+            [name for name in wire.CODECS if name != "topk"],
+            first_moment_codec=self.codecs_of_moments[0],
+        )
+        one_of(("fp32", "bf16"), second_moment_codec=self.codecs_of_moments[1])
+
+    def _check_fragments(self) -> None:
+        if self.optimizer not in ("diloco", "fedavg"):
+            raise ValueError(
+                f"fragments and overlap are for optimizer diloco or fedavg, got {self.optimizer!r}"
+            )
+        if self.local_steps is None:
+            raise ValueError("fragments and overlap need local_steps")
+        at_least(1, local_steps=self.local_steps)
+        wire.fragment_steps(self.fragments, self.local_steps)
+        if self.overlap >= self.local_steps:
+            raise ValueError(
+                f"overlap must be less than local_steps = {self.local_steps}, got {self.overlap}"
+            )
+
+    @property
+    def staggered(self) -> bool:
+        """Whether meetings are spread over a round, or go on during its steps."""
+        return self.fragments > 1 or self.overlap > 0
+
+    @property
+    def alpha(self) -> float:
+        """`overlap_alpha`, or 0 without overlap."""
+        return self.overlap_alpha if self.overlap else 0.0
+
+    @property
+    def codecs_of_moments(self) -> tuple[str, ...]:
+        """`moment_codecs`, or their default."""
+        if self.moment_codecs is not None:
+            return tuple(self.moment_codecs)
+        lossless = get_codec(self.codec).name == "fp32"
+        return ("fp32", "fp32") if lossless else ("bf16", "bf16")
+
+    def agreed(self) -> dict[str, Any]:
+        """What all sites must have in common, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            **values,
+            "codec": get_codec(self.codec).name,
+            "moment_periods": tuple(self.moment_periods),
+            "moment_codecs": self.codecs_of_moments,
+        }
