@@ -5,6 +5,7 @@
 #pragma once
 
 #include <bit>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -69,6 +70,41 @@ FOMOE_INLINE vf uniform(uint64_t seed, uint64_t index) {
   return __builtin_convertvector((vi)(bits >> 8), vf) * 0x1p-24f;
 }
 
+// Narrowing and widening of integers in intrinsics: compilers take vectors apart for them.
+
+// The lowest bytes of integers from -128 to 127.
+FOMOE_INLINE void store_bytes(uint8_t* p, vi x) {
+#if defined(__AVX512F__) && FOMOE_VECTOR_BYTES == 64
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)x));
+#elif defined(__AVX2__) && FOMOE_VECTOR_BYTES == 32
+  const __m128i halves =
+      _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(halves, halves));
+#elif defined(__SSE2__) && FOMOE_VECTOR_BYTES == 16
+  const __m128i halves = _mm_packs_epi32((__m128i)x, (__m128i)x);
+  const int32_t bytes = _mm_cvtsi128_si32(_mm_packs_epi16(halves, halves));
+  std::memcpy(p, &bytes, 4);
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = uint8_t(x[i]);
+#endif
+}
+
+FOMOE_INLINE vi load_signed_bytes(const uint8_t* p) {
+#if defined(__AVX512F__) && FOMOE_VECTOR_BYTES == 64
+  return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__) && FOMOE_VECTOR_BYTES == 32
+  return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__SSE2__) && FOMOE_VECTOR_BYTES == 16
+  const __m128i bytes = _mm_cvtsi32_si128(load_bytes<int32_t>(p));
+  const __m128i pairs = _mm_unpacklo_epi8(bytes, bytes);
+  return (vi)_mm_srai_epi32(_mm_unpacklo_epi16(pairs, pairs), 24);
+#else
+  vi x;
+  for (int i = 0; i < kLanes; ++i) x[i] = int8_t(p[i]);
+  return x;
+#endif
+}
+
 constexpr int code_bits(Format format) {
   return format == Format::int8 ? 8 : format == Format::int4 ? 4 : 2;
 }
@@ -123,25 +159,31 @@ FOMOE_INLINE void pack(const uint8_t* codes, int64_t padded, uint8_t* packed) {
   }
 }
 
-typedef int8_t vbyte __attribute__((vector_size(kLanes)));
-
 // The values, in steps, of the kLanes codes from code i (a multiple of kLanes) on.
 template <Format kFormat>
 FOMOE_INLINE vf levels(const uint8_t* packed, int64_t i) {
   constexpr int kBits = code_bits(kFormat);
   if constexpr (kFormat == Format::int8) {
-    return __builtin_convertvector(__builtin_convertvector(load_bytes<vbyte>(packed + i), vi), vf);
+    return __builtin_convertvector(load_signed_bytes(packed + i), vf);
   } else {
     // Every lane gets a word that its code is in and shifts it to where it is wanted.
-    constexpr int kWords = kLanes * kBits > 32 ? kLanes * kBits / 32 : 1;
-    constexpr int kLanesPerWord = kLanes / kWords;
-    uint32_t words[kWords] = {};
-    std::memcpy(words, packed + i * kBits / 8, kLanes * kBits / 8);
-    vu word, shift;
-    for (int l = 0; l < kLanes; ++l) {
-      word[l] = words[l / kLanesPerWord];
-      shift[l] = uint32_t(l % kLanesPerWord * kBits);
+    constexpr int kBytes = kLanes * kBits / 8, kWordLanes = kBytes > 4 ? 32 / kBits : kLanes;
+    const uint8_t* bytes = packed + i * kBits / 8;
+    vi lane;
+    for (int l = 0; l < kLanes; ++l) lane[l] = l;
+    vu word;
+    if constexpr (kBytes == 1) {
+      word = vu{} + uint32_t(*bytes);
+    } else if constexpr (kBytes == 2) {
+      word = vu{} + uint32_t(load_bytes<uint16_t>(bytes));
+    } else {
+      word = vu{} + load_bytes<uint32_t>(bytes);
     }
+    if constexpr (kBytes == 8) {
+      const vu second = vu{} + load_bytes<uint32_t>(bytes + 4);
+      word = (vu)select(lane < kWordLanes, (vf)word, (vf)second);
+    }
+    const vu shift = (vu)(lane % kWordLanes * kBits);
     if constexpr (kFormat == Format::int4) {
       return __builtin_convertvector((vi)(word << (28u - shift)) >> 28, vf);
     } else {
@@ -158,7 +200,7 @@ struct Rounding {
   uint64_t seed, first;  // index of the block's value 0
 };
 
-// Writes the codes in bytes, and v - what is decoded to `error` if not null.
+// Codes in bytes, whole vectors; v - what is decoded to `error` if not null, `count` values.
 template <Format kFormat, bool kStochastic>
 FOMOE_INLINE void quantize(const float* v, int64_t count, float step, const Rounding& rounding,
                            uint8_t* codes, float* error) {
@@ -166,7 +208,7 @@ FOMOE_INLINE void quantize(const float* v, int64_t count, float step, const Roun
   constexpr float kMost = kFormat == Format::int8 ? 127.0f : kFormat == Format::int4 ? 7.0f : 3.0f;
   const vf scale = splat(kFourLevels ? 0.5f / step : 1.0f / step);
   const vf low = splat(kFourLevels ? 0.0f : -kMost), high = splat(kMost);
-  for (int64_t i = 0; i < count; i += kLanes) {
+  const auto one_vector = [&](int64_t i) {
     const vf value = load(v + i);
     vf q = value * scale;
     if constexpr (kFourLevels) q = q + 1.5f;
@@ -177,45 +219,50 @@ FOMOE_INLINE void quantize(const float* v, int64_t count, float step, const Roun
     }
     q = q < low ? low : q;
     q = q > high ? high : q;
-    const vbyte code = __builtin_convertvector(__builtin_convertvector(q, vi), vbyte);
-    std::memcpy(codes + i, &code, sizeof(code));
-    if (error == nullptr) continue;
+    store_bytes(codes + i, __builtin_convertvector(q, vi));
     if constexpr (kFourLevels) q = q + q - 3.0f;
-    const vf rest = value - q * step;
-    if (i + kLanes <= count) {
-      store(error + i, rest);
-    } else {
-      store_part(F32{}, error + i, rest, count - i);
-    }
+    return value - q * step;
+  };
+  int64_t i = 0;
+  if (error == nullptr) {
+    for (; i < count; i += kLanes) one_vector(i);
+    return;
   }
+  for (; i + kLanes <= count; i += kLanes) store(error + i, one_vector(i));
+  if (i < count) store_part(F32{}, error + i, one_vector(i), count - i);
 }
 
-// A block of `count` values; false when one is NaN or infinite. `error` may be null.
+// A block of `count` values; false when one is NaN or infinite. `error` may be null. Called with a
+// constant count where blocks are whole.
 template <Format kFormat>
-bool encode_block(const float* v, int64_t count, const Rounding& rounding, float* error,
-                  uint8_t* payload) {
+FOMOE_INLINE bool encode_block(const float* v, int64_t count, const Rounding& rounding,
+                               float* error, uint8_t* payload) {
   const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
   const int32_t largest = largest_magnitude(v, padded);
   if (largest >= kInfinity) return false;
-  alignas(64) uint8_t codes[kMaxBlock], packed[kMaxBlock];
-  uint16_t step = 0;
+  const int64_t bytes = (count * code_bits(kFormat) + 7) / 8;
   if (largest < kSmallest) {
-    std::memset(codes, 0, sizeof(codes));
+    std::memset(payload, 0, size_t(2 + bytes));
     const float zero = kFormat == Format::int2 ? -0.0f : 0.0f;  // as code 0 decodes
     for (int64_t i = 0; error != nullptr && i < count; ++i) error[i] = v[i] - zero;
-  } else {
-    step = step_of<kFormat>(v, count, padded, largest);
-    if (rounding.stochastic) {
-      quantize<kFormat, true>(v, count, bfloat_of(step), rounding, codes, error);
-    } else {
-      quantize<kFormat, false>(v, count, bfloat_of(step), rounding, codes, error);
-    }
+    return true;
   }
+  const uint16_t step = step_of<kFormat>(v, count, padded, largest);
   std::memcpy(payload, &step, 2);
-  const int64_t packed_codes = (count + 7) / 8 * 8;
-  std::memset(codes + count, 0, size_t(packed_codes - count));
-  pack<kFormat>(codes, packed_codes, packed);
-  std::memcpy(payload + 2, packed, size_t((count * code_bits(kFormat) + 7) / 8));
+  alignas(64) uint8_t codes[kMaxBlock + kLanes], packed[kMaxBlock];
+  if (rounding.stochastic) {
+    quantize<kFormat, true>(v, count, bfloat_of(step), rounding, codes, error);
+  } else {
+    quantize<kFormat, false>(v, count, bfloat_of(step), rounding, codes, error);
+  }
+  if (count % 64 == 0) {
+    pack<kFormat>(codes, count, payload + 2);
+  } else {
+    const int64_t whole_bytes = (count + 7) / 8 * 8;
+    std::memset(codes + count, 0, size_t(whole_bytes - count));
+    pack<kFormat>(codes, whole_bytes, packed);
+    std::memcpy(payload + 2, packed, size_t(bytes));
+  }
   return true;
 }
 
@@ -242,28 +289,41 @@ FOMOE_INLINE int64_t blocks_bytes(int64_t count, int64_t block) {
   return 2 * ((count + block - 1) / block) + (count * code_bits(kFormat) + 7) / 8;
 }
 
+// body(offset, count, payload of the block) for the blocks of a tile; count is a constant, that is,
+// of type std::integral_constant, for whole blocks.
+template <Format kFormat, class Body>
+FOMOE_INLINE void for_blocks(int64_t count, int64_t block, const Body& body) {
+  const int64_t bytes = blocks_bytes<kFormat>(block, block);
+  int64_t at = 0, offset = 0;
+  const auto whole = [&](auto size) {
+    for (; at + size <= count; at += size, offset += bytes) body(at, size, offset);
+  };
+  if (block == 64) {
+    whole(std::integral_constant<int64_t, 64>{});
+  } else {
+    whole(std::integral_constant<int64_t, kMaxBlock>{});
+  }
+  if (at < count) body(at, count - at, offset);
+}
+
 // A tile of blocks; the offset of a block with a value that is NaN or infinite, or -1.
 template <Format kFormat>
-int64_t encode_blocks(const float* v, int64_t count, int64_t block, Rounding rounding, float* error,
-                      uint8_t* payload) {
+int64_t encode_blocks(const float* v, int64_t count, int64_t block, const Rounding& tile,
+                      float* error, uint8_t* payload) {
   int64_t bad = -1;
-  for (int64_t at = 0; at < count; at += block) {
-    const int64_t size = count - at < block ? count - at : block;
+  for_blocks<kFormat>(count, block, [&](int64_t at, auto size, int64_t offset) {
+    const Rounding rounding = {tile.stochastic, tile.seed, tile.first + uint64_t(at)};
     float* rest = error ? error + at : nullptr;
-    if (!encode_block<kFormat>(v + at, size, rounding, rest, payload) && bad < 0) bad = at;
-    rounding.first += uint64_t(block);
-    payload += blocks_bytes<kFormat>(block, block);
-  }
+    if (!encode_block<kFormat>(v + at, size, rounding, rest, payload + offset) && bad < 0) bad = at;
+  });
   return bad;
 }
 
 template <Format kFormat, bool kAdd>
 void decode_blocks(const uint8_t* payload, int64_t count, int64_t block, float* sum) {
-  for (int64_t at = 0; at < count; at += block) {
-    const int64_t size = count - at < block ? count - at : block;
-    decode_block<kFormat, kAdd>(payload, size, sum + at);
-    payload += blocks_bytes<kFormat>(block, block);
-  }
+  for_blocks<kFormat>(count, block, [&](int64_t at, auto size, int64_t offset) {
+    decode_block<kFormat, kAdd>(payload + offset, size, sum + at);
+  });
 }
 
 }  // namespace

@@ -25,6 +25,35 @@ int64_t find_bad(const float* v, int64_t count) {
   return -1;
 }
 
+// x as a storage type holds it.
+FOMOE_INLINE vf rounded_as(F32, vf x) { return x; }
+FOMOE_INLINE vf rounded_as(BF16, vf x) {
+  const vu bits = (vu)x;
+  const vf rounded = (vf)((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
+  return select(x == x, rounded, x);  // NaN stays
+}
+FOMOE_INLINE vf rounded_as(F16, vf x) {
+  uint16_t lanes[kLanes];
+  store_as(F16{}, lanes, x);
+  return load_as(F16{}, lanes);
+}
+
+// The first `count` of kLanes values that bf16 holds exactly, to any address.
+FOMOE_INLINE void store_bfloats(uint8_t* p, vf x, int64_t count) {
+  uint16_t lanes[kLanes];
+  const vi halves = (vi)x >> 16;
+#if defined(__AVX512F__) && FOMOE_VECTOR_BYTES == 64
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), _mm512_cvtepi32_epi16((__m512i)halves));
+#elif defined(__AVX2__) && FOMOE_VECTOR_BYTES == 32
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(lanes),
+                   _mm_packs_epi32(_mm256_castsi256_si128((__m256i)halves),
+                                   _mm256_extracti128_si256((__m256i)halves, 1)));
+#else
+  for (int i = 0; i < kLanes; ++i) lanes[i] = uint16_t(halves[i]);
+#endif
+  std::memcpy(p, lanes, size_t(count) * 2);
+}
+
 // ---- floats as they are and as bf16 -------------------------------------------------------------------
 
 bool encode_floats(Format format, const float* v, int64_t count, float* error, uint8_t* payload) {
@@ -34,32 +63,41 @@ bool encode_floats(Format format, const float* v, int64_t count, float* error, u
     if (error != nullptr) std::memset(error, 0, size_t(count) * 4);
     return true;
   }
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t size = std::min<int64_t>(kLanes, count - i);
-    const vf value = load(v + i);
-    uint16_t lanes[kLanes];
-    store_as(BF16{}, lanes, value);
-    std::memcpy(payload + 2 * i, lanes, size_t(size) * 2);
-    if (error != nullptr) store_part(F32{}, error + i, value - load_as(BF16{}, lanes), size);
+  const auto encode_vector = [&](int64_t i, int64_t size) {
+    const vf value = load(v + i), decoded = rounded_as(BF16{}, value);
+    store_bfloats(payload + 2 * i, decoded, size);
+    return value - decoded;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const vf rest = encode_vector(i, kLanes);
+    if (error != nullptr) store(error + i, rest);
+  }
+  if (i < count) {
+    const vf rest = encode_vector(i, count - i);
+    if (error != nullptr) store_part(F32{}, error + i, rest, count - i);
   }
   return true;
 }
 
-template <bool kAdd>
-void decode_floats(Format format, const uint8_t* payload, int64_t count, float* sum) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const size_t size = size_t(std::min<int64_t>(kLanes, count - i));
-    float floats[kLanes] = {};
-    uint16_t halves[kLanes] = {};
-    vf value;
-    if (format == Format::fp32) {
-      std::memcpy(floats, payload + 4 * i, size * 4);
-      value = load(floats);
-    } else {
-      std::memcpy(halves, payload + 2 * i, size * 2);
-      value = load_as(BF16{}, halves);
-    }
+FOMOE_INLINE vf load_bytes_as(F32, const uint8_t* p) { return load_bytes<vf>(p); }
+FOMOE_INLINE vf load_bytes_as(BF16, const uint8_t* p) {
+  return (vf)(__builtin_convertvector(load_bytes<vh>(p), vu) << 16);
+}
+
+// sum = or += `count` values of type S, whole vectors.
+template <class S, bool kAdd>
+void decode_floats(const uint8_t* payload, int64_t count, float* sum) {
+  constexpr int64_t kSize = sizeof(typename S::type);
+  const auto add = [&](int64_t i, vf value) {
     store(sum + i, kAdd ? load(sum + i) + value : value);
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) add(i, load_bytes_as(S{}, payload + kSize * i));
+  if (i < count) {
+    uint8_t lanes[kLanes * kSize] = {};
+    std::memcpy(lanes, payload + kSize * i, size_t(kSize * (count - i)));
+    add(i, load_bytes_as(S{}, lanes));
   }
 }
 
@@ -91,8 +129,8 @@ int64_t encode_tile(const DeltaCodec& codec, const float* v, int64_t count, uint
 template <bool kAdd>
 void decode_tile(const DeltaCodec& codec, const uint8_t* payload, int64_t count, float* sum) {
   switch (codec.format) {
-    case Format::fp32:
-    case Format::bf16: return decode_floats<kAdd>(codec.format, payload, count, sum);
+    case Format::fp32: return decode_floats<F32, kAdd>(payload, count, sum);
+    case Format::bf16: return decode_floats<BF16, kAdd>(payload, count, sum);
     case Format::int8: return decode_blocks<Format::int8, kAdd>(payload, count, codec.block, sum);
     case Format::int4: return decode_blocks<Format::int4, kAdd>(payload, count, codec.block, sum);
     case Format::int2: return decode_blocks<Format::int2, kAdd>(payload, count, codec.block, sum);
@@ -101,14 +139,6 @@ void decode_tile(const DeltaCodec& codec, const uint8_t* payload, int64_t count,
 }
 
 // ---- encode -----------------------------------------------------------------------------------------------
-
-FOMOE_INLINE vf rounded_as(F32, vf x) { return x; }
-template <class S>
-FOMOE_INLINE vf rounded_as(S s, vf x) {
-  typename S::type lanes[kLanes];
-  store_as(s, lanes, x);
-  return load_as(s, lanes);
-}
 
 // `count` values of one part to v. Null pointers: no anchor, no error.
 template <class S>

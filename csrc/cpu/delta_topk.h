@@ -8,56 +8,58 @@
 namespace fomoe::cpu::FOMOE_ISA {
 namespace {
 
-constexpr int kGroups = int(kTopkShare);
 constexpr int kMostKept = int(kTopkChunk / kTopkShare);
 
 FOMOE_INLINE int64_t kept_of(int64_t count) { return (count + kTopkShare - 1) / kTopkShare; }
 FOMOE_INLINE int64_t index_bytes(int64_t kept) { return (12 * kept + 7) / 8; }
 
-// Bits of a magnitude that at least kMostKept values of a whole chunk reach: the least of the maxima
-// of kMostKept interleaved groups.
+// Bits of a magnitude that at least kMostKept values of a whole chunk reach, not much more of common
+// data: the kMostKept-th largest of the maxima of twice as many interleaved groups.
 FOMOE_INLINE int32_t reached_by_enough(const float* v) {
-  static_assert(kMostKept % kLanes == 0);
-  constexpr int kVectors = kMostKept / kLanes;
+  constexpr int kGroups = 2 * kMostKept, kVectors = kGroups / kLanes;
+  static_assert(kGroups % kLanes == 0 && kTopkChunk % kGroups == 0);
   vi most[kVectors] = {};
-  for (int64_t i = 0; i < kTopkChunk; i += kMostKept) {
+  for (int64_t i = 0; i < kTopkChunk; i += kGroups) {
     for (int j = 0; j < kVectors; ++j) {
       const vi bits = (vi)load(v + i + j * kLanes) & 0x7fffffff;
       most[j] = bits > most[j] ? bits : most[j];
     }
   }
-  int32_t least = kInfinity;
-  for (int j = 0; j < kVectors; ++j)
-    for (int l = 0; l < kLanes; ++l) least = std::min(least, most[j][l]);
-  return least;
+  int32_t maxima[kGroups];
+  std::memcpy(maxima, most, sizeof(maxima));
+  std::nth_element(maxima, maxima + kMostKept - 1, maxima + kGroups,
+                   [](int32_t a, int32_t b) { return a > b; });
+  return maxima[kMostKept - 1];
+}
+
+// Keys of the values whose magnitude's bits are at least `least`, in the order of values; how many.
+// Magnitude above, and below it the index turned round, make keys in the order of choice.
+FOMOE_INLINE int64_t collect(const float* v, int64_t count, int32_t least, uint64_t* keys) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const vi bits = (vi)load(v + i) & 0x7fffffff;
+    if (!any((vi)(bits >= least))) continue;
+    const int64_t lanes = std::min<int64_t>(kLanes, count - i);
+    for (int64_t l = 0; l < lanes; ++l) {
+      keys[found] = uint64_t(bits[l]) << 12 | uint64_t(kTopkChunk - 1 - i - l);
+      found += bits[l] >= least;
+    }
+  }
+  return found;
 }
 
 // The indices of the `kept` largest magnitudes, ties to the lower index, ascending.
 FOMOE_INLINE void largest_values(const float* v, int64_t count, int64_t kept, uint16_t* indices) {
-  const int32_t enough = count == kTopkChunk ? reached_by_enough(v) : 0;
-  // Magnitude above, and below it the index turned round, make keys in the order of choice.
-  const auto key_of = [](uint32_t bits, int64_t i) {
-    return uint64_t(bits) << 12 | uint64_t(kTopkChunk - 1 - i);
-  };
   uint64_t keys[kTopkChunk], sorted[kTopkChunk];
-  int64_t candidates = 0;
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const vi bits = (vi)load(v + i) & 0x7fffffff;
-    if (!any((vi)(bits >= enough))) continue;
-    const int64_t lanes = std::min<int64_t>(kLanes, count - i);
-    for (int l = 0; l < lanes; ++l) {
-      keys[candidates] = key_of(uint32_t(bits[l]), i + l);
-      candidates += bits[l] >= enough;
-    }
-  }
-  std::copy(keys, keys + candidates, sorted);
-  std::nth_element(sorted, sorted + kept - 1, sorted + candidates,
+  const int32_t enough = count == kTopkChunk ? reached_by_enough(v) : 0;
+  int64_t found = collect(v, count, std::max(enough, 1), keys);
+  if (found < kept) found = collect(v, count, 0, keys);
+  std::copy(keys, keys + found, sorted);
+  std::nth_element(sorted, sorted + kept - 1, sorted + found,
                    [](uint64_t a, uint64_t b) { return a > b; });
   const uint64_t last = sorted[kept - 1];
-  for (int64_t c = 0, taken = 0; c < candidates && taken < kept; ++c) {
-    if (keys[c] < last) continue;
-    indices[taken++] = uint16_t(kTopkChunk - 1 - int64_t(keys[c] & (kTopkChunk - 1)));
-  }
+  for (int64_t f = 0; f < found; ++f)
+    if (keys[f] >= last) *indices++ = uint16_t(kTopkChunk - 1 - int64_t(keys[f] & 0xfff));
 }
 
 // bf16 bits of the unit of the kept values; `largest` are the bits of the largest magnitude.
