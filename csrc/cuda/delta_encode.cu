@@ -43,19 +43,18 @@ struct Difference {
       int at = 0;
       for (int step = widest_step; step > 0; step /= 2)
         if (at + step < num_parts && parts[at + step].begin <= i) at += step;
+      const int64_t stop = i + present;
       int64_t end;
       do {
-        end = at + 1 < num_parts ? parts[at + 1].begin : numel;
         const DeltaPart& part = parts[at++];
+        end = at < num_parts ? min(parts[at].begin, stop) : stop;
         if (part.local == nullptr) continue;
         switch (part.dtype) {
-          case DType::f32: subtract<float>(part, i, min(end, i + present), anchors, v); break;
-          case DType::bf16:
-            subtract<__nv_bfloat16>(part, i, min(end, i + present), anchors, v);
-            break;
-          case DType::f16: subtract<__half>(part, i, min(end, i + present), anchors, v); break;
+          case DType::f32: subtract<float>(part, i, end, anchors, v); break;
+          case DType::bf16: subtract<__nv_bfloat16>(part, i, end, anchors, v); break;
+          case DType::f16: subtract<__half>(part, i, end, anchors, v); break;
         }
-      } while (end < i + present);
+      } while (end < stop);
     }
     if (error == nullptr) return;
 #pragma unroll
@@ -68,22 +67,26 @@ struct Difference {
   __device__ void subtract(const DeltaPart& part, int64_t i, int64_t end,
                            const float (&anchors)[kFour], float (&v)[kFour]) const {
     const T* local = static_cast<const T*>(part.local);
-    const int64_t begin = part.begin;
-    const bool all = begin <= i && end == i + kFour;
-    Vector<T, kFour> read;
-    if (all && reinterpret_cast<uintptr_t>(local + (i - begin)) % sizeof(read) == 0) {
-      read = *reinterpret_cast<const Vector<T, kFour>*>(local + (i - begin));
+    const int64_t first = i - part.begin;
+    const float weight = part.weight;
+    const auto value = [&](int e, T read) {
+      const float here = as_float(read);
+      return weight * (anchor == nullptr ? here : held<T>(anchors[e]) - here);
+    };
+    if (first >= 0 && end == i + kFour) {
+      Vector<T, kFour> read;
+      if (reinterpret_cast<uintptr_t>(local + first) % sizeof(read) == 0) {
+        read = *reinterpret_cast<const Vector<T, kFour>*>(local + first);
+      } else {
+#pragma unroll
+        for (int e = 0; e < kFour; ++e) read.unit[e] = local[first + e];
+      }
+#pragma unroll
+      for (int e = 0; e < kFour; ++e) v[e] = value(e, read.unit[e]);
     } else {
 #pragma unroll
       for (int e = 0; e < kFour; ++e)
-        if (begin <= i + e && i + e < end) read.unit[e] = local[i + e - begin];
-    }
-    const float weight = part.weight;
-#pragma unroll
-    for (int e = 0; e < kFour; ++e) {
-      if (!all && (i + e < begin || i + e >= end)) continue;
-      const float value = as_float(read.unit[e]);
-      v[e] = weight * (anchor == nullptr ? value : held<T>(anchors[e]) - value);
+        if (first + e >= 0 && i + e < end) v[e] = value(e, local[first + e]);
     }
   }
 };

@@ -53,6 +53,12 @@ __device__ inline uint32_t inclusive_scan(uint32_t value) {
   return value;
 }
 
+// The sum of what the warps before this one wrote to of_warp.
+__device__ inline uint32_t sum_before(const Selection& s) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  return __reduce_add_sync(kAllLanes, lane < warp ? s.of_warp[lane] : 0u);
+}
+
 // The largest magnitude of the chunk.
 __device__ inline uint32_t largest_of(const Values& values, Selection& s) {
   uint32_t largest = 0;
@@ -63,9 +69,7 @@ __device__ inline uint32_t largest_of(const Values& values, Selection& s) {
   largest = __reduce_max_sync(kAllLanes, largest);
   if (threadIdx.x % kWarp == 0) s.of_warp[threadIdx.x / kWarp] = largest;
   __syncthreads();
-#pragma unroll
-  for (int w = 0; w < kChunkWarps; ++w) largest = max(largest, s.of_warp[w]);
-  return largest;
+  return __reduce_max_sync(kAllLanes, s.of_warp[threadIdx.x % kChunkWarps]);
 }
 
 // Of the magnitudes whose bits from kShift + kBits on are `prefix`, the digit of the wanted-th largest is
@@ -93,13 +97,10 @@ __device__ inline void next_digit(const Values& values, Selection& s, uint32_t& 
   uint32_t mine = 0;
 #pragma unroll
   for (int i = 0; i < kMine; ++i) mine += count.unit[i];
-  const int warp = threadIdx.x / kWarp;
   uint32_t above = inclusive_scan(mine);
-  if (threadIdx.x % kWarp == kWarp - 1) s.of_warp[warp] = above;
+  if (threadIdx.x % kWarp == kWarp - 1) s.of_warp[threadIdx.x / kWarp] = above;
   __syncthreads();
-  above -= mine;
-#pragma unroll
-  for (int w = 0; w < kChunkWarps; ++w) above += w < warp ? s.of_warp[w] : 0u;
+  above += sum_before(s) - mine;
   if (above < wanted && wanted <= above + mine) {
 #pragma unroll
     for (int i = kMine - 1; i >= 0; --i) {
@@ -136,12 +137,9 @@ __device__ inline uint32_t select(const Values& values, Selection& s, int kept) 
     all += count[g];
   }
   all = __reduce_add_sync(kAllLanes, all);
-  const int warp = threadIdx.x / kWarp;
-  if (threadIdx.x % kWarp == 0) s.of_warp[warp] = all;
+  if (threadIdx.x % kWarp == 0) s.of_warp[threadIdx.x / kWarp] = all;
   __syncthreads();
-  uint32_t before = 0;
-#pragma unroll
-  for (int w = 0; w < kChunkWarps; ++w) before += w < warp ? s.of_warp[w] : 0u;
+  uint32_t before = sum_before(s);
   uint32_t chosen = 0;
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
@@ -207,7 +205,7 @@ __device__ inline uint8_t payload_byte(const Selection& s, int at, int kept, flo
 }
 
 template <class Source>
-__global__ void __launch_bounds__(kChunkThreads)
+__global__ void __launch_bounds__(kChunkThreads, 2)
     topk_kernel(const __grid_constant__ Source source, const __grid_constant__ Target target) {
   FOMOE_SHARED(Selection, selection, [1]);
   Selection& s = selection[0];
