@@ -151,7 +151,7 @@ def check_bytes(
     answers: list[Any], old: Placement, new: Placement, scope: str, optimizer: str
 ) -> None:
     expert = 3 * SIZE * HIDDEN + 2 * SIZE + HIDDEN  # matrices and biases
-    sizes = wire.Sizes(dense=0, expert=expert, router_row=HIDDEN)
+    sizes = wire.Sizes(outside=0, block=0, expert=expert, router_row=HIDDEN)
     for site, answer in enumerate(answers):
         sent = wire.reshuffle_bytes(
             old,

@@ -335,15 +335,17 @@ def test_same_bits_right_values_and_counted_bytes(
     model = SmallModel(placement, 0, scope, bias=True)
     experts = model.layers[0].experts
     sizes = wire.Sizes(
-        dense=model.first.numel() + 1,
+        outside=model.first.numel() + 1,
+        block=0,
         expert=sum(part[0].numel() for part in experts.parameters()),
         router_row=HIDDEN,
     )
     for index, case in enumerate(CASES):
         rounds = [site[index][0] for site in answers]
         hashes = [site[index][1] for site in answers]
-        for owners in {owners for site in hashes for owners in site}:
-            assert len({hashes[site][owners] for site in owners}) == 1
+        for name in {name for site in hashes for name in site}:
+            owners = [int(site) for site in name.removeprefix("0:").split("-")]
+            assert len({hashes[site][name] for site in owners}) == 1
         for round_index in range(ROUNDS):
             after = [site[round_index].after for site in rounds]
             compared = assert_same_bits(after, placement, scope)
@@ -366,6 +368,7 @@ def test_same_bits_right_values_and_counted_bytes(
                     clip=case.optimizer == "ddp",
                     round_index=round_index + 1,
                     moment_periods=case.moment_periods,
+                    moment_codecs=("fp32", "fp32") if case.codec == "fp32" else ("bf16", "bf16"),
                 )
         check_values(case, rounds, placement, scope)
         check_moments(case, rounds, placement, scope)
@@ -373,18 +376,22 @@ def test_same_bits_right_values_and_counted_bytes(
 
 def test_bytes_by_hand() -> None:
     """One bucket per group: dense 22 over 4 sites, and 6 owner sets of 2 of the 4."""
-    sizes = wire.Sizes(dense=22, expert=105, router_row=7)
+    sizes = wire.Sizes(outside=12, block=10, expert=105, router_row=7)
     placement = Placement.from_table([[[0, 1], [2, 3]]], 4)
     elements = wire.group_elements(placement, 0, sizes)
-    assert elements.parameters == {(0, 1, 2, 3): 22 + 2 * 7, (0, 1): 105}
+    assert [e.parameters for e in elements] == [{(0, 1, 2, 3): 22 + 2 * 7, (0, 1): 105}]
     sent = wire.round_bytes(elements, 4, optimizer="fedavg", codec="bf16")
-    dense, expert = 2 * 3 * 9 * 2, 2 * 1 * 53 * 2
-    assert sent == dense + expert + 3 * 128
+    # Behind every payload, and at the end for each group, 8 bytes of hash.
+    dense, expert, hashes = 2 * 3 * (9 * 2 + 8), 2 * 1 * (53 * 2 + 8), 3 * 8 + 1 * 8
+    assert sent == dense + expert + 3 * 128 + hashes
     sent = wire.round_bytes(elements, 4, optimizer="ddp", codec="fp32", local_steps=5, clip=True)
-    step = 2 * 3 * 9 * 4 + 2 * 1 * 53 * 4 + 3 * (128 + 8)
-    assert sent == 5 * step + 3 * 128 + 3 * 9 * 4 + 1 * 53 * 4
+    step = 2 * 3 * (9 * 4 + 8) + 2 * 1 * (53 * 4 + 8) + 3 * (128 + 8)
+    assert sent == 5 * step + 3 * 128 + 3 * (9 * 4 + 8) + 1 * (53 * 4 + 8) + hashes
+    # int8: a byte per value and two per block of 64.
+    sent = wire.round_bytes(elements, 4, optimizer="fedavg", codec="int8")
+    assert sent == 2 * 3 * (9 + 2 + 8) + 2 * 1 * (53 + 2 + 8) + 3 * 128 + hashes
     elements = wire.group_elements(placement, 0, sizes, router_scope="resident")
-    assert elements.parameters == {(0, 1, 2, 3): 22, (0, 1): 105 + 7}
+    assert elements[0].parameters == {(0, 1, 2, 3): 22, (0, 1): 105 + 7}
 
 
 # -------------------------------------------------------------------------------------- memory
@@ -401,7 +408,8 @@ def memory_of(site: int, num_sites: int, replication: int) -> dict[str, int]:
     sync.step()
     experts = [p for layer in model.layers for p in layer.experts.parameters()]
     moments = [inner.state[p][m] for p in experts for m in MOMENTS]
-    anchor, momentum = sync.state_bytes()
+    anchor, momentum, feedback = sync.state_bytes()
+    assert feedback == 0  # fp32 loses nothing
     other = 4 * sum(p.numel() for p in model.parameters() if not any(p is q for q in experts))
     return {
         "weights": sum(p.untyped_storage().nbytes() for p in experts),

@@ -58,7 +58,7 @@ def test_a_meeting_by_hand(replication, scope):
             while count:
                 bucket = min(count, 10_000)
                 share = -(-bucket // len(group))
-                sent += 2 * (len(group) - 1) * share * width  # two stages
+                sent += 2 * (len(group) - 1) * (share * width + 8)  # two stages, hashed
                 count -= bucket
     assert config.model.balance == "bias"
     assert plan.meeting_bytes(config, placement, site) == sent
@@ -80,10 +80,10 @@ def test_more_replication_costs_more_and_a_full_replica_most():
 
 
 def test_ring_formula_is_the_limit_of_large_buckets():
-    """Up to padding, 2 (n - 1) / n of the payload, as a ring all-reduce sends."""
+    """Up to padding and hashes, 2 (n - 1) / n of the payload, as a ring all-reduce sends."""
     for members in (2, 3, 5, 8):
         exact = wire.all_reduce_bytes(1_000_003, members, "fp32", 1 << 30)
-        assert exact == pytest.approx(plan.paper_ring_bytes(4 * 1_000_003, members), rel=1e-5)
+        assert exact == pytest.approx(plan.paper_ring_bytes(4 * 1_000_003, members), rel=3e-5)
 
 
 def test_flops_by_hand():
