@@ -51,6 +51,11 @@ def _result(report: Mapping[str, Any]) -> ReportTable:
         ("rounds x local steps", f"{run['rounds']} x {run['local_steps']}"),
         ("time, from start to report", _seconds(run["wall_s"])),
     ]
+    if run["sites"] > 1:
+        healed = sum(site["healed"] for site in report["sites"])
+        rows.append(("same bits on all holders", f"after {run['agreements']} meetings"))
+        if healed:
+            rows.append(("tensors restored from a majority", str(healed)))
     if first is not None:
         text = f"{first['bits_per_byte']:.3f} after round {first['round']}"
         rows.insert(2, ("earliest bits per byte", text))
@@ -68,6 +73,8 @@ def _time(report: Mapping[str, Any]) -> ReportTable:
                 _seconds(site["local_s"]),
                 _seconds(site["meeting_s"]),
                 f"{site['local_s'] / busy:.1%}" if busy else "-",
+                _seconds(site["exchange_s"]),
+                _hidden(site),
                 _seconds(site["validation_s"]),
                 human_count(site["tokens"] / site["local_s"]) if site["local_s"] else "-",
                 f"{site['skipped_share']:.1%}",
@@ -80,13 +87,33 @@ def _time(report: Mapping[str, Any]) -> ReportTable:
             "local steps",
             "meetings",
             "training share",
+            "exchange",
+            "hidden",
             "validation",
             "tokens/s",
             "skipped slots",
         ),
         tuple(rows),
-        "A meeting includes waiting for the slowest site. Skipped slots cost no arithmetic.",
+        "A meeting includes waiting for the slowest site. Exchange: from the first byte to the "
+        "last; hidden: the share of it that passed during local steps"
+        f"{_spread(report['run'])}.{_link(report['run'])} Skipped slots cost no arithmetic.",
     )
+
+
+def _hidden(site: Mapping[str, Any]) -> str:
+    """The share of exchanges during which the site went on."""
+    whole = site["exchange_s"]
+    return f"{max(0.0, 1 - site['meeting_s'] / whole):.1%}" if whole else "-"
+
+
+def _spread(run: Mapping[str, Any]) -> str:
+    if not run["overlap"] and run["fragments"] == 1:
+        return " (none without overlap)"
+    return f" ({run['fragments']} fragments, {run['overlap']} steps of overlap)"
+
+
+def _link(run: Mapping[str, Any]) -> str:
+    return f" Link: {run['link']}." if run["link"] else ""
 
 
 def _bytes(report: Mapping[str, Any]) -> ReportTable:

@@ -18,6 +18,7 @@ class Tally:
     Seconds, bytes, tokens of text trained on, slots that routers chose and rows that experts
     computed. `exchange_s`: from the start of exchanges to their end; `meeting_s`: what the site
     waited in meetings, for others too. `healed`: tensors restored from the majority.
+    `agreements`: meetings after which the hashes of all that was exchanged were the same.
     `bytes_sent`: in meetings, for moved experts and in notes; `planned_bytes`: what
     `fomoe_ext.plan` says of the same.
     """
@@ -30,6 +31,7 @@ class Tally:
     meeting_s: float = 0.0
     exchange_s: float = 0.0
     healed: int = 0
+    agreements: int = 0
     validation_s: float = 0.0
     wall_s: float = 0.0
     bytes_sent: int = 0
@@ -111,6 +113,7 @@ def build_report(
             "data": data,
             "model_hash": model_hash,
             "link": link,
+            "agreements": min(site["agreements"] for site in sites),
             "fragments": config.outer.fragments,
             "overlap": config.outer.overlap,
         },

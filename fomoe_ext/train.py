@@ -80,7 +80,7 @@ class _Job:
                 all_sites = rate * site.world.num_sites
                 self.log.step(site.tally.steps, lambda: float(loss), all_sites)
 
-        sent_before = site.bytes_sent
+        sent_before, exchange_before = site.bytes_sent, site.tally.exchange_s
         site.take_local_steps(self.stop, after_step)
         before_notes = time.perf_counter()
         notes = site.exchange_notes(self.stop.asked)
@@ -99,7 +99,7 @@ class _Job:
         site.tally.meeting_s += meeting
         if self.log is not None:
             sent = site.bytes_sent - sent_before
-            self._tell_round(notes, sent, wall, meeting, tokens_before)
+            self._tell_round(notes, sent, wall, meeting, tokens_before, exchange_before)
         if stopping:
             self._save(site.tally.steps)
         return stopping
@@ -111,6 +111,7 @@ class _Job:
         wall: float,
         meeting: float,
         tokens_before: int,
+        exchange_before: float,
     ) -> None:
         site = self.site
         assert self.log is not None
@@ -123,10 +124,11 @@ class _Job:
                 "step": step,
                 "loss": sum(note.loss for note in notes) / (len(notes) * site.local_steps),
                 "lr": learning_rate(site.config.inner, step - 1, total),
-                "tokens_per_s": (site.tally.tokens - tokens_before) * len(notes) / wall,
+                "tokens_per_s": (site.tally.tokens - tokens_before) * site.world.num_sites / wall,
                 "skipped_share": 1 - sum(note.rows for note in notes) / slots,
                 "bytes_sent": sent,
                 "meeting_s": meeting,
+                "exchange_s": site.tally.exchange_s - exchange_before,
                 "epoch": site.batches.epoch,
             }
         )

@@ -292,7 +292,8 @@ class TrainingSite:
         """Writes a checkpoint with all other sites; `steps` is the most that a site has taken.
 
         The global model is that of the last meeting; where a site's own differs (in the middle of a
-        round, with fragments or overlap) its state holds that too. Fragments under way are taken in before.
+        round, with fragments or overlap) its state holds that too. Fragments under way are taken in
+        before.
         """
         self.finish()
         with self._global_model() as local:
@@ -370,6 +371,7 @@ class TrainingSite:
         """The report, the same on all sites; a collective."""
         self.tally.wall_s = self._before_s + time.perf_counter() - self.started
         self.tally.bytes_sent = self.bytes_sent
+        self.tally.agreements = self.sync.agreements
         own = site_part(self.world.site, self.tally, self.memory(), self.config, self.round)
         with with_others("the report", self.world.site):
             parts = gather_objects(own, self.world.num_sites)

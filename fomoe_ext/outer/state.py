@@ -12,7 +12,7 @@ from fomoe_ext.placement import Placement
 if TYPE_CHECKING:
     from fomoe_ext.outer.sync import OuterSync
 
-_NUMBERS = ("round", "bytes_sent", "steps", "reductions")
+_NUMBERS = ("round", "bytes_sent", "steps", "reductions", "agreements")
 _TENSORS = {
     "anchor": "outer anchor",
     "momentum": "outer momentum",
@@ -29,6 +29,7 @@ def state_dict(sync: OuterSync) -> dict[str, Any]:
         "bytes_sent": sync.bytes_sent,
         "steps": sync.steps,
         "reductions": sync.reductions,
+        "agreements": sync.agreements,
         "optimizer": sync.rule.name,
         "codec": sync.codec.name,
         "placement": sync.placement.to_dict(),

@@ -81,9 +81,9 @@ class OuterSync:
     round as well, and `finish` before the model is used for anything but local steps.
 
     After a `step` all sites hold the same bits of dense parameters and all holders the same bits of
-    an expert (with fragments or overlap: of the anchor), which they prove to each other by hashes. A site's
-    memory: an fp32 anchor of what it holds (not with "ddp"), with outer momentum as much again, and
-    with a lossy codec and error feedback as much again and a share of the sums.
+    an expert (with fragments or overlap: of the anchor), which they prove to each other by hashes.
+    A site's memory: an fp32 anchor of what it holds (not with "ddp"), with outer momentum as much
+    again, and with a lossy codec and error feedback as much again and a share of the sums.
     """
 
     def __init__(
@@ -145,6 +145,8 @@ class OuterSync:
         self._broken = ""
         self._round_bytes, self._round_seconds, self._round_exchange_s = 0, 0.0, 0.0
         self._healed: list[str] = []
+        self.agreements = 0
+        """Meetings after which all holders were found to hold the same bits."""
         self._background = Background()
         self._flights: list[Flight] = []
         self._meetings: dict[int, Meeting] = {}
@@ -360,6 +362,7 @@ class OuterSync:
                 mend = self._background.submit(agreement.heal)  # after what is under way
                 self._healed += mend.result()
             agreement.require()
+            self.agreements += 1
         except MeetingError as error:
             self._broken = str(error)
             raise
