@@ -23,6 +23,7 @@ def train(arguments: Sequence[str]) -> int:
     """`fomoe train`: one process per site on this machine; returns the exit code."""
     from fomoe_ext.config_io import save_config
     from fomoe_ext.launch import launch
+    from fomoe_ext.link import parse_link
     from fomoe_ext.runs import check_folder, job_config
 
     config = job_config(arguments)
@@ -32,7 +33,9 @@ def train(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="fomoe-") as folder:
         settled = Path(folder) / "config.toml"
         save_config(config, settled)
-        return launch(["--config", str(settled)], config.sites.sites, run_dir / "logs")
+        spec = getattr(config.sites, "link", None)
+        link = None if spec is None else parse_link(spec)
+        return launch(["--config", str(settled)], config.sites.sites, run_dir / "logs", link)
 
 
 def plan(arguments: Sequence[str]) -> int:

@@ -1,12 +1,14 @@
 """Local launch: one process per site on this machine, watched until all have ended.
 
 Every site is `python -m fomoe_ext.train`, just as torchrun would start it. The launcher passes
-signals on, ends all sites when one dies, and leaves no process behind. Needs no torch.
+signals on, ends all sites when one dies, and leaves no process behind. With a slow link between
+them the sites run in network namespaces of their own where that is allowed. Needs no torch.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+
+from fomoe_ext.link import VARIABLE as LINK
+from fomoe_ext.link import describe, link_variable, wanted_mode
+from fomoe_ext.namespace import INTERFACE, NamespaceError, Network
+from fomoe_ext.plan import Link
 
 EXIT_STOPPED = 130
 """Exit code of a job that was asked to stop (as a shell reports SIGINT)."""
@@ -35,6 +42,16 @@ class _Site:
     site: int
     process: subprocess.Popen[bytes]
     log: Path | None
+
+
+@dataclass(frozen=True)
+class _Command:
+    """What every site runs, and what the launcher says about it."""
+
+    words: Sequence[str]
+    on_stop: str = "stopping the sites"
+    on_failure: str = ""
+    unsaved: str = ""
 
 
 def cores() -> int:
@@ -66,22 +83,44 @@ def site_environment(
     return env
 
 
+def _link_environment(
+    env: dict[str, str], link: Link | None, network: Network | None
+) -> dict[str, str]:
+    """The environment of a site on a link; `network` None = all delays are counted."""
+    env.pop(LINK, None)
+    if link is not None:
+        env[LINK] = link_variable(link, "counted" if network is None else network.mode)
+    if network is not None:
+        # Each entry is a set of connections; there is one interface here, whatever its name was.
+        count = len(env.get("GLOO_SOCKET_IFNAME", "").split(","))
+        env["GLOO_SOCKET_IFNAME"] = ",".join([INTERFACE] * count)
+    return env
+
+
 def _start(
-    arguments: Sequence[str], num_sites: int, log_dir: Path, rendezvous: str
+    command: _Command,
+    num_sites: int,
+    log_dir: Path | None,
+    rendezvous: str,
+    link: Link | None,
+    network: Network | None,
 ) -> tuple[list[_Site], int]:
     """Start all sites; returns them and the write end of the pipe that tells them we are alive."""
     read_end, write_end = os.pipe()
-    log_dir.mkdir(parents=True, exist_ok=True)
     sites: list[_Site] = []
     try:
+        if log_dir is not None:
+            log_dir.mkdir(parents=True, exist_ok=True)
         for site in range(num_sites):
             env = site_environment(site, num_sites, rendezvous, os.environ)
+            env = _link_environment(env, link, network)
             env[LAUNCHER_FD] = str(read_end)
             # Site 0 speaks to the user; the others to their log files.
-            log = None if site == 0 else log_dir / f"site-{site}.log"
+            log = None if site == 0 or log_dir is None else log_dir / f"site-{site}.log"
             output = None if log is None else log.open("ab")
+            prefix = [] if network is None else network.prefix(site)
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "fomoe_ext.train", *arguments],
+                [*prefix, *command.words],
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -132,10 +171,10 @@ def _say(message: str) -> None:
     print(f"fomoe: {message}", file=sys.stderr, flush=True)
 
 
-def _report_failure(culprit: _Site) -> None:
+def _report_failure(culprit: _Site, on_failure: str) -> None:
     _say(
-        f"site {culprit.site} {_describe(culprit.process.returncode)}; the other sites were ended. "
-        "The last whole checkpoint, if any, is intact (--resume)."
+        f"site {culprit.site} {_describe(culprit.process.returncode)}; the other sites were ended."
+        f"{on_failure}"
     )
     if culprit.log is not None and culprit.log.exists():
         tail = culprit.log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
@@ -161,18 +200,18 @@ def _counted_signals() -> Iterator[list[int]]:
             signal.signal(kind, handler)
 
 
-def _watch(sites: Sequence[_Site], received: list[int]) -> int:
+def _watch(sites: Sequence[_Site], received: list[int], command: _Command) -> int:
     """Wait for all sites; pass on the first signal, end all at the second or when one fails."""
     forwarded = False
     while True:
         codes = [site.process.poll() for site in sites]
         if len(received) > 1:
             _kill(sites)
-            _say("stopped at once, without a new checkpoint")
+            _say(f"stopped at once{command.unsaved}")
             return EXIT_STOPPED
         if received and not forwarded:
             forwarded = True
-            _say("stopping: the sites write a checkpoint (once more to stop at once)")
+            _say(f"{command.on_stop} (once more to stop at once)")
             for site in sites:
                 if site.process.poll() is None:
                     site.process.terminate()
@@ -186,9 +225,9 @@ def _watch(sites: Sequence[_Site], received: list[int]) -> int:
             culprit = _blame(ended)
             _kill(sites)
             if forwarded and culprit.process.returncode == -signal.SIGTERM:
-                _say("stopped before training began, without a checkpoint")
+                _say(f"stopped before the sites had begun{command.unsaved}")
                 return EXIT_STOPPED
-            _report_failure(culprit)
+            _report_failure(culprit, command.on_failure)
             code = culprit.process.returncode
             return code if code > 0 else 128 - code
         if all(code is not None for code in codes):
@@ -196,21 +235,73 @@ def _watch(sites: Sequence[_Site], received: list[int]) -> int:
         time.sleep(_POLL_S)
 
 
-def launch(arguments: Sequence[str], num_sites: int, log_dir: Path) -> int:
+def _network(link: Link | None, num_sites: int) -> Network | None:
+    """The network that shapes the link, or None where there is no link or it must be counted."""
+    if link is None:
+        return None
+    mode = wanted_mode()
+    if mode == "counted":
+        return None
+    try:
+        return Network(link, num_sites)
+    except NamespaceError as error:
+        if mode == "kernel":
+            raise
+        _say(f"link {describe(link)}: delays are counted, the kernel cannot shape it here: {error}")
+        return None
+
+
+def _run(command: _Command, num_sites: int, log_dir: Path | None, link: Link | None) -> int:
+    if num_sites < 1:
+        raise ValueError(f"num_sites must be >= 1, got {num_sites}")
+    with tempfile.TemporaryDirectory(prefix="fomoe-") as folder, _counted_signals() as received:
+        rendezvous = f"file://{folder}/store"
+        network = _network(link, num_sites)
+        try:
+            sites, alive = _start(command, num_sites, log_dir, rendezvous, link, network)
+            try:
+                return _watch(sites, received, command)
+            finally:
+                _kill(sites)
+                os.close(alive)
+        finally:
+            if network is not None:
+                network.close()
+
+
+def launch(
+    arguments: Sequence[str], num_sites: int, log_dir: Path, link: Link | None = None
+) -> int:
     """Run `python -m fomoe_ext.train` with `arguments` as `num_sites` sites; returns the exit code.
 
     Site 0 writes to this process's stdout, the others to `log_dir`/site-N.log. SIGINT or SIGTERM is
     passed on (the sites write a checkpoint; the code is 130), a second one kills the sites. If one
     dies the others are killed, a message names it, and its exit code (128 + signal) is returned.
-    Raises ValueError for `num_sites` < 1. Must be called in the main thread.
+    With a `link` every site has one of that bandwidth and latency to the others: shaped by the
+    kernel in private network namespaces, or counted by the sites where that is not allowed or
+    FOMOE_LINK_MODE is "counted" (`fomoe_ext.link.active_link` tells a site which). Raises
+    ValueError for `num_sites` < 1, OSError where FOMOE_LINK_MODE is "kernel" and it cannot shape.
+    Must be called in the main thread.
     """
-    if num_sites < 1:
-        raise ValueError(f"num_sites must be >= 1, got {num_sites}")
-    with tempfile.TemporaryDirectory(prefix="fomoe-") as folder, _counted_signals() as received:
-        rendezvous = f"file://{folder}/store"
-        sites, alive = _start(arguments, num_sites, log_dir, rendezvous)
-        try:
-            return _watch(sites, received)
-        finally:
-            _kill(sites)
-            os.close(alive)
+    command = _Command(
+        [sys.executable, "-P", "-m", "fomoe_ext.train", *arguments],
+        on_stop="stopping: the sites write a checkpoint",
+        on_failure=" The last whole checkpoint, if any, is intact (--resume).",
+        unsaved=", without a new checkpoint",
+    )
+    return _run(command, num_sites, log_dir, link)
+
+
+def run_sites(
+    words: Sequence[str], num_sites: int, log_dir: Path | None = None, link: Link | None = None
+) -> int:
+    """Run any command once per site, as `launch` runs the training job; returns the exit code.
+
+    The processes have the environment of sites. Without `log_dir` all write to this process's
+    stdout. They are killed when this process is, where the machine has `setpriv`. Raises what
+    `launch` does, and OSError for a command that cannot be started.
+    """
+    # A site of ours watches LAUNCHER_FD, but this may be any program.
+    setpriv = shutil.which("setpriv")
+    guard = [] if setpriv is None else [setpriv, "--pdeathsig", "KILL", "--"]
+    return _run(_Command([*guard, *words]), num_sites, log_dir, link)
