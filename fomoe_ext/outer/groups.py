@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -27,8 +28,8 @@ CONNECTIONS = 2
 """TCP connections between two sites for each of a group's two directions."""
 _THREADS = 8
 """Exchanges of one kind that a group has under way at once; a slow link needs several."""
-_PROBE_S = 1.0
-"""How long the others have to show that they are there, after a failure."""
+_PROBE_S = 5.0
+"""How long the others have to notice a failure too, and to say that they are there."""
 
 # How many SiteGroups a default group has seen: the same on all sites, part of connections' names.
 _made: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
@@ -142,6 +143,8 @@ class SiteGroups:
         if not timeout_s > 0:
             raise ValueError(f"timeout_s must be > 0, got {timeout_s}")
         self.num_sites, self.site = num_sites, site
+        self.timeout_s = timeout_s
+        """Seconds after which an exchange fails."""
         self._timeout = timedelta(seconds=timeout_s)
         self._groups: dict[Owners, SiteGroup | None] = {}
         self.link, self.link_words = active_link(link=link)
@@ -168,6 +171,8 @@ class SiteGroups:
             self._connect(self.everyone, name, 1, 1) for name in ("probe", "control")
         )
         self._probe = probe if self._gloo else None
+        if self._probe is not None:
+            self._listen()
 
     @property
     def everyone(self) -> Owners:
@@ -232,6 +237,16 @@ class SiteGroups:
             work = dist.all_gather(rows, own, async_op=True)
         return _Exchange(work, self.link, until), gathered, (self.num_sites - 1) * own.nbytes
 
+    def _listen(self) -> None:
+        """Gets ready to hear a byte of every other site, so that what it says before it ends is not
+        lost."""
+        self._bytes = {s: torch.zeros(1, dtype=torch.uint8) for s in self.everyone}
+        self._heard = {
+            site: self._probe.recv([self._bytes[site]], site, site)
+            for site in self.everyone
+            if site != self.site
+        }
+
     def missing_sites(self) -> str:
         """After a failure: which sites are gone or silent, in words; empty when all are there.
 
@@ -241,25 +256,31 @@ class SiteGroups:
         if self.num_sites == 1 or self._probe is None:
             return ""
         words: dict[int, str] = {}
+        here = torch.ones(1, dtype=torch.uint8)
 
         def hear(site: int) -> None:
-            here = torch.zeros(1, dtype=torch.uint8)
             try:
-                self._probe.send([here], site, self.site)
-                self._probe.recv([here], site, site).wait()
+                self._heard[site].wait()
                 words[site] = "here"
             except RuntimeError:
                 words[site] = "gone"
 
-        others = [site for site in self.everyone if site != self.site]
-        listeners = [threading.Thread(target=hear, args=(s,), daemon=True) for s in others]
-        for listener in listeners:
-            listener.start()
+        def tell(site: int) -> None:
+            with suppress(RuntimeError):
+                self._probe.send([here], site, self.site).wait()
+
+        threads = [
+            threading.Thread(target=target, args=(site,), daemon=True)
+            for site in self._heard
+            for target in (tell, hear)
+        ]
+        for thread in threads:
+            thread.start()
         deadline = time.monotonic() + _PROBE_S
-        for listener in listeners:
-            listener.join(max(0.0, deadline - time.monotonic()))
-        gone = [site for site in others if words.get(site) == "gone"]
-        silent = [site for site in others if site not in words]
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        gone = [site for site in self._heard if words.get(site) == "gone"]
+        silent = [site for site in self._heard if site not in words]
         if gone:
             return f"{_names(gone)} {'is' if len(gone) == 1 else 'are'} gone"
         return f"no word from {_names(silent)}" if silent else ""
