@@ -27,6 +27,7 @@ BUDGET = Path(__file__).parent / "cuda_budget.csv"
 # Of a multiprocessor of sm_90: registers, bytes of shared memory, warps.
 SM_REGISTERS, SM_SHARED, SM_WARPS = 65536, 227 << 10, 64
 BLOCK_RESERVE = 1 << 10  # shared memory that every block takes beside its own
+FORMATS = ("fp32", "bf16", "int8", "int4", "int2", "topk")  # of csrc/kernels.h
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def readable(symbols: Iterable[str]) -> dict[str, str]:
     for symbol, name in zip(symbols, said, strict=True):
         name = re.sub(r"fomoe::cuda::|\(anonymous namespace\)::|\w*_GLOBAL__N_\w*::", "", name)
         name = re.sub(r"\(Major\)(\d)", lambda m: ("sum", "line")[int(m[1])], name)
+        name = re.sub(r"\(fomoe::Format\)(\d)", lambda m: FORMATS[int(m[1])], name)
         name = re.sub(r"^void ", "", name).split("(")[0].replace("> >", ">>")
         # A GEMM is named by its problem, columns and stages: the rest says the same twice.
         name = re.sub(r"(\w+)::\1_kernel<\1::Shape<(.*)>>$", r"\1<\2>", name)
@@ -205,7 +207,8 @@ def threads_of(kernel: str) -> int:
         return 384
     if kernel.startswith("multistage<"):
         return 256 if "<F32" in kernel else 128
-    return 512 if kernel in ("count_kernel", "scatter_kernel") else 256
+    chunks = kernel.startswith(("delta::topk_kernel", "topk_sum_kernel"))
+    return 512 if chunks or kernel in ("count_kernel", "scatter_kernel") else 256
 
 
 def dynamic_shared_of(kernel: str) -> int:

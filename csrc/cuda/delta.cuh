@@ -53,7 +53,8 @@ __device__ inline void load_four(const float* values, int64_t i, int present, bo
 __device__ inline void store_four(float* values, int64_t i, int present, bool aligned,
                                   const float (&v)[kFour]) {
   if (aligned && present == kFour) {
-    *reinterpret_cast<float4*>(values + i) = make_float4(v[0], v[1], v[2], v[3]);
+    // A plain store would be merged with those below and cut up again. Nothing reads it soon.
+    __stcs(reinterpret_cast<float4*>(values + i), make_float4(v[0], v[1], v[2], v[3]));
   } else {
 #pragma unroll
     for (int e = 0; e < kFour; ++e)

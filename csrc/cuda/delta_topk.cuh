@@ -224,7 +224,6 @@ __global__ void __launch_bounds__(kChunkThreads, 2)
     const bool zeros = largest < kLeastMagnitude;
     uint32_t chosen = 0;
     float unit = 0.0f;
-    __syncthreads();  // of_warp has been read
     if (!zeros) {
       chosen = select(values, s, kept);
       __syncthreads();
