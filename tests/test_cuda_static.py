@@ -77,6 +77,22 @@ def test_wide_accesses(codes):
         assert (wide | loading)[key].has(r"^STG\.E\.(\w+\.)*128"), key
 
 
+def test_delta_kernels_move_16_bytes_at_a_time(codes):
+    """Where values are aligned; payloads are where they are."""
+    found = {
+        (kernel, arch): code
+        for (kernel, arch), code in codes.items()
+        if re.match(r"delta::|topk_sum_kernel|hash_kernel<4", kernel)
+    }
+    assert len(found) > 0
+    for (kernel, arch), code in found.items():
+        # Anchor, error and local; of reductions own and, where they encode, error.
+        loads = 3 if "Difference" in kernel else 2 if re.match("delta::(enc|topk)", kernel) else 1
+        assert code.total(r"^LDG\.E\.(\w+\.)*128") >= loads, (kernel, arch)
+        if not kernel.startswith("hash"):
+            assert code.has(r"^STG\.E\.(\w+\.)*128"), (kernel, arch)
+
+
 def test_no_floating_point_atomics(codes):
     """Sums of floats have one order."""
     floating = r"^(ATOM|ATOMG|ATOMS|RED|REDG)\b.*\.(F16|F32|F64|BF16)"

@@ -16,7 +16,8 @@ __all__ = ["NAMESPACE", "build_driver", "compiler", "load"]
 
 NAMESPACE = "fomoe_emulated"
 ROOT = HERE.parent.parent
-CPU_KERNELS = ["route", "combine", "compact", "experts", "gemm", "parallel", "features"]
+CPU_KERNELS = ["route", "combine", "compact", "experts", "gemm", "delta", "hash"]
+CPU_KERNELS += ["parallel", "features"]
 
 
 # Launches of the driver have few blocks, so that small inputs make blocks go around; of the 16-bit
@@ -65,7 +66,7 @@ def build_driver(folder: Path, sanitize: str) -> Path:
 
 def driver_sources() -> list[Path]:
     """What the driver is built from with sanitizers: the kernels and its own files."""
-    return [*kernel_sources(), HERE / "driver.cpp", HERE / "driver_experts.cpp"]
+    return [*kernel_sources(), *sorted(HERE.glob("driver*.cpp"))]
 
 
 def driver_references(folder: Path) -> list[Path]:
@@ -73,7 +74,8 @@ def driver_references(folder: Path) -> list[Path]:
     compares with, for the plainest instruction set.
     """
     isas = ("FOMOE_HAVE_AVX2=0", "FOMOE_HAVE_AVX512=0", "FOMOE_HAVE_AVX512_BF16=0")
-    names = [*CPU_KERNELS, "route_scalar", "combine_scalar", "gemm_scalar"]
+    scalar = [f"{name}_scalar" for name in ("route", "combine", "gemm", "delta")]
+    names = [*CPU_KERNELS, *scalar]
     plain = Builder(folder)
     kernels = [(plain.compile_plain, ROOT / f"csrc/cpu/{name}.cpp", isas) for name in names]
     return [*runtime_objects(folder), *in_parallel(kernels)]

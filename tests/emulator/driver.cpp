@@ -392,7 +392,7 @@ int main(int count, char** arguments) {
       kernels.push_back(arguments[i]);
     }
   }
-  if (kernels.empty()) kernels = {"route", "compact", "rows", "experts"};
+  if (kernels.empty()) kernels = {"route", "compact", "rows", "experts", "delta"};
   int failed = 0;
   for (const std::string& kernel : kernels) {
     if (kernel == "route") {
@@ -403,8 +403,11 @@ int main(int count, char** arguments) {
       failed += failures(rows_cases(small), run_rows);
     } else if (kernel == "experts") {
       failed += run_expert_cases(small);
+    } else if (kernel == "delta") {
+      failed += run_delta_cases(small);
     } else {
-      std::fprintf(stderr, "kernel '%s': wanted route, compact, rows or experts\n", kernel.c_str());
+      std::fprintf(stderr, "kernel '%s': wanted route, compact, rows, experts or delta\n",
+                   kernel.c_str());
       return 2;
     }
   }

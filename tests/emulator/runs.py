@@ -22,6 +22,10 @@ PART_OF = {
         *("activation.cuh", "epilogue.cuh", "grouped.cuh", "scheduler.cuh"),
         *("multistage.cuh", "warp_specialized.cuh"),
     ],
+    "delta": [
+        *("delta.cuh", "delta_blocks.cuh", "delta_topk.cuh"),
+        *("delta_encode.cu", "delta_reduce.cu", "hash.cu"),
+    ],
 }
 
 
