@@ -1,4 +1,4 @@
-"""Prints what the benchmarks found: a table of the layer, one of the verbs around it."""
+"""Prints what the benchmarks found, in tables; options of the benchmarks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import common
+import outer_tables
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +14,10 @@ from rich.table import Table
 from fomoe_ext import _C
 
 WANTED_RATIO, WANTED_FRACTION, WANTED_HALF, WANTED_SHARE = 1.3, 0.85, 1.8, 0.10
+
+
+def pytest_addoption(parser: Any) -> None:
+    parser.addoption("--full", action="store_true", help="all-reduces of 256 MB and 1 GB as well")
 
 
 def share_of_verbs(case: common.Case) -> float | None:
@@ -137,6 +142,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             if r["compiled_failed"]:
                 reason = r["compiled_failed"]
                 console.print(f"{r['verb']} {r['shape']}: no compiled rival, {reason}")
+    outer_tables.show(console)
     if common.layer_results or common.verb_results:
         console.print(
             f"{torch.get_num_threads()} threads, {_C.cpu_features()['chosen']}, torch "

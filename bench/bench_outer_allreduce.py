@@ -1,0 +1,71 @@
+"""The whole all-reduce in real processes, on links and without: ours by codec, and Gloo's own.
+
+Every case starts its sites by `python -m fomoe_ext.link`, which says who shapes the link; the sites
+(outer_site.py) measure all methods in turn. What pytest-benchmark times is the whole case; the
+figures are in extra_info and in the tables. --full adds vectors of 256 MB and 1 GB, and more links.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import machine
+import outer_cases
+import pytest
+from outer_cases import LINK_CASES, LinkCase
+
+TIMEOUT_S = 900
+TAIL_LINES = 15
+SITE = Path(__file__).with_name("outer_site.py")
+
+
+def available_memory() -> int:
+    """Bytes that may still be taken; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    facts = dict(line.split(":", 1) for line in lines)
+    return 1024 * int(facts["MemAvailable"].split()[0])
+
+
+def run_sites(case: LinkCase, folder: Path) -> dict[str, Any]:
+    """Starts the sites, waits for them, returns what site 0 found. RuntimeError when one fails."""
+    found = folder / "found.json"
+    command = [sys.executable, "-m", "fomoe_ext.link", "--sites", str(case.sites)]
+    if case.link:
+        command += ["--link", case.link]
+    command += ["--log-dir", str(folder), "--", sys.executable, str(SITE), "--out", str(found)]
+    command += ["--numel", str(case.numel), "--rounds", str(case.rounds)]
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=TIMEOUT_S,
+    )
+    if done.returncode:
+        tail = "\n".join(done.stdout.splitlines()[-TAIL_LINES:])
+        raise RuntimeError(f"{case}: exit code {done.returncode}\n{tail}")
+    return json.loads(found.read_text())
+
+
+@pytest.mark.parametrize("case", LINK_CASES, ids=str)
+def test_outer_allreduce(benchmark: Any, request: Any, tmp_path: Path, case: LinkCase) -> None:
+    """All methods, one number of sites, one link, one size."""
+    if case.full and not request.config.getoption("--full"):
+        pytest.skip("only with --full")
+    if 0 < available_memory() < case.memory:
+        pytest.skip(f"needs {case.memory >> 20} MiB, {available_memory() >> 20} are available")
+    watch = machine.Watch("cpu")
+    found = benchmark.pedantic(lambda: run_sites(case, tmp_path), rounds=1)
+    result = {"case": case._asdict(), **found}
+    benchmark.extra_info.update(result, machine=watch.facts())
+    for name, method in found["methods"].items():
+        assert method["equal_bits"], f"{name}: sites ended with different bits"
+    outer_cases.allreduce_results.append(result)
