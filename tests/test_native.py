@@ -65,3 +65,13 @@ def test_gemm(tmp_path, sanitizers):
     output = run(tmp_path / "test_gemm", "3", ASAN_OPTIONS="detect_leaks=0")
     for isa in ("scalar", "avx2", "twin512", "twin512_bf16"):
         assert isa in output
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86 kernels")
+def test_delta(tmp_path):
+    """Every instruction set's delta codecs make the same bits and stay in their buffers."""
+    configure(tmp_path, "-DFOMOE_SANITIZE=address,undefined")
+    run("cmake", "--build", tmp_path, "--target", "test_delta")
+    output = run(tmp_path / "test_delta", "2000", ASAN_OPTIONS="detect_leaks=0")
+    for isa in ("avx2", "twin512"):
+        assert f"{isa}: the bits of scalar in 2000 rounds" in output
