@@ -33,8 +33,7 @@ def train(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="fomoe-") as folder:
         settled = Path(folder) / "config.toml"
         save_config(config, settled)
-        spec = getattr(config.sites, "link", None)
-        link = None if spec is None else parse_link(spec)
+        link = None if config.sites.link is None else parse_link(config.sites.link)
         return launch(["--config", str(settled)], config.sites.sites, run_dir / "logs", link)
 
 

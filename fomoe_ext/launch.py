@@ -23,7 +23,7 @@ from types import FrameType
 from fomoe_ext.link import VARIABLE as LINK
 from fomoe_ext.link import describe, link_variable, wanted_mode
 from fomoe_ext.namespace import INTERFACE, NamespaceError, Network
-from fomoe_ext.plan import Link
+from fomoe_ext.wire import Link
 
 EXIT_STOPPED = 130
 """Exit code of a job that was asked to stop (as a shell reports SIGINT)."""

@@ -19,7 +19,7 @@ import subprocess
 from collections.abc import Sequence
 
 from fomoe_ext.link import LinkMode
-from fomoe_ext.plan import Link
+from fomoe_ext.wire import Link
 
 INTERFACE = "uplink"
 """The interface of a site's link, in its namespace."""

@@ -26,7 +26,7 @@ from fomoe_ext.link import (
     parse_link,
 )
 from fomoe_ext.namespace import NamespaceError, Network, address
-from fomoe_ext.plan import Link
+from fomoe_ext.wire import Link
 
 HOME = str(Path(fomoe_ext.__file__).parent.parent)
 COMMAND = [sys.executable, "-P", "-m", "fomoe_ext.link"]
