@@ -351,6 +351,20 @@ def test_codecs_refuse_bad_input() -> None:
     assert get_codec(codec) is codec
 
 
+def test_ops_do_what_their_schemas_say() -> None:
+    """What they write is what the schema says, and torch can trace them."""
+    ops, values = torch.ops.fomoe, normal(200)
+    payload = Codec("int8").encode(values)
+    numbers = (200, 2, 64, False, 0, 0)
+    encode = (values, [values], [0], [1.0], torch.zeros(200), *numbers, payload.clone())
+    torch.library.opcheck(ops.delta_encode.default, encode)
+    for out in ((payload.clone(), None), (None, torch.zeros(200))):
+        error = None if out[0] is None else torch.zeros(200)
+        reduce = (payload[None], values, 1, error, *numbers, *out)
+        torch.library.opcheck(ops.delta_reduce.default, reduce)
+    torch.library.opcheck(ops.hash_bits.default, ([values, payload],))
+
+
 def test_codecs_compare_by_what_they_make() -> None:
     assert Codec("int8") == Codec("int8") and hash(Codec("int8")) == hash(Codec("int8"))
     assert Codec("int8") != Codec("int8-128") and Codec("int8") != Codec("int8", "stochastic")

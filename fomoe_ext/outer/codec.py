@@ -208,3 +208,18 @@ def hash_bits(tensors: Sequence[Tensor]) -> list[int]:
     if not len(tensors):
         return []
     return [h & 0xFFFFFFFFFFFFFFFF for h in _ops.hash_bits(list(tensors)).tolist()]
+
+
+@torch.library.register_fake("fomoe::delta_encode")
+def _(*arguments: object) -> None:
+    return None
+
+
+@torch.library.register_fake("fomoe::delta_reduce")
+def _(*arguments: object) -> None:
+    return None
+
+
+@torch.library.register_fake("fomoe::hash_bits")
+def _(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].new_empty(len(tensors), dtype=torch.int64)
