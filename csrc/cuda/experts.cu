@@ -1,7 +1,6 @@
 // The verbs of the grouped GEMMs: what each multiplies, and which kernel does it.
-#include <atomic>
-
 #include "grouped.cuh"
+#include "per_device.h"
 
 namespace fomoe::cuda {
 namespace {
@@ -12,23 +11,20 @@ constexpr bool kHopperCode = true;
 constexpr bool kHopperCode = false;
 #endif
 
-// Whether the current device runs sm_90a code, asked for once per device.
+// Whether the current device runs sm_90a code.
 cudaError_t runs_hopper_code(bool& answer) {
-  constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];  // 0 unknown, 1 no, 2 yes
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  int state = device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
-  if (state == 0) {
+  enum : int { kNo = 1, kYes };
+  static PerDevice known;
+  int state = 0;
+  const cudaError_t error = known.get(state, [](int device, int& found) {
     int major = 0;
-    if (const cudaError_t error =
-            cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device))
-      return error;
-    state = kHopperCode && major == 9 ? 2 : 1;
-    if (device < kDevices) known[device].store(state, std::memory_order_relaxed);
-  }
-  answer = state == 2;
-  return cudaSuccess;
+    const cudaError_t failed =
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    found = kHopperCode && major == 9 ? kYes : kNo;
+    return failed;
+  });
+  answer = state == kYes;
+  return error;
 }
 
 template <class Problem>

@@ -4,8 +4,9 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
+
+#include "per_device.h"
 
 namespace fomoe::cuda {
 
@@ -22,17 +23,22 @@ inline unsigned blocks_for(int64_t items, int64_t items_per_block, int64_t most)
   return static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, std::min(most, kFewBlocks)));
 }
 
-// How many blocks of a kernel the current device runs at once, asked for once per device. One
-// object for each kernel.
+// How many blocks of a kernel the current device runs at once. One object for each kernel.
 class PersistentGrid {
  public:
   template <class Kernel>
   cudaError_t size(Kernel* kernel, int threads, int shared_bytes, unsigned& blocks) {
-    int device = 0;
-    if (const cudaError_t error = cudaGetDevice(&device)) return error;
-    std::atomic<unsigned>* known = device < kDevices ? &known_[device] : nullptr;
-    blocks = known != nullptr ? known->load(std::memory_order_relaxed) : 0;
-    if (blocks != 0) return cudaSuccess;
+    int answer = 0;
+    const cudaError_t error = known_.get(answer, [&](int device, int& wanted) {
+      return ask(kernel, threads, shared_bytes, device, wanted);
+    });
+    blocks = static_cast<unsigned>(answer);
+    return error;
+  }
+
+ private:
+  template <class Kernel>
+  static cudaError_t ask(Kernel* kernel, int threads, int shared_bytes, int device, int& blocks) {
     int processors = 0, resident = 0;
     if (const cudaError_t error =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes))
@@ -44,14 +50,10 @@ class PersistentGrid {
             &resident, kernel, threads, size_t(shared_bytes)))
       return error;
     if (resident == 0) return cudaErrorInvalidConfiguration;
-    blocks = blocks_for(int64_t(processors) * resident, 1, INT32_MAX);
-    if (known != nullptr) known->store(blocks, std::memory_order_relaxed);
+    blocks = int(blocks_for(int64_t(processors) * resident, 1, INT32_MAX));
     return cudaSuccess;
   }
-
- private:
-  static constexpr int kDevices = 64;
-  std::atomic<unsigned> known_[kDevices] = {};
+  PerDevice known_;
 };
 
 }  // namespace fomoe::cuda

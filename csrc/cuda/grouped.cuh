@@ -1,4 +1,4 @@
-// The grouped GEMMs as both kinds of kernel (experts_sm80.cu, experts_sm90.cu) take them.
+// The grouped GEMMs as both kinds of kernel (multistage.cuh, warp_specialized.cuh) take them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -69,6 +69,14 @@ __device__ inline Place place_of(const Problem& problem, const Work& work, int r
   return place;
 }
 
+// Which line of A line `line` of a tile of rows holds, -1 for none.
+template <class Problem>
+__device__ inline int32_t line_of_a(const Problem& problem, const Work& work, int line) {
+  const int64_t row = work.row + line;
+  if (row >= work.row_end) return -1;
+  return Problem::kGather ? problem.a.index[row] : int32_t(row);
+}
+
 // Which line of B (of its resident) line `line` of a tile of sums holds, -1 for none: gate and up
 // take turns of 32 where the epilogue wants both in one strip.
 template <class Problem>
@@ -83,11 +91,10 @@ __device__ inline int32_t line_of_b(const Problem& problem, const Work& work, in
   }
 }
 
-// Multiplications that need no tensor memory accelerator. Instantiated in experts_sm80.cu, and for
-// fp32 in experts_f32.cu.
+// Multiplications that need no tensor memory accelerator; experts_*_sm80.cu, experts_f32.cu.
 template <class Problem>
 cudaError_t run_multistage(const Problem& problem, const Tile& tile, cudaStream_t stream);
-// sm_90a only; experts_sm90*.cu.
+// sm_90a only; experts_*_sm90.cu.
 template <class Problem>
 cudaError_t run_warp_specialized(const Problem& problem, const Tile& tile, cudaStream_t stream);
 

@@ -17,65 +17,26 @@
 #include "arch/shared_memory.cuh"
 #include "grid.cuh"
 #include "grouped.cuh"
+#include "line_slice.cuh"
 
 namespace fomoe::cuda::multistage {
 
 // fp32 products take more registers of a thread, so more threads share a tile.
 template <class Format>
 constexpr int kThreads = std::is_same_v<Format, F32> ? 256 : 128;
-constexpr int kSliceBytes = 128;  // of the sum, where that is the contiguous dimension
-constexpr int kChunk = 16;
-
-__device__ inline unsigned char* chunk_at(unsigned char* slice, int line, int line_bytes,
-                                          int chunk) {
-  return slice + line * line_bytes + (chunk ^ (line & 7)) * kChunk;
-}
 
 // ---- copies ----------------------------------------------------------------------------------------
 
-// A slice whose lines are contiguous along the sum: kLines lines of 128 bytes.
-template <class Format, int kLines>
-class LineSlice {
- public:
-  // Line i of the slice comes from line source(i) of the operand; -1: zeros.
-  template <class Source>
-  __device__ void begin(const Source& source) {
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) line_[i] = source(first_line() + i * kStep);
-  }
-  // Elements sum .. sum_end of the lines, `data` being the operand's first element.
-  __device__ void copy(unsigned char* slice, const void* data, int64_t stride, int64_t sum,
-                       int64_t sum_end) const {
-    const int chunk = threadIdx.x % kChunks;
-    const int64_t element = sum + chunk * (kChunk / kElementBytes<Format>);
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      const bool exists = line_[i] >= 0 && element < sum_end;
-      const int64_t from = exists ? line_[i] * stride + element : 0;
-      async_copy_16(chunk_at(slice, first_line() + i * kStep, kSliceBytes, chunk),
-                    static_cast<const unsigned char*>(data) + from * kElementBytes<Format>, exists);
-    }
-  }
-
- private:
-  static constexpr int kChunks = kSliceBytes / kChunk;
-  static constexpr int kStep = kThreads<Format> / kChunks, kPerThread = kLines / kStep;
-  __device__ static int first_line() { return threadIdx.x / kChunks; }
-  int32_t line_[kPerThread];
-};
-
-// A slice whose lines are steps of the sum: kDepth lines of kColumns elements.
+// A slice whose lines are steps of the sum: kDepth lines of kColumns elements. Where the operand has
+// an index, `look_up` comes before every `copy`.
 template <class Format, int kDepth, int kColumns>
 class StepSlice {
  public:
   static constexpr int kLineBytes = kColumns * kElementBytes<Format>;
 
-  __device__ void begin(const Operand& operand, int64_t column, int64_t columns) {
+  __device__ void begin(int64_t column, int64_t columns) {
     const int64_t element = column + threadIdx.x % kChunks * (kChunk / kElementBytes<Format>);
     column_ = element < columns ? element : -1;
-    if (operand.index == nullptr) return;
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) next_[i] = -1;
   }
   // Looks up where the steps from `sum` on come from, ahead of `copy`, which then does not wait.
   __device__ void look_up(const Operand& operand, int64_t sum, int64_t sum_end) {
@@ -229,18 +190,13 @@ template <class Shape, class Problem, bool = Problem::kSumsRows>
 class Feeder {
  public:
   __device__ Feeder(const Problem& problem, const Work& work) : problem_(problem), work_(work) {
-    const Operand& a = problem.a;
-    a_.begin([&](int line) -> int32_t {
-      const int64_t row = work.row + line;
-      if (row >= work.row_end) return -1;
-      return Problem::kGather ? a.index[row] : int32_t(row);
-    });
+    a_.begin([&](int line) { return line_of_a(problem, work, line); });
     b_data_ = static_cast<const unsigned char*>(problem.b.data) +
               work.resident * problem.b.lines * problem.b.stride * kElementBytes<Format>;
     if constexpr (Problem::kMajorB == Major::sum) {
       b_.begin([&](int line) { return line_of_b(problem, work, line); });
     } else {
-      b_.begin(problem.b, work.column, problem.schedule.columns);
+      b_.begin(work.column, problem.schedule.columns);
     }
   }
   __device__ void copy(unsigned char* stage, int64_t sum) {
@@ -255,13 +211,15 @@ class Feeder {
 
  private:
   using Format = typename Shape::Format;
+  template <int kLines>
+  using Lines = LineSlice<Format, kLines, kThreads<Format>>;
   template <Major kMajor>
-  using SliceB = std::conditional_t<kMajor == Major::sum, LineSlice<Format, Shape::kN>,
+  using SliceB = std::conditional_t<kMajor == Major::sum, Lines<Shape::kN>,
                                     StepSlice<Format, Shape::kDepth, Shape::kN>>;
   const Problem& problem_;
   const Work& work_;
   const unsigned char* b_data_;
-  LineSlice<Format, Shape::kM> a_;
+  Lines<Shape::kM> a_;
   SliceB<Problem::kMajorB> b_;
 };
 
@@ -270,8 +228,8 @@ template <class Shape, class Problem>
 class Feeder<Shape, Problem, true> {
  public:
   __device__ Feeder(const Problem& problem, const Work& work) : problem_(problem), work_(work) {
-    a_.begin(problem.a, work.row, problem.schedule.lines);
-    b_.begin(problem.b, work.column, problem.schedule.columns);
+    a_.begin(work.row, problem.schedule.lines);
+    b_.begin(work.column, problem.schedule.columns);
     look_up(work.sum_begin);
   }
   __device__ void copy(unsigned char* stage, int64_t sum) {

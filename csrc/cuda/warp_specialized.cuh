@@ -21,16 +21,17 @@
 #include "arch/warpgroup.cuh"
 #include "grid.cuh"
 #include "grouped.cuh"
+#include "line_slice.cuh"
 
 namespace fomoe::cuda::warp_specialized {
 
 constexpr int kGroup = 128;  // threads of a warpgroup
 constexpr int kGroupWarps = kGroup / kWarp;
 constexpr int kConsumers = 2, kThreads = (1 + kConsumers) * kGroup;
-constexpr int kDepth = 64, kRowBytes = 128;  // of a slice: elements of the sum, 16-bit
-constexpr int kPanel = 64 * kRowBytes;       // 64 lines of 128 bytes
+constexpr int kDepth = 64, kRowBytes = kSliceBytes;  // of a slice: elements of the sum, 16-bit
+constexpr int kPanel = 64 * kRowBytes;               // 64 lines of 128 bytes
 constexpr int kGroupOf8 = 8 * kRowBytes;
-constexpr int kChunk = 16, kChunkElements = 8;
+constexpr int kChunkElements = 8;
 constexpr int kRowsOfProduct = 64;  // of wgmma
 constexpr int kSumOfProduct = 16;
 // A multiprocessor has 65536 registers: 168 for each of 384 threads to begin with.
@@ -97,42 +98,6 @@ __device__ inline int slices_of(const Work& work) {
 
 // ---- the producer ------------------------------------------------------------------------------------
 
-__device__ inline unsigned char* chunk_at(unsigned char* panel, int line, int chunk) {
-  return panel + line * kRowBytes + (chunk ^ (line & 7)) * kChunk;
-}
-
-// Rows of A of a tile, gathered: kM lines along the sum.
-template <class Shape>
-class GatheredRows {
- public:
-  __device__ GatheredRows(const Operand& operand, const Work& work)
-      : data_(static_cast<const unsigned char*>(operand.data)), stride_(operand.stride * 2) {
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      const int64_t row = work.row + first_line() + i * kStep;
-      line_[i] = row < work.row_end ? operand.index[row] : -1;
-    }
-  }
-  __device__ void copy(unsigned char* slice, int64_t sum, int64_t sum_end) const {
-    const int chunk = threadIdx.x % kChunks;
-    const int64_t element = sum + chunk * kChunkElements;
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      const bool exists = line_[i] >= 0 && element < sum_end;
-      async_copy_16(chunk_at(slice, first_line() + i * kStep, chunk),
-                    data_ + (exists ? line_[i] * stride_ + element * 2 : 0), exists);
-    }
-  }
-
- private:
-  static constexpr int kChunks = kRowBytes / kChunk, kStep = kGroup / kChunks;
-  static constexpr int kPerThread = Shape::kM / kStep;
-  __device__ static int first_line() { return threadIdx.x / kChunks; }
-  const unsigned char* data_;
-  int64_t stride_;
-  int32_t line_[kPerThread];
-};
-
 // kDepth rows of an operand whose rows are steps of the sum, kColumns of each: panels of 64 columns.
 template <int kColumns>
 __device__ void copy_steps(unsigned char* slice, const Operand& operand, int64_t column,
@@ -150,7 +115,7 @@ __device__ void copy_steps(unsigned char* slice, const Operand& operand, int64_t
       const int64_t row = operand.index == nullptr ? sum + line : operand.index[sum + line];
       from = (row * operand.stride + element) * 2;
     }
-    async_copy_16(chunk_at(panel, line, chunk % 8), data + from, exists);
+    async_copy_16(chunk_at(panel, line, kRowBytes, chunk % 8), data + from, exists);
   }
 }
 
@@ -213,7 +178,7 @@ __device__ void fill_stage(const Params<typename Shape::Problem>& params, const 
       mbarrier_arrive_expect(full, Shape::kBytesB);
       load_b<Shape>(params, work, slice_b, sum, full);
     }
-    rows.copy(stage, sum, work.sum_end);
+    rows.copy(stage, problem.a.data, problem.a.stride, sum, work.sum_end);
   } else {
     mbarrier_arrive_expect(full, Shape::kStageBytes);
     tensor_load(stage, &params.a, full, int(sum), int(work.row), 0);
@@ -221,15 +186,15 @@ __device__ void fill_stage(const Params<typename Shape::Problem>& params, const 
   }
 }
 
-struct NoRows {
-  __device__ NoRows(const Operand&, const Work&) {}
-};
+struct NoRows {};
 
 template <class Shape, class Schedule>
 __device__ void produce(const Params<typename Shape::Problem>& params, const Schedule& schedule,
                         unsigned char* shared, const Barriers& barriers) {
   using Problem = typename Shape::Problem;
-  using Rows = std::conditional_t<Problem::kGather, GatheredRows<Shape>, NoRows>;
+  // Of A, where they are gathered.
+  using Rows = std::conditional_t<Problem::kGather,
+                                  LineSlice<typename Shape::Format, Shape::kM, kGroup>, NoRows>;
   constexpr int kColumns = result_columns<typename Shape::Epilogue>(Shape::kN);
   Ring<Shape::kStages> ring, arrived;
   int in_flight = 0;
@@ -242,7 +207,9 @@ __device__ void produce(const Params<typename Shape::Problem>& params, const Sch
   };
   Work work;
   for (int64_t item = blockIdx.x; schedule.get(item, kColumns, work); item += gridDim.x) {
-    const Rows rows(params.problem.a, work);
+    Rows rows;
+    if constexpr (Problem::kGather)
+      rows.begin([&](int line) { return line_of_a(params.problem, work, line); });
     for (int64_t sum = work.sum_begin; sum < work.sum_end; sum += kDepth) {
       mbarrier_wait(barriers.empty + ring.stage, ring.phase ^ 1);
       fill_stage<Shape>(params, work, rows, sum, shared + ring.stage * Shape::kStageBytes,

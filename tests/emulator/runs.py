@@ -18,7 +18,8 @@ PART_OF = {
     "rows": ["combine.cu", "combine_backward.cu", "gather.cu", "scatter.cuh"],
     "experts": [
         "contract_backward.cu",
-        *("experts.cu", "experts_f32.cu", "experts_sm80.cu", "experts_sm90.cu", "experts_choice.h"),
+        *("experts.cu", "experts_f32.cu", "experts_bf16_sm80.cu", "experts_bf16_sm90.cu"),
+        *("experts_choice.h", "line_slice.cuh"),
         *("activation.cuh", "epilogue.cuh", "grouped.cuh", "scheduler.cuh"),
         *("multistage.cuh", "warp_specialized.cuh"),
     ],
