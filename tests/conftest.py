@@ -9,9 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from hypothesis import settings
+# Processes that share the processors (pytest -n) do not each take all of them, nor do theirs.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+if WORKERS > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (PROCESSORS or 1) // WORKERS)))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 # The same examples in every run.
 settings.register_profile("fixed", derandomize=True)
@@ -29,6 +35,22 @@ if _package is not None and _package.origin is not None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Of `pytest -n auto`. Each takes about 2 GB."""
+    return min(PROCESSORS or 1, 8)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """With `pytest -n` and no `--dist`, a process that has no tests left takes some from another.
+
+    Comes before xdist's own, which would choose for it.
+    """
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "worksteal"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -66,13 +88,13 @@ class Device:
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Device:
-    """The CUDA kernels compiled for the CPU, once a session."""
+def emulated() -> Device:
+    """The CUDA kernels compiled for the CPU."""
     import emulator
 
     if emulator.compiler() is None:
         pytest.skip("no C++ compiler: the CUDA kernels cannot be emulated")
-    emulator.load(tmp_path_factory.mktemp("emulator"))
+    emulator.load()
     return Device("emulated", "cpu", emulator.NAMESPACE)
 
 

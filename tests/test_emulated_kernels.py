@@ -10,8 +10,8 @@ pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="a C++ compi
 
 
 @pytest.mark.parametrize("sanitize", list(RUNS))
-def test_emulated_kernels_agree_with_the_cpu(tmp_path, sanitize):
+def test_emulated_kernels_agree_with_the_cpu(sanitize):
     """Every kernel, every schedule, no race and no access out of bounds."""
-    program = emulator.build_driver(tmp_path, sanitize)
+    program = emulator.build_driver(sanitize)
     failure = first_failure(program, RUNS[sanitize])
     assert failure is None, failure

@@ -29,19 +29,16 @@ INPUT = np.arange(1024, dtype=np.uint32) * np.uint32(2654435761)
 pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="a C++ compiler is needed")
 
 
-def build_program(folder: Path, sanitize: str, runtime: list[Path]) -> Path:
-    builder = Builder(folder / sanitize, sanitize)
+def build_program(sanitize: str) -> Path:
+    builder = Builder(sanitize)
     jobs = [(builder.compile, source) for source in (*SOURCES, SELFTEST / "main.cpp")]
-    objects = [*in_parallel(jobs), *runtime]
-    return builder.link(objects, folder / f"selftest-{sanitize}", shared=False)
+    return builder.link([*in_parallel(jobs), *runtime_objects()], "selftest", shared=False)
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory) -> dict[str, Path]:
+def programs() -> dict[str, Path]:
     """The self-tests as programs, by sanitizers."""
-    folder = tmp_path_factory.mktemp("selftest")
-    runtime = runtime_objects(folder)
-    return {sanitize: build_program(folder, sanitize, runtime) for sanitize in BUILDS}
+    return {sanitize: build_program(sanitize) for sanitize in BUILDS}
 
 
 def execute(program: Path, name: str, defect: int, **schedule: object) -> tuple[int, str, str]:
@@ -284,15 +281,14 @@ def test_emulated_defect_is_caught(programs, name, defect, sanitize, message):
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory) -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     """The self-tests as a library in this process, its fibers switched by ucontext."""
-    folder = tmp_path_factory.mktemp("ucontext")
-    builder = Builder(folder)
+    builder = Builder()
     sources = sorted((emulator.HERE / "runtime").glob("*.cpp"))
     portable = ("FOMOE_EMULATOR_UCONTEXT",)
     jobs = [(builder.compile_plain, source, portable) for source in sources]
     objects = in_parallel([*jobs, *((builder.compile, source) for source in SOURCES)])
-    loaded = ctypes.CDLL(str(builder.link(objects, folder / "selftest.so", shared=True)))
+    loaded = ctypes.CDLL(str(builder.link(objects, "libselftest", shared=True)))
     loaded.fomoe_emulator_last_error.restype = ctypes.c_char_p
     return loaded
 

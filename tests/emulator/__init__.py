@@ -10,12 +10,11 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from .build import HERE, Builder, compiler, in_parallel, runtime_objects
+from .build import HERE, ROOT, Builder, compiler, in_parallel, runtime_objects
 
-__all__ = ["NAMESPACE", "build_driver", "compiler", "load"]
+__all__ = ["NAMESPACE", "build_driver", "compiler", "driver_builder", "load"]
 
 NAMESPACE = "fomoe_emulated"
-ROOT = HERE.parent.parent
 CPU_KERNELS = ["route", "combine", "compact", "experts", "gemm", "delta", "hash"]
 CPU_KERNELS += ["parallel", "features"]
 
@@ -30,8 +29,8 @@ def kernel_sources() -> list[Path]:
     return sorted((ROOT / "csrc/cuda").glob("*.cu"))
 
 
-def load(folder: Path) -> None:
-    """Builds the emulated ops in `folder` and loads them: `torch.ops.fomoe_emulated.*`.
+def load() -> None:
+    """Builds the emulated ops and loads them: `torch.ops.fomoe_emulated.*`.
 
     Undefined behaviour in a kernel (misaligned vector accesses, signed overflow) ends the process.
     RuntimeError with the compiler's words when building fails.
@@ -41,41 +40,52 @@ def load(folder: Path) -> None:
     spec = importlib.util.find_spec("torch")
     assert spec is not None and spec.origin is not None
     torch_root = Path(spec.origin).parent
-    kernels = Builder(folder, sanitize="undefined")
+    kernels = Builder(sanitize="undefined")
     ops = Builder(
-        folder,
         defines=(f"FOMOE_NAMESPACE={NAMESPACE}", "TORCH_TARGET_VERSION=0x020a000000000000"),
         include_dirs=(torch_root / "include",),
+        versions=torch.__version__,
         optimize="-O0",
     )
     op_sources = [ROOT / "csrc/ops/schemas.cpp", *sorted((ROOT / "csrc/ops").glob("*_cuda.cpp"))]
     jobs = [(kernels.compile, source) for source in kernel_sources()]
     objects = in_parallel([*jobs, *((ops.compile, source) for source in op_sources)])
     libraries = [f"-L{torch_root / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10"]
-    library = folder / "libfomoe_emulated.so"
-    kernels.link([*objects, *runtime_objects(folder)], library, shared=True, extra=libraries)
+    library = kernels.link(
+        [*objects, *runtime_objects()], "libfomoe_emulated", shared=True, extra=libraries
+    )
     torch.ops.load_library(library)
 
 
-def build_driver(folder: Path, sanitize: str) -> Path:
+def driver_builder(sanitize: str) -> Builder:
+    """How the driver is compiled with sanitizers. Hardly optimized: it runs a few times only, and
+    optimizing code with checks in it takes long.
+    """
+    return Builder(sanitize, DRIVER_DEFINES, optimize="-Og")
+
+
+def build_driver(sanitize: str) -> Path:
     """The driver (driver.cpp) with the package's kernels; returns the program."""
-    builder = Builder(folder, sanitize=sanitize, defines=DRIVER_DEFINES)
+    builder = driver_builder(sanitize)
     objects = in_parallel([(builder.compile, source) for source in driver_sources()])
-    return builder.link([*objects, *driver_references(folder)], folder / "driver", shared=False)
+    return builder.link([*objects, *driver_references()], "driver", shared=False)
 
 
 def driver_sources() -> list[Path]:
-    """What the driver is built from with sanitizers: the kernels and its own files."""
-    return [*kernel_sources(), *sorted(HERE.glob("driver*.cpp"))]
+    """What the driver is built from with sanitizers: the kernels, of one 16-bit format, and its own
+    files.
+    """
+    kernels = [source for source in kernel_sources() if "_f16_" not in source.name]
+    return [*kernels, *sorted(HERE.glob("driver*.cpp"))]
 
 
-def driver_references(folder: Path) -> list[Path]:
+def driver_references() -> list[Path]:
     """Objects of the driver that are never sanitized: the runtime, and the CPU kernels that it
     compares with, for the plainest instruction set.
     """
     isas = ("FOMOE_HAVE_AVX2=0", "FOMOE_HAVE_AVX512=0", "FOMOE_HAVE_AVX512_BF16=0")
     scalar = [f"{name}_scalar" for name in ("route", "combine", "gemm", "delta")]
     names = [*CPU_KERNELS, *scalar]
-    plain = Builder(folder)
+    plain = Builder()
     kernels = [(plain.compile_plain, ROOT / f"csrc/cpu/{name}.cpp", isas) for name in names]
-    return [*runtime_objects(folder), *in_parallel(kernels)]
+    return [*runtime_objects(), *in_parallel(kernels)]

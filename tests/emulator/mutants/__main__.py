@@ -4,10 +4,12 @@
     python tests/emulator/mutants NAME ...      some
     python tests/emulator/mutants --tested      without first trying the kernels under sanitizers
                                                 as they are, which the tests do
+    python tests/emulator/mutants --record      also writes down what caught each (caught.toml)
     python tests/emulator/mutants --apply NAME  writes the bug into csrc/cuda (git restores it)
     python tests/emulator/mutants --list        what there is
 
-A mutant that survives is a hole in the tests: a case is missing, or a schedule.
+A mutant that survives is a hole in the tests: a case is missing, or a schedule. What caught a bug
+the last time is tried first; nothing but the order depends on it.
 """
 
 from __future__ import annotations
@@ -20,23 +22,39 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Lock
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 import emulator  # noqa: E402
 from emulator.build import Builder, in_parallel  # noqa: E402
-from emulator.runs import PART_OF, RUNS, failure_of, first_failure  # noqa: E402
+from emulator.runs import PART_OF, RUNS, Run, failure_of, first_failure  # noqa: E402
 
 KERNELS = emulator.ROOT / "csrc/cuda"
-# The quickest to build first: most bugs show in results, without a sanitizer.
-BUILDS = ["", "thread", "address,undefined"]
-RUNS_OF = {**RUNS, "": RUNS["undefined"]}
+CAUGHT = HERE / "caught.toml"
+# The quickest first: most bugs show in results, without a sanitizer. Such a program is compiled for
+# one or two runs, which last no longer than optimizing would.
+BUILDS = {
+    "plain": Builder(defines=emulator.DRIVER_DEFINES, optimize="-Og"),
+    **{name: emulator.driver_builder(name) for name in ("thread", "address,undefined")},
+}
+RUNS_OF = {**RUNS, "plain": RUNS["undefined"]}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run of the driver that may show a bug, planted in some of the .cu files that include it."""
+
+    build: str
+    run: Run
+    sources: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.build}, {self.run.order} {self.run.seed}"
 
 
 @dataclass(frozen=True)
@@ -60,12 +78,21 @@ class Mutant:
         path.write_text(text.replace(self.find, self.replace))
 
     def sources(self) -> list[str]:
-        """The .cu files whose code the bug is in: the file itself, or all that include it."""
-        return [s.name for s in sorted(KERNELS.glob("*.cu")) if self.file in included(s)]
+        """The driver's .cu files that the bug is in: the file itself, or all that include it."""
+        return [s.name for s in emulator.driver_sources() if self.file in included(s)]
 
     def parts(self) -> list[str]:
         """The driver's parts that run the code."""
         return [part for part, files in PART_OF.items() if self.file in files]
+
+    def trials(self, caught: dict[str, str]) -> list[Trial]:
+        """All that is tried, in order. caught: of the last time, as `record` writes it."""
+        sources = self.sources()
+        trials = [Trial(b, run, tuple(sources)) for b in BUILDS for run in RUNS_OF[b]]
+        before = [t for t in trials if str(t) == caught.get("by")]
+        # A bug in a header need not be compiled into every kernel to be seen.
+        alone = [replace(t, sources=(s,)) for t in before for s in sources if s == caught.get("in")]
+        return [*alone, *before, *(t for t in trials if t not in before)]
 
 
 def included(source: Path) -> set[str]:
@@ -86,77 +113,100 @@ def all_mutants() -> list[Mutant]:
         return [Mutant(name, **fields) for name, fields in tomllib.load(file).items()]
 
 
+def last_caught() -> dict[str, dict[str, str]]:
+    """What caught each bug the last time that it was recorded."""
+    return tomllib.loads(CAUGHT.read_text()) if CAUGHT.exists() else {}
+
+
+def record(caught: dict[str, Trial]) -> None:
+    """Adds to what is known of the bugs there are."""
+    known = last_caught()
+    known |= {name: {"by": str(t), "in": t.sources[0]} for name, t in caught.items()}
+    names = [mutant.name for mutant in all_mutants() if mutant.name in known]
+    lines = [
+        f'{name} = {{ by = "{known[name]["by"]}", in = "{known[name]["in"]}" }}' for name in names
+    ]
+    CAUGHT.write_text("\n".join(["# Written by --record.", *lines, ""]))
+
+
 class Laboratory:
-    """The driver's objects in every build, and what becomes of them with a bug in one."""
+    """The driver's objects in every build, and what becomes of them with a bug in some."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.builders = {
-            sanitize: Builder(folder / (sanitize or "plain"), sanitize, emulator.DRIVER_DEFINES)
-            for sanitize in BUILDS
-        }
-        self.common = emulator.driver_references(folder)
-        self.built: dict[str, dict[str, Path]] = {}
-        self.lock = Lock()
+        self.caught = last_caught()
 
-    def objects(self, sanitize: str) -> dict[str, Path]:
-        """Of the driver without a bug; a build is made when it is first asked for."""
-        with self.lock:
-            if sanitize not in self.built:
-                sources, compile_one = emulator.driver_sources(), self.builders[sanitize].compile
-                made = in_parallel([(compile_one, source) for source in sources])
-                names = [source.name for source in sources]
-                self.built[sanitize] = dict(zip(names, made, strict=True))
-            return self.built[sanitize]
+    def objects(self, build: str) -> dict[str, Path]:
+        """Of the driver without a bug."""
+        sources, compile_one = emulator.driver_sources(), BUILDS[build].compile
+        made = in_parallel([(compile_one, source) for source in sources])
+        return dict(zip((source.name for source in sources), made, strict=True))
 
-    def driver(self, sanitize: str, objects: dict[str, Path], folder: Path) -> Path:
-        program = folder / f"driver-{sanitize.replace(',', '-') or 'plain'}"
-        all_objects = [*objects.values(), *self.common]
-        return self.builders[sanitize].link(all_objects, program, shared=False)
-
-    def healthy(self, builds: Sequence[str]) -> str | None:
+    def healthy(self, builds: Iterable[str]) -> str | None:
         """What the kernels without a bug fail at in these builds; None when nothing."""
-        for sanitize in builds:
-            program = self.driver(sanitize, self.objects(sanitize), self.folder)
-            if failure := first_failure(program, RUNS_OF[sanitize]):
-                return f"{sanitize or 'plain'}, {failure}"
+        for build in builds:
+            objects = [*self.objects(build).values(), *emulator.driver_references()]
+            program = BUILDS[build].link(objects, "driver", shared=False)
+            if failure := first_failure(program, RUNS_OF[build]):
+                return f"{build}, {failure}"
         return None
 
-    def caught_by(self, mutant: Mutant) -> str | None:
-        """The build and schedule that catch the bug first; None when it survives."""
+    def caught_by(self, mutant: Mutant, narrow: bool) -> Trial | None:
+        """What catches the bug first; None when it survives. narrow: also in a single .cu file,
+        where one is enough.
+        """
         folder = self.folder / mutant.name
         shutil.copytree(KERNELS.parent, folder / "csrc")
-        kernels = folder / "csrc/cuda"
-        mutant.plant(kernels)
-        for sanitize, builder in self.builders.items():
-            own = Builder(folder / (sanitize or "plain"), builder.sanitize, builder.defines)
-            objects = dict(self.objects(sanitize))
-            for name in mutant.sources():
-                # A planted bug may leave something unused: no warnings.
-                objects[name] = own.compile(kernels / name, warn=False)
-            program = self.driver(sanitize, objects, folder)
-            for run in RUNS_OF[sanitize]:
-                if failure_of(program, run, mutant.parts()) is not None:
-                    shutil.rmtree(folder)
-                    return f"{sanitize or 'plain'}, {run.order} {run.seed}"
-        return None
+        mutant.plant(folder / "csrc/cuda")
+        programs: dict[tuple[str, tuple[str, ...]], Path] = {}
+
+        def catches(trial: Trial) -> bool:
+            key = trial.build, trial.sources
+            if key not in programs:
+                programs[key] = self.driver(trial, folder)
+            return failure_of(programs[key], trial.run, mutant.parts()) is not None
+
+        try:
+            trials = mutant.trials(self.caught.get(mutant.name, {}))
+            caught = next(filter(catches, trials), None)
+            if caught is not None and narrow:
+                alone = (replace(caught, sources=(source,)) for source in caught.sources)
+                return next(filter(catches, alone), caught)
+            return caught
+        finally:
+            shutil.rmtree(folder)
+
+    def driver(self, trial: Trial, folder: Path) -> Path:
+        """The driver with the bug that is planted in `folder`."""
+        builder = replace(BUILDS[trial.build], folder=folder)
+        healthy = self.objects(trial.build)
+        # First, so that of what several files define the linker takes what has the bug.
+        changed = [
+            builder.compile_changed(folder / "csrc/cuda" / name, folder / f"{trial.build}-{name}.o")
+            for name in trial.sources
+        ]
+        rest = [made for name, made in healthy.items() if name not in trial.sources]
+        objects = [*changed, *rest, *emulator.driver_references()]
+        return builder.link(objects, "driver", shared=False)
 
 
-def try_all(mutants: list[Mutant], folder: Path, tested: bool) -> int:
+def try_all(mutants: list[Mutant], folder: Path, tested: bool, recorded: bool) -> int:
     start = time.monotonic()
     laboratory = Laboratory(folder)
-    if failure := laboratory.healthy(BUILDS[:1] if tested else BUILDS):
+    if failure := laboratory.healthy(["plain"] if tested else BUILDS):
         print(f"the kernels fail without any bug planted: {failure}")
         return 2
-    survivors = 0
+    caught: dict[str, Trial] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for mutant, caught in zip(mutants, pool.map(laboratory.caught_by, mutants), strict=True):
-            survivors += caught is None
-            print(f"{mutant.name:50} {caught or 'SURVIVES'}", flush=True)
-    print(
-        f"{len(mutants) - survivors} of {len(mutants)} caught in {time.monotonic() - start:.0f} s"
-    )
-    return 1 if survivors else 0
+        trials = pool.map(lambda mutant: laboratory.caught_by(mutant, narrow=recorded), mutants)
+        for mutant, trial in zip(mutants, trials, strict=True):
+            if trial is not None:
+                caught[mutant.name] = trial
+            print(f"{mutant.name:50} {trial or 'SURVIVES'}", flush=True)
+    if recorded:
+        record(caught)
+    print(f"{len(caught)} of {len(mutants)} caught in {time.monotonic() - start:.0f} s")
+    return 0 if len(caught) == len(mutants) else 1
 
 
 def main() -> int:
@@ -166,6 +216,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--apply", action="store_true", help="write one bug into csrc/cuda")
     parser.add_argument("--tested", action="store_true", help="trust the kernels as they are")
+    parser.add_argument("--record", action="store_true", help=f"write {CAUGHT.name}")
     parser.add_argument("--list", action="store_true", help="print the names")
     arguments = parser.parse_args()
     mutants = {mutant.name: mutant for mutant in all_mutants()}
@@ -183,7 +234,7 @@ def main() -> int:
         parser.error("a C++ compiler is needed")
     chosen = [mutants[name] for name in arguments.names] or list(mutants.values())
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        return try_all(chosen, Path(folder), arguments.tested)
+        return try_all(chosen, Path(folder), arguments.tested, arguments.record)
 
 
 if __name__ == "__main__":
