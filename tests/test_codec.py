@@ -368,7 +368,7 @@ def test_ops_do_what_their_schemas_say() -> None:
 def test_codecs_compare_by_what_they_make() -> None:
     assert Codec("int8") == Codec("int8") and hash(Codec("int8")) == hash(Codec("int8"))
     assert Codec("int8") != Codec("int8-128") and Codec("int8") != Codec("int8", "stochastic")
-    assert Codec("int8") != "int8"
+    assert Codec("topk") == Codec("topk", "stochastic") and Codec("int8") != "int8"
     assert repr(Codec("int4", "stochastic")) == "Codec('int4', rounding='stochastic')"
 
 

@@ -65,7 +65,8 @@ class Codec:
             raise ValueError(f"rounding must be nearest or stochastic, got {rounding!r}")
         self.name, self.rounding, self.lossy = name, rounding, name != "fp32"
         base, _, block = name.partition("-")
-        self._format = (_FORMATS[base], int(block or 64), rounding == "stochastic")
+        stochastic = rounding == "stochastic" and base.startswith("int")
+        self._format = (_FORMATS[base], int(block or 64), stochastic)
 
     def __repr__(self) -> str:
         return f"Codec({self.name!r}, rounding={self.rounding!r})"
