@@ -241,7 +241,7 @@ def job_memory(config: TrainConfig, placement: Placement | None, site: int = 0) 
     if config.outer.codec != "fp32" and config.outer.error_feedback:
         of_job = placement or job_placement(full_replica(config))
         feedback = sum(
-            n + wire.own_elements(n, len(owners), config.outer.bucket_bytes)
+            n + wire.own_elements(n, len(owners), config.outer.codec, config.outer.bucket_bytes)
             for fragment in _elements(config, of_job, site)
             for owners, n in fragment.parameters.items()
             if len(owners) > 1
@@ -315,8 +315,9 @@ class RoundCost(NamedTuple):
     """What a round costs a site.
 
     local_s: seconds of arithmetic. meeting_s: seconds of sending, of which `hidden_s` pass while
-    local steps go on. bytes_sent. memory: bytes, as `SiteMemory.total`. flops: of all local steps.
-    waits: exchanges one after the other, each of which costs a latency.
+    local steps go on (`hideable_s` could). bytes_sent. memory: bytes, as `SiteMemory.total`. flops:
+    of all local steps. waits: exchanges one after the other, each of which costs a latency. waves:
+    times that `in_flight` buckets travel; a latency each at the least.
     """
 
     local_s: float
@@ -325,7 +326,13 @@ class RoundCost(NamedTuple):
     memory: int
     flops: float
     waits: int
-    hidden_s: float = 0.0
+    waves: int
+    hideable_s: float
+
+    @property
+    def hidden_s(self) -> float:
+        """Seconds of meetings behind local steps."""
+        return min(self.meeting_s, self.hideable_s)
 
     @property
     def utilization(self) -> float:
@@ -333,23 +340,26 @@ class RoundCost(NamedTuple):
         return self.local_s / (self.local_s + self.meeting_s - self.hidden_s)
 
 
-def meeting_waits(config: TrainConfig, placement: Placement, site: int) -> int:
-    """Exchanges that a site waits for one after the other in a round.
+def meeting_waits(config: TrainConfig, placement: Placement, site: int) -> tuple[int, int]:
+    """Exchanges of a round that a site waits for one after the other, and waves of its buckets.
 
-    A note, then for every fragment a status, the buckets and the hashes. `in_flight` buckets are
-    under way at once, so that so many wait together, for their shares and for the sums. ddp has a
-    status and the buckets in every step.
+    A note, then for every fragment a status, the first share, the last sum and the hashes. Between
+    these, `in_flight` buckets are under way at once. ddp has a status and buckets in every step.
     """
     size, in_flight = wire.bucket_elements(config.outer.bucket_bytes), config.outer.in_flight
-    total = 1
+    waits, waves = 1, 0
     for fragment in _elements(config, placement, site):
         groups = fragment.parameters.items()
         buckets = sum(-(-n // size) for owners, n in groups if len(owners) > 1)
-        waves = 2 * -(-buckets // in_flight)
-        total += waves + 2 + (config.outer.expert_mean == "tokens")
+        of_fragment = -(-buckets // in_flight)
+        pipe = 2 if buckets else 0
+        waits += pipe + 2 + (config.outer.expert_mean == "tokens")
+        waves += of_fragment
         if config.outer.optimizer == "ddp":
-            total += config.run.local_steps * (1 + (config.inner.grad_clip > 0) + waves)
-    return total
+            steps = config.run.local_steps
+            waits += steps * (1 + (config.inner.grad_clip > 0) + pipe)
+            waves += steps * of_fragment
+    return waits, waves
 
 
 def round_cost(
@@ -367,7 +377,8 @@ def round_cost(
             f"bandwidth and flops_per_s must be > 0 and latency >= 0, got {link.bandwidth}, "
             f"{flops_per_s} and {link.latency}"
         )
-    sent, waits = meeting_bytes(config, placement, site), meeting_waits(config, placement, site)
+    sent = meeting_bytes(config, placement, site)
+    waits, waves = meeting_waits(config, placement, site)
     every = config.sites.reshuffle_rounds
     if every:
         new = job_placement(config, 1)
@@ -375,16 +386,17 @@ def round_cost(
     share = placement.replication / placement.num_sites
     tokens = config.inner.batch_size * config.model.seq_len * config.run.local_steps
     flops = tokens * flops_per_token(config.model, share).training
-    local_s, meeting_s = flops / flops_per_s, 8 * sent / link.bandwidth + waits * link.latency
+    local_s = flops / flops_per_s
     behind = config.outer.overlap * config.outer.fragments / config.run.local_steps
     return RoundCost(
         local_s=local_s,
-        meeting_s=meeting_s,
+        meeting_s=waits * link.latency + max(8 * sent / link.bandwidth, waves * link.latency),
         bytes_sent=sent,
         memory=job_memory(config, placement, site).total,
         flops=flops,
         waits=waits,
-        hidden_s=min(meeting_s, behind * local_s),
+        waves=waves,
+        hideable_s=behind * local_s,
     )
 
 
@@ -395,8 +407,10 @@ def bandwidth_needed(cost: RoundCost, utilization: float, latency: float) -> flo
     """
     if not 0 < utilization < 1:
         raise ValueError(f"utilization must be in (0, 1), got {utilization}")
-    left = cost.local_s * (1 - utilization) / utilization - cost.waits * latency
-    return 8 * cost.bytes_sent / left if left > 0 else None
+    left = cost.local_s * (1 - utilization) / utilization + cost.hideable_s - cost.waits * latency
+    if left <= 0 or left < cost.waves * latency:
+        return None
+    return 8 * cost.bytes_sent / left
 
 
 # ------------------------------------------------------------------------------ the paper's model

@@ -1,7 +1,7 @@
 """`fomoe plan`: what a job would cost, before anything is trained. Needs no torch.
 
-The job planned for stands beside three others of the same model, steps and batches: plain DDP, the
-same with all experts everywhere, and the same with bf16 on the wire.
+The job planned for stands beside others of the same model, steps and batches: plain DDP, the same
+with all experts everywhere, and the same with other codecs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fomoe_ext.metrics import human_bytes, human_count
 from fomoe_ext.placement import Placement
 from fomoe_ext.report import ReportTable, arithmetic_table, print_tables
 
+_CODECS = ("bf16", "int8", "int4", "topk")
 UTILIZATIONS = (0.50, 0.75, 0.90, 0.95, 0.99)
 """Shares of the time in local steps for which the bandwidth is asked."""
 
@@ -52,16 +53,27 @@ class PlanOptions:
 
 
 def compared_jobs(config: TrainConfig) -> dict[str, TrainConfig]:
-    """The job beside DDP, a full replica and itself with bf16 on the wire, by name."""
+    """The job beside DDP, a full replica and itself with other codecs, by name."""
     replica = plan.full_replica(config)
     outer = dataclasses.replace
     jobs = {
-        "DDP": outer(replica, outer=outer(config.outer, optimizer="ddp", codec="fp32")),
+        "DDP": outer(
+            replica,
+            outer=outer(
+                config.outer,
+                optimizer="ddp",
+                codec="fp32",
+                expert_mean="equal",
+                fragments=1,
+                overlap=0,
+            ),
+        ),
         "full replica": replica,
         "this job": config,
     }
-    if config.outer.codec != "bf16":
-        jobs["this job, bf16"] = outer(config, outer=outer(config.outer, codec="bf16"))
+    for codec in _CODECS:
+        if config.outer.codec != codec:
+            jobs[f"this job, {codec}"] = outer(config, outer=outer(config.outer, codec=codec))
     return jobs
 
 
@@ -87,6 +99,7 @@ def make_plan(config: TrainConfig, options: PlanOptions) -> dict[str, Any]:
         }
         jobs[name] = {
             **cost._asdict(),
+            "hidden_s": cost.hidden_s,
             "utilization": cost.utilization,
             "memory_parts": memory._asdict(),
             "bandwidth_needed": needed,
@@ -130,7 +143,7 @@ def plan_tables(planned: Mapping[str, Any]) -> list[ReportTable]:
     ddp = jobs["DDP"]["bytes_sent"]
     cost = ReportTable(
         f"A round of {planned['local_steps']} local steps, per site",
-        ("", "sent", "vs DDP", "memory", "local steps", "meeting", "utilization"),
+        ("", "sent", "vs DDP", "memory", "local steps", "meetings", "hidden", "utilization"),
         tuple(
             (
                 name,
@@ -139,6 +152,7 @@ def plan_tables(planned: Mapping[str, Any]) -> list[ReportTable]:
                 human_bytes(job["memory"]),
                 _duration(job["local_s"]),
                 _duration(job["meeting_s"]),
+                f"{job['hidden_s'] / job['meeting_s']:.0%}" if job["meeting_s"] else "-",
                 f"{job['utilization']:.1%}",
             )
             for name, job in jobs.items()
@@ -148,8 +162,8 @@ def plan_tables(planned: Mapping[str, Any]) -> list[ReportTable]:
         f"{planned['sites']} sites, replication {planned['replication']}, "
         f"{human_count(planned['tokens_per_round'])} tokens per site and round, "
         f"{planned['rounds']} rounds. Times at {options['bandwidth_gbit']:g} Gbit/s, "
-        f"{options['latency_ms']:g} ms and {options['tflops']:g} TFLOP/s, without overlap, of the "
-        "site that sends most.",
+        f"{options['latency_ms']:g} ms and {options['tflops']:g} TFLOP/s, of the site that "
+        "sends most; hidden: behind local steps (--overlap).",
     )
     first = next(iter(jobs.values()))
     bandwidth = ReportTable(

@@ -4,7 +4,7 @@ All sites of an owner group reduce what they share in buckets. A bucket of n ele
 shares of ceil(n / N), one per member (the last ones padded). Reduce-scatter: every member sends
 each other one its share, encoded; all-gather: it sends the encoded sum of its own share to each
 other one. So a member sends 2 (N - 1) encoded shares per bucket. `fomoe_ext.outer` counts what it
-sends; the functions here predict it.
+sends; the functions here predict it. Sparse payloads are all-gathered instead and added up by all.
 """
 
 from __future__ import annotations
@@ -74,6 +74,11 @@ def wire_bytes(codec: str, numel: int) -> int:
     return 2 * steps + _packed_bytes(numel, int(name.removeprefix("int")))
 
 
+def is_sparse(codec: str) -> bool:
+    """Whether a codec keeps only some values. Sums of its payloads would lose most of them."""
+    return codec == "topk"
+
+
 def _packed_bytes(count: int, bits: int) -> int:
     return -(-count * bits // 8)
 
@@ -109,12 +114,20 @@ def all_gather_bytes(numel: int, members: int, codec: str, bucket_bytes: int) ->
 
 
 def all_reduce_bytes(numel: int, members: int, codec: str, bucket_bytes: int) -> int:
-    """Bytes a member sends to sum `numel` elements over the group; 0 in a group of one."""
+    """Bytes a member sends to sum `numel` elements over the group; 0 in a group of one.
+
+    A sparse payload of the whole bucket goes to every other member, nothing comes back.
+    """
+    if is_sparse(codec):
+        payloads = (wire_bytes(codec, n) + HASH_BYTES for n in bucket_sizes(numel, bucket_bytes))
+        return (members - 1) * sum(payloads)
     return 2 * all_gather_bytes(numel, members, codec, bucket_bytes)
 
 
-def own_elements(numel: int, members: int, bucket_bytes: int) -> int:
+def own_elements(numel: int, members: int, codec: str, bucket_bytes: int) -> int:
     """Elements of which a member encodes the sum: its shares of all buckets, padded ones whole."""
+    if is_sparse(codec):
+        return 0
     return sum(share_elements(n, members) for n in bucket_sizes(numel, bucket_bytes))
 
 

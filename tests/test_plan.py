@@ -110,6 +110,9 @@ def test_times_and_bandwidth_agree():
     placement = plan.job_placement(config)
     cost = plan.round_cost(config, placement, plan.Link(1e9, 0.01), 1e13)
     assert cost.meeting_s == pytest.approx(8 * cost.bytes_sent / 1e9 + cost.waits * 0.01)
+    assert cost.waits == 1 + 1 + 2 + 1  # note, status, first share, last sum, hashes
+    far = plan.round_cost(config, placement, plan.Link(1e15, 0.01), 1e13)
+    assert far.meeting_s == pytest.approx((far.waits + far.waves) * 0.01)
     needed = plan.bandwidth_needed(cost, 0.8, 0.01)
     again = plan.round_cost(config, placement, plan.Link(needed, 0.01), 1e13)
     assert again.utilization == pytest.approx(0.8)
@@ -121,13 +124,18 @@ def test_times_and_bandwidth_agree():
         plan.bandwidth_needed(cost, 1.0, 0)
 
 
-def test_plan_compares_four_jobs():
+def test_plan_compares_jobs():
     planned = make_plan(preset_config("13.3b"), PlanOptions())
     jobs = planned["jobs"]
-    assert list(jobs) == ["DDP", "full replica", "this job", "this job, bf16"]
+    assert list(jobs) == [
+        *("DDP", "full replica", "this job", "this job, bf16"),
+        *("this job, int8", "this job, int4", "this job, topk"),
+    ]
     sent = [job["bytes_sent"] for job in jobs.values()]
     assert sent == sorted(sent, reverse=True)
     assert sent[2] == pytest.approx(2 * sent[3], rel=1e-3)
+    assert sent[2] == pytest.approx(32 / 8.25 * sent[4], rel=1e-3)
+    assert sent[2] == pytest.approx(32 / 4.25 * sent[5], rel=1e-3)
     assert jobs["this job"]["memory"] < jobs["full replica"]["memory"]
     flops = planned["flops_per_token"]
     assert flops["this job"]["experts"] == flops["full replica"]["experts"] / 2
@@ -182,6 +190,8 @@ def sample_report(num_experts: int = 4, num_layers: int = 2) -> dict:
         "site": 0,
         "local_s": 9.0,
         "meeting_s": 1.0,
+        "exchange_s": 4.0,
+        "healed": 0,
         "validation_s": 0.5,
         "tokens": 900,
         "skipped_share": 0.25,
@@ -202,6 +212,10 @@ def sample_report(num_experts: int = 4, num_layers: int = 2) -> dict:
             "tokens": 900,
             "wall_s": 12.0,
             "data": "text",
+            "link": "",
+            "fragments": 1,
+            "overlap": 0,
+            "agreements": 3,
         },
         "validation": {"loss": 1.5, "bits_per_byte": 2.16, "tokens": 100, "load": load},
         "first_validation": None,
@@ -218,18 +232,37 @@ def test_report_says_what_was_counted():
         "| validation bits per byte | 2.160 |",
         "| site 0 | 1 kB | 1 kB | 2.5 kB | 40 kB | 2.50x | 40.00x |",
         "| site / full | 50.0% | 50.0% | - | 50.0% |",
-        "| site 0 | 9.0 s | 1.0 s | 90.0% | 0.5 s | 100 | 25.0% |",
+        "| site 0 | 9.0 s | 1.0 s | 90.0% | 4.0 s | 75.0% | 0.5 s | 100 | 25.0% |",
         "| expert 3 | 2.00 | 1.60 |",
         "Counted and predicted equal.",
     ):
         assert line in text, text
+    assert "(none without overlap)" in text and "Link:" not in text and "restored" not in text
     report = sample_report()
-    report["sites"][0]["bytes_sent"] = 1024
+    report["run"] |= {"sites": 2, "link": "1 Mbit/s: counted delays", "overlap": 4}
+    report["sites"][0] |= {"bytes_sent": 1024, "healed": 2}
     text = markdown(report)
     assert "Counted and predicted differ by 24 bytes" in text and "| 1.02 kB | 1 kB |" in text
+    assert "| same bits on all holders | after 3 meetings |" in text
+    assert "| tensors restored from a majority | 2 |" in text
+    assert "(1 fragments, 4 steps of overlap). Link: 1 Mbit/s: counted delays." in text
 
 
 def test_loads_of_many_layers_are_summed_up():
     table = report_tables(sample_report(num_experts=4, num_layers=30))[-1]
     assert table.columns == ("", "least", "most", "spread") and len(table.rows) == 30
     assert table.rows[0] == ("layer 0", "0.00", "2.00", "0.75")
+
+
+def test_overlap_hides_meetings():
+    config = config_of(outer={"overlap": 4, "fragments": 2}, run={"local_steps": 16})
+    placement, link = plan.job_placement(config), plan.Link(1e8, 0.01)
+    cost = plan.round_cost(config, placement, link, 1e10)
+    assert cost.hideable_s == pytest.approx(cost.local_s * 2 * 4 / 16)
+    alone = dataclasses.replace(config, outer=dataclasses.replace(config.outer, overlap=0))
+    bare = plan.round_cost(alone, placement, link, 1e10)
+    assert bare.hidden_s == 0 and bare.meeting_s == cost.meeting_s
+    shown = cost.meeting_s - cost.hideable_s
+    assert cost.utilization == pytest.approx(cost.local_s / (cost.local_s + max(0, shown)))
+    needed = plan.bandwidth_needed(cost, 0.95, 0.01)
+    assert needed < plan.bandwidth_needed(bare, 0.95, 0.01)

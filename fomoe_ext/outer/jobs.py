@@ -29,7 +29,7 @@ class Feedback:
         group = layout.group
         if wanted and codec.lossy and group.size > 1:
             device = layout.pieces[0].tensor.device
-            count = wire.own_elements(layout.numel, group.size, bucket_bytes)
+            count = wire.own_elements(layout.numel, group.size, codec.name, bucket_bytes)
             self.own = torch.zeros(layout.numel, device=device)
             self.shares = torch.zeros(count, device=group.device)
 

@@ -2,7 +2,9 @@
 
 Per bucket: reduce-scatter (every member sends each other one its share, encoded), every member adds
 up its own share - its own values as they are - and encodes the sum, and an all-gather gives that to
-all. What all members decode are the same bytes. `fomoe_ext.wire` tells the number of bytes.
+all. What all members decode are the same bytes. Sparse payloads (topk) are not summed on the way,
+where most of the sum would be dropped: all members get all of them and add them up, in rank order,
+themselves. `fomoe_ext.wire` tells the number of bytes.
 
 Behind every payload travels a 64-bit hash of it: what was damaged on the way is refused.
 """
@@ -66,9 +68,14 @@ class Bucket:
         self.job = job
         group = job.group
         self.start, self.stop = index * size, min(job.numel, (index + 1) * size)
+        self._sparse = job.summed and group.size > 1 and wire.is_sparse(job.codec.name)
+        """Whether members exchange all of the bucket, and every one adds up all of it."""
         share = wire.share_elements(self.stop - self.start, group.size)
         edges = [min(self.start + r * share, self.stop) for r in range(group.size + 1)]
         self._shares = list(pairwise(edges))
+        if self._sparse:
+            share = self.stop - self.start
+            self._shares = [(self.start, self.stop)] * group.size
         # All shares of a bucket travel in as many bytes, though the last ones may hold less.
         self._bytes = wire.wire_bytes(job.codec.name, share) + wire.HASH_BYTES
         self._error_at = index * wire.share_elements(size, group.size)
@@ -89,7 +96,7 @@ class Bucket:
         """Reads this site's values: own share as it is, the others' encoded."""
         job, group = self.job, self.job.group
         own = self._shares[group.rank]
-        if not job.summed and group.size > 1:
+        if group.size > 1 and (self._sparse or not job.summed):
             self._sent = self._empty(1, job.device)
             job.encode(*own, self._sent[0, : self._payload_size(group.rank)])
             return
@@ -114,7 +121,7 @@ class Bucket:
             return
         assert self._sent is not None
         self._sent = self._sent.to(group.device)
-        if not self.job.summed:
+        if self._sparse or not self.job.summed:
             return
         _seal(self._sent)
         self._received = torch.empty_like(self._sent)
@@ -126,7 +133,7 @@ class Bucket:
         job, group = self.job, self.job.group
         if group.size == 1:
             return
-        if job.summed:
+        if job.summed and not self._sparse:
             assert self._handle is not None and self._received is not None
             self._handle.wait()
             others = [owner for owner in group.owners if owner != group.owners[group.rank]]
@@ -188,6 +195,12 @@ class Bucket:
             return
         assert self._received is not None
         total = torch.empty(self.stop - self.start, device=job.device)
+        if self._sparse:
+            payloads = self._received.to(job.device)[:, : self._payload_size(0)]
+            job.codec.decode_sum(payloads, total.numel(), out=total)
+            self._received = None
+            job.write(self.start, self.stop, total)
+            return
         for rank, row in enumerate(self._received.to(job.device)):
             start, stop = self._shares[rank]
             payload = row[: self._payload_size(rank)]
