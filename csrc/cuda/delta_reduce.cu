@@ -76,8 +76,8 @@ struct BlockSum : Members {
 
 // Where the block of a chunk adds up.
 __device__ float* chunk_sums() {
-  FOMOE_SHARED(float, sums, [kChunk]);
-  return sums;
+  FOMOE_SHARED(float4, sums, [kChunk / kFour]);  // for the alignment
+  return &sums[0].x;
 }
 
 struct TopkSum : Members {
