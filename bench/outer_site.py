@@ -49,6 +49,9 @@ class Ours:
         wanted = get_codec(codec)
         layout = Layout(group, [Piece("vector", values, None, group.owners, group.owners)])
         feedback = Feedback(layout, wanted, BUCKET_BYTES, wanted=True)
+        for kept in (feedback.own, feedback.shares):
+            if kept is not None:
+                kept.zero_()  # as in a job, its memory is there before the first meeting
         self.job = MeanJob(layout, site, wanted, lambda piece: piece.tensor, feedback=feedback)
 
     def __call__(self) -> int:
@@ -110,10 +113,10 @@ def measure(
         make_method(name, groups, small)()
     exact, buffer = given.clone(), given.clone()
     Gloo(groups, torch.float32, exact)()
-    methods = {name: make_method(name, groups, buffer) for name in names}
     found: dict[str, dict[str, Any]] = {n: {"seconds": [], "cpu_seconds": []} for n in names}
     for number in range(rounds):
-        for name, method in methods.items():
+        for name in names:
+            method = make_method(name, groups, buffer)  # one at a time: errors fill much memory
             buffer.copy_(given)
             facts = found[name]
             dist.barrier()
