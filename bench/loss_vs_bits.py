@@ -257,7 +257,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes.set_xticks([row.bits for row in rows], [f"{row.bits:.3g}" for row in rows])
     axes.minorticks_off()
     axes.margins(y=0.15)
-    axes.set_xlabel("bits per parameter on the wire, each way")
+    axes.set_xlabel("bits per parameter of a payload")
     axes.set_ylabel("validation loss, nats per token")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
