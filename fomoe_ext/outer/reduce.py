@@ -11,7 +11,7 @@ Behind every payload travels a 64-bit hash of it: what was damaged on the way is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Protocol
 
@@ -137,7 +137,7 @@ class Bucket:
             assert self._handle is not None and self._received is not None
             self._handle.wait()
             others = [owner for owner in group.owners if owner != group.owners[group.rank]]
-            self._check(self._received, others)
+            self._check(list(self._received), others)
             self._sent = self._add_up(self._received)
         assert self._sent is not None
         _seal(self._sent)
@@ -173,12 +173,16 @@ class Bucket:
             return
         assert self._handle is not None and self._received is not None
         self._handle.wait()
-        self._check(self._received, self.job.group.owners)
+        # All but this site's own, which has not travelled.
+        owners, rank = self.job.group.owners, self.job.group.rank
+        others = [row for member, row in enumerate(self._received) if member != rank]
+        self._check(others, [*owners[:rank], *owners[rank + 1 :]])
         self._sent = self._handle = None
 
-    def _check(self, payloads: Tensor, senders: Sequence[int]) -> None:
-        stated = payloads[:, -wire.HASH_BYTES :].flatten().clone().view(torch.int64)
-        for site, mine, sent in zip(senders, _hashes(payloads), stated.tolist(), strict=True):
+    def _check(self, payloads: Sequence[Tensor], senders: Sequence[int]) -> None:
+        seals = torch.stack([row[-wire.HASH_BYTES :] for row in payloads])
+        stated = seals.view(torch.int64).flatten().tolist()
+        for site, mine, sent in zip(senders, _hashes(payloads), stated, strict=True):
             if mine != sent:
                 raise Damaged(
                     f"the payload of elements {self.start} .. {self.stop - 1} of the sites "
@@ -210,7 +214,7 @@ class Bucket:
         job.write(self.start, self.stop, total)
 
 
-def _hashes(payloads: Tensor) -> list[int]:
+def _hashes(payloads: Iterable[Tensor]) -> list[int]:
     """Of every row but for its last bytes, as signed numbers."""
     unsigned = hash_bits([row[: -wire.HASH_BYTES] for row in payloads])
     return [value - (1 << 64) if value >> 63 else value for value in unsigned]
