@@ -1,22 +1,27 @@
-"""That all holders hold the same bits: hashes, exchanged after a meeting, and what differs.
+"""That all sites agree: about arguments and initial values, and on the bits after a meeting.
 
-The first exchange is one number per owner group. Only where that differs do its members exchange
-one per piece, so that the error can name the pieces, or the majority's can be restored.
+After a meeting the first exchange is one number per owner group. Only where that differs do its
+members exchange one per piece, so that the error can name the pieces, or the majority's can be
+restored.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fomoe_ext.outer.codec import hash_bits
-from fomoe_ext.outer.groups import Handle, SiteGroup, SiteGroups
+from fomoe_ext.outer.groups import Handle, SiteGroup, SiteGroups, gather_objects
 from fomoe_ext.outer.options import MeetingError
 from fomoe_ext.placement import Owners
+
+if TYPE_CHECKING:
+    from fomoe_ext.outer.sync import OuterSync
 
 _BITS = 1 << 64
 
@@ -124,3 +129,55 @@ def _majority(column: Sequence[int]) -> int | None:
 
 def _words(sites: Iterable[int]) -> str:
     return ", ".join(map(str, sites))
+
+
+def agree_on_arguments(sync: OuterSync, problem: Exception | None) -> None:
+    """Raises this site's problem; MeetingError for another site's, or when arguments differ."""
+    mine: dict[str, Any] = {"problem": str(problem or "")}
+    if problem is None:
+        shapes = [(n, p.shape, p.requires_grad) for n, p in sync.model.named_parameters()]
+        mine |= {
+            "placement": sync.placement.to_dict(),
+            **sync.options.agreed(),
+            "parameters": hashlib.sha256(repr(shapes).encode()).hexdigest(),
+        }
+    everyone = gather_objects(mine, sync.placement.num_sites)
+    if problem is not None:
+        raise problem
+    for site, other in enumerate(everyone):
+        if other["problem"]:
+            raise MeetingError(f"site {site}: {other['problem']}")
+        differing = [name for name in mine if mine[name] != other[name]]
+        if differing:
+            raise MeetingError(
+                f"all sites must have the same {differing[0]}; site {sync.site} and site {site} "
+                "differ"
+            )
+
+
+def digests(sync: OuterSync) -> dict[str, str]:
+    """`OuterSync.hashes`."""
+    result = {}
+    for i, layout in enumerate(sync.layouts):
+        digest = hashlib.sha256()
+        for piece, place in layout.slices():
+            values = sync.anchors[i][place] if sync.options.staggered else piece.values()
+            digest.update(values.cpu().contiguous().view(torch.uint8).numpy())
+        result[layout.name] = digest.hexdigest()
+    return result
+
+
+def verify(sync: OuterSync) -> None:
+    """`OuterSync.verify`."""
+    owners_of = {la.name: la.group.owners for la in sync.layouts}
+    mine = {name: (owners_of[name], digest) for name, digest in digests(sync).items()}
+    everyone = gather_objects(mine, sync.placement.num_sites)
+    for first, theirs in enumerate(everyone):
+        for name, (owners, digest) in theirs.items():
+            differing = [s for s in owners if everyone[s].get(name, ("", ""))[1] != digest]
+            if differing:
+                raise MeetingError(
+                    f"the sites {owners} must hold the same bits of what they share, but site "
+                    f"{differing[0]} differs from site {first} (another seed, or not the same "
+                    "checkpoint?)"
+                )

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from fomoe_ext import wire
 from fomoe_ext.checks import at_least
-from fomoe_ext.outer import gradients
+from fomoe_ext.outer import agreement, gradients
 from fomoe_ext.outer import optimizer as opt
 from fomoe_ext.outer.agreement import Agreement
 from fomoe_ext.outer.codec import get_codec
 from fomoe_ext.outer.flight import Background, Flight
-from fomoe_ext.outer.groups import SiteGroups, gather_objects, share_statuses
+from fomoe_ext.outer.groups import SiteGroups, share_statuses
 from fomoe_ext.outer.jobs import Feedback
 from fomoe_ext.outer.layout import (
     Fragments,
@@ -128,7 +128,7 @@ class OuterSync:
             self._fragments = Fragments(pieces, self.options.fragments)
         except (ValueError, TypeError) as error:
             problem = error
-        self._agree_on_arguments(problem)
+        agreement.agree_on_arguments(self, problem)
         options_ = self.options
         self.rule = opt.OuterRule.make(
             options_.optimizer, options_.outer_lr, options_.outer_momentum
@@ -164,57 +164,16 @@ class OuterSync:
 
     # ------------------------------------------------------------------------------- agreement
 
-    def _agree_on_arguments(self, problem: Exception | None) -> None:
-        """Raises this site's problem; MeetingError for another site's, or when arguments differ."""
-        mine: dict[str, Any] = {"problem": str(problem or "")}
-        if problem is None:
-            shapes = [(n, p.shape, p.requires_grad) for n, p in self.model.named_parameters()]
-            mine |= {
-                "placement": self.placement.to_dict(),
-                **self.options.agreed(),
-                "parameters": hashlib.sha256(repr(shapes).encode()).hexdigest(),
-            }
-        everyone = gather_objects(mine, self.placement.num_sites)
-        if problem is not None:
-            raise problem
-        for site, other in enumerate(everyone):
-            if other["problem"]:
-                raise MeetingError(f"site {site}: {other['problem']}")
-            differing = [name for name in mine if mine[name] != other[name]]
-            if differing:
-                raise MeetingError(
-                    f"all sites must have the same {differing[0]}; site {self.site} and site "
-                    f"{site} differ"
-                )
-
     def hashes(self) -> dict[str, str]:
         """SHA-256 of what all its holders hold alike, by name of a fragment and owner set.
 
         With fragments or overlap that is the anchor, else the parameters.
         """
-        result = {}
-        for i, layout in enumerate(self.layouts):
-            digest = hashlib.sha256()
-            for piece, place in layout.slices():
-                values = self.anchors[i][place] if self.options.staggered else piece.values()
-                digest.update(values.cpu().contiguous().view(torch.uint8).numpy())
-            result[layout.name] = digest.hexdigest()
-        return result
+        return agreement.digests(self)
 
     def verify(self) -> None:
         """Raises MeetingError unless all owners hold the same bits. True after `step`."""
-        own = {la.name: la.group.owners for la in self.layouts}
-        mine = {name: (own[name], digest) for name, digest in self.hashes().items()}
-        everyone = gather_objects(mine, self.placement.num_sites)
-        for first, theirs in enumerate(everyone):
-            for name, (owners, digest) in theirs.items():
-                differing = [s for s in owners if everyone[s].get(name, ("", ""))[1] != digest]
-                if differing:
-                    raise MeetingError(
-                        f"the sites {owners} must hold the same bits of what they share, but site "
-                        f"{differing[0]} differs from site {first} (another seed, or not the same "
-                        "checkpoint?)"
-                    )
+        agreement.verify(self)
 
     # ---------------------------------------------------------------------------------- layout
 
@@ -314,9 +273,9 @@ class OuterSync:
             self.sent(meeting.announce(problem))
             meeting.forget_tokens()
             self.sent(run_jobs(jobs, options.bucket_bytes, options.in_flight))
-            agreement = meeting.agreement()
-            agreement.exchange()
-            self._settle(agreement)
+            compared = meeting.agreement()
+            compared.exchange()
+            self._settle(compared)
             self._round_exchange_s += time.perf_counter() - begun
             return
         buckets = [] if problem else buckets_of(meeting.jobs(), options.bucket_bytes)
@@ -340,34 +299,38 @@ class OuterSync:
             assert flight.arrived is not None
             try:
                 flight.arrived.result()
+            except MeetingError as error:
+                # What has been encoded is not sent again.
+                self._broken = str(error)
+                raise
             finally:
                 self.sent(flight.bytes_sent)
                 self._round_exchange_s += flight.exchange_s
             for bucket in flight.buckets:
                 bucket.apply()
-            agreement = self._meetings.pop(flight.fragment).agreement()
-            self._checks.append((agreement, self._background.submit(agreement.exchange)))
+            compared = self._meetings.pop(flight.fragment).agreement()
+            self._checks.append((compared, self._background.submit(compared.exchange)))
 
     def _look_at_checks(self) -> None:
         """Settles what has been compared in the background."""
         while self._checks:
-            agreement, done = self._checks.pop(0)
+            compared, done = self._checks.pop(0)
             done.result()
-            self._settle(agreement)
+            self._settle(compared)
 
-    def _settle(self, agreement: Agreement) -> None:
+    def _settle(self, compared: Agreement) -> None:
         """Stops, or mends, where holders differ. All of a group do the same."""
         try:
-            if agreement.differing and self.options.on_mismatch == "heal":
-                mend = self._background.submit(agreement.heal)  # after what is under way
+            if compared.differing and self.options.on_mismatch == "heal":
+                mend = self._background.submit(compared.heal)  # after what is under way
                 self._healed += mend.result()
-            agreement.require()
+            compared.require()
             self.agreements += 1
         except MeetingError as error:
             self._broken = str(error)
             raise
         finally:
-            self.sent(agreement.bytes_sent)
+            self.sent(compared.bytes_sent)
 
     @torch.no_grad()
     def step(self) -> RoundReport:
