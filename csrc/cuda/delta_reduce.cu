@@ -83,7 +83,8 @@ __device__ float* chunk_sums() {
 struct TopkSum : Members {
   static constexpr int kAhead = kChunkThreads / kMaxKept;  // members read at once
 
-  // Members' kept values are added to a dense chunk: those of one member have different places.
+  // Members' kept values are added to a dense chunk: those of one member have different places. What
+  // a thread clears it alone has read, as the last chunk's sums.
   __device__ void prepare(int64_t chunk, int count) const {
     float* sums = chunk_sums();
     const int kept = kept_of(count);
@@ -166,7 +167,6 @@ __global__ void __launch_bounds__(kChunkThreads)
       source.four(i, present, v);
       store_four(target.sum, i, present, target.sum_aligned, v);
     }
-    __syncthreads();  // shared memory goes to the next chunk
   }
 }
 

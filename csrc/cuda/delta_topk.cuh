@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kChunkThreads, 2)
         store_four(target.error, i, present_of(i, target.numel), target.error_aligned, values.v[g]);
       }
     }
-    __syncthreads();  // shared memory goes to the next chunk
+    __syncthreads();  // of_warp, where all are zeros, goes to the next chunk
   }
 }
 

@@ -9,9 +9,9 @@ namespace fomoe::driver {
 namespace {
 
 // What the values of a case look like.
-enum class Kind { normal, spread, tied, tiny, huge };
+enum class Kind { normal, spread, tied, tiny, huge, late };
 const char* name_of(Kind kind) {
-  constexpr const char* kNames[] = {"normal", "spread", "tied", "tiny", "huge"};
+  constexpr const char* kNames[] = {"normal", "spread", "tied", "tiny", "huge", "late"};
   return kNames[int(kind)];
 }
 constexpr const char* kFormats[] = {"fp32", "bf16", "int8", "int4", "int2", "topk"};
@@ -30,6 +30,8 @@ std::vector<float> values_of(Kind kind, Random& random, int64_t size) {
       case Kind::tied: value = float(random.below(5) - 2) * 0.5f; break;
       // Some blocks are taken for zeros.
       case Kind::tiny: value = std::ldexp(value, i / 96 % 2 == 0 ? -91 : -140); break;
+      // Three chunks are taken for zeros; the fourth is the next one of the first block.
+      case Kind::late: value = int64_t(i) < 3 * kTopkChunk ? std::ldexp(value, -100) : value; break;
       case Kind::huge: value = std::copysign(3.3e38f, value) * (random.chance(0.5) ? 1.0f : 0.4f);
     }
   }
@@ -151,8 +153,9 @@ std::vector<EncodeCase> encode_cases(bool small) {
     add([](EncodeCase& x) { x.numel = 13000, x.parts = 2, x.stochastic = true; });
     add([](EncodeCase& x) { x.numel = 515, x.kind = Kind::spread, x.stochastic = true; });
   }
-  // More chunks than blocks, the last one short; fewer values other than zero than are kept.
+  // More chunks than blocks, the last one short.
   if (!small) cases.push_back({.format = Format::topk, .numel = 17000, .parts = 7});
+  cases.push_back({.format = Format::topk, .numel = 12500, .kind = Kind::late});
   if (!small) cases.push_back({.format = Format::topk, .numel = 4096, .with_error = false});
   return cases;
 }
