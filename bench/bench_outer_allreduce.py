@@ -62,9 +62,9 @@ def test_outer_allreduce(benchmark: Any, request: Any, tmp_path: Path, case: Lin
         pytest.skip("only with --full")
     if 0 < available_memory() < case.memory:
         pytest.skip(f"needs {case.memory >> 20} MiB, {available_memory() >> 20} are available")
-    watch = machine.Watch("cpu")
+    watch, load = machine.Watch("cpu"), outer_cases.load()
     found = benchmark.pedantic(lambda: run_sites(case, tmp_path), rounds=1)
-    result = {"case": case._asdict(), **found}
+    result = {"case": case._asdict(), "load": load, **found}
     benchmark.extra_info.update(result, machine=watch.facts())
     for name, method in found["methods"].items():
         assert method["equal_bits"], f"{name}: sites ended with different bits"

@@ -54,6 +54,7 @@ def test_outer_codec(benchmark: Any, verb: str, codec: str) -> None:
         "copy_bytes_per_second": bandwidth,
         "rivals": seconds,
         "absent": absent,
+        "load": outer_cases.load(),
     }
     facts = watch.facts()
     benchmark.extra_info.update(result, machine=facts)

@@ -5,6 +5,7 @@ rivals, links and crossovers. Nothing here takes a time.
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ MEMBERS = 4  # whose payloads are added up
 codec_results: list[dict[str, Any]] = []
 error_results: list[dict[str, Any]] = []
 allreduce_results: list[dict[str, Any]] = []
+
+
+def load() -> float | None:
+    """Processes that wanted to run here in the last minute, this one among them."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 # ---- errors of means -----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import outer_cases
 from rich.console import Console
 from rich.table import Table
 
+from fomoe_ext import launch
 from fomoe_ext.link import parse_link
 
 WANTED_FRACTION = {"cpu": 0.60, "cuda": 0.75}  # of the floor, encoding int8
@@ -149,6 +150,15 @@ def crossover_table(results: Sequence[Result], methods: Sequence[str]) -> Table:
     return table
 
 
+def load_line(results: Sequence[Result]) -> str:
+    """Says so where other work has shared the machine; empty where it has not, or nobody knows."""
+    most = max((r["load"] or 0.0 for r in results), default=0.0)
+    cores = launch.cores()
+    if most <= cores + 1:  # one more: the benchmark's own earlier cases are in it
+        return ""
+    return f"SUSPECT: up to {most:.0f} processes shared {cores} cores, times say little."
+
+
 def show(console: Console) -> None:
     """Prints the tables of what has been measured."""
     if codecs := outer_cases.codec_results:
@@ -159,7 +169,7 @@ def show(console: Console) -> None:
             f"{max(rates) / 1e9:.1f} GB/s of a copy in the same rounds. * misses what is wanted of "
             f"int8: {WANTED_FRACTION[codecs[0]['device']]:.0%}."
         )
-        for line in absent_lines(codecs):
+        for line in filter(None, [load_line(codecs), *absent_lines(codecs)]):
             console.print(line, markup=False, highlight=False)
     if errors := outer_cases.error_results:
         console.print(error_table(errors))
@@ -181,3 +191,5 @@ def show(console: Console) -> None:
                 "t = time without a link + bits / bandwidth. All sites share this machine's cores, "
                 "so the time without a link is more than sites of their own would take."
             )
+        if line := load_line(results[:1]):
+            console.print(line)

@@ -184,6 +184,12 @@ def test_sites_measure_all_methods(tmp_path: Path) -> None:
     console.file.close()
 
 
+def test_a_shared_machine_makes_results_suspect(monkeypatch: Any) -> None:
+    monkeypatch.setattr(outer_tables.launch, "cores", lambda: 2)
+    assert outer_tables.load_line([{"load": 3.0}, {"load": None}]) == ""
+    assert "up to 9 processes shared 2 cores" in outer_tables.load_line([{"load": 9.2}])
+
+
 # ---- loss against bits ---------------------------------------------------------------------------
 
 
