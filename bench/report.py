@@ -1,6 +1,6 @@
 """Raw benchmark results -> the tables of docs/performance.md.
 
-    python bench/report.py bench/results/*.json > table.md
+    python bench/report.py bench/results/<gpu>*.json > table.md
 
 Reads pytest-benchmark's JSON: results of bench_experts.py on a GPU and of bench_token_kernels.py.
 A section for each file: machine, then figures with both floors, the fraction of the larger one that

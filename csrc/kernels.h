@@ -401,9 +401,10 @@ struct DeltaReduceArgs {
 
 // A 64-bit hash of bits: the sum, mod 2^64, over the 4-byte words w_i (the last one padded with zero
 // bytes) of mix64(w_i + (i << 32)), plus the number of bytes. It adds up in any order.
+constexpr uint64_t kMixFactor = 0xd6e8feb86659fd93u;
 FOMOE_ANYWHERE constexpr uint64_t mix64(uint64_t x) {
-  x = (x ^ (x >> 32)) * 0xd6e8feb86659fd93u;
-  x = (x ^ (x >> 32)) * 0xd6e8feb86659fd93u;
+  x = (x ^ (x >> 32)) * kMixFactor;
+  x = (x ^ (x >> 32)) * kMixFactor;
   return x ^ (x >> 32);
 }
 struct HashArgs {

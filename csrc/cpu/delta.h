@@ -18,6 +18,8 @@ static constexpr int64_t delta_tile(Format format) {
 struct DeltaKernels {
   int64_t (*encode)(const DeltaEncodeArgs&, int64_t begin, int64_t end);
   int64_t (*reduce)(const DeltaReduceArgs&, int64_t begin, int64_t end);
+  // Of the words of 4 bytes begin .. end-1, without the number of bytes.
+  uint64_t (*hash)(const uint8_t* bytes, int64_t begin, int64_t end);
 };
 
 namespace scalar {

@@ -6,6 +6,7 @@
 #include "delta.h"
 #include "delta_blocks.h"
 #include "delta_topk.h"
+#include "hash_impl.h"
 #include "simd.h"
 
 namespace fomoe::cpu::FOMOE_ISA {
@@ -256,6 +257,6 @@ int64_t reduce_range(const DeltaReduceArgs& args, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const DeltaKernels delta_table = {encode_range, reduce_range};
+const DeltaKernels delta_table = {encode_range, reduce_range, hash_words};
 
 }  // namespace fomoe::cpu::FOMOE_ISA
