@@ -68,7 +68,8 @@ class Sites:
 
     def __init__(self, largest: int = LARGEST) -> None:
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch._dynamo", "fomoe_ext.moe", "fomoe_ext.outer"])
+        preloaded = ["torch", "torch._dynamo", "fomoe_ext.moe", "fomoe_ext.outer"]
+        context.set_forkserver_preload(preloaded)
         saved = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME")}
         os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
         self._folder = tempfile.TemporaryDirectory()
