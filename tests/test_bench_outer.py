@@ -20,10 +20,12 @@ import loss_vs_bits
 import outer_cases
 import outer_tables
 
+import fomoe_ext
 from fomoe_ext import wire
 from fomoe_ext.outer.codec import Codec
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
+HOME = str(Path(fomoe_ext.__file__).parent.parent)  # where the built package is, tree or not
 
 # ---- errors, floors, crossovers ------------------------------------------------------------------
 
@@ -151,7 +153,7 @@ def test_sites_measure_all_methods(tmp_path: Path) -> None:
     site = [sys.executable, str(BENCH / "outer_site.py"), "--out", str(found)]
     site += ["--numel", "10001", "--rounds", "2"]
     launcher = [sys.executable, "-m", "fomoe_ext.link", "--sites", "2", "--log-dir", str(tmp_path)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(BENCH.parent), str(BENCH)))}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((HOME, str(BENCH)))}
     done = subprocess.run(
         [*launcher, "--", *site], env=env, capture_output=True, text=True, timeout=200
     )
