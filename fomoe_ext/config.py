@@ -8,6 +8,8 @@ A `None` default means "decided elsewhere" and is left out of a saved file.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -28,6 +30,15 @@ def _inside(owner: str, low: float, high: float, **values: float) -> None:
     for name, value in values.items():
         if not low <= value <= high:
             raise ValueError(f"{owner}{name} must be in [{low}, {high}], got {value}")
+
+
+@contextmanager
+def _in_section(owner: str) -> Iterator[None]:
+    """Puts the section before the field that an error names first."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{owner}{error}") from None
 
 
 @dataclass(frozen=True)
@@ -338,15 +349,11 @@ class OuterConfig:
     def __post_init__(self) -> None:
         at = "outer."
         _at_least(at, 4, bucket_bytes=self.bucket_bytes)
-        _at_least(at, 1, fragments=self.fragments, in_flight=self.in_flight)
-        _at_least(at, 0, overlap=self.overlap)
-        self._check_moments(at)
-        if not 0 <= self.overlap_alpha < 1:
-            raise ValueError(f"outer.overlap_alpha must be in [0, 1), got {self.overlap_alpha}")
-        if (self.fragments > 1 or self.overlap) and self.optimizer not in ("diloco", "fedavg"):
-            raise ValueError(
-                "outer.fragments and outer.overlap are for optimizer diloco or fedavg, got "
-                f"{self.optimizer}"
+        _at_least(at, 1, in_flight=self.in_flight)
+        with _in_section(at):
+            wire.check_moments(self.moment_periods, self.resolved_moment_codecs)
+            wire.check_staggering(
+                self.optimizer, self.fragments, self.overlap, self.overlap_alpha
             )
         if not self.timeout_s > 0:
             raise ValueError(f"outer.timeout_s must be > 0, got {self.timeout_s}")
@@ -357,30 +364,15 @@ class OuterConfig:
         if self.expert_mean == "tokens" and self.optimizer == "ddp":
             raise ValueError("outer.expert_mean = tokens needs an optimizer that sends deltas")
 
-    def _check_moments(self, at: str) -> None:
-        if len(self.moment_periods) != 2 or len(self.moment_codecs) not in (0, 2):
-            raise ValueError(
-                f"outer.moment_periods must be two numbers of rounds and outer.moment_codecs two "
-                f"codecs or none, got {self.moment_periods} and {self.moment_codecs}"
-            )
-        _at_least(at, 1, moment_periods=min(self.moment_periods))
-        first, second = self.resolved_moment_codecs
-        if first not in wire.CODECS or first == "topk" or second not in ("fp32", "bf16"):
-            raise ValueError(
-                "outer.moment_codecs must be any codec but topk for the first moment and fp32 or "
-                f"bf16 for the second, got {first!r} and {second!r}"
-            )
-
     @property
     def resolved_moment_codecs(self) -> tuple[str, ...]:
         """`moment_codecs`, or their default."""
-        lossless = ("fp32", "fp32") if self.codec == "fp32" else ("bf16", "bf16")
-        return self.moment_codecs or lossless
+        return wire.moment_codecs_of(self.codec, self.moment_codecs)
 
     @property
     def staggered(self) -> bool:
         """Whether meetings are spread over a round, or go on during its steps."""
-        return self.fragments > 1 or self.overlap > 0
+        return wire.is_staggered(self.fragments, self.overlap)
 
     @property
     def resolved_lr(self) -> float:
@@ -461,15 +453,19 @@ class TrainConfig:
             )
         if self.outer.optimizer == "local-adamw" and self.inner.inner_optimizer != "adamw":
             raise ValueError("outer.optimizer = local-adamw needs inner.inner_optimizer = adamw")
-        outer, steps = self.outer, self.run.local_steps
-        if outer.fragments > min(steps, self.model.num_layers):
-            raise ValueError(
-                f"outer.fragments must be at most run.local_steps and model.num_layers, got "
-                f"{outer.fragments} with {steps} and {self.model.num_layers}"
+        outer = self.outer
+        with _in_section("outer."):
+            wire.check_staggering(
+                outer.optimizer,
+                outer.fragments,
+                outer.overlap,
+                outer.overlap_alpha,
+                self.run.local_steps,
             )
-        if outer.overlap >= steps:
+        if outer.fragments > self.model.num_layers:
             raise ValueError(
-                f"outer.overlap must be less than run.local_steps = {steps}, got {outer.overlap}"
+                f"outer.fragments must be at most model.num_layers = {self.model.num_layers}, got "
+                f"{outer.fragments}"
             )
 
     def with_vocab(self, vocab_size: int) -> TrainConfig:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
+from fomoe_ext.checks import at_least, finite, one_of
 from fomoe_ext.placement import Owners, Placement
 
 CODECS = ("fp32", "bf16", "int8", "int8-128", "int4", "int4-128", "int2", "int2-128", "topk")
@@ -187,6 +188,62 @@ def group_elements(
 def moments_due(round_index: int, moment_periods: Sequence[int]) -> tuple[bool, ...]:
     """Which of the two AdamW moments are averaged in a round; rounds count from 1."""
     return tuple(round_index % period == 0 for period in moment_periods)
+
+
+def moment_codecs_of(codec: str, given: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Codecs of the two AdamW moments: those given, or fp32 with codec fp32, else bf16."""
+    if given:
+        return tuple(given)
+    return ("fp32", "fp32") if codec == "fp32" else ("bf16", "bf16")
+
+
+def check_moments(moment_periods: Sequence[int], moment_codecs: Sequence[str]) -> None:
+    """ValueError or TypeError, naming the argument, unless moments can be averaged so.
+
+    No error feedback goes with moments, so nothing that keeps only some values; and a second moment
+    rounded to zero would be divided by.
+    """
+    if len(moment_periods) != 2:
+        raise ValueError(f"moment_periods must be two numbers of rounds, got {moment_periods!r}")
+    for name, period in zip(("first", "second"), moment_periods, strict=True):
+        at_least(1, **{f"moment_periods: {name}": period})
+    if len(moment_codecs) != 2:
+        raise ValueError(f"moment_codecs must be two codecs, got {moment_codecs!r}")
+    first, second = moment_codecs
+    one_of([n for n in CODECS if not is_sparse(n)], **{"moment_codecs: first": first})
+    one_of(("fp32", "bf16"), **{"moment_codecs: second": second})
+
+
+def is_staggered(fragments: int, overlap: int) -> bool:
+    """Whether meetings are spread over a round, or go on during its steps."""
+    return fragments > 1 or overlap > 0
+
+
+def check_staggering(
+    optimizer: str,
+    fragments: int,
+    overlap: int,
+    overlap_alpha: float,
+    local_steps: int | None = None,
+) -> None:
+    """ValueError or TypeError, naming the argument, unless a round of `local_steps` (None = not
+    known yet) can be spread so."""
+    at_least(1, fragments=fragments)
+    at_least(0, overlap=overlap)
+    finite(0.0, overlap_alpha=overlap_alpha)
+    if overlap_alpha >= 1:
+        raise ValueError(f"overlap_alpha must be in [0, 1), got {overlap_alpha}")
+    if not is_staggered(fragments, overlap):
+        return
+    if optimizer not in ("diloco", "fedavg"):
+        raise ValueError(
+            f"fragments and overlap are for optimizer diloco or fedavg, got {optimizer!r}"
+        )
+    if local_steps is None:
+        return
+    fragment_steps(fragments, local_steps)
+    if overlap >= local_steps:
+        raise ValueError(f"overlap must be less than local_steps = {local_steps}, got {overlap}")
 
 
 def _reduced(groups: Mapping[Owners, int], codec: str, bucket_bytes: int) -> int:

@@ -1,6 +1,6 @@
 """What the assembler made of the CUDA kernels: registers, shared memory, stack, machine code.
 
-    FOMOE_CUDA_ARCHS="80;90a;120" python setup.py build_ext --inplace
+    python setup.py build_ext --inplace
     python tests/cuda_resources.py            prints the table, with warps per multiprocessor
     python tests/cuda_resources.py --write    makes it the budget, tests/cuda_budget.csv
 

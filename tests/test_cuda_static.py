@@ -1,6 +1,6 @@
 """What can be said of the CUDA kernels without a GPU: registers, spills, access widths.
 
-The library under test is the one that was built; CI builds it for sm_80, sm_90a and sm_120 with
+The library under test is the one that was built; CI builds it for sm_80 and sm_90a with
 spills as errors.
 """
 

@@ -44,10 +44,12 @@ class Handle(Protocol):
 
 
 class _Exchange:
-    """A collective under way and, on a link that is counted, when it would be complete."""
+    """A collective under way in which this site sends so many bytes; on a link that is counted it
+    is complete no sooner than it would be there."""
 
-    def __init__(self, work: Any, link: CountedLink | None, until: float) -> None:
-        self._work, self._link, self._until = work, link, until
+    def __init__(self, work: Any, link: CountedLink | None, sent: int) -> None:
+        self._work, self._link = work, link
+        self._until = link.send(sent) if link is not None else 0.0
 
     def wait(self) -> None:
         self._work.wait()
@@ -71,7 +73,7 @@ class SiteGroup:
         """Where payloads must be."""
 
     def _under_way(self, work: Any, sent: int) -> Handle:
-        return _Exchange(work, self._link, self._link.send(sent) if self._link else 0.0)
+        return _Exchange(work, self._link, sent)
 
     def scatter(self, received: Tensor, sent: Tensor) -> tuple[Handle, int]:
         """Row i of `sent` [size - 1, n] goes to the i-th other member; `received` is filled alike.
@@ -119,9 +121,10 @@ class SiteGroup:
         here = tensor.to(self.device).contiguous()
         options = dist.distributed_c10d.BroadcastOptions()
         options.rootRank, options.rootTensor = rank, 0
-        self._gather.broadcast([here], options).wait()
+        sent = (self.size - 1) * here.nbytes if rank == self.rank else 0
+        self._under_way(self._gather.broadcast([here], options), sent).wait()
         tensor.copy_(here)
-        return (self.size - 1) * here.nbytes if rank == self.rank else 0
+        return sent
 
 
 class SiteGroups:
@@ -229,13 +232,13 @@ class SiteGroups:
         if self.num_sites == 1:
             return None, own.unsqueeze(0), 0
         gathered = own.new_empty(self.num_sites, own.numel())
-        until = self.link.send((self.num_sites - 1) * own.nbytes) if self.link else 0.0
+        sent = (self.num_sites - 1) * own.nbytes
         if self._gloo:
             work = self._control._allgather_base(gathered.view(-1), own)
         else:
             rows = list(gathered)
             work = dist.all_gather(rows, own, async_op=True)
-        return _Exchange(work, self.link, until), gathered, (self.num_sites - 1) * own.nbytes
+        return _Exchange(work, self.link, sent), gathered, sent
 
     def _listen(self) -> None:
         """Gets ready to hear a byte of every other site, so that what it says before it ends is not

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from fomoe_ext import wire
-from fomoe_ext.checks import a_bool, at_least, finite, one_of
+from fomoe_ext.checks import a_bool, at_least, one_of
 from fomoe_ext.outer.codec import Codec, get_codec
 from fomoe_ext.outer.optimizer import OuterRule
 
@@ -68,51 +68,24 @@ class OuterOptions:
         one_of(("equal", "tokens"), expert_mean=self.expert_mean)
         one_of(("stop", "heal"), on_mismatch=self.on_mismatch)
         a_bool(error_feedback=self.error_feedback, rescale=self.rescale)
-        at_least(0, overlap=self.overlap, seed=self.seed)
-        at_least(1, fragments=self.fragments, in_flight=self.in_flight)
+        at_least(0, seed=self.seed)
+        at_least(1, in_flight=self.in_flight)
         wire.bucket_elements(self.bucket_bytes)
-        self._check_moments()
-        finite(0.0, overlap_alpha=self.overlap_alpha)
-        if self.overlap_alpha >= 1:
-            raise ValueError(f"overlap_alpha must be in [0, 1), got {self.overlap_alpha}")
-        if self.staggered:
-            self._check_fragments()
+        wire.check_moments(self.moment_periods, self.codecs_of_moments)
+        if self.local_steps is not None:
+            at_least(1, local_steps=self.local_steps)
+        wire.check_staggering(
+            self.optimizer, self.fragments, self.overlap, self.overlap_alpha, self.local_steps
+        )
+        if self.staggered and self.local_steps is None:
+            raise ValueError("fragments and overlap need local_steps")
         if self.expert_mean == "tokens" and self.optimizer == "ddp":
             raise ValueError("expert_mean = tokens is for deltas: optimizer must not be ddp")
-
-    def _check_moments(self) -> None:
-        if len(self.moment_periods) != 2:
-            raise ValueError(
-                f"moment_periods must be two numbers of rounds, got {self.moment_periods!r}"
-            )
-        first, second = self.moment_periods
-        at_least(1, first_moment_period=first, second_moment_period=second)
-        if len(self.codecs_of_moments) != 2:
-            raise ValueError(f"moment_codecs must be two codecs, got {self.moment_codecs!r}")
-        one_of(
-            [name for name in wire.CODECS if name != "topk"],
-            first_moment_codec=self.codecs_of_moments[0],
-        )
-        one_of(("fp32", "bf16"), second_moment_codec=self.codecs_of_moments[1])
-
-    def _check_fragments(self) -> None:
-        if self.optimizer not in ("diloco", "fedavg"):
-            raise ValueError(
-                f"fragments and overlap are for optimizer diloco or fedavg, got {self.optimizer!r}"
-            )
-        if self.local_steps is None:
-            raise ValueError("fragments and overlap need local_steps")
-        at_least(1, local_steps=self.local_steps)
-        wire.fragment_steps(self.fragments, self.local_steps)
-        if self.overlap >= self.local_steps:
-            raise ValueError(
-                f"overlap must be less than local_steps = {self.local_steps}, got {self.overlap}"
-            )
 
     @property
     def staggered(self) -> bool:
         """Whether meetings are spread over a round, or go on during its steps."""
-        return self.fragments > 1 or self.overlap > 0
+        return wire.is_staggered(self.fragments, self.overlap)
 
     @property
     def alpha(self) -> float:
@@ -122,10 +95,7 @@ class OuterOptions:
     @property
     def codecs_of_moments(self) -> tuple[str, ...]:
         """`moment_codecs`, or their default."""
-        if self.moment_codecs is not None:
-            return tuple(self.moment_codecs)
-        lossless = get_codec(self.codec).name == "fp32"
-        return ("fp32", "fp32") if lossless else ("bf16", "bf16")
+        return wire.moment_codecs_of(get_codec(self.codec).name, self.moment_codecs)
 
     def agreed(self) -> dict[str, Any]:
         """What all sites must have in common, by name."""

@@ -151,13 +151,13 @@ class OuterSync:
         self._flights: list[Flight] = []
         self._meetings: dict[int, Meeting] = {}
         self._checks: list[tuple[Agreement, Future[None]]] = []
-        layers = [layer for _, layer in find_moe_layers(model)]
-        experts = layers[0].num_experts if layers else 0
-        self.tokens = torch.zeros(len(layers), experts, dtype=torch.float64)
+        self._layers = [layer for _, layer in find_moe_layers(model)]
+        experts = self._layers[0].num_experts if self._layers else 0
+        self.tokens = torch.zeros(len(self._layers), experts, dtype=torch.float64)
         """Tokens routed to each expert [L, E] since its last meeting, with expert_mean "tokens"."""
         self.warmup: opt.ArrivalWarmup | None = None
         if inner_optimizer is not None:
-            self.warmup = opt.ArrivalWarmup(inner_optimizer, layers)
+            self.warmup = opt.ArrivalWarmup(inner_optimizer, self._layers)
         self.adopt_placement(placement)
         self._fill_anchor()
         self.verify()
@@ -241,9 +241,10 @@ class OuterSync:
         Raises MeetingError as `step`.
         """
         self.steps += 1
-        for row, (_, layer) in zip(self.tokens, find_moe_layers(self.model), strict=True):
-            if self.options.expert_mean == "tokens" and layer.stats is not None:
-                row += layer.stats.load.to("cpu", torch.float64)
+        if self.options.expert_mean == "tokens":
+            for row, layer in zip(self.tokens, self._layers, strict=True):
+                if layer.stats is not None:
+                    row += layer.stats.load.to("cpu", torch.float64)
         if not self.options.staggered:
             return
         with self.meeting("a fragment's meeting"):
