@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomoe_ext import balance as bal
-from fomoe_ext import ops
+from fomoe_ext import ops, upcycle
 from fomoe_ext.checks import a_bool, an_int, at_least, finite, one_of
 from fomoe_ext.experts import Experts, ExpertWeights, SharedExpert
 from fomoe_ext.seeding import fill_normal_
@@ -275,6 +275,57 @@ class MoELayer(nn.Module):
             persistent=False,
         )
         self._reset_buffers()
+
+    @classmethod
+    def from_dense(
+        cls,
+        mlp: nn.Module,
+        num_experts: int,
+        *,
+        top_k: int,
+        noise: float = 0.0,
+        seed: int = 0,
+        resident_experts: Sequence[int] | None = None,
+        activation: str | None = None,
+        **layer_options: Any,
+    ) -> MoELayer:
+        """A layer whose experts are copies of a dense MLP: sparse upcycling (arXiv 2212.05055).
+
+        The router begins as in any layer. It renormalizes unless told otherwise, so that a token's
+        combine weights add up to one: without noise, with scale 1, no shared expert and every
+        chosen expert resident, the layer then computes what the MLP does. A shared expert begins
+        as in any layer and adds its own output.
+
+        Args:
+            mlp: gated with linear layers gate_proj, up_proj and down_proj, plain with up_proj and
+                down_proj or fc1 and fc2, a Sequential of Linear, activation, Linear, or a
+                `SharedExpert`; with biases the layer has them too. Not changed, nothing is shared
+                with it.
+            num_experts, top_k, resident_experts: as of the layer; only resident experts are
+                allocated.
+            noise: standard deviation of normal noise added to each weight matrix of an expert,
+                relative to the matrix' root mean square, e.g. 0.01. It depends only on (seed,
+                layer_index, expert): sites agree on an expert that they share. Biases get none.
+            seed: of the noise and of all that begins as in any layer.
+            activation: needed where the module does not show one of `ops.ACTIVATIONS`; "gelu" or
+                "geglu" also take an MLP with the exact GELU, up to the difference of its tanh form.
+            layer_options: further arguments of `MoELayer`; scoring is "softmax", renormalize True,
+                dtype and device those of mlp unless given.
+
+        Raises TypeError or ValueError naming the argument, also for an MLP that computes anything
+        that experts cannot, e.g. dropout.
+        """
+        return upcycle.from_dense(
+            cls,
+            mlp,
+            num_experts,
+            top_k=top_k,
+            noise=noise,
+            seed=seed,
+            resident_experts=resident_experts,
+            activation=activation,
+            **layer_options,
+        )
 
     def _reset_buffers(self) -> None:
         if self.allowed is not None and not self.allowed.is_meta:
