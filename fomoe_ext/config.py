@@ -352,9 +352,7 @@ class OuterConfig:
         _at_least(at, 1, in_flight=self.in_flight)
         with _in_section(at):
             wire.check_moments(self.moment_periods, self.resolved_moment_codecs)
-            wire.check_staggering(
-                self.optimizer, self.fragments, self.overlap, self.overlap_alpha
-            )
+            wire.check_staggering(self.optimizer, self.fragments, self.overlap, self.overlap_alpha)
         if not self.timeout_s > 0:
             raise ValueError(f"outer.timeout_s must be > 0, got {self.timeout_s}")
         if self.outer_lr is not None and not self.outer_lr > 0:

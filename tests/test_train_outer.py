@@ -84,7 +84,10 @@ def test_resuming_gives_the_same_bits(flags, tmp_path, changes):  # noqa: F811
         ("--overlap 3", "outer.overlap must be less than local_steps = 3, got 3"),
         ("--fragments 3", "outer.fragments must be at most model.num_layers = 2, got 3"),
         ("--fragments 2 --optimizer ddp", "for optimizer diloco or fedavg, got 'ddp'"),
-        ("--moment-codecs int8 int8", "outer.moment_codecs: second must be one of fp32, bf16, got 'int8'"),
+        (
+            "--moment-codecs int8 int8",
+            "outer.moment_codecs: second must be one of fp32, bf16, got 'int8'",
+        ),
         ("--moment-periods 3", "outer.moment_periods must be two numbers of rounds"),
     ],
 )

@@ -1,8 +1,10 @@
 """Owner groups: who meets whom, over which connections, and who is missing when a meeting fails.
 
 Payloads travel over connections of their own, apart from the default group that the rest of a job
-uses: shares to their owners over one set, sums back over another, so that both can be under way in
-any order, and several of each at once.
+uses: shares to their owners over one, sums back over another, so that both can be under way in any
+order, and several of each at once. An interface named twice in GLOO_SOCKET_IFNAME (eth0,eth0) has
+two of each; on a link that one connection can fill buckets then only overtake each other, and what
+is needed first comes later.
 """
 
 from __future__ import annotations
@@ -24,9 +26,7 @@ from fomoe_ext import wire
 from fomoe_ext.link import CountedLink, active_link
 from fomoe_ext.placement import Owners
 
-CONNECTIONS = 2
-"""TCP connections between two sites for each of a group's two directions."""
-_THREADS = 8
+_THREADS = 16
 """Exchanges of one kind that a group has under way at once; a slow link needs several."""
 _PROBE_S = 5.0
 """How long the others have to notice a failure too, and to say that they are there."""
@@ -171,7 +171,7 @@ class SiteGroups:
         self._name = f"fomoe/{_made[world]}"
         self.create([self.everyone])
         probe, self._control = (
-            self._connect(self.everyone, name, 1, 1) for name in ("probe", "control")
+            self._connect(self.everyone, name, 1) for name in ("probe", "control")
         )
         self._probe = probe if self._gloo else None
         if self._probe is not None:
@@ -182,7 +182,7 @@ class SiteGroups:
         """The set of all sites."""
         return tuple(range(self.num_sites))
 
-    def _connect(self, owners: Owners, purpose: str, connections: int, threads: int) -> Any:
+    def _connect(self, owners: Owners, purpose: str, threads: int) -> Any:
         """A process group of the owners: called by them alone with Gloo, else by all sites."""
         if not self._gloo:
             return dist.new_group(list(owners), timeout=self._timeout)
@@ -192,7 +192,7 @@ class SiteGroups:
         names = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")
         options._devices = [
             gloo.create_device(interface=name) if name else gloo.create_default_device()
-            for name in names * connections
+            for name in names
         ]
         who = "-".join(map(str, owners))
         store = dist.PrefixStore(
@@ -210,8 +210,7 @@ class SiteGroups:
             channels = []
             if len(owners) > 1 and (mine or not self._gloo):
                 channels = [
-                    self._connect(owners, purpose, CONNECTIONS, _THREADS)
-                    for purpose in ("scatter", "gather")
+                    self._connect(owners, purpose, _THREADS) for purpose in ("scatter", "gather")
                 ]
             self._groups[owners] = (
                 SiteGroup(owners, self.site, channels, self.link) if mine else None
