@@ -1,0 +1,501 @@
+"""`fomoe export`: the global model of a run as one folder, for transformers or as plain tensors.
+
+A checkpoint holds every tensor of the global model once, single experts, in the files of the sites
+that wrote them. They are read one by one and written in shards, so that never more than a shard is
+in memory, under a temporary name that is changed when the folder is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from torch import Tensor
+from tyro.conf import Positional
+
+from fomoe_ext import checkpoint as ckpt
+from fomoe_ext.assemble import global_names
+from fomoe_ext.config import ModelConfig, SitesConfig, TrainConfig, count_parameters
+from fomoe_ext.config_io import dump_config, load_config
+from fomoe_ext.export_card import model_card
+from fomoe_ext.files import write_text
+from fomoe_ext.metrics import human_bytes, human_count, read_metrics
+from fomoe_ext.model import LanguageModel
+from fomoe_ext.runs import CHECKPOINTS, CONFIG, METRICS, run_of
+from fomoe_ext.text import load_tokenizer
+
+SINGLE = "model.safetensors"
+TOKENIZER = "tokenizer.json"
+_CODE = ("configuration_fomoe.py", "modeling_fomoe.py")
+
+# Fields of ModelConfig under the names that transformers gives them; the others keep theirs.
+# (`top_k` would be taken for the one of sampling.)
+_RENAMED = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "seq_len": "max_position_embeddings",
+    "top_k": "num_experts_per_tok",
+    "expert_size": "moe_intermediate_size",
+}
+_TRAINING_ONLY = (
+    "router_scope",
+    "balance",
+    "balance_coef",
+    "z_loss_coef",
+    "bias_update_rate",
+)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write the global model of a run, which no site holds as a whole, as one model folder."""
+
+    run: Positional[Path]
+    """A run folder of `fomoe train`, or one of its checkpoints."""
+    format: Literal["transformers", "safetensors"] = "transformers"
+    """transformers: loads by AutoModelForCausalLM.from_pretrained(.., trust_remote_code=True);
+    safetensors: the tensors under fomoe_ext's own names, and config.toml."""
+    out: Path | None = None
+    """Folder to write, new or empty; none = exported-<format> in the run folder."""
+    checkpoint: str | None = None
+    """Name of a checkpoint, such as step-00000640; none = the newest whole one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the written tensors, but for selection biases, which stay float32."""
+    tokenizer: Path | None = None
+    """The tokenizer.json that the run used, where it has been moved."""
+    shard_bytes: int = 4 << 30
+    """Largest size of a file; also about the memory that the export takes."""
+
+    def __post_init__(self) -> None:
+        if self.shard_bytes < 1:
+            raise ValueError(f"shard_bytes must be >= 1, got {self.shard_bytes}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, the run folder around it and its configuration (None for a lone checkpoint)."""
+
+    checkpoint: Path
+    manifest: ckpt.Manifest
+    model: ModelConfig
+    config: TrainConfig | None
+    run: Path | None
+    passed_over: str = ""
+    """Why newer checkpoints were not taken; "" = there are none."""
+
+    def tokenizer(self, given: Path | None) -> Path | None:
+        """The tokenizer's file, `given` or the run's; None = bytes.
+
+        Raises ValueError when it is not known.
+        """
+        if given is not None:
+            return given
+        if self.config is not None:
+            return self.config.data.tokenizer
+        if self.model.vocab_size > 256:
+            raise ValueError(
+                f"{self.checkpoint} is not in a run folder, so its tokenizer is not known: "
+                "give --tokenizer"
+            )
+        return None
+
+
+# ---------------------------------------------------------------------------------- what to export
+
+
+def model_files(manifest: ckpt.Manifest) -> list[str]:
+    """Names of the checkpoint files that hold the global model."""
+    return [name for name in manifest.files if name.endswith(".safetensors")]
+
+
+def why_not_whole(path: Path) -> str:
+    """Why a checkpoint's global model cannot be read here, or "". States of sites don't matter."""
+    try:
+        manifest = ckpt.read_manifest(path)
+    except ckpt.CheckpointError as error:
+        return str(error)
+    missing, damaged = [], []
+    for name in model_files(manifest):
+        entry, file = manifest.files[name], path / name
+        if not file.is_file():
+            missing.append(f"{name} (written by site {entry.site})")
+        elif file.stat().st_size != entry.size:
+            damaged.append(f"{name} has {file.stat().st_size} bytes, wanted {entry.size}")
+    if missing:
+        return (
+            f"checkpoint {path} lacks {', '.join(missing)}: where sites share no file system each "
+            "machine has the files of its own sites; copy all of them into this folder"
+        )
+    return f"checkpoint {path}: {'; '.join(damaged)}" if damaged else ""
+
+
+def _newest(folder: Path) -> tuple[Path, str]:
+    """The newest checkpoint whose global model is whole, and why newer ones were passed over."""
+    found = ckpt.list_checkpoints(folder)
+    reasons: list[str] = []
+    for path in reversed(found):
+        reason = why_not_whole(path)
+        if not reason:
+            return path, "; ".join(reasons)
+        reasons.append(reason)
+    if not found:
+        raise FileNotFoundError(f"run {folder.parent} has no checkpoint in {folder}")
+    raise ValueError(reasons[0])
+
+
+def find_source(path: Path, name: str | None = None) -> Source:
+    """The checkpoint that a run folder or a checkpoint's own folder stands for.
+
+    `name` is of one in the run folder; None = the newest whose global model is whole. Raises
+    FileNotFoundError or ValueError when there is none.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"run {path} does not exist")
+    path, passed_over = path.resolve(), ""
+    if (path / ckpt.MANIFEST).is_file():
+        if name is not None:
+            raise ValueError(f"checkpoint {name} was named, but {path} is a checkpoint itself")
+        chosen = path
+    elif (path / CHECKPOINTS).is_dir() or (path / CONFIG).is_file():
+        if name is None:
+            chosen, passed_over = _newest(path / CHECKPOINTS)
+        else:
+            chosen = path / CHECKPOINTS / name
+    else:
+        raise ValueError(
+            f"run must be a run folder of `fomoe train` (it has {CONFIG} and {CHECKPOINTS}/) or a "
+            f"checkpoint (it has {ckpt.MANIFEST}), {path} is neither"
+        )
+    if reason := why_not_whole(chosen):
+        raise ValueError(reason)
+    manifest = ckpt.read_manifest(chosen)
+    try:
+        model = ModelConfig(**manifest.meta["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint {chosen} does not say what its model is ({error})") from None
+    run = run_of(chosen) if (run_of(chosen) / CONFIG).is_file() else None
+    config = None if run is None else load_config(run / CONFIG)
+    return Source(chosen, manifest, model, config, run, passed_over)
+
+
+def _require_content(source: Source) -> None:
+    """Raises ValueError when a file of the global model is not what its site has written."""
+    for name in model_files(source.manifest):
+        with (source.checkpoint / name).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != source.manifest.files[name].sha256:
+            raise ValueError(f"checkpoint {source.checkpoint}: the content of {name} is damaged")
+
+
+def _global_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the global model's tensors, without allocating any."""
+    model = LanguageModel(config, device="meta")
+    held = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    shapes = {}
+    for name in sorted(global_names(model)):
+        stack = re.sub(r"\bexperts\.\d+\.", "experts.", name)
+        shapes[name] = held[name] if stack == name else held[stack][1:]
+    return shapes
+
+
+# ------------------------------------------------------------------------------------------ tensors
+
+
+def exported_name(name: str) -> str:
+    """What transformers' format calls a tensor of the global model.
+
+    Its modules are torch's Linear and Embedding: `qkv_weight` is the weight of `qkv`.
+    """
+    if name.endswith("selection_bias"):
+        return f"model.{name}"
+    name = "embedding.weight" if name == "embedding" else name
+    return "model." + re.sub(r"_(weight|bias)$", r".\1", name)
+
+
+def _tensors(source: Source, options: ExportOptions) -> Iterator[tuple[str, Tensor]]:
+    """The global model's tensors under their new names, read one by one."""
+    shapes = _global_shapes(source.model)
+    dtype = _DTYPES[options.dtype]
+    with ckpt.GlobalModelReader(source.checkpoint) as reader:
+        if differing := shapes.keys() ^ set(reader.names()):
+            raise ValueError(
+                f"checkpoint {source.checkpoint} is not of the model that it names: "
+                f"{sorted(differing)[:3]} are only in one"
+            )
+        for name, shape in shapes.items():
+            value = reader.tensor(name)
+            if tuple(value.shape) != shape:
+                raise ValueError(
+                    f"checkpoint {source.checkpoint}: {name} has shape {list(value.shape)}, its "
+                    f"model wants {list(shape)}"
+                )
+            if not name.endswith("selection_bias"):
+                value = value.to(dtype)
+            yield exported_name(name) if options.format == "transformers" else name, value
+
+
+def _write_shards(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int
+) -> tuple[int, int]:
+    """Write tensors to files of at most `limit` bytes (a larger tensor has its own), and an index
+    where there are several. Returns the number of files and the bytes of all tensors."""
+    parts: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    total = filled = 0
+
+    def flush() -> None:
+        save_file(shard, folder / f"part-{len(parts)}", metadata={"format": "pt"})
+        parts.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and filled + tensor.nbytes > limit:
+            flush()
+            filled = 0
+        shard[name] = tensor.contiguous()
+        filled += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(parts) == 1:
+        os.rename(folder / "part-0", folder / SINGLE)
+        return 1, total
+    weight_map = {}
+    for i, names in enumerate(parts):
+        final = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
+        os.rename(folder / f"part-{i}", folder / final)
+        weight_map.update(dict.fromkeys(names, final))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(folder / ckpt.INDEX, index)
+    return len(parts), total
+
+
+# ------------------------------------------------------------------------- what stands beside them
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def transformers_config(model: ModelConfig, tokens: str, end: int | None, dtype: str) -> dict:
+    """The content of config.json. `end` is the id that ends a text; `tokens` see FomoeConfig."""
+    sizes = {
+        _RENAMED.get(field.name, field.name): getattr(model, field.name)
+        for field in fields(ModelConfig)
+        if field.name not in _TRAINING_ONLY
+    }
+    return {
+        "architectures": ["FomoeForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_fomoe.FomoeConfig",
+            "AutoModel": "modeling_fomoe.FomoeModel",
+            "AutoModelForCausalLM": "modeling_fomoe.FomoeForCausalLM",
+        },
+        "model_type": "fomoe",
+        "dtype": dtype,
+        **sizes,
+        "tokens": tokens,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        **({} if end is None else {"eos_token_id": end, "pad_token_id": end}),
+    }
+
+
+def model_of_config(config: dict[str, Any]) -> ModelConfig:
+    """The ModelConfig of a config.json. Raises ValueError when it is not of this format."""
+    try:
+        return ModelConfig(
+            **{
+                field.name: config[_RENAMED.get(field.name, field.name)]
+                for field in fields(ModelConfig)
+                if field.name not in _TRAINING_ONLY
+            },
+            balance="none",
+        )
+    except KeyError as error:
+        raise ValueError(f"config.json has no {error}") from None
+
+
+def _byte_tokenizer() -> dict[str, Any]:
+    """A tokenizer.json whose ids are UTF-8 bytes, in the `tokenizers` library's terms.
+
+    Its byte-level step writes each byte as a printable character: bytes that are one stand for
+    themselves, the others follow from U+0100 on. Without merges these are the tokens.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    character = {byte: chr(byte) for byte in printable}
+    character |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {**level, "use_regex": False},
+        "post_processor": None,
+        "decoder": {**level, "use_regex": False},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": {character[byte]: byte for byte in range(256)},
+            "merges": [],
+        },
+    }
+
+
+def _write_tokenizer(folder: Path, file: Path | None, model: ModelConfig) -> int | None:
+    """Write tokenizer.json and tokenizer_config.json; returns the id that ends a text, if any."""
+    try:
+        coder = load_tokenizer(file)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}: give --tokenizer") from None
+    if coder.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"tokenizer {file} has {coder.vocab_size} ids, the model {model.vocab_size}: it is not "
+            "the one that the run used"
+        )
+    end = int(coder.separator[0]) if len(coder.separator) else None
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model.seq_len,
+        "clean_up_tokenization_spaces": False,
+    }
+    if file is None:
+        _write_json(folder / TOKENIZER, _byte_tokenizer())
+    else:
+        shutil.copyfile(file, folder / TOKENIZER)
+        if end is not None:
+            from tokenizers import Tokenizer
+
+            config["eos_token"] = Tokenizer.from_file(str(file)).id_to_token(end)
+    _write_json(folder / "tokenizer_config.json", config)
+    return end
+
+
+def _validation(source: Source) -> dict[str, Any] | None:
+    """The run's last validation of the exported model, if there was one."""
+    metrics = None if source.run is None else source.run / METRICS
+    if metrics is None or not metrics.is_file():
+        return None
+    records = [
+        record
+        for record in read_metrics(metrics)
+        if record["kind"] == "validation" and record["round"] == source.manifest.round
+    ]
+    return records[-1] if records else None
+
+
+def _portable_config(source: Source) -> TrainConfig:
+    """The run's configuration without what is of its machine; sizes only for a lone checkpoint."""
+    if source.config is None:
+        return TrainConfig(model=source.model, sites=SitesConfig(sites=1, replication=1))
+    config = source.config
+    return replace(
+        config,
+        model=source.model,
+        data=replace(config.data, tokenizer=None, cache_dir=None),
+        sites=replace(config.sites, placement_file=None),
+        run=replace(config.run, run_dir=None, resume=None),
+    )
+
+
+def _write_folder(folder: Path, source: Source, options: ExportOptions) -> tuple[int, int]:
+    tokenizer = source.tokenizer(options.tokenizer)
+    _require_content(source)
+    if options.format == "transformers":
+        end = _write_tokenizer(folder, tokenizer, source.model)
+        tokens = "bytes" if tokenizer is None else TOKENIZER
+        config = transformers_config(source.model, tokens, end, options.dtype)
+        _write_json(folder / "config.json", config)
+        ends = {} if end is None else {"eos_token_id": end, "pad_token_id": end}
+        _write_json(folder / "generation_config.json", ends)
+        code = resources.files("fomoe_ext.exported")
+        for name in _CODE:
+            write_text(folder / name, (code / name).read_text(encoding="utf-8"))
+        card = model_card(
+            source.model,
+            source.config,
+            source.manifest,
+            _validation(source),
+            tokens=tokens,
+            end=end,
+            dtype=options.dtype,
+        )
+        write_text(folder / "README.md", card)
+    else:
+        if tokenizer is not None:
+            load_tokenizer(tokenizer)
+            shutil.copyfile(tokenizer, folder / TOKENIZER)
+        write_text(folder / CONFIG, dump_config(_portable_config(source)))
+    return _write_shards(folder, _tensors(source, options), options.shard_bytes)
+
+
+def _out_folder(source: Source, options: ExportOptions) -> Path:
+    if options.out is None and source.run is None:
+        raise ValueError(f"out must be given: {source.checkpoint} is not in a run folder")
+    out = options.out or source.run / f"exported-{options.format}"  # type: ignore[operator]
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"out {out} is a file, wanted a new or empty folder")
+    if out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(f"out {out} is not empty: name a new folder, or delete it")
+    return out
+
+
+def export(source: Source, options: ExportOptions) -> tuple[Path, int, int]:
+    """Write a source's global model; returns the folder, the number of files and of bytes in them.
+
+    Raises ValueError or OSError naming what is wrong; then nothing is left.
+    """
+    out = _out_folder(source, options)
+    partial = out.with_name(f".{out.name}.partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        files, size = _write_folder(partial, source, options)
+        os.rename(partial, out)
+    except ckpt.CheckpointError as error:
+        raise ValueError(str(error)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out, files, size
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`fomoe export RUN [flags]`; returns the exit code.
+
+    Raises ValueError and OSError for bad values and files; SystemExit as tyro does.
+    """
+    import tyro
+
+    options = tyro.cli(ExportOptions, prog="fomoe export", args=list(arguments))
+    source = find_source(options.run, options.checkpoint)
+    say = Console(highlight=False, soft_wrap=True).print
+    if source.passed_over:
+        say(f"an older checkpoint is taken, because {source.passed_over}")
+    out, files, size = export(source, options)
+    counts = count_parameters(source.model)
+    say(
+        f"{out}: {human_count(counts.total)} parameters in {files} "
+        f"file{'s' if files > 1 else ''}, {human_bytes(size)}; {source.checkpoint.name}, "
+        f"round {source.manifest.round}"
+    )
+    return 0

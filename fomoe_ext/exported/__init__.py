@@ -1,0 +1,3 @@
+"""Files that `fomoe export` copies into a folder as they are: they need torch and transformers, and
+nothing of fomoe_ext.
+"""
