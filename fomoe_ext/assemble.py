@@ -68,14 +68,14 @@ def _from_responsible(rows: Tensor, placement: Placement, layer: int, site: int)
 def global_router_tensors(
     model: nn.Module, placement: Placement, site: int, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Router weights [E, D] and selection biases [E] of the global model, by name.
+    """Router weights [E, D], biases and selection biases [E] of the global model, by name.
 
     Every site must call it. `tensors` are this site's, as of `local_tensors`.
     """
     result = {}
     for named in named_moe_layers(model):
-        for part in ("router.weight", "router.selection_bias"):
-            key = _share(named, part)
+        for part in (*named.layer.router.parts, "selection_bias"):
+            key = _share(named, f"router.{part}")
             result[key] = _from_responsible(tensors[key], placement, named.index, site)
     return result
 

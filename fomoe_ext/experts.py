@@ -120,7 +120,7 @@ class Experts(nn.Module):
         """Weights of deviation 1/sqrt(fan-in) that depend only on (seed, layer, expert); zero
         biases.
         """
-        self._write_resident_tables()
+        self.write_resident_tables()
         for row, expert in enumerate(self.resident_experts):
             for weight, name in (
                 (self.expand_weight, "expand"),
@@ -134,7 +134,8 @@ class Experts(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def _write_resident_tables(self) -> None:
+    def write_resident_tables(self) -> None:
+        """Fills `resident_index` and `resident_ids`, unless they are on the meta device."""
         index = [-1] * self.num_experts
         for row, expert in enumerate(self.resident_experts):
             index[expert] = row
@@ -198,7 +199,7 @@ class Experts(nn.Module):
             for part, value in zip(parts, values, strict=True):
                 part[row].copy_(value)
         self.resident_experts = ids
-        self._write_resident_tables()
+        self.write_resident_tables()
         return arrived
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, ops.RowTable]:

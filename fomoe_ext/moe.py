@@ -28,11 +28,14 @@ __all__ = ["Experts", "MoELayer", "Router", "SharedExpert"]
 class Router(nn.Module):
     """Scores all experts and chooses `top_k` of them per token.
 
-    weight: [E, D]. selection_bias: fp32 [E], added to the scores for the choice only (zeros unless
-    loaded or moved by bias balancing); it stays fp32 when the module is cast.
+    weight: [E, D]. bias: [E], added to the logits, or None. selection_bias: fp32 [E], added to the
+    scores for the choice only (zeros unless loaded or moved by bias balancing); it stays fp32 when
+    the module is cast. tap: a module that is called with the logits, or None, for libraries that
+    record them by hooks.
     """
 
     weight: nn.Parameter
+    bias: nn.Parameter | None
     selection_bias: Tensor
 
     def __init__(
@@ -46,6 +49,7 @@ class Router(nn.Module):
         scale: float = 1.0,
         num_groups: int = 1,
         groups_kept: int = 1,
+        bias: bool = False,
         layer_index: int = 0,
         seed: int = 0,
         device: torch.device | str | None = None,
@@ -57,7 +61,7 @@ class Router(nn.Module):
         at_least(1, num_groups=num_groups, groups_kept=groups_kept)
         at_least(0, layer_index=layer_index)
         an_int(seed=seed)
-        a_bool(renormalize=renormalize)
+        a_bool(renormalize=renormalize, router_bias=bias)
         one_of(("sigmoid", "softmax"), scoring=scoring)
         finite(0.0, scale=scale)
         if top_k > num_experts:
@@ -82,20 +86,34 @@ class Router(nn.Module):
         self.weight = nn.Parameter(
             torch.empty(num_experts, hidden_size, device=device, dtype=dtype)
         )
+        lines = torch.empty(num_experts, device=device, dtype=dtype)
+        self.register_parameter("bias", nn.Parameter(lines) if bias else None)
+        self.tap: nn.Module | None = None
         self.register_buffer(
             "selection_bias", torch.zeros(num_experts, device=device, dtype=torch.float32)
         )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights of deviation 1/sqrt(D) that depend only on (seed, layer); selection bias 0."""
+        """Weights of deviation 1/sqrt(D) that depend only on (seed, layer); biases 0."""
         fill_normal_(self.weight, self.hidden_size**-0.5, self.seed, "router", self.layer_index)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
         self.selection_bias.zero_()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parameters, each with a row per expert."""
+        return ("weight",) if self.bias is None else ("weight", "bias")
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, D] -> fp32 logits [T, E], computed in fp32 also under autocast."""
         with torch.autocast(device_type=x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float())
+            bias = None if self.bias is None else self.bias.float()
+            logits = F.linear(x.float(), self.weight.float(), bias)
+        if self.tap is not None:
+            self.tap(logits)
+        return logits
 
     def choose(
         self, logits: Tensor, allowed: Tensor | None = None, top_k: int | None = None
@@ -143,7 +161,8 @@ class Router(nn.Module):
         text = f"{self.hidden_size}, {self.num_experts}, top_k={self.top_k}, scoring={self.scoring}"
         if self.num_groups > 1:
             text += f", groups={self.groups_kept}/{self.num_groups}"
-        return text + f", renormalize={self.renormalize}, scale={self.scale}"
+        text += f", renormalize={self.renormalize}, scale={self.scale}"
+        return text if self.bias is None else text + ", bias=True"
 
 
 class MoELayer(nn.Module):
@@ -181,6 +200,7 @@ class MoELayer(nn.Module):
         scale: float = 1.0,
         num_groups: int = 1,
         groups_kept: int = 1,
+        router_bias: bool = False,
         balance: Literal["none", "switch", "entropy", "bias"] = "none",
         balance_coef: float = 0.01,
         z_loss_coef: float = 0.0,
@@ -208,6 +228,7 @@ class MoELayer(nn.Module):
             renormalize: divide the chosen experts' scores by their sum.
             scale: factor on the combine weights.
             num_groups, groups_kept: group-limited choice (DeepSeek-V3).
+            router_bias: the router's logits have a bias, 0 at first (gpt-oss).
             balance: "switch" and "entropy" add a loss, "bias" moves the selection bias whenever
                 `update_selection_bias` is called.
             balance_coef, z_loss_coef: factors of the balance loss and of the router z-loss.
@@ -241,6 +262,7 @@ class MoELayer(nn.Module):
             scale=scale,
             num_groups=num_groups,
             groups_kept=groups_kept,
+            bias=router_bias,
             **common,
         )
         self.experts = Experts(
@@ -254,7 +276,7 @@ class MoELayer(nn.Module):
         )
         if router_scope == "resident" and self.experts.num_resident == 0:
             raise ValueError("resident_experts must not be empty with router_scope 'resident'")
-        self.shared_expert: SharedExpert | None = None
+        self.shared_expert: nn.Module | None = None
         if shared_expert_size:
             self.shared_expert = SharedExpert(
                 hidden_size, shared_expert_size, activation=activation, **common
@@ -327,6 +349,15 @@ class MoELayer(nn.Module):
             **layer_options,
         )
 
+    def make_buffers(self, device: torch.device | str) -> None:
+        """Fresh buffers on a device, for a layer of the meta device into which parameters are put;
+        the selection bias is 0."""
+        for module in (self, self.router, self.experts):
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, torch.zeros_like(buffer, device=device))
+        self.experts.write_resident_tables()
+        self._reset_buffers()
+
     def _reset_buffers(self) -> None:
         if self.allowed is not None and not self.allowed.is_meta:
             torch.ge(self.experts.resident_index, 0, out=self.allowed)
@@ -336,7 +367,7 @@ class MoELayer(nn.Module):
         """The initial state again, e.g. after building on the meta device and `to_empty`."""
         self.router.reset_parameters()
         self.experts.reset_parameters()
-        if self.shared_expert is not None:
+        if isinstance(self.shared_expert, SharedExpert):
             self.shared_expert.reset_parameters()
         self._reset_buffers()
 
@@ -404,7 +435,7 @@ class MoELayer(nn.Module):
         return y.view(x.shape)
 
     def _check_kind(self, x: Tensor) -> None:
-        weight = self.router.weight
+        weight = self.experts.expand_weight
         if not x.is_floating_point():
             raise ValueError(f"x must have a float dtype, got {x.dtype}")
         if x.device != weight.device:

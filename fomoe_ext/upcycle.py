@@ -128,7 +128,7 @@ def from_dense(
     layer.router.reset_parameters()
     if layer.shared_expert is not None:
         layer.shared_expert.reset_parameters()
-    layer.experts._write_resident_tables()
+    layer.experts.write_resident_tables()
     layer._reset_buffers()
     fill_experts(layer.experts, dense, noise)
     return layer.train(mlp.training)

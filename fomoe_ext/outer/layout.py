@@ -141,20 +141,24 @@ def parameter_pieces(
     """Pieces of all trained parameters: dense ones, router rows, experts, in that order."""
     everyone = tuple(range(placement.num_sites))
     layers = find_moe_layers(model)
-    special = {id(layer.router.weight) for _, layer in layers}
-    special |= {id(parameter) for _, layer in layers for parameter in layer.experts.parameters()}
+    special = {
+        id(parameter)
+        for _, layer in layers
+        for module in (layer.router, layer.experts)
+        for parameter in module.parameters(recurse=False)
+    }
     pieces = [
         Piece(name, p, None, everyone, everyone)
         for name, p in model.named_parameters()
         if p.requires_grad and id(p) not in special
     ]
     for index, (path, layer) in enumerate(layers):
-        if layer.router.weight.requires_grad:
-            key = _join(path, "router.weight")
-            everywhere = layer.router_scope == "global"
-            pieces += _rows(
-                key, layer.router.weight, placement, index, site, everywhere, router_mean
-            )
+        for part in layer.router.parts:
+            rows = layer.router.get_parameter(part)
+            if rows.requires_grad:
+                key = _join(path, f"router.{part}")
+                everywhere = layer.router_scope == "global"
+                pieces += _rows(key, rows, placement, index, site, everywhere, router_mean)
     for index, (path, layer) in enumerate(layers):
         for row, expert in enumerate(layer.experts.resident_experts):
             owners = placement.owners(index, expert)

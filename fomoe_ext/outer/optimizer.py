@@ -135,7 +135,8 @@ class ArrivalWarmup:
         module = self._layers[layer]
         rows = list(module.experts.expert_weights(expert))
         if module.router_scope == "resident":
-            rows.append(module.router.weight.detach()[expert])
+            parts = (module.router.get_parameter(part) for part in module.router.parts)
+            rows += [part.detach()[expert] for part in parts]
         return rows
 
     def _keep(self) -> None:

@@ -171,4 +171,5 @@ def _change_residents(sync: OuterSync, layer: MoELayer, residents: tuple[int, ..
         experts.part(name).grad = None
     if layer.router_scope == "resident":
         rows = [None if e in arrived else e for e in range(layer.num_experts)]
-        opt.move_state_rows(optimizer, layer.router.weight, rows)
+        for part in layer.router.parts:
+            opt.move_state_rows(optimizer, layer.router.get_parameter(part), rows)

@@ -1,0 +1,122 @@
+"""A transformers model under transformers.Trainer, on two sites that hold half of its experts each.
+
+    python examples/finetune_trainer.py
+
+writes a small random Mixtral, from which each site reads its own experts only, trains it on
+Python's own source code (bytes are tokens), and writes one model of both sites that plain
+transformers loads. On two machines start it once on each under torchrun, as own_loop.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, MixtralConfig, Trainer, TrainingArguments
+
+from fomoe_ext import Placement, hf
+from fomoe_ext.hf.trainer import OuterSyncCallback, one_process
+from fomoe_ext.launch import run_sites
+from fomoe_ext.world import find_world, joined, use_threads
+
+SITES, REPLICATION = 2, 1
+STEPS, LOCAL_STEPS = 80, 8
+BATCH, LENGTH = 8, 128
+
+
+class SourceCode(Dataset):
+    """Windows of some modules of the standard library; every site has others."""
+
+    def __init__(self, site: int) -> None:
+        folder = Path(argparse.__file__).parent
+        text = b"".join(path.read_bytes() for path in sorted(folder.glob("[a-d]*.py")))
+        tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+        windows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
+        self.windows = windows[site::SITES]
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.windows[index], "labels": self.windows[index]}
+
+
+def write_start(folder: Path) -> None:
+    """A model to start from, as one would download it."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=LENGTH,
+        pad_token_id=0,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def train(site: int, folder: Path) -> None:
+    placement = Placement.cyclic(SITES, num_experts=8, num_layers=4, replication=REPLICATION)
+    loaded = hf.from_pretrained_resident(folder / "start", placement, site, balance="bias")
+    if site == 0:
+        read, total = loaded.bytes_read / 1e6, loaded.bytes_total / 1e6
+        print(f"read {read:.1f} of {total:.1f} MB", flush=True)
+    meetings = OuterSyncCallback(placement, site, local_steps=LOCAL_STEPS, codec="int8")
+    with one_process():
+        arguments = TrainingArguments(
+            output_dir=str(folder / f"site-{site}"),
+            max_steps=STEPS,
+            per_device_train_batch_size=BATCH,
+            learning_rate=2e-3,
+            logging_steps=LOCAL_STEPS,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+            seed=site,
+        )
+        trainer = Trainer(
+            model=loaded.model,
+            args=arguments,
+            train_dataset=SourceCode(site),
+            callbacks=[meetings],
+        )
+        trainer.train()
+    hf.save_merged(loaded.model, placement, site, folder / "merged")
+    if site == 0:
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        sent = sum(report.bytes_sent for report in meetings.reports)
+        print(f"loss {float(losses[0]):.3f} -> {float(losses[-1]):.3f}, sent {sent / 1e6:.1f} MB")
+        merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+        tokens = SourceCode(site).windows[:BATCH]
+        with torch.no_grad():
+            print(f"merged model: loss {merged(tokens, labels=tokens).loss:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--folder", type=Path, help="where the models go; must be shared by sites")
+    folder = parser.parse_args().folder
+    world = find_world(SITES)
+    use_threads(0, world)
+    with joined(world, timeout_s=300):
+        train(world.site, folder)
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        main()
+    else:  # not started by torchrun: both sites on this machine
+        with tempfile.TemporaryDirectory() as temporary:
+            write_start(Path(temporary) / "start")
+            sys.exit(run_sites([sys.executable, __file__, "--folder", temporary], SITES))

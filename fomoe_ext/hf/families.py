@@ -1,0 +1,273 @@
+"""The MoE blocks of transformers' models: of what they are made and what that is in a `MoELayer`.
+
+A family says how to read the options of a block, and how its experts are laid out: in memory, where
+transformers stacks them, and in files, where most architectures keep them one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fomoe_ext.experts import ExpertWeights
+
+# `Experts.parts` and what transformers calls them.
+PARTS = {
+    "expand_weight": "gate_up_proj",
+    "contract_weight": "down_proj",
+    "expand_bias": "gate_up_proj_bias",
+    "contract_bias": "down_proj_bias",
+}
+_ACTIVATIONS = {
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "gelu_pytorch_tanh": "geglu",
+    "gelu_new": "geglu",
+}
+Options = dict[str, Any]
+
+
+class Reader(Protocol):
+    """A checkpoint's tensors by name; counts what is read."""
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor."""
+        ...
+
+    def read(self, name: str, row: int | None = None) -> Tensor:
+        """A tensor, or one row of it; no other row is read then."""
+        ...
+
+
+# ---- layouts of experts --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SingleExperts:
+    """In memory [E, 2N, D], gate rows first, and [E, D, N], as ours; in files one by one.
+
+    `names`: of gate, up and down projection of one expert.
+    """
+
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    alike: ClassVar[bool] = True
+    """In memory experts are as `Experts` has them."""
+
+    def to_ours(self, part: str, values: Tensor) -> Tensor:
+        """One expert's part as `Experts` has it."""
+        return values
+
+    def to_theirs(self, part: str, values: Tensor) -> Tensor:
+        """The inverse of `to_ours`."""
+        return values
+
+    def read(self, reader: Reader, block: str, expert: int, parts: Iterable[str]) -> ExpertWeights:
+        """One expert as `Experts.parts`, from files of any of the two kinds; `block`: its path."""
+        stack = f"{block}.experts.gate_up_proj"
+        if reader.has(stack):
+            return tuple(reader.read(f"{block}.experts.{PARTS[p]}", expert) for p in parts)
+        gate, up, down = (
+            reader.read(f"{block}.experts.{expert}.{name}.weight") for name in self.names
+        )
+        return torch.cat((gate, up)), down
+
+    def write(
+        self, block: str, experts: Iterable[ExpertWeights], parts: Iterable[str]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of all experts, in ascending order, as files have them."""
+        for expert, (expand, contract) in enumerate(experts):
+            gate, up = expand.chunk(2)
+            for name, values in zip(self.names, (gate, up, contract), strict=True):
+                yield f"{block}.experts.{expert}.{name}.weight", values
+
+
+@dataclass(frozen=True)
+class InterleavedExperts:
+    """Stacked in memory and in files: [E, D, 2N], gate and up columns in turn, and [E, N, D]."""
+
+    alike: ClassVar[bool] = False
+
+    def to_ours(self, part: str, values: Tensor) -> Tensor:
+        """One expert's part as `Experts` has it: rows of gates, then of ups."""
+        if part.endswith("weight"):
+            values = values.T
+        if part.startswith("expand"):
+            values = torch.cat((values[0::2], values[1::2]))
+        return values
+
+    def to_theirs(self, part: str, values: Tensor) -> Tensor:
+        """The inverse of `to_ours`."""
+        if part.startswith("expand"):
+            values = torch.stack(values.chunk(2), dim=1).flatten(0, 1)
+        return values.T if part.endswith("weight") else values
+
+    def read(self, reader: Reader, block: str, expert: int, parts: Iterable[str]) -> ExpertWeights:
+        """One expert as `Experts.parts`."""
+        names = [(part, f"{block}.experts.{PARTS[part]}") for part in parts]
+        return tuple(self.to_ours(part, reader.read(name, expert)) for part, name in names)
+
+    def write(
+        self, block: str, experts: Iterable[ExpertWeights], parts: Iterable[str]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of all experts, in ascending order, as files have them."""
+        stacks: dict[str, list[Tensor]] = {part: [] for part in parts}
+        for weights in experts:
+            for (part, rows), values in zip(stacks.items(), weights, strict=True):
+                rows.append(self.to_theirs(part, values))
+        for part, rows in stacks.items():
+            yield f"{block}.experts.{PARTS[part]}", torch.stack(rows)
+
+
+# ---- families ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of MoE block.
+
+    name: of the architecture, for messages.
+    block: name of the block's class. It has `experts` and a router, and what `shared` names.
+    options: (block, config) -> keyword options of `MoELayer`; sizes are read from the weights.
+        Raises ValueError where the block does what a `MoELayer` cannot.
+    router: name of the router in the block; it has `weight`, perhaps `bias`, and perhaps a
+        selection bias, whose name is `selection_bias`.
+    shared: names of the shared expert in the block and of the linear layer whose sigmoid scales it,
+        as far as there are.
+    layout: of the experts.
+    returns_scores: the block returns (y, scores), not y.
+    block_in_files: what files call the block, where that is not the attribute's name.
+    """
+
+    name: str
+    block: str
+    options: Callable[[nn.Module, Any], Options]
+    router: str = "gate"
+    selection_bias: str = ""
+    shared: tuple[str, ...] = ()
+    layout: SingleExperts | InterleavedExperts = SingleExperts()
+    returns_scores: bool = False
+    block_in_files: str = ""
+
+    def path_in_files(self, path: str) -> str:
+        """What files call the block at `path` in the model."""
+        parent, _, name = path.rpartition(".")
+        return f"{parent}.{self.block_in_files or name}" if parent else name
+
+
+def gated_activation(name: str) -> str:
+    """transformers' name of an activation -> that of a gated expert in `MoELayer`.
+
+    Raises ValueError for one that the kernels do not have.
+    """
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"hidden_act must be one of {', '.join(_ACTIVATIONS)}, got {name!r}")
+    return _ACTIVATIONS[name]
+
+
+def softmax_options(config: Any, renormalize: bool) -> Options:
+    """Softmax over all experts, then the best `num_experts_per_tok`."""
+    return {
+        "top_k": config.num_experts_per_tok,
+        "activation": gated_activation(config.hidden_act),
+        "scoring": "softmax",
+        "renormalize": renormalize,
+    }
+
+
+def _mixtral(block: nn.Module, config: Any) -> Options:
+    if config.router_jitter_noise:
+        raise ValueError(
+            f"router_jitter_noise must be 0 for a MoELayer, got {config.router_jitter_noise}"
+        )
+    return softmax_options(config, renormalize=True)
+
+
+def _normalised(block: nn.Module, config: Any) -> Options:
+    return softmax_options(config, renormalize=bool(config.norm_topk_prob))
+
+
+def _deepseek_v3(block: nn.Module, config: Any) -> Options:
+    return {
+        "top_k": config.num_experts_per_tok,
+        "activation": gated_activation(config.hidden_act),
+        "scoring": "sigmoid",
+        "renormalize": bool(config.norm_topk_prob),
+        "scale": float(config.routed_scaling_factor),
+        "num_groups": config.n_group,
+        "groups_kept": config.topk_group,
+    }
+
+
+def _gpt_oss(block: nn.Module, config: Any) -> Options:
+    experts: Any = block.experts
+    if (experts.alpha, experts.limit) != (1.702, 7.0):
+        raise ValueError(
+            "swiglu_alpha and swiglu_limit must be 1.702 and 7.0, got "
+            f"{experts.alpha} and {experts.limit}"
+        )
+    # Softmax over the logits of the chosen: over all, divided by the sum of the chosen.
+    return {
+        "top_k": config.num_experts_per_tok,
+        "activation": "clamped_swiglu",
+        "bias": True,
+        "router_bias": True,
+        "scoring": "softmax",
+        "renormalize": True,
+    }
+
+
+_families: dict[str, Family] = {}
+
+
+def register(family: Family) -> None:
+    """Makes a family known; one of the same block class is replaced."""
+    _families[family.block] = family
+
+
+def families() -> tuple[Family, ...]:
+    """All that are known."""
+    return tuple(_families.values())
+
+
+def family_of(module: nn.Module) -> Family | None:
+    """The family of which a module is a block."""
+    return _families.get(type(module).__name__)
+
+
+for _family in (
+    Family(
+        "mixtral",
+        "MixtralSparseMoeBlock",
+        _mixtral,
+        layout=SingleExperts(("w1", "w3", "w2")),
+        block_in_files="block_sparse_moe",
+    ),
+    Family(
+        "qwen2_moe",
+        "Qwen2MoeSparseMoeBlock",
+        _normalised,
+        shared=("shared_expert", "shared_expert_gate"),
+    ),
+    Family("qwen3_moe", "Qwen3MoeSparseMoeBlock", _normalised),
+    Family("olmoe", "OlmoeSparseMoeBlock", _normalised),
+    Family(
+        "deepseek_v3",
+        "DeepseekV3MoE",
+        _deepseek_v3,
+        selection_bias="e_score_correction_bias",
+        shared=("shared_experts",),
+    ),
+    Family(
+        "gpt_oss",
+        "GptOssMLP",
+        _gpt_oss,
+        router="router",
+        layout=InterleavedExperts(),
+        returns_scores=True,
+    ),
+):
+    register(_family)
