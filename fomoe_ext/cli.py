@@ -1,4 +1,4 @@
-"""The `fomoe` command: train, plan, info. Needs no torch until a command does."""
+"""The `fomoe` command: train, plan, export, eval, info. Needs no torch until a command does."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ _USAGE = """usage: fomoe COMMAND [flags]
 commands:
   train   train a language model across sites, by default four on this machine
   plan    what a job costs: bytes, memory, FLOPs and seconds per round and site
+  export  one model folder of a run's experts, for transformers or as plain safetensors
+  eval    validation loss of a run, an exported folder or a transformers model; cost of skipping
   info    what this build is, what this machine has, which kernels would run
 
 `fomoe COMMAND --help` tells a command's flags. `fomoe --version` tells the version."""
@@ -44,6 +46,20 @@ def plan(arguments: Sequence[str]) -> int:
     return plan_main(arguments)
 
 
+def export(arguments: Sequence[str]) -> int:
+    """`fomoe export`: a run's global model as one folder; returns the exit code."""
+    from fomoe_ext.export import main as export_main
+
+    return export_main(arguments)
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """`fomoe eval`: validation loss of a model; returns the exit code."""
+    from fomoe_ext.eval_command import main as eval_main
+
+    return eval_main(arguments)
+
+
 def info(arguments: Sequence[str]) -> int:
     """`fomoe info`: build, machine and kernels; returns the exit code."""
     from fomoe_ext.info import main as info_main
@@ -51,7 +67,7 @@ def info(arguments: Sequence[str]) -> int:
     return info_main(arguments)
 
 
-_COMMANDS = {"train": train, "plan": plan, "info": info}
+_COMMANDS = {"train": train, "plan": plan, "export": export, "eval": evaluate, "info": info}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tyro.conf import Positional
@@ -33,7 +34,7 @@ from fomoe_ext.files import write_text
 from fomoe_ext.metrics import human_bytes, human_count, read_metrics
 from fomoe_ext.model import LanguageModel
 from fomoe_ext.runs import CHECKPOINTS, CONFIG, METRICS, run_of
-from fomoe_ext.text import load_tokenizer
+from fomoe_ext.text import Tokenizer, load_tokenizer
 
 SINGLE = "model.safetensors"
 TOKENIZER = "tokenizer.json"
@@ -361,12 +362,18 @@ def _byte_tokenizer() -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(folder: Path, file: Path | None, model: ModelConfig) -> int | None:
-    """Write tokenizer.json and tokenizer_config.json; returns the id that ends a text, if any."""
+def _load_tokenizer(file: Path | None) -> Tokenizer:
     try:
-        coder = load_tokenizer(file)
+        return load_tokenizer(file)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}: give --tokenizer") from None
+    except RuntimeError as error:  # the library is not installed
+        raise ValueError(str(error)) from None
+
+
+def _write_tokenizer(folder: Path, file: Path | None, model: ModelConfig) -> int | None:
+    """Write tokenizer.json and tokenizer_config.json; returns the id that ends a text, if any."""
+    coder = _load_tokenizer(file)
     if coder.vocab_size > model.vocab_size:
         raise ValueError(
             f"tokenizer {file} has {coder.vocab_size} ids, the model {model.vocab_size}: it is not "
@@ -383,9 +390,9 @@ def _write_tokenizer(folder: Path, file: Path | None, model: ModelConfig) -> int
     else:
         shutil.copyfile(file, folder / TOKENIZER)
         if end is not None:
-            from tokenizers import Tokenizer
+            import tokenizers
 
-            config["eos_token"] = Tokenizer.from_file(str(file)).id_to_token(end)
+            config["eos_token"] = tokenizers.Tokenizer.from_file(str(file)).id_to_token(end)
     _write_json(folder / "tokenizer_config.json", config)
     return end
 
@@ -442,7 +449,7 @@ def _write_folder(folder: Path, source: Source, options: ExportOptions) -> tuple
         write_text(folder / "README.md", card)
     else:
         if tokenizer is not None:
-            load_tokenizer(tokenizer)
+            _load_tokenizer(tokenizer)
             shutil.copyfile(tokenizer, folder / TOKENIZER)
         write_text(folder / CONFIG, dump_config(_portable_config(source)))
     return _write_shards(folder, _tensors(source, options), options.shard_bytes)
@@ -474,6 +481,8 @@ def export(source: Source, options: ExportOptions) -> tuple[Path, int, int]:
         os.rename(partial, out)
     except ckpt.CheckpointError as error:
         raise ValueError(str(error)) from error
+    except SafetensorError as error:
+        raise OSError(f"could not write {out}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out, files, size

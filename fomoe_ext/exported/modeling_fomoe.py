@@ -103,7 +103,9 @@ class FomoeAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer)
+            # Where the keys belong: static caches of older versions must be told.
+            places = {"cache_position": torch.arange(past, past + length, device=x.device)}
+            k, v = cache.update(k, v, self.layer, places)
         if mask is None or mask.dim() == 2:
             mask = visible_keys(mask, past, length, k.shape[-2])
             mask = mask if mask is None else mask.to(x.device)
