@@ -307,6 +307,7 @@ Case = tuple[Shape, torch.dtype, str]  # shape, dtype, residency
 layer_results: dict[Case, dict[str, float]] = {}
 verb_results: dict[tuple[str, Case], dict[str, float]] = {}
 token_results: list[dict[str, Any]] = []  # of bench_token_kernels.py
+hf_results: list[dict[str, Any]] = []  # of bench_hf.py
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from fomoe_ext import _C
 
+WANTED_OF_BLOCKS = {"eager": 1.3, "grouped_mm": 1.2}
 WANTED_RATIO, WANTED_FRACTION, WANTED_HALF, WANTED_SHARE = 1.3, 0.85, 1.8, 0.10
 
 
@@ -118,6 +119,26 @@ def token_table() -> Table:
     return table
 
 
+def hf_table() -> Table:
+    table = Table(title="converted OLMoE block, forward + backward (x = a rival's time over ours)")
+    for name in ("block", "dtype"):
+        table.add_column(name)
+    for name in ("ms", "flops ms", "bytes ms", "of floor", *WANTED_OF_BLOCKS):
+        table.add_column(name, justify="right")
+    for r in common.hf_results:
+        ratios = {name: r["rivals"][name] / r["seconds"] for name in WANTED_OF_BLOCKS}
+        table.add_row(
+            r["case"],
+            r["dtype"],
+            f"{r['seconds'] * 1e3:.0f}",
+            f"{r['compute_floor_seconds'] * 1e3:.0f}",
+            f"{r['memory_floor_seconds'] * 1e3:.0f}",
+            f"{r['fraction_of_floor']:.0%}",
+            *(mark(x, x >= WANTED_OF_BLOCKS[name], ".2f") for name, x in ratios.items()),
+        )
+    return table
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     console = Console(width=None if os.isatty(1) else 160)
     if common.layer_results:
@@ -142,6 +163,10 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             if r["compiled_failed"]:
                 reason = r["compiled_failed"]
                 console.print(f"{r['verb']} {r['shape']}: no compiled rival, {reason}")
+    if common.hf_results:
+        console.print(hf_table())
+        wanted = ", ".join(f"{x}x {name}" for name, x in WANTED_OF_BLOCKS.items())
+        console.print(f"* misses what is wanted: {wanted}. The block's own code, the same weights.")
     outer_tables.show(console)
     if common.layer_results or common.verb_results:
         console.print(

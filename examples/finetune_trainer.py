@@ -18,7 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, MixtralConfig, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.utils import logging
 
 from fomoe_ext import Placement, hf
 from fomoe_ext.hf.trainer import OuterSyncCallback, one_process
@@ -85,12 +92,15 @@ def train(site: int, folder: Path) -> None:
             use_cpu=not torch.cuda.is_available(),
             seed=site,
         )
+        logging.disable_progress_bar()
         trainer = Trainer(
             model=loaded.model,
             args=arguments,
             train_dataset=SourceCode(site),
             callbacks=[meetings],
         )
+        if site != 0:
+            trainer.remove_callback(PrinterCallback)
         trainer.train()
     hf.save_merged(loaded.model, placement, site, folder / "merged")
     if site == 0:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fomoe_ext.hf.families import PARTS, Family, families, family_of
@@ -275,8 +276,12 @@ def _require_whole(model: nn.Module, what: str) -> list[tuple[str, ConvertedMoE]
 
 
 @torch.no_grad()
-def _give_back(layer: ConvertedMoE) -> nn.Module:
-    """The block with the layer's weights in it, which share memory with the layer's own."""
+def share_with_block(layer: ConvertedMoE) -> nn.Module:
+    """The original block with the layer's weights in it, in the block's order of elements.
+
+    They share memory. Where the orders differ (gpt-oss) the layer is not to be used until
+    `take_back`.
+    """
     family, block = layer.origin.family, layer.origin.block
     experts, router = block.get_submodule("experts"), block.get_submodule(family.router)
     for part in layer.experts.parts:
@@ -293,8 +298,8 @@ def _give_back(layer: ConvertedMoE) -> nn.Module:
 
 
 @torch.no_grad()
-def _take_back(layer: ConvertedMoE) -> None:
-    """After `_give_back`: the layer's weights are its own again, the same Parameters as before."""
+def take_back(layer: ConvertedMoE) -> None:
+    """After `share_with_block`: the layer's weights are its own again, the same Parameters."""
     family, block = layer.origin.family, layer.origin.block
     experts, router = block.get_submodule("experts"), block.get_submodule(family.router)
     for part in layer.experts.parts:
@@ -318,23 +323,29 @@ def restore(model: nn.Module) -> nn.Module:
     converted.
     """
     for path, layer in _require_whole(model, "restore"):
-        _put(model, path, _give_back(layer))
+        _put(model, path, share_with_block(layer))
     return model
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, **options: Any) -> None:
     """`model.save_pretrained(folder, **options)` in the original format; the model stays converted.
 
-    Raises ValueError, with nothing written, where experts are absent or nothing is converted.
+    Raises ValueError, with nothing written, where experts are absent or nothing is converted, and
+    RuntimeError where torch.distributed is initialised and this is not its rank 0: transformers
+    writes nothing there.
     """
+    if dist.is_initialized() and dist.get_rank() != 0:
+        raise RuntimeError(
+            f"save_pretrained writes at rank 0 of torch.distributed only, this is {dist.get_rank()}"
+        )
     whole = _require_whole(model, "save_pretrained")
     given_back: list[tuple[str, ConvertedMoE]] = []
     try:
         for path, layer in whole:
             given_back.append((path, layer))
-            _put(model, path, _give_back(layer))
+            _put(model, path, share_with_block(layer))
         model.save_pretrained(folder, **options)  # type: ignore[operator]
     finally:
         for path, layer in given_back:
             _put(model, path, layer)
-            _take_back(layer)
+            take_back(layer)

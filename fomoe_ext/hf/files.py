@@ -152,7 +152,8 @@ def _set(module: nn.Module, name: str, values: Tensor, device: torch.device | st
             f"{name} of {type(module).__name__} must have shape {list(old.shape)}, the file has "
             f"{list(values.shape)}"
         )
-    new = values.to(device=device, dtype=old.dtype)
+    # A copy: what safetensors gives may lie in the file, at any address.
+    new = torch.empty_like(old, device=device).copy_(values)
     is_parameter = isinstance(old, nn.Parameter)
     setattr(module, name, nn.Parameter(new, old.requires_grad) if is_parameter else new)
 

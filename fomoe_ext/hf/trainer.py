@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_model
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fomoe_ext.files import replace_file
 from fomoe_ext.hf.convert import layers
-from fomoe_ext.outer.sync import OuterSync, RoundReport
+from fomoe_ext.hf.files import INDEX, SINGLE
+from fomoe_ext.outer import OuterSync, RoundReport
 from fomoe_ext.placement import Placement
 
 STATE_FILE = "outer_sync.pt"
@@ -99,10 +101,14 @@ class OuterSyncCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Writes the state of the meetings into the checkpoint."""
+        """Writes the state of the meetings into the checkpoint; and the weights, which transformers
+        leaves to rank 0 of torch.distributed, but every site has its own."""
         assert self.sync is not None
         self.sync.finish()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not any((folder / name).exists() for name in (SINGLE, INDEX)):
+            with replace_file(folder / SINGLE) as temporary:
+                save_model(given["model"], str(temporary))
         with replace_file(folder / STATE_FILE) as temporary:
             torch.save(self.sync.state_dict(), temporary)
 

@@ -39,33 +39,16 @@ from fomoe_ext.outer.layout import (
 from fomoe_ext.outer.meeting import Meeting
 from fomoe_ext.outer.options import MeetingError, OuterOptions
 from fomoe_ext.outer.reduce import buckets_of, exchange, run_jobs
+from fomoe_ext.outer.reports import ReshuffleReport, RoundReport
 from fomoe_ext.placement import Placement
 
 
-class RoundReport(NamedTuple):
-    """What the meetings of a round cost this site.
+class _Check(NamedTuple):
+    """A comparison under way: the local step at which it began, and when it is done."""
 
-    round: counts from 1. bytes_sent and seconds: of `step`, of fragments that arrived since the
-    last one and, with "ddp", of all `reduce_gradients` and `clip_grad_norm`; seconds that the site
-    waited, for others too. moments: how many of the two AdamW moments were averaged. exchange_s:
-    seconds from the start of exchanges to their end, of which all but `seconds` were hidden behind
-    local steps. healed: pieces that had to be restored from the majority.
-    """
-
-    round: int
-    bytes_sent: int
-    seconds: float
-    moments: int
-    exchange_s: float
-    healed: tuple[str, ...]
-
-
-class ReshuffleReport(NamedTuple):
-    """What a reshuffle did: experts that arrived here, as (layer, expert); bytes sent; seconds."""
-
-    arrived: tuple[tuple[int, int], ...]
-    bytes_sent: int
-    seconds: float
+    step: int
+    compared: Agreement
+    done: Future[None]
 
 
 class OuterSync:
@@ -150,7 +133,7 @@ class OuterSync:
         self._background = Background()
         self._flights: list[Flight] = []
         self._meetings: dict[int, Meeting] = {}
-        self._checks: list[tuple[Agreement, Future[None]]] = []
+        self._checks: list[_Check] = []
         self._layers = [layer for _, layer in find_moe_layers(model)]
         experts = self._layers[0].num_experts if self._layers else 0
         self.tokens = torch.zeros(len(self._layers), experts, dtype=torch.float64)
@@ -264,7 +247,8 @@ class OuterSync:
 
     def _meet(self, fragment: int) -> None:
         """Sends a fragment off and, without overlap, takes it in."""
-        self._look_at_checks()
+        # What has just landed is still being compared; to wait for that is to wait for all sites.
+        self._look_at_checks(before=self.steps)
         options = self.options
         begun = time.perf_counter()
         meeting = Meeting(self, fragment)
@@ -310,14 +294,18 @@ class OuterSync:
             for bucket in flight.buckets:
                 bucket.apply()
             compared = self._meetings.pop(flight.fragment).agreement()
-            self._checks.append((compared, self._background.submit(compared.exchange)))
+            done = self._background.submit(compared.exchange)
+            self._checks.append(_Check(self.steps, compared, done))
 
-    def _look_at_checks(self) -> None:
-        """Settles what has been compared in the background."""
-        while self._checks:
-            compared, done = self._checks.pop(0)
-            done.result()
-            self._settle(compared)
+    def _look_at_checks(self, before: int | None = None) -> None:
+        """Settles what is compared in the background: what landed before a step, or all of it.
+
+        At the same steps at all sites: what heals is an exchange too.
+        """
+        while self._checks and (before is None or self._checks[0].step < before):
+            check = self._checks.pop(0)
+            check.done.result()
+            self._settle(check.compared)
 
     def _settle(self, compared: Agreement) -> None:
         """Stops, or mends, where holders differ. All of a group do the same."""
