@@ -198,17 +198,24 @@ def test_padding_on_the_left_changes_nothing(tmp_path):
     assert torch.equal(found[1], greedy(model, prompt[1:], 12)[0])
 
 
-def test_tokens_after_a_cached_beginning(tmp_path):
+@pytest.mark.parametrize("kind", ["none given", "dynamic", "static"])
+def test_tokens_after_a_cached_beginning(tmp_path, kind):
     model = random_model(tiny_config())
     exported = load(write(untrained_run(tmp_path, model), tmp_path / "out"))
     tokens = tokens_of(model.config, 2, 20)
+    cache = {
+        "none given": lambda: None,
+        "dynamic": lambda: transformers.DynamicCache(config=exported.config),
+        "static": lambda: transformers.StaticCache(config=exported.config, max_cache_len=30),
+    }[kind]()
     with torch.no_grad():
-        first = exported(tokens[:, :9], use_cache=True)
-        cache = first.get("cache", first.get("past_key_values"))
-        rest = exported(tokens[:, 9:], past_key_values=cache, use_cache=True).logits
-        assert relative_error(rest, model(tokens)[:, 9:]) <= 1e-5
+        wanted = model(tokens)
+        for start, end in ((0, 9), (9, 18), (18, 19), (19, 20)):
+            outputs = exported(tokens[:, start:end], past_key_values=cache, use_cache=True)
+            cache = outputs.get("cache", outputs.get("past_key_values"))
+            assert relative_error(outputs.logits, wanted[:, start:end]) <= 1e-5
         few = exported(tokens, logits_to_keep=2).logits
-        assert relative_error(few, model(tokens)[:, -2:]) <= 1e-5
+        assert relative_error(few, wanted[:, -2:]) <= 1e-5
 
 
 def test_generation_ends_at_the_end_of_a_text(trained):
