@@ -125,11 +125,10 @@ def from_dense(
         **options,
     )
     layer.to_empty(device=device)
+    layer.make_buffers(device)
     layer.router.reset_parameters()
     if layer.shared_expert is not None:
         layer.shared_expert.reset_parameters()
-    layer.experts.write_resident_tables()
-    layer._reset_buffers()
     fill_experts(layer.experts, dense, noise)
     return layer.train(mlp.training)
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from sites import pool
 from test_frameworks import KINDS, language_model, layer_of
 from test_model import tokens as text
-from test_moe import normalised_error, tokens
+from test_moe import make, normalised_error, tokens
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -164,24 +164,34 @@ def test_fully_shard_in_mixed_precision() -> None:
     assert normalised_error(answers[0][1], layer.experts.expand_weight.grad) < 0.2
 
 
-def sharded_state(site: int, num_sites: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A full state dict into a sharded layer of other weights and back."""
-    layer = layer_of("skipping", seed=1)
+def sharded_state(
+    site: int, num_sites: int, state: dict[str, Tensor], late: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """A full state dict into a sharded layer and back, and what it then computes."""
+    if late:
+        with torch.device("meta"):
+            layer = make(**KINDS["skipping"])
+    else:
+        layer = layer_of("skipping", seed=1)
     fully_shard(layer, mesh=init_device_mesh("cpu", (num_sites,)))
-    options = StateDictOptions(full_state_dict=True, cpu_offload=False)
+    if late:
+        layer.to_empty(device="cpu")
+        layer.make_buffers("cpu")
+    options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(layer, state, options=options)
-    return {
-        name: value.clone() for name, value in get_model_state_dict(layer, options=options).items()
-    }
+    found = get_model_state_dict(layer, options=options)
+    return {name: value.clone() for name, value in found.items()}, layer(tokens(30, 24)).detach()
 
 
-def test_full_state_dicts_of_a_sharded_layer() -> None:
-    state = layer_of("skipping").state_dict()
-    other = layer_of("skipping", seed=1).state_dict()
-    assert not torch.equal(state["experts.expand_weight"], other["experts.expand_weight"])
-    for answer in pool().run(PROCESSES, sharded_state, state):
-        assert answer.keys() == state.keys()
-        assert all(torch.equal(answer[name], value) for name, value in state.items())
+@pytest.mark.parametrize("late", [False, True], ids=["built", "from meta"])
+def test_full_state_dicts_of_a_sharded_layer(late: bool) -> None:
+    layer = layer_of("skipping")
+    state, y = layer.state_dict(), layer(tokens(30, 24))
+    assert not torch.equal(layer_of("skipping", seed=1)(tokens(30, 24)), y)
+    for found, mine in pool().run(PROCESSES, sharded_state, state, late):
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[name], value) for name, value in state.items())
+        assert torch.equal(mine, y)
 
 
 # ---- DistributedDataParallel ---------------------------------------------------------------------
