@@ -55,7 +55,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "empty": {"resident_experts": [], "shared_expert_size": 8, "z_loss_coef": 0.1},
 }
-# The known faults of these tests, each in a file of its own owner.
+# Known faults: with one mended, its mark must go.
 ENTROPY = pytest.param(
     "entropy",
     marks=pytest.mark.xfail(strict=True, reason="entropy_loss takes math.log of a token count"),
