@@ -6,7 +6,6 @@ on the device: nothing waits for a value.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -48,7 +47,6 @@ def expert_load(experts: Tensor, num_experts: int) -> Tensor:
     return counts.scatter_add(0, bins, torch.ones_like(bins))[1:]
 
 
-@torch.no_grad()
 def measure(statistics: RouterStatistics, rows: Tensor, tokens: int, slots: int) -> MoEStats:
     """The statistics of a pass over so many tokens and slots; `rows` (int32 []) were computed."""
     return MoEStats(
@@ -77,7 +75,9 @@ def entropy_loss(logits: Tensor) -> Tensor:
     The regulariser of sigma-MoE (arXiv 2310.10837), with the mean taken in log space: -log(C) when
     the tokens spread evenly over the experts, 0 when all agree on one.
     """
-    log_mean = logits.log_softmax(dim=-1).logsumexp(dim=0) - math.log(logits.shape[0])
+    # Not math.log, which a compiler would fix to one number of tokens.
+    tokens = logits.new_full((), logits.shape[0])
+    log_mean = logits.log_softmax(dim=-1).logsumexp(dim=0) - tokens.log()
     return (log_mean.exp() * log_mean).sum()
 
 

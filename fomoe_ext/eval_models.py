@@ -316,7 +316,7 @@ def _transformers_subject(
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError:
         raise ValueError(
-            f"{folder} is a transformers model: pip install 'transformers>=5.0' to evaluate it"
+            f"{folder} is a transformers model: pip install 'transformers>=5.6' to evaluate it"
         ) from None
     own = folder / TOKENIZER
     if tokenizer is None and not own.is_file():

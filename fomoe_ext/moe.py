@@ -459,7 +459,7 @@ class MoELayer(nn.Module):
             if self.z_loss_coef:
                 losses.append(self.z_loss_coef * bal.z_loss(logits))
         if self.training and self.balance == "bias":
-            self.load_since_update += load
+            self.load_since_update.add_(load)
         self.aux_loss = sum(losses, start=logits.new_zeros(()))
 
     def _wants_loss(self) -> bool:

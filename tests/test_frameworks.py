@@ -55,17 +55,6 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "empty": {"resident_experts": [], "shared_expert_size": 8, "z_loss_coef": 0.1},
 }
-# Known faults: with one mended, its mark must go.
-ENTROPY = pytest.param(
-    "entropy",
-    marks=pytest.mark.xfail(strict=True, reason="entropy_loss takes math.log of a token count"),
-)
-BIAS_BALANCED = pytest.param(
-    "skipping",
-    marks=pytest.mark.xfail(
-        strict=True, reason="export of `load_since_update += load` writes to the selection bias"
-    ),
-)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -118,7 +107,7 @@ EXACT = {"rtol": 0.0, "atol": 0.0}
 # ---- torch.compile -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [*KINDS, ENTROPY])
+@pytest.mark.parametrize("kind", [*KINDS, "entropy"])
 def test_compiled_once_for_any_number_of_tokens(kind: str) -> None:
     """A second number makes the count dynamic, and then any does."""
     eager, traced = layer_of(kind), layer_of(kind)
@@ -375,7 +364,7 @@ def test_exported_for_any_number_of_tokens(kind: str, strict: bool) -> None:
         torch.testing.assert_close(program(x), layer(x), **EXACT)
 
 
-@pytest.mark.parametrize("kind", [BIAS_BALANCED, "resident", "empty"])
+@pytest.mark.parametrize("kind", ["skipping", "resident", "empty"])
 def test_exported_in_training_mode(kind: str) -> None:
     """Gradients are the layer's, and no pass changes what the next one computes."""
     layer = layer_of(kind)
@@ -403,7 +392,6 @@ def test_exported_language_model() -> None:
         torch.testing.assert_close(program(ids), model(ids))
 
 
-@pytest.mark.xfail(strict=True, reason="a no_grad region without a value, from balance.measure")
 def test_exported_into_a_file() -> None:
     layer, buffer = layer_of("skipping").eval(), io.BytesIO()
     torch.export.save(exported(layer, tokens(10, 24)), buffer)

@@ -1,4 +1,4 @@
-"""Configuration of an exported FoMoE language model, for transformers >= 5.0."""
+"""Configuration of an exported FoMoE language model, for transformers >= 5.6."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An exported FoMoE language model in plain torch, for transformers >= 5.0.
+"""An exported FoMoE language model in plain torch, for transformers >= 5.6.
 
 A Peri-LN decoder: every branch is `x + m * norm(F(norm(x)))`, the embedding is normed once more and
 its weight is also the unembedding; F is causal attention with rotary positions, then a Mixture of
