@@ -8,7 +8,7 @@ else from site 0. Tensors are called as in the model's state dict, but that expe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -115,3 +115,25 @@ def global_names(model: nn.Module) -> set[str]:
             names.remove(_share(named, f"experts.{part}"))
             names.update(expert_key(named.path, e, part) for e in range(named.layer.num_experts))
     return names
+
+
+@torch.no_grad()
+def fill_model(model: nn.Module, read: Callable[[str], Tensor]) -> None:
+    """Fills a model, which may hold any choice of experts, from tensors of the global model.
+
+    `read` gives them by name; of experts only the resident ones are asked for. Raises ValueError
+    for another shape.
+    """
+    targets = dict(model.state_dict())
+    for named in named_moe_layers(model):
+        for part in named.layer.experts.parts:
+            stack = targets.pop(_share(named, f"experts.{part}"))
+            for row, expert in enumerate(named.layer.experts.resident_experts):
+                targets[expert_key(named.path, expert, part)] = stack[row]
+    for name, target in targets.items():
+        value = read(name)
+        if value.shape != target.shape:
+            raise ValueError(
+                f"{name} must have shape {list(target.shape)}, the file has {list(value.shape)}"
+            )
+        target.copy_(value)

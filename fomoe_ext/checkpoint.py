@@ -30,12 +30,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fomoe_ext.assemble import expert_key, global_names, named_moe_layers
+from fomoe_ext.assemble import fill_model, global_names
 from fomoe_ext.files import write_text
 from fomoe_ext.outer.groups import gather_objects
+from fomoe_ext.tensor_files import INDEX
 
 FORMAT = 1
-INDEX = "model.safetensors.index.json"
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -335,7 +335,6 @@ class GlobalModelReader:
             raise CheckpointError(f"checkpoint {self.path}: cannot read {file} ({error})") from None
 
 
-@torch.no_grad()
 def load_global_model(path: Path, model: nn.Module) -> None:
     """Fill a model, which may hold any choice of experts, from a checkpoint's global model.
 
@@ -348,18 +347,7 @@ def load_global_model(path: Path, model: nn.Module) -> None:
             raise CheckpointError(
                 f"checkpoint {path} is of another model: {sorted(differing)[:3]} are only in one"
             )
-        targets = dict(model.state_dict())
-        for named in named_moe_layers(model):
-            prefix = f"{named.path}." if named.path else ""
-            for part in named.layer.experts.parts:
-                stack = targets.pop(f"{prefix}experts.{part}")
-                for row, expert in enumerate(named.layer.experts.resident_experts):
-                    targets[expert_key(named.path, expert, part)] = stack[row]
-        for name, target in targets.items():
-            value = reader.tensor(name)
-            if value.shape != target.shape:
-                raise CheckpointError(
-                    f"checkpoint {path}: {name} has shape {list(value.shape)}, "
-                    f"the model wants {list(target.shape)}"
-                )
-            target.copy_(value)
+        try:
+            fill_model(model, reader.tensor)
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint {path}: {error}") from None

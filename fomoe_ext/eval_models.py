@@ -13,15 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fomoe_ext import checkpoint as ckpt
-from fomoe_ext.assemble import expert_key, named_moe_layers
+from fomoe_ext.assemble import fill_model
 from fomoe_ext.config import DataConfig, ModelConfig
 from fomoe_ext.config_io import load_config
 from fomoe_ext.export import (
-    SINGLE,
     TOKENIZER,
     Source,
     exported_name,
@@ -33,6 +31,7 @@ from fomoe_ext.moe import MoELayer
 from fomoe_ext.placement import Placement
 from fomoe_ext.plan import job_placement
 from fomoe_ext.runs import CHECKPOINTS, CONFIG
+from fomoe_ext.tensor_files import INDEX, SINGLE, TensorFiles
 
 TOKENS = 524_288
 """Tokens to evaluate on where no run says how many."""
@@ -93,7 +92,7 @@ def find_subject(
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"model {folder} is not a folder")
-    weights = any((folder / name).is_file() for name in (SINGLE, ckpt.INDEX))
+    weights = any((folder / name).is_file() for name in (SINGLE, INDEX))
     if (folder / ckpt.MANIFEST).is_file() or (folder / CHECKPOINTS).is_dir():
         return _run_subject(find_source(folder, checkpoint), skipping, tokenizer)
     if checkpoint is not None:
@@ -214,33 +213,6 @@ def _run_subject(source: Source, skipping: Skipping, tokenizer: Path | None) -> 
 # -------------------------------------------------------------------------------- exported folders
 
 
-class _ExportedReader:
-    """Reads single tensors of an exported folder, by the names of the global model."""
-
-    def __init__(self, folder: Path, rename: Callable[[str], str]) -> None:
-        self.folder, self.rename = folder, rename
-        self._files: dict[str, Any] = {}
-        self._file_of: dict[str, str] = {}
-        if (folder / ckpt.INDEX).is_file():
-            self._file_of = dict(_read_json(folder / ckpt.INDEX).get("weight_map", {}))
-        else:
-            self._file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
-
-    def _open(self, name: str) -> Any:
-        if name not in self._files:
-            try:
-                self._files[name] = safe_open(self.folder / name, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{self.folder}: cannot read {name} ({error})") from None
-        return self._files[name]
-
-    def tensor(self, name: str) -> Tensor:
-        name = self.rename(name)
-        if name not in self._file_of:
-            raise ValueError(f"{self.folder} has no tensor {name}")
-        return self._open(self._file_of[name]).get_tensor(name)
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -259,28 +231,16 @@ def _exported_config(folder: Path) -> ModelConfig:
     return load_config(folder / CONFIG).model
 
 
-@torch.no_grad()
 def load_exported(folder: Path, device: torch.device | str = "cpu") -> LanguageModel:
     """The model in a folder of `fomoe export`, of either format, on fomoe_ext's own kernels.
 
     Parameters are fp32, whatever the folder's dtype. Raises ValueError or OSError when it is not
     one, or damaged.
     """
-    reader = _ExportedReader(folder, exported_name if _is_transformers_export(folder) else str)
+    files = TensorFiles(folder)
+    name_in = exported_name if _is_transformers_export(folder) else str
     model = LanguageModel(_exported_config(folder), device=device)
-    targets: dict[str, Tensor] = dict(model.state_dict())
-    for named in named_moe_layers(model):
-        for part in named.layer.experts.parts:
-            for expert, row in enumerate(targets.pop(f"{named.path}.experts.{part}")):
-                targets[expert_key(named.path, expert, part)] = row
-    for name, target in targets.items():
-        value = reader.tensor(name)
-        if value.shape != target.shape:
-            raise ValueError(
-                f"{folder}: {name} has shape {list(value.shape)}, the model wants "
-                f"{list(target.shape)}"
-            )
-        target.copy_(value)
+    fill_model(model, lambda name: files.read(name_in(name)))
     return model
 
 

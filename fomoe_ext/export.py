@@ -34,9 +34,9 @@ from fomoe_ext.files import write_text
 from fomoe_ext.metrics import human_bytes, human_count, read_metrics
 from fomoe_ext.model import LanguageModel
 from fomoe_ext.runs import CHECKPOINTS, CONFIG, METRICS, run_of
+from fomoe_ext.tensor_files import SINGLE
 from fomoe_ext.text import Tokenizer, load_tokenizer
 
-SINGLE = "model.safetensors"
 TOKENIZER = "tokenizer.json"
 _CODE = ("configuration_fomoe.py", "modeling_fomoe.py")
 

@@ -330,7 +330,7 @@ def test_damaged_folders_are_refused(tmp_path, text, capsys):
     (out / "config.toml").write_text(config.replace("num_layers = 2", "num_layers = 3"))
     assert "has no tensor blocks.2" in refused(capsys, *given)
     (out / "config.toml").write_text(config.replace("expert_size = 8", "expert_size = 4", 1))
-    assert "has shape" in refused(capsys, *given)
+    assert "must have shape" in refused(capsys, *given)
     (out / "config.toml").write_text(config)
     file = out / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,9 +20,7 @@ from fomoe_ext.experts import ExpertWeights
 from fomoe_ext.files import write_text
 from fomoe_ext.hf.convert import ConvertedMoE, convert, converted_layers
 from fomoe_ext.placement import Placement
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+from fomoe_ext.tensor_files import INDEX, SINGLE, TensorFiles
 
 
 class Loaded(NamedTuple):
@@ -32,53 +29,6 @@ class Loaded(NamedTuple):
     model: Any
     bytes_read: int
     bytes_total: int
-
-
-class SafetensorsReader:
-    """The tensors of a folder of safetensors files by name; opens each file once.
-
-    Raises ValueError for a folder without such files, or files that do not have what is asked for.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.bytes_read = 0
-        self._open: dict[str, Any] = {}
-        index = folder / INDEX
-        if index.is_file():
-            self._files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        elif (folder / SINGLE).is_file():
-            self._files = dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
-        else:
-            raise ValueError(f"path must be a folder with {SINGLE} or {INDEX}, got {folder}")
-
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            self._open[name] = safe_open(self.folder / name, framework="pt")
-        return self._open[name]
-
-    @property
-    def bytes_total(self) -> int:
-        """Bytes of all files' tensors."""
-        total = 0
-        for name in set(self._files.values()):
-            with (self.folder / name).open("rb") as file:
-                header = int.from_bytes(file.read(8), "little")
-                total += os.fstat(file.fileno()).st_size - 8 - header
-        return total
-
-    def has(self, name: str) -> bool:
-        """Whether there is such a tensor."""
-        return name in self._files
-
-    def read(self, name: str, row: int | None = None) -> Tensor:
-        """A tensor, or one row of it."""
-        if name not in self._files:
-            raise ValueError(f"{self.folder} must have a tensor {name}, it has none")
-        file = self._file(self._files[name])
-        tensor = file.get_tensor(name) if row is None else file.get_slice(name)[row]
-        self.bytes_read += tensor.nbytes
-        return tensor
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -128,7 +78,7 @@ def from_pretrained_resident(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = Path(path)
-    reader = SafetensorsReader(folder)
+    reader = TensorFiles(folder)
     config = AutoConfig.from_pretrained(folder)
     kind = dtype or getattr(config, "dtype", None) or torch.float32
     with _parameters_on_meta():
@@ -159,7 +109,7 @@ def _set(module: nn.Module, name: str, values: Tensor, device: torch.device | st
 
 
 def _read_layer(
-    reader: SafetensorsReader, path: str, layer: ConvertedMoE, device: torch.device | str
+    reader: TensorFiles, path: str, layer: ConvertedMoE, device: torch.device | str
 ) -> None:
     family, experts = layer.origin.family, layer.experts
     block = family.path_in_files(path)
@@ -186,7 +136,7 @@ def _read_layer(
 
 
 def _read_module(
-    reader: SafetensorsReader, module: nn.Module, path: str, device: torch.device | str
+    reader: TensorFiles, module: nn.Module, path: str, device: torch.device | str
 ) -> None:
     for key in module.state_dict():
         parent, _, name = key.rpartition(".")
@@ -194,7 +144,7 @@ def _read_module(
 
 
 def _read_others(
-    reader: SafetensorsReader, model: nn.Module, layers: set[str], device: torch.device | str
+    reader: TensorFiles, model: nn.Module, layers: set[str], device: torch.device | str
 ) -> None:
     """All that is not in a converted layer; what shares memory with another is read once."""
     done: set[int] = set()

@@ -14,9 +14,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fomoe_ext.files import replace_file
 from fomoe_ext.hf.convert import layers
-from fomoe_ext.hf.files import INDEX, SINGLE
 from fomoe_ext.outer import OuterSync, RoundReport
 from fomoe_ext.placement import Placement
+from fomoe_ext.tensor_files import INDEX, SINGLE
 
 STATE_FILE = "outer_sync.pt"
 _SHOWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
