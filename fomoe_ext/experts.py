@@ -20,7 +20,7 @@ ExpertWeights = tuple[Tensor, ...]
 _NUMBER = {2: "two", 4: "four"}
 
 
-def _resident_ids(resident_experts: Sequence[int] | None, num_experts: int) -> tuple[int, ...]:
+def resident_ids(resident_experts: Sequence[int] | None, num_experts: int) -> tuple[int, ...]:
     """The ids in ascending order, checked; None = all experts."""
     if resident_experts is None:
         return tuple(range(num_experts))
@@ -38,14 +38,57 @@ def _resident_ids(resident_experts: Sequence[int] | None, num_experts: int) -> t
     return tuple(ids)
 
 
-class Experts(nn.Module):
+class Residents(nn.Module):
+    """Which experts are resident, ascending by id, with tables of them on the device.
+
+    resident_experts: the global ids. resident_index: int32 [E], position of each expert among them
+    or -1. resident_ids: int64 [R], the ids as a tensor. None of them is in the state dict.
+    """
+
+    resident_index: Tensor
+    resident_ids: Tensor
+
+    def __init__(
+        self,
+        resident_experts: Sequence[int] | None,
+        num_experts: int,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """`resident_experts` None = all. Raises ValueError or TypeError for bad ids."""
+        super().__init__()
+        self.num_experts = num_experts
+        self.resident_experts = resident_ids(resident_experts, num_experts)
+        for name, size, kind in (
+            ("resident_index", num_experts, torch.int32),
+            ("resident_ids", len(self.resident_experts), torch.int64),
+        ):
+            buffer = torch.empty(size, device=device, dtype=kind)
+            self.register_buffer(name, buffer, persistent=False)
+        self.write_resident_tables()
+
+    @property
+    def num_resident(self) -> int:
+        """R, the number of resident experts."""
+        return len(self.resident_experts)
+
+    def write_resident_tables(self) -> None:
+        """Fills `resident_index` and `resident_ids`, unless they are on the meta device."""
+        index = [-1] * self.num_experts
+        for row, expert in enumerate(self.resident_experts):
+            index[expert] = row
+        if not self.resident_index.is_meta:
+            self.resident_index.copy_(torch.tensor(index, dtype=torch.int32, device="cpu"))
+            ids = torch.tensor(self.resident_experts, dtype=torch.int64, device="cpu")
+            self.resident_ids.copy_(ids)
+
+
+class Experts(Residents):
     """The weights of the resident experts, ascending by id; no others are allocated.
 
     expand_weight: [R, G*N, D], gated: gate rows first, then up. contract_weight: [R, D, N].
     expand_bias: [R, G*N] and contract_bias: [R, D], or None.
-    resident_experts: the global ids. resident_index: int32 [E], row of each expert or -1.
-    resident_ids: int64 [R], the ids as a tensor. The ids are not in the state dict: whoever loads
-    one must have built the module with the same ids.
+    resident_experts: the global ids, those of `Residents`; rows are in their order. They are not in
+    the state dict: whoever loads one must have built the module with the same ids.
 
     Where a weight has an attribute `main_grad`, float32 of its shape (Megatron-LM's convention),
     the backward pass adds the weight's gradient to that, and its `grad` stays as it is.
@@ -55,8 +98,6 @@ class Experts(nn.Module):
     contract_weight: nn.Parameter
     expand_bias: nn.Parameter | None
     contract_bias: nn.Parameter | None
-    resident_index: Tensor
-    resident_ids: Tensor
 
     def __init__(
         self,
@@ -73,17 +114,15 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         """Sizes and options of `MoELayer`. Raises ValueError or TypeError for bad ones."""
-        super().__init__()
         at_least(1, hidden_size=hidden_size, expert_size=expert_size, num_experts=num_experts)
         at_least(0, layer_index=layer_index)
         an_int(seed=seed)
         a_bool(bias=bias)
         one_of(tuple(ops.ACTIVATIONS), activation=activation)
-        self.hidden_size, self.expert_size, self.num_experts = hidden_size, expert_size, num_experts
-        self.activation = activation
+        super().__init__(resident_experts, num_experts, device)
+        self.hidden_size, self.expert_size, self.activation = hidden_size, expert_size, activation
         self.layer_index, self.seed = layer_index, seed
-        self.resident_experts = _resident_ids(resident_experts, num_experts)
-        residents = len(self.resident_experts)
+        residents = self.num_resident
         wide = expert_size * (2 if ops.is_gated(activation) else 1)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.expand_weight = nn.Parameter(torch.empty(residents, wide, hidden_size, **options))
@@ -93,18 +132,7 @@ class Experts(nn.Module):
         for name, width in (("expand_bias", wide), ("contract_bias", hidden_size)):
             lines = nn.Parameter(torch.empty(residents, width, **options)) if bias else None
             self.register_parameter(name, lines)
-        for name, size, kind in (
-            ("resident_index", num_experts, torch.int32),
-            ("resident_ids", residents, torch.int64),
-        ):
-            buffer = torch.empty(size, device=device, dtype=kind)
-            self.register_buffer(name, buffer, persistent=False)
         self.reset_parameters()
-
-    @property
-    def num_resident(self) -> int:
-        """R, the number of resident experts."""
-        return len(self.resident_experts)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -134,16 +162,6 @@ class Experts(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def write_resident_tables(self) -> None:
-        """Fills `resident_index` and `resident_ids`, unless they are on the meta device."""
-        index = [-1] * self.num_experts
-        for row, expert in enumerate(self.resident_experts):
-            index[expert] = row
-        if not self.resident_index.is_meta:
-            self.resident_index.copy_(torch.tensor(index, dtype=torch.int32, device="cpu"))
-            ids = torch.tensor(self.resident_experts, dtype=torch.int64, device="cpu")
-            self.resident_ids.copy_(ids)
-
     def expert_weights(self, expert: int) -> ExpertWeights:
         """Views of a resident expert's `parts`: expand [G*N, D], contract [D, N], biases if any.
 
@@ -166,7 +184,7 @@ class Experts(nn.Module):
         number of ids, ids out of range or repeated, and missing or misshapen weights.
         """
         weights = weights or {}
-        ids = _resident_ids(resident_experts, self.num_experts)
+        ids = resident_ids(resident_experts, self.num_experts)
         if len(ids) != self.num_resident:
             raise ValueError(
                 f"resident_experts must keep its number, {self.num_resident}, got {len(ids)}: {ids}"

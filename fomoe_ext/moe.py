@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from fomoe_ext import balance as bal
 from fomoe_ext import ops, upcycle
 from fomoe_ext.checks import a_bool, an_int, at_least, finite, one_of
-from fomoe_ext.experts import Experts, ExpertWeights, SharedExpert
+from fomoe_ext.dispatch import DeviceMesh, make_dispatch
+from fomoe_ext.experts import Experts, ExpertWeights, Residents, SharedExpert, resident_ids
 from fomoe_ext.seeding import fill_normal_
 
 __all__ = ["Experts", "MoELayer", "Router", "SharedExpert"]
@@ -174,6 +175,9 @@ class MoELayer(nn.Module):
 
     Under activation checkpointing use `use_reentrant=False`; the reentrant form runs the layer
     without a graph, so that `aux_loss` would train nothing.
+
+    With `mesh` a site's ranks share its resident experts (`fomoe_ext.dispatch` says what gradients
+    then are). `stats` and `aux_loss` are of this rank's tokens, `stats.rows` counts rows made here.
     """
 
     stats: bal.MoEStats | None
@@ -207,6 +211,7 @@ class MoELayer(nn.Module):
         bias_update_rate: float = 1e-3,
         layer_index: int = 0,
         seed: int = 0,
+        mesh: DeviceMesh | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -234,6 +239,7 @@ class MoELayer(nn.Module):
             balance_coef, z_loss_coef: factors of the balance loss and of the router z-loss.
             bias_update_rate: step of the selection bias.
             layer_index, seed: with e all that the initial weights of expert e depend on.
+            mesh: its axis "expert" shares out the resident experts; None, or one rank: all here.
             device, dtype: of the parameters; float32, bfloat16 or float16.
 
         Raises ValueError or TypeError naming the argument.
@@ -265,17 +271,19 @@ class MoELayer(nn.Module):
             bias=router_bias,
             **common,
         )
+        site = resident_ids(resident_experts, num_experts)
+        if router_scope == "resident" and not site:
+            raise ValueError("resident_experts must not be empty with router_scope 'resident'")
+        self.dispatch = make_dispatch(mesh, site, num_experts, hidden_size, layer_index, device)
         self.experts = Experts(
             hidden_size,
             expert_size,
             num_experts,
             activation=activation,
             bias=bias,
-            resident_experts=resident_experts,
+            resident_experts=self.dispatch.own_experts if self.dispatch else site,
             **common,
         )
-        if router_scope == "resident" and self.experts.num_resident == 0:
-            raise ValueError("resident_experts must not be empty with router_scope 'resident'")
         self.shared_expert: nn.Module | None = None
         if shared_expert_size:
             self.shared_expert = SharedExpert(
@@ -349,18 +357,28 @@ class MoELayer(nn.Module):
             **layer_options,
         )
 
+    @property
+    def _site(self) -> Residents:
+        return self.experts if self.dispatch is None else self.dispatch
+
+    @property
+    def site_experts(self) -> tuple[int, ...]:
+        """Ids of the site's resident experts, ascending; `experts` holds this rank's."""
+        return self._site.resident_experts
+
     def make_buffers(self, device: torch.device | str) -> None:
         """Fresh buffers on a device, for a layer of the meta device into which parameters are put;
         the selection bias is 0."""
-        for module in (self, self.router, self.experts):
+        for module in (self, self.router, self.experts, self._site):
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, torch.zeros_like(buffer, device=device))
         self.experts.write_resident_tables()
         self._reset_buffers()
 
     def _reset_buffers(self) -> None:
+        self._site.write_resident_tables()
         if self.allowed is not None and not self.allowed.is_meta:
-            torch.ge(self.experts.resident_index, 0, out=self.allowed)
+            torch.ge(self._site.resident_index, 0, out=self.allowed)
         self.load_since_update.zero_()
 
     def reset_parameters(self) -> None:
@@ -374,7 +392,11 @@ class MoELayer(nn.Module):
     def set_resident_experts(
         self, resident_experts: Sequence[int], weights: Mapping[int, ExpertWeights] | None = None
     ) -> tuple[int, ...]:
-        """`Experts.set_resident_experts`; in scope "resident" the router chooses among these."""
+        """`Experts.set_resident_experts`; in scope "resident" the router chooses among these.
+        RuntimeError for a layer that is sharded over a mesh.
+        """
+        if self.dispatch is not None:
+            raise RuntimeError("set_resident_experts: not possible in a layer sharded over a mesh")
         arrived = self.experts.set_resident_experts(resident_experts, weights)
         if self.allowed is not None and not self.allowed.is_meta:
             torch.ge(self.experts.resident_index, 0, out=self.allowed)
@@ -400,7 +422,7 @@ class MoELayer(nn.Module):
         if self.allowed is None:
             self.router.selection_bias += bal.bias_step(load, self.bias_update_rate)
         else:
-            ids = self.experts.resident_ids
+            ids = self._site.resident_ids
             step = bal.bias_step(load[ids], self.bias_update_rate)
             self.router.selection_bias.index_add_(0, ids, step)
         self.load_since_update.zero_()
@@ -420,17 +442,24 @@ class MoELayer(nn.Module):
         logits = self.router.logits(tokens)
         top_k = self.top_k
         if self.router_scope == "resident":
-            top_k = min(top_k, self.experts.num_resident)
+            top_k = min(top_k, self._site.num_resident)
         weights, experts, measured = self.router.choose_and_measure(logits, self.allowed, top_k)
         inputs = tokens
         if torch.is_autocast_enabled(x.device.type):
             inputs = tokens.to(torch.get_autocast_dtype(x.device.type))
-        y, table = self.experts(inputs, weights, experts)
-        if self.shared_expert is not None:
-            y = y + self.shared_expert(tokens)
-        self.stats = bal.measure(
-            measured, table.offsets[-1].clone(), experts.shape[0], experts.numel()
-        )
+        of_shared = lambda: None if self.shared_expert is None else self.shared_expert(tokens)
+        if self.dispatch is None:
+            y, table = self.experts(inputs, weights, experts)
+            rows = computed = table.offsets[-1].clone()
+            shared = of_shared()
+        else:
+            y, shared, rows, computed = self.dispatch(
+                inputs, weights, experts, self.experts, of_shared
+            )
+        if shared is not None:
+            y = y + shared
+        stats = bal.measure(measured, rows, experts.shape[0], experts.numel())
+        self.stats = stats._replace(rows=computed)
         self._balance(logits, self.stats.load)
         return y.view(x.shape)
 
@@ -449,8 +478,8 @@ class MoELayer(nn.Module):
         if self.training and logits.shape[0] > 0 and self._wants_loss():
             chosen = load
             if self.allowed is not None:
-                logits = logits.index_select(1, self.experts.resident_ids)
-                chosen = load.index_select(0, self.experts.resident_ids)
+                logits = logits.index_select(1, self._site.resident_ids)
+                chosen = load.index_select(0, self._site.resident_ids)
             if self.balance == "switch":
                 switch = bal.switch_loss(logits, chosen, self.router.scoring)
                 losses.append(self.balance_coef * switch)

@@ -1,0 +1,365 @@
+"""Dispatch inside a site of many ranks: rows travel to the rank that holds their expert, and back.
+
+The site's resident experts, ascending by id, are cut into chunks over the ranks of the axis
+"expert" of a `DeviceMesh`; a rank allocates only its chunk and has tokens of its own. Slots are
+compacted before the exchange, so that a skipped slot never travels; the numbers of rows go ahead,
+while the shared expert is computed, and the rows follow by one all_to_all_single of uneven parts.
+Every rank's outputs are those of one process with all of the site's experts, and of an expert's
+rows none is padded or dropped (as with a capacity, GShard, arXiv 2006.16668).
+
+**Gradients.** Each rank takes the gradient of its own loss. After the backward pass
+
+* an expert's gradient is the sum over the ranks of the axis "expert" divided by their number: that
+  of the mean of their losses, complete, to be reduced over that axis no further;
+* every other gradient is that of this rank's own loss, to be averaged over all ranks of the site:
+  by DDP or FSDP, which must not touch the `sharded_parameters`, or by `average_dense`.
+
+With an axis "replica" beside it an expert is held once per replica: `average_replicas` averages its
+gradients over these. Then all are gradients of the mean loss over the site's ranks.
+
+All ranks of the axis must run the same passes in the same order, those without tokens too, and take
+the backward of the same ones. What differs is found in the forward pass, where it can be, and
+raised on all of them. Nothing here depends on which rank is faster: the same bits on every run.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from fomoe_ext import ops
+from fomoe_ext.experts import Residents
+
+AXIS, REPLICA = "expert", "replica"
+DIRECTIONS = ("tokens", "results", "result gradients", "token gradients")
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What all ranks must agree on in a pass; sent ahead of the numbers of rows.
+_HEADER = ("layer_index", "site's experts and sizes", "dtype", "gradient of x", "of the experts")
+_ops = torch.ops.fomoe
+
+
+class ExpertAxis:
+    """The ranks over which a site's experts are cut. Copies of a layer share it."""
+
+    def __init__(self, mesh: DeviceMesh, device: torch.device | str | None = None) -> None:
+        """The axis "expert" of a mesh that holds this process.
+
+        Raises TypeError for another mesh, ValueError where it has no such axis, does not hold this
+        process, or is of another type of device than `device` (None = torch's default).
+        """
+        if not isinstance(mesh, DeviceMesh):
+            raise TypeError(f"mesh must be a DeviceMesh, got {type(mesh).__name__}")
+        _axis_of(mesh, AXIS)
+        if mesh.get_coordinate() is None:
+            raise ValueError(f"mesh must hold this process, rank {dist.get_rank()}, got {mesh}")
+        kind = torch.device(torch.get_default_device() if device is None else device).type
+        if kind not in ("meta", mesh.device_type):
+            raise ValueError(f"mesh must be of {kind} as the layer, got one of {mesh.device_type}")
+        self.group = mesh.get_group(AXIS)
+        self.rank: int = mesh.get_local_rank(AXIS)
+        self.size: int = self.group.size()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertAxis:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a layer sharded over a mesh cannot be pickled: its connections are of this process; "
+            "save its state_dict"
+        )
+
+
+def _axis_of(mesh: DeviceMesh, name: str) -> dist.ProcessGroup:
+    names = mesh.mesh_dim_names or ()
+    if name not in names:
+        has = ", ".join(map(repr, names)) or "none with a name"
+        raise ValueError(f"mesh must have an axis {name!r}, its axes are: {has}")
+    return mesh.get_group(name)
+
+
+def chunk_sizes(count: int, ranks: int) -> list[int]:
+    """`count` cut into `ranks` parts that differ by at most one, larger ones first."""
+    return [count // ranks + (rank < count % ranks) for rank in range(ranks)]
+
+
+class Dispatch(Residents):
+    """The site's resident experts, which ranks hold them, and the exchange of their rows.
+
+    own_experts: ids of this rank's chunk. bytes_sent: bytes of rows that this rank has sent to
+    others since the layer was made, by direction (`DIRECTIONS`), and of what went ahead of them
+    ("counts").
+    """
+
+    def __init__(
+        self,
+        axis: ExpertAxis,
+        site_experts: Sequence[int],
+        num_experts: int,
+        hidden_size: int,
+        layer_index: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """`site_experts`: ids resident in the site, the same on all ranks."""
+        super().__init__(site_experts, num_experts, device)
+        self.axis = axis
+        self.sizes = chunk_sizes(self.num_resident, axis.size)
+        first = sum(self.sizes[: axis.rank])
+        self.chunk = slice(first, first + self.sizes[axis.rank])
+        self.own_experts = self.resident_experts[self.chunk]
+        sizes = repr((num_experts, hidden_size, self.resident_experts))
+        self._identity = (layer_index, zlib.crc32(sizes.encode()) >> 1)
+        # As many as any rank can have of all experts: room for the message of any site.
+        self._places = -(-num_experts // axis.size)
+        self.bytes_sent = dict.fromkeys((*DIRECTIONS, "counts"), 0)
+
+    def forward(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        chosen: Tensor,
+        experts: nn.Module,
+        meanwhile: Callable[[], Tensor | None] = lambda: None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Sum over each token's slots on the site's experts, and what is computed meanwhile.
+
+        On a GPU this waits once for the device, as torch wants the numbers of rows on the host.
+        torch.compile leaves it as it is, between two graphs.
+
+        Args:
+            x: this rank's tokens [T, D].
+            weights: fp32 [T, K].
+            chosen: experts of the tokens' slots, int32 [T, K].
+            experts: as `Experts` of this rank's chunk: of rows [N, D], weights of one [N, 1] and
+                ids int32 [N, 1] the results [N, D] and a row table. Called once, also for no rows.
+            meanwhile: computed while numbers of rows travel.
+
+        Returns:
+            y [T, D] of x's dtype; what `meanwhile` returned; int32 scalars: rows of this rank's
+            tokens, and rows computed here.
+
+        Raises RuntimeError on all ranks where they do not call the same layer alike.
+        """
+        exchange = self.start(x, chosen, experts)
+        other = meanwhile()
+        y, computed = self.finish(exchange, x, weights, experts)
+        return y, other, exchange.table.offsets[-1].clone(), computed
+
+    @torch.compiler.disable
+    def start(self, x: Tensor, chosen: Tensor, experts: nn.Module) -> Exchange:
+        """Compacts the slots and sends their numbers ahead; as `forward`."""
+        of_x = torch.is_grad_enabled() and x.requires_grad
+        of_experts = any(p.requires_grad for p in experts.parameters())
+        traits = (_DTYPES.index(x.dtype), of_x, torch.is_grad_enabled() and of_experts)
+        table = ops.compact(chosen, self.resident_index, self.num_resident, tile_rows=0)
+        return Exchange(self, table, [*self._identity, *map(int, traits)], self._places)
+
+    @torch.compiler.disable
+    def finish(
+        self, exchange: Exchange, x: Tensor, weights: Tensor, experts: nn.Module
+    ) -> tuple[Tensor, Tensor]:
+        """The exchange of the rows; y [T, D] and the number computed here. As `forward`."""
+        counts = exchange.wait()[:, : len(self.own_experts)]
+        received = _ToExperts.apply(x, exchange)
+        ids = self.resident_ids[self.chunk].int().repeat(self.axis.size)
+        ids = ids.repeat_interleave(counts.reshape(-1), output_size=received.shape[0])
+        ones = received.new_ones((received.shape[0], 1), dtype=torch.float32)
+        results, table = experts(received, ones, ids.view(-1, 1))
+        y = ops.combine(_ToTokens.apply(results, exchange), weights, exchange.table)
+        return y, table.offsets[-1].clone()
+
+    def extra_repr(self) -> str:
+        held = f"{len(self.own_experts)} of {self.num_resident} experts"
+        return f"rank {self.axis.rank} of {self.axis.size} holds {held}"
+
+
+def make_dispatch(
+    mesh: DeviceMesh | None,
+    site_experts: Sequence[int],
+    num_experts: int,
+    hidden_size: int,
+    layer_index: int = 0,
+    device: torch.device | str | None = None,
+) -> Dispatch | None:
+    """A `Dispatch` over the mesh's axis "expert"; None without a mesh or with one rank.
+
+    Raises TypeError or ValueError for a wrong mesh.
+    """
+    axis = None if mesh is None else ExpertAxis(mesh, device)
+    if axis is None or axis.size == 1:
+        return None
+    return Dispatch(axis, site_experts, num_experts, hidden_size, layer_index, device)
+
+
+class Exchange:
+    """Of one pass: the table of this rank's rows, grouped by expert of the site and so by rank, and
+    how many rows go to and come from each rank.
+    """
+
+    def __init__(
+        self, dispatch: Dispatch, table: ops.RowTable, header: list[int], places: int
+    ) -> None:
+        self.dispatch, self.table = dispatch, table
+        self.sent: list[int] = []
+        self.received: list[int] = []
+        ranks, sizes, width = dispatch.axis.size, dispatch.sizes, len(header)
+        counts = table.offsets.diff()
+        self._message = counts.new_zeros(ranks, width + places)
+        self._message[:, :width] = torch.tensor(header, dtype=torch.int32, device="cpu")
+        # The chunks of the first ranks have one expert more than the others.
+        larger = dispatch.num_resident % ranks
+        split = larger * sizes[0]
+        for part, some, size in (
+            (slice(0, larger), counts[:split], sizes[0]),
+            (slice(larger, ranks), counts[split:], sizes[-1]),
+        ):
+            self._message[part, width : width + size] = some.view(-1, size) if size else 0
+        self._answer = torch.empty_like(self._message)
+        group = dispatch.axis.group
+        dispatch.bytes_sent["counts"] += self._message[1:].nbytes
+        self._work = dist.all_to_all_single(self._answer, self._message, group=group, async_op=True)
+
+    def wait(self) -> Tensor:
+        """What came: int32 [ranks, places], rows of each rank for each of this rank's experts.
+
+        Raises RuntimeError, on all ranks, where they differ in what they call.
+        """
+        self._work.wait()
+        width = len(_HEADER)
+        counts = self._answer[:, width:]
+        sums = [part.sum(1, keepdim=True) for part in (self._message[:, width:], counts)]
+        # The one time that the host waits for the device.
+        *headers, sent, received = torch.cat([self._answer[:, :width], *sums], 1).t().tolist()
+        for name, values in zip(_HEADER, headers, strict=True):
+            if len(set(values)) > 1:
+                raise RuntimeError(
+                    f"the ranks of the mesh's axis {AXIS!r} must call the same layers alike, but "
+                    f"in layer {headers[0][self.dispatch.axis.rank]} they differ in {name}: by "
+                    f"rank {values}"
+                )
+        self.sent, self.received = sent, received
+        del self._work, self._message, self._answer  # the backward pass needs numbers alone
+        return counts
+
+    def there(self, rows: Tensor, direction: str) -> Tensor:
+        """[rows of own tokens, D], grouped by rank -> those for the experts of this rank [N, D]."""
+        out = rows.new_empty(sum(self.received), rows.shape[1])
+        self._swap(out, rows[: sum(self.sent)], self.received, self.sent, direction)
+        return out
+
+    def back(self, rows: Tensor, direction: str) -> Tensor:
+        """[N, D] as `there` returned them -> [T*K, D], rows in the places of the table; what comes
+        after the last row is left as it was in memory.
+        """
+        out = rows.new_empty(self.table.row_of_slot.numel(), rows.shape[1])
+        self._swap(out[: sum(self.sent)], rows, self.sent, self.received, direction)
+        return out
+
+    def _swap(
+        self, out: Tensor, rows: Tensor, coming: list[int], going: list[int], direction: str
+    ) -> None:
+        axis = self.dispatch.axis
+        # As bytes: not every backend knows every dtype.
+        there, here = out.view(torch.uint8), rows.contiguous().view(torch.uint8)
+        dist.all_to_all_single(there, here, coming, going, group=axis.group)
+        self.dispatch.bytes_sent[direction] += (sum(going) - going[axis.rank]) * here.shape[1]
+
+
+class _ToExperts(torch.autograd.Function):
+    """Tokens [T, D] -> the rows [N, D] of all ranks for the experts of this one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        rows = _ops.gather(x, exchange.table.row_of_slot, exchange.table.offsets)
+        return exchange.there(rows, "tokens")
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        exchange = ctx.exchange
+        rows = exchange.back(grad, "token gradients")
+        # The division by which experts got the gradient of a mean is not for this rank's tokens.
+        grad_x = _ops.combine(rows, None, exchange.table.row_of_slot)
+        return grad_x.mul_(exchange.dispatch.axis.size), None
+
+
+class _ToTokens(torch.autograd.Function):
+    """Results [N, D] -> those of this rank's rows [T*K, D], in the places of the table."""
+
+    @staticmethod
+    def forward(ctx: Any, results: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.back(results, "results")
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        exchange = ctx.exchange
+        rows = exchange.there(grad, "result gradients")
+        return rows.div_(exchange.dispatch.axis.size), None
+
+
+# ---- gradients of a whole site -------------------------------------------------------------------
+
+
+def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, the parameters of experts that a site's ranks hold in parts: DDP and FSDP must leave
+    them alone (`_ddp_params_and_buffers_to_ignore`, `ignored_params`).
+    """
+    return {
+        f"{name}.experts.{part}" if name else f"experts.{part}": parameter
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(getattr(module, "dispatch", None), Dispatch)
+        for part, parameter in module.experts.named_parameters()
+    }
+
+
+def average_replicas(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Averages the gradients of sharded experts over the mesh's axis "replica", in place.
+
+    All ranks call it after the backward pass. `main_grad` is averaged where a parameter has it; a
+    missing gradient counts as zeros. Raises ValueError where the mesh has no such axis.
+    """
+    _average(sharded_parameters(model), [_axis_of(mesh, REPLICA)])
+
+
+def average_dense(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Averages all gradients but those of sharded experts over the axes "replica" and "expert" that
+    the mesh has, in place: what DDP would do. As `average_replicas`.
+    """
+    axes = [AXIS, REPLICA] if REPLICA in (mesh.mesh_dim_names or ()) else [AXIS]
+    sharded = {id(parameter) for parameter in sharded_parameters(model).values()}
+    dense = {n: p for n, p in model.named_parameters() if id(p) not in sharded}
+    _average(dense, [_axis_of(mesh, axis) for axis in axes])
+
+
+@torch.no_grad()
+def _average(parameters: Mapping[str, nn.Parameter], groups: Sequence[dist.ProcessGroup]) -> None:
+    """In fp32, one axis after the other; all parameters of an axis at once."""
+    grads = [_gradient(p) for p in parameters.values() if p.requires_grad and p.numel()]
+    sums = [grad.float() for grad in grads]  # fp32 ones themselves, others as copies
+    for group in groups:
+        works = [dist.all_reduce(each, group=group, async_op=True) for each in sums]
+        for work in works:
+            work.wait()
+        for each in sums:
+            each.div_(group.size())
+    for grad, mean in zip(grads, sums, strict=True):
+        if mean is not grad:
+            grad.copy_(mean)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    total = getattr(parameter, "main_grad", None)
+    if total is not None:
+        return total
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
