@@ -84,7 +84,7 @@ def test_bf16_blocks_are_no_worse_than_eager_ones(family):
         y = block(given)
         y = y[0] if isinstance(y, tuple) else y
         y.backward(upstream.to(dtype))
-        weights = [p.grad for n, p in block.named_parameters() if "experts." in n]
+        weights = [p.grad for n, p in block.named_parameters() if n.startswith("experts.")]
         return [y.detach(), given.grad, *(w.flatten(1) for w in weights)]
 
     model = make_model(family, dtype=torch.bfloat16)
@@ -103,10 +103,14 @@ def test_bf16_blocks_are_no_worse_than_eager_ones(family):
             name: torch.stack([layout.to_theirs(part, row) for row in stack]).flatten(1)
             for part, name, stack in zip(parts, names, stacks, strict=True)
         }
-        order = [n.rpartition(".")[2] for n, _ in eager.named_parameters() if "experts." in n]
+        order = [
+            n.rpartition(".")[2] for n, _ in eager.named_parameters() if n.startswith("experts.")
+        ]
         ours[2:] = [theirs[name] for name in order]
     elif layer.experts.parts[0] == "expand_weight":
-        assert next(n for n, _ in eager.named_parameters() if "experts." in n).endswith("up_proj")
+        assert next(n for n, _ in eager.named_parameters() if n.startswith("experts.")).endswith(
+            "up_proj"
+        )
     for mine, theirs_, wanted in zip(ours, plain, exact, strict=True):
         assert relative_error(mine, wanted) <= 1.02 * relative_error(theirs_, wanted)
 
@@ -298,7 +302,7 @@ def test_conversion_takes_no_second_copy(tmp_path):
         print(size, memory("VmHWM") - before, memory("VmRSS") - before)
     """
     for name, resident in (("olmoe", None), ("gpt_oss", None), ("gpt_oss", [1, 5])):
-        command = [sys.executable, "-c", textwrap.dedent(code), name, repr(resident)]
+        command = [sys.executable, "-P", "-c", textwrap.dedent(code), name, repr(resident)]
         env = {"PYTHONPATH": ":".join([str(Path(fomoe_ext.__file__).parents[1]), *sys.path])}
         result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
         assert result.returncode == 0, result.stderr

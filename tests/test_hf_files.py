@@ -96,9 +96,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         hf.from_pretrained_resident(tmp_path, placement, 0)
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
     longer = Placement.cyclic(2, EXPERTS, 4, 1)
-    with pytest.raises(
-        ValueError, match=r"has no tensor model.layers.3.mlp.experts.0.gate_pr"
-    ):
+    with pytest.raises(ValueError, match=r"has no tensor model.layers.3.mlp.experts.0.gate_pr"):
         hf.from_pretrained_resident(tmp_path, longer, 0)
 
 

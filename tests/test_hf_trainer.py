@@ -169,5 +169,9 @@ def test_examples_train_to_a_falling_loss(name):
         timeout=300,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    losses = [float(x) for x in re.findall(r"loss'?:? '?(\d+\.\d+)", result.stdout)]
-    assert losses[0] > 4 and all(loss < 3.3 for loss in losses[-3:]), result.stdout
+    of_rounds = r"^(?:round +\d+  loss |\{'loss': ')(\d+\.\d+)"
+    losses = [float(x) for x in re.findall(of_rounds, result.stdout, re.MULTILINE)]
+    assert len(losses) >= 10 and losses[0] > 4, result.stdout
+    assert all(loss < 3.3 for loss in losses[-3:]), result.stdout
+    (merged,) = re.findall(r"^(?:other text|merged model): loss (\d+\.\d+)", result.stdout, re.M)
+    assert float(merged) < 3.3

@@ -202,7 +202,7 @@ def _fill(layer: ConvertedMoE, block: nn.Module) -> None:
         setattr(layer.router, part, router.get_parameter(part))
         setattr(router, part, _shape_of(router.get_parameter(part)))
     if family.selection_bias:
-        layer.router.selection_bias = router.get_buffer(family.selection_bias)
+        layer.router.selection_bias = router.get_buffer(family.selection_bias).float()
     layer.router.tap = _make_tap(type(router))
     layer.router.tap._forward_hooks.update(router._forward_hooks)
     shared = [block.get_submodule(name) for name in family.shared]
@@ -291,7 +291,8 @@ def share_with_block(layer: ConvertedMoE) -> nn.Module:
     for part in layer.router.parts:
         setattr(router, part, layer.router.get_parameter(part))
     if family.selection_bias:
-        setattr(router, family.selection_bias, layer.router.selection_bias)
+        kind = router.get_buffer(family.selection_bias).dtype  # some versions cast it
+        setattr(router, family.selection_bias, layer.router.selection_bias.to(kind))
     if layer.router.tap is not None:
         router._forward_hooks.update(layer.router.tap._forward_hooks)
     return block.train(layer.training)
