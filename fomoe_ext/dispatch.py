@@ -12,7 +12,8 @@ rows none is padded or dropped (as with a capacity, GShard, arXiv 2006.16668).
 * an expert's gradient is the sum over the ranks of the axis "expert" divided by their number: that
   of the mean of their losses, complete, to be reduced over that axis no further;
 * every other gradient is that of this rank's own loss, to be averaged over all ranks of the site:
-  by DDP or FSDP, which must not touch the `sharded_parameters`, or by `average_dense`.
+  by DDP or FSDP, which must leave the experts alone (`sharded_names`, `sharded_parameters`), or by
+  `average_dense`.
 
 With an axis "replica" beside it an expert is held once per replica: `average_replicas` averages its
 gradients over these. Then all are gradients of the mean loss over the site's ranks.
@@ -41,7 +42,13 @@ DIRECTIONS = ("tokens", "results", "result gradients", "token gradients")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What all ranks must agree on in a pass; sent ahead of the numbers of rows.
-_HEADER = ("layer_index", "site's experts and sizes", "dtype", "gradient of x", "of the experts")
+_HEADER = (
+    "layer_index",
+    "site's experts and sizes",
+    "dtype",
+    "gradient of x",
+    "gradient of the experts",
+)
 _ops = torch.ops.fomoe
 
 
@@ -56,13 +63,10 @@ class ExpertAxis:
         """
         if not isinstance(mesh, DeviceMesh):
             raise TypeError(f"mesh must be a DeviceMesh, got {type(mesh).__name__}")
-        _axis_of(mesh, AXIS)
-        if mesh.get_coordinate() is None:
-            raise ValueError(f"mesh must hold this process, rank {dist.get_rank()}, got {mesh}")
+        self.group = _axis_of(mesh, AXIS)
         kind = torch.device(torch.get_default_device() if device is None else device).type
         if kind not in ("meta", mesh.device_type):
             raise ValueError(f"mesh must be of {kind} as the layer, got one of {mesh.device_type}")
-        self.group = mesh.get_group(AXIS)
         self.rank: int = mesh.get_local_rank(AXIS)
         self.size: int = self.group.size()
 
@@ -81,6 +85,8 @@ def _axis_of(mesh: DeviceMesh, name: str) -> dist.ProcessGroup:
     if name not in names:
         has = ", ".join(map(repr, names)) or "none with a name"
         raise ValueError(f"mesh must have an axis {name!r}, its axes are: {has}")
+    if mesh.get_coordinate() is None:
+        raise ValueError(f"mesh must hold this process, rank {dist.get_rank()}, got {mesh}")
     return mesh.get_group(name)
 
 
@@ -136,8 +142,10 @@ class Dispatch(Residents):
             x: this rank's tokens [T, D].
             weights: fp32 [T, K].
             chosen: experts of the tokens' slots, int32 [T, K].
-            experts: as `Experts` of this rank's chunk: of rows [N, D], weights of one [N, 1] and
-                ids int32 [N, 1] the results [N, D] and a row table. Called once, also for no rows.
+            experts: as `Experts` of this rank's chunk: called once, also for no rows, with rows
+                [N, D], weights of one [N, 1], places of their experts in the chunk int32 [N, 1] and
+                the table int32 of all places, 0 to the chunk's size; returns results [N, D] and a
+                row table.
             meanwhile: computed while numbers of rows travel.
 
         Returns:
@@ -167,10 +175,13 @@ class Dispatch(Residents):
         """The exchange of the rows; y [T, D] and the number computed here. As `forward`."""
         counts = exchange.wait()[:, : len(self.own_experts)]
         received = _ToExperts.apply(x, exchange)
-        ids = self.resident_ids[self.chunk].int().repeat(self.axis.size)
-        ids = ids.repeat_interleave(counts.reshape(-1), output_size=received.shape[0])
+        # By place in the chunk, from tables that are the same on all ranks: DDP may have made the
+        # buffers of `experts` those of its first rank.
+        own = torch.arange(counts.shape[1], dtype=torch.int32, device=x.device)
+        rows = own.repeat(self.axis.size)
+        rows = rows.repeat_interleave(counts.reshape(-1), output_size=received.shape[0])
         ones = received.new_ones((received.shape[0], 1), dtype=torch.float32)
-        results, table = experts(received, ones, ids.view(-1, 1))
+        results, table = experts(received, ones, rows.view(-1, 1), own)
         y = ops.combine(_ToTokens.apply(results, exchange), weights, exchange.table)
         return y, table.offsets[-1].clone()
 
@@ -309,16 +320,33 @@ class _ToTokens(torch.autograd.Function):
 # ---- gradients of a whole site -------------------------------------------------------------------
 
 
-def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """By name, the parameters of experts that a site's ranks hold in parts: DDP and FSDP must leave
-    them alone (`_ddp_params_and_buffers_to_ignore`, `ignored_params`).
-    """
-    return {
-        f"{name}.experts.{part}" if name else f"experts.{part}": parameter
+def _sharded(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [
+        (f"{name}.experts." if name else "experts.", module.experts)
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(getattr(module, "dispatch", None), Dispatch)
-        for part, parameter in module.experts.named_parameters()
+    ]
+
+
+def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, the parameters of experts that a site's ranks hold in parts. FSDP must leave them
+    alone: `ignored_params=set(sharded_parameters(model).values())`.
+    """
+    return {
+        prefix + name: parameter
+        for prefix, experts in _sharded(model)
+        for name, parameter in experts.named_parameters()
     }
+
+
+def sharded_names(model: nn.Module) -> list[str]:
+    """Names of these parameters and of buffers that differ among ranks, which DDP must leave alone:
+    `model._ddp_params_and_buffers_to_ignore = sharded_names(model)` before it wraps the model.
+    """
+    buffers = [
+        prefix + name for prefix, experts in _sharded(model) for name, _ in experts.named_buffers()
+    ]
+    return [*sharded_parameters(model), *buffers]
 
 
 def average_replicas(model: nn.Module, mesh: DeviceMesh) -> None:

@@ -220,12 +220,16 @@ class Experts(Residents):
         self.write_resident_tables()
         return arrived
 
-    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, ops.RowTable]:
+    def forward(
+        self, x: Tensor, weights: Tensor, experts: Tensor, index: Tensor | None = None
+    ) -> tuple[Tensor, ops.RowTable]:
         """Sum over each token's slots on resident experts, and the row table it was computed by.
 
         x [T, D] of the weights' dtype, weights fp32 [T, K], experts int32 [T, K] -> y [T, D].
+        `index`: the table by which to read `experts`, None = `resident_index`.
         """
-        table = ops.compact(experts, self.resident_index, self.num_resident)
+        index = self.resident_index if index is None else index
+        table = ops.compact(experts, index, self.num_resident)
         y = ops.moe_experts(
             x,
             weights,
