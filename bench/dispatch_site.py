@@ -1,0 +1,312 @@
+"""The process of one rank in the benchmark of the dispatch inside a site (bench_dispatch.py).
+
+    python -m fomoe_ext.link --sites 2 -- python bench/dispatch_site.py --out FILE
+
+Three ways in which rows travel to the ranks that hold their experts, and back:
+
+    ours       of slots whose expert is resident in the site, as MoELayer does it
+    unskipped  of all slots; what comes for an expert that is not resident is not computed
+    padded     a fixed number of places per expert and rank, `CAPACITY` times the mean load; what
+               finds no place is dropped (GShard, arXiv 2006.16668); plain torch
+
+Each is timed twice, forward and backward: the exchange alone (results are the rows themselves), and
+with the experts. All of them in turn in every round; the time of a round is that of its slowest
+rank. Rank 0 writes what was found to FILE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from common import Shape, dense_rate, normalised_error, seconds_of
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fomoe_ext import ops
+from fomoe_ext.dispatch import DIRECTIONS, Dispatch, ExpertAxis, chunk_sizes, make_dispatch
+from fomoe_ext.experts import Experts
+from fomoe_ext.world import find_world, joined, use_threads
+
+WAYS = ("ours", "unskipped", "padded")
+PARTS = ("exchange", "layer")
+SHAPE = Shape(1024, 512, 256, 32, 4)
+SKIPPED = (0.0, 0.5, 0.75)
+CAPACITY = 1.25
+CHECKED = 48
+"""Tokens of a rank on which all ways must agree before they are timed."""
+DENSE = 512
+"""Size of the square product whose rate stands for a rank's share of the machine."""
+LINK_BYTES = 1 << 24
+"""What the ranks send each other to measure how fast they can."""
+TIMEOUT_S = 120.0
+
+
+class Echo(nn.Module):
+    """In the place of experts: every row is its own result."""
+
+    def forward(
+        self, x: Tensor, weights: Tensor, experts: Tensor, index: Tensor
+    ) -> tuple[Tensor, ops.RowTable]:
+        return x * 1.0, ops.compact(experts, index, index.shape[0])
+
+
+class OfResidents(nn.Module):
+    """The chunk of a site that dispatches to all experts, of which few are resident."""
+
+    def __init__(self, experts: Experts, chunk: Sequence[int]) -> None:
+        super().__init__()
+        self.experts, self.chunk = experts, torch.tensor(chunk)
+
+    def forward(
+        self, x: Tensor, weights: Tensor, experts: Tensor, index: Tensor
+    ) -> tuple[Tensor, ops.RowTable]:
+        return self.experts(x, weights, experts, self.experts.resident_index[self.chunk])
+
+
+# ---- the padded exchange -------------------------------------------------------------------------
+
+
+class _EvenExchange(torch.autograd.Function):
+    """Equal parts to all ranks; the backward pass is the same exchange."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: ExpertAxis) -> Tensor:
+        ctx.axis = axis
+        out = torch.empty_like(x)
+        dist.all_to_all_single(out, x.contiguous(), group=axis.group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _EvenExchange.apply(grad, ctx.axis), None
+
+
+class Padded:
+    """Places for `capacity` rows of each rank for each resident expert; in plain torch.
+
+    Needs as many experts on every rank.
+    """
+
+    def __init__(self, axis: ExpertAxis, index: Tensor, residents: int, capacity: int) -> None:
+        self.axis, self.index, self.residents = axis, index, residents
+        self.capacity, self.dropped = capacity, 0.0
+        if residents % axis.size:
+            raise ValueError(f"residents must be a multiple of {axis.size} ranks, got {residents}")
+
+    def bytes_sent(self, hidden: int) -> int:
+        """In one direction, to other ranks, fp32."""
+        places = self.residents // self.axis.size * self.capacity
+        return (self.axis.size - 1) * places * hidden * 4
+
+    def places(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the slots that have one: their numbers, and the place of each."""
+        expert = self.index[chosen.long()].flatten()
+        slots = (expert >= 0).nonzero().squeeze(1)
+        expert = expert[slots].long()
+        position = F.one_hot(expert, self.residents).cumsum(0).gather(1, expert[:, None])[:, 0] - 1
+        kept = position < self.capacity
+        self.dropped = 1 - kept.float().mean().item() if len(kept) else 0.0
+        return slots[kept], (expert * self.capacity + position)[kept]
+
+    def __call__(
+        self, x: Tensor, weights: Tensor, chosen: Tensor, experts: Experts | None
+    ) -> Tensor:
+        slots, place = self.places(chosen)
+        token, ranks, width = slots // chosen.shape[1], self.axis.size, x.shape[1]
+        sent = x.new_zeros(self.residents * self.capacity, width).index_copy(0, place, x[token])
+        rows = _EvenExchange.apply(sent, self.axis)
+        rows = rows.view(ranks, self.residents // ranks, self.capacity, width).transpose(0, 1)
+        rows = rows.reshape(self.residents // ranks, -1, width)
+        rows = rows * 1.0 if experts is None else self.compute(rows, experts)
+        rows = rows.view(self.residents // ranks, ranks, self.capacity, width).transpose(0, 1)
+        results = _EvenExchange.apply(rows.reshape(-1, width), self.axis)[place]
+        scaled = results * weights.flatten()[slots, None]
+        return torch.zeros_like(x).index_add(0, token, scaled)
+
+    @staticmethod
+    def compute(rows: Tensor, experts: Experts) -> Tensor:
+        gate, up = torch.bmm(rows, experts.expand_weight.transpose(1, 2)).chunk(2, dim=2)
+        return torch.bmm(F.silu(gate) * up, experts.contract_weight.transpose(1, 2))
+
+
+# ---- one case ------------------------------------------------------------------------------------
+
+
+class Work:
+    """Inputs of a rank, and all ways to dispatch them, with a share of the slots skipped."""
+
+    def __init__(self, mesh: DeviceMesh, shape: Shape, skipped: float, seed: int = 0) -> None:
+        every = round(1 / (1 - skipped))
+        residents = tuple(range(0, shape.experts, every))
+        self.axis, self.shape = ExpertAxis(mesh), shape
+        generator = torch.Generator().manual_seed(seed + self.axis.rank)
+        draw = lambda *sizes: torch.randn(*sizes, generator=generator)
+        self.x = draw(shape.tokens, shape.hidden).requires_grad_()
+        self.grad = draw(shape.tokens, shape.hidden)
+        weights, self.chosen = ops.route(draw(shape.tokens, shape.experts), shape.top_k)
+        self.weights = weights.requires_grad_()
+        dispatches = [
+            make_dispatch(mesh, ids, shape.experts, shape.hidden)
+            for ids in (residents, range(shape.experts))
+        ]
+        if None in dispatches:
+            raise ValueError("mesh must have more than one rank")
+        self.dispatches: dict[str, Dispatch] = dict(zip(WAYS, dispatches, strict=False))
+        ours, unskipped = dispatches
+        sizes = (shape.hidden, shape.expert, shape.experts)
+        self.experts = Experts(*sizes, resident_experts=ours.own_experts)
+        # The chunks of all experts hold as many resident ones each, the same as of residents alone.
+        self.of_all = OfResidents(self.experts, unskipped.own_experts)
+        capacity = math.ceil(CAPACITY * shape.tokens * shape.top_k / shape.experts)
+        index = ours.resident_index
+        self.padded = Padded(self.axis, index, len(residents), capacity)
+        self.roomy = Padded(self.axis, index, len(residents), shape.tokens)
+        self.rows = 0
+
+    def forward(self, way: str, part: str) -> Tensor:
+        """y [T, D]; of "roomy", padded so that nothing is dropped, too."""
+        inputs = (self.x, self.weights, self.chosen)
+        if way not in self.dispatches:
+            padded = self.roomy if way == "roomy" else self.padded
+            return padded(*inputs, self.experts if part == "layer" else None)
+        experts: nn.Module = Echo()
+        if part == "layer":
+            experts = self.experts if way == "ours" else self.of_all
+        y, _, _, computed = self.dispatches[way](*inputs, experts)
+        if (way, part) == ("ours", "layer"):
+            self.rows = int(computed)
+        return y
+
+    def run(self, way: str, part: str) -> None:
+        """Forward and backward."""
+        self.forward(way, part).backward(self.grad)
+        for leaf in self.leaves:
+            leaf.grad = None
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [self.x, self.weights, *self.experts.parameters()]
+
+    def bytes_sent(self, way: str) -> int:
+        """Of one forward and backward pass: four exchanges."""
+        if way == "padded":
+            return 4 * self.padded.bytes_sent(self.shape.hidden)
+        sent = self.dispatches[way].bytes_sent
+        before = sum(sent[name] for name in DIRECTIONS)
+        self.run(way, "exchange")
+        return sum(sent[name] for name in DIRECTIONS) - before
+
+    def check(self) -> None:
+        """All ways compute the same, forward and backward, where nothing is dropped."""
+        found: dict[str, list[Tensor]] = {}
+        for way in ("ours", "unskipped", "roomy"):
+            y = self.forward(way, "layer")
+            grads = list(torch.autograd.grad(y, self.leaves, self.grad))
+            if way == "roomy":  # the gradient of a sum of losses, not of their mean
+                grads[2:] = [grad / self.axis.size for grad in grads[2:]]
+            found[way] = [y, *grads]
+        for way in ("unskipped", "roomy"):
+            for mine, theirs in zip(found["ours"], found[way], strict=True):
+                if not (error := normalised_error(theirs, mine)) < 1e-5:
+                    raise AssertionError(f"{way} computes something else, by {error:.1e}")
+
+
+def slowest(seconds: float) -> float:
+    """Of all ranks."""
+    value = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return float(value)
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Seconds of the slowest rank, all of which begin together."""
+    dist.barrier()
+    return slowest(seconds_of(run))
+
+
+def link_rate(axis: ExpertAxis) -> float:
+    """Bytes per second that a rank sends to others, when all do: an all_to_all of equal parts."""
+    sent = torch.zeros(LINK_BYTES // axis.size * axis.size, dtype=torch.uint8)
+    received = torch.empty_like(sent)
+    swap = lambda: dist.all_to_all_single(received, sent, group=axis.group)
+    return LINK_BYTES * (axis.size - 1) / axis.size / timed(swap)
+
+
+def measure(mesh: DeviceMesh, shape: Shape, skipped: float, rounds: int) -> dict[str, Any]:
+    """Seconds by way and part, bytes and rates; floors are this rank's."""
+    Work(mesh, replace(shape, tokens=CHECKED), skipped).check()
+    work = Work(mesh, shape, skipped)
+    runs = {
+        f"{way} {part}": lambda way=way, part=part: work.run(way, part)
+        for way in WAYS
+        for part in PARTS
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    links, rates = [], []
+    for number in range(rounds + 1):  # the first is the warm-up
+        links.append(link_rate(work.axis))
+        rates.append(2 * DENSE**3 / timed(lambda: dense_rate(torch.float32, DENSE)))
+        for name, run in runs.items():
+            took = timed(run)
+            if number:
+                seconds[name].append(took)
+    flops = 3 * work.rows * 6 * shape.hidden * shape.expert
+    link, rate = max(links), max(rates)
+    ways = {
+        way: {
+            "bytes_sent": (sent := work.bytes_sent(way)),
+            "link_floor_seconds": sent / link,
+            **{f"{part}_seconds": median(seconds[f"{way} {part}"]) for part in PARTS},
+        }
+        for way in WAYS
+    }
+    load = work.dispatches["ours"].resident_index[work.chosen.long()]
+    return {
+        "skipped": float((load < 0).float().mean()),
+        "dropped": work.padded.dropped,
+        "rows": work.rows,
+        "flops": flops,
+        "compute_floor_seconds": flops / rate,
+        "link_bytes_per_second": link,
+        "dense_flops_per_second": rate,
+        "ways": ways,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=SHAPE.tokens)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    world = find_world(int(os.environ.get("WORLD_SIZE", "1")))
+    use_threads(0, world)
+    shape = replace(SHAPE, tokens=given.tokens)
+    if world.num_sites < 2 or chunk_sizes(8, world.num_sites)[-1] * world.num_sites != 8:
+        parser.error(f"needs 2, 4 or 8 processes, got {world.num_sites}")
+    with joined(world, TIMEOUT_S):
+        mesh = init_device_mesh("cpu", (world.num_sites,), mesh_dim_names=("expert",))
+        cases = [measure(mesh, shape, skipped, given.rounds) for skipped in SKIPPED]
+        if world.site == 0:
+            facts = {
+                "ranks": world.num_sites,
+                "shape": str(shape),
+                "threads": torch.get_num_threads(),
+                "cases": cases,
+            }
+            given.out.write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()
