@@ -291,12 +291,16 @@ class TrainingSite:
     def save(self, steps: int) -> Path:
         """Writes a checkpoint with all other sites; `steps` is the most that a site has taken.
 
-        The global model is that of the last meeting; where a site's own differs (in the middle of a
-        round, with fragments or overlap) its state holds that too. Fragments under way are taken in
-        before.
+        The global model is that of the last meeting; where a site's own may differ (in the middle
+        of a round, with fragments or overlap) its state holds that too. Fragments under way are
+        taken in before.
         """
         self.finish()
         with self._global_model() as local:
+            if local is None and steps > self.round * self.local_steps:
+                # Others are in the middle of the round, and some of the global model is from them:
+                # selection biases, which have moved on there.
+                local = {name: value.clone() for name, value in local_tensors(self.model).items()}
             return self._save(steps, local)
 
     def _save(self, steps: int, local: dict[str, Tensor] | None) -> Path:

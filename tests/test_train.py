@@ -13,11 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from sites import pool
 
 import fomoe_ext
 from fomoe_ext import checkpoint as ckpt
 from fomoe_ext.config_io import load_config
+from fomoe_ext.data import open_data
 from fomoe_ext.metrics import read_metrics
+from fomoe_ext.runs import job_config
 
 HOME = str(Path(fomoe_ext.__file__).parent.parent)
 SMALL = shlex.split("""
@@ -234,6 +238,34 @@ def test_ctrl_c_writes_a_checkpoint_and_the_job_goes_on(flags, tmp_path):
     resumed = finish(run, train("--resume", str(run)))
     again = finish(tmp_path / "again", train(*undisturbed, "--run-dir", str(tmp_path / "again")))
     assert resumed["run"]["model_hash"] == again["run"]["model_hash"]
+
+
+def stop_unevenly(site: int, num_sites: int, arguments: list[str]) -> list[str]:
+    """Saves where one site has begun a round and the other has not; what differs when resumed."""
+    from fomoe_ext.trainer import TrainingSite
+    from fomoe_ext.world import StopRequest, World
+
+    config = job_config(arguments)
+    files = config.data
+    data = open_data(files.data, config.model.seq_len, cache_dir=files.cache_dir)
+    given = config, World(site, num_sites), data, torch.device("cpu")
+    job = TrainingSite(*given, None)
+    job.take_local_steps(StopRequest(), lambda loss: None)
+    job.exchange_notes(stop=False)
+    job.meet()
+    if site == 0:
+        job._local_step()
+    path = job.save(config.run.local_steps + 1)
+    resumed = TrainingSite(*given, path)
+    assert resumed.steps_in_round == (1 if site == 0 else 0)
+    wanted = job.model.state_dict()
+    return [n for n, v in resumed.model.state_dict().items() if not torch.equal(v, wanted[n])]
+
+
+def test_a_site_that_has_not_begun_the_round_resumes_with_its_own_biases(flags, text):
+    """Those of the global model are from a site that has taken a step since the meeting."""
+    open_data([str(text / "*.py")], 32, cache_dir=text / "cache")  # encoded once, for both sites
+    assert pool().run(2, stop_unevenly, flags) == [[], []]
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
