@@ -314,6 +314,12 @@ def test_conversion_takes_no_second_copy(tmp_path):
 # ---- other models --------------------------------------------------------------------------------
 
 
+def test_a_model_is_converted_once():
+    model = hf.convert(make_model("olmoe"))
+    with pytest.raises(ValueError, match="converted already"):
+        hf.convert(model)
+
+
 def test_unknown_models_are_told_what_is_known():
     model = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"mixtral \(MixtralSparseMoeBlock\).*gpt_oss.*register"):

@@ -114,6 +114,8 @@ def convert(
     if placement is not None and resident is not None:
         raise ValueError("give placement or resident, not both")
     found = list(_find(model, placement, site, resident, options))
+    if not found and converted_layers(model):
+        raise ValueError("model is converted already; fomoe_ext.hf.restore undoes it")
     if not found:
         known = ", ".join(f"{family.name} ({family.block})" for family in families())
         raise ValueError(
