@@ -125,7 +125,7 @@ def _read_layer(
             stack[row].copy_(values)
     layer.make_buffers(device)
     for part, stack in stacks.items():
-        _set(experts, part, stack, device)
+        setattr(experts, part, nn.Parameter(stack, experts.part(part).requires_grad))
     for part in layer.router.parts:
         _set(layer.router, part, reader.read(f"{block}.{family.router}.{part}"), device)
     if family.selection_bias:
