@@ -9,9 +9,6 @@ table.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,36 +20,18 @@ from rich.console import Console
 from rich.table import Table
 
 TIMEOUT_S = 300
-TAIL_LINES = 15
 SITE = Path(__file__).with_name("dispatch_site.py")
 
 results: list[dict[str, Any]] = []
-
-
-def run_ranks(ranks: int, folder: Path, *arguments: str) -> dict[str, Any]:
-    """Starts the ranks, waits for them, returns what rank 0 found. RuntimeError when one fails."""
-    found = folder / "found.json"
-    command = [sys.executable, "-m", "fomoe_ext.link", "--sites", str(ranks)]
-    command += ["--log-dir", str(folder), "--", sys.executable, str(SITE), "--out", str(found)]
-    done = subprocess.run(
-        [*command, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        timeout=TIMEOUT_S,
-    )
-    if done.returncode:
-        tail = "\n".join(done.stdout.splitlines()[-TAIL_LINES:])
-        raise RuntimeError(f"{ranks} ranks: exit code {done.returncode}\n{tail}")
-    return json.loads(found.read_text())
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_dispatch(benchmark: Any, tmp_path: Path, ranks: int) -> None:
     """All ways and shares of skipped slots, one number of ranks."""
     watch, load = machine.Watch("cpu"), outer_cases.load()
-    found = benchmark.pedantic(lambda: run_ranks(ranks, tmp_path), rounds=1)
+    found = benchmark.pedantic(
+        lambda: outer_cases.run_processes(SITE, ranks, tmp_path, timeout_s=TIMEOUT_S), rounds=1
+    )
     result = {"load": load, **found}
     benchmark.extra_info.update(result, machine=watch.facts())
     for case in found["cases"]:

@@ -7,9 +7,6 @@ figures are in extra_info and in the tables. --full adds vectors of 256 MB and 1
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,6 @@ import pytest
 from outer_cases import LINK_CASES, LinkCase
 
 TIMEOUT_S = 900
-TAIL_LINES = 15
 SITE = Path(__file__).with_name("outer_site.py")
 
 
@@ -35,24 +31,10 @@ def available_memory() -> int:
 
 def run_sites(case: LinkCase, folder: Path) -> dict[str, Any]:
     """Starts the sites, waits for them, returns what site 0 found. RuntimeError when one fails."""
-    found = folder / "found.json"
-    command = [sys.executable, "-m", "fomoe_ext.link", "--sites", str(case.sites)]
-    if case.link:
-        command += ["--link", case.link]
-    command += ["--log-dir", str(folder), "--", sys.executable, str(SITE), "--out", str(found)]
-    command += ["--numel", str(case.numel), "--rounds", str(case.rounds)]
-    done = subprocess.run(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        timeout=TIMEOUT_S,
+    arguments = ("--numel", str(case.numel), "--rounds", str(case.rounds))
+    return outer_cases.run_processes(
+        SITE, case.sites, folder, *arguments, link=case.link, timeout_s=TIMEOUT_S
     )
-    if done.returncode:
-        tail = "\n".join(done.stdout.splitlines()[-TAIL_LINES:])
-        raise RuntimeError(f"{case}: exit code {done.returncode}\n{tail}")
-    return json.loads(found.read_text())
 
 
 @pytest.mark.parametrize("case", LINK_CASES, ids=str)

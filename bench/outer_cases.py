@@ -4,11 +4,15 @@ rivals, links and crossovers. Nothing here takes a time.
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +34,42 @@ allreduce_results: list[dict[str, Any]] = []
 def load() -> float | None:
     """Processes that wanted to run here in the last minute, this one among them."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+_TAIL_LINES = 15  # of the output of processes that failed
+
+
+def run_processes(
+    script: Path,
+    number: int,
+    folder: Path,
+    *arguments: str,
+    link: str | None = None,
+    timeout_s: int,
+) -> dict[str, Any]:
+    """Runs a script once per site, or rank, on a link or without one; returns what the first one
+    has written to its --out. RuntimeError, with the end of their output, when one fails."""
+    found = folder / "found.json"
+    command = [sys.executable, "-m", "fomoe_ext.link", "--sites", str(number)]
+    if link:
+        command += ["--link", link]
+    command += ["--log-dir", str(folder), "--", sys.executable, str(script), "--out", str(found)]
+    done = subprocess.run(
+        [*command, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=timeout_s,
+    )
+    if done.returncode:
+        tail = "\n".join(done.stdout.splitlines()[-_TAIL_LINES:])
+        raise RuntimeError(
+            f"{script.name}, {number} processes: exit code {done.returncode}\n{tail}"
+        )
+    return json.loads(found.read_text())
 
 
 # ---- errors of means -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -21,7 +21,6 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from tyro.conf import Positional
 
@@ -34,7 +33,7 @@ from fomoe_ext.files import write_text
 from fomoe_ext.metrics import human_bytes, human_count, read_metrics
 from fomoe_ext.model import LanguageModel
 from fomoe_ext.runs import CHECKPOINTS, CONFIG, METRICS, run_of
-from fomoe_ext.tensor_files import SINGLE
+from fomoe_ext.tensor_files import write_tensors
 from fomoe_ext.text import Tokenizer, load_tokenizer
 
 TOKENIZER = "tokenizer.json"
@@ -247,41 +246,6 @@ def _tensors(source: Source, options: ExportOptions) -> Iterator[tuple[str, Tens
             yield exported_name(name) if options.format == "transformers" else name, value
 
 
-def _write_shards(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int
-) -> tuple[int, int]:
-    """Write tensors to files of at most `limit` bytes (a larger tensor has its own), and an index
-    where there are several. Returns the number of files and the bytes of all tensors."""
-    parts: list[list[str]] = []
-    shard: dict[str, Tensor] = {}
-    total = filled = 0
-
-    def flush() -> None:
-        save_file(shard, folder / f"part-{len(parts)}", metadata={"format": "pt"})
-        parts.append(list(shard))
-        shard.clear()
-
-    for name, tensor in tensors:
-        if shard and filled + tensor.nbytes > limit:
-            flush()
-            filled = 0
-        shard[name] = tensor.contiguous()
-        filled += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    if len(parts) == 1:
-        os.rename(folder / "part-0", folder / SINGLE)
-        return 1, total
-    weight_map = {}
-    for i, names in enumerate(parts):
-        final = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
-        os.rename(folder / f"part-{i}", folder / final)
-        weight_map.update(dict.fromkeys(names, final))
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_json(folder / ckpt.INDEX, index)
-    return len(parts), total
-
-
 # ------------------------------------------------------------------------- what stands beside them
 
 
@@ -452,7 +416,7 @@ def _write_folder(folder: Path, source: Source, options: ExportOptions) -> tuple
             _load_tokenizer(tokenizer)
             shutil.copyfile(tokenizer, folder / TOKENIZER)
         write_text(folder / CONFIG, dump_config(_portable_config(source)))
-    return _write_shards(folder, _tensors(source, options), options.shard_bytes)
+    return write_tensors(folder, _tensors(source, options), options.shard_bytes)
 
 
 def _out_folder(source: Source, options: ExportOptions) -> Path:

@@ -1,14 +1,18 @@
-"""A folder of safetensors files, as transformers and `fomoe export` write them: tensors by name."""
+"""A folder of safetensors files, as transformers has them: tensors by name, read and written."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+
+from fomoe_ext.files import write_text
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -65,3 +69,41 @@ class TensorFiles:
         tensor = file.get_tensor(name) if row is None else file.get_slice(name)[row]
         self.bytes_read += tensor.nbytes
         return tensor
+
+
+def write_tensors(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int
+) -> tuple[int, int]:
+    """Writes tensors, which share no memory, to files of at most `limit` bytes (a larger one has
+    its own), and an index where there are several; one file's tensors are in memory at a time.
+
+    Returns the number of files and the bytes of all tensors.
+    """
+    parts: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    total = filled = 0
+
+    def flush() -> None:
+        save_file(shard, folder / f"part-{len(parts)}", metadata={"format": "pt"})
+        parts.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and filled + tensor.nbytes > limit:
+            flush()
+            filled = 0
+        shard[name] = tensor.contiguous()
+        filled += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(parts) == 1:
+        os.rename(folder / "part-0", folder / SINGLE)
+        return 1, total
+    weight_map = {}
+    for i, names in enumerate(parts):
+        final = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
+        os.rename(folder / f"part-{i}", folder / final)
+        weight_map.update(dict.fromkeys(names, final))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_text(folder / INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+    return len(parts), total

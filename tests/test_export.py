@@ -20,7 +20,7 @@ from small_run import finished_run, random_model, relative_error, tiny_config, u
 
 import fomoe_ext.exported
 from fomoe_ext import checkpoint as ckpt
-from fomoe_ext import cli, export
+from fomoe_ext import cli, export, tensor_files
 from fomoe_ext.config import DataConfig, SitesConfig, TrainConfig
 from fomoe_ext.config_io import load_config
 from fomoe_ext.model import LanguageModel
@@ -316,7 +316,7 @@ def test_tensors_are_read_one_by_one(tmp_path, monkeypatch):
     """What is in memory at any time is what the shard under way holds."""
     source = untrained_run(tmp_path, random_model(tiny_config()))
     alive, most = 0, 0
-    read, save = ckpt.GlobalModelReader.tensor, export.save_file
+    read, save = ckpt.GlobalModelReader.tensor, tensor_files.save_file
 
     def counted(self, name):
         nonlocal alive, most
@@ -331,7 +331,7 @@ def test_tensors_are_read_one_by_one(tmp_path, monkeypatch):
         alive -= sum(value.nbytes for value in tensors.values())
 
     monkeypatch.setattr(ckpt.GlobalModelReader, "tensor", counted)
-    monkeypatch.setattr(export, "save_file", saved)
+    monkeypatch.setattr(tensor_files, "save_file", saved)
     write(source, tmp_path / "out", "--shard-bytes", "4000")
     largest = 256 * 16 * 4  # the embedding
     assert alive == 0 and most <= 4000 + largest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -12,15 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fomoe_ext.assemble import global_router_tensors, local_tensors, responsible_site
 from fomoe_ext.experts import ExpertWeights
-from fomoe_ext.files import write_text
 from fomoe_ext.hf.convert import ConvertedMoE, convert, converted_layers
 from fomoe_ext.placement import Placement
-from fomoe_ext.tensor_files import INDEX, SINGLE, TensorFiles
+from fomoe_ext.tensor_files import TensorFiles, write_tensors
 
 
 class Loaded(NamedTuple):
@@ -284,29 +281,9 @@ def _write(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        shards: list[list[str]] = []
-        total, shard, size = 0, {}, 0
-
-        def flush() -> None:
-            nonlocal shard, size
-            save_file(shard, temporary / f"{len(shards)}.part", metadata={"format": "pt"})
-            shards.append(list(shard))
-            shard, size = {}, 0
-
-        for name, tensor in tensors:
-            if shard and size + tensor.nbytes > max_shard_bytes:
-                flush()
-            shard[name] = tensor.contiguous().clone()
-            size += tensor.nbytes
-            total += tensor.nbytes
-        flush()
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        for i, name in enumerate(names if len(shards) > 1 else [SINGLE]):
-            (temporary / f"{i}.part").rename(temporary / name)
-        if len(shards) > 1:
-            files = {key: names[i] for i, keys in enumerate(shards) for key in keys}
-            index = {"metadata": {"total_size": total}, "weight_map": files}
-            write_text(temporary / INDEX, json.dumps(index, indent=1) + "\n")
+        # Copies: parts of an expert are views of one tensor.
+        copies = ((name, tensor.clone()) for name, tensor in tensors)
+        write_tensors(temporary, copies, max_shard_bytes)
         model.config.save_pretrained(temporary)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(temporary)
