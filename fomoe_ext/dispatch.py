@@ -1,8 +1,9 @@
 """Dispatch inside a site of many ranks: rows travel to the rank that holds their expert, and back.
 
-The site's resident experts, ascending by id, are cut into chunks over the ranks of the axis
-"expert" of a `DeviceMesh`; a rank allocates only its chunk and has tokens of its own. Slots are
-compacted before the exchange, so that a skipped slot never travels; the numbers of rows go ahead,
+The site's resident experts are shared out over the ranks of the axis "expert" of a `DeviceMesh`: in
+chunks ascending by id, or as `rank_experts` says, e.g. hot experts apart (`fomoe_ext.spread`). A
+rank allocates only its own experts and has tokens of its own. Slots are compacted before the
+exchange, so that a skipped slot never travels; the numbers of rows go ahead,
 while the shared expert is computed, and the rows follow by one all_to_all_single of uneven parts.
 Every rank's outputs are those of one process with all of the site's experts, and of an expert's
 rows none is padded or dropped (as with a capacity, GShard, arXiv 2006.16668).
@@ -25,8 +26,10 @@ raised on all of them. Nothing here depends on which rank is faster: the same bi
 
 from __future__ import annotations
 
+import operator
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -35,7 +38,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fomoe_ext import ops
-from fomoe_ext.experts import Residents
+from fomoe_ext.experts import Residents, resident_ids
+from fomoe_ext.spread import chunk_sizes as chunk_sizes
+from fomoe_ext.spread import spread_experts
 
 AXIS, REPLICA = "expert", "replica"
 DIRECTIONS = ("tokens", "results", "result gradients", "token gradients")
@@ -45,6 +50,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HEADER = (
     "layer_index",
     "site's experts and sizes",
+    "rank_experts",
     "dtype",
     "gradient of x",
     "gradient of the experts",
@@ -80,6 +86,11 @@ class ExpertAxis:
         )
 
 
+def _hash(value: Any) -> int:
+    """Of 31 bits: goes into an int32."""
+    return zlib.crc32(repr(value).encode()) >> 1
+
+
 def _axis_of(mesh: DeviceMesh, name: str) -> dist.ProcessGroup:
     names = mesh.mesh_dim_names or ()
     if name not in names:
@@ -90,18 +101,39 @@ def _axis_of(mesh: DeviceMesh, name: str) -> dist.ProcessGroup:
     return mesh.get_group(name)
 
 
-def chunk_sizes(count: int, ranks: int) -> list[int]:
-    """`count` cut into `ranks` parts that differ by at most one, larger ones first."""
-    return [count // ranks + (rank < count % ranks) for rank in range(ranks)]
+def _checked_ranks(
+    rank_experts: Sequence[Sequence[int]] | None, site: Sequence[int], ranks: int
+) -> tuple[tuple[int, ...], ...]:
+    """By rank its experts, ascending; None = chunks. Raises as `Dispatch` does."""
+    if rank_experts is None:
+        return spread_experts(site, ranks)
+    try:
+        parts = [sorted(operator.index(expert) for expert in part) for part in rank_experts]
+    except TypeError:
+        raise TypeError(f"rank_experts must hold ints by rank, got {rank_experts!r}") from None
+    if len(parts) != ranks:
+        raise ValueError(
+            f"rank_experts must have an entry for each rank of the mesh's axis {AXIS!r}, {ranks}, "
+            f"got {len(parts)}"
+        )
+    if sorted(chain(*parts)) != list(site):
+        raise ValueError(
+            f"rank_experts must hold each of the site's experts {list(site)} once, got {parts}"
+        )
+    return tuple(map(tuple, parts))
 
 
 class Dispatch(Residents):
     """The site's resident experts, which ranks hold them, and the exchange of their rows.
 
-    own_experts: ids of this rank's chunk. bytes_sent: bytes of rows that this rank has sent to
-    others since the layer was made, by direction (`DIRECTIONS`), and of what went ahead of them
-    ("counts").
+    rank_experts: by rank the ids that it holds, ascending. own_experts: those of this rank.
+    resident_index: an expert's place when all are in the order of the ranks, by which rows are
+    grouped; `resident_experts` and `resident_ids` are ascending. bytes_sent: bytes of rows that
+    this rank has sent to others since the layer was made, by direction (`DIRECTIONS`), and of what
+    went ahead of them ("counts").
     """
+
+    rank_experts: tuple[tuple[int, ...], ...] = ()
 
     def __init__(
         self,
@@ -111,19 +143,33 @@ class Dispatch(Residents):
         hidden_size: int,
         layer_index: int = 0,
         device: torch.device | str | None = None,
+        rank_experts: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        """`site_experts`: ids resident in the site, the same on all ranks."""
+        """`site_experts`: ids resident in the site; `rank_experts`: by rank those that it holds, in
+        any numbers, None = chunks. Both are the same on all ranks.
+
+        Raises ValueError for ids out of range, and where `rank_experts` has not an entry for each
+        rank or does not hold each of the site's experts once; TypeError for other than ints.
+        """
         super().__init__(site_experts, num_experts, device)
         self.axis = axis
-        self.sizes = chunk_sizes(self.num_resident, axis.size)
-        first = sum(self.sizes[: axis.rank])
-        self.chunk = slice(first, first + self.sizes[axis.rank])
-        self.own_experts = self.resident_experts[self.chunk]
-        sizes = repr((num_experts, hidden_size, self.resident_experts))
-        self._identity = (layer_index, zlib.crc32(sizes.encode()) >> 1)
-        # As many as any rank can have of all experts: room for the message of any site.
-        self._places = -(-num_experts // axis.size)
+        self.rank_experts = _checked_ranks(rank_experts, self.resident_experts, axis.size)
+        self.write_resident_tables()
+        self.own_experts = self.rank_experts[axis.rank]
+        sizes = (num_experts, hidden_size, self.resident_experts)
+        self._identity = (layer_index, _hash(sizes), _hash(self.rank_experts))
+        # As many as any rank may have: room for the message of any site and any share.
+        self._places = num_experts
         self.bytes_sent = dict.fromkeys((*DIRECTIONS, "counts"), 0)
+
+    def write_resident_tables(self) -> None:
+        """As of `Residents`, with places in the order of the ranks."""
+        super().write_resident_tables()
+        if not self.resident_index.is_meta:
+            index = [-1] * self.num_experts
+            for place, expert in enumerate(chain(*self.rank_experts)):
+                index[expert] = place
+            self.resident_index.copy_(torch.tensor(index, dtype=torch.int32, device="cpu"))
 
     def forward(
         self,
@@ -142,10 +188,10 @@ class Dispatch(Residents):
             x: this rank's tokens [T, D].
             weights: fp32 [T, K].
             chosen: experts of the tokens' slots, int32 [T, K].
-            experts: as `Experts` of this rank's chunk: called once, also for no rows, with rows
-                [N, D], weights of one [N, 1], places of their experts in the chunk int32 [N, 1] and
-                the table int32 of all places, 0 to the chunk's size; returns results [N, D] and a
-                row table.
+            experts: as `Experts` of this rank's experts: called once, also for no rows, with rows
+                [N, D], weights of one [N, 1], places of their experts among this rank's int32
+                [N, 1] and the table int32 of all these places, 0 to their number; returns results
+                [N, D] and a row table.
             meanwhile: computed while numbers of rows travel.
 
         Returns:
@@ -175,8 +221,8 @@ class Dispatch(Residents):
         """The exchange of the rows; y [T, D] and the number computed here. As `forward`."""
         counts = exchange.wait()[:, : len(self.own_experts)]
         received = _ToExperts.apply(x, exchange)
-        # By place in the chunk, from tables that are the same on all ranks: DDP may have made the
-        # buffers of `experts` those of its first rank.
+        # By place among this rank's experts, from tables that are the same on all ranks: DDP may
+        # have made the buffers of `experts` those of its first rank.
         own = torch.arange(counts.shape[1], dtype=torch.int32, device=x.device)
         rows = own.repeat(self.axis.size)
         rows = rows.repeat_interleave(counts.reshape(-1), output_size=received.shape[0])
@@ -197,15 +243,22 @@ def make_dispatch(
     hidden_size: int,
     layer_index: int = 0,
     device: torch.device | str | None = None,
+    rank_experts: Sequence[Sequence[int]] | None = None,
 ) -> Dispatch | None:
     """A `Dispatch` over the mesh's axis "expert"; None without a mesh or with one rank.
 
-    Raises TypeError or ValueError for a wrong mesh.
+    Raises TypeError or ValueError for a wrong mesh, and for `rank_experts` without one or other
+    than `Dispatch` wants them.
     """
-    axis = None if mesh is None else ExpertAxis(mesh, device)
-    if axis is None or axis.size == 1:
+    if mesh is None:
+        if rank_experts is not None:
+            raise ValueError(f"rank_experts needs a mesh, got {rank_experts!r} without one")
         return None
-    return Dispatch(axis, site_experts, num_experts, hidden_size, layer_index, device)
+    axis = ExpertAxis(mesh, device)
+    if axis.size == 1:
+        _checked_ranks(rank_experts, resident_ids(site_experts, num_experts), axis.size)
+        return None
+    return Dispatch(axis, site_experts, num_experts, hidden_size, layer_index, device, rank_experts)
 
 
 class Exchange:
@@ -219,18 +272,17 @@ class Exchange:
         self.dispatch, self.table = dispatch, table
         self.sent: list[int] = []
         self.received: list[int] = []
-        ranks, sizes, width = dispatch.axis.size, dispatch.sizes, len(header)
+        ranks, width = dispatch.axis.size, len(header)
         counts = table.offsets.diff()
         self._message = counts.new_zeros(ranks, width + places)
         self._message[:, :width] = torch.tensor(header, dtype=torch.int32, device="cpu")
-        # The chunks of the first ranks have one expert more than the others.
-        larger = dispatch.num_resident % ranks
-        split = larger * sizes[0]
-        for part, some, size in (
-            (slice(0, larger), counts[:split], sizes[0]),
-            (slice(larger, ranks), counts[split:], sizes[-1]),
-        ):
-            self._message[part, width : width + size] = some.view(-1, size) if size else 0
+        # Neighbours with as many experts at once: of chunks there are two such parts.
+        rank = place = 0
+        for size, alike in groupby(map(len, dispatch.rank_experts)):
+            number = len(list(alike))
+            some = counts[place : place + number * size].view(number, size)
+            self._message[rank : rank + number, width : width + size] = some
+            rank, place = rank + number, place + number * size
         self._answer = torch.empty_like(self._message)
         group = dispatch.axis.group
         dispatch.bytes_sent["counts"] += self._message[1:].nbytes

@@ -212,6 +212,7 @@ class MoELayer(nn.Module):
         layer_index: int = 0,
         seed: int = 0,
         mesh: DeviceMesh | None = None,
+        rank_experts: Sequence[Sequence[int]] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -240,6 +241,7 @@ class MoELayer(nn.Module):
             bias_update_rate: step of the selection bias.
             layer_index, seed: with e all that the initial weights of expert e depend on.
             mesh: its axis "expert" shares out the resident experts; None, or one rank: all here.
+            rank_experts: by rank of that axis its ids (`spread.spread_experts`); None = chunks.
             device, dtype: of the parameters; float32, bfloat16 or float16.
 
         Raises ValueError or TypeError naming the argument.
@@ -274,7 +276,8 @@ class MoELayer(nn.Module):
         site = resident_ids(resident_experts, num_experts)
         if router_scope == "resident" and not site:
             raise ValueError("resident_experts must not be empty with router_scope 'resident'")
-        self.dispatch = make_dispatch(mesh, site, num_experts, hidden_size, layer_index, device)
+        sizes = (num_experts, hidden_size)
+        self.dispatch = make_dispatch(mesh, site, *sizes, layer_index, device, rank_experts)
         self.experts = Experts(
             hidden_size,
             expert_size,
