@@ -147,11 +147,12 @@ def placement_of(source: Source) -> Placement:
 
     Raises ValueError where it is in neither.
     """
-    for name, entry in source.manifest.files.items():
-        file = source.checkpoint / name
-        if name.endswith(".pt") and file.is_file() and file.stat().st_size == entry.size:
-            # Mapped: the optimizer's state beside it is not read.
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    for site in range(source.manifest.num_sites):
+        try:
+            state = ckpt.load_state(source.checkpoint, site)
+        except ckpt.CheckpointError:  # it may be on another machine
+            continue
+        if "sync" in state:
             return Placement.from_dict(state["sync"]["placement"])
     if source.config is None or source.config.sites.reshuffle_rounds:
         raise ValueError(

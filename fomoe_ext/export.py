@@ -117,7 +117,7 @@ class Source:
 
 def model_files(manifest: ckpt.Manifest) -> list[str]:
     """Names of the checkpoint files that hold the global model."""
-    return [name for name in manifest.files if name.endswith(".safetensors")]
+    return [name for name in manifest.files if name.endswith(".safetensors") and "/" not in name]
 
 
 def why_not_whole(path: Path) -> str:

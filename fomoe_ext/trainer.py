@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from fomoe_ext.placement import Placement
 from fomoe_ext.plan import RoundNote
 from fomoe_ext.runs import CHECKPOINTS
 from fomoe_ext.tally import Tally, build_report, site_part
+from fomoe_ext.training_state import join_state, split_state
 from fomoe_ext.world import StopRequest, World, with_others
 
 
@@ -73,7 +75,11 @@ class TrainingSite:
         state = None
         if resume is not None:
             check_same_job(ckpt.read_manifest(resume), config, resume)
-            state = ckpt.load_state(resume, world.site)
+            state = join_state(
+                ckpt.load_state(resume, world.site),
+                partial(ckpt.load_tensors, resume),
+                f"site{world.site}/",
+            )
             placement = Placement.from_dict(state["sync"]["placement"])
         else:
             placement = plan.job_placement(config)
@@ -320,15 +326,17 @@ class TrainingSite:
             parts = own_global_tensors(
                 self.model, self.placement, self.world.site, local_tensors(self.model)
             )
+            numbers, named = split_state(state, f"site{self.world.site}/")
             return ckpt.save_checkpoint(
                 self.run_dir / CHECKPOINTS,
                 ckpt.checkpoint_name(steps),
                 parts,
-                state,
+                numbers,
                 site=self.world.site,
                 num_sites=self.world.num_sites,
                 round=self.round,
                 meta=job_identity(self.config),
+                named=named,
             )
 
     @torch.no_grad()

@@ -76,7 +76,7 @@ def save(
             folder,
             ckpt.checkpoint_name(7),
             own_global_tensors(model, placement, site, local_tensors(model)),
-            {"site": site, "values": torch.arange(3) + site},
+            {"site": site, "values": [site, site + 1, site + 2]},
             site=site,
             num_sites=num_sites,
             round=2,
@@ -114,7 +114,7 @@ def test_the_global_model_comes_back(tmp_path, num_sites, replication):
     for name, value in part.state_dict().items():
         assert torch.equal(value, reference.state_dict()[name]), name
     for site in range(num_sites):
-        assert ckpt.load_state(path, site)["values"].tolist() == [site, site + 1, site + 2]
+        assert ckpt.load_state(path, site)["values"] == [site, site + 1, site + 2]
 
 
 def test_shards_are_small_and_complete(tmp_path):
@@ -163,8 +163,8 @@ def flip(file: Path) -> None:
         ("model.safetensors.index.json", Path.unlink, "cannot read model.safetensors.index.json"),
         ("model-00001-of-00002.safetensors", Path.unlink, "lacks model-00001-of-00002"),
         ("model-00002-of-00002.safetensors", truncate, "00002-of-00002.safetensors has .* bytes"),
-        ("state-00001.pt", flip, "the content of state-00001.pt is damaged"),
-        ("state-00001.pt", Path.unlink, "lacks state-00001.pt"),
+        ("state-00001.json", flip, "the content of state-00001.json is damaged"),
+        ("state-00001.json", Path.unlink, "lacks state-00001.json"),
     ],
 )
 def test_damage_is_found_and_named(tmp_path, name, damage, message):
@@ -198,9 +198,9 @@ def test_the_newest_whole_checkpoint_is_chosen(tmp_path):
     newer = tmp_path / ckpt.checkpoint_name(8)
     shutil.copytree(tmp_path / ckpt.checkpoint_name(7), newer)
     assert ckpt.newest_common(tmp_path, 0, 1) == newer
-    os.truncate(newer / "state-00000.pt", 5)
+    os.truncate(newer / "state-00000.json", 5)
     assert ckpt.newest_common(tmp_path, 0, 1) == tmp_path / ckpt.checkpoint_name(7)
-    assert "state-00000.pt has 5 bytes" in ckpt.why_none(tmp_path)
+    assert "state-00000.json has 5 bytes" in ckpt.why_none(tmp_path)
     assert ckpt.newest_common(tmp_path / "nothing", 0, 1) is None
 
 

@@ -158,7 +158,7 @@ def test_without_any_state_the_configuration_tells_the_placement(tmp_path, text,
     model = random_model(tiny_config(router_scope="resident"))
     config = TrainConfig(sites=SitesConfig(sites=4, replication=2))
     run = untrained_run(tmp_path / "run", model, config=config)
-    (run / "checkpoints/step-00000008/state-00000.pt").unlink()
+    (run / "checkpoints/step-00000008/state-00000.json").unlink()
     figures = evaluate(tmp_path, run, "--val-data", str(text))
     assert len(figures["results"]) == 5
     for site, result in enumerate(figures["results"][1:]):
@@ -287,7 +287,7 @@ def test_a_model_of_transformers(tmp_path, text):
 
 def test_bad_arguments_are_named(tmp_path, text, capsys):
     source = untrained_run(tmp_path / "run", random_model(tiny_config()))
-    (source / "state-00000.pt").unlink()
+    (source / "state-00000.json").unlink()
     given = [str(source), "--val-data", str(text)]
     assert "is not a folder" in refused(capsys, str(tmp_path / "missing"))
     assert "is none of them" in refused(capsys, str(tmp_path))

@@ -324,8 +324,8 @@ def test_a_damaged_checkpoint_is_refused(whole, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole[0], run)
     for checkpoint in ckpt.list_checkpoints(run / "checkpoints"):
-        state = checkpoint / "state-00001.pt"
+        state = checkpoint / "state-00001.json"
         state.write_bytes(state.read_bytes()[:-1])
     result = train("--resume", str(run))
     assert result.returncode not in (0, 130)
-    assert "no whole checkpoint" in result.stderr and "state-00001.pt has" in result.stderr
+    assert "no whole checkpoint" in result.stderr and "state-00001.json has" in result.stderr
