@@ -103,6 +103,20 @@ def _file_numbers(sizes: Sequence[Mapping[str, int]], limit: int) -> dict[str, i
     return numbers
 
 
+def _differing(kinds: Sequence[Mapping[str, tuple[int, str]]]) -> list[str]:
+    """What processes that give a tensor of one name do not agree on: its dtype and shape."""
+    first: dict[str, tuple[int, str]] = {}
+    problems = []
+    for process, of in enumerate(kinds):
+        for name, (_, kind) in of.items():
+            earlier, wanted = first.setdefault(name, (process, kind))
+            if kind != wanted:
+                problems.append(
+                    f"process {process} has {name} as {kind}, process {earlier} as {wanted}"
+                )
+    return problems[:3]
+
+
 @torch.no_grad()
 def write_tensors(
     folder: Path,
@@ -121,17 +135,21 @@ def write_tensors(
     at most `limit` bytes of tensors, or a single one. The files are synced to disk. Raises
     CheckpointError on every process when any of them cannot write; files may be left then.
     """
-    problem, stored, sizes = "", {}, {}
+    problem, stored, kinds = "", {}, {}
     try:
         stored = {name: _stored(name, tensor) for name, tensor in tensors.items()}
-        sizes = {name: _local(tensor).nbytes for name, tensor in stored.items()}
+        kinds = {
+            name: (_local(t).nbytes, f"{t.dtype} of shape {list(t.shape)}")
+            for name, t in stored.items()
+        }
     except (TypeError, ValueError) as error:
         problem = f"process {process}: {error}"
-    gathered = gather_objects((problem, sizes), num_processes)
-    problems = [text for text, _ in gathered if text]
+    gathered = gather_objects((problem, kinds), num_processes)
+    problems = [text for text, _ in gathered if text] or _differing([of for _, of in gathered])
     if problems:
         raise CheckpointError("; ".join(problems))
-    numbers = _file_numbers([of for _, of in gathered], limit)
+    sizes = [{name: size for name, (size, _) in of.items()} for _, of in gathered]
+    numbers = _file_numbers(sizes, limit)
     if not numbers:
         return []
     # Writes file shard-<process + 1>-model-<number>-of-<numbers>.safetensors.
