@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fomoe_ext.checks import finite
+from fomoe_ext.mesh import is_sharded, local_tensor
 from fomoe_ext.outer.groups import sum_floats
 from fomoe_ext.outer.jobs import MeanJob
+from fomoe_ext.outer.layout import Piece
 from fomoe_ext.outer.meeting import bad_tensor, meeting_name, random_seed, require_good
 from fomoe_ext.outer.reduce import Job, run_jobs
 
@@ -21,15 +24,16 @@ def reduce_gradients(sync: OuterSync) -> None:
     """`OuterSync.reduce_gradients`."""
     if sync.rule.name != "ddp":
         raise RuntimeError(f"reduce_gradients is for optimizer 'ddp', this is {sync.rule.name!r}")
-    for layout in sync.layouts:
-        for piece in layout.pieces:
-            parameter = piece.tensor
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            elif not parameter.grad.is_contiguous():
-                parameter.grad = parameter.grad.contiguous()
+    for parameter in sync.model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        elif not parameter.grad.is_contiguous():
+            parameter.grad = parameter.grad.contiguous()
     with sync.meeting("the reduction of gradients"):
-        problem = bad_tensor(sync.layouts, "gradient", lambda piece: piece.tensor.grad)
+        gradient, flats = _gradients(sync)
+        problem = bad_tensor(sync.layouts, "gradient", gradient)
         sync.sent(require_good(sync, meeting_name(sync), problem))
         sync.reductions += 1
         jobs: list[Job] = [
@@ -37,7 +41,7 @@ def reduce_gradients(sync: OuterSync) -> None:
                 layout,
                 sync.site,
                 sync.codec,
-                lambda piece: piece.tensor.grad,
+                gradient,
                 feedback=feedback,
                 seed=random_seed(sync.options.seed, sync.reductions, layout.name, sync.site),
             )
@@ -45,6 +49,16 @@ def reduce_gradients(sync: OuterSync) -> None:
             if layout.group.size > 1
         ]
         sync.sent(run_jobs(jobs, sync.options.bucket_bytes, sync.options.in_flight))
+        if sync.lane is not None:
+            sync.lane.push(0, flats, lambda parameter: parameter.grad)  # type: ignore[arg-type,return-value]
+
+
+def _gradients(sync: OuterSync) -> tuple[Callable[[Piece], Tensor], dict[int, Tensor]]:
+    """Gradients of this rank's pieces; with several ranks per site, the vectors they are in."""
+    if sync.lane is None:
+        return lambda piece: piece.tensor.grad, {}  # type: ignore[return-value]
+    flats = sync.lane.pull(0, lambda parameter: parameter.grad)  # type: ignore[arg-type,return-value]
+    return sync.lane.views(flats), flats
 
 
 def clip_grad_norm(sync: OuterSync, max_norm: float) -> float:
@@ -53,17 +67,38 @@ def clip_grad_norm(sync: OuterSync, max_norm: float) -> float:
     if max_norm == 0:
         raise ValueError(f"max_norm must be > 0, got {max_norm}")
     parameters = [p for p in sync.model.parameters() if p.grad is not None]
-    if sync.rule.name != "ddp":
+    ranks = sync.ranks
+    if sync.rule.name != "ddp" and ranks.size == 1:
         return float(nn.utils.clip_grad_norm_(parameters, max_norm))
     with sync.meeting("the clipping of gradients"):
-        own = sum(
-            float(piece.part_of(piece.tensor.grad).double().square().sum())
-            for layout in sync.layouts
-            if layout.group.rank == 0  # one holder speaks for the group
-            for piece in layout.pieces
-        )
-        total, sent = sum_floats(sync.groups.group(sync.groups.everyone), own)
-        sync.sent(sent)
+        if sync.rule.name == "ddp":
+            gradient, _ = _gradients(sync)
+            own = sum(
+                float(piece.part_of(gradient(piece)).double().square().sum())
+                for layout in sync.layouts
+                if layout.group.rank == 0  # one holder speaks for the group
+                for piece in layout.pieces
+            )
+        else:
+            own = sum(_own_square(sync, parameter) for parameter in parameters)
+        total = float(ranks.sum_(torch.tensor(own, dtype=torch.float64)))
+        if sync.rule.name == "ddp":
+            group = sync.groups.group(sync.groups.everyone)
+            total, sent = ranks.tell(lambda: sum_floats(group, total))
+            sync.sent(sent if ranks.leads else 0)
     norm = total**0.5
-    nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.tensor(norm))
+    local = [local_tensor(p.grad) for p in parameters if p.grad is not None]
+    # As torch's clip_grads_with_norm_, which takes no mixture of DTensors and others.
+    torch._foreach_mul_(local, min(1.0, max_norm / (norm + 1e-6)))
     return norm
+
+
+def _own_square(sync: OuterSync, parameter: nn.Parameter) -> float:
+    """This rank's part of a gradient's squared norm; of what several ranks hold, a share."""
+    assert parameter.grad is not None
+    square = float(local_tensor(parameter.grad).double().square().sum())
+    if is_sharded(parameter):
+        return square
+    experts = any(parameter is p for la in sync.moe_layers for p in la.experts.parameters())
+    ranks = sync.ranks
+    return square / (ranks.size // ranks.expert_ranks if experts else ranks.size)

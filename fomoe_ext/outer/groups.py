@@ -132,12 +132,21 @@ class SiteGroups:
 
     Site numbers are ranks of torch.distributed's default group, which must be initialised when
     there is more than one site. `link`: a slow link to imitate, where the launcher has not made one
-    (`fomoe_ext.link`). Raises ValueError for a wrong site, RuntimeError when the default
-    group is missing or of another size or rank.
+    (`fomoe_ext.link`). With `ranks` processes per site, process `rank` of a site is rank
+    site * ranks + rank of the default group, and its groups are of the processes `rank` of the
+    sites. Raises ValueError for a wrong site or rank, RuntimeError when the default group is
+    missing or of another size or rank.
     """
 
     def __init__(
-        self, num_sites: int, site: int, timeout_s: float = 300.0, *, link: wire.Link | None = None
+        self,
+        num_sites: int,
+        site: int,
+        timeout_s: float = 300.0,
+        *,
+        link: wire.Link | None = None,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         if num_sites < 1:
             raise ValueError(f"num_sites must be >= 1, got {num_sites}")
@@ -145,7 +154,9 @@ class SiteGroups:
             raise ValueError(f"site must be in [0, {num_sites}), got {site}")
         if not timeout_s > 0:
             raise ValueError(f"timeout_s must be > 0, got {timeout_s}")
-        self.num_sites, self.site = num_sites, site
+        if not 0 <= rank < ranks:
+            raise ValueError(f"rank must be in [0, ranks = {ranks}), got {rank}")
+        self.num_sites, self.site, self.rank, self.ranks = num_sites, site, rank, ranks
         self.timeout_s = timeout_s
         """Seconds after which an exchange fails."""
         self._timeout = timedelta(seconds=timeout_s)
@@ -160,10 +171,14 @@ class SiteGroups:
                 "(torch.distributed.init_process_group)"
             )
         found = dist.get_rank(), dist.get_world_size()
-        if found != (site, num_sites):
+        process, processes = site * ranks + rank, num_sites * ranks
+        if found != (process, processes):
+            who = f"site {site} of {num_sites}"
+            if ranks > 1:
+                who = f"rank {rank} of {ranks} of {who}, which must have as many ranks each,"
             raise RuntimeError(
-                f"site {site} of {num_sites} must be rank {site} of {num_sites} processes in "
-                f"torch.distributed, this is rank {found[0]} of {found[1]}"
+                f"{who} must be rank {process} of {processes} processes in torch.distributed, this "
+                f"is rank {found[0]} of {found[1]}"
             )
         self._gloo = "gloo" in dist.get_backend()
         world = dist.group.WORLD
@@ -185,7 +200,11 @@ class SiteGroups:
     def _connect(self, owners: Owners, purpose: str, threads: int) -> Any:
         """A process group of the owners: called by them alone with Gloo, else by all sites."""
         if not self._gloo:
-            return dist.new_group(list(owners), timeout=self._timeout)
+            groups = [
+                dist.new_group([s * self.ranks + r for s in owners], timeout=self._timeout)
+                for r in range(self.ranks)
+            ]
+            return groups[self.rank]
         gloo = dist.ProcessGroupGloo
         options = gloo._Options()
         options._timeout, options._threads = self._timeout, threads
@@ -196,7 +215,7 @@ class SiteGroups:
         ]
         who = "-".join(map(str, owners))
         store = dist.PrefixStore(
-            f"{self._name}/{who}/{purpose}", dist.distributed_c10d._get_default_store()
+            f"{self._name}/{self.rank}/{who}/{purpose}", dist.distributed_c10d._get_default_store()
         )
         return gloo(store, owners.index(self.site), len(owners), options)
 

@@ -90,8 +90,11 @@ class MeanJob:
             anchor=self._anchor(start, stop),
             error=error,
             seed=self.seed,
-            first=start,
+            first=self.position(start),
         )
+
+    def position(self, element: int) -> int:
+        return self.layout.position(element)
 
     def write(self, start: int, stop: int, total: Tensor) -> None:
         for part in self.layout.parts(start, stop):

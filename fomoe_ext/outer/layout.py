@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fomoe_ext import wire
@@ -25,11 +26,21 @@ if TYPE_CHECKING:
     from fomoe_ext.moe import MoELayer
 
 
+class Home(NamedTuple):
+    """Where a piece is in a site of many ranks: row `row` (None = all) of a parameter; of a stack
+    of experts on rank `expert_rank` of the axis "expert" alone."""
+
+    parameter: Tensor
+    row: int | None
+    expert_rank: int | None = None
+
+
 @dataclass(frozen=True)
 class Piece:
     """A tensor, or row `row` of it. Only the values of `contributors` are averaged; all of the
     owner group, of which they are members, get the mean. `expert` is (layer, expert) for what
-    belongs to an expert: its weights and its router row."""
+    belongs to an expert: its weights and its router row. With several ranks per site `home` tells
+    where it is kept, and a piece of another rank's expert has a tensor of the meta device."""
 
     key: str
     tensor: Tensor
@@ -37,6 +48,7 @@ class Piece:
     owners: Owners
     contributors: Owners
     expert: tuple[int, int] | None = None
+    home: Home | None = None
 
     @property
     def numel(self) -> int:
@@ -72,6 +84,8 @@ class Layout:
 
     def __init__(self, group: SiteGroup, pieces: Sequence[Piece], fragment: int = 0) -> None:
         self.group, self.pieces, self.fragment = group, tuple(pieces), fragment
+        self.position: Callable[[int], int] = lambda element: element
+        """Where an element is in the vector of the whole site, of which this may be a part."""
         self.starts = [0, *accumulate(piece.numel for piece in pieces)]
         self.numel = self.starts[-1]
 
@@ -103,8 +117,9 @@ def find_moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, MoELayer)]
 
 
-def check_model(model: nn.Module, placement: Placement, site: int) -> None:
-    """Raises ValueError when the model's MoE layers are not those of the placement's site."""
+def check_model(model: nn.Module, placement: Placement, site: int, expert_ranks: int = 1) -> None:
+    """Raises ValueError when the model's MoE layers are not those of the placement's site, shared
+    out over so many ranks."""
     layers = find_moe_layers(model)
     if layers and len(layers) != placement.num_layers:
         raise ValueError(
@@ -118,10 +133,16 @@ def check_model(model: nn.Module, placement: Placement, site: int) -> None:
                 f"{placement.num_experts}"
             )
         wanted = placement.resident(index, site)
-        if layer.experts.resident_experts != wanted:
+        if layer.site_experts != wanted:
             raise ValueError(
                 f"{path} must hold the placement's experts of site {site}, {wanted}, it holds "
-                f"{layer.experts.resident_experts}"
+                f"{layer.site_experts}"
+            )
+        over = 1 if layer.dispatch is None else layer.dispatch.axis.size
+        if over != expert_ranks:
+            raise ValueError(
+                f"{path} is sharded over {over} ranks, and mesh has {expert_ranks} on the axis "
+                "'expert': both must be given the same mesh"
             )
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or not parameter.is_contiguous():
@@ -148,7 +169,7 @@ def parameter_pieces(
         for parameter in module.parameters(recurse=False)
     }
     pieces = [
-        Piece(name, p, None, everyone, everyone)
+        Piece(name, p, None, everyone, everyone, home=Home(p, None))
         for name, p in model.named_parameters()
         if p.requires_grad and id(p) not in special
     ]
@@ -160,14 +181,25 @@ def parameter_pieces(
                 everywhere = layer.router_scope == "global"
                 pieces += _rows(key, rows, placement, index, site, everywhere, router_mean)
     for index, (path, layer) in enumerate(layers):
-        for row, expert in enumerate(layer.experts.resident_experts):
+        stacks = {name: layer.experts.part(name) for name in layer.experts.parts}
+        shapes = {name: torch.empty(p.shape[1:], device="meta") for name, p in stacks.items()}
+        here = layer.experts.resident_experts
+        for expert, (rank, row) in _places(layer).items():
             owners = placement.owners(index, expert)
-            for part in layer.experts.parts:
-                stack = layer.experts.part(part)
+            for part, stack in stacks.items():
                 if stack.requires_grad:
                     key = _join(path, f"experts.{expert}.{part}")
-                    pieces.append(Piece(key, stack, row, owners, owners, (index, expert)))
+                    tensor, at = (stack, row) if expert in here else (shapes[part], None)
+                    home = Home(stack, row, rank)
+                    pieces.append(Piece(key, tensor, at, owners, owners, (index, expert), home))
     return pieces
+
+
+def _places(layer: MoELayer) -> dict[int, tuple[int, int]]:
+    """The site's experts, ascending: on which rank of the axis "expert", in which row there."""
+    ranks = [layer.site_experts] if layer.dispatch is None else layer.dispatch.rank_experts
+    found = {e: (rank, row) for rank, ids in enumerate(ranks) for row, e in enumerate(ids)}
+    return {expert: found[expert] for expert in layer.site_experts}
 
 
 def bias_pieces(model: nn.Module, placement: Placement, site: int) -> list[Piece]:
@@ -199,9 +231,11 @@ def _rows(
         owners = placement.owners(layer, expert)
         if everywhere:
             contributors = owners if mean == "holders" else everyone
-            yield Piece(f"{key}.{expert}", tensor, expert, everyone, contributors)
+            home = Home(tensor, expert)
+            yield Piece(f"{key}.{expert}", tensor, expert, everyone, contributors, home=home)
         elif site in owners:
-            yield Piece(f"{key}.{expert}", tensor, expert, owners, owners, (layer, expert))
+            home = Home(tensor, expert)
+            yield Piece(f"{key}.{expert}", tensor, expert, owners, owners, (layer, expert), home)
 
 
 def block_of(key: str) -> str | None:

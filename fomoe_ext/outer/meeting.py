@@ -62,8 +62,9 @@ def require_good(sync: OuterSync, name: str, problem: str) -> int:
 
     Nothing has been changed then. `name`: see `meeting_name`. Returns the bytes sent.
     """
-    group = sync.groups.group(sync.groups.everyone)
-    texts, sent = share_statuses(group, f"{name} {problem}")
+    group, ranks = sync.groups.group(sync.groups.everyone), sync.ranks
+    problem = ranks.first(problem, "background")
+    texts, sent = ranks.tell(lambda: share_statuses(group, f"{name} {problem}"), "background")
     number, placement = name.split()
     problems = []
     for site, text in enumerate(texts):
@@ -75,14 +76,14 @@ def require_good(sync: OuterSync, name: str, problem: str) -> int:
             problems.append(f"site {site} {what}, site {sync.site} is in meeting {number}")
     if problems:
         raise MeetingError(f"nothing was sent or changed: {'; '.join(problems)}")
-    return sent
+    return sent if ranks.leads else 0
 
 
 class Meeting:
     """The meeting of one fragment of the model (with one fragment: of all of it)."""
 
     def __init__(self, sync: OuterSync, fragment: int) -> None:
-        self.sync, options = sync, sync.options
+        self.sync, self.fragment, options = sync, fragment, sync.options
         self._name = meeting_name(sync, fragment)
         due = wire.moments_due(sync.round + 1, options.moment_periods)
         names = zip(opt.MOMENTS, options.codecs_of_moments, due, strict=True)
@@ -96,6 +97,7 @@ class Meeting:
         self.bias_layouts = [la for la in sync.bias_layouts if la.fragment == fragment]
         self.deltas: list[DeltaJob] = []
         self._counts: Tensor | None = None
+        self._pulled: dict[str, dict[int, Tensor]] = {}
 
     # ---------------------------------------------------------------------------------- before
 
@@ -103,14 +105,17 @@ class Meeting:
         """What speaks against the meeting here, or an empty string."""
         sync = self.sync
         problem = bad_tensor(self.layouts, "the value", lambda piece: piece.tensor)
-        if problem or not self.moments:
+        if not self.moments:
             return problem
         assert sync.inner_optimizer is not None
         trained = [(n, p) for n, p in sync.model.named_parameters() if p.requires_grad]
         missing = opt.missing_moments(sync.inner_optimizer, trained)
+        missing = sync.ranks.first(missing)
         if missing:
             return f"inner_optimizer has no moments of {missing}: no step was taken with it"
         for moment in self.moments:
+            if sync.lane is not None:
+                self._pulled[moment] = sync.lane.pull(self.fragment, self._state_of(moment))
             problem = problem or bad_tensor(self.layouts, moment, self._moment_of(moment))
         return problem
 
@@ -121,9 +126,10 @@ class Meeting:
         """
         sent = require_good(self.sync, self._name, problem)
         if self._counts is not None:
+            own, ranks = self._counts.flatten(), self.sync.ranks
             group = self.sync.groups.group(self.sync.groups.everyone)
-            counts, more = group.gather_now(self._counts.flatten())
-            sent += more
+            counts, more = ranks.tell(lambda: group.gather_now(own), "background")
+            sent += more if ranks.leads else 0
             self._average_by(counts.view(group.size, *self._counts.shape))
         return sent
 
@@ -176,24 +182,31 @@ class Meeting:
             job.averaging = Averaging(rescale=options.rescale)
         if options.expert_mean == "tokens":
             # The others' counts come with their statuses; encoding takes no more than one's own.
-            self._counts = sync.tokens.clone()
+            self._counts = sync.ranks.sum_(sync.tokens.clone())
             own = torch.zeros(sync.placement.num_sites, *self._counts.shape, dtype=torch.float64)
             own[sync.site] = self._counts
             self._average_by(own)
 
     def forget_tokens(self) -> None:
         """The tokens that have been counted for this meeting are not counted for the next one."""
-        for expert in {p.expert for la in self.layouts for p in la.pieces if p.expert is not None}:
+        layouts = [la for la in self.sync.site_layouts if la.fragment == self.fragment]
+        for expert in {p.expert for la in layouts for p in la.pieces if p.expert is not None}:
             self.sync.tokens[expert] = 0
 
     def _seed(self, what: str, layout: Layout) -> int:
         sync = self.sync
         return random_seed(sync.options.seed, sync.round, what, layout.name, sync.site)
 
-    def _moment_of(self, moment: str) -> Callable[[Piece], Tensor]:
+    def _state_of(self, moment: str) -> Callable[[Tensor], Tensor]:
         assert self.sync.inner_optimizer is not None
         state = self.sync.inner_optimizer.state
-        return lambda piece: state[piece.tensor][moment]
+        return lambda parameter: state[parameter][moment]
+
+    def _moment_of(self, moment: str) -> Callable[[Piece], Tensor]:
+        if self.sync.lane is not None:
+            return self.sync.lane.views(self._pulled[moment])
+        of_parameter = self._state_of(moment)
+        return lambda piece: of_parameter(piece.tensor)
 
     def _means(
         self,
@@ -210,6 +223,14 @@ class Meeting:
 
     # ----------------------------------------------------------------------------------- after
 
+    def give_back(self) -> None:
+        """With several ranks: their parameters, moments and biases become what was agreed on."""
+        if self.sync.lane is not None:
+            self.sync.lane.give_back(self.fragment)
+            for moment, flats in self._pulled.items():
+                self.sync.lane.push(self.fragment, flats, self._state_of(moment))
+            self._pulled = {}
+
     def agreement(self) -> Agreement:
         """What this site holds now of all that was exchanged, hashed; not yet compared."""
         sync, held = self.sync, []
@@ -221,4 +242,4 @@ class Meeting:
         if not sync.options.overlap:
             for layout in self.bias_layouts:
                 held += [Held(p.key, p.owners, (p.values(),)) for p in layout.pieces]
-        return Agreement(sync.groups, held)
+        return Agreement(sync.groups, held, sync.ranks)

@@ -45,6 +45,10 @@ class Job(Protocol):
     share_error: Tensor | None
     """Error feedback of the sums that this site encodes, fp32 [wire.own_elements(..)]."""
 
+    def position(self, element: int) -> int:
+        """Which of the random numbers of stochastic rounding an element is given."""
+        ...
+
     def encode(self, start: int, stop: int, payload: Tensor) -> None:
         """Encodes this site's elements start..stop-1 into `payload`, uint8 [wire_bytes]."""
         ...
@@ -162,7 +166,7 @@ class Bucket:
             own_rank=group.rank,
             error=error,
             seed=job.seed,
-            first=start,
+            first=job.position(start),
         )
         self._own = None
         return total

@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from fomoe_ext import wire
 from fomoe_ext.checks import at_least
+from fomoe_ext.mesh import SiteRanks
 from fomoe_ext.outer import agreement, gradients
 from fomoe_ext.outer import optimizer as opt
 from fomoe_ext.outer.agreement import Agreement
@@ -40,6 +42,7 @@ from fomoe_ext.outer.meeting import Meeting
 from fomoe_ext.outer.options import MeetingError, OuterOptions
 from fomoe_ext.outer.reduce import buckets_of, exchange, run_jobs
 from fomoe_ext.outer.reports import ReshuffleReport, RoundReport
+from fomoe_ext.outer.shards import Lane
 from fomoe_ext.placement import Placement
 
 
@@ -78,6 +81,7 @@ class OuterSync:
         inner_optimizer: torch.optim.Optimizer | None = None,
         groups: SiteGroups | None = None,
         timeout_s: float = 300.0,
+        mesh: DeviceMesh | None = None,
         **options: Any,
     ) -> None:
         """Meets the other sites; all must call it with the same options and placement.
@@ -88,17 +92,20 @@ class OuterSync:
             inner_optimizer: that of the local steps; "local-adamw" and `reshuffle` need it.
             groups: connections to be shared with another OuterSync; None = new ones.
             timeout_s: seconds after which an exchange over new connections fails.
+            mesh: of sites of several ranks (`mesh.make_mesh`), that of the model's layers.
             options: the fields of `OuterOptions`.
 
         Raises ValueError or TypeError naming the argument, RuntimeError when torch.distributed is
         not ready, and MeetingError when sites differ in arguments or initial parameters.
         """
-        self.groups = groups or SiteGroups(placement.num_sites, site, timeout_s)
-        if (self.groups.num_sites, self.groups.site) != (placement.num_sites, site):
-            raise ValueError(
-                f"groups must be of site {site} of {placement.num_sites}, got those of site "
-                f"{self.groups.site} of {self.groups.num_sites}"
-            )
+        self.ranks = SiteRanks(mesh, placement.num_sites, site)
+        who = {"rank": self.ranks.rank, "ranks": self.ranks.size}
+        self.groups = groups or SiteGroups(placement.num_sites, site, timeout_s, **who)
+        for name, wanted in {"num_sites": placement.num_sites, "site": site, **who}.items():
+            if getattr(self.groups, name) != wanted:
+                raise ValueError(
+                    f"groups must be of {name} {wanted}, got those of {getattr(self.groups, name)}"
+                )
         self.model, self.placement, self.site = model, placement, site
         self.inner_optimizer = inner_optimizer
         problem: Exception | None = None
@@ -106,11 +113,12 @@ class OuterSync:
             self.options = OuterOptions(**options)
             if self.options.optimizer == "local-adamw":
                 opt.check_adamw(inner_optimizer)
-            check_model(model, placement, site)
+            check_model(model, placement, site, self.ranks.expert_ranks)
             pieces = parameter_pieces(model, placement, site, self.options.router_mean)
             self._fragments = Fragments(pieces, self.options.fragments)
         except (ValueError, TypeError) as error:
             problem = error
+        self.moe_layers = [layer for _, layer in find_moe_layers(model)]
         agreement.agree_on_arguments(self, problem)
         options_ = self.options
         self.rule = opt.OuterRule.make(
@@ -134,13 +142,12 @@ class OuterSync:
         self._flights: list[Flight] = []
         self._meetings: dict[int, Meeting] = {}
         self._checks: list[_Check] = []
-        self._layers = [layer for _, layer in find_moe_layers(model)]
-        experts = self._layers[0].num_experts if self._layers else 0
-        self.tokens = torch.zeros(len(self._layers), experts, dtype=torch.float64)
+        experts = self.moe_layers[0].num_experts if self.moe_layers else 0
+        self.tokens = torch.zeros(len(self.moe_layers), experts, dtype=torch.float64)
         """Tokens routed to each expert [L, E] since its last meeting, with expert_mean "tokens"."""
         self.warmup: opt.ArrivalWarmup | None = None
         if inner_optimizer is not None:
-            self.warmup = opt.ArrivalWarmup(inner_optimizer, self._layers)
+            self.warmup = opt.ArrivalWarmup(inner_optimizer, self.moe_layers)
         self.adopt_placement(placement)
         self._fill_anchor()
         self.verify()
@@ -166,8 +173,16 @@ class OuterSync:
         pieces = parameter_pieces(self.model, placement, self.site, self.options.router_mean)
         biases = bias_pieces(self.model, placement, self.site)
         self.groups.create(placement.owner_sets())
-        self.layouts = make_layouts(pieces, self.groups, self._fragments)
-        self.bias_layouts = make_layouts(biases, self.groups, self._fragments)
+        self.site_layouts = make_layouts(pieces, self.groups, self._fragments)
+        self.site_biases = make_layouts(biases, self.groups, self._fragments)
+        self.layouts, self.bias_layouts = self.site_layouts, self.site_biases
+        self.lane: Lane | None = None
+        if self.ranks.size > 1:
+            turns = sorted({self.groups.everyone, *placement.owner_sets()})
+            self.lane = Lane(
+                self.site_layouts, self.site_biases, self.ranks, self.options.bucket_bytes, turns
+            )
+            self.layouts, self.bias_layouts = self.lane.of_parameters, self.lane.of_biases
         self.anchors: list[Tensor] = []
         self.momenta: list[Tensor] = []
         options = self.options
@@ -180,14 +195,27 @@ class OuterSync:
         """The anchor is what the parameters are; the momentum is zero. "ddp" has neither."""
         if self.rule.name == "ddp":
             return
-        for layout in self.layouts:
-            device = layout.pieces[0].tensor.device
-            anchor = torch.empty(layout.numel, dtype=torch.float32, device=device)
-            for piece, place in layout.slices():
-                anchor[place].copy_(piece.values())
-            self.anchors.append(anchor)
-            if self.rule.momentum:
-                self.momenta.append(torch.zeros_like(anchor))
+        with self.held():
+            for layout in self.layouts:
+                device = layout.pieces[0].tensor.device
+                anchor = torch.empty(layout.numel, dtype=torch.float32, device=device)
+                for piece, place in layout.slices():
+                    anchor[place].copy_(piece.values())
+                self.anchors.append(anchor)
+                if self.rule.momentum:
+                    self.momenta.append(torch.zeros_like(anchor))
+
+    @contextmanager
+    def held(self, *, wanted: bool = True) -> Iterator[None]:
+        """Inside, the pieces have the values of the parameters, also with several ranks."""
+        fragments = self.lane.fragments if self.lane is not None and wanted else []
+        for fragment in fragments:
+            self.lane.hold(fragment)  # type: ignore[union-attr]
+        try:
+            yield
+        finally:
+            for fragment in fragments:
+                self.lane.release(fragment)  # type: ignore[union-attr]
 
     # --------------------------------------------------------------------------------- meetings
 
@@ -225,7 +253,7 @@ class OuterSync:
         """
         self.steps += 1
         if self.options.expert_mean == "tokens":
-            for row, layer in zip(self.tokens, self._layers, strict=True):
+            for row, layer in zip(self.tokens, self.moe_layers, strict=True):
                 if layer.stats is not None:
                     row += layer.stats.load.to("cpu", torch.float64)
         if not self.options.staggered:
@@ -252,6 +280,8 @@ class OuterSync:
         options = self.options
         begun = time.perf_counter()
         meeting = Meeting(self, fragment)
+        if self.lane is not None:
+            self.lane.hold(fragment)
         problem = meeting.problem()
         if not options.overlap:
             jobs = meeting.jobs()
@@ -261,11 +291,14 @@ class OuterSync:
             compared = meeting.agreement()
             compared.exchange()
             self._settle(compared)
+            meeting.give_back()
             self._round_exchange_s += time.perf_counter() - begun
             return
         buckets = [] if problem else buckets_of(meeting.jobs(), options.bucket_bytes)
         for bucket in buckets:
             bucket.encode()
+        if self.lane is not None:
+            self.lane.release(fragment)
         meeting.forget_tokens()
 
         def fly(flight: Flight) -> None:
@@ -291,8 +324,12 @@ class OuterSync:
             finally:
                 self.sent(flight.bytes_sent)
                 self._round_exchange_s += flight.exchange_s
+            if self.lane is not None:
+                self.lane.hold(flight.fragment)
             for bucket in flight.buckets:
                 bucket.apply()
+            if self.lane is not None:
+                self.lane.give_back(flight.fragment)
             compared = self._meetings.pop(flight.fragment).agreement()
             done = self._background.submit(compared.exchange)
             self._checks.append(_Check(self.steps, compared, done))
@@ -310,7 +347,7 @@ class OuterSync:
     def _settle(self, compared: Agreement) -> None:
         """Stops, or mends, where holders differ. All of a group do the same."""
         try:
-            if compared.differing and self.options.on_mismatch == "heal":
+            if compared.differs and self.options.on_mismatch == "heal":
                 mend = self._background.submit(compared.heal)  # after what is under way
                 self._healed += mend.result()
             compared.require()
@@ -409,6 +446,8 @@ class OuterSync:
         at_least(0, warmup_steps=warmup_steps)
         if self.inner_optimizer is None or self.warmup is None:
             raise ValueError("reshuffle needs the inner_optimizer, whose state moves with experts")
+        if self.lane is not None:
+            raise ValueError("reshuffle: not possible with sites of several ranks")
         self.placement.transfers(new)  # refuses other sizes
         for path, layer in find_moe_layers(self.model):
             if not all(p.requires_grad for p in layer.experts.parameters()):
@@ -432,16 +471,16 @@ class OuterSync:
     # -------------------------------------------------------------------------------- questions
 
     def elements(self) -> tuple[wire.GroupElements, ...]:
-        """Elements this site shares with each owner group, by fragment."""
+        """Elements this site shares with each owner group, by fragment; of all its ranks."""
         result = tuple(wire.GroupElements({}, {}) for _ in range(self.options.fragments))
-        for layout in self.layouts:
+        for layout in self.site_layouts:
             result[layout.fragment].parameters[layout.group.owners] = layout.numel
-        for layout in self.bias_layouts:
+        for layout in self.site_biases:
             result[layout.fragment].biases[layout.group.owners] = layout.numel
         return result
 
     def predicted_bytes(self, local_steps: int = 1, clip: bool = False) -> int:
-        """Bytes that this site will send in the coming round (`wire.round_bytes`).
+        """Bytes that this site, all its ranks, will send in the coming round (`wire.round_bytes`).
 
         `local_steps` and `clip` say how often "ddp" will reduce and whether it clips. With overlap
         they are counted when they arrive, part of them in the round after.
@@ -462,7 +501,7 @@ class OuterSync:
         )
 
     def state_bytes(self) -> tuple[int, int, int]:
-        """Bytes of anchor, of outer momentum and of error feedback on this site."""
+        """Bytes of anchor, of outer momentum and of error feedback in this process."""
         return (
             sum(a.nbytes for a in self.anchors),
             sum(m.nbytes for m in self.momenta),
@@ -472,6 +511,10 @@ class OuterSync:
     @torch.no_grad()
     def copy_anchor_to_model(self) -> None:
         """Sets the parameters to the anchor, i.e. drops all local steps since the last `step`."""
+        if self.lane is not None and self.anchors:
+            for fragment in self.lane.fragments:
+                self.lane.push(fragment, self.lane.numbered(self.anchors), lambda p: p)
+            return
         for layout, anchor in zip(self.layouts, self.anchors, strict=False):
             for piece, place in layout.slices():
                 piece.values().copy_(anchor[place])
