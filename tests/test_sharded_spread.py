@@ -126,6 +126,19 @@ def test_sharded_spread_is_near_the_optimum() -> None:
     assert missed <= 4
 
 
+@pytest.mark.parametrize(
+    "load",
+    [
+        pytest.param([38, 10, 20, 44, 19, 40, 12], id="moves as well as swaps"),
+        pytest.param([55, 40, 17, 13, 8, 7, 5], id="from the heaviest first"),
+        pytest.param([10, 4, 20, 18, 15, 2, 11], id="from chunks"),
+    ],
+)
+def test_sharded_spread_needs_each_of_its_ways(load: list[int]) -> None:
+    """Each reaches the optimum by one part of the search, and not without it."""
+    assert largest(spread_experts(range(7), 2, load), load) == optimum(range(7), 2, load)
+
+
 def test_sharded_spread_by_hand() -> None:
     assert spread_experts((0, 2, 4, 5, 7), 2) == ((0, 2, 4), (5, 7))
     assert spread_experts((7, 1), 3) == ((1,), (7,), ())
@@ -254,6 +267,7 @@ CASES: dict[str, tuple[tuple[int, ...], Groups, Options]] = {
     "bf16": (TWO, ((0, 3, 4, 7), (1, 2, 5, 6)), {"dtype": torch.bfloat16}),
     "four": (FOUR, ((0, 7), (1, 6), (2, 5), (3, 4)), {"shared_expert_size": 20}),
     "four-uneven": (FOUR, ((6,), (0, 1, 4, 5), (), (2, 3, 7)), {"bias": True}),
+    "four-pairs": (FOUR, ((0, 5), (2, 7), (3,), (1, 4, 6)), {}),
     "four-empty": (FOUR, ((), (3, 7), (), (0, 2)), {"resident_experts": HALF}),
     "four-bf16": ((5, 1, 8, 14), ((5,), (), (0, 2, 4, 6), (1, 3, 7)), {"dtype": torch.bfloat16}),
 }
