@@ -2,6 +2,7 @@
 
     pytest bench -k dispatch --benchmark-only
 
+Where the router prefers some experts: hot ones side by side in chunks, against the spread by load.
 Every case starts its ranks by `python -m fomoe_ext.link`; they (dispatch_site.py) measure all ways
 in turn. What pytest-benchmark times is the whole case; the figures are in extra_info and in the
 table.
@@ -23,21 +24,38 @@ TIMEOUT_S = 300
 SITE = Path(__file__).with_name("dispatch_site.py")
 
 results: list[dict[str, Any]] = []
+skewed_results: list[dict[str, Any]] = []
+
+
+def _run(benchmark: Any, folder: Path, ranks: int, *arguments: str) -> dict[str, Any]:
+    watch, load = machine.Watch("cpu"), outer_cases.load()
+    found = benchmark.pedantic(
+        lambda: outer_cases.run_processes(SITE, ranks, folder, *arguments, timeout_s=TIMEOUT_S),
+        rounds=1,
+    )
+    result = {"load": load, **found}
+    benchmark.extra_info.update(result, machine=watch.facts())
+    return result
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_dispatch(benchmark: Any, tmp_path: Path, ranks: int) -> None:
     """All ways and shares of skipped slots, one number of ranks."""
-    watch, load = machine.Watch("cpu"), outer_cases.load()
-    found = benchmark.pedantic(
-        lambda: outer_cases.run_processes(SITE, ranks, tmp_path, timeout_s=TIMEOUT_S), rounds=1
-    )
-    result = {"load": load, **found}
-    benchmark.extra_info.update(result, machine=watch.facts())
-    for case in found["cases"]:
+    result = _run(benchmark, tmp_path, ranks)
+    for case in result["cases"]:
         sent = {way: facts["bytes_sent"] for way, facts in case["ways"].items()}
         assert sent["ours"] <= min(sent.values())
     results.append(result)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_dispatch_skewed(benchmark: Any, tmp_path: Path, ranks: int) -> None:
+    """Hot experts adjacent by id: the default chunks against the spread by measured load."""
+    result = _run(benchmark, tmp_path, ranks, "--skewed")
+    cuts = result["cases"][0]["cuts"]
+    chunks, spread = (cuts[cut]["largest_rows_over_mean"] for cut in ("chunks", "spread"))
+    assert 1 <= spread < chunks
+    skewed_results.append(result)
 
 
 def dispatch_table(found: list[dict[str, Any]]) -> Table:
@@ -50,6 +68,36 @@ def dispatch_table(found: list[dict[str, Any]]) -> Table:
             for way, facts in case["ways"].items():
                 table.add_row(str(result["ranks"]), way, *_cells(case, facts, ours, way))
     return table
+
+
+def skewed_table(found: list[dict[str, Any]]) -> Table:
+    title = "hot experts side by side, one layer, forward + backward; x = over chunks"
+    right = ("hottest", "largest rows / mean", "MB", "layer ms", "busiest CPU ms", "of floors")
+    table = columns(title, ("ranks", "experts by"), right)
+    for result in found:
+        for case in result["cases"]:
+            chunks = case["cuts"]["chunks"]
+            for cut, facts in case["cuts"].items():
+                table.add_row(str(result["ranks"]), cut, *_skewed_cells(case, facts, chunks))
+    return table
+
+
+def _skewed_cells(
+    case: dict[str, Any], facts: dict[str, Any], chunks: dict[str, Any]
+) -> tuple[str, ...]:
+    def over(name: str, scale: float) -> str:
+        text = f"{facts[name] * scale:.1f}"
+        return text if facts is chunks else f"{text} ({facts[name] / chunks[name]:.2f}x)"
+
+    floor = facts["link_floor_seconds"] + case["compute_floor_seconds"]
+    return (
+        f"{case['hottest_share']:.0%}",
+        f"{facts['largest_rows_over_mean']:.2f}",
+        over("bytes_sent", 1e-6),
+        over("layer_seconds", 1e3),
+        over("busiest_cpu_seconds", 1e3),
+        f"{floor / facts['layer_seconds']:.0%}",
+    )
 
 
 def _cells(
@@ -72,21 +120,36 @@ def _cells(
 
 
 def show(console: Console) -> None:
-    """Prints the table of what has been measured."""
-    if not results:
-        return
-    console.print(dispatch_table(results))
-    first = results[0]
-    speeds = (
+    """Prints the tables of what has been measured."""
+    if results:
+        console.print(dispatch_table(results))
+        console.print(
+            f"{_conditions(results)} Floors: bytes over the rate of an all_to_all of equal parts, "
+            "experts' FLOPs of rows not padded over the rate of torch.matmul, by all ranks at "
+            f"once: {_speeds(results)}. Unskipped: all slots travel. Padded: capacity 1.25, plain "
+            "torch."
+        )
+    if skewed_results:
+        console.print(skewed_table(skewed_results))
+        console.print(
+            f"{_conditions(skewed_results)} Hottest: share of all slots. MB: of the rank that "
+            "sends most. Floors as above, of rows shared out evenly: "
+            f"{_speeds(skewed_results)}. Spread: by the load of other tokens."
+        )
+    if line := load_line((results or skewed_results)[:1]):
+        console.print(line)
+
+
+def _conditions(found: list[dict[str, Any]]) -> str:
+    first = found[0]
+    return (
+        f"{first['shape']} tokens of each rank, fp32, {first['threads']} thread(s) per rank of 2."
+    )
+
+
+def _speeds(found: list[dict[str, Any]]) -> str:
+    return "; ".join(
         f"{r['ranks']} ranks {max(c['link_bytes_per_second'] for c in r['cases']) / 1e9:.2f} GB/s "
         f"and {max(c['dense_flops_per_second'] for c in r['cases']) / 1e9:.0f} GFLOP/s each"
-        for r in results
+        for r in found
     )
-    console.print(
-        f"{first['shape']} tokens of each rank, fp32, {first['threads']} thread(s) per rank of 2. "
-        f"Floors: bytes over the rate of an all_to_all of equal parts, experts' FLOPs of rows not "
-        f"padded over the rate of torch.matmul, by all ranks at once: {'; '.join(speeds)}. "
-        "Unskipped: all slots travel. Padded: capacity 1.25, plain torch."
-    )
-    if line := load_line(results[:1]):
-        console.print(line)

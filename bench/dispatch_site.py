@@ -12,6 +12,11 @@ Three ways in which rows travel to the ranks that hold their experts, and back:
 Each is timed twice, forward and backward: the exchange alone (results are the rows themselves), and
 with the experts. All of them in turn in every round; the time of a round is that of its slowest
 rank. Rank 0 writes what was found to FILE.
+
+With --skewed other cases: hot experts side by side, and two ways to share them out,
+
+    chunks     ascending by id, as MoELayer does it unless told otherwise
+    spread     apart from each other, by the load of other tokens of the same router
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ import argparse
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,8 +40,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fomoe_ext import ops
-from fomoe_ext.dispatch import DIRECTIONS, Dispatch, ExpertAxis, chunk_sizes, make_dispatch
+from fomoe_ext.dispatch import DIRECTIONS, Dispatch, ExpertAxis, make_dispatch
 from fomoe_ext.experts import Experts
+from fomoe_ext.spread import chunk_sizes, imbalance, spread_experts
 from fomoe_ext.world import find_world, joined, use_threads
 
 WAYS = ("ours", "unskipped", "padded")
@@ -43,6 +50,9 @@ PARTS = ("exchange", "layer")
 SHAPE = Shape(1024, 512, 256, 32, 4)
 SKIPPED = (0.0, 0.5, 0.75)
 CAPACITY = 1.25
+CUTS = ("chunks", "spread")
+SKEW = 1.0
+"""Expert e's logits, of deviation 1, are lower than the first one's by SKEW * log(1 + e)."""
 CHECKED = 48
 """Tokens of a rank on which all ways must agree before they are timed."""
 DENSE = 512
@@ -222,17 +232,131 @@ class Work:
                     raise AssertionError(f"{way} computes something else, by {error:.1e}")
 
 
-def slowest(seconds: float) -> float:
+# ---- hot experts ---------------------------------------------------------------------------------
+
+
+class Skewed:
+    """Inputs of a rank that prefer the first experts, and a layer's work by either cut."""
+
+    def __init__(self, mesh: DeviceMesh, shape: Shape, seed: int = 0) -> None:
+        self.axis, self.shape = ExpertAxis(mesh), shape
+        generator = torch.Generator().manual_seed(seed + self.axis.rank)
+        draw = lambda *sizes: torch.randn(*sizes, generator=generator)
+        hot = -SKEW * torch.arange(1, shape.experts + 1).log()
+        self.x = draw(shape.tokens, shape.hidden).requires_grad_()
+        self.grad = draw(shape.tokens, shape.hidden)
+        weights, self.chosen = ops.route(draw(shape.tokens, shape.experts) + hot, shape.top_k)
+        self.weights = weights.requires_grad_()
+        # What a run would have measured: not the tokens that are going to be timed.
+        earlier = ops.route(draw(shape.tokens, shape.experts) + hot, shape.top_k)[1]
+        experts = range(shape.experts)
+        cuts = (None, spread_experts(experts, self.axis.size, self.load_of(earlier)))
+        self.load = self.load_of(self.chosen)
+        sizes = (shape.hidden, shape.expert, shape.experts)
+        self.dispatches: dict[str, Dispatch] = {}
+        self.experts: dict[str, Experts] = {}
+        for cut, groups in zip(CUTS, cuts, strict=True):
+            dispatch = make_dispatch(
+                mesh, experts, shape.experts, shape.hidden, rank_experts=groups
+            )
+            if dispatch is None:
+                raise ValueError("mesh must have more than one rank")
+            self.dispatches[cut] = dispatch
+            self.experts[cut] = Experts(*sizes, resident_experts=dispatch.own_experts)
+
+    def load_of(self, chosen: Tensor) -> list[int]:
+        """Slots by expert, of all ranks."""
+        load = chosen.flatten().bincount(minlength=self.shape.experts)
+        dist.all_reduce(load)
+        return load.tolist()
+
+    def forward(self, cut: str) -> tuple[Tensor, int]:
+        """y [T, D] and the number of rows computed here."""
+        inputs = (self.x, self.weights, self.chosen)
+        y, _, _, rows = self.dispatches[cut](*inputs, self.experts[cut])
+        return y, int(rows)
+
+    def run(self, cut: str) -> None:
+        """Forward and backward."""
+        self.forward(cut)[0].backward(self.grad)
+        for leaf in (self.x, self.weights, *self.experts[cut].parameters()):
+            leaf.grad = None
+
+    def bytes_sent(self, cut: str) -> int:
+        """Of one forward and backward pass, by the rank that sends most."""
+        sent = self.dispatches[cut].bytes_sent
+        before = sum(sent[name] for name in DIRECTIONS)
+        self.run(cut)
+        return int(largest(sum(sent[name] for name in DIRECTIONS) - before))
+
+    def check(self) -> None:
+        """Both cuts compute the same, and the rows that the load says."""
+        found: list[list[Tensor]] = []
+        for cut in CUTS:
+            y, rows = self.forward(cut)
+            groups = self.dispatches[cut].rank_experts
+            if rows != sum(self.load[expert] for expert in groups[self.axis.rank]):
+                raise AssertionError(f"{cut}: {rows} rows are not those of {groups}")
+            found.append([y, *torch.autograd.grad(y, [self.x, self.weights], self.grad)])
+        for mine, theirs in zip(*found, strict=True):
+            if not (error := normalised_error(theirs, mine)) < 1e-5:
+                raise AssertionError(f"the cuts compute not the same, by {error:.1e}")
+
+
+def measure_skewed(mesh: DeviceMesh, shape: Shape, rounds: int) -> dict[str, Any]:
+    """By cut: seconds, those of the processor on the busiest rank, bytes, the largest number of
+    rows of a rank over the mean. The floor is of rows shared out evenly.
+    """
+    Skewed(mesh, replace(shape, tokens=CHECKED)).check()
+    work = Skewed(mesh, shape)
+    work.check()
+    seconds: dict[str, list[float]] = {cut: [] for cut in CUTS}
+    busy: dict[str, list[float]] = {cut: [] for cut in CUTS}
+    links, rates = [], []
+    for number in range(rounds + 1):  # the first is the warm-up
+        links.append(link_rate(work.axis))
+        rates.append(2 * DENSE**3 / timed(lambda: dense_rate(torch.float32, DENSE)))
+        for cut in CUTS:
+            before = time.process_time()
+            took = timed(lambda cut=cut: work.run(cut))
+            used = largest(time.process_time() - before)
+            if number:
+                seconds[cut].append(took)
+                busy[cut].append(used)
+    rows = sum(work.load) / work.axis.size
+    flops = 3 * rows * 6 * shape.hidden * shape.expert
+    return {
+        "hottest_share": max(work.load) / sum(work.load),
+        "compute_floor_seconds": flops / max(rates),
+        "link_bytes_per_second": max(links),
+        "dense_flops_per_second": max(rates),
+        "cuts": {
+            cut: {
+                "layer_seconds": median(seconds[cut]),
+                "busiest_cpu_seconds": median(busy[cut]),
+                "bytes_sent": (sent := work.bytes_sent(cut)),
+                "link_floor_seconds": sent / max(links),
+                "largest_rows_over_mean": imbalance(work.dispatches[cut].rank_experts, work.load),
+            }
+            for cut in CUTS
+        },
+    }
+
+
+# ---- time ----------------------------------------------------------------------------------------
+
+
+def largest(value: float) -> float:
     """Of all ranks."""
-    value = torch.tensor(seconds, dtype=torch.float64)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return float(value)
+    number = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return float(number)
 
 
 def timed(run: Callable[[], Any]) -> float:
     """Seconds of the slowest rank, all of which begin together."""
     dist.barrier()
-    return slowest(seconds_of(run))
+    return largest(seconds_of(run))
 
 
 def link_rate(axis: ExpertAxis) -> float:
@@ -288,6 +412,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=SHAPE.tokens)
+    parser.add_argument("--skewed", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     world = find_world(int(os.environ.get("WORLD_SIZE", "1")))
@@ -297,7 +422,10 @@ def main() -> None:
         parser.error(f"needs 2, 4 or 8 processes, got {world.num_sites}")
     with joined(world, TIMEOUT_S):
         mesh = init_device_mesh("cpu", (world.num_sites,), mesh_dim_names=("expert",))
-        cases = [measure(mesh, shape, skipped, given.rounds) for skipped in SKIPPED]
+        if given.skewed:
+            cases = [measure_skewed(mesh, shape, given.rounds)]
+        else:
+            cases = [measure(mesh, shape, skipped, given.rounds) for skipped in SKIPPED]
         if world.site == 0:
             facts = {
                 "ranks": world.num_sites,
