@@ -3,10 +3,10 @@
 The site's resident experts are shared out over the ranks of the axis "expert" of a `DeviceMesh`: in
 chunks ascending by id, or as `rank_experts` says, e.g. hot experts apart (`fomoe_ext.spread`). A
 rank allocates only its own experts and has tokens of its own. Slots are compacted before the
-exchange, so that a skipped slot never travels; the numbers of rows go ahead,
-while the shared expert is computed, and the rows follow by one all_to_all_single of uneven parts.
-Every rank's outputs are those of one process with all of the site's experts, and of an expert's
-rows none is padded or dropped (as with a capacity, GShard, arXiv 2006.16668).
+exchange, so that a skipped slot never travels; the numbers of rows go ahead, while the shared
+expert is computed, and the rows follow by one all_to_all_single of uneven parts. Every rank's
+outputs are those of one process with all of the site's experts, and of an expert's rows none is
+padded or dropped (as with a capacity, GShard, arXiv 2006.16668).
 
 **Gradients.** Each rank takes the gradient of its own loss. After the backward pass
 
@@ -407,7 +407,7 @@ def average_replicas(model: nn.Module, mesh: DeviceMesh) -> None:
     All ranks call it after the backward pass. `main_grad` is averaged where a parameter has it; a
     missing gradient counts as zeros. Raises ValueError where the mesh has no such axis.
     """
-    _average(sharded_parameters(model), [_axis_of(mesh, REPLICA)])
+    average_gradients(sharded_parameters(model), [_axis_of(mesh, REPLICA)])
 
 
 def average_dense(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -417,12 +417,17 @@ def average_dense(model: nn.Module, mesh: DeviceMesh) -> None:
     axes = [AXIS, REPLICA] if REPLICA in (mesh.mesh_dim_names or ()) else [AXIS]
     sharded = {id(parameter) for parameter in sharded_parameters(model).values()}
     dense = {n: p for n, p in model.named_parameters() if id(p) not in sharded}
-    _average(dense, [_axis_of(mesh, axis) for axis in axes])
+    average_gradients(dense, [_axis_of(mesh, axis) for axis in axes])
 
 
 @torch.no_grad()
-def _average(parameters: Mapping[str, nn.Parameter], groups: Sequence[dist.ProcessGroup]) -> None:
-    """In fp32, one axis after the other; all parameters of an axis at once."""
+def average_gradients(
+    parameters: Mapping[str, nn.Parameter], groups: Sequence[dist.ProcessGroup]
+) -> None:
+    """Averages gradients in place, in fp32, over one group after the other.
+
+    A missing gradient counts as zeros. All members of the groups must call it.
+    """
     grads = [_gradient(p) for p in parameters.values() if p.requires_grad and p.numel()]
     sums = [grad.float() for grad in grads]  # fp32 ones themselves, others as copies
     for group in groups:
