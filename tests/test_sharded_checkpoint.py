@@ -7,7 +7,6 @@ import math
 import os
 import pickle
 import shutil
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,13 +24,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from fomoe_ext import checkpoint as ckpt
 from fomoe_ext.training_state import (
     CheckpointError,
-    _file_numbers,
-    from_json,
-    join_state,
     read_tensors,
-    split_state,
     tensor_names,
-    to_json,
     write_tensors,
 )
 
@@ -336,14 +330,6 @@ def test_files_are_small(tmp_path):
         assert torch.equal(wanted[name], tensor), name
 
 
-def test_tensors_are_dealt_to_few_files():
-    sizes = [{"a": 4, "b": 4, "c": 4, "d": 9}, {"b": 1, "d": 1, "e": 8}, {}]
-    assert _file_numbers(sizes, 8) == {"a": 1, "b": 1, "c": 2, "d": 3, "e": 4}
-    assert _file_numbers(sizes, 100) == dict.fromkeys("abcde", 1)
-    assert _file_numbers([{"a": 9, "b": 0}], 1) == {"a": 1, "b": 1}
-    assert _file_numbers([{}, {}], 1) == {}
-
-
 def test_machines_that_share_no_folder_have_their_own_files(tmp_path):
     assert pool().run(4, save, tmp_path, 1 << 30, None, True) == [NAME] * 4
     here, there = (tmp_path / f"machine-{i}" / NAME for i in range(2))
@@ -437,6 +423,10 @@ def flip_header(file: Path) -> None:
     flip(file, 9)
 
 
+def long_header(file: Path) -> None:
+    flip(file, 6)
+
+
 def add_stray(file: Path) -> None:
     shutil.copy(file, file.with_name("shard-00009-model-00001-of-00001.safetensors"))
 
@@ -448,7 +438,8 @@ def add_stray(file: Path) -> None:
         (Path.unlink, "lacks training/shard-0000"),
         (truncate, "training/shard-.* has .* bytes, wanted"),
         (flip, "the content of training/shard-.* is damaged"),
-        (flip_header, "cannot read .*shard-.* is damaged"),
+        (flip_header, "the header of training/shard-.* is damaged"),
+        (long_header, "the header of training/shard-.* is damaged"),
         (add_stray, "shard-00009-model-00001-of-00001.safetensors in training is not its own"),
     ],
 )
@@ -462,13 +453,18 @@ def test_damage_is_found_and_named(copied, damage, message, process):
 
 
 def test_a_file_that_is_not_read_may_be_damaged(copied):
-    """What is read decides, not the whole checkpoint; the list of names looks at all files."""
+    """What is read decides, not the whole checkpoint; the list of names is in the headers."""
+    names = ckpt.tensor_names(copied)
     (file,) = (copied / "training").glob("shard-00004*")
     flip(file)
     own = "site0/exp_avg/blocks.0.attention.qkv_weight"
     ckpt.load_tensors(copied, {own: (found := torch.empty(8, 6))})
     assert torch.equal(found, value(own, (8, 6)))
+    assert ckpt.tensor_names(copied) == names
     with pytest.raises(CheckpointError, match=r"shard-00004.* is damaged"):
+        ckpt.load_tensors(copied, {"site1/exp_avg/final_norm.weight": torch.empty(9)})
+    flip_header(file)
+    with pytest.raises(CheckpointError, match=r"the header of .*shard-00004.* is damaged"):
         ckpt.tensor_names(copied)
 
 
@@ -522,61 +518,3 @@ def test_the_newest_is_one_that_all_processes_find_whole(copied):
     assert pool().run(4, newest, copied.parent, None) == [NAME] * 4
     assert ckpt.newest_common(copied.parent, 0, 1) == newer
     assert ckpt.newest_common(copied.parent, None, 1) == copied
-
-
-# ---- what is no tensor ---------------------------------------------------------------------------
-
-
-def bits(number: float) -> bytes:
-    return struct.pack(">d", number)
-
-
-def test_numbers_come_back_bit_for_bit():
-    (payload,) = struct.unpack(">d", bytes.fromhex("fff8000000000abc"))
-    floats = [0.1, -0.0, 5e-324, 1.7976931348623157e308, math.inf, -math.inf, math.nan, payload]
-    back = from_json(json.loads(json.dumps(to_json(floats), allow_nan=False)))
-    assert [bits(number) for number in back] == [bits(number) for number in floats]
-    nest = {
-        "a": {1: [True, None, "x"], 2: (1, 2.5)},
-        "$float": {"$items": 3, (1, 2): []},
-        "big": 2**70,
-    }
-    back = from_json(json.loads(json.dumps(to_json(nest))))
-    assert back == nest and type(back["a"][2]) is tuple and back["a"][1][0] is True
-
-
-@pytest.mark.parametrize("wrong", [torch.ones(1), {1, 2}, b"x", Path("x")])
-def test_what_json_does_not_have_is_refused(wrong):
-    with pytest.raises(TypeError, match=r"state\['a'\]\[1\] must be of numbers"):
-        to_json({"a": [0, wrong]})
-
-
-def test_a_nest_with_tensors_is_split_and_joined(tmp_path):
-    state = {
-        "optimizer": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(3, 2)}, 7: {}},
-        "list": [torch.arange(4), (torch.ones(2, dtype=torch.bfloat16), "x"), None],
-        "local": None,
-        "loss": math.inf,
-    }
-    numbers, named = split_state(state, "site1/")
-    assert sorted(named) == [
-        "site1/list/0",
-        "site1/list/1/0",
-        "site1/optimizer/0/exp_avg",
-        "site1/optimizer/0/step",
-    ]
-    path = ckpt.save_checkpoint(
-        tmp_path, NAME, [], numbers, site=0, num_sites=1, round=0, named=named
-    )
-    with no_unpickling():
-        back = join_state(
-            ckpt.load_state(path, 0), lambda wanted: ckpt.load_tensors(path, wanted), "site1/"
-        )
-    assert list(back["optimizer"]) == [0, 7] and type(back["list"][1]) is tuple
-    assert back["optimizer"][0]["step"].shape == () and back["optimizer"][0]["step"] == 3
-    assert torch.equal(back["optimizer"][0]["exp_avg"], state["optimizer"][0]["exp_avg"])
-    assert torch.equal(back["list"][0], state["list"][0])
-    assert back["list"][1][0].dtype == torch.bfloat16 and back["list"][1][1] == "x"
-    assert back["local"] is None and back["loss"] == math.inf
-    with pytest.raises(ValueError, match="two tensors at 1"):
-        split_state({1: torch.ones(1), "1": torch.ones(1)})

@@ -1,0 +1,140 @@
+"""The training state's files: any mesh, how tensors are dealt to files, and what is no tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from sites import pool
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from fomoe_ext import checkpoint as ckpt
+from fomoe_ext.training_state import (
+    _file_numbers,
+    from_json,
+    join_state,
+    read_tensors,
+    split_state,
+    tensor_names,
+    to_json,
+    write_tensors,
+)
+
+
+def many_meshes(process: int, num_processes: int, folder: Path) -> list[str]:
+    """Copies on two axes, shards on two axes, two processes of four, and a module of FSDP2."""
+    tensor, mesh = torch.arange(30.0).view(6, 5), init_device_mesh("cpu", (2, 2))
+    two = DeviceMesh("cpu", [1, 2])
+    module = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(torch.arange(parameter.numel()).view_as(parameter) + len(name))
+    kept = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    fully_shard(module, mesh=init_device_mesh("cpu", (4,)))
+
+    def tensors(whole: Tensor) -> dict[str, Tensor]:
+        return {
+            "copies": distribute_tensor(whole, mesh, [Replicate(), Shard(0)]),
+            "shards": distribute_tensor(whole, mesh, [Shard(0), Shard(1)]),
+            "two": distribute_tensor(whole, two, [Shard(1)]),
+            "number": distribute_tensor(whole[0, 0], mesh, [Replicate(), Replicate()]),
+        }
+
+    given = tensors(tensor) | dict(module.named_parameters())
+    assert all(isinstance(value, DTensor) for value in given.values())
+    names = write_tensors(folder, given, process=process, num_processes=num_processes)
+    dist.barrier()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    wanted = tensors(torch.zeros_like(tensor))
+    read_tensors(folder, wanted | dict(module.named_parameters()))
+    for name, found in wanted.items():
+        if name == "two":  # of the others each has an empty tensor of it
+            columns = {1: tensor[:, :3], 2: tensor[:, 3:]}.get(process, torch.empty(0))
+            assert torch.equal(found.to_local(), columns)
+        else:
+            assert torch.equal(found.full_tensor(), tensor[0, 0] if name == "number" else tensor)
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter.full_tensor(), kept[name]), name
+    return names
+
+
+def test_any_mesh_will_do(tmp_path):
+    names = [name for own in pool().run(4, many_meshes, tmp_path) for name in own]
+    assert sorted(names) == sorted(file.name for file in tmp_path.iterdir())
+    shapes = {"copies": (6, 5), "shards": (6, 5), "two": (6, 5), "number": (1,)}
+    found = tensor_names(tmp_path)
+    assert {name: found[name] for name in shapes} == shapes and len(found) == 8
+
+
+def test_tensors_are_dealt_to_few_files():
+    sizes = [{"a": 4, "b": 4, "c": 4, "d": 9}, {"b": 1, "d": 1, "e": 8}, {}]
+    assert _file_numbers(sizes, 8) == {"a": 1, "b": 1, "c": 2, "d": 3, "e": 4}
+    assert _file_numbers(sizes, 100) == dict.fromkeys("abcde", 1)
+    assert _file_numbers([{"a": 9, "b": 0}], 1) == {"a": 1, "b": 1}
+    assert _file_numbers([{}, {}], 1) == {}
+
+
+# ---- what is no tensor ---------------------------------------------------------------------------
+
+
+def bits(number: float) -> bytes:
+    return struct.pack(">d", number)
+
+
+def test_numbers_come_back_bit_for_bit():
+    (payload,) = struct.unpack(">d", bytes.fromhex("fff8000000000abc"))
+    floats = [0.1, -0.0, 5e-324, 1.7976931348623157e308, math.inf, -math.inf, math.nan, payload]
+    back = from_json(json.loads(json.dumps(to_json(floats), allow_nan=False)))
+    assert [bits(number) for number in back] == [bits(number) for number in floats]
+    nest = {
+        "a": {1: [True, None, "x"], 2: (1, 2.5)},
+        "$float": {"$items": 3, (1, 2): []},
+        "big": 2**70,
+    }
+    back = from_json(json.loads(json.dumps(to_json(nest))))
+    assert back == nest and type(back["a"][2]) is tuple and back["a"][1][0] is True
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(1), {1, 2}, b"x", Path("x")])
+def test_what_json_does_not_have_is_refused(wrong):
+    with pytest.raises(TypeError, match=r"state\['a'\]\[1\] must be of numbers"):
+        to_json({"a": [0, wrong]})
+
+
+def test_a_nest_with_tensors_is_split_and_joined(tmp_path):
+    state = {
+        "optimizer": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(3, 2)}, 7: {}},
+        "list": [torch.arange(4), (torch.ones(2, dtype=torch.bfloat16), "x"), None],
+        "local": None,
+        "loss": math.inf,
+    }
+    numbers, named = split_state(state, "site1/")
+    assert sorted(named) == [
+        "site1/list/0",
+        "site1/list/1/0",
+        "site1/optimizer/0/exp_avg",
+        "site1/optimizer/0/step",
+    ]
+    path = ckpt.save_checkpoint(
+        tmp_path, "step-00000001", [], numbers, site=0, num_sites=1, round=0, named=named
+    )
+    back = join_state(ckpt.load_state(path, 0), partial(ckpt.load_tensors, path), "site1/")
+    assert list(back["optimizer"]) == [0, 7] and type(back["list"][1]) is tuple
+    assert back["optimizer"][0]["step"].shape == () and back["optimizer"][0]["step"] == 3
+    assert torch.equal(back["optimizer"][0]["exp_avg"], state["optimizer"][0]["exp_avg"])
+    assert torch.equal(back["list"][0], state["list"][0])
+    assert back["list"][1][0].dtype == torch.bfloat16 and back["list"][1][1] == "x"
+    assert back["local"] is None and back["loss"] == math.inf
+    with pytest.raises(ValueError, match="two tensors at 1"):
+        split_state({1: torch.ones(1), "1": torch.ones(1)})
