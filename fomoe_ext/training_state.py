@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 from fomoe_ext.outer.groups import gather_objects
 
 FILE_BYTES = 1 << 30
-"""A process has at most so many bytes of tensors in memory a second time while it writes."""
+"""Bytes of tensors in a file; to write one takes up to three times its size of memory."""
 _SUFFIX = ".safetensors"
 
 

@@ -81,6 +81,7 @@ def save(
             num_sites=num_sites,
             round=2,
             meta={"job": "test"},
+            named={f"site{site}/x": torch.arange(3) + site, "of all": torch.ones(2)},
             shard_bytes=shard_bytes,
         )
     except ckpt.CheckpointError as error:
@@ -113,8 +114,12 @@ def test_the_global_model_comes_back(tmp_path, num_sites, replication):
     reference = site_model(3, 1, 1)
     for name, value in part.state_dict().items():
         assert torch.equal(value, reference.state_dict()[name]), name
+    tensors = {f"site{site}/x": torch.empty(3, dtype=torch.int64) for site in range(num_sites)}
+    assert ckpt.tensor_names(path) == {"of all": (2,)} | dict.fromkeys(tensors, (3,))
+    ckpt.load_tensors(path, tensors)
     for site in range(num_sites):
         assert ckpt.load_state(path, site)["values"] == [site, site + 1, site + 2]
+        assert tensors[f"site{site}/x"].tolist() == [site, site + 1, site + 2]
 
 
 def test_shards_are_small_and_complete(tmp_path):
@@ -135,14 +140,18 @@ def test_shards_are_small_and_complete(tmp_path):
         assert torch.equal(model.state_dict()[name], value), name
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_site_that_cannot_write_leaves_the_old_checkpoint(tmp_path):
     pool().run(2, save, 1, tmp_path)
-    before = {p.name: p.read_bytes() for p in (tmp_path / "step-00000007").iterdir()}
+    before = contents(tmp_path / "step-00000007")
     answers = pool().run(2, save, 1, tmp_path, 1)
     for answer in answers:
         assert "could not write" in answer and "site 1: no space left" in answer
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000007"]
-    assert {p.name: p.read_bytes() for p in (tmp_path / "step-00000007").iterdir()} == before
+    assert contents(tmp_path / "step-00000007") == before
 
 
 def truncate(file: Path) -> None:

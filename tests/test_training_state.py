@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from sites import pool
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -31,9 +32,10 @@ from fomoe_ext.training_state import (
 
 
 def many_meshes(process: int, num_processes: int, folder: Path) -> list[str]:
-    """Copies on two axes, shards on two axes, two processes of four, and a module of FSDP2."""
+    """Copies and shards on two axes, two processes of four, the same in two meshes, and FSDP2."""
     tensor, mesh = torch.arange(30.0).view(6, 5), init_device_mesh("cpu", (2, 2))
     two = DeviceMesh("cpu", [1, 2])
+    site = init_device_mesh("cpu", (2, 2), mesh_dim_names=("site", "rank"))["rank"]
     module = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -46,6 +48,7 @@ def many_meshes(process: int, num_processes: int, folder: Path) -> list[str]:
             "copies": distribute_tensor(whole, mesh, [Replicate(), Shard(0)]),
             "shards": distribute_tensor(whole, mesh, [Shard(0), Shard(1)]),
             "two": distribute_tensor(whole, two, [Shard(1)]),
+            "both sites": distribute_tensor(whole, site, [Shard(0)]),
             "number": distribute_tensor(whole[0, 0], mesh, [Replicate(), Replicate()]),
         }
 
@@ -72,9 +75,16 @@ def many_meshes(process: int, num_processes: int, folder: Path) -> list[str]:
 def test_any_mesh_will_do(tmp_path):
     names = [name for own in pool().run(4, many_meshes, tmp_path) for name in own]
     assert sorted(names) == sorted(file.name for file in tmp_path.iterdir())
-    shapes = {"copies": (6, 5), "shards": (6, 5), "two": (6, 5), "number": (1,)}
+    shapes = dict.fromkeys(("copies", "shards", "two", "both sites"), (6, 5)) | {"number": (1,)}
     found = tensor_names(tmp_path)
-    assert {name: found[name] for name in shapes} == shapes and len(found) == 8
+    assert {name: found[name] for name in shapes} == shapes and len(found) == 9
+    held = [
+        name
+        for file in tmp_path.iterdir()
+        for name in safe_open(file, framework="pt").keys()  # noqa: SIM118
+    ]
+    parts = {"copies": 2, "shards": 4, "two": 2, "both sites": 2, "number": 1}
+    assert {name: held.count(name) for name in parts} == parts
 
 
 def test_tensors_are_dealt_to_few_files():
