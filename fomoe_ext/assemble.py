@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fomoe_ext.mesh import SiteRanks, put_whole, whole
 from fomoe_ext.moe import MoELayer
 from fomoe_ext.placement import Placement
 
@@ -53,11 +54,17 @@ def _share(model: NamedLayer, name: str) -> str:
     return f"{model.path}.{name}" if model.path else name
 
 
-def _from_responsible(rows: Tensor, placement: Placement, layer: int, site: int) -> Tensor:
-    """Rows [E, ...], row e from expert e's responsible site; a collective of all sites."""
+def _from_responsible(
+    rows: Tensor, placement: Placement, layer: int, site: int, rank: int
+) -> Tensor:
+    """Rows [E, ...], row e from expert e's responsible site; a collective of all processes."""
+    rows = whole(rows)
     if placement.num_sites == 1:
         return rows.clone()
-    answers = [responsible_site(placement, layer, e) == site for e in range(placement.num_experts)]
+    answers = [
+        rank == 0 and responsible_site(placement, layer, e) == site
+        for e in range(placement.num_experts)
+    ]
     mine = torch.tensor(answers).view(-1, *[1] * (rows.dim() - 1))
     # Exactly one site adds a row that is not zero, so the sum is that row, bit for bit.
     result = torch.where(mine, rows.detach().cpu(), torch.zeros((), dtype=rows.dtype))
@@ -66,17 +73,17 @@ def _from_responsible(rows: Tensor, placement: Placement, layer: int, site: int)
 
 
 def global_router_tensors(
-    model: nn.Module, placement: Placement, site: int, tensors: Mapping[str, Tensor]
+    model: nn.Module, placement: Placement, site: int, tensors: Mapping[str, Tensor], rank: int = 0
 ) -> dict[str, Tensor]:
     """Router weights [E, D], biases and selection biases [E] of the global model, by name.
 
-    Every site must call it. `tensors` are this site's, as of `local_tensors`.
+    Every rank of every site must call it. `tensors` are this site's, as of `local_tensors`.
     """
     result = {}
     for named in named_moe_layers(model):
         for part in (*named.layer.router.parts, "selection_bias"):
             key = _share(named, f"router.{part}")
-            result[key] = _from_responsible(tensors[key], placement, named.index, site)
+            result[key] = _from_responsible(tensors[key], placement, named.index, site, rank)
     return result
 
 
@@ -85,26 +92,32 @@ def own_global_tensors(
     placement: Placement,
     site: int,
     tensors: Mapping[str, Tensor],
+    ranks: SiteRanks | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """This site's part of the global model as (name, tensor); the parts of all sites make it whole.
+    """This process's part of the global model as (name, tensor); all parts make it whole.
 
-    Every site must call it and run it to its end. Expert tensors are views of `tensors`, which are
+    Every rank of every site must call it and run it to its end; `ranks` None = one per site. What
+    is sharded is put together. Expert tensors are views of `tensors`, which are
     this site's, as of `local_tensors` (by default) or any others of the same names and shapes.
     """
-    routers = global_router_tensors(model, placement, site, tensors)
+    ranks = ranks or SiteRanks()
+    routers = global_router_tensors(model, placement, site, tensors, ranks.rank)
     stacked: set[str] = set()
     for named in named_moe_layers(model):
         residents = named.layer.experts.resident_experts
+        first_copy = ranks.rank < ranks.expert_ranks
         for part in named.layer.experts.parts:
             stack_key = _share(named, f"experts.{part}")
             stacked.add(stack_key)
             for row, expert in enumerate(residents):
-                if responsible_site(placement, named.index, expert) == site:
+                if first_copy and responsible_site(placement, named.index, expert) == site:
                     yield expert_key(named.path, expert, part), tensors[stack_key][row]
     if site == 0:
-        for key, value in tensors.items():
-            if key not in stacked:
-                yield key, routers.get(key, value)
+        dense = [key for key in tensors if key not in stacked]
+        for number, key in enumerate(dense):
+            value = routers[key] if key in routers else whole(tensors[key])
+            if number % ranks.size == ranks.rank:
+                yield key, value
 
 
 def global_names(model: nn.Module) -> set[str]:
@@ -136,4 +149,4 @@ def fill_model(model: nn.Module, read: Callable[[str], Tensor]) -> None:
             raise ValueError(
                 f"{name} must have shape {list(target.shape)}, the file has {list(value.shape)}"
             )
-        target.copy_(value)
+        put_whole(target, value)

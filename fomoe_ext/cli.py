@@ -36,7 +36,13 @@ def train(arguments: Sequence[str]) -> int:
         settled = Path(folder) / "config.toml"
         save_config(config, settled)
         link = None if config.sites.link is None else parse_link(config.sites.link)
-        return launch(["--config", str(settled)], config.sites.sites, run_dir / "logs", link)
+        return launch(
+            ["--config", str(settled)],
+            config.sites.sites,
+            run_dir / "logs",
+            link,
+            config.sites.ranks_per_site,
+        )
 
 
 def plan(arguments: Sequence[str]) -> int:

@@ -234,6 +234,13 @@ class SitesConfig:
     """cyclic: fixed and evenly spread; random: drawn from the seed, anew at every reshuffle."""
     placement_file: Path | None = None
     """JSON table [layer][expert] -> list of sites; overrides `placement`."""
+    ranks_per_site: int = 1
+    """Processes of each site: they share its batch, its experts and its dense parameters (FSDP)."""
+    replicas: int = 1
+    """Times that each site holds its experts: ranks_per_site / replicas ranks share a copy."""
+    spread_by: Path | None = None
+    """Run folder, or JSON table [layer][expert], with the load of experts: keeps the hot ones of a
+    site on different ranks; none = ascending by id."""
     reshuffle_rounds: int = 0
     """Draw a new random placement every so many rounds; 0 = never."""
     reshuffle_warmup: int = 8
@@ -249,6 +256,16 @@ class SitesConfig:
         _at_least(at, 1, sites=self.sites)
         _at_least(at, 0, reshuffle_rounds=self.reshuffle_rounds, threads=self.threads)
         _at_least(at, 0, reshuffle_warmup=self.reshuffle_warmup)
+        _at_least(at, 1, ranks_per_site=self.ranks_per_site, replicas=self.replicas)
+        if self.ranks_per_site % self.replicas:
+            raise ValueError(
+                f"sites.replicas must divide sites.ranks_per_site = {self.ranks_per_site}, got "
+                f"{self.replicas}"
+            )
+        if self.reshuffle_rounds and self.ranks_per_site > 1:
+            raise ValueError("sites.reshuffle_rounds needs sites.ranks_per_site = 1")
+        if self.spread_by is not None and self.ranks_per_site == self.replicas:
+            raise ValueError("sites.spread_by needs several ranks that share a site's experts")
         _inside(at, 1, self.sites, replication=self.replication)
         if self.link is not None:
             parse_link(self.link)
@@ -448,6 +465,11 @@ class TrainConfig:
                 f"model.num_experts * sites.replication must be a multiple of sites.sites, so that "
                 f"every site holds the same number of experts; got {experts} * "
                 f"{sites.replication} over {sites.sites} sites"
+            )
+        if self.inner.batch_size % sites.ranks_per_site:
+            raise ValueError(
+                f"inner.batch_size, of a site, must be a multiple of sites.ranks_per_site = "
+                f"{sites.ranks_per_site}, got {self.inner.batch_size}"
             )
         if self.outer.optimizer == "local-adamw" and self.inner.inner_optimizer != "adamw":
             raise ValueError("outer.optimizer = local-adamw needs inner.inner_optimizer = adamw")

@@ -9,7 +9,7 @@ full replica (up to the order of additions), with memory for a few experts.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -29,7 +29,9 @@ from fomoe_ext.assemble import (
 )
 from fomoe_ext.balance import expert_load
 from fomoe_ext.data import TextData
+from fomoe_ext.mesh import SiteRanks, put_whole
 from fomoe_ext.model import LanguageModel
+from fomoe_ext.outer.groups import gather_objects
 from fomoe_ext.placement import Placement
 
 _LOGIT_BYTES = 64 << 20
@@ -57,8 +59,17 @@ class ExpertStream:
     Besides a site's own experts at most `buffer_bytes` of weights (at least one expert) are held.
     """
 
-    def __init__(self, placement: Placement, site: int, buffer_bytes: int = 32 << 20) -> None:
+    def __init__(
+        self,
+        placement: Placement,
+        site: int,
+        buffer_bytes: int = 32 << 20,
+        ranks: SiteRanks | None = None,
+        holders: Sequence[Sequence[Mapping[int, int]]] | None = None,
+    ) -> None:
+        """`holders`: by site and layer, the rank that holds each expert; None = rank 0."""
         self.placement, self.site, self.buffer_bytes = placement, site, buffer_bytes
+        self.ranks, self._holders = ranks or SiteRanks(), holders
         self.bytes_sent = 0
         self.load = torch.zeros(placement.num_layers, placement.num_experts, dtype=torch.int64)
 
@@ -94,53 +105,67 @@ class ExpertStream:
         shapes = {name: experts.part(name).shape[1:] for name in experts.parts}
         one = sum(shape.numel() for shape in shapes.values()) * experts.expand_weight.element_size()
         size = max(1, min(self.placement.num_experts, self.buffer_bytes // one))
-        senders = [
-            responsible_site(self.placement, named.index, e) for e in range(experts.num_experts)
-        ]
+        everywhere = self.placement.replication == self.placement.num_sites
+        senders = [self._sender(named.index, e, everywhere) for e in range(experts.num_experts)]
+        me = self.site, self.ranks.rank
         order = sorted(range(experts.num_experts), key=lambda e: (senders[e], e))
         new = experts.expand_weight.new_empty
         buffers = {name: new(size, *shape) for name, shape in shapes.items()}
         for start in range(0, len(order), size):
             ids = order[start : start + size]
             chunk = {name: buffer[: len(ids)] for name, buffer in buffers.items()}
-            everywhere = self.placement.replication == self.placement.num_sites
             for row, expert in enumerate(ids):
-                if everywhere or senders[expert] == self.site:
+                if senders[expert] == me:
                     sources = experts.expert_weights(expert)
                     for target, source in zip(chunk.values(), sources, strict=True):
                         target[row].copy_(source)
-            if not everywhere:
-                self._broadcast([senders[e] for e in ids], *chunk.values())
+            self._broadcast([senders[e] for e in ids], everywhere, *chunk.values())
             yield ids, chunk
 
-    def _broadcast(self, senders: list[int], *buffers: Tensor) -> None:
-        """Send the rows of the buffers from their senders (ascending) to all sites."""
+    def _sender(self, layer: int, expert: int, everywhere: bool) -> tuple[int, int]:
+        """The site and rank that give an expert to the others; its own where a site has all."""
+        site = self.site if everywhere else responsible_site(self.placement, layer, expert)
+        return site, 0 if self._holders is None else self._holders[site][layer][expert]
+
+    def _broadcast(
+        self, senders: list[tuple[int, int]], everywhere: bool, *buffers: Tensor
+    ) -> None:
+        """Send the rows of the buffers from their senders (ascending) to all sites and ranks."""
         for sender in sorted(set(senders)):
             first, count = senders.index(sender), senders.count(sender)
+            site, rank = sender
             for buffer in buffers:
                 rows = buffer[first : first + count]
-                dist.broadcast(rows, src=sender)
-                if sender == self.site:
-                    self.bytes_sent += rows.nbytes * (self.placement.num_sites - 1)
+                if not everywhere and rank == self.ranks.rank:
+                    dist.broadcast(rows, group=self.ranks.across, group_src=site)
+                    if site == self.site:
+                        self.bytes_sent += rows.nbytes * (self.placement.num_sites - 1)
+                self.ranks.broadcast_(rows, rank)
 
 
 @contextmanager
 def global_experts(
-    model: LanguageModel, placement: Placement, site: int, buffer_bytes: int = 32 << 20
+    model: LanguageModel,
+    placement: Placement,
+    site: int,
+    buffer_bytes: int = 32 << 20,
+    ranks: SiteRanks | None = None,
 ) -> Iterator[ExpertStream]:
-    """Inside, the model's forward is that of the global model; all sites must call it in lockstep.
+    """Inside, the model's forward is that of the global model; all must call it in lockstep.
 
     The routers hold the global rows meanwhile, also with router_scope "resident". Only for
     inference: the layers' `stats` and `aux_loss` are left as they were.
     """
     layers = named_moe_layers(model)
-    stream = ExpertStream(placement, site, buffer_bytes)
+    ranks = ranks or SiteRanks(None, placement.num_sites, site)
+    holders = None if ranks.size == 1 else _holders(layers, ranks)
+    stream = ExpertStream(placement, site, buffer_bytes, ranks, holders)
     own = local_tensors(model)
-    routers = global_router_tensors(model, placement, site, own)
+    routers = global_router_tensors(model, placement, site, own, ranks.rank)
     saved = {key: own[key].clone() for key in routers}
     try:
         for key, value in routers.items():
-            own[key].copy_(value)
+            put_whole(own[key], value)
         for named in layers:
             named.layer.forward = partial(stream.forward, named)  # type: ignore[method-assign]
         yield stream
@@ -151,8 +176,23 @@ def global_experts(
             own[key].copy_(value)
 
 
-def _sum_over_sites(values: list[Tensor], num_sites: int) -> None:
-    for value in values if num_sites > 1 else ():
+def _holders(layers: Sequence[NamedLayer], ranks: SiteRanks) -> list[list[dict[int, int]]]:
+    """By site and layer, the first rank of the site that holds each expert; a collective."""
+    mine = [named.layer.experts.resident_experts for named in layers]
+    everyone = gather_objects(mine, ranks.num_sites * ranks.size)
+    result: list[list[dict[int, int]]] = []
+    for site in range(ranks.num_sites):
+        of_site = everyone[site * ranks.size : (site + 1) * ranks.size]
+        first = [
+            {e: rank for rank in reversed(range(ranks.size)) for e in of_site[rank][layer]}
+            for layer in range(len(layers))
+        ]
+        result.append(first)
+    return result
+
+
+def _sum_over_processes(values: list[Tensor], processes: int) -> None:
+    for value in values if processes > 1 else ():
         dist.all_reduce(value)
 
 
@@ -174,21 +214,24 @@ def evaluate(
     batch_size: int | None = None,
     autocast: torch.dtype | None = None,
     buffer_bytes: int = 32 << 20,
+    ranks: SiteRanks | None = None,
 ) -> Validation:
-    """Cross entropy of the global model on the validation text; a collective of all sites.
+    """Cross entropy of the global model on the validation text; a collective of all processes.
 
     `max_tokens` limits the tokens of all sites together (None = all), `batch_size` is in windows
-    per site (None = `validation_batch_size`), `autocast` is the dtype of matrix products.
+    per process (None = `validation_batch_size`), `autocast` is the dtype of matrix products,
+    `ranks` are those of this site (None = one).
     """
     start = time.perf_counter()
-    num_sites, device = placement.num_sites, model.embedding.device
+    ranks, device = ranks or SiteRanks(None, placement.num_sites, site), model.embedding.device
+    process, processes = site * ranks.size + ranks.rank, placement.num_sites * ranks.size
     batches = list(
         data.val_batches(
-            batch_size or validation_batch_size(model), site, num_sites, max_tokens=max_tokens
+            batch_size or validation_batch_size(model), process, processes, max_tokens=max_tokens
         )
     )
     most = torch.tensor(len(batches))
-    if num_sites > 1:
+    if processes > 1:
         dist.all_reduce(most, dist.ReduceOp.MAX)
     # A site that has run out of text still takes part, with a token that does not count.
     idle = [torch.zeros(1, 2, dtype=torch.int64)] * (int(most) - len(batches))
@@ -196,7 +239,7 @@ def evaluate(
     training = model.training
     model.eval()
     try:
-        with global_experts(model, placement, site, buffer_bytes) as stream:
+        with global_experts(model, placement, site, buffer_bytes, ranks) as stream:
             for batch in batches:
                 nats = _nats(model, batch.to(device), autocast)
                 totals += torch.tensor([nats, batch[:, 1:].numel()], dtype=torch.float64)
@@ -205,7 +248,7 @@ def evaluate(
                 _nats(model, batch.to(device), autocast)
     finally:
         model.train(training)
-    _sum_over_sites([totals, own_load], num_sites)
+    _sum_over_processes([totals, own_load], processes)
     loss = float(totals[0] / totals[1])
     return Validation(
         loss=loss,

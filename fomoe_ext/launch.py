@@ -1,6 +1,6 @@
-"""Local launch: one process per site on this machine, watched until all have ended.
+"""Local launch: all processes of all sites on this machine, watched until all have ended.
 
-Every site is `python -m fomoe_ext.train`, just as torchrun would start it. The launcher passes
+Each is `python -m fomoe_ext.train`, just as torchrun would start it. The launcher passes
 signals on, ends all sites when one dies, and leaves no process behind. With a slow link between
 them the sites run in network namespaces of their own where that is allowed. Needs no torch.
 """
@@ -39,7 +39,10 @@ _LOG_LINES = 15
 
 @dataclass
 class _Site:
+    """A process of a site; `name` as messages call it."""
+
     site: int
+    name: str
     process: subprocess.Popen[bytes]
     log: Path | None
 
@@ -61,22 +64,22 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def site_environment(
-    site: int, num_sites: int, rendezvous: str, base: Mapping[str, str]
+def process_environment(
+    process: int, processes: int, rendezvous: str, base: Mapping[str, str]
 ) -> dict[str, str]:
-    """The environment of one site: torchrun's names for rank and world size, and our rendezvous."""
+    """The environment of one process: torchrun's names for its rank, and our rendezvous."""
     env = dict(base)
     env.update(
-        RANK=str(site),
-        LOCAL_RANK=str(site),
-        WORLD_SIZE=str(num_sites),
-        LOCAL_WORLD_SIZE=str(num_sites),
+        RANK=str(process),
+        LOCAL_RANK=str(process),
+        WORLD_SIZE=str(processes),
+        LOCAL_WORLD_SIZE=str(processes),
     )
     env[RENDEZVOUS] = rendezvous
     # The package that is running, not whatever lies in the current folder (a source tree, say).
     home = str(Path(__file__).resolve().parent.parent)
     env["PYTHONPATH"] = os.pathsep.join(p for p in (home, base.get("PYTHONPATH")) if p)
-    env.setdefault("OMP_NUM_THREADS", str(max(1, cores() // num_sites)))
+    env.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     if sys.platform == "linux":
         # All sites are here: do not depend on this machine's name or outer interfaces.
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -104,19 +107,24 @@ def _start(
     rendezvous: str,
     link: Link | None,
     network: Network | None,
+    ranks_per_site: int,
 ) -> tuple[list[_Site], int]:
-    """Start all sites; returns them and the write end of the pipe that tells them we are alive."""
+    """Start all processes; returns them and the end of the pipe that tells them we are alive."""
     read_end, write_end = os.pipe()
     sites: list[_Site] = []
     try:
         if log_dir is not None:
             log_dir.mkdir(parents=True, exist_ok=True)
-        for site in range(num_sites):
-            env = site_environment(site, num_sites, rendezvous, os.environ)
+        processes = num_sites * ranks_per_site
+        for number in range(processes):
+            site, rank = divmod(number, ranks_per_site)
+            name = f"site {site}, rank {rank}" if ranks_per_site > 1 else f"site {site}"
+            env = process_environment(number, processes, rendezvous, os.environ)
             env = _link_environment(env, link, network)
             env[LAUNCHER_FD] = str(read_end)
-            # Site 0 speaks to the user; the others to their log files.
-            log = None if site == 0 or log_dir is None else log_dir / f"site-{site}.log"
+            # The first speaks to the user; the others to their log files.
+            file = f"{name.replace(', ', '-').replace(' ', '-')}.log"
+            log = None if number == 0 or log_dir is None else log_dir / file
             output = None if log is None else log.open("ab")
             prefix = [] if network is None else network.prefix(site)
             process = subprocess.Popen(
@@ -130,7 +138,7 @@ def _start(
             )
             if output is not None:
                 output.close()
-            sites.append(_Site(site, process, log))
+            sites.append(_Site(site, name, process, log))
     except BaseException:
         _kill(sites)
         os.close(write_end)
@@ -173,7 +181,7 @@ def _say(message: str) -> None:
 
 def _report_failure(culprit: _Site, on_failure: str) -> None:
     _say(
-        f"site {culprit.site} {_describe(culprit.process.returncode)}; the other sites were ended."
+        f"{culprit.name} {_describe(culprit.process.returncode)}; the other sites were ended."
         f"{on_failure}"
     )
     if culprit.log is not None and culprit.log.exists():
@@ -251,14 +259,23 @@ def _network(link: Link | None, num_sites: int) -> Network | None:
         return None
 
 
-def _run(command: _Command, num_sites: int, log_dir: Path | None, link: Link | None) -> int:
-    if num_sites < 1:
-        raise ValueError(f"num_sites must be >= 1, got {num_sites}")
+def _run(
+    command: _Command,
+    num_sites: int,
+    log_dir: Path | None,
+    link: Link | None,
+    ranks_per_site: int,
+) -> int:
+    for what, count in (("num_sites", num_sites), ("ranks_per_site", ranks_per_site)):
+        if count < 1:
+            raise ValueError(f"{what} must be >= 1, got {count}")
     with tempfile.TemporaryDirectory(prefix="fomoe-") as folder, _counted_signals() as received:
         rendezvous = f"file://{folder}/store"
         network = _network(link, num_sites)
         try:
-            sites, alive = _start(command, num_sites, log_dir, rendezvous, link, network)
+            sites, alive = _start(
+                command, num_sites, log_dir, rendezvous, link, network, ranks_per_site
+            )
             try:
                 return _watch(sites, received, command)
             finally:
@@ -270,17 +287,22 @@ def _run(command: _Command, num_sites: int, log_dir: Path | None, link: Link | N
 
 
 def launch(
-    arguments: Sequence[str], num_sites: int, log_dir: Path, link: Link | None = None
+    arguments: Sequence[str],
+    num_sites: int,
+    log_dir: Path,
+    link: Link | None = None,
+    ranks_per_site: int = 1,
 ) -> int:
     """Run `python -m fomoe_ext.train` with `arguments` as `num_sites` sites; returns the exit code.
 
-    Site 0 writes to this process's stdout, the others to `log_dir`/site-N.log. SIGINT or SIGTERM is
+    The first process writes to this one's stdout, the others to `log_dir`/site-N.log or, where a
+    site has several ranks, site-N-rank-R.log. SIGINT or SIGTERM is
     passed on (the sites write a checkpoint; the code is 130), a second one kills the sites. If one
     dies the others are killed, a message names it, and its exit code (128 + signal) is returned.
     With a `link` every site has one of that bandwidth and latency to the others: shaped by the
     kernel in private network namespaces, or counted by the sites where that is not allowed or
     FOMOE_LINK_MODE is "counted" (`fomoe_ext.link.active_link` tells a site which). Raises
-    ValueError for `num_sites` < 1, OSError where FOMOE_LINK_MODE is "kernel" and it cannot shape.
+    ValueError for numbers < 1, OSError where FOMOE_LINK_MODE is "kernel" and it cannot shape.
     Must be called in the main thread.
     """
     command = _Command(
@@ -289,19 +311,23 @@ def launch(
         on_failure=" The last whole checkpoint, if any, is intact (--resume).",
         unsaved=", without a new checkpoint",
     )
-    return _run(command, num_sites, log_dir, link)
+    return _run(command, num_sites, log_dir, link, ranks_per_site)
 
 
 def run_sites(
-    words: Sequence[str], num_sites: int, log_dir: Path | None = None, link: Link | None = None
+    words: Sequence[str],
+    num_sites: int,
+    log_dir: Path | None = None,
+    link: Link | None = None,
+    ranks_per_site: int = 1,
 ) -> int:
-    """Run any command once per site, as `launch` runs the training job; returns the exit code.
+    """Run any command once per rank of each site, as `launch` runs the training job.
 
-    The processes have the environment of sites. Without `log_dir` all write to this process's
-    stdout. They are killed when this process is, where the machine has `setpriv`. Raises what
-    `launch` does, and OSError for a command that cannot be started.
+    Returns the exit code. The processes have the environment of sites. Without `log_dir` all write
+    to this one's stdout. They are killed when this process is, where the machine has `setpriv`.
+    Raises what `launch` does, and OSError for a command that cannot be started.
     """
     # A site of ours watches LAUNCHER_FD, but this may be any program.
     setpriv = shutil.which("setpriv")
     guard = [] if setpriv is None else [setpriv, "--pdeathsig", "KILL", "--"]
-    return _run(_Command([*guard, *words]), num_sites, log_dir, link)
+    return _run(_Command([*guard, *words]), num_sites, log_dir, link, ranks_per_site)

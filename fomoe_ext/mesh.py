@@ -57,8 +57,11 @@ class SiteRanks:
         """
         self.rank, self.size, self.expert_ranks = 0, 1, 1
         self.num_sites, self.site = num_sites, site
+        self.across: Any = None
+        """The process group of this rank of all sites."""
         self._groups: dict[str, Any] = {}
         if mesh is None:
+            self.across = dist.group.WORLD if num_sites > 1 else None
             return
         if not isinstance(mesh, DeviceMesh):
             raise TypeError(f"mesh must be a DeviceMesh, got {type(mesh).__name__}")
@@ -80,6 +83,7 @@ class SiteRanks:
                 f"mesh must have this process in site {site} of {num_sites}, it has it in site "
                 f"{found} of {len(of_sites)}"
             )
+        self.across = mesh.get_group("site") if "site" in names else None
         if self.size > 1:
             # Two threads of a process may speak at once: one of the job, one behind its steps.
             for thread in ("job", "background"):
@@ -136,6 +140,28 @@ class SiteRanks:
         if self.size > 1:
             dist.all_to_all_single(out, sent, list(coming), list(going), group=self._groups["job"])
         return out
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, detached; of a DTensor, a collective of its ranks."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def put_whole(target: Tensor, value: Tensor) -> None:
+    """Copies a plain tensor of the same shape into a tensor, in place; no collective.
+
+    Raises ValueError for a DTensor that is not sharded by rows over one axis, or replicated.
+    """
+    if is_sharded(target):
+        mesh, placements = target.device_mesh, target.placements  # type: ignore[attr-defined]
+        if len(placements) != 1 or not (placements[0].is_shard(0) or placements[0].is_replicate()):
+            raise ValueError(f"target must be sharded by rows, got {placements}")
+        if placements[0].is_shard(0):
+            each = -(-target.shape[0] // mesh.size())
+            first = min(target.shape[0], mesh.get_local_rank() * each)
+            value = value[first : first + each]
+    local_tensor(target).copy_(value)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

@@ -7,13 +7,16 @@ norm has no bias, so a token whose slots are all skipped gets exactly nothing fr
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from fomoe_ext.config import PRESETS, ModelConfig
+from fomoe_ext.mesh import is_sharded
 from fomoe_ext.moe import MoELayer
 from fomoe_ext.placement import Placement
 from fomoe_ext.seeding import fill_normal_
@@ -116,6 +119,7 @@ class Block(nn.Module):
         seed: int,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        **sharding: Any,
     ) -> None:
         super().__init__()
 
@@ -149,6 +153,7 @@ class Block(nn.Module):
             seed=seed,
             device=device,
             dtype=dtype,
+            **sharding,
         )
 
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
@@ -162,6 +167,7 @@ class LanguageModel(nn.Module):
 
     `placement` tells which experts `site` holds in each layer; None = all of them. Initial weights
     depend only on `seed` and on what a parameter is, never on the site. `device` may be "meta".
+    `mesh`: of a site of several ranks, as `MoELayer` takes it, and `rank_experts` by layer.
     Raises ValueError when the placement is for another model or has no such site.
     """
 
@@ -172,6 +178,8 @@ class LanguageModel(nn.Module):
         site: int = 0,
         seed: int = 0,
         *,
+        mesh: DeviceMesh | None = None,
+        rank_experts: Sequence[Sequence[Sequence[int]]] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -193,6 +201,8 @@ class LanguageModel(nn.Module):
                 seed,
                 device,
                 dtype,
+                mesh=mesh,
+                rank_experts=None if rank_experts is None else rank_experts[layer],
             )
             for layer in range(config.num_layers)
         )
@@ -267,7 +277,7 @@ def parameter_kinds(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]
 
 def optimizer_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict]:
     """Parameter groups for torch.optim: matrices with `weight_decay`; vectors, which are norm gains
-    and biases, without.
+    and biases, without. DTensors are apart from others, with which no optimizer takes them at once.
 
     Raises ValueError for a negative `weight_decay`.
     """
@@ -278,5 +288,10 @@ def optimizer_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict]:
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.dim() > 1 and id(p) not in biases]
     plain = [p for p in trained if p.dim() <= 1 or id(p) in biases]
-    groups = [(decayed, weight_decay), (plain, 0.0)]
-    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+    result = []
+    for params, decay in ((decayed, weight_decay), (plain, 0.0)):
+        for kind in (False, True):
+            some = [p for p in params if is_sharded(p) == kind]
+            if some:
+                result.append({"params": some, "weight_decay": decay})
+    return result

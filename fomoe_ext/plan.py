@@ -25,6 +25,7 @@ from fomoe_ext.config import (
     expert_parameters,
 )
 from fomoe_ext.placement import Placement
+from fomoe_ext.spread import measured_load, spread_experts
 from fomoe_ext.wire import Link
 
 FLOAT_BYTES = 4
@@ -89,6 +90,29 @@ def job_placement(config: TrainConfig, epoch: int = 0) -> Placement:
     if sites.placement == "random":
         return Placement.random(*sizes, seed=config.run.seed, epoch=epoch)
     return Placement.cyclic(*sizes)
+
+
+def rank_experts(
+    config: TrainConfig, placement: Placement, site: int
+) -> list[tuple[tuple[int, ...], ...]] | None:
+    """By layer and rank, the experts of a site that each rank holds; None = ascending by id.
+
+    Raises ValueError or FileNotFoundError for a load that is not of this model.
+    """
+    sites = config.sites
+    if sites.spread_by is None:
+        return None
+    load = measured_load(sites.spread_by)
+    if [len(row) for row in load] != [placement.num_experts] * placement.num_layers:
+        raise ValueError(
+            f"spread_by {sites.spread_by} must have the load of {placement.num_layers} layers of "
+            f"{placement.num_experts} experts, got {len(load)} layers"
+        )
+    ranks = sites.ranks_per_site // sites.replicas
+    return [
+        spread_experts(placement.resident(layer, site), ranks, load[layer])
+        for layer in range(placement.num_layers)
+    ]
 
 
 def full_replica(config: TrainConfig) -> TrainConfig:
@@ -163,11 +187,12 @@ def moved_bytes(config: TrainConfig, placement: Placement, new: Placement, site:
     )
 
 
-def full_replica_bytes(config: TrainConfig, rounds: int) -> int:
-    """Bytes a site would send in `rounds` rounds of the same job with all experts everywhere."""
+def full_replica_bytes(config: TrainConfig, rounds: int, first: int = 0) -> int:
+    """Bytes a site would send in `rounds` rounds of the same job with all experts everywhere, but
+    for the `first` of them."""
     replica = full_replica(config)
     placement = job_placement(replica)
-    return sum(meeting_bytes(replica, placement, 0, index + 1) for index in range(rounds))
+    return sum(meeting_bytes(replica, placement, 0, index + 1) for index in range(first, rounds))
 
 
 def ddp_bytes(config: TrainConfig, steps: int) -> int:

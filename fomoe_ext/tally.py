@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fomoe_ext import plan
@@ -18,6 +18,7 @@ class Tally:
     Seconds, bytes, tokens of text trained on, slots that routers chose and rows that experts
     computed. `exchange_s`: from the start of exchanges to their end; `meeting_s`: what the site
     waited in meetings, for others too. `healed`: tensors restored from the majority.
+    `from_round` and `from_step`: where counting began anew, with other sites than before.
     `agreements`: meetings after which the hashes of all that was exchanged were the same.
     `bytes_sent`: in meetings, for moved experts and in notes; `planned_bytes`: what
     `fomoe_ext.plan` says of the same.
@@ -41,6 +42,8 @@ class Tally:
     validation_bytes: int = 0
     gradient_bytes: int = 0
     first_validation: dict[str, Any] | None = None
+    from_round: int = 0
+    from_step: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         """The counts as plain numbers."""
@@ -54,10 +57,36 @@ class Tally:
         except TypeError as error:
             raise ValueError(f"state is no tally: {error}") from None
 
+    @classmethod
+    def of_ranks(cls, tallies: Sequence[Tally]) -> Tally:
+        """A site's tally from those of its ranks, the first of which speaks for the site."""
+        sums = {name: sum(getattr(t, name) for t in tallies) for name in _OF_RANKS}
+        longest = {name: max(getattr(t, name) for t in tallies) for name in _SECONDS}
+        return replace(tallies[0], **sums, **longest)
+
+    def without_counts(self) -> Tally:
+        """This tally for another rank than the first: what ranks add up is zero."""
+        return replace(self, **dict.fromkeys(_OF_RANKS, 0))
+
     @property
     def skipped_share(self) -> float:
         """Share of slots that were skipped, 0..1."""
         return 1 - self.rows / self.slots if self.slots else 0.0
+
+
+_OF_RANKS = (
+    "tokens",
+    "slots",
+    "rows",
+    "bytes_sent",
+    "moved_bytes",
+    "note_bytes",
+    "validation_bytes",
+    "gradient_bytes",
+    "planned_bytes",
+)
+"""Counts of which every rank of a site has a part."""
+_SECONDS = ("local_s", "meeting_s", "exchange_s", "validation_s", "wall_s")
 
 
 def site_part(
@@ -70,8 +99,8 @@ def site_part(
         "skipped_share": tally.skipped_share,
         "planned": {
             "bytes": tally.planned_bytes,
-            "full_replica_bytes": plan.full_replica_bytes(config, rounds),
-            "ddp_bytes": plan.ddp_bytes(config, tally.steps),
+            "full_replica_bytes": plan.full_replica_bytes(config, rounds, tally.from_round),
+            "ddp_bytes": plan.ddp_bytes(config, tally.steps - tally.from_step),
         },
         "memory": {**memory, "total": sum(memory.values())},
     }
@@ -102,6 +131,8 @@ def build_report(
         "run": {
             "name": config.run.run_dir.name if config.run.run_dir else "run",
             "sites": placement.num_sites,
+            "ranks_per_site": config.sites.ranks_per_site,
+            "from_round": sites[0]["from_round"],
             "replication": placement.replication,
             "optimizer": config.outer.optimizer,
             "codec": config.outer.codec,

@@ -1,4 +1,4 @@
-"""The training job of one site: `python -m fomoe_ext.train`, started by `fomoe train` or torchrun.
+"""A process of the training job: `python -m fomoe_ext.train`, by `fomoe train` or torchrun.
 
 A round: local steps; a note to all others; the meeting (`fomoe_ext.outer`), or a checkpoint when a
 site was asked to stop. Every site counts what it does (`fomoe_ext.tally`); site 0 speaks.
@@ -77,7 +77,7 @@ class _Job:
         def after_step(loss: Tensor) -> None:
             if self.log is not None:
                 rate = (site.tally.tokens - tokens_before) / (time.perf_counter() - start)
-                all_sites = rate * site.world.num_sites
+                all_sites = rate * site.world.processes
                 self.log.step(site.tally.steps, lambda: float(loss), all_sites)
 
         sent_before, exchange_before = site.bytes_sent, site.tally.exchange_s
@@ -90,15 +90,16 @@ class _Job:
         if stopping and any(note.steps < round_end for note in notes):
             site.tally.local_s += before_notes - start
             site.tally.meeting_s += waited
-            site.tally.planned_bytes += (site.world.num_sites - 1) * plan.NOTE_BYTES
+            if site.world.rank == 0:
+                site.tally.planned_bytes += (site.world.num_sites - 1) * plan.NOTE_BYTES
             self._save(int(max(note.steps for note in notes)))
             return True
         meeting = waited + site.meet()
         wall = time.perf_counter() - start
         site.tally.local_s += wall - meeting
         site.tally.meeting_s += meeting
+        sent = int(site.sync.ranks.sum_(torch.tensor(site.bytes_sent - sent_before)))
         if self.log is not None:
-            sent = site.bytes_sent - sent_before
             self._tell_round(notes, sent, wall, meeting, tokens_before, exchange_before)
         if stopping:
             self._save(site.tally.steps)
@@ -124,7 +125,7 @@ class _Job:
                 "step": step,
                 "loss": sum(note.loss for note in notes) / (len(notes) * site.local_steps),
                 "lr": learning_rate(site.config.inner, step - 1, total),
-                "tokens_per_s": (site.tally.tokens - tokens_before) * site.world.num_sites / wall,
+                "tokens_per_s": (site.tally.tokens - tokens_before) * site.world.processes / wall,
                 "skipped_share": 1 - sum(note.rows for note in notes) / slots,
                 "bytes_sent": sent,
                 "meeting_s": meeting,
@@ -197,7 +198,7 @@ def _open_data(config: TrainConfig, world: World) -> TextData:
 
 def _gather(value: Any, world: World, what: str) -> list[Any]:
     with with_others(what, world.site):
-        return gather_objects(value, world.num_sites)
+        return gather_objects(value, world.processes)
 
 
 class _OtherSiteFailed(RuntimeError):
@@ -209,9 +210,9 @@ def _agree(problem: Exception | None, world: World, what: str) -> None:
     problems = _gather(str(problem) if problem else "", world, what)
     if problem is not None:
         raise problem
-    for site, text in enumerate(problems):
+    for process, text in enumerate(problems):
         if text:
-            raise _OtherSiteFailed(f"site {site}: {text}")
+            raise _OtherSiteFailed(f"site {process // world.ranks}: {text}")
 
 
 def _agree_on_run(config: TrainConfig, world: World) -> tuple[TrainConfig, Path | None]:
@@ -220,7 +221,7 @@ def _agree_on_run(config: TrainConfig, world: World) -> tuple[TrainConfig, Path 
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, run_dir=run_dir))
     problem: Exception | None = None
     try:
-        if world.site == 0:
+        if world.process == 0:
             check_folder(config)
     except ValueError as error:
         problem = error
@@ -230,13 +231,13 @@ def _agree_on_run(config: TrainConfig, world: World) -> tuple[TrainConfig, Path 
     target = Path(config.run.resume)
     if run_of(target) != target:  # a checkpoint by name
         try:
-            ckpt.require_whole(target, world.site)
+            ckpt.require_whole(target)
         except ckpt.CheckpointError as error:
             problem = error
         _agree(problem, world, "the checkpoint")
         return config, target
     with with_others("the checkpoint", world.site):
-        found = ckpt.newest_common(target / CHECKPOINTS, world.site, world.num_sites)
+        found = ckpt.newest_common(target / CHECKPOINTS, None, world.processes)
     if found is None:
         raise ckpt.CheckpointError(
             f"there is no whole checkpoint to resume in {target / CHECKPOINTS}"
@@ -260,13 +261,16 @@ def _make_log(site: TrainingSite, resumed: Path | None) -> RunLog:
     log.say(f"run {site.run_dir}: {site.data.description}")
     counts = plan.count_parameters(config.model)
     over = f" over {site.link}" if site.link else ""
+    ranks = f" of {world.ranks} ranks" if world.ranks > 1 else ""
     log.say(
-        f"{world.num_sites} sites x {config.inner.batch_size} x {config.model.seq_len} tokens, "
-        f"replication {site.placement.replication}, {config.outer.optimizer}, "
+        f"{world.num_sites} sites{ranks} x {config.inner.batch_size} x {config.model.seq_len} "
+        f"tokens, replication {site.placement.replication}, {config.outer.optimizer}, "
         f"{config.outer.codec} on the wire{over}; {counts.total / 1e6:.2f} M parameters, "
         f"{counts.sparse_share:.0%} in experts; {site.device}, {torch.get_num_threads()} threads "
-        "per site"
+        f"per {'rank' if world.ranks > 1 else 'site'}"
     )
+    for note in site.notes:
+        log.say(note)
     if resumed is not None:
         log.say(f"resumed from {resumed}: round {site.round}, step {step}")
         log.event("resumed", round=site.round, step=step, path=str(resumed))
@@ -281,7 +285,7 @@ def run_site(config: TrainConfig, world: World, stop: StopRequest) -> int:
     """
     use_threads(config.sites.threads, world)
     device = choose_device(config.run.device, world)
-    with joined(world, config.outer.timeout_s):
+    with joined(world, config.outer.timeout_s, device.type):
         config, resumed = _agree_on_run(config, world)
         data = _open_data(config, world)
         config = config.with_vocab(data.vocab_size)
@@ -289,7 +293,7 @@ def run_site(config: TrainConfig, world: World, stop: StopRequest) -> int:
         if world.leads_machine:
             saved = dataclasses.replace(config.run, resume=None)
             save_config(dataclasses.replace(config, run=saved), site.run_dir / CONFIG)
-        log = _make_log(site, resumed) if world.site == 0 else None
+        log = _make_log(site, resumed) if world.process == 0 else None
         stop.install()
         with log or nullcontext():
             job = _Job(site, stop, log)
@@ -302,11 +306,13 @@ def run_site(config: TrainConfig, world: World, stop: StopRequest) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The process of one site; returns its exit code, or ends the process when a site is lost."""
     args = sys.argv[1:] if arguments is None else arguments
-    site, code = None, 1
+    where, code = "fomoe train", 1
     try:
         config = job_config(args, "python -m fomoe_ext.train")
-        world = find_world(config.sites.sites)
-        site = world.site
+        world = find_world(config.sites.sites, ranks_per_site=config.sites.ranks_per_site)
+        where = f"fomoe train, site {world.site}"
+        if world.ranks > 1:
+            where += f", rank {world.rank}"
         return run_site(config, world, StopRequest())
     except (PeerLost, _OtherSiteFailed) as error:
         message, code = error, EXIT_PEER_LOST
@@ -315,7 +321,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message, code = error, EXIT_PEER_LOST if lost else 1
     except (ValueError, TypeError, OSError, ckpt.CheckpointError) as error:
         message = error
-    where = "fomoe train" if site is None else f"fomoe train, site {site}"
     print(f"{where}: {message}", file=sys.stderr, flush=True)
     end_now(code)
     return code

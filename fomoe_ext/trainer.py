@@ -1,4 +1,8 @@
-"""What one site does in a job: local steps, meetings, checkpoints, validation, its counts."""
+"""What a site does in a job: local steps, meetings, checkpoints, validation, its counts.
+
+With several ranks a site's batch is shared among them, experts by the mesh and all else by FSDP;
+this is then one rank, all of a site go through the same calls, and the first speaks for it.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +19,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from fomoe_ext import checkpoint as ckpt
 from fomoe_ext import plan
 from fomoe_ext.assemble import local_tensors, own_global_tensors
 from fomoe_ext.config import InnerConfig, OuterConfig, TrainConfig
 from fomoe_ext.data import TextData
+from fomoe_ext.dense import average_experts, shard_dense
 from fomoe_ext.evaluate import Validation, evaluate
 from fomoe_ext.link import parse_link
+from fomoe_ext.mesh import local_tensor, make_mesh
 from fomoe_ext.model import LanguageModel, optimizer_groups
 from fomoe_ext.outer import OuterOptions, OuterSync, RoundReport, SiteGroups
 from fomoe_ext.outer.groups import Handle, gather_objects
 from fomoe_ext.placement import Placement
 from fomoe_ext.plan import RoundNote
+from fomoe_ext.resume import Resumed, load_into, of_site, state_of
 from fomoe_ext.runs import CHECKPOINTS
 from fomoe_ext.tally import Tally, build_report, site_part
-from fomoe_ext.training_state import join_state, split_state
 from fomoe_ext.world import StopRequest, World, with_others
 
 
@@ -56,7 +63,7 @@ def make_optimizer(model: LanguageModel, inner: InnerConfig) -> torch.optim.Opti
 
 
 class TrainingSite:
-    """One site of a job, from its start or from a checkpoint to the report."""
+    """A site of a job (one of its ranks), from its start or from a checkpoint to the report."""
 
     def __init__(
         self,
@@ -66,26 +73,34 @@ class TrainingSite:
         device: torch.device,
         resume: Path | None,
     ) -> None:
-        """`config` is resolved; `resume` is a checkpoint. All sites must make theirs together."""
+        """`config` is resolved; `resume` is a checkpoint. All processes must make theirs at once.
+
+        Raises CheckpointError for a checkpoint of another job.
+        """
         self.config, self.world, self.data, self.device = config, world, data, device
         self.run_dir = config.run.run_dir or Path(".")
         self.started = time.perf_counter()
         self.rounds, self.local_steps = config.run.resolved_rounds, config.run.local_steps
         self.autocast = torch.bfloat16 if config.run.dtype == "bfloat16" else None
-        state = None
-        if resume is not None:
-            check_same_job(ckpt.read_manifest(resume), config, resume)
-            state = join_state(
-                ckpt.load_state(resume, world.site),
-                partial(ckpt.load_tensors, resume),
-                f"site{world.site}/",
-            )
-            placement = Placement.from_dict(state["sync"]["placement"])
-        else:
-            placement = plan.job_placement(config)
+        resumed = None if resume is None else find_state(resume, config, world.site)
+        placement = plan.job_placement(config) if resumed is None else resumed.placement
+        self.mesh: DeviceMesh | None = None
+        if world.ranks > 1:
+            with with_others("the mesh", world.site):
+                self.mesh = make_mesh(
+                    world.num_sites, world.ranks, config.sites.replicas, device.type
+                )
         self.model = LanguageModel(
-            config.model, placement, world.site, config.run.seed, device=device
+            config.model,
+            placement,
+            world.site,
+            config.run.seed,
+            mesh=self.mesh,
+            rank_experts=plan.rank_experts(config, placement, world.site),
+            device=device,
         )
+        if world.ranks > 1:
+            shard_dense(self.model, self.model.blocks, world.num_sites, world.ranks)
         if resume is not None:
             ckpt.load_global_model(resume, self.model)
         self.optimizer = make_optimizer(self.model, config.inner)
@@ -97,7 +112,15 @@ class TrainingSite:
                 placement,
                 world.site,
                 inner_optimizer=self.optimizer,
-                groups=SiteGroups(world.num_sites, world.site, outer.timeout_s, link=link),
+                groups=SiteGroups(
+                    world.num_sites,
+                    world.site,
+                    outer.timeout_s,
+                    link=link,
+                    rank=world.rank,
+                    ranks=world.ranks,
+                ),
+                mesh=self.mesh,
                 **outer_options(config),
             )
         self.batches = data.train_batches(
@@ -109,8 +132,16 @@ class TrainingSite:
         self._round_rows = torch.zeros((), dtype=torch.int64, device=device)
         self._round_slots = 0
         self._notes: tuple[Handle, Tensor] | None = None
-        if state is not None:
-            self._load(state)
+        self.notes: list[str] = []
+        """What the user is to be told of the start."""
+        if resumed is not None:
+            assert resume is not None
+            load_into(self, resumed, partial(ckpt.load_tensors, resume))
+            if not resumed.same:
+                self.notes.append(
+                    f"counts begin anew: the checkpoint is of {resumed.num_sites} sites, or of "
+                    "another placement"
+                )
         self._before_s = self.tally.wall_s
 
     # ------------------------------------------------------------------------------ local steps
@@ -122,7 +153,8 @@ class TrainingSite:
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes this site has sent so far in meetings, for moved experts and in notes."""
+        """Bytes this process has sent so far to other sites in meetings, for moved experts and in
+        notes."""
         return self.sync.bytes_sent + self.tally.note_bytes
 
     @property
@@ -138,12 +170,14 @@ class TrainingSite:
     def _local_step(self) -> Tensor:
         """One optimizer step on this site's next batch; returns the cross entropy, detached."""
         inner, ddp = self.config.inner, self.config.outer.optimizer == "ddp"
-        tokens = next(self.batches).to(self.device)
+        tokens = self._share(next(self.batches)).to(self.device)
         with torch.autocast(
             self.device.type, dtype=self.autocast, enabled=self.autocast is not None
         ):
             loss = self.model.loss(tokens)
         loss.total.backward()
+        if self.mesh is not None:
+            average_experts(self.model, self.mesh)
         if ddp:
             self.sync.reduce_gradients()
         if inner.grad_clip:
@@ -157,22 +191,29 @@ class TrainingSite:
         self.optimizer.zero_grad()
         return loss.cross_entropy.detach()
 
+    def _share(self, batch: Tensor) -> Tensor:
+        """This rank's sequences of the site's batch."""
+        return batch.chunk(self.world.ranks)[self.world.rank]
+
     @torch.no_grad()
     def _count(self, tokens: Tensor, loss: Tensor) -> None:
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        self.tally.gradient_bytes = sum(grad.nbytes for grad in grads)
+        self.tally.gradient_bytes = sum(local_tensor(grad).nbytes for grad in grads)
         self.tally.steps += 1
         self.steps_in_round += 1
         count = tokens[:, 1:].numel()
         self.tally.tokens += count
         self._round_loss += loss
-        for layer in self.model.moe_layers():
+        layers = self.model.moe_layers()
+        # A site's ranks move its selection biases together.
+        loads = self.sync.ranks.sum_(torch.stack([layer.load_since_update for layer in layers]))
+        for layer, load in zip(layers, loads, strict=True):
             assert layer.stats is not None
             self._round_rows += layer.stats.rows
-            residents = layer.experts.num_resident
+            residents = len(layer.site_experts)
             chosen = layer.top_k if layer.router_scope == "global" else min(layer.top_k, residents)
             self._round_slots += count * chosen
-            layer.update_selection_bias()
+            layer.update_selection_bias(load)
 
     def take_local_steps(self, stop: StopRequest, after_step: Callable[[Tensor], None]) -> None:
         """The round's remaining local steps, cut short when this site is asked to stop.
@@ -182,8 +223,14 @@ class TrainingSite:
         """
         outer = self.config.outer
         all_of_them = outer.optimizer == "ddp" or outer.staggered
-        while self.steps_in_round < self.local_steps and (all_of_them or not stop.asked):
+        while self.steps_in_round < self.local_steps and (all_of_them or not self._asked(stop)):
             after_step(self._local_step())
+
+    def _asked(self, stop: StopRequest) -> bool:
+        """Whether any rank of this site was asked to stop."""
+        if self.world.ranks == 1:
+            return stop.asked
+        return bool(self.sync.ranks.sum_(torch.tensor(int(stop.asked), device=self.device)))
 
     def exchange_notes(self, stop: bool) -> list[RoundNote]:
         """Tells all sites how the round went here, and returns the notes of all.
@@ -191,25 +238,46 @@ class TrainingSite:
         With overlap nobody waits: these are the notes of the round before (after the first round
         this site's own, which asks nobody to stop).
         """
-        note = RoundNote(
-            stop=float(stop),
-            steps=self.tally.steps,
-            loss=float(self._round_loss),
-            rows=float(self._round_rows),
-            slots=self._round_slots,
-        )
+        ranks = self.sync.ranks
         with with_others(f"the notes of round {self.round + 1}", self.world.site):
-            own = torch.tensor(note, dtype=torch.float64)
-            handle, notes, sent = self.sync.groups.gather_numbers(own)
-            self.tally.note_bytes += sent
-            if self.config.outer.overlap and handle is not None:
-                before, self._notes = self._notes, (handle, notes)
-                if before is None:
-                    return [note._replace(stop=0.0)]
-                handle, notes = before
-            if handle is not None:
-                handle.wait()
+            parts = ranks.gather((stop, self.round_counts()))
+            loss, rows, slots = of_site([counts for _, counts in parts])
+            note = RoundNote(
+                stop=float(any(asked for asked, _ in parts)),
+                steps=self.tally.steps,
+                loss=loss,
+                rows=rows,
+                slots=slots,
+            )
+            return ranks.tell(lambda: self._swap_notes(note))
+
+    def _swap_notes(self, note: RoundNote) -> list[RoundNote]:
+        handle, notes, sent = self.sync.groups.gather_numbers(
+            torch.tensor(note, dtype=torch.float64)
+        )
+        self.tally.note_bytes += sent
+        if self.config.outer.overlap and handle is not None:
+            before, self._notes = self._notes, (handle, notes)
+            if before is None:
+                return [note._replace(stop=0.0)]
+            handle, notes = before
+        if handle is not None:
+            handle.wait()
         return [RoundNote(*numbers) for numbers in notes.tolist()]
+
+    def round_counts(self) -> tuple[float, int, int]:
+        """Sum of this rank's losses, rows and slots of the round so far."""
+        return float(self._round_loss), int(self._round_rows), self._round_slots
+
+    def set_round_counts(self, counts: tuple[float, int, int]) -> None:
+        """Goes on from what `round_counts` said."""
+        self._round_loss.fill_(counts[0])
+        self._round_rows.fill_(counts[1])
+        self._round_slots = counts[2]
+
+    def local_tensors(self) -> dict[str, Tensor]:
+        """This rank's parameters and persistent buffers by name."""
+        return local_tensors(self.model)
 
     # --------------------------------------------------------------------------------- meetings
 
@@ -223,9 +291,10 @@ class TrainingSite:
         self._tell_of(outcome)
         self.tally.rows += int(self._round_rows)
         self.tally.slots += self._round_slots
-        self.tally.planned_bytes += plan.meeting_bytes(
-            self.config, placement, self.world.site, self.round
-        )
+        if self.world.rank == 0:
+            self.tally.planned_bytes += plan.meeting_bytes(
+                self.config, placement, self.world.site, self.round
+            )
         self.steps_in_round = 0
         self._round_slots = 0
         self._round_loss.zero_()
@@ -243,7 +312,7 @@ class TrainingSite:
     def _tell_of(self, outcome: RoundReport) -> None:
         self.tally.exchange_s += outcome.exchange_s
         self.tally.healed += len(outcome.healed)
-        if outcome.healed:
+        if outcome.healed and self.world.rank == 0:
             print(
                 f"site {self.world.site}: restored from the majority after round {self.round}: "
                 f"{', '.join(outcome.healed)}",
@@ -280,6 +349,7 @@ class TrainingSite:
                 self.world.site,
                 max_tokens=max_tokens,
                 autocast=self.autocast,
+                ranks=self.sync.ranks,
             )
         self.tally.validation_s += result.seconds
         self.tally.validation_bytes += result.bytes_sent
@@ -311,29 +381,21 @@ class TrainingSite:
 
     def _save(self, steps: int, local: dict[str, Tensor] | None) -> Path:
         self.tally.wall_s = self._before_s + time.perf_counter() - self.started
-        state = {
-            "sync": self.sync.state_dict(),
-            "optimizer": self.optimizer.state_dict()["state"],
-            "data": self.batches.state_dict(),
-            "tally": self.tally.state_dict(),
-            "steps_in_round": self.steps_in_round,
-            "round_loss": float(self._round_loss),
-            "round_rows": int(self._round_rows),
-            "round_slots": self._round_slots,
-            "local": local,
-        }
         with with_others("the checkpoint", self.world.site):
+            state, named = state_of(self, local)
+            ranks = self.sync.ranks
             parts = own_global_tensors(
-                self.model, self.placement, self.world.site, local_tensors(self.model)
+                self.model, self.placement, self.world.site, local_tensors(self.model), ranks
             )
-            numbers, named = split_state(state, f"site{self.world.site}/")
             return ckpt.save_checkpoint(
                 self.run_dir / CHECKPOINTS,
                 ckpt.checkpoint_name(steps),
                 parts,
-                numbers,
+                state,
                 site=self.world.site,
                 num_sites=self.world.num_sites,
+                rank=ranks.rank,
+                ranks_per_site=ranks.size,
                 round=self.round,
                 meta=job_identity(self.config),
                 named=named,
@@ -344,30 +406,17 @@ class TrainingSite:
         for name, target in local_tensors(self.model).items():
             target.copy_(tensors[name])
 
-    def _load(self, state: dict[str, Any]) -> None:
-        fresh = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": fresh})
-        self.sync.load_state_dict(state["sync"])
-        self.batches.load_state_dict(state["data"])
-        self.tally = Tally.from_state(state["tally"])
-        self.steps_in_round = state["steps_in_round"]
-        self._round_loss += state["round_loss"]
-        self._round_rows += state["round_rows"]
-        self._round_slots = state["round_slots"]
-        if state["local"] is not None:
-            self._restore(state["local"])
-
     # ----------------------------------------------------------------------------------- report
 
     def memory(self) -> dict[str, int]:
-        """Bytes of this site's tensors by the parts of `plan.SiteMemory`."""
+        """Bytes of this process's tensors by the parts of `plan.SiteMemory`."""
         states = self.optimizer.state.values()
         tensors = [v for state in states for v in state.values() if isinstance(v, Tensor)]
         anchor, outer_state, error_feedback = self.sync.state_bytes()
         return {
-            "parameters": sum(p.nbytes for p in self.model.parameters()),
+            "parameters": sum(local_tensor(p).nbytes for p in self.model.parameters()),
             "gradients": self.tally.gradient_bytes,
-            "inner_state": sum(t.nbytes for t in tensors if t.dim()),
+            "inner_state": sum(local_tensor(t).nbytes for t in tensors if t.dim()),
             "anchor": anchor,
             "outer_state": outer_state,
             "error_feedback": error_feedback,
@@ -375,7 +424,7 @@ class TrainingSite:
 
     def model_hash(self) -> str:
         """SHA-256 over the parameters' bits of the whole model; a collective."""
-        everyone = gather_objects(self.sync.hashes(), self.world.num_sites)
+        everyone = gather_objects(self.sync.hashes(), self.world.processes)
         digests = {name: digest for hashes in everyone for name, digest in hashes.items()}
         return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()
 
@@ -384,9 +433,13 @@ class TrainingSite:
         self.tally.wall_s = self._before_s + time.perf_counter() - self.started
         self.tally.bytes_sent = self.bytes_sent
         self.tally.agreements = self.sync.agreements
-        own = site_part(self.world.site, self.tally, self.memory(), self.config, self.round)
         with with_others("the report", self.world.site):
-            parts = gather_objects(own, self.world.num_sites)
+            own = self.sync.ranks.gather((self.tally.state_dict(), self.memory()))
+            tally = Tally.of_ranks([Tally.from_state(state) for state, _ in own])
+            memory = {part: sum(m[part] for _, m in own) for part in own[0][1]}
+            mine = site_part(self.world.site, tally, memory, self.config, self.round)
+            mine["rank_memory"] = max(sum(m.values()) for _, m in own)
+            parts = gather_objects(mine, self.world.processes)[:: self.world.ranks]
             model_hash = self.model_hash()
         return build_report(
             self.config,
@@ -424,7 +477,7 @@ _OUTER_FIELDS = tuple(
 
 
 def job_identity(config: TrainConfig) -> dict[str, Any]:
-    """What a resumed job must have in common with the one that wrote the checkpoint."""
+    """What a checkpoint's manifest says of its job; `check_same_job` tells what must be alike."""
     return {
         "model": asdict(config.model),
         "sites": config.sites.sites,
@@ -436,10 +489,28 @@ def job_identity(config: TrainConfig) -> dict[str, Any]:
     }
 
 
+def find_state(path: Path, config: TrainConfig, site: int) -> Resumed:
+    """A checkpoint's state as a site of this job goes on from it. Raises CheckpointError."""
+    manifest = ckpt.read_manifest(path)
+    check_same_job(manifest, config, path)
+    state = ckpt.load_state(path, site % manifest.num_sites)
+    placement = Placement.from_dict(state["sync"]["placement"])
+    sites = config.sites
+    same = (placement.num_sites, placement.replication) == (sites.sites, sites.replication)
+    if sites.placement_file is not None:
+        same = same and placement == plan.job_placement(config)
+    wanted = placement if same else plan.job_placement(config)
+    return Resumed(state, wanted, same, manifest.num_sites)
+
+
 def check_same_job(manifest: ckpt.Manifest, config: TrainConfig, path: Path) -> None:
-    """Raises CheckpointError naming what differs between a checkpoint's job and this one."""
-    mine = job_identity(config)
-    for key, wanted in mine.items():
+    """Raises CheckpointError naming what differs between a checkpoint's job and this one.
+
+    Sites and replication may.
+    """
+    for key, wanted in job_identity(config).items():
+        if key in ("sites", "replication"):
+            continue
         found = manifest.meta.get(key)
         if key == "model" and isinstance(found, dict):
             differing = [name for name in wanted if found.get(name) != wanted[name]]

@@ -1,7 +1,8 @@
-"""The process of one site: its place among the others, threads, device, signals and errors.
+"""A process of a job: its site, its rank there, threads, device, signals and errors.
 
-A site is started by `fomoe train` (see `fomoe_ext.launch`) or by torchrun; both say by the same
-environment variables which site it is. Without them the job is one site, this process.
+It is started by `fomoe train` (see `fomoe_ext.launch`) or by torchrun; both say by the same
+environment variables which one it is: process site * ranks_per_site + rank. Without them the job is
+one site, this process.
 """
 
 from __future__ import annotations
@@ -30,49 +31,69 @@ class PeerLost(RuntimeError):
 
 @dataclass(frozen=True)
 class World:
-    """Which site this is, of how many, and which one on this machine, of how many."""
+    """Which site this is, of how many; which rank in it; which process of this machine."""
 
     site: int = 0
     num_sites: int = 1
-    local_site: int = 0
-    local_sites: int = 1
+    local_process: int = 0
+    local_processes: int = 1
+    rank: int = 0
+    ranks: int = 1
+
+    @property
+    def process(self) -> int:
+        """This process's rank in torch.distributed's default group."""
+        return self.site * self.ranks + self.rank
+
+    @property
+    def processes(self) -> int:
+        """All processes of the job."""
+        return self.num_sites * self.ranks
 
     @property
     def leads_machine(self) -> bool:
-        """Whether this is the first site of its machine."""
-        return self.local_site == 0
+        """Whether this is the first process of its machine."""
+        return self.local_process == 0
 
 
-def find_world(num_sites: int, environment: Mapping[str, str] = os.environ) -> World:
+def find_world(
+    num_sites: int, environment: Mapping[str, str] = os.environ, ranks_per_site: int = 1
+) -> World:
     """The world that the launcher or torchrun describes in the environment.
 
-    Raises ValueError when it is not one of `num_sites` processes.
+    With torchrun a site is a run of `ranks_per_site` processes: on one machine a site, --node-rank
+    is the site. Raises ValueError when it is not one of num_sites * ranks_per_site processes.
     """
+    wanted = num_sites * ranks_per_site
+    words = f"sites is {num_sites}"
+    if ranks_per_site > 1:
+        words += f" of ranks_per_site = {ranks_per_site}"
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if "RANK" not in environment:
-        if num_sites == 1:
+        if wanted == 1:
             return World()
         raise ValueError(
-            f"this is one process and sites is {num_sites}: start with `fomoe train --sites "
-            f"{num_sites}`, or with torchrun and {num_sites} processes"
+            f"this is one process and {words}: start with `fomoe train --sites "
+            f"{num_sites}`, or with torchrun and {wanted} processes"
         )
     try:
-        world = World(*(int(environment[name]) for name in names))
+        process, processes, *local = (int(environment[name]) for name in names)
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"{', '.join(names)} must be numbers as torchrun sets them: {error}"
         ) from None
-    if world.num_sites != num_sites:
+    if processes != wanted:
         raise ValueError(
-            f"sites is {num_sites}, but there are {world.num_sites} processes: start as many as "
-            "there are sites (torchrun --nnodes, --nproc-per-node), or give --sites"
+            f"{words}, but there are {processes} processes: start {wanted} (torchrun --nnodes, "
+            "--nproc-per-node), or give --sites or --ranks-per-site; all sites have as many ranks"
         )
-    return world
+    site, rank = divmod(process, ranks_per_site)
+    return World(site, num_sites, *local, rank, ranks_per_site)
 
 
 def use_threads(threads: int, world: World) -> None:
-    """Sets torch's threads; 0 = this machine's cores shared among its sites."""
-    torch.set_num_threads(threads or max(1, cores() // world.local_sites))
+    """Sets torch's threads; 0 = this machine's cores shared among its processes."""
+    torch.set_num_threads(threads or max(1, cores() // world.local_processes))
 
 
 def choose_device(wanted: str, world: World) -> torch.device:
@@ -90,7 +111,7 @@ def choose_device(wanted: str, world: World) -> torch.device:
         raise ValueError("device is cuda, but torch sees no GPU")
     if missing:
         raise ValueError(f"device is cuda, but there are no CUDA kernels for {', '.join(missing)}")
-    return torch.device("cuda", world.local_site % torch.cuda.device_count())
+    return torch.device("cuda", world.local_process % torch.cuda.device_count())
 
 
 def _end_with_launcher(descriptor: int) -> None:
@@ -104,19 +125,23 @@ def _end_with_launcher(descriptor: int) -> None:
 
 
 @contextmanager
-def joined(world: World, timeout_s: float) -> Iterator[None]:
-    """Inside, torch.distributed's default group is that of all sites (none for a single site)."""
+def joined(world: World, timeout_s: float, device: str = "cpu") -> Iterator[None]:
+    """Inside, torch.distributed's default group is that of all processes (none for a single one).
+
+    `device`: the type on which the ranks of a site exchange rows and dense parameters.
+    """
     if LAUNCHER_FD in os.environ:
         _end_with_launcher(int(os.environ[LAUNCHER_FD]))
-    if world.num_sites == 1:
+    if world.processes == 1:
         yield
         return
+    inside = world.ranks > 1 and device == "cuda"
     with with_others("joining the other sites", world.site):
         dist.init_process_group(
-            "gloo",
+            "cpu:gloo,cuda:nccl" if inside else "gloo",
             init_method=os.environ.get(RENDEZVOUS, "env://"),
-            rank=world.site,
-            world_size=world.num_sites,
+            rank=world.process,
+            world_size=world.processes,
             timeout=timedelta(seconds=timeout_s),
         )
     yield

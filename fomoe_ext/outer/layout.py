@@ -53,7 +53,8 @@ class Piece:
     @property
     def numel(self) -> int:
         """Elements."""
-        return self.tensor.numel() if self.row is None else self.tensor[self.row].numel()
+        shape = self.tensor.shape if self.row is None else self.tensor.shape[1:]
+        return shape.numel()
 
     def part_of(self, tensor: Tensor) -> Tensor:
         """This piece's place in a tensor of the same shape (a moment, a gradient), flat."""

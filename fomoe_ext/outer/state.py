@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from fomoe_ext import wire
 from fomoe_ext.placement import Placement
 
 if TYPE_CHECKING:
@@ -50,10 +52,18 @@ def _tensors(sync: OuterSync) -> dict[str, dict[str, Tensor]]:
     }
 
 
+def require_rules(sync: OuterSync, state: Mapping[str, Any]) -> None:
+    """Raises ValueError unless a state is of the same outer optimizer and codec."""
+    for what, mine in (("optimizer", sync.rule.name), ("codec", sync.codec.name)):
+        if what not in state:
+            raise ValueError(f"state must be as OuterSync.state_dict makes it (no {what})")
+        if state[what] != mine:
+            raise ValueError(f"state is of {what} {state[what]!r}, this is {mine!r}")
+
+
 def load_state_dict(sync: OuterSync, state: Mapping[str, Any]) -> None:
     """`OuterSync.load_state_dict`."""
     try:
-        given, codec = state["optimizer"], state["codec"]
         placement = Placement.from_dict(state["placement"])
         stored = {what: dict(state[what]) for what in _TENSORS}
         numbers = {name: int(state[name]) for name in _NUMBERS}
@@ -61,10 +71,7 @@ def load_state_dict(sync: OuterSync, state: Mapping[str, Any]) -> None:
         tokens: Tensor = state["tokens"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"state must be as OuterSync.state_dict makes it ({error!r})") from None
-    if given != sync.rule.name:
-        raise ValueError(f"state is of optimizer {given!r}, this is {sync.rule.name!r}")
-    if codec != sync.codec.name:
-        raise ValueError(f"state is of codec {codec!r}, this is {sync.codec.name!r}")
+    require_rules(sync, state)
     if placement != sync.placement:
         raise ValueError("state is of another placement than this OuterSync")
     mine = _tensors(sync)
@@ -84,3 +91,65 @@ def load_state_dict(sync: OuterSync, state: Mapping[str, Any]) -> None:
         setattr(sync, name, number)
     if sync.warmup is not None:
         sync.warmup.progress = warming
+
+
+# ---- by parameter: for checkpoints that other sites, ranks or placements read -------------------
+
+
+@torch.no_grad()
+def by_parameter(sync: OuterSync, vectors: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Vectors of all `sync.layouts` as fp32 tensors of the parameters' shapes, by parameter's id.
+
+    Every rank gets what it holds of the parameters; a collective of the site's ranks.
+    """
+    result = {
+        id(p): torch.zeros_like(p, dtype=torch.float32)
+        for p in sync.model.parameters()
+        if p.requires_grad
+    }
+    if sync.lane is not None:
+        flats = sync.lane.numbered(vectors)
+        for fragment in sync.lane.fragments:
+            sync.lane.push(fragment, flats, lambda parameter: result[id(parameter)])
+        return result
+    for layout, vector in zip(sync.layouts, vectors, strict=True):
+        for piece, place in layout.slices():
+            piece.part_of(result[id(piece.tensor)]).copy_(vector[place])
+    return result
+
+
+@torch.no_grad()
+def from_parameters(
+    sync: OuterSync, tensors: Mapping[int, Tensor], vectors: Sequence[Tensor]
+) -> None:
+    """Fills vectors of all `sync.layouts` with what `by_parameter` returned; a collective."""
+    if sync.lane is not None:
+        targets = sync.lane.numbered(vectors)
+        for fragment in sync.lane.fragments:
+            found = sync.lane.pull(fragment, lambda parameter: tensors[id(parameter)])
+            for number, flat in found.items():
+                targets[number].copy_(flat)
+        return
+    for layout, vector in zip(sync.layouts, vectors, strict=True):
+        for piece, place in layout.slices():
+            vector[place].copy_(piece.part_of(tensors[id(piece.tensor)]))
+
+
+def share_errors(sync: OuterSync) -> dict[str, Tensor]:
+    """Error feedback of the sums that this rank encodes, by layout and bucket of the site: views.
+
+    The same names and sizes with any number of ranks per site.
+    """
+    size = wire.bucket_elements(sync.options.bucket_bytes)
+    result = {}
+    for layout, feedback in zip(sync.layouts, sync.feedback, strict=True):
+        if feedback.shares is None:
+            continue
+        at = 0
+        for start in range(0, layout.numel, size):
+            count = min(size, layout.numel - start)
+            share = wire.share_elements(count, layout.group.size)
+            number = layout.position(start) // size
+            result[f"{layout.name}/{number}"] = feedback.shares[at : at + share]
+            at += share
+    return result

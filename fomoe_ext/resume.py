@@ -1,0 +1,274 @@
+"""A site's training state by name: written by some sites and ranks, read by any others.
+
+Tensors are called as in the global model (`fomoe_ext.assemble`), with what they are before it:
+`momentum/blocks.0.attention.qkv_weight` is of all sites, `site1/exp_avg/...` of one.
+
+At other sites, or with another placement, a job goes on from the global model, the outer momentum
+and the data position. A site's inner optimizer state then comes from an old site: that of its own
+number (modulo the old sites), for experts that this one did not hold from one that did. Errors of
+encoding begin at zero, and counts as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fomoe_ext.assemble import expert_key, named_moe_layers
+from fomoe_ext.checkpoint import CheckpointError
+from fomoe_ext.outer.state import by_parameter, from_parameters, require_rules, share_errors
+from fomoe_ext.placement import Placement
+from fomoe_ext.tally import Tally
+
+if TYPE_CHECKING:
+    from fomoe_ext.outer import OuterSync
+    from fomoe_ext.trainer import TrainingSite
+
+TensorOf = Callable[[nn.Parameter], Tensor | None]
+SourceOf = Callable[[tuple[int, int] | None], int]
+"""The old site that answers for an expert (layer, expert), or for what every site has (None)."""
+
+
+class _Entry(NamedTuple):
+    """A tensor by its name in the global model; of an expert, which (layer, expert)."""
+
+    name: str
+    expert: tuple[int, int] | None
+    tensor: Tensor
+
+
+def _entries(model: nn.Module, tensor_of: TensorOf) -> list[_Entry]:
+    """What this rank holds of tensors shaped as the trained parameters; experts one by one."""
+    stacks: dict[int, tuple[str, int, str, tuple[int, ...]]] = {}
+    for named in named_moe_layers(model):
+        ids = named.layer.experts.resident_experts
+        for part in named.layer.experts.parts:
+            stacks[id(named.layer.experts.part(part))] = (named.path, named.index, part, ids)
+    result = []
+    for name, parameter in model.named_parameters():
+        tensor = tensor_of(parameter) if parameter.requires_grad else None
+        if tensor is None:
+            continue
+        if id(parameter) not in stacks:
+            result.append(_Entry(name, None, tensor))
+            continue
+        path, layer, part, ids = stacks[id(parameter)]
+        for row, expert in enumerate(ids):
+            key = expert_key(path, expert, part)
+            result.append(_Entry(key, (layer, expert), tensor[row]))
+    return result
+
+
+def _local_entries(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A site's own parameters and buffers by name, experts one by one."""
+    result = dict(tensors)
+    for named in named_moe_layers(model):
+        for part in named.layer.experts.parts:
+            prefix = f"{named.path}." if named.path else ""
+            stack = result.pop(f"{prefix}experts.{part}")
+            for row, expert in enumerate(named.layer.experts.resident_experts):
+                result[expert_key(named.path, expert, part)] = stack[row]
+    return result
+
+
+def _inner_names(optimizer: torch.optim.Optimizer) -> list[str]:
+    """What the inner optimizer keeps in the shape of its parameters."""
+    names: dict[str, None] = {}
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
+                names[name] = None
+    return list(names)
+
+
+def _steps(site: TrainingSite) -> dict[str, float]:
+    """The optimizer's step of each parameter that it keeps one for."""
+    return {
+        name: float(site.optimizer.state[p]["step"])
+        for name, p in site.model.named_parameters()
+        if "step" in site.optimizer.state.get(p, {})
+    }
+
+
+def _shared_vectors(sync: OuterSync) -> dict[str, list[Tensor]]:
+    """What all holders have alike, by name; the same names on all ranks."""
+    if sync.rule.name == "ddp":
+        return {}
+    return {"anchor": sync.anchors} | ({"momentum": sync.momenta} if sync.rule.momentum else {})
+
+
+def _own_vectors(sync: OuterSync) -> dict[str, list[Tensor]]:
+    """The site's own error of every layout; zeros for one where nothing is lost."""
+    if not (sync.codec.lossy and sync.options.error_feedback):
+        return {}
+    errors = [
+        torch.zeros(la.numel, device=la.pieces[0].tensor.device) if f.own is None else f.own
+        for la, f in zip(sync.layouts, sync.feedback, strict=True)
+    ]
+    return {"error": errors}
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def state_of(
+    site: TrainingSite, local: Mapping[str, Tensor] | None
+) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    """What `checkpoint.save_checkpoint` takes: numbers, on the site's first rank, and tensors.
+
+    `local`: the site's own parameters and buffers, where they are not those of the global model. A
+    collective of the site's ranks.
+    """
+    sync, ranks, own = site.sync, site.sync.ranks, f"site{site.world.site}"
+    numbers = {
+        key: value for key, value in sync.state_dict().items() if not isinstance(value, Tensor)
+    }
+    for what in ("anchor", "momentum", "error", "share_error"):
+        numbers.pop(what)
+    parts = ranks.gather((sync.bytes_sent, site.tally.state_dict(), site.round_counts()))
+    numbers["bytes_sent"] = sum(sent for sent, _, _ in parts)
+    named: dict[str, Tensor] = {}
+    inner, kept = _inner_names(site.optimizer), site.optimizer.state
+    for name in inner:
+        for entry in _entries(site.model, lambda p, name=name: kept.get(p, {}).get(name)):
+            named[f"{own}/{name}/{entry.name}"] = entry.tensor
+    alone = {f"{own}/{what}": vectors for what, vectors in _own_vectors(sync).items()}
+    for what, vectors in (_shared_vectors(sync) | alone).items():
+        tensors = by_parameter(sync, vectors)
+        for entry in _entries(site.model, lambda p, found=tensors: found.get(id(p))):
+            named[f"{what}/{entry.name}"] = entry.tensor
+    named |= {f"{own}/share/{name}": tensor for name, tensor in share_errors(sync).items()}
+    if local is not None:
+        entries = _local_entries(site.model, local)
+        named |= {f"{own}/local/{name}": tensor for name, tensor in entries.items()}
+    tokens = ranks.sum_(sync.tokens.clone())
+    if not ranks.leads:
+        return None, named
+    named[f"{own}/tokens"] = tokens
+    state = {
+        "sync": numbers,
+        "inner": {"names": inner, "steps": _steps(site)},
+        "data": site.batches.state_dict(),
+        "tally": Tally.of_ranks([Tally.from_state(t) for _, t, _ in parts]).state_dict(),
+        "steps_in_round": site.steps_in_round,
+        "round_counts": of_site([counts for _, _, counts in parts]),
+        "local": local is not None,
+    }
+    return state, named
+
+
+def of_site(counts: list[tuple[float, int, int]]) -> tuple[float, int, int]:
+    """Loss, rows and slots of a round of a site from those of its ranks."""
+    losses, rows, slots = zip(*counts, strict=True)
+    return sum(losses) / len(losses), sum(rows), sum(slots)
+
+
+# ---------------------------------------------------------------------------------------- reading
+
+
+class Resumed(NamedTuple):
+    """A checkpoint's state, as this site will go on from it."""
+
+    state: dict[str, Any]
+    placement: Placement
+    same: bool
+    """Whether it is of as many sites with the same placement: then all of the state is kept."""
+    num_sites: int
+    """Sites that wrote it."""
+
+
+def source_of(resumed: Resumed, site: int) -> SourceOf:
+    """Which old site this site's own state comes from."""
+    old = Placement.from_dict(resumed.state["sync"]["placement"])
+
+    def source(expert: tuple[int, int] | None) -> int:
+        wanted = site % resumed.num_sites
+        if expert is None:
+            return wanted
+        owners = old.owners(*expert)
+        return wanted if wanted in owners else owners[site % len(owners)]
+
+    return source
+
+
+@torch.no_grad()
+def load_into(
+    site: TrainingSite, resumed: Resumed, read: Callable[[Mapping[str, Tensor]], None]
+) -> None:
+    """Goes on from a checkpoint; the global model has been loaded. A collective of the site.
+
+    `read` fills tensors by name. Raises ValueError or CheckpointError for a state of another job.
+    """
+    state, sync = resumed.state, site.sync
+    if not resumed.same and state["steps_in_round"]:
+        raise CheckpointError(
+            "a checkpoint in the middle of a round can be resumed with its own sites, replication "
+            "and placement only"
+        )
+    source = source_of(resumed, site.world.site)
+    wanted = _inner_targets(site, state["inner"], source)
+    own = f"site{site.world.site}"
+    vectors = _shared_vectors(sync)
+    if resumed.same:
+        vectors |= {f"{own}/{what}": found for what, found in _own_vectors(sync).items()}
+        wanted |= {f"{own}/share/{n}": tensor for n, tensor in share_errors(sync).items()}
+        if state["local"]:
+            entries = _local_entries(site.model, site.local_tensors())
+            wanted |= {f"{own}/local/{name}": tensor for name, tensor in entries.items()}
+        if sync.ranks.leads:
+            wanted[f"{own}/tokens"] = sync.tokens
+    shaped = {what: by_parameter(sync, found) for what, found in vectors.items()}
+    for what, tensors in shaped.items():
+        for entry in _entries(site.model, lambda p, found=tensors: found.get(id(p))):
+            wanted[f"{what}/{entry.name}"] = entry.tensor
+    require_rules(sync, state["sync"])
+    read(wanted)
+    for what, found in vectors.items():
+        from_parameters(sync, shaped[what], found)
+    _load_numbers(site, resumed)
+
+
+def _inner_targets(
+    site: TrainingSite, inner: Mapping[str, Any], source: SourceOf
+) -> dict[str, Tensor]:
+    """Makes the inner optimizer's state and names what is to be read into it."""
+    optimizer, steps = site.optimizer, inner["steps"]
+    usual = max(steps.values(), default=0.0)
+    for name, parameter in site.model.named_parameters():
+        if not parameter.requires_grad or not inner["names"]:
+            continue
+        entry = {what: torch.zeros_like(parameter) for what in inner["names"]}
+        if steps:
+            device = parameter.device
+            step = torch.tensor(steps.get(name, usual), dtype=torch.float32, device=device)
+            entry = {"step": step, **entry}
+        optimizer.state[parameter] = entry
+    return {
+        f"site{source(entry.expert)}/{what}/{entry.name}": entry.tensor
+        for what in inner["names"]
+        for entry in _entries(site.model, lambda p, what=what: optimizer.state[p][what])
+    }
+
+
+def _load_numbers(site: TrainingSite, resumed: Resumed) -> None:
+    state, sync = resumed.state, site.sync
+    numbers, leads = state["sync"], sync.ranks.leads
+    for name in ("round", "steps", "reductions"):
+        setattr(sync, name, int(numbers[name]))
+    site.batches.load_state_dict(state["data"])
+    tally = Tally.from_state(state["tally"])
+    loss, rows, slots = state["round_counts"]
+    if not resumed.same:
+        site.tally = Tally(steps=tally.steps, from_round=sync.round, from_step=tally.steps)
+        return
+    sync.agreements = int(numbers["agreements"])
+    # Sums of a site are its first rank's from here on.
+    sync.bytes_sent = int(numbers["bytes_sent"]) if leads else 0
+    site.tally = tally if leads else tally.without_counts()
+    site.steps_in_round = state["steps_in_round"]
+    site.set_round_counts((loss, rows, slots) if leads else (loss, 0, 0))
+    if sync.warmup is not None:
+        sync.warmup.progress = {(a, b): (c, d) for a, b, c, d in numbers["warmup"]}
