@@ -153,12 +153,13 @@ def wanted_mode(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def active_link(
-    environment: Mapping[str, str] = os.environ, link: Link | None = None
+    environment: Mapping[str, str] = os.environ, link: Link | None = None, ranks: int = 1
 ) -> tuple[CountedLink | None, str]:
     """What this site must count (None = nothing), and the report's words ("" = there is no link).
 
-    `link` is the job's: it is counted where no launcher has said anything (torchrun). Raises
-    ValueError for a malformed FOMOE_LINK.
+    `link` is the job's: it is counted where no launcher has said anything (torchrun). Each of the
+    site's `ranks` counts for itself, with its share of the rate. Raises ValueError for a malformed
+    FOMOE_LINK.
     """
     value = environment.get(VARIABLE)
     if value is not None:
@@ -178,7 +179,9 @@ def active_link(
         words = "rate by the kernel (private network namespaces), latency counted"
         return CountedLink(link, rate=False), f"{describe(link)}: {words}"
     if mode == "counted":
-        return CountedLink(link), f"{describe(link)}: counted delays"
+        shared = f", the rate shared by {ranks} ranks" if ranks > 1 else ""
+        share = link._replace(bandwidth=link.bandwidth / ranks)
+        return CountedLink(share), f"{describe(link)}: counted delays{shared}"
     raise ValueError(f"{VARIABLE} must end in kernel, rate or counted, got {value!r}")
 
 

@@ -261,10 +261,13 @@ def site_memory(
 
 
 def job_memory(config: TrainConfig, placement: Placement | None, site: int = 0) -> SiteMemory:
-    """`site_memory` of a job's model with its optimizers and codec."""
+    """`site_memory` of a job's model with its optimizers and codec, of all ranks of the site."""
+    of_job = placement or job_placement(full_replica(config))
+    if config.sites.ranks_per_site > 1:
+        ranks = rank_memories(config, of_job, site)
+        return SiteMemory(*(sum(parts) for parts in zip(*ranks, strict=True)))
     feedback = 0
-    if config.outer.codec != "fp32" and config.outer.error_feedback:
-        of_job = placement or job_placement(full_replica(config))
+    if _feeds_back(config):
         feedback = sum(
             n + wire.own_elements(n, len(owners), config.outer.codec, config.outer.bucket_bytes)
             for fragment in _elements(config, of_job, site)
@@ -280,6 +283,72 @@ def job_memory(config: TrainConfig, placement: Placement | None, site: int = 0) 
         outer_momentum=config.outer.resolved_momentum,
         error_feedback=feedback,
     )
+
+
+def rank_memories(config: TrainConfig, placement: Placement, site: int) -> list[SiteMemory]:
+    """Bytes on each rank of a site: experts as they are shared out (once per replica), dense
+    parameters by rows, what the outer optimizer keeps by buckets.
+    """
+    sites, model, outer = config.sites, config.model, config.outer
+    sharing = sites.ranks_per_site // sites.replicas
+    cuts = rank_experts(config, placement, site) or [
+        spread_experts(placement.resident(layer, site), sharing)
+        for layer in range(placement.num_layers)
+    ]
+    sets = wire.owner_sets(placement)
+    anchors = 0 if outer.optimizer == "ddp" else 1
+    momenta = anchors if outer.resolved_momentum > 0 else 0
+    result = []
+    for rank in range(sites.ranks_per_site):
+        experts = sum(len(cut[rank % sharing]) for cut in cuts) * expert_parameters(model)
+        unit = FLOAT_BYTES * (experts + _dense_share(model, rank, sites.ranks_per_site))
+        kept = lost = 0
+        for number, fragment in enumerate(_elements(config, placement, site)):
+            for owners, numel in fragment.parameters.items():
+                turn = sets.index(owners) + number
+                mine = wire.lane_elements(
+                    numel, turn, rank, sites.ranks_per_site, outer.bucket_bytes
+                )
+                kept += mine
+                if len(owners) > 1 and _feeds_back(config):
+                    codec, size = outer.codec, outer.bucket_bytes
+                    lost += mine + wire.own_elements(mine, len(owners), codec, size)
+        result.append(
+            SiteMemory(
+                parameters=unit,
+                gradients=unit,
+                inner_state=unit * (2 if config.inner.inner_optimizer == "adamw" else 1),
+                anchor=FLOAT_BYTES * anchors * kept,
+                outer_state=FLOAT_BYTES * momenta * kept,
+                error_feedback=FLOAT_BYTES * lost,
+            )
+        )
+    return result
+
+
+def _dense_share(model: ModelConfig, rank: int, ranks: int) -> int:
+    """Elements of dense parameters and routers that a rank holds: of each, rows in equal runs."""
+    width, layers, shared = model.hidden_size, model.num_layers, model.shared_expert_size
+    wide = expert_matrices(model, shared) // width - shared
+    tensors = [
+        (model.vocab_size, width, 1),
+        (3 * width, width, layers),
+        (width, width, layers),
+        (model.num_experts, width, layers),
+        (wide, width, layers),
+        (width, shared, layers),
+        (width, 1, 4 * layers + 2),
+    ]
+
+    def held(rows: int) -> int:
+        each = -(-rows // ranks)
+        return min(rows, each * (rank + 1)) - min(rows, each * rank)
+
+    return sum(held(rows) * size * times for rows, size, times in tensors)
+
+
+def _feeds_back(config: TrainConfig) -> bool:
+    return config.outer.codec != "fp32" and config.outer.error_feedback
 
 
 def _one_of(name: str, value: str, choices: Sequence[str]) -> None:

@@ -102,6 +102,7 @@ def make_plan(config: TrainConfig, options: PlanOptions) -> dict[str, Any]:
             "hidden_s": cost.hidden_s,
             "utilization": cost.utilization,
             "memory_parts": memory._asdict(),
+            "rank_memory": max(m.total for m in plan.rank_memories(job, placement, site)),
             "bandwidth_needed": needed,
         }
     counts = count_parameters(config.model)
@@ -114,6 +115,7 @@ def make_plan(config: TrainConfig, options: PlanOptions) -> dict[str, Any]:
         "preset": config.preset,
         "parameters": {"total": counts.total, "experts": counts.sparse},
         "sites": config.sites.sites,
+        "ranks_per_site": config.sites.ranks_per_site,
         "replication": config.sites.replication,
         "local_steps": config.run.local_steps,
         "rounds": config.run.resolved_rounds,
@@ -174,12 +176,23 @@ def plan_tables(planned: Mapping[str, Any]) -> list[ReportTable]:
         ),
         f"At {options['latency_ms']:g} ms; by none: latency alone takes more.",
     )
+    several = planned["ranks_per_site"] > 1
     memory = ReportTable(
         "Memory per site, without activations",
-        ("", *(part.replace("_", " ") for part in first["memory_parts"])),
-        tuple(
-            (name, *map(human_bytes, job["memory_parts"].values())) for name, job in jobs.items()
+        (
+            "",
+            *(part.replace("_", " ") for part in first["memory_parts"]),
+            *(["of a rank, at most"] if several else []),
         ),
+        tuple(
+            (
+                name,
+                *map(human_bytes, job["memory_parts"].values()),
+                *([human_bytes(job["rank_memory"])] if several else []),
+            )
+            for name, job in jobs.items()
+        ),
+        f"A site has {planned['ranks_per_site']} ranks." if several else "",
     )
     return [cost, bandwidth, memory, arithmetic_table(planned["flops_per_token"])]
 

@@ -59,7 +59,13 @@ def _result(report: Mapping[str, Any]) -> ReportTable:
     if first is not None:
         text = f"{first['bits_per_byte']:.3f} after round {first['round']}"
         rows.insert(2, ("earliest bits per byte", text))
-    note = f"{run['sites']} sites, replication {run['replication']}, {run['data']}"
+    ranks = f" of {run['ranks_per_site']} ranks" if run["ranks_per_site"] > 1 else ""
+    note = f"{run['sites']} sites{ranks}, replication {run['replication']}, {run['data']}"
+    if run["from_round"]:
+        note += (
+            f". Bytes, tokens and times are since round {run['from_round']}, when the job was "
+            "resumed with other sites or another placement"
+        )
     return ReportTable("Result", ("", ""), tuple(rows), note)
 
 
@@ -165,8 +171,16 @@ def _memory(report: Mapping[str, Any]) -> ReportTable:
         ("", *names),
         tuple(rows),
         f"The model has {human_count(counts['total'])} parameters, "
-        f"{counts['sparse'] / counts['total']:.0%} of them in experts. Counted from tensors held.",
+        f"{counts['sparse'] / counts['total']:.0%} of them in experts. Counted from tensors held"
+        f"{_of_ranks(report)}.",
     )
+
+
+def _of_ranks(report: Mapping[str, Any]) -> str:
+    if report["run"]["ranks_per_site"] == 1:
+        return ""
+    largest = max(site["rank_memory"] for site in report["sites"])
+    return f", by all ranks of a site; no rank holds more than {human_bytes(largest)}"
 
 
 def _load(report: Mapping[str, Any]) -> ReportTable:

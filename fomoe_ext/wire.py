@@ -132,6 +132,23 @@ def own_elements(numel: int, members: int, codec: str, bucket_bytes: int) -> int
     return sum(share_elements(n, members) for n in bucket_sizes(numel, bucket_bytes))
 
 
+def owner_sets(placement: Placement) -> list[Owners]:
+    """All sets of sites that share something, in ascending order."""
+    return sorted({tuple(range(placement.num_sites)), *placement.owner_sets()})
+
+
+def lane_of(bucket: int, turn: int, ranks: int) -> int:
+    """The rank of a site that meets for a bucket: they take turns. `turn` is where the buckets of
+    an owner set and fragment begin, the place of the one among `owner_sets` plus the other."""
+    return (bucket + turn) % ranks
+
+
+def lane_elements(numel: int, turn: int, rank: int, ranks: int, bucket_bytes: int) -> int:
+    """Elements of `numel` for which a rank of a site meets."""
+    sizes = bucket_sizes(numel, bucket_bytes)
+    return sum(n for bucket, n in enumerate(sizes) if lane_of(bucket, turn, ranks) == rank)
+
+
 def fragment_of_block(block: int, fragments: int) -> int:
     """The fragment that a block of the model meets with, blocks counted from 0.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import struct
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from fomoe_ext import checkpoint as ckpt
 from fomoe_ext.training_state import (
     _file_numbers,
     from_json,
-    join_state,
     read_tensors,
-    split_state,
     tensor_names,
     to_json,
     write_tensors,
@@ -120,31 +116,3 @@ def test_numbers_come_back_bit_for_bit():
 def test_what_json_does_not_have_is_refused(wrong):
     with pytest.raises(TypeError, match=r"state\['a'\]\[1\] must be of numbers"):
         to_json({"a": [0, wrong]})
-
-
-def test_a_nest_with_tensors_is_split_and_joined(tmp_path):
-    state = {
-        "optimizer": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(3, 2)}, 7: {}},
-        "list": [torch.arange(4), (torch.ones(2, dtype=torch.bfloat16), "x"), None],
-        "local": None,
-        "loss": math.inf,
-    }
-    numbers, named = split_state(state, "site1/")
-    assert sorted(named) == [
-        "site1/list/0",
-        "site1/list/1/0",
-        "site1/optimizer/0/exp_avg",
-        "site1/optimizer/0/step",
-    ]
-    path = ckpt.save_checkpoint(
-        tmp_path, "step-00000001", [], numbers, site=0, num_sites=1, round=0, named=named
-    )
-    back = join_state(ckpt.load_state(path, 0), partial(ckpt.load_tensors, path), "site1/")
-    assert list(back["optimizer"]) == [0, 7] and type(back["list"][1]) is tuple
-    assert back["optimizer"][0]["step"].shape == () and back["optimizer"][0]["step"] == 3
-    assert torch.equal(back["optimizer"][0]["exp_avg"], state["optimizer"][0]["exp_avg"])
-    assert torch.equal(back["list"][0], state["list"][0])
-    assert back["list"][1][0].dtype == torch.bfloat16 and back["list"][1][1] == "x"
-    assert back["local"] is None and back["loss"] == math.inf
-    with pytest.raises(ValueError, match="two tensors at 1"):
-        split_state({1: torch.ones(1), "1": torch.ones(1)})

@@ -161,7 +161,7 @@ class SiteGroups:
         """Seconds after which an exchange fails."""
         self._timeout = timedelta(seconds=timeout_s)
         self._groups: dict[Owners, SiteGroup | None] = {}
-        self.link, self.link_words = active_link(link=link)
+        self.link, self.link_words = active_link(link=link, ranks=ranks)
         if num_sites == 1:
             self.create([self.everyone])
             return

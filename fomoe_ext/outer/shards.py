@@ -114,7 +114,7 @@ class Lane:
         moves = self._moves.setdefault(layout.fragment, [])
         length = [0] * ranks.size
         for number, start in enumerate(range(0, layout.numel, size)):
-            lane = (number + turn) % ranks.size
+            lane = wire.lane_of(number, turn, ranks.size)
             for part in layout.parts(start, min(start + size, layout.numel)):
                 piece = part.piece
                 assert piece.home is not None

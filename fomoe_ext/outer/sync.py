@@ -178,7 +178,7 @@ class OuterSync:
         self.layouts, self.bias_layouts = self.site_layouts, self.site_biases
         self.lane: Lane | None = None
         if self.ranks.size > 1:
-            turns = sorted({self.groups.everyone, *placement.owner_sets()})
+            turns = wire.owner_sets(placement)
             self.lane = Lane(
                 self.site_layouts, self.site_biases, self.ranks, self.options.bucket_bytes, turns
             )
