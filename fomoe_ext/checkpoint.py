@@ -10,8 +10,8 @@ A checkpoint is a folder:
 
 It is written under a temporary name and renamed when all of it is there, so a folder with its final
 name is whole. Sites need not share a file system: then each machine has the files of its own sites,
-and all have index and manifest. Nothing in it is a pickle. Process site * ranks_per_site + rank of
-torch.distributed's default group is a site's rank.
+and all have index and manifest; to resume, every machine needs all of them. Nothing in it is a
+pickle. Process site * ranks_per_site + rank of torch.distributed's default group is a site's rank.
 """
 
 from __future__ import annotations

@@ -59,9 +59,9 @@ def _result(report: Mapping[str, Any]) -> ReportTable:
     if first is not None:
         text = f"{first['bits_per_byte']:.3f} after round {first['round']}"
         rows.insert(2, ("earliest bits per byte", text))
-    ranks = f" of {run['ranks_per_site']} ranks" if run["ranks_per_site"] > 1 else ""
+    ranks = f" of {run['ranks_per_site']} ranks" if run.get("ranks_per_site", 1) > 1 else ""
     note = f"{run['sites']} sites{ranks}, replication {run['replication']}, {run['data']}"
-    if run["from_round"]:
+    if run.get("from_round"):
         note += (
             f". Bytes, tokens and times are since round {run['from_round']}, when the job was "
             "resumed with other sites or another placement"
@@ -177,7 +177,7 @@ def _memory(report: Mapping[str, Any]) -> ReportTable:
 
 
 def _of_ranks(report: Mapping[str, Any]) -> str:
-    if report["run"]["ranks_per_site"] == 1:
+    if report["run"].get("ranks_per_site", 1) == 1:
         return ""
     largest = max(site["rank_memory"] for site in report["sites"])
     return f", by all ranks of a site; no rank holds more than {human_bytes(largest)}"

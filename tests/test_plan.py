@@ -266,3 +266,56 @@ def test_overlap_hides_meetings():
     assert cost.utilization == pytest.approx(cost.local_s / (cost.local_s + max(0, shown)))
     needed = plan.bandwidth_needed(cost, 0.95, 0.01)
     assert needed < plan.bandwidth_needed(bare, 0.95, 0.01)
+
+
+# ---- a site of several ranks ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_ranks_share_a_site_of_the_same_memory_and_bytes(codec, ranks):
+    sites = {"sites": 2, "replication": 1}
+    options = {"inner": {"batch_size": 12}, "outer": {"codec": codec, "bucket_bytes": 4096}}
+    one = config_of(sites=sites, **options)
+    many = config_of(sites=sites | {"ranks_per_site": ranks}, **options)
+    placement = plan.job_placement(one)
+    for site in range(2):
+        of_ranks = plan.rank_memories(many, placement, site)
+        whole = plan.job_memory(one, placement, site)
+        assert len(of_ranks) == ranks
+        assert [sum(parts) for parts in zip(*of_ranks, strict=True)] == list(whole)
+        assert max(m.total for m in of_ranks) < 1.1 * whole.total / ranks
+        assert plan.job_memory(many, placement, site) == whole
+        assert plan.meeting_bytes(many, placement, site) == plan.meeting_bytes(one, placement, site)
+
+
+def test_replicas_hold_experts_again():
+    sites = {"sites": 2, "replication": 1, "ranks_per_site": 4}
+    options = {"inner": {"batch_size": 4}}
+    once, twice = (config_of(sites=sites | {"replicas": n}, **options) for n in (1, 2))
+    placement = plan.job_placement(once)
+    more = [
+        b - a
+        for a, b in zip(
+            plan.job_memory(once, placement), plan.job_memory(twice, placement), strict=True
+        )
+    ]
+    experts = 4 * plan.site_parameters(once.model, placement, 0).sparse
+    assert more == [experts, experts, 2 * experts, 0, 0, 0]
+
+
+def test_ranks_hold_the_experts_that_a_load_says(tmp_path):
+    model = config_of().model
+    load = [[float(e == 0 or e == 1) for e in range(model.num_experts)]] * model.num_layers
+    (tmp_path / "load.json").write_text(json.dumps(load))
+    sites = {"sites": 1, "replication": 1, "ranks_per_site": 2}
+    options = {"inner": {"batch_size": 2}}
+    config = config_of(sites=sites | {"spread_by": tmp_path / "load.json"}, **options)
+    placement = plan.job_placement(config)
+    for first, second in plan.rank_experts(config, placement, 0):
+        assert (0 in first) != (1 in first)
+        assert sorted(first + second) == list(range(model.num_experts))
+    assert plan.rank_experts(config_of(sites=sites, **options), placement, 0) is None
+    (tmp_path / "load.json").write_text(json.dumps(load[1:]))
+    with pytest.raises(ValueError, match="spread_by"):
+        plan.rank_experts(config, placement, 0)
