@@ -29,6 +29,9 @@ class VectorJob:
         self.result = torch.full_like(vector, float("nan"))
         self.reads, self.writes = torch.zeros(self.numel), torch.zeros(self.numel)
 
+    def position(self, element: int) -> int:
+        return element
+
     def encode(self, start: int, stop: int, payload: Tensor) -> None:
         payload.copy_(self.codec.encode(self.vector[start:stop]))
         self.reads[start:stop] += 1

@@ -290,8 +290,8 @@ def shapes_and_state(rank: int, ranks: int, folder: str) -> dict[str, Any]:
     x = tokens(5, HIDDEN, seed=rank)
     ys = [each(x) for each in (layer, other, again)]
     dense = nn.Sequential(nn.Linear(HIDDEN, 20), nn.SiLU(), nn.Linear(20, HIDDEN))
-    nn.init.normal_(dense[0].weight, generator=torch.Generator().manual_seed(1))
-    nn.init.normal_(dense[2].weight, generator=torch.Generator().manual_seed(2))
+    for seed, parameter in enumerate(dense.parameters()):  # the same on all ranks
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         copied = MoELayer.from_dense(dense, 7, top_k=3, mesh=mesh_of(ranks))(x)
         difference = normalised_error(copied, dense(x))

@@ -99,13 +99,21 @@ class OuterSync:
         not ready, and MeetingError when sites differ in arguments or initial parameters.
         """
         self.ranks = SiteRanks(mesh, placement.num_sites, site)
-        who = {"rank": self.ranks.rank, "ranks": self.ranks.size}
-        self.groups = groups or SiteGroups(placement.num_sites, site, timeout_s, **who)
-        for name, wanted in {"num_sites": placement.num_sites, "site": site, **who}.items():
-            if getattr(self.groups, name) != wanted:
-                raise ValueError(
-                    f"groups must be of {name} {wanted}, got those of {getattr(self.groups, name)}"
-                )
+        rank, ranks = self.ranks.rank, self.ranks.size
+        self.groups = groups or SiteGroups(
+            placement.num_sites, site, timeout_s, rank=rank, ranks=ranks
+        )
+        given = self.groups
+        if (given.num_sites, given.site) != (placement.num_sites, site):
+            raise ValueError(
+                f"groups must be of site {site} of {placement.num_sites}, got those of site "
+                f"{given.site} of {given.num_sites}"
+            )
+        if (given.rank, given.ranks) != (rank, ranks):
+            raise ValueError(
+                f"groups must be of rank {rank} of {ranks} of the site, got those of rank "
+                f"{given.rank} of {given.ranks}"
+            )
         self.model, self.placement, self.site = model, placement, site
         self.inner_optimizer = inner_optimizer
         problem: Exception | None = None
