@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ from test_sharded_train import (
     state_of,
     text,  # noqa: F401  a fixture
 )
+from test_train import environment, require_gone, start_and_wait_for
 from torch import Tensor
 
 from fomoe_ext import checkpoint as ckpt
@@ -153,6 +156,48 @@ def test_a_stop_in_the_middle_of_a_round(flags, tmp_path):  # noqa: F811
         resumed(run, *["--sites", "4", "--ranks-per-site", "1", "--replication", "2"])
     result = resumed(run, "--ranks-per-site", "1")
     assert result.code == 0 and result.report["sites"][0]["steps"] == 800
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+def test_the_death_of_a_rank_ends_the_job(flags, tmp_path):  # noqa: F811
+    arguments = [*flags, *TWO.split(), "--run-dir", str(tmp_path / "run"), "--rounds", "4000"]
+    process, ranks = start_and_wait_for("round    2/", *arguments)
+    assert len(ranks) == 4
+    environments = {pid: b"\0" + Path(f"/proc/{pid}/environ").read_bytes() for pid in ranks}
+    victim = next(pid for pid, found in environments.items() if b"\0RANK=3\0" in found)
+    os.kill(victim, signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "site 1, rank 1 was killed by SIGKILL" in said
+    require_gone(ranks)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def test_torchrun_on_two_machines(flags, whole, tmp_path):  # noqa: F811
+    """A node per site; the numbers are those of `fomoe train`."""
+    run, port = tmp_path / "run", str(free_port())
+    words = [sys.executable, "-P", "-m", "torch.distributed.run", "--nnodes", "2"]
+    words += ["--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", port]
+    job = ["-m", "fomoe_ext.train", *flags, *JOB, "--run-dir", str(run)]
+    nodes = [
+        subprocess.Popen(
+            [*words, "--node-rank", str(node), *job],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment() | {"GLOO_SOCKET_IFNAME": "lo"},
+        )
+        for node in range(2)
+    ]
+    for node in nodes:
+        said, _ = node.communicate(timeout=120)
+        assert node.returncode == 0, said
+    same(model_of(ckpt.list_checkpoints(run / "checkpoints")[-1]), model_of(whole.checkpoint))
 
 
 def test_a_process_knows_its_site_and_rank():
