@@ -421,6 +421,9 @@ class RunConfig:
     """Validate every so many rounds, and at the end; 0 = only at the end."""
     eval_tokens: int = 65536
     """Validation tokens used before the end; at the end eight times as many."""
+    probe_tokens: int = 0
+    """Validation tokens that all sites route before and after every meeting, to measure how stable
+    routing is (metrics.jsonl, report); 0 = none."""
     checkpoint_rounds: int = 0
     """Write a checkpoint every so many rounds, and at the end; 0 = only at the end."""
     tensorboard: bool = True
@@ -433,7 +436,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         at = "run."
         _at_least(at, 0, seed=self.seed, eval_rounds=self.eval_rounds)
-        _at_least(at, 0, checkpoint_rounds=self.checkpoint_rounds)
+        _at_least(at, 0, checkpoint_rounds=self.checkpoint_rounds, probe_tokens=self.probe_tokens)
         _at_least(at, 1, local_steps=self.local_steps, rounds=self.rounds, steps=self.steps)
         _at_least(at, 1, eval_tokens=self.eval_tokens)
 

@@ -207,6 +207,22 @@ def _load(report: Mapping[str, Any]) -> ReportTable:
     return ReportTable(title, ("", "least", "most", "spread"), tuple(rows), note)
 
 
+def _routing(report: Mapping[str, Any]) -> ReportTable:
+    routing = report["routing"]
+    share = lambda value: "-" if value is None else f"{value:.1%}"
+    return ReportTable(
+        "Routing of the probe at the last meeting",
+        ("", ""),
+        (
+            ("same choices on two sites, before the meeting", share(routing["between_sites"])),
+            ("same choices as a meeting ago", share(routing["between_rounds"])),
+            ("entropy of a token's scores", f"{routing['entropy']:.3f} nats"),
+            ("load, standard deviation / mean", f"{routing['load_variation']:.2f}"),
+            ("experts that no token chose", str(routing["dead_experts"])),
+        ),
+    )
+
+
 def arithmetic_table(flops: Mapping[str, Mapping[str, float]]) -> ReportTable:
     """FLOPs per token by kind of job and part of the model."""
     rows = [(kind, *(f"{human_count(row[part])}" for part in row)) for kind, row in flops.items()]
@@ -219,7 +235,8 @@ def report_tables(report: Mapping[str, Any]) -> list[ReportTable]:
     """The tables of a report."""
     makers = (_result, _bytes, _memory, _time)
     tables = [make(report) for make in makers]
-    return [*tables, arithmetic_table(report["flops_per_token"]), _load(report)]
+    tables += [arithmetic_table(report["flops_per_token"]), _load(report)]
+    return [*tables, _routing(report)] if report.get("routing") else tables
 
 
 def _markdown_table(table: ReportTable) -> str:

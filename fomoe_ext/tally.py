@@ -116,11 +116,12 @@ def build_report(
     data: str,
     model_hash: str,
     link: str,
+    routing: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The report (`fomoe_ext.report`) of the parts of all sites and the last validation.
 
     `validation`: loss, bits_per_byte, tokens, load [L][E]. `model_hash`: of all parameters. `link`:
-    what meetings went over, in words.
+    what meetings went over, in words. `routing`: `routing_probe.figures` of the last meeting.
     """
     model, counts = config.model, count_parameters(config.model)
     share = placement.replication / placement.num_sites
@@ -150,6 +151,7 @@ def build_report(
         },
         "validation": dict(validation),
         "first_validation": sites[0]["first_validation"],
+        "routing": None if routing is None else dict(routing),
         "sites": [dict(site) for site in sites],
         "full_replica_memory": {**full._asdict(), "total": full.total},
         "model_parameters": {"total": counts.total, "sparse": counts.sparse},

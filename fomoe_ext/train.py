@@ -94,8 +94,9 @@ class _Job:
                 site.tally.planned_bytes += (site.world.num_sites - 1) * plan.NOTE_BYTES
             self._save(int(max(note.steps for note in notes)))
             return True
+        validated = site.tally.validation_s
         meeting = waited + site.meet()
-        wall = time.perf_counter() - start
+        wall = time.perf_counter() - start - (site.tally.validation_s - validated)
         site.tally.local_s += wall - meeting
         site.tally.meeting_s += meeting
         sent = int(site.sync.ranks.sum_(torch.tensor(site.bytes_sent - sent_before)))
@@ -133,6 +134,8 @@ class _Job:
                 "epoch": site.batches.epoch,
             }
         )
+        if site.routing is not None:
+            self.log.event("routing", round=site.round, step=step, **site.routing)
 
     def _validate(self, max_tokens: int) -> Validation:
         result = self.site.validate(max_tokens)

@@ -36,6 +36,7 @@ from fomoe_ext.outer.groups import Handle, gather_objects
 from fomoe_ext.placement import Placement
 from fomoe_ext.plan import RoundNote
 from fomoe_ext.resume import Resumed, load_into, of_site, state_of
+from fomoe_ext.routing_probe import RoutingProbe, figures
 from fomoe_ext.runs import CHECKPOINTS
 from fomoe_ext.tally import Tally, build_report, site_part
 from fomoe_ext.world import StopRequest, World, with_others
@@ -132,6 +133,9 @@ class TrainingSite:
         self._round_rows = torch.zeros((), dtype=torch.int64, device=device)
         self._round_slots = 0
         self._notes: tuple[Handle, Tensor] | None = None
+        self._probe = self._make_probe() if config.run.probe_tokens else None
+        self.routing: dict[str, Any] | None = None
+        """`routing_probe.figures` of the last meeting, where there is a probe."""
         self.notes: list[str] = []
         """What the user is to be told of the start."""
         if resumed is not None:
@@ -286,6 +290,9 @@ class TrainingSite:
 
         Returns the seconds it took; with ddp those of all reductions of the round.
         """
+        if self._probe is not None:
+            with self._validating():
+                self._probe.before_meeting()
         placement, outcome = self.placement, self.sync.step()
         seconds = outcome.seconds
         self._tell_of(outcome)
@@ -307,7 +314,25 @@ class TrainingSite:
             self.tally.moved_bytes += moved.bytes_sent
             self.tally.planned_bytes += plan.moved_bytes(self.config, old, new, self.world.site)
             seconds += moved.seconds
+        if self._probe is not None:
+            with self._validating(), with_others("the routing probe", self.world.site):
+                parts = gather_objects(self._probe.after_meeting(), self.world.processes)
+                self.routing = figures(parts[:: self.world.ranks], self.config.model.num_experts)
         return seconds
+
+    def _make_probe(self) -> RoutingProbe:
+        model = self.config.model
+        windows = max(1, self.config.run.probe_tokens // model.seq_len)
+        batch = next(iter(self.data.val_batches(windows, 0, 1, max_tokens=windows * model.seq_len)))
+        tokens = batch[:, :-1].to(self.device)
+        return RoutingProbe(self.model, self.model.moe_layers(), tokens)
+
+    @contextmanager
+    def _validating(self) -> Iterator[None]:
+        """What goes on inside counts as validation: it is no part of training."""
+        start = time.perf_counter()
+        yield
+        self.tally.validation_s += time.perf_counter() - start
 
     def _tell_of(self, outcome: RoundReport) -> None:
         self.tally.exchange_s += outcome.exchange_s
@@ -455,6 +480,7 @@ class TrainingSite:
             data=self.data.description,
             model_hash=model_hash,
             link=self.link,
+            routing=self.routing,
         )
 
 
