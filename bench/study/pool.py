@@ -1,0 +1,98 @@
+"""Many short training jobs on one machine, without importing torch anew for every site.
+
+A job is what `fomoe train` runs, `fomoe_ext.train.main` in a process per site with torchrun's
+variables; here the processes are forked from one that has everything imported.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing as mp
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from fomoe_ext.launch import process_environment
+
+TAIL_LINES = 15
+_PRELOAD = ["fomoe_ext.train"]
+
+
+class RunFailed(RuntimeError):
+    """A training job that did not end well; says what it printed last."""
+
+
+def _site(arguments: list[str], environment: dict[str, str], log: str) -> None:
+    os.environ.update(environment)
+    with open(log, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from fomoe_ext import train
+
+    sys.exit(train.main(arguments))
+
+
+def _start(
+    arguments: Sequence[str], num_sites: int, folder: Path
+) -> tuple[list[ForkServerProcess], list[Path]]:
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    base = {"OMP_NUM_THREADS": "1", "FOMOE_DETERMINISTIC": "1"}
+    logs = [folder / f"site-{site}.log" for site in range(num_sites)]
+    processes = []
+    for site, log in enumerate(logs):
+        environment = process_environment(site, num_sites, f"file://{folder}/store", base)
+        environment.pop("PYTHONPATH")
+        process = context.Process(
+            target=_site, args=(list(arguments), environment, str(log)), daemon=True
+        )
+        process.start()
+        processes.append(process)
+    return processes, logs
+
+
+def train(arguments: Sequence[str], num_sites: int) -> dict[str, Any]:
+    """Runs `fomoe train` with these flags and `num_sites` sites of one thread each.
+
+    Returns its report, with "metrics", the lines of metrics.jsonl, and "job_s", the seconds from
+    the start of the processes to the end of the last. Raises RunFailed.
+    """
+    with tempfile.TemporaryDirectory(prefix="fomoe-study-") as name:
+        folder, start = Path(name), time.perf_counter()
+        run_dir = folder / "run"
+        words = [*arguments, "--sites", str(num_sites), "--threads", "1", "--no-tensorboard"]
+        words += ["--run-dir", str(run_dir), "--device", "cpu"]
+        processes, logs = _start(words, num_sites, folder)
+        _wait(processes)
+        failed = [site for site, process in enumerate(processes) if process.exitcode]
+        if failed:
+            tail = "\n".join(logs[failed[0]].read_text(errors="replace").splitlines()[-TAIL_LINES:])
+            codes = [processes[site].exitcode for site in failed]
+            raise RunFailed(f"sites {failed} ended with {codes}: {' '.join(words)}\n{tail}")
+        report = json.loads((run_dir / "report.json").read_text())
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+        report["metrics"] = [json.loads(line) for line in lines]
+        report["job_s"] = time.perf_counter() - start
+        return report
+
+
+def _wait(processes: Sequence[ForkServerProcess]) -> None:
+    """Until all have ended; once one has failed the others are ended."""
+    running = list(processes)
+    try:
+        while running:
+            wait([process.sentinel for process in running])
+            running = [process for process in running if process.is_alive()]
+            if any(p.exitcode for p in processes if p not in running):
+                break
+    finally:
+        for process in running:
+            process.kill()
+        for process in processes:
+            process.join()

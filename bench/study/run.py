@@ -1,0 +1,64 @@
+"""Makes the runs that a table lacks, one after the other."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bench.study import pool, store
+from bench.study.store import Run
+
+
+def machine_facts() -> dict[str, Any]:
+    """Processor, commit, versions (`bench/machine.py`)."""
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    import machine
+
+    return machine.Watch("cpu").facts()
+
+
+def run_missing(name: str, runs: Iterable[Run], path: Path = store.RUNS) -> int:
+    """Runs what the file lacks and keeps each result at once; returns how many failed."""
+    todo = store.missing(runs, path)
+    if not todo:
+        return 0
+    facts, failed, start = machine_facts(), 0, time.perf_counter()
+    for number, run in enumerate(todo, 1):
+        told = {k: v for k, v in run.flags.items() if k in _TOLD}
+        print(f"{name} [{number}/{len(todo)}] {run.sites} sites, seed {run.seed}, {told}", end=" ")
+        sys.stdout.flush()
+        try:
+            report = pool.train(run.arguments(), run.sites)
+        except pool.RunFailed as error:
+            failed += 1
+            print(f"failed\n{error}", flush=True)
+            continue
+        store.append(store.record(run, report, facts), path)
+        each = (time.perf_counter() - start) / number
+        print(
+            f"loss {report['validation']['loss']:.4f} in {report['job_s']:.0f} s, "
+            f"{each * (len(todo) - number) / 60:.0f} min to go",
+            flush=True,
+        )
+    return failed
+
+
+_TOLD = (
+    "replication",
+    "local_steps",
+    "optimizer",
+    "router_scope",
+    "router_mean",
+    "expert_mean",
+    "codec",
+    "stale_experts",
+    "skipped_mass",
+    "placement",
+    "reshuffle_rounds",
+    "reshuffle_moments",
+    "rescale",
+    "rounds",
+)
