@@ -241,6 +241,9 @@ class SitesConfig:
     spread_by: Path | None = None
     """Run folder, or JSON table [layer][expert], with the load of experts: keeps the hot ones of a
     site on different ranks; none = ascending by id."""
+    stale_experts: int = 0
+    """Absent experts per layer of which each site computes a frozen copy, refreshed in meetings;
+    -1 = all of them, so that nothing is skipped."""
     reshuffle_rounds: int = 0
     """Draw a new random placement every so many rounds; 0 = never."""
     reshuffle_warmup: int = 8
@@ -267,6 +270,12 @@ class SitesConfig:
         if self.spread_by is not None and self.ranks_per_site == self.replicas:
             raise ValueError("sites.spread_by needs several ranks that share a site's experts")
         _inside(at, 1, self.sites, replication=self.replication)
+        _at_least(at, -1, stale_experts=self.stale_experts)
+        if self.stale_experts and (self.reshuffle_rounds or self.ranks_per_site > 1):
+            raise ValueError(
+                "sites.stale_experts needs sites.reshuffle_rounds = 0 and sites.ranks_per_site = "
+                f"1, got {self.reshuffle_rounds} and {self.ranks_per_site}"
+            )
         if self.link is not None:
             parse_link(self.link)
         if self.reshuffle_rounds and (self.placement != "random" or self.placement_file):
@@ -348,6 +357,10 @@ class OuterConfig:
     """local-adamw: rounds between averages of the first and the second moment (DES-LOC: 3 6)."""
     moment_codecs: tuple[str, ...] = ()
     """local-adamw: codecs of the two moments; none = fp32 with codec fp32, else bf16."""
+    stale_codec: Literal["fp32", "bf16", "int8", "int4"] = "int8"
+    """How copies of absent experts travel (sites.stale_experts); without error feedback."""
+    stale_period: int = 1
+    """Rounds between two refreshes of these copies."""
     fragments: int = 1
     """The model meets in so many parts, at steps spread over a round."""
     overlap: int = 0
@@ -366,7 +379,7 @@ class OuterConfig:
     def __post_init__(self) -> None:
         at = "outer."
         _at_least(at, 4, bucket_bytes=self.bucket_bytes)
-        _at_least(at, 1, in_flight=self.in_flight)
+        _at_least(at, 1, in_flight=self.in_flight, stale_period=self.stale_period)
         with _in_section(at):
             wire.check_moments(self.moment_periods, self.resolved_moment_codecs)
             wire.check_staggering(self.optimizer, self.fragments, self.overlap, self.overlap_alpha)
@@ -477,6 +490,8 @@ class TrainConfig:
         if self.outer.optimizer == "local-adamw" and self.inner.inner_optimizer != "adamw":
             raise ValueError("outer.optimizer = local-adamw needs inner.inner_optimizer = adamw")
         outer = self.outer
+        if sites.stale_experts:
+            self._check_stale()
         with _in_section("outer."):
             wire.check_staggering(
                 outer.optimizer,
@@ -489,6 +504,27 @@ class TrainConfig:
             raise ValueError(
                 f"outer.fragments must be at most model.num_layers = {self.model.num_layers}, got "
                 f"{outer.fragments}"
+            )
+
+    def _check_stale(self) -> None:
+        absent = self.model.num_experts * (self.sites.sites - self.sites.replication)
+        absent //= self.sites.sites
+        if self.sites.stale_experts > absent:
+            raise ValueError(
+                f"sites.stale_experts must be at most the {absent} experts of a layer that a site "
+                f"does not hold, or -1 for all, got {self.sites.stale_experts}"
+            )
+        if self.model.router_scope != "global":
+            raise ValueError(
+                f"sites.stale_experts needs model.router_scope = global, got "
+                f"{self.model.router_scope}"
+            )
+        outer = self.outer
+        if outer.staggered or outer.optimizer == "ddp":
+            raise ValueError(
+                "sites.stale_experts needs outer.fragments = 1, outer.overlap = 0 and an "
+                f"outer.optimizer that is not ddp, got {outer.fragments}, {outer.overlap} and "
+                f"{outer.optimizer}"
             )
 
     def with_vocab(self, vocab_size: int) -> TrainConfig:

@@ -20,20 +20,21 @@ ExpertWeights = tuple[Tensor, ...]
 _NUMBER = {2: "two", 4: "four"}
 
 
-def resident_ids(resident_experts: Sequence[int] | None, num_experts: int) -> tuple[int, ...]:
-    """The ids in ascending order, checked; None = all experts."""
+def resident_ids(
+    resident_experts: Sequence[int] | None, num_experts: int, name: str = "resident_experts"
+) -> tuple[int, ...]:
+    """The ids in ascending order, checked; None = all experts. `name` is for errors."""
     if resident_experts is None:
         return tuple(range(num_experts))
     try:
         ids = sorted(operator.index(e) for e in resident_experts)
     except TypeError as error:
-        raise TypeError(f"resident_experts must be ints, got {resident_experts!r}") from error
+        raise TypeError(f"{name} must be ints, got {resident_experts!r}") from error
     if len(set(ids)) < len(ids):
-        raise ValueError(f"resident_experts must be distinct, got {ids}")
+        raise ValueError(f"{name} must be distinct, got {ids}")
     if ids and not 0 <= ids[0] <= ids[-1] < num_experts:
         raise ValueError(
-            f"resident_experts must be in 0..{num_experts - 1} (num_experts is {num_experts}), "
-            f"got {ids}"
+            f"{name} must be in 0..{num_experts - 1} (num_experts is {num_experts}), got {ids}"
         )
     return tuple(ids)
 
@@ -245,6 +246,51 @@ class Experts(Residents):
         text = f"{self.hidden_size}, {self.expert_size}, resident={self.num_resident}/"
         text += f"{self.num_experts}, activation={self.activation}"
         return text if self.expand_bias is None else text + ", bias=True"
+
+
+class StaleExperts(Experts):
+    """Frozen copies of experts that are resident elsewhere: computed, but not trained.
+
+    Their weights are buffers that are in no state dict, so that no optimizer, meeting or checkpoint
+    sees them. Input and combine weights get gradients through them, they get none. They begin as
+    the experts themselves do and are refreshed in meetings (`fomoe_ext.outer.stale`).
+    """
+
+    def __init__(self, experts: Experts, stale_experts: Sequence[int]) -> None:
+        """Copies of `stale_experts`, of the sizes and options of a layer's own `experts`.
+
+        Raises ValueError or TypeError for bad ids, or those of experts that are not absent.
+        """
+        ids = resident_ids(stale_experts, experts.num_experts, "stale_experts")
+        present = sorted(set(ids) & set(experts.resident_experts))
+        if present:
+            raise ValueError(f"stale_experts must be absent ones, {present} are resident")
+        weight = experts.expand_weight
+        super().__init__(
+            experts.hidden_size,
+            experts.expert_size,
+            experts.num_experts,
+            activation=experts.activation,
+            bias=experts.expand_bias is not None,
+            resident_experts=ids,
+            layer_index=experts.layer_index,
+            seed=experts.seed,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        for name in self.parts:
+            value = self.get_parameter(name).detach()
+            delattr(self, name)
+            self.register_buffer(name, value, persistent=False)
+
+    def part(self, name: str) -> Tensor:  # type: ignore[override]
+        """The buffer of one of the `parts`."""
+        return self.get_buffer(name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copies."""
+        return sum(self.part(name).nbytes for name in self.parts)
 
 
 def _activate(preact: Tensor, activation: str) -> Tensor:

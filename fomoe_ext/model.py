@@ -167,7 +167,8 @@ class LanguageModel(nn.Module):
 
     `placement` tells which experts `site` holds in each layer; None = all of them. Initial weights
     depend only on `seed` and on what a parameter is, never on the site. `device` may be "meta".
-    `mesh`: of a site of several ranks, as `MoELayer` takes it, and `rank_experts` by layer.
+    `mesh`: of a site of several ranks, as `MoELayer` takes it, and `rank_experts` by layer;
+    `stale_experts`, too, by layer.
     Raises ValueError when the placement is for another model or has no such site.
     """
 
@@ -180,6 +181,7 @@ class LanguageModel(nn.Module):
         *,
         mesh: DeviceMesh | None = None,
         rank_experts: Sequence[Sequence[Sequence[int]]] | None = None,
+        stale_experts: Sequence[Sequence[int]] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -203,6 +205,7 @@ class LanguageModel(nn.Module):
                 dtype,
                 mesh=mesh,
                 rank_experts=None if rank_experts is None else rank_experts[layer],
+                stale_experts=() if stale_experts is None else stale_experts[layer],
             )
             for layer in range(config.num_layers)
         )

@@ -2,7 +2,8 @@
 
     y = shared_expert(x) + sum over the token's slots of w[t, k] * expert[e[t, k]](x[t])
 
-A slot whose expert is not resident is skipped: it costs no row and adds exactly nothing. Shapes use
+A slot whose expert is not resident is skipped: it costs no row and adds exactly nothing, unless the
+layer keeps a frozen copy of that expert (`stale_experts`). Shapes use
 the letters T tokens, K slots per token, E experts, R resident experts, D hidden size, N expert
 size, G = 2 for gated activations and else 1.
 """
@@ -20,7 +21,14 @@ from fomoe_ext import balance as bal
 from fomoe_ext import ops, upcycle
 from fomoe_ext.checks import a_bool, an_int, at_least, finite, one_of
 from fomoe_ext.dispatch import DeviceMesh, make_dispatch
-from fomoe_ext.experts import Experts, ExpertWeights, Residents, SharedExpert, resident_ids
+from fomoe_ext.experts import (
+    Experts,
+    ExpertWeights,
+    Residents,
+    SharedExpert,
+    StaleExperts,
+    resident_ids,
+)
 from fomoe_ext.seeding import fill_normal_
 
 __all__ = ["Experts", "MoELayer", "Router", "SharedExpert"]
@@ -211,6 +219,7 @@ class MoELayer(nn.Module):
         bias_update_rate: float = 1e-3,
         layer_index: int = 0,
         seed: int = 0,
+        stale_experts: Sequence[int] = (),
         mesh: DeviceMesh | None = None,
         rank_experts: Sequence[Sequence[int]] | None = None,
         device: torch.device | str | None = None,
@@ -240,6 +249,8 @@ class MoELayer(nn.Module):
             balance_coef, z_loss_coef: factors of the balance loss and of the router z-loss.
             bias_update_rate: step of the selection bias.
             layer_index, seed: with e all that the initial weights of expert e depend on.
+            stale_experts: ids of absent experts of which frozen copies are computed
+                (`experts.StaleExperts`); for router_scope "global", without a mesh.
             mesh: its axis "expert" shares out the resident experts; None, or one rank: all here.
             rank_experts: by rank of that axis its ids (`spread.spread_experts`); None = chunks.
             device, dtype: of the parameters; float32, bfloat16 or float16.
@@ -287,6 +298,13 @@ class MoELayer(nn.Module):
             resident_experts=self.dispatch.own_experts if self.dispatch else site,
             **common,
         )
+        self.stale: StaleExperts | None = None
+        if len(stale_experts):
+            if router_scope != "global":
+                raise ValueError(f"stale_experts needs router_scope 'global', got {router_scope!r}")
+            if self.dispatch is not None:
+                raise ValueError("stale_experts: not possible in a layer sharded over a mesh")
+            self.stale = StaleExperts(self.experts, stale_experts)
         self.shared_expert: nn.Module | None = None
         if shared_expert_size:
             self.shared_expert = SharedExpert(
@@ -376,6 +394,8 @@ class MoELayer(nn.Module):
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, torch.zeros_like(buffer, device=device))
         self.experts.write_resident_tables()
+        if self.stale is not None:
+            self.stale.to_empty(device=device).reset_parameters()
         self._reset_buffers()
 
     def _reset_buffers(self) -> None:
@@ -388,6 +408,8 @@ class MoELayer(nn.Module):
         """The initial state again, e.g. after building on the meta device and `to_empty`."""
         self.router.reset_parameters()
         self.experts.reset_parameters()
+        if self.stale is not None:
+            self.stale.reset_parameters()
         if isinstance(self.shared_expert, SharedExpert):
             self.shared_expert.reset_parameters()
         self._reset_buffers()
@@ -396,10 +418,12 @@ class MoELayer(nn.Module):
         self, resident_experts: Sequence[int], weights: Mapping[int, ExpertWeights] | None = None
     ) -> tuple[int, ...]:
         """`Experts.set_resident_experts`; in scope "resident" the router chooses among these.
-        RuntimeError for a layer that is sharded over a mesh.
+        RuntimeError for a layer that is sharded over a mesh or has stale experts.
         """
         if self.dispatch is not None:
             raise RuntimeError("set_resident_experts: not possible in a layer sharded over a mesh")
+        if self.stale is not None:
+            raise RuntimeError("set_resident_experts: not possible in a layer with stale experts")
         arrived = self.experts.set_resident_experts(resident_experts, weights)
         if self.allowed is not None and not self.allowed.is_meta:
             torch.ge(self.experts.resident_index, 0, out=self.allowed)
@@ -454,6 +478,10 @@ class MoELayer(nn.Module):
         if self.dispatch is None:
             y, table = self.experts(inputs, weights, experts)
             rows = computed = table.offsets[-1].clone()
+            if self.stale is not None:
+                more, table = self.stale(inputs, weights, experts)
+                y, rows = y + more, rows + table.offsets[-1]
+                computed = rows
             shared = of_shared()
         else:
             y, shared, rows, computed = self.dispatch(

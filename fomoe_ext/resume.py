@@ -144,6 +144,9 @@ def state_of(
     if local is not None:
         entries = _local_entries(site.model, local)
         named |= {f"{own}/local/{name}": tensor for name, tensor in entries.items()}
+    kept = sync.copies is not None and not sync.copies.fresh
+    if sync.copies is not None and kept:
+        named |= {f"{own}/stale/{name}": tensor for name, tensor in sync.copies.tensors().items()}
     tokens = ranks.sum_(sync.tokens.clone())
     if not ranks.leads:
         return None, named
@@ -157,6 +160,8 @@ def state_of(
         "round_counts": of_site([counts for _, _, counts in parts]),
         "local": local is not None,
     }
+    if sync.copies is not None and kept:
+        state["stale"] = sync.copies.description()
     return state, named
 
 
@@ -218,6 +223,9 @@ def load_into(
         if state["local"]:
             entries = _local_entries(site.model, site.local_tensors())
             wanted |= {f"{own}/local/{name}": tensor for name, tensor in entries.items()}
+        if _keeps_copies(site, resumed):
+            copies = sync.copies.tensors()  # type: ignore[union-attr]
+            wanted |= {f"{own}/stale/{name}": tensor for name, tensor in copies.items()}
         if sync.ranks.leads:
             wanted[f"{own}/tokens"] = sync.tokens
     shaped = {what: by_parameter(sync, found) for what, found in vectors.items()}
@@ -229,6 +237,24 @@ def load_into(
     for what, found in vectors.items():
         from_parameters(sync, shaped[what], found)
     _load_numbers(site, resumed)
+
+
+def _keeps_copies(site: TrainingSite, resumed: Resumed) -> bool:
+    """Whether the state has the copies of absent experts, of an earlier meeting than the last."""
+    copies = site.sync.copies
+    return copies is not None and resumed.state.get("stale") == copies.description()
+
+
+def fill_copies(site: TrainingSite, resumed: Resumed, read: Callable[[str], Tensor]) -> None:
+    """Copies of absent experts that `load_into` has not read, from the global model.
+
+    `read` gives its tensors by name. That model is of the last meeting, so the copies are what its
+    refresh made of them; before the first meeting they are as at the start.
+    """
+    copies = site.sync.copies
+    kept = resumed.same and _keeps_copies(site, resumed)
+    if copies is not None and site.round and not kept:
+        copies.fill(read)
 
 
 def _inner_targets(

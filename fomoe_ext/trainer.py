@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fomoe_ext import checkpoint as ckpt
-from fomoe_ext import plan
+from fomoe_ext import plan, stale
 from fomoe_ext.assemble import local_tensors, own_global_tensors
 from fomoe_ext.config import InnerConfig, OuterConfig, TrainConfig
 from fomoe_ext.data import TextData
@@ -35,7 +35,7 @@ from fomoe_ext.outer import OuterOptions, OuterSync, RoundReport, SiteGroups
 from fomoe_ext.outer.groups import Handle, gather_objects
 from fomoe_ext.placement import Placement
 from fomoe_ext.plan import RoundNote
-from fomoe_ext.resume import Resumed, load_into, of_site, state_of
+from fomoe_ext.resume import Resumed, fill_copies, load_into, of_site, state_of
 from fomoe_ext.routing_probe import RoutingProbe, figures
 from fomoe_ext.runs import CHECKPOINTS
 from fomoe_ext.tally import Tally, build_report, site_part
@@ -98,6 +98,10 @@ class TrainingSite:
             config.run.seed,
             mesh=self.mesh,
             rank_experts=plan.rank_experts(config, placement, world.site),
+            stale_experts=[
+                of_sites[world.site]
+                for of_sites in stale.wanted_copies(placement, config.sites.stale_experts)
+            ],
             device=device,
         )
         if world.ranks > 1:
@@ -141,6 +145,9 @@ class TrainingSite:
         if resumed is not None:
             assert resume is not None
             load_into(self, resumed, partial(ckpt.load_tensors, resume))
+            if self.sync.copies is not None:
+                with ckpt.GlobalModelReader(resume) as reader:
+                    fill_copies(self, resumed, reader.tensor)
             if not resumed.same:
                 self.notes.append(
                     f"counts begin anew: the checkpoint is of {resumed.num_sites} sites, or of "

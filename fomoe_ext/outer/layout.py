@@ -24,6 +24,7 @@ from fomoe_ext.placement import Owners, Placement
 
 if TYPE_CHECKING:
     from fomoe_ext.moe import MoELayer
+    from fomoe_ext.stale import Wanted
 
 
 class Home(NamedTuple):
@@ -158,9 +159,17 @@ def _join(path: str, name: str) -> str:
 
 
 def parameter_pieces(
-    model: nn.Module, placement: Placement, site: int, router_mean: str
+    model: nn.Module,
+    placement: Placement,
+    site: int,
+    router_mean: str,
+    copies: Wanted | None = None,
 ) -> list[Piece]:
-    """Pieces of all trained parameters: dense ones, router rows, experts, in that order."""
+    """Pieces of all trained parameters: dense ones, router rows, experts, in that order.
+
+    `copies`: experts, by layer and site, of which sites compute a frozen copy; where router rows
+    are averaged over holders these sites count as such.
+    """
     everyone = tuple(range(placement.num_sites))
     layers = find_moe_layers(model)
     special = {
@@ -180,7 +189,7 @@ def parameter_pieces(
             if rows.requires_grad:
                 key = _join(path, f"router.{part}")
                 everywhere = layer.router_scope == "global"
-                pieces += _rows(key, rows, placement, index, site, everywhere, router_mean)
+                pieces += _rows(key, rows, placement, index, site, everywhere, router_mean, copies)
     for index, (path, layer) in enumerate(layers):
         stacks = {name: layer.experts.part(name) for name in layer.experts.parts}
         shapes = {name: torch.empty(p.shape[1:], device="meta") for name, p in stacks.items()}
@@ -225,13 +234,16 @@ def _rows(
     site: int,
     everywhere: bool,
     mean: str,
+    copies: Wanted | None = None,
 ) -> Iterator[Piece]:
     """One piece per expert: of all sites (averaged over holders or all), or of the holders."""
     everyone = tuple(range(placement.num_sites))
     for expert in range(placement.num_experts):
         owners = placement.owners(layer, expert)
         if everywhere:
-            contributors = owners if mean == "holders" else everyone
+            of_sites = copies[layer] if copies else ()
+            more = [s for s, experts in enumerate(of_sites) if expert in experts]
+            contributors = tuple(sorted({*owners, *more})) if mean == "holders" else everyone
             home = Home(tensor, expert)
             yield Piece(f"{key}.{expert}", tensor, expert, everyone, contributors, home=home)
         elif site in owners:

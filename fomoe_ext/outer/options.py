@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from fomoe_ext import wire
+from fomoe_ext import stale, wire
 from fomoe_ext.checks import a_bool, at_least, one_of
 from fomoe_ext.outer.codec import Codec, get_codec
 from fomoe_ext.outer.optimizer import OuterRule
@@ -58,6 +58,10 @@ class OuterOptions:
     """Buckets under way at once in each direction."""
     on_mismatch: Literal["stop", "heal"] = "stop"
     """When holders differ after a meeting: stop, or take what the majority has."""
+    stale_codec: Literal["fp32", "bf16", "int8", "int4"] = "int8"
+    """How copies of absent experts travel (`MoELayer`'s stale_experts); rounds to nearest."""
+    stale_period: int = 1
+    """Rounds between two refreshes of these copies."""
     seed: int = 0
     """Of stochastic rounding."""
 
@@ -67,6 +71,8 @@ class OuterOptions:
         one_of(("holders", "all"), router_mean=self.router_mean)
         one_of(("equal", "tokens"), expert_mean=self.expert_mean)
         one_of(("stop", "heal"), on_mismatch=self.on_mismatch)
+        one_of(stale.CODECS, stale_codec=self.stale_codec)
+        at_least(1, stale_period=self.stale_period)
         a_bool(error_feedback=self.error_feedback, rescale=self.rescale)
         at_least(0, seed=self.seed)
         at_least(1, in_flight=self.in_flight)

@@ -127,7 +127,7 @@ class Bucket:
         self._sent = self._sent.to(group.device)
         if self._sparse or not self.job.summed:
             return
-        _seal(self._sent)
+        seal(self._sent)
         self._received = torch.empty_like(self._sent)
         self._handle, count = group.scatter(self._received, self._sent)
         self.bytes_sent += count
@@ -144,7 +144,7 @@ class Bucket:
             self._check(list(self._received), others)
             self._sent = self._add_up(self._received)
         assert self._sent is not None
-        _seal(self._sent)
+        seal(self._sent)
         self._received = self._sent.new_empty(group.size, self._bytes)
         self._handle, count = group.gather(self._received, self._sent.view(-1))
         self.bytes_sent += count
@@ -184,14 +184,11 @@ class Bucket:
         self._sent = self._handle = None
 
     def _check(self, payloads: Sequence[Tensor], senders: Sequence[int]) -> None:
-        seals = torch.stack([row[-wire.HASH_BYTES :] for row in payloads])
-        stated = seals.view(torch.int64).flatten().tolist()
-        for site, mine, sent in zip(senders, _hashes(payloads), stated, strict=True):
-            if mine != sent:
-                raise Damaged(
-                    f"the payload of elements {self.start} .. {self.stop - 1} of the sites "
-                    f"{self.job.group.owners} that site {site} sent was damaged on the way"
-                )
+        for row in broken_seals(payloads):
+            raise Damaged(
+                f"the payload of elements {self.start} .. {self.stop - 1} of the sites "
+                f"{self.job.group.owners} that site {senders[row]} sent was damaged on the way"
+            )
 
     def apply(self) -> None:
         """Decodes the sum and hands it to the job."""
@@ -224,8 +221,18 @@ def _hashes(payloads: Iterable[Tensor]) -> list[int]:
     return [value - (1 << 64) if value >> 63 else value for value in unsigned]
 
 
-def _seal(payloads: Tensor) -> None:
-    """Writes the hash of every row behind it."""
+def broken_seals(payloads: Sequence[Tensor]) -> list[int]:
+    """The payloads, by number, that do not end with their hash."""
+    if not len(payloads):
+        return []
+    seals = torch.stack([row[-wire.HASH_BYTES :] for row in payloads])
+    stated = seals.view(torch.int64).flatten().tolist()
+    pairs = zip(_hashes(payloads), stated, strict=True)
+    return [row for row, (mine, sent) in enumerate(pairs) if mine != sent]
+
+
+def seal(payloads: Tensor) -> None:
+    """Writes the hash of every row, uint8 [rows, bytes], into its last bytes."""
     hashes = torch.tensor(_hashes(payloads), dtype=torch.int64)
     seals = hashes.view(torch.uint8).view(len(payloads), wire.HASH_BYTES)
     payloads[:, -wire.HASH_BYTES :] = seals.to(payloads.device)

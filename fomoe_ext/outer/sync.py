@@ -2,9 +2,10 @@
 
 Dense parameters are averaged over all sites, an expert over its holders. Router rows with
 router_scope "global" reach all sites and are averaged over the expert's holders (a row gets its
-gradient there alone; a mean over all sites would shrink it by replication / num_sites) or, with
-router_mean "all", over all sites; with "resident" they travel with their expert. What is averaged,
-and by which rule, is said in `fomoe_ext.outer.optimizer`.
+gradient there alone, and where a copy is computed; a mean over all sites would shrink it by
+replication / num_sites) or, with router_mean "all", over all sites; with "resident" they travel
+with their expert. What is averaged, and by which rule, is said in `fomoe_ext.outer.optimizer`.
+Frozen copies of absent experts (`MoELayer`'s stale_experts) are refreshed at the end of a meeting.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from fomoe_ext import wire
+from fomoe_ext import stale, wire
 from fomoe_ext.checks import at_least
 from fomoe_ext.mesh import SiteRanks
 from fomoe_ext.outer import agreement, gradients
@@ -43,6 +44,7 @@ from fomoe_ext.outer.options import MeetingError, OuterOptions
 from fomoe_ext.outer.reduce import buckets_of, exchange, run_jobs
 from fomoe_ext.outer.reports import ReshuffleReport, RoundReport
 from fomoe_ext.outer.shards import Lane
+from fomoe_ext.outer.stale import StaleCopies, check_stale, wanted_by_all
 from fomoe_ext.placement import Placement
 
 
@@ -122,6 +124,7 @@ class OuterSync:
             if self.options.optimizer == "local-adamw":
                 opt.check_adamw(inner_optimizer)
             check_model(model, placement, site, self.ranks.expert_ranks)
+            check_stale(model, self.options, ranks)
             pieces = parameter_pieces(model, placement, site, self.options.router_mean)
             self._fragments = Fragments(pieces, self.options.fragments)
         except (ValueError, TypeError) as error:
@@ -156,6 +159,10 @@ class OuterSync:
         self.warmup: opt.ArrivalWarmup | None = None
         if inner_optimizer is not None:
             self.warmup = opt.ArrivalWarmup(inner_optimizer, self.moe_layers)
+        self._copied = wanted_by_all(self)
+        self.copies: StaleCopies | None = None
+        if any(experts for layer in self._copied for experts in layer):
+            self.copies = StaleCopies(self, self._copied)
         self.adopt_placement(placement)
         self._fill_anchor()
         self.verify()
@@ -178,7 +185,9 @@ class OuterSync:
     def adopt_placement(self, placement: Placement) -> None:
         """Lays out the pieces for a placement that the model's resident experts are already of."""
         self.placement = placement
-        pieces = parameter_pieces(self.model, placement, self.site, self.options.router_mean)
+        pieces = parameter_pieces(
+            self.model, placement, self.site, self.options.router_mean, self._copied
+        )
         biases = bias_pieces(self.model, placement, self.site)
         self.groups.create(placement.owner_sets())
         self.site_layouts = make_layouts(pieces, self.groups, self._fragments)
@@ -386,9 +395,27 @@ class OuterSync:
                 self._meet_where_due(last=True)
             else:
                 self._meet(0)
+                if self.copies is not None and stale.is_due(self.round + 1, self.copies.period):
+                    self._refresh(self.copies)
             due = wire.moments_due(self.round + 1, self.options.moment_periods)
             self.round += 1
         return self._report(sum(due) if self.rule.name == "local-adamw" else 0)
+
+    def _refresh(self, copies: StaleCopies) -> None:
+        begun = time.perf_counter()
+        self.sent(copies.refresh())
+        self._round_exchange_s += time.perf_counter() - begun
+
+    @torch.no_grad()
+    def refresh_copies(self) -> None:
+        """Makes frozen copies of absent experts those of their holders now; a collective.
+
+        `step` does so. Call it after weights were loaded: copies are in no state dict. Raises
+        MeetingError as `step`.
+        """
+        with self.meeting("the refresh of copies"):
+            if self.copies is not None:
+                self._refresh(self.copies)
 
     def _report(self, moments: int) -> RoundReport:
         """What has come together since the last report."""
@@ -456,6 +483,8 @@ class OuterSync:
             raise ValueError("reshuffle needs the inner_optimizer, whose state moves with experts")
         if self.lane is not None:
             raise ValueError("reshuffle: not possible with sites of several ranks")
+        if self.copies is not None:
+            raise ValueError("reshuffle: not possible with stale experts")
         self.placement.transfers(new)  # refuses other sizes
         for path, layer in find_moe_layers(self.model):
             if not all(p.requires_grad for p in layer.experts.parameters()):
@@ -493,8 +522,9 @@ class OuterSync:
         `local_steps` and `clip` say how often "ddp" will reduce and whether it clips. With overlap
         they are counted when they arrive, part of them in the round after.
         """
-        options = self.options
-        return wire.round_bytes(
+        options, round_index = self.options, self.round + 1
+        copied = 0 if self.copies is None else self.copies.predicted_bytes(round_index)
+        return copied + wire.round_bytes(
             self.elements(),
             self.placement.num_sites,
             optimizer=self.rule.name,
@@ -502,7 +532,7 @@ class OuterSync:
             bucket_bytes=options.bucket_bytes,
             local_steps=local_steps,
             clip=clip,
-            round_index=self.round + 1,
+            round_index=round_index,
             moment_periods=options.moment_periods,
             moment_codecs=options.codecs_of_moments,
             counted_experts=self.tokens.numel() if options.expert_mean == "tokens" else 0,

@@ -1,0 +1,170 @@
+"""Refreshing the frozen copies of absent experts that sites compute (`fomoe_ext.stale`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fomoe_ext import stale
+from fomoe_ext.assemble import expert_key
+from fomoe_ext.experts import Experts
+from fomoe_ext.outer.codec import DeltaPart, get_codec
+from fomoe_ext.outer.groups import gather_objects
+from fomoe_ext.outer.layout import find_moe_layers
+from fomoe_ext.outer.reduce import Damaged, broken_seals, seal
+from fomoe_ext.placement import Transfer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fomoe_ext.outer.options import OuterOptions
+    from fomoe_ext.outer.sync import OuterSync
+
+
+def check_stale(model: nn.Module, options: OuterOptions, ranks: int) -> None:
+    """Raises ValueError where a model's stale experts cannot be refreshed in such meetings."""
+    if all(layer.stale is None for _, layer in find_moe_layers(model)):
+        return
+    if options.staggered or options.optimizer == "ddp":
+        raise ValueError(
+            "stale_experts need fragments = 1, overlap = 0 and an optimizer that is not ddp, got "
+            f"{options.fragments}, {options.overlap} and {options.optimizer!r}"
+        )
+    if ranks > 1:
+        raise ValueError(f"stale_experts need one rank per site, got {ranks}")
+
+
+def wanted_by_all(sync: OuterSync) -> stale.Wanted:
+    """The copies that all sites keep, by layer and site; a collective."""
+    mine = [() if la.stale is None else la.stale.resident_experts for la in sync.moe_layers]
+    size = sync.ranks.size
+    everyone = gather_objects(mine, sync.placement.num_sites * size)[::size]
+    return tuple(tuple(of_site[layer] for of_site in everyone) for layer in range(len(mine)))
+
+
+class StaleCopies:
+    """The copies of all sites: what each one sends and receives when they are refreshed."""
+
+    def __init__(self, sync: OuterSync, wanted: stale.Wanted) -> None:
+        """`wanted`: of all sites, as `wanted_by_all` returns it."""
+        self._sync, self.wanted, self.codec = sync, wanted, get_codec(sync.options.stale_codec)
+        self.period = sync.options.stale_period
+        layers = [layer.experts for layer in sync.moe_layers]
+        self._elements = [sum(e.part(n).shape[1:].numel() for n in e.parts) for e in layers]
+        self._transfers = stale.copy_transfers(sync.placement, wanted)
+        most_bytes = sync.options.bucket_bytes * sync.options.in_flight
+        self._waves = stale.copy_waves(wanted, self._elements, self.codec.name, most_bytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this site's copies."""
+        return sum(la.stale.nbytes for la in self._sync.moe_layers if la.stale is not None)
+
+    def predicted_bytes(self, round_index: int) -> int:
+        """Bytes that this site will send at the end of a round."""
+        if not stale.is_due(round_index, self.period):
+            return 0
+        site, codec = self._sync.site, self.codec.name
+        return stale.refresh_bytes(self._transfers, site, self._elements, codec)
+
+    def refresh(self) -> int:
+        """Makes all copies those of the holders' parameters; a collective. Returns the bytes sent.
+
+        Raises Damaged for a damaged payload, RuntimeError when a site is lost.
+        """
+        return sum(self._exchange(layers) for layers in self._waves)
+
+    def _exchange(self, layers: list[int]) -> int:
+        sync, site = self._sync, self._sync.site
+        group, sites = sync.groups.group(sync.groups.everyone), range(sync.placement.num_sites)
+        travelling = [t for t in self._transfers if t.layer in layers]
+        to_sites = [[t for t in travelling if (t.source, t.target) == (site, s)] for s in sites]
+        from_sites = [[t for t in travelling if (t.source, t.target) == (s, site)] for s in sites]
+        payloads: dict[tuple[int, int], Tensor] = {}
+        for t in (t for to_site in to_sites for t in to_site):
+            if (t.layer, t.expert) not in payloads:
+                own = sync.moe_layers[t.layer].experts
+                payload = self._encode(t.layer, own.expert_weights(t.expert))
+                payloads[t.layer, t.expert] = payload.to(group.device)
+        parts = [payloads[t.layer, t.expert] for to_site in to_sites for t in to_site]
+        nothing = torch.empty(0, dtype=torch.uint8, device=group.device)
+        sent = torch.cat(parts) if parts else nothing
+        arriving = [t for from_site in from_sites for t in from_site]
+        received = nothing.new_empty(self._size(arriving))
+        count = group.send_to_each(
+            received, sent, [*map(self._size, from_sites)], [*map(self._size, to_sites)]
+        )
+        rows = received.split([self._size([t]) for t in arriving]) if arriving else ()
+        for index in broken_seals(rows):
+            t = arriving[index]
+            raise Damaged(
+                f"the copy of expert {t.expert} of layer {t.layer} that site {t.source} sent was "
+                "damaged on the way"
+            )
+        for t, row in zip(arriving, rows, strict=True):
+            self._decode(t.layer, t.expert, row)
+        return count
+
+    def _size(self, transfers: list[Transfer]) -> int:
+        codec = self.codec.name
+        return sum(stale.copy_bytes(codec, self._elements[t.layer]) for t in transfers)
+
+    def _encode(self, layer: int, weights: tuple[Tensor, ...]) -> Tensor:
+        """An expert's payload with its hash, uint8."""
+        numel = self._elements[layer]
+        payload = torch.empty(
+            stale.copy_bytes(self.codec.name, numel), dtype=torch.uint8, device=weights[0].device
+        )
+        parts, begin = [], 0
+        for weight in weights:
+            parts.append(DeltaPart(weight.reshape(-1), begin))
+            begin += weight.numel()
+        self.codec.encode_delta(parts, numel, payload[: self.codec.wire_bytes(numel)])
+        seal(payload.unsqueeze(0))
+        return payload
+
+    def _decode(self, layer: int, expert: int, payload: Tensor) -> None:
+        copies = self._sync.moe_layers[layer].stale
+        assert copies is not None
+        targets, numel = copies.expert_weights(expert), self._elements[layer]
+        payload = payload[: self.codec.wire_bytes(numel)].to(targets[0].device)
+        values = self.codec.decode(payload, numel)
+        sizes = [target.numel() for target in targets]
+        for target, value in zip(targets, values.split(sizes), strict=True):
+            target.copy_(value.view(target.shape))
+
+    # --------------------------------------------------------------------------------- resuming
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the copies are of the last meeting (or, before the first, as at the start)."""
+        return stale.is_due(self._sync.round, self.period)
+
+    def description(self) -> dict[str, object]:
+        """What this site's copies are, as plain data."""
+        ids = [list(of_sites[self._sync.site]) for of_sites in self.wanted]
+        return {"codec": self.codec.name, "experts": ids}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Views of this site's copies by the names that experts have in the global model."""
+        result = {}
+        for path, layer in find_moe_layers(self._sync.model):
+            copies: Experts | None = layer.stale
+            for expert in () if copies is None else copies.resident_experts:
+                for part, tensor in zip(copies.parts, copies.expert_weights(expert), strict=True):
+                    result[expert_key(path, expert, part)] = tensor
+        return result
+
+    @torch.no_grad()
+    def fill(self, read: Callable[[str], Tensor]) -> None:
+        """What `refresh` would make of the global model whose tensors `read` gives by name."""
+        for index, (path, layer) in enumerate(find_moe_layers(self._sync.model)):
+            copies: Experts | None = layer.stale
+            for expert in () if copies is None else copies.resident_experts:
+                like = copies.expert_weights(expert)
+                names = [expert_key(path, expert, part) for part in copies.parts]
+                given = tuple(read(n).to(t) for n, t in zip(names, like, strict=True))
+                self._decode(index, expert, self._encode(index, given))
