@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fomoe_ext import plan
+from fomoe_ext import plan, plan_cost, plan_memory, wire
 from fomoe_ext.config import TrainConfig, count_parameters
 from fomoe_ext.config_io import parse_args
 from fomoe_ext.metrics import human_bytes, human_count
@@ -47,9 +47,9 @@ class PlanOptions:
             )
 
     @property
-    def link(self) -> plan.Link:
+    def link(self) -> wire.Link:
         """The connection in bits per second and seconds."""
-        return plan.Link(self.bandwidth_gbit * 1e9, self.latency_ms * 1e-3)
+        return wire.Link(self.bandwidth_gbit * 1e9, self.latency_ms * 1e-3)
 
 
 def compared_jobs(config: TrainConfig) -> dict[str, TrainConfig]:
@@ -91,10 +91,10 @@ def make_plan(config: TrainConfig, options: PlanOptions) -> dict[str, Any]:
     for name, job in compared_jobs(config).items():
         placement = plan.job_placement(job)
         site = _busiest_site(job, placement)
-        cost = plan.round_cost(job, placement, options.link, options.tflops * 1e12, site)
-        memory = plan.job_memory(job, placement, site)
+        cost = plan_cost.round_cost(job, placement, options.link, options.tflops * 1e12, site)
+        memory = plan_memory.job_memory(job, placement, site)
         needed = {
-            f"{share:.0%}": plan.bandwidth_needed(cost, share, options.link.latency)
+            f"{share:.0%}": plan_cost.bandwidth_needed(cost, share, options.link.latency)
             for share in UTILIZATIONS
         }
         jobs[name] = {
@@ -102,13 +102,13 @@ def make_plan(config: TrainConfig, options: PlanOptions) -> dict[str, Any]:
             "hidden_s": cost.hidden_s,
             "utilization": cost.utilization,
             "memory_parts": memory._asdict(),
-            "rank_memory": max(m.total for m in plan.rank_memories(job, placement, site)),
+            "rank_memory": max(m.total for m in plan_memory.rank_memories(job, placement, site)),
             "bandwidth_needed": needed,
         }
     counts = count_parameters(config.model)
     share = config.sites.replication / config.sites.sites
     flops = {
-        kind: plan.flops_per_token(config.model, part)
+        kind: plan_cost.flops_per_token(config.model, part)
         for kind, part in {"full replica": 1.0, "this job": share}.items()
     }
     return {

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fomoe_ext import plan
+from fomoe_ext import plan, plan_cost, plan_memory
 from fomoe_ext.config import TrainConfig, count_parameters
 from fomoe_ext.placement import Placement
 
@@ -92,7 +92,7 @@ _SECONDS = ("local_s", "meeting_s", "exchange_s", "validation_s", "wall_s")
 def site_part(
     site: int, tally: Tally, memory: Mapping[str, int], config: TrainConfig, rounds: int
 ) -> dict[str, Any]:
-    """One site's part of the report. `memory`: bytes by part of `plan.SiteMemory`, counted."""
+    """One site's part of the report. `memory`: counted bytes by part of `SiteMemory`."""
     return {
         "site": site,
         **tally.state_dict(),
@@ -126,8 +126,8 @@ def build_report(
     model, counts = config.model, count_parameters(config.model)
     share = placement.replication / placement.num_sites
     kinds = {"full replica": 1.0, "this run": share}
-    flops = {kind: plan.flops_per_token(model, part) for kind, part in kinds.items()}
-    full = plan.job_memory(config, None)
+    flops = {kind: plan_cost.flops_per_token(model, part) for kind, part in kinds.items()}
+    full = plan_memory.job_memory(config, None)
     return {
         "run": {
             "name": config.run.run_dir.name if config.run.run_dir else "run",

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import fomoe_ext
-from fomoe_ext import cli, plan, wire
-from fomoe_ext.config import TrainConfig, preset_config
+from fomoe_ext import cli, plan, plan_cost, plan_memory, wire
+from fomoe_ext.config import TrainConfig, count_parameters, preset_config
 from fomoe_ext.plan_report import PlanOptions, make_plan
 from fomoe_ext.report import markdown, report_tables
 
@@ -71,12 +71,12 @@ def test_more_replication_costs_more_and_a_full_replica_most():
         config = config_of(sites={"replication": replication})
         placement = plan.job_placement(config)
         sent.append(plan.meeting_bytes(config, placement, 0))
-        held.append(plan.site_memory(config.model, placement, 0).total)
+        held.append(plan_memory.site_memory(config.model, placement, 0).total)
     assert sent == sorted(sent) and held == sorted(held) and sent[0] < sent[1] < sent[2]
     assert sent[2] == plan.full_replica_bytes(config, 1)
-    full = plan.site_memory(config.model, None).total
+    full = plan_memory.site_memory(config.model, None).total
     assert held[2] == full
-    sparse = plan.count_parameters(config.model).sparse
+    sparse = count_parameters(config.model).sparse
     assert held[1] == full - sparse // 2 * 4 * 6  # half of the experts, six fp32 copies
 
 
@@ -84,12 +84,12 @@ def test_ring_formula_is_the_limit_of_large_buckets():
     """Up to padding and hashes, 2 (n - 1) / n of the payload, as a ring all-reduce sends."""
     for members in (2, 3, 5, 8):
         exact = wire.all_reduce_bytes(1_000_003, members, "fp32", 1 << 30)
-        assert exact == pytest.approx(plan.paper_ring_bytes(4 * 1_000_003, members), rel=3e-5)
+        assert exact == pytest.approx(plan_cost.paper_ring_bytes(4 * 1_000_003, members), rel=3e-5)
 
 
 def test_flops_by_hand():
     model = config_of().model
-    flops = plan.flops_per_token(model, 0.5)
+    flops = plan_cost.flops_per_token(model, 0.5)
     width, layers = model.hidden_size, model.num_layers
     assert flops.router == layers * 2 * model.num_experts * width
     one_expert = 2 * 3 * width * model.expert_size
@@ -99,29 +99,29 @@ def test_flops_by_hand():
     assert flops.attention == pytest.approx(layers * (4 * 2 * width**2 + causal))
     assert flops.training == 3 * flops.forward
     resident = dataclasses.replace(model, router_scope="resident")
-    assert plan.flops_per_token(resident, 0.5).experts == layers * model.top_k * one_expert
+    assert plan_cost.flops_per_token(resident, 0.5).experts == layers * model.top_k * one_expert
     with pytest.raises(ValueError, match="resident_share"):
-        plan.flops_per_token(model, 0)
+        plan_cost.flops_per_token(model, 0)
 
 
 def test_times_and_bandwidth_agree():
     """At the bandwidth that is said to be needed the utilization is the one asked for."""
     config = config_of("153m")
     placement = plan.job_placement(config)
-    cost = plan.round_cost(config, placement, plan.Link(1e9, 0.01), 1e13)
+    cost = plan_cost.round_cost(config, placement, wire.Link(1e9, 0.01), 1e13)
     assert cost.meeting_s == pytest.approx(8 * cost.bytes_sent / 1e9 + cost.waits * 0.01)
     assert cost.waits == 1 + 1 + 2 + 1  # note, status, first share, last sum, hashes
-    far = plan.round_cost(config, placement, plan.Link(1e15, 0.01), 1e13)
+    far = plan_cost.round_cost(config, placement, wire.Link(1e15, 0.01), 1e13)
     assert far.meeting_s == pytest.approx((far.waits + far.waves) * 0.01)
-    needed = plan.bandwidth_needed(cost, 0.8, 0.01)
-    again = plan.round_cost(config, placement, plan.Link(needed, 0.01), 1e13)
+    needed = plan_cost.bandwidth_needed(cost, 0.8, 0.01)
+    again = plan_cost.round_cost(config, placement, wire.Link(needed, 0.01), 1e13)
     assert again.utilization == pytest.approx(0.8)
-    assert plan.bandwidth_needed(cost, 0.999999, 1.0) is None
-    for link, speed in ((plan.Link(0, 0), 1), (plan.Link(1, -1), 1), (plan.Link(1, 0), 0)):
+    assert plan_cost.bandwidth_needed(cost, 0.999999, 1.0) is None
+    for link, speed in ((wire.Link(0, 0), 1), (wire.Link(1, -1), 1), (wire.Link(1, 0), 0)):
         with pytest.raises(ValueError, match="bandwidth and flops_per_s must be > 0"):
-            plan.round_cost(config, placement, link, speed)
+            plan_cost.round_cost(config, placement, link, speed)
     with pytest.raises(ValueError, match="utilization"):
-        plan.bandwidth_needed(cost, 1.0, 0)
+        plan_cost.bandwidth_needed(cost, 1.0, 0)
 
 
 def test_plan_compares_jobs():
@@ -256,16 +256,16 @@ def test_loads_of_many_layers_are_summed_up():
 
 def test_overlap_hides_meetings():
     config = config_of(outer={"overlap": 4, "fragments": 2}, run={"local_steps": 16})
-    placement, link = plan.job_placement(config), plan.Link(1e8, 0.01)
-    cost = plan.round_cost(config, placement, link, 1e10)
+    placement, link = plan.job_placement(config), wire.Link(1e8, 0.01)
+    cost = plan_cost.round_cost(config, placement, link, 1e10)
     assert cost.hideable_s == pytest.approx(cost.local_s * 2 * 4 / 16)
     alone = dataclasses.replace(config, outer=dataclasses.replace(config.outer, overlap=0))
-    bare = plan.round_cost(alone, placement, link, 1e10)
+    bare = plan_cost.round_cost(alone, placement, link, 1e10)
     assert bare.hidden_s == 0 and bare.meeting_s == cost.meeting_s
     shown = cost.meeting_s - cost.hideable_s
     assert cost.utilization == pytest.approx(cost.local_s / (cost.local_s + max(0, shown)))
-    needed = plan.bandwidth_needed(cost, 0.95, 0.01)
-    assert needed < plan.bandwidth_needed(bare, 0.95, 0.01)
+    needed = plan_cost.bandwidth_needed(cost, 0.95, 0.01)
+    assert needed < plan_cost.bandwidth_needed(bare, 0.95, 0.01)
 
 
 # ---- a site of several ranks ---------------------------------------------------------------------
@@ -280,12 +280,12 @@ def test_ranks_share_a_site_of_the_same_memory_and_bytes(codec, ranks):
     many = config_of(sites=sites | {"ranks_per_site": ranks}, **options)
     placement = plan.job_placement(one)
     for site in range(2):
-        of_ranks = plan.rank_memories(many, placement, site)
-        whole = plan.job_memory(one, placement, site)
+        of_ranks = plan_memory.rank_memories(many, placement, site)
+        whole = plan_memory.job_memory(one, placement, site)
         assert len(of_ranks) == ranks
         assert [sum(parts) for parts in zip(*of_ranks, strict=True)] == list(whole)
         assert max(m.total for m in of_ranks) < 1.1 * whole.total / ranks
-        assert plan.job_memory(many, placement, site) == whole
+        assert plan_memory.job_memory(many, placement, site) == whole
         assert plan.meeting_bytes(many, placement, site) == plan.meeting_bytes(one, placement, site)
 
 
@@ -297,10 +297,12 @@ def test_replicas_hold_experts_again():
     more = [
         b - a
         for a, b in zip(
-            plan.job_memory(once, placement), plan.job_memory(twice, placement), strict=True
+            plan_memory.job_memory(once, placement),
+            plan_memory.job_memory(twice, placement),
+            strict=True,
         )
     ]
-    experts = 4 * plan.site_parameters(once.model, placement, 0).sparse
+    experts = 4 * plan_memory.site_parameters(once.model, placement, 0).sparse
     assert more == [experts, experts, 2 * experts, 0, 0, 0]
 
 

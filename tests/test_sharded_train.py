@@ -20,7 +20,7 @@ from test_train import text  # noqa: F401  a fixture
 from torch import Tensor, nn
 
 from fomoe_ext import checkpoint as ckpt
-from fomoe_ext import plan
+from fomoe_ext import plan, plan_memory
 from fomoe_ext.config import TrainConfig
 from fomoe_ext.config_io import load_config
 from fomoe_ext.data import open_data
@@ -232,7 +232,7 @@ def require_equal(many: Result, one: Result) -> None:
         site = mine["site"]
         of_site = many.seen[site * ranks : (site + 1) * ranks]
         held = [seen["memory"] for seen in of_site]
-        assert held == [m._asdict() for m in plan.rank_memories(config, placement, site)]
+        assert held == [m._asdict() for m in plan_memory.rank_memories(config, placement, site)]
         total = mine["memory"]["total"]
         if replicas == 1:
             assert mine["memory"] == other["memory"]

@@ -1,0 +1,202 @@
+"""Arithmetic, time and bandwidth of a job's rounds, and the paper's own formulas. Needs no torch.
+
+Time is a model: a link of a bandwidth and a latency, a site of so many FLOP/s. The formulas of the
+FoMoE paper (arXiv 2606.19025, section on cost models) are the functions that begin with `paper_`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fomoe_ext import wire
+from fomoe_ext.config import ModelConfig, TrainConfig, expert_matrices
+from fomoe_ext.placement import Placement
+from fomoe_ext.plan import job_placement, meeting_bytes, moved_bytes, site_elements
+from fomoe_ext.plan_memory import job_memory
+from fomoe_ext.wire import Link
+
+
+class TokenFlops(NamedTuple):
+    """Floating-point operations of a forward pass per token (a multiply-add is two)."""
+
+    attention: float
+    router: float
+    experts: float
+    shared_experts: float
+    unembedding: float
+
+    @property
+    def forward(self) -> float:
+        """All of the forward pass."""
+        return sum(self)
+
+    @property
+    def training(self) -> float:
+        """Forward and backward: three times the forward pass."""
+        return 3 * sum(self)
+
+
+def flops_per_token(model: ModelConfig, resident_share: float = 1.0) -> TokenFlops:
+    """FLOPs per token of a sequence of `model.seq_len`; norms and other vector work are left out.
+
+    `resident_share` in 0..1 is the share of experts a site holds. With router_scope "global" slots
+    on the others are skipped: with an even load the experts' work is times that share. With
+    "resident" a token still has min(top_k, residents) experts. Attention counts the causal half.
+    """
+    if not 0 < resident_share <= 1:
+        raise ValueError(f"resident_share must be in (0, 1], got {resident_share}")
+    width, layers = model.hidden_size, model.num_layers
+    if model.router_scope == "global":
+        slots = model.top_k * resident_share
+    else:
+        slots = min(model.top_k, model.num_experts * resident_share)
+    return TokenFlops(
+        attention=layers * (8.0 * width**2 + 2.0 * (model.seq_len + 1) * width),
+        router=layers * 2.0 * model.num_experts * width,
+        experts=layers * slots * 2.0 * expert_matrices(model),
+        shared_experts=layers * 2.0 * expert_matrices(model, model.shared_expert_size),
+        unembedding=2.0 * model.vocab_size * width,
+    )
+
+
+# ------------------------------------------------------------------------------------------ time
+
+
+class RoundCost(NamedTuple):
+    """What a round costs a site.
+
+    local_s: seconds of arithmetic. meeting_s: seconds of sending, of which `hidden_s` pass while
+    local steps go on (`hideable_s` could). bytes_sent. memory: bytes, as `SiteMemory.total`. flops:
+    of all local steps. waits: exchanges one after the other, each of which costs a latency. waves:
+    times that `in_flight` buckets travel; a latency each at the least.
+    """
+
+    local_s: float
+    meeting_s: float
+    bytes_sent: int
+    memory: int
+    flops: float
+    waits: int
+    waves: int
+    hideable_s: float
+
+    @property
+    def hidden_s(self) -> float:
+        """Seconds of meetings behind local steps."""
+        return min(self.meeting_s, self.hideable_s)
+
+    @property
+    def utilization(self) -> float:
+        """Share of the time in local steps, 0..1."""
+        return self.local_s / (self.local_s + self.meeting_s - self.hidden_s)
+
+
+def meeting_waits(config: TrainConfig, placement: Placement, site: int) -> tuple[int, int]:
+    """Exchanges of a round that a site waits for one after the other, and waves of its buckets.
+
+    A note, then for every fragment a status, the first share, the last sum and the hashes. Between
+    these, `in_flight` buckets are under way at once. ddp has a status and buckets in every step.
+    """
+    size, in_flight = wire.bucket_elements(config.outer.bucket_bytes), config.outer.in_flight
+    waits, waves = 1, 0
+    for fragment in site_elements(config, placement, site):
+        groups = fragment.parameters.items()
+        buckets = sum(-(-n // size) for owners, n in groups if len(owners) > 1)
+        of_fragment = -(-buckets // in_flight)
+        pipe = 2 if buckets else 0
+        waits += pipe + 2 + (config.outer.expert_mean == "tokens")
+        waves += of_fragment
+        if config.outer.optimizer == "ddp":
+            steps = config.run.local_steps
+            waits += steps * (1 + (config.inner.grad_clip > 0) + pipe)
+            waves += steps * of_fragment
+    return waits, waves
+
+
+def round_cost(
+    config: TrainConfig, placement: Placement, link: Link, flops_per_s: float, site: int = 0
+) -> RoundCost:
+    """The cost of a round of a job: local steps and meetings.
+
+    With overlap, of each fragment's exchange as much is hidden as its `overlap` steps take.
+    `flops_per_s`: what a site reaches in training. With `reshuffle_rounds` the experts moved by one
+    reshuffle are spread over its rounds. Raises ValueError unless bandwidth and `flops_per_s` are
+    positive and the latency is not negative.
+    """
+    if not (link.bandwidth > 0 and link.latency >= 0 and flops_per_s > 0):
+        raise ValueError(
+            f"bandwidth and flops_per_s must be > 0 and latency >= 0, got {link.bandwidth}, "
+            f"{flops_per_s} and {link.latency}"
+        )
+    sent = meeting_bytes(config, placement, site)
+    waits, waves = meeting_waits(config, placement, site)
+    every = config.sites.reshuffle_rounds
+    if every:
+        new = job_placement(config, 1)
+        sent += moved_bytes(config, placement, new, site) // every
+    share = placement.replication / placement.num_sites
+    tokens = config.inner.batch_size * config.model.seq_len * config.run.local_steps
+    flops = tokens * flops_per_token(config.model, share).training
+    local_s = flops / flops_per_s
+    behind = config.outer.overlap * config.outer.fragments / config.run.local_steps
+    return RoundCost(
+        local_s=local_s,
+        meeting_s=waits * link.latency + max(8 * sent / link.bandwidth, waves * link.latency),
+        bytes_sent=sent,
+        memory=job_memory(config, placement, site).total,
+        flops=flops,
+        waits=waits,
+        waves=waves,
+        hideable_s=behind * local_s,
+    )
+
+
+def bandwidth_needed(cost: RoundCost, utilization: float, latency: float) -> float | None:
+    """Bits per second for a share `utilization` of the time in local steps; None = not by any.
+
+    Raises ValueError unless 0 < utilization < 1.
+    """
+    if not 0 < utilization < 1:
+        raise ValueError(f"utilization must be in (0, 1), got {utilization}")
+    left = cost.local_s * (1 - utilization) / utilization + cost.hideable_s - cost.waits * latency
+    if left <= 0 or left < cost.waves * latency:
+        return None
+    return 8 * cost.bytes_sent / left
+
+
+# ------------------------------------------------------------------------------ the paper's model
+
+
+def paper_ring_bytes(payload: float, members: int) -> float:
+    """Bytes each of n `members` sends in a ring all-reduce of `payload` bytes: 2 (n - 1) / n."""
+    return 2.0 * (members - 1) / members * payload
+
+
+def paper_round_bytes(
+    dense: float,
+    sparse: float,
+    num_sites: int,
+    replication: int,
+    *,
+    bytes_per_parameter: float = 2.0,
+    reshuffles_per_round: float = 0.0,
+    moments: bool = False,
+) -> float:
+    """Bytes a site sends per round by the paper's formula, for numbers of parameters of the model.
+
+    B = 2(M-1)/M S_dense + (2(O-1)/O + gamma (1 - O/M)) (O/M) S_sparse, times 3 for LocalAdamW
+    (`moments`), with M sites, O = replication and gamma = `reshuffles_per_round`. Their payload is
+    bf16.
+    """
+    if not 1 <= replication <= num_sites:
+        raise ValueError(f"replication must be in [1, num_sites = {num_sites}], got {replication}")
+    held = replication / num_sites
+    ring = 2.0 * (replication - 1) / replication
+    moved = reshuffles_per_round * (1.0 - held)
+    total = paper_ring_bytes(dense, num_sites) + (ring + moved) * held * sparse
+    return total * bytes_per_parameter * (3 if moments else 1)
+
+
+def paper_memory_bytes(dense: float, sparse: float, num_sites: int, replication: int) -> float:
+    """Bytes per site by the paper: 18 per parameter (fp16 and fp32 weight, moments, gradient)."""
+    return 18.0 * (dense + sparse * replication / num_sites)

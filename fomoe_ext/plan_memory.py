@@ -1,0 +1,176 @@
+"""What a site of a job holds in memory: the cost model's part on it. Needs no torch.
+
+Parameters, gradients, optimizer and outer state are counted, activations and buffers are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fomoe_ext import wire
+from fomoe_ext.config import (
+    ModelConfig,
+    ParameterCounts,
+    TrainConfig,
+    count_parameters,
+    expert_matrices,
+    expert_parameters,
+)
+from fomoe_ext.placement import Placement
+from fomoe_ext.plan import full_replica, job_placement, rank_experts, site_elements
+from fomoe_ext.spread import spread_experts
+
+FLOAT_BYTES = 4
+"""Parameters, gradients, moments, anchor and momentum are fp32."""
+
+
+class SiteMemory(NamedTuple):
+    """Bytes that one site holds, without activations and buffers of a meeting."""
+
+    parameters: int
+    gradients: int
+    inner_state: int
+    anchor: int
+    outer_state: int
+    error_feedback: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self)
+
+
+def site_parameters(model: ModelConfig, placement: Placement | None, site: int) -> ParameterCounts:
+    """Parameters that a site holds by kind; `placement` None = a full replica."""
+    whole = count_parameters(model)
+    if placement is None:
+        return whole
+    experts = sum(len(placement.resident(layer, site)) for layer in range(model.num_layers))
+    return whole._replace(sparse=experts * expert_parameters(model))
+
+
+def site_memory(
+    model: ModelConfig,
+    placement: Placement | None,
+    site: int = 0,
+    *,
+    optimizer: str = "diloco",
+    inner_optimizer: str = "adamw",
+    outer_momentum: float | None = None,
+    error_feedback: int = 0,
+) -> SiteMemory:
+    """Bytes of parameters and state on a site; `placement` None = a full replica.
+
+    `optimizer` as in `OuterConfig`: ddp needs no anchor; with outer momentum (None = the default,
+    diloco alone has it) the others keep that too. `inner_optimizer` adamw keeps two moments, sgd
+    one. `error_feedback`: elements of it.
+    """
+    _one_of("optimizer", optimizer, ("diloco", "fedavg", "local-adamw", "ddp"))
+    _one_of("inner_optimizer", inner_optimizer, ("adamw", "sgd"))
+    momentum = optimizer == "diloco" if outer_momentum is None else outer_momentum > 0
+    unit = FLOAT_BYTES * site_parameters(model, placement, site).total
+    return SiteMemory(
+        parameters=unit,
+        gradients=unit,
+        inner_state=unit * (2 if inner_optimizer == "adamw" else 1),
+        anchor=0 if optimizer == "ddp" else unit,
+        outer_state=unit if momentum and optimizer != "ddp" else 0,
+        error_feedback=FLOAT_BYTES * error_feedback,
+    )
+
+
+def job_memory(config: TrainConfig, placement: Placement | None, site: int = 0) -> SiteMemory:
+    """`site_memory` of a job's model with its optimizers and codec, of all ranks of the site."""
+    of_job = placement or job_placement(full_replica(config))
+    if config.sites.ranks_per_site > 1:
+        ranks = rank_memories(config, of_job, site)
+        return SiteMemory(*(sum(parts) for parts in zip(*ranks, strict=True)))
+    feedback = 0
+    if _feeds_back(config):
+        feedback = sum(
+            n + wire.own_elements(n, len(owners), config.outer.codec, config.outer.bucket_bytes)
+            for fragment in site_elements(config, of_job, site)
+            for owners, n in fragment.parameters.items()
+            if len(owners) > 1
+        )
+    return site_memory(
+        config.model,
+        placement,
+        site,
+        optimizer=config.outer.optimizer,
+        inner_optimizer=config.inner.inner_optimizer,
+        outer_momentum=config.outer.resolved_momentum,
+        error_feedback=feedback,
+    )
+
+
+def rank_memories(config: TrainConfig, placement: Placement, site: int) -> list[SiteMemory]:
+    """Bytes on each rank of a site: experts as they are shared out (once per replica), dense
+    parameters by rows, what the outer optimizer keeps by buckets.
+    """
+    sites, model, outer = config.sites, config.model, config.outer
+    sharing = sites.ranks_per_site // sites.replicas
+    cuts = rank_experts(config, placement, site) or [
+        spread_experts(placement.resident(layer, site), sharing)
+        for layer in range(placement.num_layers)
+    ]
+    sets = wire.owner_sets(placement)
+    anchors = 0 if outer.optimizer == "ddp" else 1
+    momenta = anchors if outer.resolved_momentum > 0 else 0
+    result = []
+    for rank in range(sites.ranks_per_site):
+        experts = sum(len(cut[rank % sharing]) for cut in cuts) * expert_parameters(model)
+        unit = FLOAT_BYTES * (experts + _dense_share(model, rank, sites.ranks_per_site))
+        kept = lost = 0
+        for number, fragment in enumerate(site_elements(config, placement, site)):
+            for owners, numel in fragment.parameters.items():
+                turn = sets.index(owners) + number
+                mine = wire.lane_elements(
+                    numel, turn, rank, sites.ranks_per_site, outer.bucket_bytes
+                )
+                kept += mine
+                if len(owners) > 1 and _feeds_back(config):
+                    codec, size = outer.codec, outer.bucket_bytes
+                    lost += mine + wire.own_elements(mine, len(owners), codec, size)
+        result.append(
+            SiteMemory(
+                parameters=unit,
+                gradients=unit,
+                inner_state=unit * (2 if config.inner.inner_optimizer == "adamw" else 1),
+                anchor=FLOAT_BYTES * anchors * kept,
+                outer_state=FLOAT_BYTES * momenta * kept,
+                error_feedback=FLOAT_BYTES * lost,
+            )
+        )
+    return result
+
+
+def _dense_share(model: ModelConfig, rank: int, ranks: int) -> int:
+    """Elements of dense parameters and routers that a rank holds: of each, rows in equal runs."""
+    width, layers, shared = model.hidden_size, model.num_layers, model.shared_expert_size
+    wide = expert_matrices(model, shared) // width - shared
+    tensors = [
+        (model.vocab_size, width, 1),
+        (3 * width, width, layers),
+        (width, width, layers),
+        (model.num_experts, width, layers),
+        (wide, width, layers),
+        (width, shared, layers),
+        (width, 1, 4 * layers + 2),
+    ]
+
+    def held(rows: int) -> int:
+        each = -(-rows // ranks)
+        return min(rows, each * (rank + 1)) - min(rows, each * rank)
+
+    return sum(held(rows) * size * times for rows, size, times in tensors)
+
+
+def _feeds_back(config: TrainConfig) -> bool:
+    return config.outer.codec != "fp32" and config.outer.error_feedback
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
