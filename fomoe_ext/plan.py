@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from fomoe_ext import wire
+from fomoe_ext import stale, wire
 from fomoe_ext.config import (
     ModelConfig,
     TrainConfig,
@@ -114,6 +114,7 @@ def full_replica(config: TrainConfig) -> TrainConfig:
         placement="cyclic",
         placement_file=None,
         reshuffle_rounds=0,
+        stale_experts=0,
     )
     return dataclasses.replace(config, sites=sites)
 
@@ -150,7 +151,10 @@ def meeting_bytes(
     `round_index` counts from 1; it matters where moments have periods.
     """
     experts = placement.num_layers * placement.num_experts
-    return (placement.num_sites - 1) * NOTE_BYTES + wire.round_bytes(
+    besides = (placement.num_sites - 1) * NOTE_BYTES
+    if stale.is_due(round_index, config.outer.stale_period):
+        besides += copied_bytes(config, placement, site)
+    return besides + wire.round_bytes(
         site_elements(config, placement, site),
         placement.num_sites,
         optimizer=config.outer.optimizer,
@@ -163,6 +167,22 @@ def meeting_bytes(
         moment_codecs=config.outer.resolved_moment_codecs,
         counted_experts=experts if config.outer.expert_mean == "tokens" else 0,
     )
+
+
+def copied_bytes(config: TrainConfig, placement: Placement, site: int) -> int:
+    """Bytes a site sends to refresh the frozen copies of experts that others keep."""
+    wanted = stale.wanted_copies(placement, config.sites.stale_experts)
+    sizes = [expert_parameters(config.model)] * placement.num_layers
+    transfers = stale.copy_transfers(placement, wanted)
+    return stale.refresh_bytes(transfers, site, sizes, config.outer.stale_codec)
+
+
+def stale_share(config: TrainConfig) -> float:
+    """Share of a layer's experts, 0..1, of which a site computes frozen copies."""
+    sites = config.sites
+    if sites.stale_experts < 0:
+        return 1 - sites.replication / sites.sites
+    return sites.stale_experts / config.model.num_experts
 
 
 def moved_bytes(config: TrainConfig, placement: Placement, new: Placement, site: int) -> int:

@@ -8,10 +8,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fomoe_ext import wire
-from fomoe_ext.config import ModelConfig, TrainConfig, expert_matrices
+from fomoe_ext import stale, wire
+from fomoe_ext.config import ModelConfig, TrainConfig, expert_matrices, expert_parameters
 from fomoe_ext.placement import Placement
-from fomoe_ext.plan import job_placement, meeting_bytes, moved_bytes, site_elements
+from fomoe_ext.plan import (
+    copied_bytes,
+    job_placement,
+    meeting_bytes,
+    moved_bytes,
+    site_elements,
+    stale_share,
+)
 from fomoe_ext.plan_memory import job_memory
 from fomoe_ext.wire import Link
 
@@ -24,6 +31,7 @@ class TokenFlops(NamedTuple):
     experts: float
     shared_experts: float
     unembedding: float
+    stale_experts: float = 0.0
 
     @property
     def forward(self) -> float:
@@ -32,19 +40,28 @@ class TokenFlops(NamedTuple):
 
     @property
     def training(self) -> float:
-        """Forward and backward: three times the forward pass."""
-        return 3 * sum(self)
+        """Forward and backward: three times the forward pass; of frozen copies, whose weights get
+        no gradient, twice."""
+        return 3 * sum(self) - self.stale_experts
 
 
-def flops_per_token(model: ModelConfig, resident_share: float = 1.0) -> TokenFlops:
+def flops_per_token(
+    model: ModelConfig, resident_share: float = 1.0, stale_share: float = 0.0
+) -> TokenFlops:
     """FLOPs per token of a sequence of `model.seq_len`; norms and other vector work are left out.
 
     `resident_share` in 0..1 is the share of experts a site holds. With router_scope "global" slots
     on the others are skipped: with an even load the experts' work is times that share. With
-    "resident" a token still has min(top_k, residents) experts. Attention counts the causal half.
+    "resident" a token still has min(top_k, residents) experts. `stale_share`: of experts of which
+    it computes frozen copies. Attention counts the causal half.
     """
     if not 0 < resident_share <= 1:
         raise ValueError(f"resident_share must be in (0, 1], got {resident_share}")
+    if not 0 <= stale_share <= 1 - resident_share + 1e-9:
+        raise ValueError(
+            f"stale_share must be in [0, 1 - resident_share = {1 - resident_share}], got "
+            f"{stale_share}"
+        )
     width, layers = model.hidden_size, model.num_layers
     if model.router_scope == "global":
         slots = model.top_k * resident_share
@@ -56,6 +73,7 @@ def flops_per_token(model: ModelConfig, resident_share: float = 1.0) -> TokenFlo
         experts=layers * slots * 2.0 * expert_matrices(model),
         shared_experts=layers * 2.0 * expert_matrices(model, model.shared_expert_size),
         unembedding=2.0 * model.vocab_size * width,
+        stale_experts=layers * model.top_k * stale_share * 2.0 * expert_matrices(model),
     )
 
 
@@ -96,9 +114,10 @@ def meeting_waits(config: TrainConfig, placement: Placement, site: int) -> tuple
 
     A note, then for every fragment a status, the first share, the last sum and the hashes. Between
     these, `in_flight` buckets are under way at once. ddp has a status and buckets in every step.
+    Frozen copies of experts are exchanged after that; of several rounds' exchanges, the mean.
     """
     size, in_flight = wire.bucket_elements(config.outer.bucket_bytes), config.outer.in_flight
-    waits, waves = 1, 0
+    waits, waves = 1 + _copy_waits(config, placement), 0
     for fragment in site_elements(config, placement, site):
         groups = fragment.parameters.items()
         buckets = sum(-(-n // size) for owners, n in groups if len(owners) > 1)
@@ -111,6 +130,15 @@ def meeting_waits(config: TrainConfig, placement: Placement, site: int) -> tuple
             waits += steps * (1 + (config.inner.grad_clip > 0) + pipe)
             waves += steps * of_fragment
     return waits, waves
+
+
+def _copy_waits(config: TrainConfig, placement: Placement) -> int:
+    outer = config.outer
+    wanted = stale.wanted_copies(placement, config.sites.stale_experts)
+    sizes = [expert_parameters(config.model)] * placement.num_layers
+    most_bytes = outer.bucket_bytes * outer.in_flight
+    waits = len(stale.copy_waves(wanted, sizes, outer.stale_codec, most_bytes))
+    return -(-waits // outer.stale_period)
 
 
 def round_cost(
@@ -130,13 +158,15 @@ def round_cost(
         )
     sent = meeting_bytes(config, placement, site)
     waits, waves = meeting_waits(config, placement, site)
+    if config.outer.stale_period > 1:
+        sent += copied_bytes(config, placement, site) // config.outer.stale_period
     every = config.sites.reshuffle_rounds
     if every:
         new = job_placement(config, 1)
         sent += moved_bytes(config, placement, new, site) // every
     share = placement.replication / placement.num_sites
     tokens = config.inner.batch_size * config.model.seq_len * config.run.local_steps
-    flops = tokens * flops_per_token(config.model, share).training
+    flops = tokens * flops_per_token(config.model, share, stale_share(config)).training
     local_s = flops / flops_per_s
     behind = config.outer.overlap * config.outer.fragments / config.run.local_steps
     return RoundCost(

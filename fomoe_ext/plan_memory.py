@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fomoe_ext import wire
+from fomoe_ext import stale, wire
 from fomoe_ext.config import (
     ModelConfig,
     ParameterCounts,
@@ -34,6 +34,7 @@ class SiteMemory(NamedTuple):
     anchor: int
     outer_state: int
     error_feedback: int
+    stale_copies: int = 0
 
     @property
     def total(self) -> int:
@@ -59,12 +60,13 @@ def site_memory(
     inner_optimizer: str = "adamw",
     outer_momentum: float | None = None,
     error_feedback: int = 0,
+    stale_experts: int = 0,
 ) -> SiteMemory:
     """Bytes of parameters and state on a site; `placement` None = a full replica.
 
     `optimizer` as in `OuterConfig`: ddp needs no anchor; with outer momentum (None = the default,
     diloco alone has it) the others keep that too. `inner_optimizer` adamw keeps two moments, sgd
-    one. `error_feedback`: elements of it.
+    one. `error_feedback`: elements of it. `stale_experts`: frozen copies, in all layers.
     """
     _one_of("optimizer", optimizer, ("diloco", "fedavg", "local-adamw", "ddp"))
     _one_of("inner_optimizer", inner_optimizer, ("adamw", "sgd"))
@@ -77,6 +79,7 @@ def site_memory(
         anchor=0 if optimizer == "ddp" else unit,
         outer_state=unit if momentum and optimizer != "ddp" else 0,
         error_feedback=FLOAT_BYTES * error_feedback,
+        stale_copies=FLOAT_BYTES * stale_experts * expert_parameters(model),
     )
 
 
@@ -102,7 +105,13 @@ def job_memory(config: TrainConfig, placement: Placement | None, site: int = 0) 
         inner_optimizer=config.inner.inner_optimizer,
         outer_momentum=config.outer.resolved_momentum,
         error_feedback=feedback,
+        stale_experts=0 if placement is None else _copies_held(config, placement, site),
     )
+
+
+def _copies_held(config: TrainConfig, placement: Placement, site: int) -> int:
+    wanted = stale.wanted_copies(placement, config.sites.stale_experts)
+    return sum(len(of_sites[site]) for of_sites in wanted)
 
 
 def rank_memories(config: TrainConfig, placement: Placement, site: int) -> list[SiteMemory]:
@@ -141,6 +150,9 @@ def rank_memories(config: TrainConfig, placement: Placement, site: int) -> list[
                 anchor=FLOAT_BYTES * anchors * kept,
                 outer_state=FLOAT_BYTES * momenta * kept,
                 error_feedback=FLOAT_BYTES * lost,
+                stale_copies=FLOAT_BYTES
+                * _copies_held(config, placement, site)
+                * expert_parameters(model),
             )
         )
     return result

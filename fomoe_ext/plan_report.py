@@ -19,7 +19,7 @@ from fomoe_ext.config import TrainConfig, count_parameters
 from fomoe_ext.config_io import parse_args
 from fomoe_ext.metrics import human_bytes, human_count
 from fomoe_ext.placement import Placement
-from fomoe_ext.report import ReportTable, arithmetic_table, print_tables
+from fomoe_ext.report import ReportTable, arithmetic_table, print_tables, shown_parts
 
 _CODECS = ("bf16", "int8", "int4", "topk")
 UTILIZATIONS = (0.50, 0.75, 0.90, 0.95, 0.99)
@@ -108,8 +108,8 @@ def make_plan(config: TrainConfig, options: PlanOptions) -> dict[str, Any]:
     counts = count_parameters(config.model)
     share = config.sites.replication / config.sites.sites
     flops = {
-        kind: plan_cost.flops_per_token(config.model, part)
-        for kind, part in {"full replica": 1.0, "this job": share}.items()
+        "full replica": plan_cost.flops_per_token(config.model),
+        "this job": plan_cost.flops_per_token(config.model, share, plan.stale_share(config)),
     }
     return {
         "preset": config.preset,
@@ -177,17 +177,18 @@ def plan_tables(planned: Mapping[str, Any]) -> list[ReportTable]:
         f"At {options['latency_ms']:g} ms; by none: latency alone takes more.",
     )
     several = planned["ranks_per_site"] > 1
+    parts = shown_parts([job["memory_parts"] for job in jobs.values()])
     memory = ReportTable(
         "Memory per site, without activations",
         (
             "",
-            *(part.replace("_", " ") for part in first["memory_parts"]),
+            *(part.replace("_", " ") for part in parts),
             *(["of a rank, at most"] if several else []),
         ),
         tuple(
             (
                 name,
-                *map(human_bytes, job["memory_parts"].values()),
+                *(human_bytes(job["memory_parts"][part]) for part in parts),
                 *([human_bytes(job["rank_memory"])] if several else []),
             )
             for name, job in jobs.items()

@@ -151,8 +151,16 @@ def _bytes(report: Mapping[str, Any]) -> ReportTable:
     )
 
 
+def shown_parts(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    """Columns of a table of these rows; what only jobs with frozen copies have, only with them."""
+    special = ("stale_copies", "stale_experts")
+    return [part for part in rows[0] if part not in special or any(row[part] for row in rows)]
+
+
 def _memory(report: Mapping[str, Any]) -> ReportTable:
-    full = report["full_replica_memory"]
+    whole = report["full_replica_memory"]
+    parts = shown_parts([whole, *(site["memory"] for site in report["sites"])])
+    full = {part: whole[part] for part in parts}
     rows = [
         (f"site {site['site']}", *(human_bytes(site["memory"][part]) for part in full))
         for site in report["sites"]
@@ -225,8 +233,8 @@ def _routing(report: Mapping[str, Any]) -> ReportTable:
 
 def arithmetic_table(flops: Mapping[str, Mapping[str, float]]) -> ReportTable:
     """FLOPs per token by kind of job and part of the model."""
-    rows = [(kind, *(f"{human_count(row[part])}" for part in row)) for kind, row in flops.items()]
-    parts = next(iter(flops.values()))
+    parts = shown_parts(list(flops.values()))
+    rows = [(kind, *(f"{human_count(row[part])}" for part in parts)) for kind, row in flops.items()]
     names = (part.replace("_", " ") for part in parts)
     return ReportTable("FLOPs per token (model)", ("", *names), tuple(rows))
 

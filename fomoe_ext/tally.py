@@ -125,8 +125,10 @@ def build_report(
     """
     model, counts = config.model, count_parameters(config.model)
     share = placement.replication / placement.num_sites
-    kinds = {"full replica": 1.0, "this run": share}
-    flops = {kind: plan_cost.flops_per_token(model, part) for kind, part in kinds.items()}
+    flops = {
+        "full replica": plan_cost.flops_per_token(model),
+        "this run": plan_cost.flops_per_token(model, share, plan.stale_share(config)),
+    }
     full = plan_memory.job_memory(config, None)
     return {
         "run": {

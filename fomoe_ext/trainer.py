@@ -452,6 +452,7 @@ class TrainingSite:
             "anchor": anchor,
             "outer_state": outer_state,
             "error_feedback": error_feedback,
+            "stale_copies": 0 if self.sync.copies is None else self.sync.copies.nbytes,
         }
 
     def model_hash(self) -> str:
