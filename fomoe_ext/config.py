@@ -69,6 +69,8 @@ class ModelConfig:
     """How router logits become scores."""
     router_scope: Literal["global", "resident"] = "global"
     """global: choose among all experts, skip those not resident; resident: among those resident."""
+    skipped_mass: Literal["drop", "rescale"] = "drop"
+    """drop: a skipped expert's weight is lost; rescale: the token's computed experts share it."""
     renormalize: bool = False
     """Divide the chosen experts' scores by their sum."""
     routed_scale: float = 1.0

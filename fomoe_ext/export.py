@@ -50,6 +50,7 @@ _RENAMED = {
 }
 _TRAINING_ONLY = (
     "router_scope",
+    "skipped_mass",
     "balance",
     "balance_coef",
     "z_loss_coef",

@@ -139,6 +139,7 @@ class Block(nn.Module):
             bias=config.expert_bias,
             scoring=config.scoring,
             router_scope=config.router_scope,
+            skipped_mass=config.skipped_mass,
             resident_experts=residents,
             shared_expert_size=config.shared_expert_size,
             renormalize=config.renormalize,

@@ -30,6 +30,7 @@ from fomoe_ext.experts import (
     resident_ids,
 )
 from fomoe_ext.seeding import fill_normal_
+from fomoe_ext.skipped import SKIPPED_MASS, rescale_skipped
 
 __all__ = ["Experts", "MoELayer", "Router", "SharedExpert"]
 
@@ -206,6 +207,7 @@ class MoELayer(nn.Module):
         bias: bool = False,
         scoring: Literal["sigmoid", "softmax"] = "sigmoid",
         router_scope: Literal["global", "resident"] = "global",
+        skipped_mass: Literal["drop", "rescale"] = "drop",
         resident_experts: Sequence[int] | None = None,
         shared_expert_size: int = 0,
         renormalize: bool = False,
@@ -238,6 +240,8 @@ class MoELayer(nn.Module):
             scoring: how logits become scores.
             router_scope: "global" chooses among all experts and skips those not resident,
                 "resident" chooses min(K, R) among the resident ones.
+            skipped_mass: "drop" loses the weights of skipped slots, "rescale" shares them out over
+                the token's computed ones (`skipped.rescale_skipped`).
             resident_experts: ids this site holds; None = all, empty = none ("global" only).
             shared_expert_size: inner width of an expert that every token uses; 0 = none.
             renormalize: divide the chosen experts' scores by their sum.
@@ -259,6 +263,7 @@ class MoELayer(nn.Module):
         """
         super().__init__()
         one_of(("global", "resident"), router_scope=router_scope)
+        one_of(SKIPPED_MASS, skipped_mass=skipped_mass)
         one_of(bal.BALANCES, balance=balance)
         at_least(0, shared_expert_size=shared_expert_size, layer_index=layer_index)
         finite(0.0, balance_coef=balance_coef, z_loss_coef=z_loss_coef)
@@ -312,6 +317,7 @@ class MoELayer(nn.Module):
             )
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.router_scope, self.balance = router_scope, balance
+        self.skipped_mass = skipped_mass
         self.balance_coef, self.z_loss_coef = balance_coef, z_loss_coef
         self.bias_update_rate, self.layer_index, self.seed = bias_update_rate, layer_index, seed
         self.stats = None
@@ -471,6 +477,11 @@ class MoELayer(nn.Module):
         if self.router_scope == "resident":
             top_k = min(top_k, self._site.num_resident)
         weights, experts, measured = self.router.choose_and_measure(logits, self.allowed, top_k)
+        if self.skipped_mass == "rescale":
+            index = self._site.resident_index
+            if self.stale is not None:
+                index = torch.maximum(index, self.stale.resident_index)
+            weights = rescale_skipped(weights, experts, index)
         inputs = tokens
         if torch.is_autocast_enabled(x.device.type):
             inputs = tokens.to(torch.get_autocast_dtype(x.device.type))
@@ -531,6 +542,8 @@ class MoELayer(nn.Module):
 
     def extra_repr(self) -> str:
         text = f"router_scope={self.router_scope}, balance={self.balance}"
+        if self.skipped_mass != "drop":
+            text += f", skipped_mass={self.skipped_mass}"
         if self.balance in ("switch", "entropy"):
             text += f", balance_coef={self.balance_coef}"
         if self.z_loss_coef:

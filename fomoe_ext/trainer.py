@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fomoe_ext import checkpoint as ckpt
 from fomoe_ext import plan, stale
 from fomoe_ext.assemble import local_tensors, own_global_tensors
-from fomoe_ext.config import InnerConfig, OuterConfig, TrainConfig
+from fomoe_ext.config import InnerConfig, ModelConfig, OuterConfig, TrainConfig
 from fomoe_ext.data import TextData
 from fomoe_ext.dense import average_experts, shard_dense
 from fomoe_ext.evaluate import Validation, evaluate
@@ -547,10 +547,12 @@ def check_same_job(manifest: ckpt.Manifest, config: TrainConfig, path: Path) -> 
             continue
         found = manifest.meta.get(key)
         if key == "model" and isinstance(found, dict):
-            differing = [name for name in wanted if found.get(name) != wanted[name]]
+            # A checkpoint from before a field was there is of a model as by its default.
+            found = {f.name: f.default for f in fields(ModelConfig)} | found
+            differing = [name for name in wanted if found[name] != wanted[name]]
             if differing:
                 key = differing[0]
-                found, wanted = found.get(key), wanted[key]
+                found, wanted = found[key], wanted[key]
         if found != wanted:
             raise ckpt.CheckpointError(
                 f"checkpoint {path} is of a job with {key} = {found!r}, this one has {wanted!r}"
