@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -56,16 +57,19 @@ class Placement:
                 f"owners_of must have num_layers = {self.num_layers} layers, got "
                 f"{len(self.owners_of)}"
             )
+        residents: dict[int, tuple[tuple[int, ...], ...]] = {}
         for layer, experts in enumerate(self.owners_of):
+            if id(experts) in residents:  # layers of a cyclic placement are few different ones
+                continue
             self._check_layer(layer, experts)
-        residents = []
-        for experts in self.owners_of:
             held: list[list[int]] = [[] for _ in range(self.num_sites)]
             for expert, owners in enumerate(experts):
                 for site in owners:
                     held[site].append(expert)
-            residents.append(tuple(map(tuple, held)))
-        object.__setattr__(self, "_residents", tuple(residents))
+            residents[id(experts)] = tuple(map(tuple, held))
+        of_layers = tuple(residents[id(experts)] for experts in self.owners_of)
+        object.__setattr__(self, "_residents", of_layers)
+        object.__setattr__(self, "_owner_counts", {})
 
     def _check_layer(self, layer: int, experts: Sequence[Owners]) -> None:
         if len(experts) != self.num_experts:
@@ -108,15 +112,17 @@ class Placement:
         """
         _check_sizes(num_sites, num_experts, num_layers, replication)
         designs = _even_designs(num_sites, num_experts, min(num_layers, num_sites), replication)
+        rows: dict[tuple[int, int], tuple[Owners, ...]] = {}
         table = []
         for layer in range(num_layers):
             cycle, design = divmod(layer, len(designs))
-            table.append(
-                tuple(
+            key = cycle % num_sites, design
+            if key not in rows:
+                rows[key] = tuple(
                     tuple(sorted((site + cycle) % num_sites for site in owners))
                     for owners in designs[design]
                 )
-            )
+            table.append(rows[key])
         return cls(num_sites, num_experts, num_layers, replication, tuple(table))
 
     @classmethod
@@ -203,6 +209,15 @@ class Placement:
     def owner_sets(self) -> tuple[Owners, ...]:
         """The distinct owner sets of all experts, in ascending order."""
         return tuple(sorted({owners for experts in self.owners_of for owners in experts}))
+
+    def owner_counts(self, layers: tuple[int, ...]) -> Mapping[Owners, int]:
+        """Experts of these layers, all counted together, by the sites that hold them."""
+        known: dict[tuple[int, ...], Counter[Owners]] = self._owner_counts  # type: ignore[attr-defined]
+        if layers not in known:
+            known[layers] = Counter()
+            for layer in layers:
+                known[layers].update(self.owners_of[layer])
+        return known[layers]
 
     def shared_experts(self, first: int, second: int) -> int:
         """Experts, over all layers, that both of two sites hold."""
@@ -295,7 +310,8 @@ def _even_designs(
             {(expert * replication + i + shift) % num_sites for i in range(replication)}
             for expert in range(num_experts)
         ]
-        _even_out(owners, total)
+        if 1 < replication < num_sites:  # else no switch makes it more even
+            _even_out(owners, total)
         designs.append([tuple(sorted(sites)) for sites in owners])
     return designs
 
@@ -307,47 +323,79 @@ def _even_out(owners: list[set[int]], total: list[list[int]]) -> None:
     falls is the sum of squared pair counts, those of this layer first, then those of all layers so
     far, `total`, to which this layer's are added at the end.
     """
-    sites = range(len(total))
-    layer = [[0] * len(sites) for _ in sites]
+    sites, weight = range(len(total)), _LAYER_WEIGHT + 1
+    # By pair of sites, half of what the sum grows by when they share one expert more.
+    cost = [list(row) for row in total]
     for holders in owners:
         for s in holders:
             for t in holders:
-                layer[s][t] += 1
-
-    def gain(s: int, t: int, with_s: set[int], with_t: set[int]) -> int:
-        change = 0
-        for gains, loses, partners in ((t, s, with_s), (s, t, with_t)):
-            for x in partners:
-                in_layer = layer[gains][x] - layer[loses][x] + 1
-                change += _LAYER_WEIGHT * in_layer
-                change += in_layer + total[gains][x] - total[loses][x]
-        return -change
-
+                cost[s][t] += weight
+    names = [tuple(sorted(holders)) for holders in owners]
+    settled: dict[tuple[Owners, Owners], int] = {}  # pairs without a good switch, and their work
     work, improved = 0, True
     while improved:
         improved = False
-        for a, b in combinations(owners, 2):
-            only_a, only_b = a - b, b - a
-            work += len(only_a) * len(only_b) * len(only_a | only_b)
+        for first, second in combinations(range(len(owners)), 2):
+            pair = names[first], names[second]
+            a, b = owners[first], owners[second]
+            effort = settled.get(pair)
+            known = effort is not None
+            if effort is None:
+                effort = 2 * len(a - b) ** 3
+            work += effort
             if work > _MOST_WORK:  # large tables are about even as they are
                 improved = False
                 break
-            switches = [(s, t) for s in sorted(only_a) for t in sorted(only_b)]
-            gains = [gain(s, t, only_a - {s}, only_b - {t}) for s, t in switches]
-            if not gains or max(gains) <= 0:
+            if known:
+                continue
+            only_a, only_b = sorted(a - b), sorted(b - a)
+            switch = _best_switch(cost, only_a, only_b)
+            if switch is None:
+                settled[pair] = effort
                 continue
             improved = True
-            s, t = switches[gains.index(max(gains))]
-            for gets, loses, partners in ((t, s, only_a - {s}), (s, t, only_b - {t})):
-                for x in partners:
-                    for site, step in ((gets, 1), (loses, -1)):
-                        layer[site][x] += step
-                        layer[x][site] += step
-            a.symmetric_difference_update((s, t))
-            b.symmetric_difference_update((s, t))
+            settled.clear()
+            _count_switch(cost, only_a, only_b, switch)
+            a.symmetric_difference_update(switch)
+            b.symmetric_difference_update(switch)
+            names[first], names[second] = tuple(sorted(a)), tuple(sorted(b))
     for s in sites:
         for t in sites:
-            total[s][t] += layer[s][t]
+            total[s][t] += (cost[s][t] - total[s][t]) // weight
+
+
+def _best_switch(
+    cost: Sequence[Sequence[int]], only_a: Sequence[int], only_b: Sequence[int]
+) -> tuple[int, int] | None:
+    """The sites of a and of b that change places, or None where no switch makes the sum less."""
+
+    def among(site: int, others: Sequence[int]) -> int:
+        return sum([cost[site][other] for other in others])
+
+    # Switched, s costs with those of b what it cost with those of a; so does t the other way round.
+    leaving = [among(s, only_a) - among(s, only_b) - cost[s][s] for s in only_a]
+    joining = [among(t, only_b) - among(t, only_a) - cost[t][t] for t in only_b]
+    least = 2 * (_LAYER_WEIGHT + 1) * (len(only_a) - 1)
+    best, switch = 0, None
+    for s, of_s in zip(only_a, leaving, strict=True):
+        for t, of_t in zip(only_b, joining, strict=True):
+            gain = of_s + of_t + 2 * cost[s][t] - least
+            if gain > best:
+                best, switch = gain, (s, t)
+    return switch
+
+
+def _count_switch(
+    cost: list[list[int]], only_a: Sequence[int], only_b: Sequence[int], switch: tuple[int, int]
+) -> None:
+    s, t = switch
+    for gets, loses, partners in ((t, s, only_a), (s, t, only_b)):
+        for x in partners:
+            if x == loses:
+                continue
+            for site, step in ((gets, _LAYER_WEIGHT + 1), (loses, -_LAYER_WEIGHT - 1)):
+                cost[site][x] += step
+                cost[x][site] += step
 
 
 # -------------------------------------------------------------------------- the random placement

@@ -103,6 +103,13 @@ def bucket_sizes(numel: int, bucket_bytes: int) -> list[int]:
     return [min(size, numel - start) for start in range(0, numel, size)]
 
 
+def _bucket_counts(numel: int, bucket_bytes: int) -> list[tuple[int, int]]:
+    """Sizes of the buckets, and how many there are of each."""
+    size = bucket_elements(bucket_bytes)
+    full, rest = divmod(numel, size)
+    return [(size, full)] * (full > 0) + [(rest, 1)] * (rest > 0)
+
+
 def share_elements(numel: int, members: int) -> int:
     """Elements of a member's share of a bucket: ceil(numel / members)."""
     return -(-numel // members)
@@ -110,8 +117,10 @@ def share_elements(numel: int, members: int) -> int:
 
 def all_gather_bytes(numel: int, members: int, codec: str, bucket_bytes: int) -> int:
     """Bytes a member sends to give all others its shares of `numel` elements."""
-    shares = (share_elements(n, members) for n in bucket_sizes(numel, bucket_bytes))
-    return (members - 1) * sum(wire_bytes(codec, share) + HASH_BYTES for share in shares)
+    return (members - 1) * sum(
+        times * (wire_bytes(codec, share_elements(n, members)) + HASH_BYTES)
+        for n, times in _bucket_counts(numel, bucket_bytes)
+    )
 
 
 def all_reduce_bytes(numel: int, members: int, codec: str, bucket_bytes: int) -> int:
@@ -120,8 +129,10 @@ def all_reduce_bytes(numel: int, members: int, codec: str, bucket_bytes: int) ->
     A sparse payload of the whole bucket goes to every other member, nothing comes back.
     """
     if is_sparse(codec):
-        payloads = (wire_bytes(codec, n) + HASH_BYTES for n in bucket_sizes(numel, bucket_bytes))
-        return (members - 1) * sum(payloads)
+        return (members - 1) * sum(
+            times * (wire_bytes(codec, n) + HASH_BYTES)
+            for n, times in _bucket_counts(numel, bucket_bytes)
+        )
     return 2 * all_gather_bytes(numel, members, codec, bucket_bytes)
 
 
@@ -129,7 +140,9 @@ def own_elements(numel: int, members: int, codec: str, bucket_bytes: int) -> int
     """Elements of which a member encodes the sum: its shares of all buckets, padded ones whole."""
     if is_sparse(codec):
         return 0
-    return sum(share_elements(n, members) for n in bucket_sizes(numel, bucket_bytes))
+    return sum(
+        times * share_elements(n, members) for n, times in _bucket_counts(numel, bucket_bytes)
+    )
 
 
 def owner_sets(placement: Placement) -> list[Owners]:
@@ -184,10 +197,12 @@ def group_elements(
     parameters = [Counter[Owners]() for _ in range(fragments)]
     biases = [Counter[Owners]() for _ in range(fragments)]
     parameters[0][everyone] += sizes.outside
-    for layer, experts in enumerate(placement.owners_of):
-        fragment = fragment_of_block(layer, fragments)
-        parameters[fragment][everyone] += sizes.block
-        for owners in experts:
+    blocks: list[list[int]] = [[] for _ in range(fragments)]
+    for layer in range(placement.num_layers):
+        blocks[fragment_of_block(layer, fragments)].append(layer)
+    for fragment, layers in enumerate(blocks):
+        parameters[fragment][everyone] += len(layers) * sizes.block
+        for owners, experts in placement.owner_counts(tuple(layers)).items():
             router_owners = everyone if router_scope == "global" else owners
             for group, counter, elements in (
                 (owners, parameters[fragment], sizes.expert),
@@ -195,7 +210,7 @@ def group_elements(
                 (router_owners, biases[fragment], int(selection_bias)),
             ):
                 if site in group and elements:
-                    counter[group] += elements
+                    counter[group] += experts * elements
     return tuple(
         GroupElements({g: n for g, n in of_parameters.items() if n}, dict(of_biases))
         for of_parameters, of_biases in zip(parameters, biases, strict=True)
