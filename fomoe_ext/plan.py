@@ -173,8 +173,7 @@ def copied_bytes(config: TrainConfig, placement: Placement, site: int) -> int:
     """Bytes a site sends to refresh the frozen copies of experts that others keep."""
     wanted = stale.wanted_copies(placement, config.sites.stale_experts)
     sizes = [expert_parameters(config.model)] * placement.num_layers
-    transfers = stale.copy_transfers(placement, wanted)
-    return stale.refresh_bytes(transfers, site, sizes, config.outer.stale_codec)
+    return stale.refresh_bytes(placement, wanted, site, sizes, config.outer.stale_codec)
 
 
 def stale_share(config: TrainConfig) -> float:

@@ -105,14 +105,24 @@ def is_due(round_index: int, period: int) -> bool:
     return round_index % period == 0
 
 
+@lru_cache(maxsize=8)
+def _copies_sent(placement: Placement, wanted: Wanted) -> tuple[tuple[int, ...], ...]:
+    """By site and layer, the copies that it sends."""
+    sent = [[0] * placement.num_layers for _ in range(placement.num_sites)]
+    for transfer in copy_transfers(placement, wanted):
+        sent[transfer.source][transfer.layer] += 1
+    return tuple(map(tuple, sent))
+
+
 def refresh_bytes(
-    transfers: Sequence[Transfer], site: int, elements: Sequence[int], codec: str
+    placement: Placement, wanted: Wanted, site: int, elements: Sequence[int], codec: str
 ) -> int:
     """Bytes that a site sends to refresh all copies; `elements`: of an expert, by layer.
 
     Exactly what `OuterSync` counts.
     """
-    return sum(copy_bytes(codec, elements[t.layer]) for t in transfers if t.source == site)
+    sent = _copies_sent(placement, wanted)[site]
+    return sum(n * copy_bytes(codec, size) for n, size in zip(sent, elements, strict=True))
 
 
 def copy_waves(

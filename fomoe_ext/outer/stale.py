@@ -67,8 +67,8 @@ class StaleCopies:
         """Bytes that this site will send at the end of a round."""
         if not stale.is_due(round_index, self.period):
             return 0
-        site, codec = self._sync.site, self.codec.name
-        return stale.refresh_bytes(self._transfers, site, self._elements, codec)
+        placement, site = self._sync.placement, self._sync.site
+        return stale.refresh_bytes(placement, self.wanted, site, self._elements, self.codec.name)
 
     def refresh(self) -> int:
         """Makes all copies those of the holders' parameters; a collective. Returns the bytes sent.
