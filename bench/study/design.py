@@ -4,12 +4,13 @@ The model: 2 layers of width 64, 16 gated experts of width 64 and 2 of them per 
 parameters are in experts (3.9 % in the model that the paper trained). The text: the source code of
 Python's standard library, as bytes. Equal tokens: in a step all sites together take 16 sequences of
 128 tokens. 320 steps are 20, 10 or 5 rounds of 16, 32 or 64, as in the paper (20, 10 or 5 of 32, 64
-or 128).
+or 128). The learning rate 0.01 is the paper's; of 0.0025, 0.005, 0.01, 0.015 and 0.02 it was the
+best both with full replicas and with half of the experts resident (one seed).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ MODEL: dict[str, Any] = {
     "expert_size": 64,
     "seq_len": 128,
     "warmup_steps": 40,
+    "inner_lr": 0.01,
     "eval_tokens": 16384,
     "eval_rounds": 0,
 }
@@ -94,3 +96,121 @@ def quality(size: Size) -> Iterator[Run]:
                                 optimizer=optimizer,
                                 **scope,
                             )
+
+
+SITES, HALF, LOCAL_STEPS = 4, 2, 16
+"""Of the tables below, unless they say otherwise: four sites, every expert on two of them."""
+
+
+def _half(size: Size, seed: int, local_steps: int = LOCAL_STEPS, **flags: Any) -> Run:
+    return job(size, SITES, HALF, local_steps, seed, **{**PLAIN_RESIDENT, **flags})
+
+
+def costs_rows(size: Size, seed: int) -> dict[str, Run]:
+    """Table 2: what is lost by training experts less, and what by not computing them."""
+    spes = {"router_scope": "global", "stale_experts": -1}
+    rows = {"full replica": full(size, SITES, LOCAL_STEPS, seed)}
+    for replication in (HALF, 1):
+        of = lambda name, r=replication: f"{name}, replication {r}"
+        make = lambda r=replication, **flags: job(size, SITES, r, LOCAL_STEPS, seed, **flags)
+        rows[of("among residents")] = make(**PLAIN_RESIDENT)
+        rows[of("skipped")] = make(**PLAIN_GLOBAL)
+        rows[of("frozen but computed")] = make(**spes)
+    return rows
+
+
+def stability_rows(size: Size, seed: int) -> dict[str, Run]:
+    """Table 3: the same kinds of jobs with a probe of routing."""
+    probe = {"probe_tokens": 2048}
+    rows = {"full replica": full(size, SITES, LOCAL_STEPS, seed, **probe)}
+    for replication in (HALF, 1):
+        for name, scope in SCOPES.items():
+            rows[f"{name}, replication {replication}"] = job(
+                size, SITES, replication, LOCAL_STEPS, seed, **probe, **scope
+            )
+    return rows
+
+
+DDP_PARTS = (0.2, 0.3, 0.4, 0.5, 0.75)
+"""Shares of the study's steps for which DDP is trained, each to the end of its own schedule."""
+
+
+def bytes_families(size: Size, seed: int) -> dict[str, list[Run]]:
+    """Table 4: for each method the jobs from which the cheapest that reaches the loss is taken.
+
+    All train for the same tokens, to the end of their schedule, but for DDP, which gets there with
+    fewer steps. The loss to reach is that of the full replica.
+    """
+    ddp = [
+        job(
+            Size(max(1, round(size.steps * part / 16)) * 16, (), (), ()),
+            SITES,
+            SITES,
+            16,
+            seed,
+            optimizer="ddp",
+        )
+        for part in DDP_PARTS
+    ]
+    half = lambda steps, **flags: [_half(size, seed, h, **flags) for h in steps]
+    return {
+        "DDP": ddp,
+        "DiLoCo, full replica": [full(size, SITES, LOCAL_STEPS, seed)],
+        "FoMoE": half((16, 8)),
+        "FoMoE, int8": half((16, 8, 4), codec="int8"),
+        "FoMoE, int4": half((16, 8, 4, 2), codec="int4"),
+        "FoMoE, int2": half((16, 8, 4, 2), codec="int2"),
+        "FoMoE, topk": half((4, 2), codec="topk"),
+    }
+
+
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "plain: among residents, fp32": {},
+    "plain: global, skipped, fp32": PLAIN_GLOBAL,
+    "router rows averaged over holders (global)": {"router_scope": "global"},
+    "experts averaged by tokens": {"expert_mean": "tokens"},
+    "mean deltas times sqrt(sites)": {"rescale": True},
+    "scores divided by their sum": {"renormalize": True},
+    "mass of skipped slots given to the others (global)": {
+        "router_scope": "global",
+        "skipped_mass": "rescale",
+    },
+    "frozen copies of all absent experts (global)": {
+        "router_scope": "global",
+        "stale_experts": -1,
+    },
+    "frozen copies of 4 absent experts (global)": {"router_scope": "global", "stale_experts": 4},
+    "random placement": {"placement": "random"},
+    "reshuffle every 4 rounds, state reset": {"placement": "random", "reshuffle_rounds": 4},
+    "reshuffle every 4 rounds, state carried": {
+        "placement": "random",
+        "reshuffle_rounds": 4,
+        "reshuffle_moments": "carry",
+        "reshuffle_warmup": 0,
+    },
+    "int8": {"codec": "int8"},
+    "int8, meetings 4 times as often (as many bytes)": {"codec": "int8", "local_steps": 4},
+    "int4, meetings 4 times as often (half the bytes)": {"codec": "int4", "local_steps": 4},
+    "int2, meetings 8 times as often (as many bytes)": {"codec": "int2", "local_steps": 2},
+}
+"""Table 5: ways to close the gap to the full replica, each alone."""
+
+
+def gap_rows(size: Size, seed: int) -> dict[str, Run]:
+    """The full replica and `METHODS`."""
+    rows = {"full replica": full(size, SITES, LOCAL_STEPS, seed)}
+    for name, method in METHODS.items():
+        flags = dict(method)
+        rows[name] = _half(size, seed, flags.pop("local_steps", LOCAL_STEPS), **flags)
+    return rows
+
+
+def runs_of(table: str, size: Size) -> list[Run]:
+    """All runs of a table, seed after seed. Raises KeyError for a table without runs."""
+    if table == "quality":
+        return list(quality(size))
+    if table == "bytes":
+        families = (bytes_families(size, seed) for seed in size.seeds)
+        return [run for of_seed in families for runs in of_seed.values() for run in runs]
+    rows = {"costs": costs_rows, "stability": stability_rows, "gap": gap_rows}[table]
+    return [run for seed in size.seeds for run in rows(size, seed).values()]

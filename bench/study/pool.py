@@ -11,6 +11,7 @@ import multiprocessing as mp
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import wait
@@ -18,7 +19,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from fomoe_ext.launch import process_environment
+from fomoe_ext.launch import EXIT_PEER_LOST, process_environment
 
 TAIL_LINES = 15
 _PRELOAD = ["fomoe_ext.train"]
@@ -30,6 +31,7 @@ class RunFailed(RuntimeError):
 
 def _site(arguments: list[str], environment: dict[str, str], log: str) -> None:
     os.environ.update(environment)
+    threading.Thread(target=_end_with_study, daemon=True).start()
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -38,12 +40,19 @@ def _site(arguments: list[str], environment: dict[str, str], log: str) -> None:
     sys.exit(train.main(arguments))
 
 
+def _end_with_study() -> None:
+    study = mp.parent_process()
+    assert study is not None
+    study.join()
+    os._exit(EXIT_PEER_LOST)
+
+
 def _start(
     arguments: Sequence[str], num_sites: int, folder: Path
 ) -> tuple[list[ForkServerProcess], list[Path]]:
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    base = {"OMP_NUM_THREADS": "1", "FOMOE_DETERMINISTIC": "1"}
+    base = {"OMP_NUM_THREADS": "1"}
     logs = [folder / f"site-{site}.log" for site in range(num_sites)]
     processes = []
     for site, log in enumerate(logs):
