@@ -247,7 +247,8 @@ def report_tables(report: Mapping[str, Any]) -> list[ReportTable]:
     return [*tables, _routing(report)] if report.get("routing") else tables
 
 
-def _markdown_table(table: ReportTable) -> str:
+def markdown_table(table: ReportTable) -> str:
+    """A table as Markdown, with its title as a heading."""
     lines = [f"## {table.title}", "", "| " + " | ".join(table.columns) + " |"]
     lines.append("|" + "|".join(["---"] + ["---:"] * (len(table.columns) - 1)) + "|")
     lines += ["| " + " | ".join(row) + " |" for row in table.rows]
@@ -258,7 +259,7 @@ def _markdown_table(table: ReportTable) -> str:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown."""
-    tables = "\n\n".join(_markdown_table(table) for table in report_tables(report))
+    tables = "\n\n".join(markdown_table(table) for table in report_tables(report))
     return f"# Run {report['run']['name']}\n\n{tables}\n"
 
 

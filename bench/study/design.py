@@ -10,6 +10,7 @@ best both with full replicas and with half of the experts resident (one seed).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,13 @@ class Size:
     sites: tuple[int, ...]
     local_steps: tuple[int, ...]
     optimizers: tuple[str, ...] = OPTIMIZERS
+
+
+def with_seeds(size: Size, count: int) -> Size:
+    """Only the first seeds of `size`. Raises ValueError for a count it has not got."""
+    if not 1 <= count <= len(size.seeds):
+        raise ValueError(f"seeds must be in 1..{len(size.seeds)}, got {count}")
+    return dataclasses.replace(size, seeds=size.seeds[:count])
 
 
 FULL = Size(320, (0, 1, 2), (2, 4, 8), (16, 32, 64))

@@ -1,0 +1,285 @@
+"""`docs/claims.md`: every claim of the paper's abstract, planned and measured here.
+
+    python -m bench.study claims
+
+Nothing in it is written by hand but the claims themselves and the words around the figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from bench.study import design, plots, store, tables, throughput
+from bench.study.design import FULL, Size
+from bench.study.tables import Kept
+from fomoe_ext import plan_cost
+from fomoe_ext.config import count_parameters, preset_config
+from fomoe_ext.files import write_text
+from fomoe_ext.report import ReportTable, markdown_table
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAPER_LOCAL_STEPS = 32
+WANTED = {"replica": 8.0, "ddp": 250.0}
+"""Communication at equal loss, below the fp32 full replica and below DDP, at least."""
+
+
+def _shares(preset: str) -> tuple[int, int]:
+    """Dense and sparse parameters as the paper counts them: routers belong to the experts."""
+    counts = count_parameters(preset_config(preset).model)
+    return counts.dense, counts.sparse + counts.router
+
+
+def _payload_ratio(preset: str, sites: int, replication: int, reshuffles: float) -> float:
+    dense, sparse = _shares(preset)
+    of = lambda r, moved: plan_cost.paper_round_bytes(
+        dense, sparse, sites, r, reshuffles_per_round=moved
+    )
+    return of(sites, 0.0) / of(replication, reshuffles)
+
+
+def _memory(preset: str, sites: int, replication: int) -> float:
+    return plan_cost.paper_memory_bytes(*_shares(preset), sites, replication)
+
+
+def _mean(records: list[Mapping[str, Any]], what: str) -> float:
+    return fmean(fmean(k[what]) if isinstance(k[what], list) else k[what] for k in records)
+
+
+def _plain(kept: Kept, size: Size) -> list[Mapping[str, Any]]:
+    return tables.there(kept, [design.gap_rows(size, s)[_PLAIN] for s in size.seeds])
+
+
+_PLAIN = next(iter(design.METHODS))
+_NO_RUNS = "no runs yet"
+
+
+def _communication(kept: Kept, size: Size) -> tuple[str, str]:
+    """Counted bytes of plain jobs against what a full replica and DDP send for the same steps."""
+    records = _plain(kept, size)
+    if not records:
+        return _NO_RUNS, _NO_RUNS
+    sent = _mean(records, "bytes_sent")
+    share = records[0]["parameters"]["sparse"] / records[0]["parameters"]["total"]
+    replica = f"{_mean(records, 'full_replica_bytes') / sent:.2f}x ({share:.0%} in experts)"
+    ddp = f"{_mean(records, 'ddp_bytes') / sent:.1f}x at {design.LOCAL_STEPS} local steps"
+    return replica, ddp
+
+
+def _equal_loss(kept: Kept, size: Size) -> tuple[str, str]:
+    """The cheapest compressed job that reaches the full replica's loss, against both baselines."""
+    seeds = tables.bytes_seeds(kept, size)
+    if not seeds:
+        return _NO_RUNS, _NO_RUNS
+    best = tables.cheapest(kept, [design.bytes_families(size, seed) for seed in seeds])
+    replica, ddp = best["DiLoCo, full replica"], best["DDP"]
+    coded = [(b[1], name, b) for name, b in best.items() if name.startswith("FoMoE, ") and b]
+    if not coded or replica is None:
+        return "no compressed job reaches it", "no compressed job reaches it"
+    sent, name, (loss, _, job) = min(coded, key=lambda found: found[0])
+    how = f"{name}, {job.flags['local_steps']} local steps, loss {loss:.3f}"
+    first = f"{replica[1] / sent:.1f}x ({how}; wanted {WANTED['replica']:g}x)"
+    if ddp is None:
+        return first, "no DDP job reaches it"
+    return first, f"{ddp[1] / sent:.0f}x ({how}; wanted {WANTED['ddp']:g}x)"
+
+
+def _quality(kept: Kept, size: Size) -> tuple[str, str]:
+    rows = [design.gap_rows(size, seed) for seed in size.seeds]
+    base = [of["full replica"] for of in rows]
+    found = {
+        name: tables.gaps(kept, [(of[name], b) for of, b in zip(rows, base, strict=True)])
+        for name in design.METHODS
+    }
+    if not found[_PLAIN]:
+        return _NO_RUNS, _NO_RUNS
+    full = {n: v for n, v in found.items() if len(v) == len(found[_PLAIN])}
+    name = min(full, key=lambda n: fmean(full[n]))
+    plain = tables.spread(found[_PLAIN], sign=True)
+    part = fmean(full[name]) / fmean(found[_PLAIN])
+    return f"{plain} nats", (
+        f"{tables.spread(full[name], sign=True)} nats ({name}), {part:.0%} of the plain gap "
+        "(wanted: 50 %)"
+    )
+
+
+def _routing(kept: Kept, size: Size) -> str:
+    of_seeds = [design.stability_rows(size, seed) for seed in size.seeds]
+    name = f"resident, replication {design.HALF}"
+    parts = []
+    for row in ("full replica", name):
+        records = tables.there(kept, [of[row] for of in of_seeds])
+        if not records:
+            return _NO_RUNS
+        last = [k["routing"][-1] for k in records]
+        parts.append(
+            f"{row}: {fmean(r['between_rounds'] for r in last):.0%} of choices as a round ago, "
+            f"load std/mean {fmean(r['load_variation'] for r in last):.2f}, "
+            f"{fmean(r['dead_experts'] for r in last):.1f} dead"
+        )
+    return "; ".join(parts)
+
+
+def _speed(share: float) -> str:
+    value = throughput.speed_up(share)
+    return _NO_RUNS if value is None else f"{value:.2f}x"
+
+
+def claims_table(kept: Kept, size: Size = FULL) -> ReportTable:
+    """A row per claim: claimed, configuration, planned, measured here, command."""
+    replica, ddp = _communication(kept, size)
+    equal_replica, equal_ddp = _equal_loss(kept, size)
+    plain, best = _quality(kept, size)
+    ratio = _payload_ratio("1.8b", 4, 2, 1.0)
+    records = _plain(kept, size)
+    memory = _NO_RUNS
+    if records:
+        memory = f"{_mean(records, 'memory') / records[0]['full_replica_memory']:.0%} of a replica"
+    gigabytes = ", ".join(f"{_memory('104b', 8, r) / 1e9:.0f}" for r in (8, 4, 2, 1))
+    half = f"{design.SITES} sites, replication {design.HALF}"
+    at = f"{half}, {design.LOCAL_STEPS} local steps"
+    flops = plan_cost.flops_per_token(throughput.MODEL)
+    predicted = lambda share: flops.forward / (flops.forward - (1 - share) * flops.experts)
+    rows = (
+        (
+            "no site needs a full replica",
+            "104B, 8 sites, replication 8, 4, 2, 1",
+            f"{gigabytes} GB per site",
+            f"{memory} ({half})",
+            "fomoe plan --preset 104b --sites 8",
+        ),
+        (
+            "1.42x less communication than DiLoCo-like baselines",
+            "1.8B (59 % in experts), 4 sites, replication 2, experts moved every round",
+            f"{ratio:.2f}x",
+            replica,
+            "python -m bench.study gap",
+        ),
+        (
+            "45.44x less than DDP",
+            f"the same and {PAPER_LOCAL_STEPS} local steps",
+            f"{PAPER_LOCAL_STEPS * round(ratio, 2):.2f}x",
+            ddp,
+            "python -m bench.study gap",
+        ),
+        (
+            "... at equal loss, below fp32 DiLoCo full replica (ours)",
+            half,
+            "-",
+            equal_replica,
+            "python -m bench.study bytes",
+        ),
+        (
+            "... at equal loss, below DDP (ours)",
+            half,
+            "-",
+            equal_ddp,
+            "python -m bench.study bytes",
+        ),
+        (
+            "1.16x throughput with half of the experts resident",
+            f"experts are {throughput.expert_share(throughput.MODEL):.0%} of the FLOPs",
+            f"{predicted(0.5):.2f}x by FLOPs",
+            _speed(0.5),
+            "python -m bench.study throughput",
+        ),
+        (
+            "up to 1.4x throughput (every expert absent)",
+            "the same",
+            f"{predicted(0.0):.2f}x by FLOPs",
+            _speed(0.0),
+            "python -m bench.study throughput",
+        ),
+        (
+            "perplexity is maintained (the paper's tables: +0.06 to +0.08 nats at sites/2)",
+            at,
+            "-",
+            plain,
+            "python -m bench.study gap",
+        ),
+        (
+            "... and the gap closed (ours)",
+            half,
+            "-",
+            best,
+            "python -m bench.study gap",
+        ),
+        (
+            "routing stays stable (no numbers given)",
+            at,
+            "-",
+            _routing(kept, size),
+            "python -m bench.study stability",
+        ),
+    )
+    return ReportTable(
+        "The claims",
+        ("claimed", "configuration", "planned", "measured here", "command"),
+        rows,
+        "Planned: by the paper's formulas (`fomoe_ext/plan_cost.py`). Measured: at the size of "
+        "the study, below.",
+    )
+
+
+def coverage(kept: Kept, size: Size) -> ReportTable:
+    """How many of each table's runs are there, and what they took."""
+    rows = []
+    for name in tables.TABLES:
+        runs = {run.key: run for run in design.runs_of(name, size)}
+        done = [kept[key] for key in runs if key in kept]
+        seconds = sum(k["job_s"] for k in done)
+        rows.append((name, str(len(runs)), str(len(done)), f"{seconds / 60:.0f} min"))
+    unequal = tables.unequal_bytes(kept)
+    total = sum(k["job_s"] for k in kept.values())
+    note = (
+        f"All {len(kept)} runs took {total / 3600:.1f} h. Bytes counted are those predicted in "
+        + ("every run, at every site." if not unequal else f"all but {len(unequal)} runs!")
+    )
+    return ReportTable("Runs", ("table", "planned", "done", "time"), tuple(rows), note)
+
+
+def page(kept: Kept, size: Size = FULL) -> str:
+    """The text of docs/claims.md."""
+    machines = sorted(
+        {f"{k['machine']['isa']}, torch {k['machine']['torch']}" for k in kept.values()}
+    )
+    parts = [
+        "# The paper's claims: planned and measured",
+        "<!-- written by python -m bench.study claims -->",
+        "The FoMoE paper ([arXiv 2606.19025](https://arxiv.org/abs/2606.19025)) ships no code. "
+        "Here each claim of its abstract stands beside what the cost model says and what was "
+        "measured with fomoe_ext at a size that two CPU cores train. **No GPU was used.** "
+        "`python -m bench.study all` makes every run that is missing in "
+        "`bench/results/study/runs.jsonl` (hours; `--quick`: minutes, elsewhere); "
+        "`python -m bench.study claims` writes this page.",
+        _setting(size),
+        markdown_table(claims_table(kept, size)),
+        "![loss against bytes](claims/loss_against_bytes.png)",
+    ]
+    for maker in tables.TABLES.values():
+        parts += [markdown_table(table) for table in maker(kept, size)]
+    parts.append("![loss over full replica](claims/quality_against_replication.png)")
+    parts += [markdown_table(table) for table in throughput.throughput_table()]
+    parts.append(markdown_table(coverage(kept, size)))
+    parts.append(f"Machines: {'; '.join(machines)}." if machines else "")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _setting(size: Size) -> str:
+    model = design.MODEL
+    return (
+        f"The study's model: {model['num_layers']} layers of width {model['hidden_size']}, "
+        f"{model['num_experts']} SwiGLU experts of width {model['expert_size']} per layer, 2 per "
+        f"token. Text: the source code of Python's standard library, as bytes. All sites together "
+        f"take {design.SEQUENCES} sequences of {model['seq_len']} tokens per step, {size.steps} "
+        f"steps; AdamW at {model['inner_lr']}, seeds {', '.join(map(str, size.seeds))}."
+    )
+
+
+def write(path: Path = store.RUNS, size: Size = FULL, docs: Path = DOCS) -> None:
+    """Writes docs/claims.md and its pictures from the runs in the file."""
+    kept = store.load(path)
+    plots.draw(kept, size, docs / "claims")
+    write_text(docs / "claims.md", page(kept, size))

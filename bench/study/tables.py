@@ -1,0 +1,293 @@
+"""The tables of the study, made of nothing but the runs that are in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from statistics import fmean, stdev
+from typing import Any
+
+from bench.study import design
+from bench.study.design import Size
+from bench.study.store import Run
+from fomoe_ext.metrics import human_bytes
+from fomoe_ext.report import ReportTable
+
+Kept = Mapping[str, Mapping[str, Any]]
+"""Records by key, as `store.load` gives them."""
+
+
+def spread(values: Iterable[float], digits: int = 3, sign: bool = False) -> str:
+    """Mean ± standard deviation of the sample, and of how many values where fewer than 3."""
+    found = list(values)
+    if not found:
+        return "-"
+    form = f"{{:{'+' if sign else ''}.{digits}f}}"
+    text = form.format(fmean(found))
+    if len(found) > 1:
+        text += f" ± {stdev(found):.{digits}f}"
+    return text if len(found) > 2 else f"{text} ({len(found)})"
+
+
+def gaps(kept: Kept, pairs: Iterable[tuple[Run, Run]]) -> list[float]:
+    """Loss of the first run of each pair less that of the second, where both are there, nats."""
+    found = [
+        (kept[one.key], kept[base.key]) for one, base in pairs if {one.key, base.key} <= set(kept)
+    ]
+    return [one["loss"] - base["loss"] for one, base in found]
+
+
+def there(kept: Kept, runs: Iterable[Run]) -> list[Mapping[str, Any]]:
+    """The records of those runs that are there."""
+    return [kept[run.key] for run in runs if run.key in kept]
+
+
+def quality_table(kept: Kept, size: Size) -> list[ReportTable]:
+    """Loss over full replica of the plain method, a table per optimizer."""
+    tables = []
+    for optimizer in size.optimizers:
+        rows = []
+        for local_steps in size.local_steps:
+            for sites in size.sites:
+                of = lambda seed, r, h=local_steps, m=sites, o=optimizer, **scope: design.job(
+                    size, m, r, h, seed, optimizer=o, **scope
+                )
+                base = [of(seed, sites) for seed in size.seeds]
+                losses = [k["loss"] for k in there(kept, base)]
+                for replication in design.replications(sites)[:-1]:
+                    cells = [
+                        spread(
+                            gaps(
+                                kept,
+                                [
+                                    (of(seed, replication, **scope), full)
+                                    for seed, full in zip(size.seeds, base, strict=True)
+                                ],
+                            ),
+                            sign=True,
+                        )
+                        for scope in design.SCOPES.values()
+                    ]
+                    rows.append(
+                        (str(local_steps), str(sites), str(replication), spread(losses), *cells)
+                    )
+        tables.append(
+            ReportTable(
+                f"Loss over full replica, {optimizer}",
+                ("local steps", "sites", "replication", "full replica", *design.SCOPES),
+                tuple(rows),
+                "Nats per token of validation text; paired by seed, mean ± standard deviation over "
+                f"{len(size.seeds)} seeds (in parentheses: how many, where fewer). resident: sites "
+                "choose among the experts they hold; global: among all, absent ones are skipped.",
+            )
+        )
+    return tables
+
+
+def _by_row(rows: Callable[[Size, int], Mapping[str, Run]], size: Size) -> dict[str, list[Run]]:
+    """Of every row the runs of all seeds."""
+    of_seeds = [rows(size, seed) for seed in size.seeds]
+    return {name: [of[name] for of in of_seeds] for name in of_seeds[0]}
+
+
+def costs_table(kept: Kept, size: Size) -> list[ReportTable]:
+    """Table 2."""
+    by_row = _by_row(design.costs_rows, size)
+    base = by_row["full replica"]
+    rows = []
+    for name, runs in by_row.items():
+        records = there(kept, runs)
+        if not records:
+            continue
+        one = records[0]
+        rows.append(
+            (
+                name,
+                spread(k["loss"] for k in records),
+                spread(gaps(kept, zip(runs, base, strict=True)), sign=True),
+                human_bytes(fmean(one["bytes_sent"])),
+                human_bytes(fmean(one["memory"])),
+                f"{fmean(k['skipped_share'] for k in records):.0%}",
+            )
+        )
+    return [
+        ReportTable(
+            f"What costs what: {design.SITES} sites, {design.LOCAL_STEPS} local steps, DiLoCo",
+            ("", "loss", "over full replica", "sent per site", "memory", "skipped slots"),
+            tuple(rows),
+            "Frozen but computed (as SPES): a site also holds copies of all absent experts, in "
+            "int8 refreshed at every meeting, which it computes and does not train.",
+        )
+    ]
+
+
+def stability_table(kept: Kept, size: Size) -> list[ReportTable]:
+    """Table 3, of the first, the middle and the last meeting."""
+    rows = []
+    for name, runs in _by_row(design.stability_rows, size).items():
+        records = there(kept, runs)
+        if not records:
+            continue
+        count = min(len(k["routing"]) for k in records)
+        for index in dict.fromkeys((1, count // 2, count - 1)):
+            of = lambda what, i=index, r=records: [k["routing"][i][what] for k in r]
+            rows.append(
+                (
+                    name,
+                    str(records[0]["routing"][index]["round"]),
+                    spread(of("entropy")),
+                    spread(of("load_variation"), 2),
+                    spread(of("between_sites"), 2),
+                    spread(of("between_rounds"), 2),
+                    spread(of("dead_experts"), 1),
+                )
+            )
+    experts = design.MODEL["num_experts"] * design.MODEL["num_layers"]
+    return [
+        ReportTable(
+            f"Stability of routing: {design.SITES} sites, {design.LOCAL_STEPS} local steps",
+            (
+                "",
+                "round",
+                "entropy, nats",
+                "load std/mean",
+                "same on two sites",
+                "same as a round ago",
+                f"dead of {experts}",
+            ),
+            tuple(rows),
+            "Of 2048 validation tokens that all sites route. Same: share of a token's choices, "
+            "before a meeting between two sites, and of the model after this and the last meeting. "
+            "With scope resident two sites can only agree on the experts that both hold.",
+        )
+    ]
+
+
+def cheapest(
+    kept: Kept, families: list[Mapping[str, list[Run]]]
+) -> dict[str, tuple[float, float, Run] | None]:
+    """Of each method the job with the fewest bytes whose mean loss over the seeds reaches that of
+    the full replica: mean loss, mean bytes per site, and the job (of the first seed).
+
+    None = no job gets there. `families`: `design.bytes_families` of every seed.
+    """
+    goal = _mean(kept, [of["DiLoCo, full replica"][0] for of in families], "loss")
+    result: dict[str, tuple[float, float, Run] | None] = {}
+    for name, jobs in families[0].items():
+        best = None
+        for number, job in enumerate(jobs):
+            same = [of[name][number] for of in families]
+            loss, sent = _mean(kept, same, "loss"), _mean(kept, same, "bytes_sent")
+            if goal is None or loss is None or sent is None or loss > goal:
+                continue
+            if best is None or sent < best[1]:
+                best = loss, sent, job
+        result[name] = best
+    return result
+
+
+def _mean(kept: Kept, runs: list[Run], what: str) -> float | None:
+    """Mean over runs (and sites), None unless all runs are there."""
+    if not all(run.key in kept for run in runs):
+        return None
+    values = [kept[run.key][what] for run in runs]
+    return fmean(fmean(v) if isinstance(v, list) else v for v in values)
+
+
+def bytes_seeds(kept: Kept, size: Size) -> list[int]:
+    """The seeds of which all runs of table 4 are there."""
+    return [
+        seed
+        for seed in size.seeds
+        if all(r.key in kept for jobs in design.bytes_families(size, seed).values() for r in jobs)
+    ]
+
+
+def bytes_table(kept: Kept, size: Size) -> list[ReportTable]:
+    """Table 4: every job, and the cheapest of each method that reaches the full replica's loss."""
+    seeds = bytes_seeds(kept, size) or list(size.seeds[:1])
+    families = [design.bytes_families(size, seed) for seed in seeds]
+    best = cheapest(kept, families)
+    replica = _mean(kept, [of["DiLoCo, full replica"][0] for of in families], "bytes_sent")
+    ddp = best["DDP"]
+    rows = []
+    for name, jobs in families[0].items():
+        for number, job in enumerate(jobs):
+            same = [of[name][number] for of in families]
+            loss, sent = _mean(kept, same, "loss"), _mean(kept, same, "bytes_sent")
+            if loss is None or sent is None or replica is None:
+                continue
+            chosen = best[name]
+            mark = chosen is not None and chosen[2].key == job.key
+            ddp_job = job.flags.get("optimizer") == "ddp"
+            steps = job.flags["rounds"] * job.flags["local_steps"]
+            rows.append(
+                (
+                    f"{name}{' *' if mark else ''}",
+                    "every step" if ddp_job else str(job.flags["local_steps"]),
+                    str(steps),
+                    f"{loss:.3f}",
+                    human_bytes(sent),
+                    f"{replica / sent:.1f}x",
+                    f"{ddp[1] / sent:.0f}x" if ddp else "-",
+                )
+            )
+    return [
+        ReportTable(
+            f"Communication at equal loss: {design.SITES} sites, replication {design.HALF}",
+            ("", "local steps", "steps", "loss", "sent per site", "below replica", "below DDP *"),
+            tuple(rows),
+            f"Mean over seeds {', '.join(map(str, seeds))}. * the fewest bytes of the method at "
+            "the full replica's loss or better; each job trains to the end of its schedule. Below: "
+            "bytes of the fp32 full replica, and of that DDP job, over this job's.",
+        )
+    ]
+
+
+def gap_table(kept: Kept, size: Size) -> list[ReportTable]:
+    """Table 5."""
+    by_row = _by_row(design.gap_rows, size)
+    base = by_row["full replica"]
+    plain = next(iter(design.METHODS))
+    reference = gaps(kept, zip(by_row[plain], base, strict=True))
+    rows = []
+    for name, runs in by_row.items():
+        records = there(kept, runs)
+        if not records:
+            continue
+        differences = gaps(kept, zip(runs, base, strict=True))
+        share = "-"
+        if len(differences) == len(reference) and reference and fmean(reference) > 0:
+            share = f"{fmean(differences) / fmean(reference):.0%}"
+        rows.append(
+            (
+                name,
+                spread(k["loss"] for k in records),
+                spread(differences, sign=True),
+                share,
+                human_bytes(fmean(records[0]["bytes_sent"])),
+                human_bytes(fmean(records[0]["memory"])),
+            )
+        )
+    return [
+        ReportTable(
+            f"Closing the gap: {design.SITES} sites, replication {design.HALF}, DiLoCo",
+            ("", "loss", "over full replica", "of plain's gap", "sent per site", "memory"),
+            tuple(rows),
+            f"{design.LOCAL_STEPS} local steps unless the row says otherwise; the full replica "
+            "meets every 16 steps in fp32. Paired by seed, mean ± standard deviation.",
+        )
+    ]
+
+
+TABLES: Mapping[str, Callable[[Kept, Size], list[ReportTable]]] = {
+    "quality": quality_table,
+    "costs": costs_table,
+    "stability": stability_table,
+    "bytes": bytes_table,
+    "gap": gap_table,
+}
+
+
+def unequal_bytes(kept: Kept) -> list[str]:
+    """Keys of the runs in which some site has not sent exactly what was predicted."""
+    return [key for key, run in kept.items() if run["bytes_sent"] != run["bytes_predicted"]]

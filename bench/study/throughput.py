@@ -1,0 +1,159 @@
+"""Table 6: how much faster a layer and a whole training step are where experts are absent.
+
+Slots on absent experts are skipped (router_scope "global"), as in the paper's figure 11: 1.16x at
+half of the experts and 1.43x with every expert absent. Shares take turns, so that all see the same
+machine; medians. A slowed machine changes all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from fomoe_ext import plan_cost
+from fomoe_ext.config import ModelConfig
+from fomoe_ext.files import write_text
+from fomoe_ext.metrics import human_count
+from fomoe_ext.report import ReportTable
+
+RESULT = Path(__file__).resolve().parents[1] / "results" / "study" / "throughput.json"
+SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
+PAPER = {0.5: 1.16, 0.0: 1.43}
+MODEL = ModelConfig(
+    hidden_size=256, num_layers=4, num_heads=4, num_experts=16, expert_size=256, top_k=4
+)
+SEQUENCES = {"cpu": 4, "cuda": 64}
+
+
+def expert_share(model: ModelConfig) -> float:
+    """Share of the experts in a training step's arithmetic (`plan_cost.flops_per_token`)."""
+    flops = plan_cost.flops_per_token(model)
+    return flops.experts / flops.forward
+
+
+def _steps(device: str) -> dict[str, dict[float, Callable[[], None]]]:
+    """By kind ("layer", "step") and share resident, what is timed."""
+    import torch
+
+    from fomoe_ext import MoELayer
+    from fomoe_ext.config import InnerConfig
+    from fomoe_ext.model import LanguageModel
+    from fomoe_ext.trainer import make_optimizer
+
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else None
+    tokens = torch.randint(256, (SEQUENCES[device], MODEL.seq_len + 1), device=device)
+    made: dict[str, dict[float, Callable[[], None]]] = {"layer": {}, "step": {}}
+    for share in SHARES:
+        resident = range(round(share * MODEL.num_experts))
+        model = LanguageModel(MODEL, None, seed=1, device=device)
+        for index, block in enumerate(model.blocks):
+            block.moe = MoELayer(
+                MODEL.hidden_size,
+                MODEL.expert_size,
+                MODEL.num_experts,
+                MODEL.top_k,
+                resident_experts=list(resident),
+                layer_index=index,
+                seed=1,
+                device=device,
+            )
+        optimizer = make_optimizer(model, InnerConfig())
+        x = torch.randn(tokens[:, 1:].numel(), MODEL.hidden_size, device=device)
+        x.requires_grad_()
+        weight = torch.randn_like(x)
+
+        def layer(moe: Any = model.blocks[0].moe, x: Any = x, weight: Any = weight) -> None:
+            with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+                y = moe(x)
+            y.backward(weight.to(y.dtype))
+            x.grad = None
+
+        def step(model: Any = model, optimizer: Any = optimizer) -> None:
+            with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+                loss = model.loss(tokens).total
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        made["layer"][share], made["step"][share] = layer, step
+    return made
+
+
+def measure(repeats: int, device: str = "cpu") -> dict[str, Any]:
+    """Seconds of every repeat, by kind and share."""
+    import torch
+
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    result: dict[str, dict[str, list[float]]] = {}
+    for kind, by_share in _steps(device).items():
+        seconds: dict[str, list[float]] = {str(share): [] for share in by_share}
+        for repeat in range(repeats + 2):
+            for share, run in by_share.items():
+                wait()
+                start = time.perf_counter()
+                run()
+                wait()
+                if repeat >= 2:  # the first two warm up
+                    seconds[str(share)].append(time.perf_counter() - start)
+        result[kind] = seconds
+    return {"seconds": result, "tokens": SEQUENCES[device] * MODEL.seq_len, "device": device}
+
+
+def run(repeats: int, facts: Mapping[str, Any], path: Path = RESULT) -> None:
+    """Measures on the GPU where there is one, else the CPU, and keeps the result."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = {**measure(repeats, device), "machine": dict(facts)}
+    write_text(path, json.dumps(kept, indent=1) + "\n")
+
+
+def throughput_table(path: Path = RESULT) -> list[ReportTable]:
+    """The table of the result that is kept; none where there is none."""
+    if not path.exists():
+        return []
+    kept = json.loads(path.read_text())
+    medians = {
+        kind: {float(share): median(seconds) for share, seconds in by.items()}
+        for kind, by in kept["seconds"].items()
+    }
+    whole = plan_cost.flops_per_token(MODEL)
+    rows = []
+    for share in medians["step"]:
+        skipped = whole.forward - (1 - share) * whole.experts
+        rows.append(
+            (
+                f"{share:.0%}",
+                *(f"{medians[kind][1.0] / medians[kind][share]:.2f}x" for kind in medians),
+                human_count(kept["tokens"] / medians["step"][share]),
+                f"{whole.forward / skipped:.2f}x",
+                f"{PAPER[share]:.2f}x" if share in PAPER else "-",
+            )
+        )
+    machine = kept["machine"]
+    return [
+        ReportTable(
+            "Speed-up from skipping, forward and backward",
+            ("experts resident", "layer", "whole step", "tokens/s", "by FLOPs", "paper"),
+            tuple(rows),
+            f"{MODEL.num_layers} layers of width {MODEL.hidden_size}, {MODEL.num_experts} experts "
+            f"of {MODEL.expert_size}, {MODEL.top_k} per token: experts are "
+            f"{expert_share(MODEL):.0%} of the FLOPs. {kept['device']}, "
+            f"{machine.get('isa', '')} {machine.get('threads', '')} threads. By FLOPs: what the "
+            "cost model says of the whole step.",
+        )
+    ]
+
+
+def speed_up(share: float, kind: str = "step", path: Path = RESULT) -> float | None:
+    """Time with all experts resident over that with `share` of them; None without a result."""
+    if not path.exists():
+        return None
+    seconds = json.loads(path.read_text())["seconds"][kind]
+    return median(seconds["1.0"]) / median(seconds[str(share)])
