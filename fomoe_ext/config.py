@@ -248,8 +248,11 @@ class SitesConfig:
     -1 = all of them, so that nothing is skipped."""
     reshuffle_rounds: int = 0
     """Draw a new random placement every so many rounds; 0 = never."""
-    reshuffle_warmup: int = 8
-    """Steps over which the learning rate of experts new to a site rises to its full value."""
+    reshuffle_moments: Literal["reset", "carry"] = "reset"
+    """AdamW moments of experts that move: start from zero, or travel along (twice the elements)."""
+    reshuffle_warmup: int | None = None
+    """Steps over which the learning rate of experts new to a site rises to its full value; none =
+    8, or 0 where their moments travel along."""
     threads: int = 0
     """Threads per site; 0 = this machine's cores shared among its sites."""
     link: str | None = None
@@ -282,6 +285,12 @@ class SitesConfig:
             parse_link(self.link)
         if self.reshuffle_rounds and (self.placement != "random" or self.placement_file):
             raise ValueError("sites.reshuffle_rounds needs sites.placement = random and no table")
+
+    @property
+    def resolved_warmup(self) -> int:
+        """`reshuffle_warmup`, or its default."""
+        default = 0 if self.reshuffle_moments == "carry" else 8
+        return default if self.reshuffle_warmup is None else self.reshuffle_warmup
 
 
 @dataclass(frozen=True)
@@ -491,6 +500,8 @@ class TrainConfig:
             )
         if self.outer.optimizer == "local-adamw" and self.inner.inner_optimizer != "adamw":
             raise ValueError("outer.optimizer = local-adamw needs inner.inner_optimizer = adamw")
+        if sites.reshuffle_moments == "carry" and self.inner.inner_optimizer != "adamw":
+            raise ValueError("sites.reshuffle_moments = carry needs inner.inner_optimizer = adamw")
         outer = self.outer
         if sites.stale_experts:
             self._check_stale()

@@ -195,6 +195,7 @@ def moved_bytes(config: TrainConfig, placement: Placement, new: Placement, site:
         router_scope=config.model.router_scope,
         selection_bias=config.model.balance == "bias",
         outer_momentum=config.outer.resolved_momentum > 0,
+        inner_moments=2 if config.sites.reshuffle_moments == "carry" else 0,
     )
 
 

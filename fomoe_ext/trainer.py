@@ -317,7 +317,11 @@ class TrainingSite:
         if every and self.round % every == 0 and self.round < self.rounds:
             old = self.placement
             new = plan.job_placement(self.config, self.round // every)
-            moved = self.sync.reshuffle(new, warmup_steps=self.config.sites.reshuffle_warmup)
+            moved = self.sync.reshuffle(
+                new,
+                warmup_steps=self.config.sites.resolved_warmup,
+                moments=self.config.sites.reshuffle_moments,
+            )
             self.tally.moved_bytes += moved.bytes_sent
             self.tally.planned_bytes += plan.moved_bytes(self.config, old, new, self.world.site)
             seconds += moved.seconds

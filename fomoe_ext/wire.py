@@ -341,15 +341,17 @@ def reshuffle_bytes(
     router_scope: Literal["global", "resident"] = "global",
     selection_bias: bool = False,
     outer_momentum: bool | None = None,
+    inner_moments: int = 0,
 ) -> int:
     """Bytes a site sends when `new` comes into force: fp32, never encoded, and a status.
 
     An expert travels as its anchor and outer momentum (`outer_momentum` None = as the optimizer has
-    by default: "diloco" only); with router_scope "resident" its router row and bias come along.
+    by default: "diloco" only) and as many moments of the inner optimizer as `inner_moments` says
+    (2 where they are carried); with router_scope "resident" its router row and bias come along.
     """
     if outer_momentum is None:
         outer_momentum = optimizer == "diloco"
-    copies = 2 if outer_momentum and optimizer != "ddp" else 1
+    copies = (2 if outer_momentum and optimizer != "ddp" else 1) + inner_moments
     elements = sizes.expert
     bias = 0
     if router_scope == "resident":

@@ -1,8 +1,11 @@
-"""Reshuffles: content follows the expert, its inner state starts anew, its learning rate rises."""
+"""Reshuffles: content follows the expert, its inner state does so or starts anew, its learning rate
+rises.
+"""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -23,9 +26,15 @@ from sites import pool
 from torch import Tensor, nn
 
 from fomoe_ext import wire
+from fomoe_ext.config import InnerConfig, expert_parameters
+from fomoe_ext.config_io import parse_args
 from fomoe_ext.outer import OuterSync
 from fomoe_ext.outer.optimizer import MOMENTS, ArrivalWarmup, move_state_rows
+from fomoe_ext.outer.options import MeetingError
 from fomoe_ext.placement import Placement
+from fomoe_ext.plan import job_placement, moved_bytes
+
+SINGLE = Placement.cyclic(1, EXPERTS, LAYERS, 1)
 
 
 def drawn(num_sites: int, replication: int, epoch: int) -> Placement:
@@ -58,7 +67,7 @@ def momentum_of(sync: OuterSync) -> dict[str, Tensor]:
 
 
 def reshuffle_once(
-    site: int, num_sites: int, replication: int, scope: str, optimizer: str
+    site: int, num_sites: int, replication: int, scope: str, optimizer: str, moments: str
 ) -> dict[str, Any]:
     old, new = drawn(num_sites, replication, 0), drawn(num_sites, replication, 1)
     model = SmallModel(old, site, scope, balance="bias", bias=True)
@@ -77,7 +86,7 @@ def reshuffle_once(
         "moments_before": {m: pieces(model, lambda p, m=m: inner.state[p][m]) for m in MOMENTS},
     }
     parameters = list(model.parameters())
-    report = sync.reshuffle(new, warmup_steps=4)
+    report = sync.reshuffle(new, warmup_steps=4, moments=moments)
     assert all(p is q for p, q in zip(parameters, model.parameters(), strict=True))
     assert sync.placement == new
     for index, layer in enumerate(model.layers):
@@ -99,7 +108,7 @@ def reshuffle_once(
 
 
 CASES = [
-    (num_sites, replication, scope, optimizer)
+    (num_sites, replication, scope, optimizer, "reset")
     for num_sites, replication in ((2, 1), (3, 2), (4, 2), (4, 3))
     for scope, optimizer in (
         ("global", "diloco"),
@@ -109,18 +118,25 @@ CASES = [
         ("global", "ddp"),
     )
 ]
+CASES += [
+    (2, 1, "global", "diloco", "carry"),
+    (3, 2, "resident", "diloco", "carry"),
+    (4, 2, "resident", "local-adamw", "carry"),
+    (3, 2, "resident", "ddp", "carry"),
+    (4, 3, "global", "fedavg", "carry"),
+]
 
 
-@pytest.mark.parametrize(("num_sites", "replication", "scope", "optimizer"), CASES)
+@pytest.mark.parametrize(("num_sites", "replication", "scope", "optimizer", "moments"), CASES)
 def test_content_follows_the_expert(
-    num_sites: int, replication: int, scope: str, optimizer: str
+    num_sites: int, replication: int, scope: str, optimizer: str, moments: str
 ) -> None:
-    answers = pool().run(num_sites, reshuffle_once, replication, scope, optimizer)
+    answers = pool().run(num_sites, reshuffle_once, replication, scope, optimizer, moments)
     old, new = drawn(num_sites, replication, 0), drawn(num_sites, replication, 1)
     assert old.transfers(new)
     before = [answer["before"] for answer in answers]
     for site, answer in enumerate(answers):
-        arrivals = {(t.layer, t.expert) for t in old.arrivals(new, site)}
+        arrivals = {(t.layer, t.expert): t.source for t in old.arrivals(new, site)}
         assert answer["report"].arrived == tuple(sorted(arrivals))
         assert answer["progress"] == dict.fromkeys(arrivals, (0, 4))
         for key, got in answer["after"].items():
@@ -131,7 +147,10 @@ def test_content_follows_the_expert(
             assert bits(got) == bits(before[holder][key]), (site, key)
             for moment in MOMENTS:
                 state = answer["moments"][moment][key]
-                if moved:
+                if moved and moments == "carry":
+                    sender = answers[arrivals[key[1], key[2]]]["moments_before"][moment][key]
+                    assert sender.any() and bits(state) == bits(sender), (site, key, moment)
+                elif moved:
                     assert not state.any(), (site, key, moment)
                 else:
                     assert bits(state) == bits(answer["moments_before"][moment][key])
@@ -144,11 +163,16 @@ def test_content_follows_the_expert(
             assert bits(got) == bits(holders[0][key]), (site, key)
     assert_same_bits([answer["after"] for answer in answers], new, scope)
     assert_same_bits([answer["next"] for answer in answers], new, scope)
-    check_bytes(answers, old, new, scope, optimizer)
+    check_bytes(answers, old, new, scope, optimizer, 2 if moments == "carry" else 0)
 
 
 def check_bytes(
-    answers: list[Any], old: Placement, new: Placement, scope: str, optimizer: str
+    answers: list[Any],
+    old: Placement,
+    new: Placement,
+    scope: str,
+    optimizer: str,
+    inner_moments: int,
 ) -> None:
     expert = 3 * SIZE * HIDDEN + 2 * SIZE + HIDDEN  # matrices and biases
     sizes = wire.Sizes(outside=0, block=0, expert=expert, router_row=HIDDEN)
@@ -161,13 +185,118 @@ def check_bytes(
             optimizer=optimizer,
             router_scope=scope,
             selection_bias=True,
+            inner_moments=inner_moments,
         )
         assert answer["report"].bytes_sent == sent
         floats = expert + (HIDDEN if scope == "resident" else 0)
-        floats *= 2 if optimizer == "diloco" else 1
+        floats *= (2 if optimizer == "diloco" else 1) + inner_moments
         floats += scope == "resident"
         moves = sum(t.source == site for t in old.transfers(new))
         assert sent == (old.num_sites - 1) * 128 + 4 * moves * floats
+
+
+# ---- moments that go along -----------------------------------------------------------------------
+
+
+def swapped(placement: Placement) -> Placement:
+    """Two sites give each other all that they hold."""
+    table = [[[1 - s for s in owners] for owners in experts] for experts in placement.owners_of]
+    return Placement.from_table(table, 2)
+
+
+def train_experts(site: int, num_sites: int, moments: str | None) -> list[float]:
+    """Losses of the steps of 2 x 3 rounds in which experts alone learn; in the middle the sites
+    swap experts and data. `moments` None: they go on as they are.
+    """
+    placement = Placement.cyclic(num_sites, EXPERTS, LAYERS, 1)
+    model, stream, losses = SmallModel(placement, site), site, []
+    experts = [p for layer in model.layers for p in layer.experts.parameters()]
+    for parameter in model.parameters():
+        parameter.requires_grad_(any(parameter is p for p in experts))
+    inner = torch.optim.AdamW(experts, lr=0.05)
+    sync = OuterSync(model, placement, site, optimizer="fedavg", inner_optimizer=inner)
+    for step in range(18):
+        x, y = noise(("x", stream, step), 20, HIDDEN), noise(("y", stream, step), 20, 3)
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        inner.step()
+        inner.zero_grad()
+        losses.append(loss.item())
+        if step % 3 == 2:
+            sync.step()
+        if step == 8 and moments is not None:
+            report = sync.reshuffle(swapped(placement), moments=moments)
+            assert len(report.arrived) == LAYERS * EXPERTS // 2
+            assert sync.warmup.progress == {}
+            stream = 1 - stream
+    return losses
+
+
+def test_training_goes_on_as_if_no_expert_had_moved() -> None:
+    """All experts and the data change places: to the bit the losses of the other site."""
+    kept, carried, reset = (pool().run(2, train_experts, m) for m in (None, "carry", "reset"))
+    assert kept[0] != kept[1]
+    for site in range(2):
+        assert carried[site] == kept[site][:9] + kept[1 - site][9:]
+        # The first loss is of the same weights, later ones of steps without the moments.
+        assert reset[site][:10] == carried[site][:10]
+        assert all(a != b for a, b in zip(reset[site][10:], carried[site][10:], strict=True))
+
+
+def refused_carry(site: int, num_sites: int) -> list[str]:
+    old, new = drawn(num_sites, 1, 0), drawn(num_sites, 1, 1)
+    model = SmallModel(old, site)
+    inner = torch.optim.AdamW(model.parameters())
+    sync = OuterSync(model, old, site, inner_optimizer=inner)
+    messages = []
+
+    def ask(moments: str) -> None:
+        with pytest.raises(MeetingError) as caught:
+            sync.reshuffle(new, moments=moments)
+        messages.append(str(caught.value))
+
+    if site == 0:
+        give_gradients(model, site, 0)
+        inner.step()
+    ask("carry")
+    give_gradients(model, site, 0)
+    inner.step()
+    ask("carry" if site else "reset")
+    assert sync.placement == old
+    sync.reshuffle(new, moments="carry")
+    assert sync.placement == new
+    return messages
+
+
+def test_carrying_what_is_not_there_is_refused_by_all() -> None:
+    for messages in pool().run(2, refused_carry):
+        assert "comes after an optimizer step, but at site 1 layers.0.experts." in messages[0]
+        assert "the same placement to reshuffle, and the same moments" in messages[1]
+    model = SmallModel(SINGLE, 0)
+    inner = torch.optim.SGD(model.parameters(), lr=1)
+    sync = OuterSync(model, SINGLE, 0, inner_optimizer=inner)
+    with pytest.raises(ValueError, match=r"reshuffle with moments 'carry' needs .* got SGD"):
+        sync.reshuffle(SINGLE, moments="carry")
+    with pytest.raises(ValueError, match="moments must be one of"):
+        sync.reshuffle(SINGLE, moments="keep")
+
+
+def test_a_job_warms_up_only_what_starts_anew() -> None:
+    flags = ["--placement", "random", "--reshuffle-rounds", "2", "--reshuffle-moments", "carry"]
+    assert parse_args(flags).sites.resolved_warmup == 0
+    assert parse_args([*flags, "--reshuffle-warmup", "3"]).sites.resolved_warmup == 3
+    assert parse_args(flags[:4]).sites.resolved_warmup == 8
+    with pytest.raises(ValueError, match=r"carry needs inner\.inner_optimizer = adamw"):
+        dataclasses.replace(parse_args(flags), inner=InnerConfig(inner_optimizer="sgd"))
+    reset = dataclasses.replace(parse_args(flags), sites=parse_args(flags[:4]).sites)
+    old, new = job_placement(reset), job_placement(reset, 1)
+    moved = sum(t.source == 0 for t in old.transfers(new))
+    elements = expert_parameters(reset.model)
+    more = moved_bytes(parse_args(flags), old, new, 0) - moved_bytes(reset, old, new, 0)
+    assert more == 4 * 2 * moved * elements > 0
+
+
+# ---- the warm-up ---------------------------------------------------------------------------------
 
 
 def reshuffle_twice(site: int, num_sites: int) -> tuple[dict[Any, Any], dict[Any, Any]]:

@@ -153,8 +153,9 @@ def test_a_job_from_start_to_report(flags, tmp_path):
         "--optimizer fedavg --codec bf16 --router-scope resident",
         "--optimizer local-adamw --balance bias",
         "--placement random --reshuffle-rounds 1 --reshuffle-warmup 2",
+        "--placement random --reshuffle-rounds 1 --reshuffle-moments carry",
     ],
-    ids=["ddp", "fedavg", "local-adamw", "reshuffle"],
+    ids=["ddp", "fedavg", "local-adamw", "reshuffle", "reshuffle-carry"],
 )
 def test_counted_bytes_are_predicted_bytes(flags, tmp_path, changes):
     report = finish(tmp_path / "run", train(*flags, *changes.split(), "--rounds", "2"))

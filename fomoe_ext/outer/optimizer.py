@@ -65,15 +65,18 @@ class OuterRule:
         anchor.sub_(delta.mul_(self.lr))
 
 
-def check_adamw(optimizer: torch.optim.Optimizer | None) -> None:
-    """Raises ValueError unless `optimizer` keeps AdamW's two moments, and them alone."""
+def check_adamw(
+    optimizer: torch.optim.Optimizer | None, what: str = "optimizer 'local-adamw'"
+) -> None:
+    """Raises ValueError, saying `what` needs it, unless `optimizer` keeps AdamW's two moments, and
+    them alone."""
     if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         raise ValueError(
-            f"optimizer 'local-adamw' needs inner_optimizer to be torch.optim.AdamW or Adam, got "
+            f"{what} needs inner_optimizer to be torch.optim.AdamW or Adam, got "
             f"{type(optimizer).__name__}"
         )
     if any(group.get("amsgrad") for group in optimizer.param_groups):
-        raise ValueError("optimizer 'local-adamw' cannot average the state of amsgrad=True")
+        raise ValueError(f"{what} is not possible with the state of amsgrad=True")
 
 
 def missing_moments(optimizer: torch.optim.Optimizer, tensors: Sequence[tuple[str, Tensor]]) -> str:

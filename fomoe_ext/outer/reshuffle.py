@@ -20,14 +20,17 @@ _ExpertId = tuple[int, int]  # layer, expert
 
 
 @torch.no_grad()
-def move_experts(sync: OuterSync, new: Placement) -> tuple[tuple[_ExpertId, ...], int]:
+def move_experts(
+    sync: OuterSync, new: Placement, carry: bool = False
+) -> tuple[tuple[_ExpertId, ...], int]:
     """Sends and receives experts, layer by layer, and lays `sync` out anew; a collective.
 
     Returns the experts that arrived at this site, as (layer, expert), and the bytes it sent. An
-    expert travels as one fp32 vector: the anchor of its pieces, their outer momentum, its bias.
+    expert travels as one fp32 vector: the anchor of its pieces, their outer momentum, with `carry`
+    both moments of the inner optimizer, its bias.
     """
     transfers = sync.placement.transfers(new)
-    before = _Before(sync)
+    before = _Before(sync, opt.MOMENTS if carry else ())
     arrived: dict[_ExpertId, Tensor] = {}
     sent = 0
     for layer in range(new.num_layers):
@@ -44,9 +47,13 @@ def move_experts(sync: OuterSync, new: Placement) -> tuple[tuple[_ExpertId, ...]
 
 
 class _Before:
-    """Anchor, outer momentum and pieces of a site before the move."""
+    """Anchor, outer momentum and pieces of a site before the move.
 
-    def __init__(self, sync: OuterSync) -> None:
+    `moments`: names of the inner optimizer's state that goes along with an expert.
+    """
+
+    def __init__(self, sync: OuterSync, moments: tuple[str, ...] = ()) -> None:
+        self.inner, self.moments = sync.inner_optimizer, moments
         self.anchor: dict[str, Tensor] = {}
         self.momentum: dict[str, Tensor] = {}
         self.error: dict[str, Tensor] = {}
@@ -77,12 +84,19 @@ class _Before:
         pieces = self.pieces[expert]
         parts = [self.anchor.get(piece.key, piece.values().float()) for piece in pieces]
         parts += [self.momentum[piece.key] for piece in pieces if self.momentum]
+        parts += [self._moment(name, piece).float() for name in self.moments for piece in pieces]
         if expert in self.biases:
             parts.append(self.biases[expert].values())
         return torch.cat(parts)
 
+    def _moment(self, name: str, piece: Piece) -> Tensor:
+        """A flat view of what the inner optimizer keeps of a piece."""
+        assert self.inner is not None
+        return piece.part_of(self.inner.state[piece.tensor][name])
+
     def restore(self, sync: OuterSync, arrived: Mapping[_ExpertId, Tensor]) -> None:
-        """Fills parameters and biases that arrived, and the anchor and momentum of all pieces."""
+        """Fills parameters, moments and biases that arrived, and the anchor and momentum of all
+        pieces."""
         anchor, momentum = dict(self.anchor), dict(self.momentum)
         here: dict[_ExpertId, list[Piece]] = {}
         for piece in (p for layout in sync.layouts for p in layout.pieces):
@@ -96,6 +110,9 @@ class _Before:
             if self.momentum:
                 for piece in pieces:
                     momentum[piece.key] = parts.pop(0)
+            for name in self.moments:
+                for piece in pieces:
+                    self._moment(name, piece).copy_(parts.pop(0))
         for piece in (p for layout in sync.bias_layouts for p in layout.pieces):
             if piece.expert in arrived:
                 piece.values().copy_(arrived[piece.expert][-1:])
@@ -123,7 +140,8 @@ class _Before:
 
     def _sizes(self, pieces: list[Piece], sync: OuterSync) -> list[int]:
         """Lengths of the parts of an expert's vector, of which the bias is the last."""
-        numels = [piece.numel for piece in pieces] * (2 if self.momentum else 1)
+        copies = (2 if self.momentum else 1) + len(self.moments)
+        numels = [piece.numel for piece in pieces] * copies
         return numels + ([1] if self.biases else [])
 
 

@@ -15,14 +15,14 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fomoe_ext import stale, wire
-from fomoe_ext.checks import at_least
+from fomoe_ext.checks import at_least, one_of
 from fomoe_ext.mesh import SiteRanks
 from fomoe_ext.outer import agreement, gradients
 from fomoe_ext.outer import optimizer as opt
@@ -46,6 +46,8 @@ from fomoe_ext.outer.reports import ReshuffleReport, RoundReport
 from fomoe_ext.outer.shards import Lane
 from fomoe_ext.outer.stale import StaleCopies, check_stale, wanted_by_all
 from fomoe_ext.placement import Placement
+
+_LACKING = "no moments: "
 
 
 class _Check(NamedTuple):
@@ -466,21 +468,33 @@ class OuterSync:
         """
         return gradients.clip_grad_norm(self, max_norm)
 
-    def reshuffle(self, new: Placement, *, warmup_steps: int = 0) -> ReshuffleReport:
+    def reshuffle(
+        self,
+        new: Placement,
+        *,
+        warmup_steps: int = 0,
+        moments: Literal["reset", "carry"] = "reset",
+    ) -> ReshuffleReport:
         """Brings a new placement into force: experts move, right after a `step`.
 
         A moved expert comes from a holder, with its outer momentum (and router row and selection
-        bias with router_scope "resident"). Its inner optimizer state and error feedback start from
-        zero and its learning rate rises over `warmup_steps` steps (`ArrivalWarmup`). Gradients of
-        experts are dropped; fragments under way are taken in before. Raises ValueError, with
-        nothing changed, for a placement of other sizes, without `inner_optimizer`, or for
-        warmup_steps < 0; MeetingError when sites differ about `new` or one is lost.
+        bias with router_scope "resident"). Its error feedback starts from zero, and so does with
+        `moments` "reset" its inner optimizer state; with "carry" the sender's AdamW moments come
+        along in fp32. (The optimizer counts steps per tensor, not per expert: that stays.) Its
+        learning rate rises over `warmup_steps` steps (`ArrivalWarmup`), which moments that came
+        along do not need. Gradients of experts are dropped; fragments under way are taken in
+        before. Raises ValueError, with nothing changed, for a placement of other sizes, without
+        `inner_optimizer` ("carry": AdamW), or for warmup_steps < 0; MeetingError when sites differ
+        in `new` or `moments`, when there are no moments yet to carry, or a site is lost.
         """
         from fomoe_ext.outer.reshuffle import move_experts
 
         at_least(0, warmup_steps=warmup_steps)
+        one_of(("reset", "carry"), moments=moments)
         if self.inner_optimizer is None or self.warmup is None:
             raise ValueError("reshuffle needs the inner_optimizer, whose state moves with experts")
+        if moments == "carry":
+            opt.check_adamw(self.inner_optimizer, "reshuffle with moments 'carry'")
         if self.lane is not None:
             raise ValueError("reshuffle: not possible with sites of several ranks")
         if self.copies is not None:
@@ -492,11 +506,21 @@ class OuterSync:
         self._finish()
         before = self._round_bytes, self._round_seconds
         with self.meeting("the reshuffle"):
-            digest = hashlib.sha256(repr(new.owners_of).encode()).hexdigest()
-            texts, sent = share_statuses(self.groups.group(self.groups.everyone), digest)
+            digest = hashlib.sha256(repr((new.owners_of, moments)).encode()).hexdigest()
+            lacking = self._without_moments() if moments == "carry" else ""
+            everyone = self.groups.group(self.groups.everyone)
+            texts, sent = share_statuses(everyone, f"{_LACKING}{lacking}" if lacking else digest)
+            for site, text in enumerate(texts):
+                if text.startswith(_LACKING):
+                    raise MeetingError(
+                        "reshuffle with moments 'carry' comes after an optimizer step, but at site "
+                        f"{site} {text.removeprefix(_LACKING)} has no moments"
+                    )
             if len(set(texts)) > 1:
-                raise MeetingError("all sites must pass the same placement to reshuffle")
-            arrived, moved = move_experts(self, new)
+                raise MeetingError(
+                    "all sites must pass the same placement to reshuffle, and the same moments"
+                )
+            arrived, moved = move_experts(self, new, moments == "carry")
             self.sent(sent + moved)
             self.warmup.start(arrived, warmup_steps)
         report = ReshuffleReport(
@@ -504,6 +528,12 @@ class OuterSync:
         )
         self._round_bytes, self._round_seconds = before
         return report
+
+    def _without_moments(self) -> str:
+        """A piece of an expert that the inner optimizer has never stepped, or an empty string."""
+        assert self.inner_optimizer is not None
+        pieces = [p for layout in self.layouts for p in layout.pieces if p.expert is not None]
+        return opt.missing_moments(self.inner_optimizer, [(p.key, p.tensor) for p in pieces])
 
     # -------------------------------------------------------------------------------- questions
 
