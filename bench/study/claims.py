@@ -268,7 +268,7 @@ def page(kept: Kept, size: Size = FULL) -> str:
 
 
 def _setting(size: Size) -> str:
-    model = design.MODEL
+    model = design.BASE
     return (
         f"The study's model: {model['num_layers']} layers of width {model['hidden_size']}, "
         f"{model['num_experts']} SwiGLU experts of width {model['expert_size']} per layer, 2 per "

@@ -17,7 +17,7 @@ from typing import Any
 
 from bench.study.store import Run
 
-MODEL: dict[str, Any] = {
+BASE: dict[str, Any] = {
     "hidden_size": 64,
     "num_layers": 2,
     "num_heads": 2,
@@ -28,7 +28,11 @@ MODEL: dict[str, Any] = {
     "inner_lr": 0.01,
     "eval_tokens": 16384,
     "eval_rounds": 0,
+    "optimizer": "diloco",
+    "codec": "fp32",
+    "router_scope": "global",
 }
+"""Flags of every job, unless a table says otherwise; nothing that matters is left to a default."""
 SEQUENCES = 16
 """Of all sites in a step."""
 OPTIMIZERS = ("diloco", "local-adamw")
@@ -66,7 +70,7 @@ def job(
 ) -> Run:
     """A run of the study's model; flags that are None are left out."""
     own = {
-        **MODEL,
+        **BASE,
         "replication": replication,
         "batch_size": SEQUENCES // sites,
         "local_steps": local_steps,
@@ -213,6 +217,21 @@ def gap_rows(size: Size, seed: int) -> dict[str, Run]:
     return rows
 
 
+BEST = "int4, meetings 4 times as often (half the bytes)"
+"""Of `METHODS` the one whose loss is also shown at other numbers of sites."""
+
+
+def gap_sites_rows(size: Size, seed: int) -> dict[tuple[int, str], Run]:
+    """By sites and row, at replication = sites / 2: the full replica, the plain job and `BEST`."""
+    rows: dict[tuple[int, str], Run] = {}
+    for sites in size.sites:
+        rows[sites, "full replica"] = full(size, sites, LOCAL_STEPS, seed)
+        rows[sites, "plain"] = job(size, sites, sites // 2, LOCAL_STEPS, seed, **PLAIN_RESIDENT)
+        best = {**PLAIN_RESIDENT, **METHODS[BEST]}
+        rows[sites, BEST] = job(size, sites, sites // 2, best.pop("local_steps"), seed, **best)
+    return rows
+
+
 def runs_of(table: str, size: Size) -> list[Run]:
     """All runs of a table, seed after seed. Raises KeyError for a table without runs."""
     if table == "quality":
@@ -221,4 +240,7 @@ def runs_of(table: str, size: Size) -> list[Run]:
         families = (bytes_families(size, seed) for seed in size.seeds)
         return [run for of_seed in families for runs in of_seed.values() for run in runs]
     rows = {"costs": costs_rows, "stability": stability_rows, "gap": gap_rows}[table]
-    return [run for seed in size.seeds for run in rows(size, seed).values()]
+    runs = [run for seed in size.seeds for run in rows(size, seed).values()]
+    if table == "gap":
+        runs += [run for seed in size.seeds for run in gap_sites_rows(size, seed).values()]
+    return runs

@@ -141,7 +141,7 @@ def stability_table(kept: Kept, size: Size) -> list[ReportTable]:
                     spread(of("dead_experts"), 1),
                 )
             )
-    experts = design.MODEL["num_experts"] * design.MODEL["num_layers"]
+    experts = design.BASE["num_experts"] * design.BASE["num_layers"]
     return [
         ReportTable(
             f"Stability of routing: {design.SITES} sites, {design.LOCAL_STEPS} local steps",
@@ -275,8 +275,34 @@ def gap_table(kept: Kept, size: Size) -> list[ReportTable]:
             tuple(rows),
             f"{design.LOCAL_STEPS} local steps unless the row says otherwise; the full replica "
             "meets every 16 steps in fp32. Paired by seed, mean ± standard deviation.",
-        )
+        ),
+        _gap_of_sites(kept, size),
     ]
+
+
+def _gap_of_sites(kept: Kept, size: Size) -> ReportTable:
+    of_seeds = [design.gap_sites_rows(size, seed) for seed in size.seeds]
+    rows = []
+    for sites in size.sites:
+        of = lambda name, m=sites: [rows[m, name] for rows in of_seeds]
+        base, plain, best = of("full replica"), of("plain"), of(design.BEST)
+        sent = [there(kept, runs) for runs in (base, plain, best)]
+        rows.append(
+            (
+                str(sites),
+                spread(k["loss"] for k in sent[0]),
+                spread(gaps(kept, zip(plain, base, strict=True)), sign=True),
+                spread(gaps(kept, zip(best, base, strict=True)), sign=True),
+                *(human_bytes(fmean(k[0]["bytes_sent"])) if k else "-" for k in sent),
+            )
+        )
+    return ReportTable(
+        "The same at other numbers of sites, replication = sites / 2",
+        ("sites", "full replica", "plain", "best", "sent: replica", "plain", "best"),
+        tuple(rows),
+        f"plain: among residents, fp32, {design.LOCAL_STEPS} local steps; best: {design.BEST}; "
+        "both as nats over the full replica.",
+    )
 
 
 TABLES: Mapping[str, Callable[[Kept, Size], list[ReportTable]]] = {
