@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from test_train import finish, flags, text, train  # noqa: F401  two of them are fixtures
 
+from fomoe_ext.config import TrainConfig
 from fomoe_ext.config_io import parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +56,18 @@ def kept(run: Run, loss: float, sent: int = 1000, **changes: Any) -> dict[str, A
     }
 
 
+def configured(run: Run) -> TrainConfig:
+    """As the command line would, without its parser: flags are named like fields."""
+    config, left = TrainConfig(), {**run.flags, "sites": run.sites, "seed": run.seed}
+    sections = {}
+    for section in ("model", "data", "sites", "inner", "outer", "run"):
+        own = getattr(config, section)
+        names = {field.name for field in dataclasses.fields(own)} & set(left)
+        sections[section] = dataclasses.replace(own, **{name: left.pop(name) for name in names})
+    assert not left, f"no such flags: {left}"
+    return dataclasses.replace(config, **sections)
+
+
 def records(*made: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {store.key_of(one): one for one in made}
 
@@ -66,16 +79,21 @@ def records(*made: dict[str, Any]) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("size", [design.FULL, design.QUICK], ids=["full", "quick"])
 def test_every_run_is_a_job_of_equal_tokens(table, size):
     runs = design.runs_of(table, size)
-    assert runs
-    for run in {run.key: run for run in runs}.values():
-        config = parse_args([*run.arguments(), "--sites", str(run.sites)], "fomoe train")
-        assert config.sites.sites == run.sites and config.run.seed == run.seed
+    assert {run.seed for run in runs} == set(size.seeds)
+    for run in {run.key: run for run in runs if run.seed == 0}.values():
+        config = configured(run)
         assert config.inner.batch_size * run.sites == design.SEQUENCES
         steps = config.run.resolved_rounds * config.run.local_steps
         if config.outer.optimizer == "ddp":
             assert steps < size.steps
         else:
             assert steps == size.steps
+
+
+def test_flags_are_those_of_the_command_line():
+    run = design.gap_rows(design.FULL, 1)[design.BEST]
+    parsed = parse_args([*run.arguments(), "--sites", str(run.sites)], "fomoe train")
+    assert parsed == configured(run)
 
 
 def test_the_grid_is_complete():
