@@ -47,7 +47,7 @@ def train(arguments: Sequence[str]) -> int:
 
 def plan(arguments: Sequence[str]) -> int:
     """`fomoe plan`: the cost model of a job; returns the exit code."""
-    from fomoe_ext.plan_report import main as plan_main
+    from fomoe_ext.plan_command import main as plan_main
 
     return plan_main(arguments)
 

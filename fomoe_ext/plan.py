@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from fomoe_ext import stale, wire
-from fomoe_ext.config import (
-    ModelConfig,
-    TrainConfig,
-    block_parameters,
-    count_parameters,
-    expert_parameters,
-)
+from fomoe_ext.coactivation import measured_coactivation
+from fomoe_ext.config import ModelConfig, TrainConfig
 from fomoe_ext.placement import Placement
+from fomoe_ext.plan_sizes import ModelSizes, sizes_of
 from fomoe_ext.spread import measured_load, spread_experts
 
 
@@ -78,9 +75,30 @@ def job_placement(config: TrainConfig, epoch: int = 0) -> Placement:
                 f"replication) = {wanted}, got {found}"
             )
         return placement
-    if sites.placement == "random":
-        return Placement.random(*sizes, seed=config.run.seed, epoch=epoch)
-    return Placement.cyclic(*sizes)
+    if sites.placement_by is not None:
+        counts = measured_coactivation(sites.placement_by)
+        if counts.shape[:2] != (model.num_layers, model.num_experts):
+            raise ValueError(
+                f"placement_by {sites.placement_by} must have the counts of {model.num_layers} "
+                f"layers of {model.num_experts} experts, got {counts.shape[0]} of {counts.shape[1]}"
+            )
+        together = sites.placement == "together"
+        return Placement.from_coactivation(
+            counts, sites.sites, sites.replication, together=together
+        )
+    seed = config.run.seed if sites.placement == "random" else None
+    return _made(*sizes, seed, epoch)
+
+
+@lru_cache(maxsize=8)
+def _made(
+    sites: int, experts: int, layers: int, replication: int, seed: int | None, epoch: int
+) -> Placement:
+    """A placement, made once for all jobs of a plan that have it."""
+    sizes = sites, experts, layers, replication
+    if seed is None:
+        return Placement.cyclic(*sizes)
+    return Placement.random(*sizes, seed=seed, epoch=epoch)
 
 
 def rank_experts(
@@ -112,6 +130,7 @@ def full_replica(config: TrainConfig) -> TrainConfig:
         config.sites,
         replication=config.sites.sites,
         placement="cyclic",
+        placement_by=None,
         placement_file=None,
         reshuffle_rounds=0,
         stale_experts=0,
@@ -122,11 +141,12 @@ def full_replica(config: TrainConfig) -> TrainConfig:
 # ----------------------------------------------------------------------------------------- bytes
 
 
-def model_sizes(model: ModelConfig) -> wire.Sizes:
-    """Elements outside of the blocks, of a block, of one expert and of one router row."""
-    dense, in_blocks = count_parameters(model).dense, block_parameters(model)
-    outside = dense - model.num_layers * in_blocks
-    return wire.Sizes(outside, in_blocks, expert_parameters(model), model.hidden_size)
+def model_sizes(model: ModelConfig | ModelSizes) -> wire.Sizes:
+    """Elements outside of the blocks (also of blocks without experts), of a block, of one expert
+    and of one router row."""
+    sizes = sizes_of(model)
+    outside = sizes.counts.dense - sizes.num_layers * sizes.block
+    return wire.Sizes(outside, sizes.block, sizes.expert, sizes.router_row)
 
 
 def site_elements(
@@ -171,17 +191,29 @@ def meeting_bytes(
 
 def copied_bytes(config: TrainConfig, placement: Placement, site: int) -> int:
     """Bytes a site sends to refresh the frozen copies of experts that others keep."""
-    wanted = stale.wanted_copies(placement, config.sites.stale_experts)
-    sizes = [expert_parameters(config.model)] * placement.num_layers
+    count, expert = copies_per_layer(config), sizes_of(config.model).expert
+    if not count:
+        return 0
+    if placement.replication == 1 and count == placement.num_experts - placement.experts_per_site:
+        # Everyone gets everything from the only one that has it.
+        sends = (placement.num_sites - 1) * placement.experts_per_site * placement.num_layers
+        return sends * stale.copy_bytes(config.outer.stale_codec, expert)
+    wanted = stale.wanted_copies(placement, count)
+    sizes = [expert] * placement.num_layers
     return stale.refresh_bytes(placement, wanted, site, sizes, config.outer.stale_codec)
+
+
+def copies_per_layer(config: TrainConfig) -> int:
+    """Experts of a layer of which a site computes frozen copies."""
+    sites, experts = config.sites, config.model.num_experts
+    if sites.stale_experts < 0:
+        return experts - experts * sites.replication // sites.sites
+    return sites.stale_experts
 
 
 def stale_share(config: TrainConfig) -> float:
     """Share of a layer's experts, 0..1, of which a site computes frozen copies."""
-    sites = config.sites
-    if sites.stale_experts < 0:
-        return 1 - sites.replication / sites.sites
-    return sites.stale_experts / config.model.num_experts
+    return copies_per_layer(config) / config.model.num_experts
 
 
 def moved_bytes(config: TrainConfig, placement: Placement, new: Placement, site: int) -> int:
@@ -209,6 +241,6 @@ def full_replica_bytes(config: TrainConfig, rounds: int, first: int = 0) -> int:
 
 def ddp_bytes(config: TrainConfig, steps: int) -> int:
     """Bytes a site would send in `steps` steps of plain DDP: all gradients, fp32, every step."""
-    total = count_parameters(config.model).total
+    total = sizes_of(config.model).counts.total
     sites, bucket = config.sites.sites, config.outer.bucket_bytes
     return steps * wire.all_reduce_bytes(total, sites, "fp32", bucket)

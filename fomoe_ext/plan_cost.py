@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fomoe_ext import stale, wire
-from fomoe_ext.config import ModelConfig, TrainConfig, expert_matrices, expert_parameters
+from fomoe_ext.config import ModelConfig, TrainConfig
 from fomoe_ext.placement import Placement
 from fomoe_ext.plan import (
     copied_bytes,
+    copies_per_layer,
     job_placement,
     meeting_bytes,
     moved_bytes,
@@ -20,6 +21,7 @@ from fomoe_ext.plan import (
     stale_share,
 )
 from fomoe_ext.plan_memory import job_memory
+from fomoe_ext.plan_sizes import ModelSizes, sizes_of
 from fomoe_ext.wire import Link
 
 
@@ -46,10 +48,13 @@ class TokenFlops(NamedTuple):
 
 
 def flops_per_token(
-    model: ModelConfig, resident_share: float = 1.0, stale_share: float = 0.0
+    model: ModelConfig | ModelSizes, resident_share: float = 1.0, stale_share: float = 0.0
 ) -> TokenFlops:
     """FLOPs per token of a sequence of `model.seq_len`; norms and other vector work are left out.
 
+    The paper's Eq. 3, with matrix products written out: sigma = `resident_share` on the experts'
+    work where slots are skipped, min(k, N_local) / k of it where they are not. Other than there the
+    router is computed whole, as `MoELayer` does. MLPs of dense blocks count as shared experts.
     `resident_share` in 0..1 is the share of experts a site holds. With router_scope "global" slots
     on the others are skipped: with an even load the experts' work is times that share. With
     "resident" a token still has min(top_k, residents) experts. `stale_share`: of experts of which
@@ -62,18 +67,19 @@ def flops_per_token(
             f"stale_share must be in [0, 1 - resident_share = {1 - resident_share}], got "
             f"{stale_share}"
         )
-    width, layers = model.hidden_size, model.num_layers
-    if model.router_scope == "global":
-        slots = model.top_k * resident_share
+    sizes = sizes_of(model)
+    layers, top_k = sizes.num_layers, sizes.top_k
+    if sizes.router_scope == "global":
+        slots = top_k * resident_share
     else:
-        slots = min(model.top_k, model.num_experts * resident_share)
+        slots = min(top_k, sizes.num_experts * resident_share)
     return TokenFlops(
-        attention=layers * (8.0 * width**2 + 2.0 * (model.seq_len + 1) * width),
-        router=layers * 2.0 * model.num_experts * width,
-        experts=layers * slots * 2.0 * expert_matrices(model),
-        shared_experts=layers * 2.0 * expert_matrices(model, model.shared_expert_size),
-        unembedding=2.0 * model.vocab_size * width,
-        stale_experts=layers * model.top_k * stale_share * 2.0 * expert_matrices(model),
+        attention=2.0 * sizes.elements_of("attention") + sizes.attention_scores,
+        router=layers * 2.0 * sizes.num_experts * sizes.hidden_size,
+        experts=layers * slots * 2.0 * sizes.expert_matrices,
+        shared_experts=2.0 * sizes.elements_of("shared"),
+        unembedding=2.0 * sizes.elements_of("unembedding"),
+        stale_experts=layers * top_k * stale_share * 2.0 * sizes.expert_matrices,
     )
 
 
@@ -104,9 +110,19 @@ class RoundCost(NamedTuple):
         return min(self.meeting_s, self.hideable_s)
 
     @property
+    def seconds(self) -> float:
+        """Of the whole round."""
+        return self.local_s + self.meeting_s - self.hidden_s
+
+    @property
     def utilization(self) -> float:
         """Share of the time in local steps, 0..1."""
-        return self.local_s / (self.local_s + self.meeting_s - self.hidden_s)
+        return self.local_s / self.seconds
+
+    def over(self, link: Link) -> RoundCost:
+        """The same round over another link."""
+        sending_s = max(8 * self.bytes_sent / link.bandwidth, self.waves * link.latency)
+        return self._replace(meeting_s=self.waits * link.latency + sending_s)
 
 
 def meeting_waits(config: TrainConfig, placement: Placement, site: int) -> tuple[int, int]:
@@ -133,12 +149,26 @@ def meeting_waits(config: TrainConfig, placement: Placement, site: int) -> tuple
 
 
 def _copy_waits(config: TrainConfig, placement: Placement) -> int:
-    outer = config.outer
-    wanted = stale.wanted_copies(placement, config.sites.stale_experts)
-    sizes = [expert_parameters(config.model)] * placement.num_layers
+    outer, count = config.outer, copies_per_layer(config)
+    if not count:
+        return 0
+    wanted = [(tuple(range(count)),)] * placement.num_layers  # every site as many of each layer
+    sizes = [sizes_of(config.model).expert] * placement.num_layers
     most_bytes = outer.bucket_bytes * outer.in_flight
     waits = len(stale.copy_waves(wanted, sizes, outer.stale_codec, most_bytes))
     return -(-waits // outer.stale_period)
+
+
+def sent_bytes(config: TrainConfig, placement: Placement, site: int) -> int:
+    """Bytes a site sends in a round; what happens only every few rounds is spread over them."""
+    sent = meeting_bytes(config, placement, site)
+    if config.outer.stale_period > 1:
+        sent += copied_bytes(config, placement, site) // config.outer.stale_period
+    every = config.sites.reshuffle_rounds
+    if every:
+        new = job_placement(config, 1)
+        sent += moved_bytes(config, placement, new, site) // every
+    return sent
 
 
 def round_cost(
@@ -156,22 +186,17 @@ def round_cost(
             f"bandwidth and flops_per_s must be > 0 and latency >= 0, got {link.bandwidth}, "
             f"{flops_per_s} and {link.latency}"
         )
-    sent = meeting_bytes(config, placement, site)
+    sent = sent_bytes(config, placement, site)
     waits, waves = meeting_waits(config, placement, site)
-    if config.outer.stale_period > 1:
-        sent += copied_bytes(config, placement, site) // config.outer.stale_period
-    every = config.sites.reshuffle_rounds
-    if every:
-        new = job_placement(config, 1)
-        sent += moved_bytes(config, placement, new, site) // every
     share = placement.replication / placement.num_sites
     tokens = config.inner.batch_size * config.model.seq_len * config.run.local_steps
     flops = tokens * flops_per_token(config.model, share, stale_share(config)).training
     local_s = flops / flops_per_s
+    sending_s = max(8 * sent / link.bandwidth, waves * link.latency)
     behind = config.outer.overlap * config.outer.fragments / config.run.local_steps
     return RoundCost(
         local_s=local_s,
-        meeting_s=waits * link.latency + max(8 * sent / link.bandwidth, waves * link.latency),
+        meeting_s=waits * link.latency + sending_s,
         bytes_sent=sent,
         memory=job_memory(config, placement, site).total,
         flops=flops,
@@ -214,6 +239,7 @@ def paper_round_bytes(
 ) -> float:
     """Bytes a site sends per round by the paper's formula, for numbers of parameters of the model.
 
+    The sum of its dense and sparse traffic:
     B = 2(M-1)/M S_dense + (2(O-1)/O + gamma (1 - O/M)) (O/M) S_sparse, times 3 for LocalAdamW
     (`moments`), with M sites, O = replication and gamma = `reshuffles_per_round`. Their payload is
     bf16.
@@ -230,3 +256,9 @@ def paper_round_bytes(
 def paper_memory_bytes(dense: float, sparse: float, num_sites: int, replication: int) -> float:
     """Bytes per site by the paper: 18 per parameter (fp16 and fp32 weight, moments, gradient)."""
     return 18.0 * (dense + sparse * replication / num_sites)
+
+
+def paper_cumulative_bytes(round_bytes: float, rounds: int) -> float:
+    """Bytes a site has sent after `rounds` rounds as the paper's figures 5 and 6 count them: the
+    last round of a job has no meeting."""
+    return (rounds - 1) * round_bytes

@@ -8,18 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fomoe_ext import stale, wire
-from fomoe_ext.config import (
-    ModelConfig,
-    ParameterCounts,
-    TrainConfig,
-    count_parameters,
-    expert_matrices,
-    expert_parameters,
-)
+from fomoe_ext import wire
+from fomoe_ext.config import ModelConfig, ParameterCounts, TrainConfig
 from fomoe_ext.placement import Placement
-from fomoe_ext.plan import full_replica, job_placement, rank_experts, site_elements
-from fomoe_ext.spread import spread_experts
+from fomoe_ext.plan import (
+    copies_per_layer,
+    full_replica,
+    job_placement,
+    rank_experts,
+    site_elements,
+)
+from fomoe_ext.plan_sizes import ModelSizes, sizes_of
+from fomoe_ext.spread import chunk_sizes
 
 FLOAT_BYTES = 4
 """Parameters, gradients, moments, anchor and momentum are fp32."""
@@ -42,17 +42,19 @@ class SiteMemory(NamedTuple):
         return sum(self)
 
 
-def site_parameters(model: ModelConfig, placement: Placement | None, site: int) -> ParameterCounts:
+def site_parameters(
+    model: ModelConfig | ModelSizes, placement: Placement | None, site: int
+) -> ParameterCounts:
     """Parameters that a site holds by kind; `placement` None = a full replica."""
-    whole = count_parameters(model)
+    whole = sizes_of(model).counts
     if placement is None:
         return whole
     experts = sum(len(placement.resident(layer, site)) for layer in range(model.num_layers))
-    return whole._replace(sparse=experts * expert_parameters(model))
+    return whole._replace(sparse=experts * sizes_of(model).expert)
 
 
 def site_memory(
-    model: ModelConfig,
+    model: ModelConfig | ModelSizes,
     placement: Placement | None,
     site: int = 0,
     *,
@@ -79,7 +81,7 @@ def site_memory(
         anchor=0 if optimizer == "ddp" else unit,
         outer_state=unit if momentum and optimizer != "ddp" else 0,
         error_feedback=FLOAT_BYTES * error_feedback,
-        stale_copies=FLOAT_BYTES * stale_experts * expert_parameters(model),
+        stale_copies=FLOAT_BYTES * stale_experts * sizes_of(model).expert,
     )
 
 
@@ -105,13 +107,12 @@ def job_memory(config: TrainConfig, placement: Placement | None, site: int = 0) 
         inner_optimizer=config.inner.inner_optimizer,
         outer_momentum=config.outer.resolved_momentum,
         error_feedback=feedback,
-        stale_experts=0 if placement is None else _copies_held(config, placement, site),
+        stale_experts=0 if placement is None else _copies_held(config, placement),
     )
 
 
-def _copies_held(config: TrainConfig, placement: Placement, site: int) -> int:
-    wanted = stale.wanted_copies(placement, config.sites.stale_experts)
-    return sum(len(of_sites[site]) for of_sites in wanted)
+def _copies_held(config: TrainConfig, placement: Placement) -> int:
+    return copies_per_layer(config) * placement.num_layers
 
 
 def rank_memories(config: TrainConfig, placement: Placement, site: int) -> list[SiteMemory]:
@@ -120,16 +121,18 @@ def rank_memories(config: TrainConfig, placement: Placement, site: int) -> list[
     """
     sites, model, outer = config.sites, config.model, config.outer
     sharing = sites.ranks_per_site // sites.replicas
-    cuts = rank_experts(config, placement, site) or [
-        spread_experts(placement.resident(layer, site), sharing)
-        for layer in range(placement.num_layers)
-    ]
+    cuts = rank_experts(config, placement, site)
+    if cuts is None:
+        chunks = chunk_sizes(placement.experts_per_site, sharing)
+        held = [placement.num_layers * chunk for chunk in chunks]
+    else:
+        held = [sum(len(cut[rank]) for cut in cuts) for rank in range(sharing)]
     sets = wire.owner_sets(placement)
     anchors = 0 if outer.optimizer == "ddp" else 1
     momenta = anchors if outer.resolved_momentum > 0 else 0
     result = []
     for rank in range(sites.ranks_per_site):
-        experts = sum(len(cut[rank % sharing]) for cut in cuts) * expert_parameters(model)
+        experts = held[rank % sharing] * sizes_of(model).expert
         unit = FLOAT_BYTES * (experts + _dense_share(model, rank, sites.ranks_per_site))
         kept = lost = 0
         for number, fragment in enumerate(site_elements(config, placement, site)):
@@ -150,27 +153,18 @@ def rank_memories(config: TrainConfig, placement: Placement, site: int) -> list[
                 anchor=FLOAT_BYTES * anchors * kept,
                 outer_state=FLOAT_BYTES * momenta * kept,
                 error_feedback=FLOAT_BYTES * lost,
-                stale_copies=FLOAT_BYTES
-                * _copies_held(config, placement, site)
-                * expert_parameters(model),
+                stale_copies=FLOAT_BYTES * _copies_held(config, placement) * sizes_of(model).expert,
             )
         )
     return result
 
 
-def _dense_share(model: ModelConfig, rank: int, ranks: int) -> int:
+def _dense_share(model: ModelConfig | ModelSizes, rank: int, ranks: int) -> int:
     """Elements of dense parameters and routers that a rank holds: of each, rows in equal runs."""
-    width, layers, shared = model.hidden_size, model.num_layers, model.shared_expert_size
-    wide = expert_matrices(model, shared) // width - shared
-    tensors = [
-        (model.vocab_size, width, 1),
-        (3 * width, width, layers),
-        (width, width, layers),
-        (model.num_experts, width, layers),
-        (wide, width, layers),
-        (width, shared, layers),
-        (width, 1, 4 * layers + 2),
-    ]
+    sizes = sizes_of(model)
+    tensors = [(weight.rows, weight.row_size, weight.times) for weight in sizes.dense]
+    # A router may have biases, one per row, which are a tensor with the same cut.
+    tensors.append((sizes.num_experts, sizes.router_row, sizes.num_layers))
 
     def held(rows: int) -> int:
         each = -(-rows // ranks)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fomoe_ext import checkpoint as ckpt
 from fomoe_ext import plan
-from fomoe_ext.config import TrainConfig
+from fomoe_ext.config import TrainConfig, count_parameters
 from fomoe_ext.config_io import save_config
 from fomoe_ext.data import TextData, open_data
 from fomoe_ext.evaluate import Validation
@@ -262,7 +262,7 @@ def _make_log(site: TrainingSite, resumed: Path | None) -> RunLog:
     )
     config, world = site.config, site.world
     log.say(f"run {site.run_dir}: {site.data.description}")
-    counts = plan.count_parameters(config.model)
+    counts = count_parameters(config.model)
     over = f" over {site.link}" if site.link else ""
     ranks = f" of {world.ranks} ranks" if world.ranks > 1 else ""
     log.say(

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-import fomoe_ext
 from fomoe_ext import cli, plan, plan_cost, plan_memory, wire
 from fomoe_ext.config import TrainConfig, count_parameters, preset_config
-from fomoe_ext.plan_report import PlanOptions, make_plan
 from fomoe_ext.report import markdown, report_tables
 
 
@@ -124,61 +119,11 @@ def test_times_and_bandwidth_agree():
         plan_cost.bandwidth_needed(cost, 1.0, 0)
 
 
-def test_plan_compares_jobs():
-    planned = make_plan(preset_config("13.3b"), PlanOptions())
-    jobs = planned["jobs"]
-    assert list(jobs) == [
-        *("DDP", "full replica", "this job", "this job, bf16"),
-        *("this job, int8", "this job, int4", "this job, topk"),
-    ]
-    sent = [job["bytes_sent"] for job in jobs.values()]
-    assert sent == sorted(sent, reverse=True)
-    assert sent[2] == pytest.approx(2 * sent[3], rel=1e-3)
-    assert sent[2] == pytest.approx(32 / 8.25 * sent[4], rel=1e-3)
-    assert sent[2] == pytest.approx(32 / 4.25 * sent[5], rel=1e-3)
-    assert jobs["this job"]["memory"] < jobs["full replica"]["memory"]
-    flops = planned["flops_per_token"]
-    assert flops["this job"]["experts"] == flops["full replica"]["experts"] / 2
-
-
-def test_plan_command(capsys):
-    assert cli.main(["plan", "--preset", "54m", "--json", "--tflops", "10"]) == 0
-    planned = json.loads(capsys.readouterr().out)
-    assert planned["preset"] == "54m" and planned["options"]["tflops"] == 10
-    assert cli.main(["plan", "--sites", "8", "--replication", "4"]) == 0
-    assert "full replica" in capsys.readouterr().out.replace("\n", " ")
-    with pytest.raises(SystemExit):
-        cli.main(["plan", "--latency-ms", "-1"])
-    with pytest.raises(SystemExit):
-        cli.main(["plan", "--nonsense", "3"])
-
-
 def test_unknown_commands_are_refused(capsys):
     assert cli.main(["fly"]) == 2
     assert "unknown command 'fly'" in capsys.readouterr().err
     assert cli.main([]) == 2
     assert cli.main(["--help"]) == 0 and "plan" in capsys.readouterr().out
-
-
-def test_planning_needs_no_torch():
-    code = """
-import sys
-
-class NoTorch:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "torch":
-            raise ImportError("no torch here")
-
-sys.meta_path.insert(0, NoTorch())
-sys.path.insert(0, sys.argv[1])
-from fomoe_ext.cli import main
-sys.exit(main(["plan", "--preset", "104b", "--json"]))
-"""
-    home = str(Path(fomoe_ext.__file__).parent.parent)
-    result = subprocess.run(
-        [sys.executable, "-P", "-c", code, home], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
 
 
 # ---- the report ----------------------------------------------------------------------------------
@@ -303,7 +248,7 @@ def test_replicas_hold_experts_again():
         )
     ]
     experts = 4 * plan_memory.site_parameters(once.model, placement, 0).sparse
-    assert more == [experts, experts, 2 * experts, 0, 0, 0]
+    assert more[:3] == [experts, experts, 2 * experts] and not any(more[3:])
 
 
 def test_ranks_hold_the_experts_that_a_load_says(tmp_path):
