@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fomoe_ext import stale, wire
-from fomoe_ext.coactivation import measured_coactivation
 from fomoe_ext.config import ModelConfig, TrainConfig
 from fomoe_ext.placement import Placement
 from fomoe_ext.plan_sizes import ModelSizes, sizes_of
@@ -75,17 +74,6 @@ def job_placement(config: TrainConfig, epoch: int = 0) -> Placement:
                 f"replication) = {wanted}, got {found}"
             )
         return placement
-    if sites.placement_by is not None:
-        counts = measured_coactivation(sites.placement_by)
-        if counts.shape[:2] != (model.num_layers, model.num_experts):
-            raise ValueError(
-                f"placement_by {sites.placement_by} must have the counts of {model.num_layers} "
-                f"layers of {model.num_experts} experts, got {counts.shape[0]} of {counts.shape[1]}"
-            )
-        together = sites.placement == "together"
-        return Placement.from_coactivation(
-            counts, sites.sites, sites.replication, together=together
-        )
     seed = config.run.seed if sites.placement == "random" else None
     return _made(*sizes, seed, epoch)
 
@@ -130,7 +118,6 @@ def full_replica(config: TrainConfig) -> TrainConfig:
         config.sites,
         replication=config.sites.sites,
         placement="cyclic",
-        placement_by=None,
         placement_file=None,
         reshuffle_rounds=0,
         stale_experts=0,
