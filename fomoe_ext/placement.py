@@ -154,6 +154,26 @@ class Placement:
         return cls(num_sites, num_experts, num_layers, replication, tuple(table))
 
     @classmethod
+    def from_table(
+        cls, table: Sequence[Sequence[Sequence[int]]], num_sites: int | None = None
+    ) -> Placement:
+        """A given table [layer][expert] -> sites, in any order; `num_sites` None = the largest + 1.
+
+        Replication is read off the table. Raises ValueError when it is no valid placement.
+        """
+        try:
+            rows = tuple(tuple(tuple(sorted(sites)) for sites in experts) for experts in table)
+        except TypeError as error:
+            raise ValueError(f"table must be [layer][expert] -> list of sites: {error}") from None
+        if not rows or not rows[0] or not rows[0][0]:
+            raise ValueError("table must have a layer, an expert and a site at least")
+        largest = max((s for experts in rows for sites in experts for s in sites), default=0)
+        if not isinstance(largest, int):
+            raise ValueError(f"table must hold site numbers, got {largest!r}")
+        sites = largest + 1 if num_sites is None else num_sites
+        return cls(sites, len(rows[0]), len(rows), len(rows[0][0]), rows)
+
+    @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Placement:
         """The placement that `to_dict` wrote. Raises ValueError when it is not one."""
         try:
