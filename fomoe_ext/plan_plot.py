@@ -50,10 +50,10 @@ def by_replication(
 
 def bandwidths(costs: Mapping[str, JobCost], link: Link, points: int = 160) -> list[float]:
     """Bits per second, evenly on a log axis: from where the leanest job is at 10 % to where the
-    most wasteful one is near its limit, the link itself inside."""
+    most wasteful one sends as long as it computes, the link itself inside."""
     least = min(cost.round.bytes_sent / cost.round.local_s for cost in costs.values())
     most = max(cost.round.bytes_sent / cost.round.local_s for cost in costs.values())
-    low, high = min(8 * least / 10, link.bandwidth / 10), max(8 * most * 30, link.bandwidth * 10)
+    low, high = min(8 * least / 10, link.bandwidth / 10), max(8 * most, link.bandwidth * 10)
     low = max(low, 1.0)
     return [low * (high / low) ** (i / (points - 1)) for i in range(points)]
 
@@ -75,9 +75,10 @@ def draw_plan(
     grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.35))
     codecs = dict.fromkeys(("fp32", own, "int8", "int4", "int2"))
     known = by_replication(config, link, flops_per_s, list(codecs))
-    _draw_bytes(figure.add_subplot(grid[0, 0]), known, config)
+    colors = {name: f"C{i}" for i, name in enumerate(costs)}
+    _draw_bytes(figure.add_subplot(grid[0, 0]), known, config, colors)
     _draw_memory(figure.add_subplot(grid[1, 0]), known, config)
-    _draw_utilization(figure.add_subplot(grid[:, 1]), costs, link, job_name(own))
+    _draw_utilization(figure.add_subplot(grid[:, 1]), costs, link, job_name(own), colors)
     figure.suptitle(
         f"{config.sites.sites} sites, replication {config.sites.replication}, "
         f"{config.run.local_steps} local steps, {link.bandwidth / 1e9:g} Gbit/s and "
@@ -89,34 +90,42 @@ def draw_plan(
         figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=130)
 
 
-def _draw_bytes(axes: Any, known: Mapping[str, Sequence[tuple[int, JobCost]]], config: Any) -> None:
+def _draw_bytes(
+    axes: Any,
+    known: Mapping[str, Sequence[tuple[int, JobCost]]],
+    config: TrainConfig,
+    colors: Mapping[str, str],
+) -> None:
     for codec, points in known.items():
         axes.plot(
             [r for r, _ in points],
             [cost.round.bytes_sent or float("nan") for _, cost in points],
             marker="o",
+            color=colors[job_name(codec)],
             linewidth=2.6 if codec == config.outer.codec else 1.3,
             label=codec,
         )
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low / (high / low) ** 0.35, high)  # room for the legend
     axes.set_ylabel("bytes sent\nper site and round")
     axes.yaxis.set_major_formatter(lambda value, _: human_bytes(value))
     axes.yaxis.set_minor_formatter(lambda value, _: "")
     axes.set_title("Cost against replication")
     _finish(axes, known, config)
-    axes.legend(title="codec", ncols=3, fontsize="small", title_fontsize="small")
+    axes.legend(title="codec", ncols=5, fontsize="small", loc="lower right", columnspacing=1)
 
 
 def _draw_memory(
-    axes: Any, known: Mapping[str, Sequence[tuple[int, JobCost]]], config: Any
+    axes: Any, known: Mapping[str, Sequence[tuple[int, JobCost]]], config: TrainConfig
 ) -> None:
     # Memory depends on the codec only by whether it keeps what encoding loses.
     ranks = config.sites.ranks_per_site
-    for label, codec in (("fp32", "fp32"), ("with error feedback", "int4")):
+    kinds = ("fp32", "fp32", "0.2"), ("with error feedback", "int4", "0.55")
+    for label, codec, color in kinds:
         points = known[codec]
-        axes.plot(
-            [r for r, _ in points], [cost.rank_memory for _, cost in points], "s-", label=label
-        )
+        held = [cost.rank_memory for _, cost in points]
+        axes.plot([r for r, _ in points], held, "s-", color=color, label=label)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("memory, no activations\nper " + ("rank" if ranks > 1 else "site"))
     axes.yaxis.set_major_formatter(lambda value, _: human_bytes(value))
@@ -125,19 +134,24 @@ def _draw_memory(
     axes.legend(fontsize="small")
 
 
-def _finish(axes: Any, known: Mapping[str, Sequence[tuple[int, JobCost]]], config: Any) -> None:
+def _finish(
+    axes: Any, known: Mapping[str, Sequence[tuple[int, JobCost]]], config: TrainConfig
+) -> None:
     axes.axvline(config.sites.replication, color="0.6", linestyle=":", zorder=0)
     axes.set_xticks([r for r, _ in next(iter(known.values()))])
     axes.grid(alpha=0.3)
 
 
-def _draw_utilization(axes: Any, costs: Mapping[str, JobCost], link: Link, own: str) -> None:
+def _draw_utilization(
+    axes: Any, costs: Mapping[str, JobCost], link: Link, own: str, colors: Mapping[str, str]
+) -> None:
     rates = bandwidths(costs, link)
     for name, cost in costs.items():
         shares = [cost.round.over(link._replace(bandwidth=rate)).utilization for rate in rates]
-        (line,) = axes.plot(rates, shares, linewidth=2.8 if name == own else 1.4, label=name)
+        width = 2.8 if name == own else 1.4
+        axes.plot(rates, shares, linewidth=width, color=colors[name], label=name)
         here = cost.round.over(link).utilization
-        axes.plot([link.bandwidth], [here], "o", color=line.get_color(), markersize=4)
+        axes.plot([link.bandwidth], [here], "o", color=colors[name], markersize=4)
     axes.axvline(link.bandwidth, color="0.6", linestyle=":", zorder=0)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{human_count(value)}bit/s")
@@ -145,6 +159,6 @@ def _draw_utilization(axes: Any, costs: Mapping[str, JobCost], link: Link, own: 
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_xlabel("bandwidth that a site can send with (dotted: the link)")
     axes.set_ylabel("utilization (share of the time in local steps)")
-    axes.set_title("Utilization against bandwidth")
-    axes.grid(alpha=0.3, which="both")
+    axes.set_title("Utilization against bandwidth (where it is flat, latency is the limit)")
+    axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="upper left")

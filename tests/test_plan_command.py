@@ -188,6 +188,13 @@ def test_wrong_memory_sizes(text):
         parse_memory(text)
 
 
+def test_one_site_sends_nothing(capsys):
+    planned = told(capsys, "--sites", "1", "--replication", "1")
+    assert {job["bytes_sent"] for job in planned["jobs"].values()} == {0}
+    assert planned["paper"]["payload_ratio"] == 1
+    assert cli.main(["plan", "--sites", "1", "--replication", "1"]) == 0
+
+
 def test_tables(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert cli.main(["plan", "--sites", "8", "--replication", "4", "--ranks-per-site", "2"]) == 0
@@ -312,11 +319,11 @@ def test_a_given_table_has_one_replication(tmp_path):
 # ---- pictures ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ending", ["svg", "png"])
-def test_plot(ending, tmp_path, capsys):
+@pytest.mark.parametrize(("ending", "sites"), [("svg", "4"), ("png", "2")])
+def test_plot(ending, sites, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     file = tmp_path / f"plan.{ending}"
-    assert cli.main(["plan", "--codec", "int4", "--plot", str(file)]) == 0
+    assert cli.main(["plan", "--codec", "int4", "--sites", sites, "--plot", str(file)]) == 0
     content = file.read_bytes()
     if ending == "png":
         assert content.startswith(b"\x89PNG")
