@@ -232,8 +232,12 @@ class SitesConfig:
     """Number of sites."""
     replication: int = 2
     """Number of sites that hold each expert, 1..sites."""
-    placement: Literal["cyclic", "random"] = "cyclic"
-    """cyclic: fixed and evenly spread; random: drawn from the seed, anew at every reshuffle."""
+    placement: Literal["cyclic", "random", "together", "apart"] = "cyclic"
+    """cyclic: fixed and evenly spread; random: drawn from the seed, anew at every reshuffle;
+    together, apart: experts that tokens choose together (placement_by) on the same sites or not."""
+    placement_by: Path | None = None
+    """Run folder, or JSON table [layer][expert][expert], with how often a token chose both of two
+    experts; for placement = together or apart."""
     placement_file: Path | None = None
     """JSON table [layer][expert] -> list of sites; overrides `placement`."""
     ranks_per_site: int = 1
@@ -280,6 +284,11 @@ class SitesConfig:
             raise ValueError(
                 "sites.stale_experts needs sites.reshuffle_rounds = 0 and sites.ranks_per_site = "
                 f"1, got {self.reshuffle_rounds} and {self.ranks_per_site}"
+            )
+        if (self.placement in ("together", "apart")) != (self.placement_by is not None):
+            raise ValueError(
+                "sites.placement = together or apart and sites.placement_by need each other, got "
+                f"{self.placement} and {self.placement_by}"
             )
         if self.link is not None:
             parse_link(self.link)
@@ -448,6 +457,9 @@ class RunConfig:
     probe_tokens: int = 0
     """Validation tokens that all sites route before and after every meeting, to measure how stable
     routing is (metrics.jsonl, report); 0 = none."""
+    coactivation: bool = False
+    """Tell in report.json how often a token chose both of two experts, also where that is more than
+    2^18 numbers."""
     checkpoint_rounds: int = 0
     """Write a checkpoint every so many rounds, and at the end; 0 = only at the end."""
     tensorboard: bool = True

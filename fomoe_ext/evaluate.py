@@ -36,6 +36,7 @@ from fomoe_ext.placement import Placement
 
 _LOGIT_BYTES = 64 << 20
 _MOST_WINDOWS = 64
+_PAIR_TOKENS = 1 << 14
 
 
 class Validation(NamedTuple):
@@ -43,6 +44,7 @@ class Validation(NamedTuple):
 
     loss: nats per token. bits_per_byte: of text. tokens: predicted. load: slots per layer and
     expert, int64 [L, E]. bytes_sent: by this site; a broadcast's payload counts once per receiver.
+    coactivation: tokens that chose both of two experts, int64 [L, E, E], where it was asked for.
     """
 
     loss: float
@@ -51,6 +53,7 @@ class Validation(NamedTuple):
     load: Tensor
     bytes_sent: int
     seconds: float
+    coactivation: Tensor | None = None
 
 
 class ExpertStream:
@@ -66,12 +69,18 @@ class ExpertStream:
         buffer_bytes: int = 32 << 20,
         ranks: SiteRanks | None = None,
         holders: Sequence[Sequence[Mapping[int, int]]] | None = None,
+        coactivation: bool = False,
     ) -> None:
-        """`holders`: by site and layer, the rank that holds each expert; None = rank 0."""
+        """`holders`: by site and layer, the rank that holds each expert; None = rank 0.
+        `coactivation`: whether to count which experts are chosen by the same token.
+        """
         self.placement, self.site, self.buffer_bytes = placement, site, buffer_bytes
         self.ranks, self._holders = ranks or SiteRanks(), holders
         self.bytes_sent = 0
         self.load = torch.zeros(placement.num_layers, placement.num_experts, dtype=torch.int64)
+        self.coactivation: Tensor | None = None
+        if coactivation:
+            self.coactivation = self.load.new_zeros(*self.load.shape, placement.num_experts)
 
     def forward(self, named: NamedLayer, x: Tensor) -> Tensor:
         """x [..., D] -> the layer's output with every expert present. A collective of all sites."""
@@ -79,6 +88,8 @@ class ExpertStream:
         tokens = x.reshape(-1, layer.hidden_size).contiguous()
         weights, chosen = layer.router.choose(layer.router.logits(tokens), None, layer.top_k)
         self.load[named.index] += expert_load(chosen, layer.num_experts).cpu()
+        if self.coactivation is not None:
+            self.coactivation[named.index] += pair_counts(chosen, layer.num_experts).cpu()
         if torch.is_autocast_enabled(x.device.type):
             inputs = tokens.to(torch.get_autocast_dtype(x.device.type))
         else:
@@ -143,6 +154,19 @@ class ExpertStream:
                 self.ranks.broadcast_(rows, rank)
 
 
+def pair_counts(chosen: Tensor, num_experts: int) -> Tensor:
+    """Tokens that chose both of two experts, int64 [E, E], of int32 [T, K] (distinct in a row);
+    the diagonal has those that chose one.
+    """
+    counts = torch.zeros(num_experts, num_experts, dtype=torch.int64, device=chosen.device)
+    for some in chosen.long().split(_PAIR_TOKENS):
+        # fp32 counts them exactly.
+        hot = torch.zeros(some.shape[0], num_experts, device=chosen.device).scatter_(1, some, 1.0)
+        with torch.autocast(chosen.device.type, enabled=False):
+            counts += (hot.T @ hot).long()
+    return counts
+
+
 @contextmanager
 def global_experts(
     model: LanguageModel,
@@ -150,6 +174,7 @@ def global_experts(
     site: int,
     buffer_bytes: int = 32 << 20,
     ranks: SiteRanks | None = None,
+    coactivation: bool = False,
 ) -> Iterator[ExpertStream]:
     """Inside, the model's forward is that of the global model; all must call it in lockstep.
 
@@ -159,7 +184,7 @@ def global_experts(
     layers = named_moe_layers(model)
     ranks = ranks or SiteRanks(None, placement.num_sites, site)
     holders = None if ranks.size == 1 else _holders(layers, ranks)
-    stream = ExpertStream(placement, site, buffer_bytes, ranks, holders)
+    stream = ExpertStream(placement, site, buffer_bytes, ranks, holders, coactivation)
     own = local_tensors(model)
     routers = global_router_tensors(model, placement, site, own, ranks.rank)
     saved = {key: own[key].clone() for key in routers}
@@ -215,12 +240,14 @@ def evaluate(
     autocast: torch.dtype | None = None,
     buffer_bytes: int = 32 << 20,
     ranks: SiteRanks | None = None,
+    coactivation: bool = False,
 ) -> Validation:
     """Cross entropy of the global model on the validation text; a collective of all processes.
 
     `max_tokens` limits the tokens of all sites together (None = all), `batch_size` is in windows
     per process (None = `validation_batch_size`), `autocast` is the dtype of matrix products,
-    `ranks` are those of this site (None = one).
+    `ranks` are those of this site (None = one), `coactivation` says whether to count which experts
+    are chosen by the same token.
     """
     start = time.perf_counter()
     ranks, device = ranks or SiteRanks(None, placement.num_sites, site), model.embedding.device
@@ -239,24 +266,27 @@ def evaluate(
     training = model.training
     model.eval()
     try:
-        with global_experts(model, placement, site, buffer_bytes, ranks) as stream:
+        with global_experts(model, placement, site, buffer_bytes, ranks, coactivation) as stream:
             for batch in batches:
                 nats = _nats(model, batch.to(device), autocast)
                 totals += torch.tensor([nats, batch[:, 1:].numel()], dtype=torch.float64)
-            own_load = stream.load.clone()
+            counts = [stream.load.clone()]
+            if stream.coactivation is not None:
+                counts.append(stream.coactivation.clone())
             for batch in idle:
                 _nats(model, batch.to(device), autocast)
     finally:
         model.train(training)
-    _sum_over_processes([totals, own_load], processes)
+    _sum_over_processes([totals, *counts], processes)
     loss = float(totals[0] / totals[1])
     return Validation(
         loss=loss,
         bits_per_byte=data.bits_per_byte(loss),
         tokens=int(totals[1]),
-        load=own_load,
+        load=counts[0],
         bytes_sent=stream.bytes_sent,
         seconds=time.perf_counter() - start,
+        coactivation=counts[1] if coactivation else None,
     )
 
 

@@ -18,6 +18,8 @@ from itertools import chain, combinations
 from math import gcd
 from typing import Any, NamedTuple
 
+from fomoe_ext.checks import a_bool
+
 Owners = tuple[int, ...]
 """The sites that hold an expert, ascending."""
 
@@ -152,6 +154,36 @@ class Placement:
             number = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
             table.append(_switched(experts, random.Random(number)))
         return cls(num_sites, num_experts, num_layers, replication, tuple(table))
+
+    @classmethod
+    def from_coactivation(
+        cls, counts: Any, num_sites: int, replication: int, *, together: bool = True
+    ) -> Placement:
+        """A placement by how often the same token has chosen two experts.
+
+        Large (`together`) or small (else) is made, in every layer, the sum over sites of the counts
+        of all pairs of experts that a site holds. What a token finds of its experts on a site is on
+        average the same in every placement of these sizes; with experts of a token together it
+        finds all of them or none more often, with them apart some of them. Loads are not evened
+        out: a site may hold hotter experts than another. A local optimum, by a greedy start and
+        swaps, the same on every machine, and never worse than the cyclic placement.
+
+        Args:
+            counts: ints [L, E, E] by layer, not negative and symmetric, as nested lists, array or
+                tensor; what is on the diagonal does not matter. `fomoe_ext.coactivation` reads
+                those of a run.
+            num_sites, replication: as of the other placements.
+            together: on the same sites, or apart.
+
+        Raises ValueError or TypeError naming the argument, for impossible sizes too.
+        """
+        from fomoe_ext.coactivation import checked_counts, search
+
+        a_bool(together=together)
+        table = checked_counts(counts)
+        num_layers, num_experts = table.shape[:2]
+        start = cls.cyclic(num_sites, num_experts, num_layers, replication)
+        return cls.from_table(search(table, start, together), num_sites)
 
     @classmethod
     def from_table(

@@ -74,6 +74,19 @@ def job_placement(config: TrainConfig, epoch: int = 0) -> Placement:
                 f"replication) = {wanted}, got {found}"
             )
         return placement
+    if sites.placement_by is not None:
+        from fomoe_ext.coactivation import measured_coactivation  # loads numpy
+
+        counts = measured_coactivation(sites.placement_by)
+        if counts.shape[:2] != (model.num_layers, model.num_experts):
+            raise ValueError(
+                f"placement_by {sites.placement_by} must have the counts of {model.num_layers} "
+                f"layers of {model.num_experts} experts, got {counts.shape[0]} of {counts.shape[1]}"
+            )
+        together = sites.placement == "together"
+        return Placement.from_coactivation(
+            counts, sites.sites, sites.replication, together=together
+        )
     seed = config.run.seed if sites.placement == "random" else None
     return _made(*sizes, seed, epoch)
 
@@ -118,6 +131,7 @@ def full_replica(config: TrainConfig) -> TrainConfig:
         config.sites,
         replication=config.sites.sites,
         placement="cyclic",
+        placement_by=None,
         placement_file=None,
         reshuffle_rounds=0,
         stale_experts=0,

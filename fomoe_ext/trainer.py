@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fomoe_ext import checkpoint as ckpt
 from fomoe_ext import plan, stale
 from fomoe_ext.assemble import local_tensors, own_global_tensors
+from fomoe_ext.coactivation import is_small
 from fomoe_ext.config import InnerConfig, ModelConfig, OuterConfig, TrainConfig
 from fomoe_ext.data import TextData
 from fomoe_ext.dense import average_experts, shard_dense
@@ -373,6 +374,10 @@ class TrainingSite:
         yield local
         self._restore(local)
 
+    def _counts_pairs(self) -> bool:
+        model = self.config.model
+        return self.config.run.coactivation or is_small(model.num_layers, model.num_experts)
+
     @torch.no_grad()
     def validate(self, max_tokens: int) -> Validation:
         """Validation of the global model, counted; a collective."""
@@ -386,6 +391,7 @@ class TrainingSite:
                 max_tokens=max_tokens,
                 autocast=self.autocast,
                 ranks=self.sync.ranks,
+                coactivation=self._counts_pairs(),
             )
         self.tally.validation_s += result.seconds
         self.tally.validation_bytes += result.bytes_sent
@@ -470,6 +476,14 @@ class TrainingSite:
         self.tally.wall_s = self._before_s + time.perf_counter() - self.started
         self.tally.bytes_sent = self.bytes_sent
         self.tally.agreements = self.sync.agreements
+        shown = {
+            "loss": validation.loss,
+            "bits_per_byte": validation.bits_per_byte,
+            "tokens": validation.tokens,
+            "load": validation.load.tolist(),
+        }
+        if validation.coactivation is not None:
+            shown["coactivation"] = validation.coactivation.tolist()
         with with_others("the report", self.world.site):
             own = self.sync.ranks.gather((self.tally.state_dict(), self.memory()))
             tally = Tally.of_ranks([Tally.from_state(state) for state, _ in own])
@@ -482,12 +496,7 @@ class TrainingSite:
             self.config,
             self.placement,
             parts,
-            {
-                "loss": validation.loss,
-                "bits_per_byte": validation.bits_per_byte,
-                "tokens": validation.tokens,
-                "load": validation.load.tolist(),
-            },
+            shown,
             rounds=self.round,
             data=self.data.description,
             model_hash=model_hash,
