@@ -15,6 +15,7 @@ from fomoe_ext.plan import (
     copies_per_layer,
     full_replica,
     job_placement,
+    model_sizes,
     rank_experts,
     site_elements,
 )
@@ -68,18 +69,24 @@ def site_memory(
 
     `optimizer` as in `OuterConfig`: ddp needs no anchor; with outer momentum (None = the default,
     diloco alone has it) the others keep that too. `inner_optimizer` adamw keeps two moments, sgd
-    one. `error_feedback`: elements of it. `stale_experts`: frozen copies, in all layers.
+    one. `error_feedback`: elements of it. `stale_experts`: frozen copies, in all layers. With
+    router_scope "resident" router rows of absent experts do not meet: they have no anchor.
     """
     _one_of("optimizer", optimizer, ("diloco", "fedavg", "local-adamw", "ddp"))
     _one_of("inner_optimizer", inner_optimizer, ("adamw", "sgd"))
     momentum = optimizer == "diloco" if outer_momentum is None else outer_momentum > 0
-    unit = FLOAT_BYTES * site_parameters(model, placement, site).total
+    held = site_parameters(model, placement, site)
+    unit = met = FLOAT_BYTES * held.total
+    if model.router_scope == "resident" and placement is not None:
+        experts = held.sparse // sizes_of(model).expert
+        absent = model.num_layers * placement.num_experts - experts
+        met -= FLOAT_BYTES * absent * model_sizes(model).router_row
     return SiteMemory(
         parameters=unit,
         gradients=unit,
         inner_state=unit * (2 if inner_optimizer == "adamw" else 1),
-        anchor=0 if optimizer == "ddp" else unit,
-        outer_state=unit if momentum and optimizer != "ddp" else 0,
+        anchor=0 if optimizer == "ddp" else met,
+        outer_state=met if momentum and optimizer != "ddp" else 0,
         error_feedback=FLOAT_BYTES * error_feedback,
         stale_copies=FLOAT_BYTES * stale_experts * sizes_of(model).expert,
     )

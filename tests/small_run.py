@@ -29,6 +29,7 @@ FLAGS = shlex.split("""
 --hidden-size 16 --num-layers 2 --num-heads 2 --num-experts 8 --expert-size 8 --top-k 2
 --seq-len 32 --batch-size 2 --local-steps 4 --rounds 6 --eval-rounds 0 --eval-tokens 256
 --checkpoint-rounds 3 --threads 1 --warmup-steps 2 --sites 2 --replication 1 --no-tensorboard
+--router-scope global --codec fp32
 """)
 
 

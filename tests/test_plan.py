@@ -13,7 +13,8 @@ from fomoe_ext.report import markdown, report_tables
 
 
 def config_of(preset: str = "tiny", **sections: dict) -> TrainConfig:
-    config = preset_config(preset)
+    """The dataclasses' own defaults, or a preset of the paper."""
+    config = TrainConfig() if preset == "tiny" else preset_config(preset)
     changes = {
         name: dataclasses.replace(getattr(config, name), **values)
         for name, values in sections.items()
@@ -216,11 +217,13 @@ def test_overlap_hides_meetings():
 # ---- a site of several ranks ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("scope", ["global", "resident"])
 @pytest.mark.parametrize("codec", ["fp32", "int8"])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_ranks_share_a_site_of_the_same_memory_and_bytes(codec, ranks):
+def test_ranks_share_a_site_of_the_same_memory_and_bytes(codec, ranks, scope):
     sites = {"sites": 2, "replication": 1}
     options = {"inner": {"batch_size": 12}, "outer": {"codec": codec, "bucket_bytes": 4096}}
+    options["model"] = {"router_scope": scope}
     one = config_of(sites=sites, **options)
     many = config_of(sites=sites | {"ranks_per_site": ranks}, **options)
     placement = plan.job_placement(one)

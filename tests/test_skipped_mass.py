@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fomoe_ext.checkpoint import CheckpointError
-from fomoe_ext.config import TrainConfig
+from fomoe_ext.config import ModelConfig, TrainConfig
 from fomoe_ext.config_io import parse_args
 from fomoe_ext.eval_models import skip_experts
 from fomoe_ext.model import LanguageModel
@@ -215,7 +215,7 @@ def test_what_a_frozen_copy_computes_is_not_skipped() -> None:
 
 def test_experts_left_out_by_an_evaluation_are_skipped_slots() -> None:
     """They stay in memory: what counts is the table of who is computed."""
-    config = parse_args(["--skipped-mass", "rescale"]).model
+    config = ModelConfig(skipped_mass="rescale")
     outputs = {}
     for mass in ("drop", "rescale"):
         model = LanguageModel(config)
@@ -249,4 +249,6 @@ def test_a_checkpoint_from_before_the_option_is_one_that_drops() -> None:
     manifest: Any = SimpleNamespace(meta=meta)
     check_same_job(manifest, TrainConfig(), Path("there"))
     with pytest.raises(CheckpointError, match="skipped_mass = 'drop', this one has 'rescale'"):
-        check_same_job(manifest, parse_args(["--skipped-mass", "rescale"]), Path("there"))
+        check_same_job(
+            manifest, TrainConfig(model=ModelConfig(skipped_mass="rescale")), Path("there")
+        )

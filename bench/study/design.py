@@ -143,7 +143,7 @@ def stability_rows(size: Size, seed: int) -> dict[str, Run]:
     return rows
 
 
-DDP_PARTS = (0.2, 0.3, 0.4, 0.5, 0.75)
+DDP_PARTS = (0.2, 0.3, 0.4, 0.5, 0.75, 0.9, 1.0)
 """Shares of the study's steps for which DDP is trained, each to the end of its own schedule."""
 
 
@@ -209,8 +209,13 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 
 
 def gap_rows(size: Size, seed: int) -> dict[str, Run]:
-    """The full replica and `METHODS`."""
-    rows = {"full replica": full(size, SITES, LOCAL_STEPS, seed)}
+    """The full replica, what it gains from the best way itself, and `METHODS`."""
+    rows = {
+        "full replica": full(size, SITES, LOCAL_STEPS, seed),
+        "full replica, int4, meetings 4 times as often": full(
+            size, SITES, LOCAL_STEPS // 4, seed, codec="int4"
+        ),
+    }
     for name, method in METHODS.items():
         flags = dict(method)
         rows[name] = _half(size, seed, flags.pop("local_steps", LOCAL_STEPS), **flags)
