@@ -19,6 +19,7 @@ sys.path.append(str(ROOT))  # for bench; at the end, where the source tree hides
 
 from bench.study import __main__ as main  # noqa: E402
 from bench.study import claims, design, pool, store, tables, throughput  # noqa: E402
+from bench.study import run as study_run  # noqa: E402
 from bench.study.store import Run  # noqa: E402
 
 SMALL = design.Size(32, (0, 1), (2, 4), (16,), ("diloco",))
@@ -59,6 +60,8 @@ def kept(run: Run, loss: float, sent: int = 1000, **changes: Any) -> dict[str, A
 def configured(run: Run) -> TrainConfig:
     """As the command line would, without its parser: flags are named like fields."""
     config, left = TrainConfig(), {**run.flags, "sites": run.sites, "seed": run.seed}
+    if left.get("placement_by"):
+        left["placement_by"] = Path(left["placement_by"])
     sections = {}
     for section in ("model", "data", "sites", "inner", "outer", "run"):
         own = getattr(config, section)
@@ -276,6 +279,24 @@ def test_show_makes_no_runs(tmp_path, capsys, monkeypatch):
     assert "full replica" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"seeds must be in 1\.\.1, got 2"):
         main.main(["gap", "--quick", "--seeds", "2", "--out", str(path)])
+
+
+def test_counts_of_one_run_place_the_experts_of_another(tmp_path, monkeypatch):
+    given = []
+
+    def fake(arguments: list[str], sites: int) -> dict[str, Any]:
+        given.append(json.loads(Path(arguments[arguments.index("--placement-by") + 1]).read_text()))
+        raise pool.RunFailed("seen")
+
+    monkeypatch.setattr(pool, "train", fake)
+    path = tmp_path / "runs.jsonl"
+    rows = design.gap_rows(SMALL, 1)
+    placed = [run for run in rows.values() if "placement_by" in run.flags]
+    assert [run.flags["placement"] for run in placed] == ["together", "apart"]
+    assert study_run.run_missing("gap", placed[:1], path) == 1 and not given
+    store.append(kept(design.counted(SMALL, 0), 1.0, coactivation=[[[7]]]), path)
+    store.append(kept(design.counted(SMALL, 1), 1.0, coactivation=[[[8]]]), path)
+    assert study_run.run_missing("gap", placed, path) == 2 and given == [[[[8]]], [[[8]]]]
 
 
 def test_failed_runs_are_told_and_not_kept(tmp_path, capsys, monkeypatch):

@@ -193,6 +193,11 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     },
     "frozen copies of 4 absent experts (global)": {"router_scope": "global", "stale_experts": 4},
     "random placement": {"placement": "random"},
+    "experts chosen together on the same sites": {
+        "placement": "together",
+        "placement_by": "counted",
+    },
+    "experts chosen together apart": {"placement": "apart", "placement_by": "counted"},
     "reshuffle every 4 rounds, state reset": {"placement": "random", "reshuffle_rounds": 4},
     "reshuffle every 4 rounds, state carried": {
         "placement": "random",
@@ -222,6 +227,12 @@ def gap_rows(size: Size, seed: int) -> dict[str, Run]:
     return rows
 
 
+def counted(size: Size, seed: int) -> Run:
+    """The plain job again, which keeps how often experts were chosen together: what
+    `placement_by` = "counted" stands for."""
+    return _half(size, seed, coactivation=True)
+
+
 BEST = "int4, meetings 4 times as often (half the bytes)"
 """Of `METHODS` the one whose loss is also shown at other numbers of sites."""
 
@@ -247,5 +258,6 @@ def runs_of(table: str, size: Size) -> list[Run]:
     rows = {"costs": costs_rows, "stability": stability_rows, "gap": gap_rows}[table]
     runs = [run for seed in size.seeds for run in rows(size, seed).values()]
     if table == "gap":
+        runs = [counted(size, seed) for seed in size.seeds] + runs
         runs += [run for seed in size.seeds for run in gap_sites_rows(size, seed).values()]
     return runs

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +22,20 @@ def machine_facts() -> dict[str, Any]:
     return machine.Watch("cpu").facts()
 
 
+def _train(run: Run, path: Path) -> dict[str, Any]:
+    """Runs a job; the counts for `placement_by` are those that the file keeps for its seed."""
+    if run.flags.get("placement_by") != "counted":
+        return pool.train(run.arguments(), run.sites)
+    source = run.named(placement=None, placement_by=None, coactivation=True)
+    kept = store.load(path).get(source.key)
+    if kept is None:
+        raise pool.RunFailed("the run that counts how often experts are chosen together is missing")
+    with tempfile.TemporaryDirectory(prefix="fomoe-study-") as folder:
+        counts = Path(folder) / "counts.json"
+        counts.write_text(json.dumps(kept["coactivation"]))
+        return pool.train(run.named(placement_by=counts).arguments(), run.sites)
+
+
 def run_missing(name: str, runs: Iterable[Run], path: Path = store.RUNS) -> int:
     """Runs what the file lacks and keeps each result at once; returns how many failed."""
     todo = store.missing(runs, path)
@@ -31,7 +47,7 @@ def run_missing(name: str, runs: Iterable[Run], path: Path = store.RUNS) -> int:
         print(f"{name} [{number}/{len(todo)}] {run.sites} sites, seed {run.seed}, {told}", end=" ")
         sys.stdout.flush()
         try:
-            report = pool.train(run.arguments(), run.sites)
+            report = _train(run, path)
         except pool.RunFailed as error:
             failed += 1
             print(f"failed\n{error}", flush=True)

@@ -58,7 +58,9 @@ def record(run: Run, report: Mapping[str, Any], facts: Mapping[str, Any]) -> dic
         sent += line["bytes_sent"]
         sent_by[line["round"]] = sent
     mean = lambda name: fmean(site[name] for site in sites)
+    counts = report["validation"].get("coactivation") if run.flags.get("coactivation") else None
     return {
+        **({} if counts is None else {"coactivation": counts}),
         "sites": run.sites,
         "seed": run.seed,
         "flags": dict(sorted(run.flags.items())),
