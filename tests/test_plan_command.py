@@ -263,28 +263,31 @@ sys.exit(f"loaded: {loaded}" if loaded else code)
 # ---- what fits -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("scope", ["global", "resident"])
+@pytest.mark.parametrize(("ranks", "scope"), [(1, "global"), (2, "resident")])
 def test_fit_chooses_what_trying_all_chooses(ranks, scope, capsys):
-    flags = ["--preset", "153m", "--sites", "4", "--router-scope", scope]
+    flags = ["--preset", "54m", "--sites", "4", "--router-scope", scope]
     flags += ["--ranks-per-site", str(ranks), "--codec", "int8-128", "--link", "1gbit"]
-    whole = told(capsys, *flags, "--fit", "1TB")["fit"]
-    sizes = sorted({c["memory"] for c in whole["candidates"]})
-    assert len(whole["candidates"]) == 4 * 6 and len(sizes) >= 8
+    tried = []
+    for replication in (4, 3, 2, 1):
+        for codec in ("fp32", "bf16", "int8", "int4", "int2", "int8-128"):
+            job = parse_args([*flags, "--replication", str(replication), "--codec", codec])
+            cost = plan_jobs.job_cost(job, LINK, SPEED * ranks)
+            tried.append((cost.round.seconds, replication, codec, cost.rank_memory))
+    sizes = sorted({memory for *_, memory in tried})
+    assert len(sizes) >= 8
     for limit in (sizes[0], sizes[len(sizes) // 2], sizes[-1]):
         best = None
-        for replication in (4, 3, 2, 1):
-            for codec in ("fp32", "bf16", "int8", "int4", "int2", "int8-128"):
-                job = parse_args([*flags, "--replication", str(replication), "--codec", codec])
-                planned = make_plan(job, LINK, SPEED * ranks)
-                cost = planned["jobs"][planned["job"]]
-                if cost["rank_memory"] <= limit and (best is None or cost["seconds"] < best[0]):
-                    best = cost["seconds"], replication, codec
+        for row in tried:
+            if row[3] <= limit and (best is None or row[0] < best[0]):
+                best = row
         planned = told(capsys, *flags, "--fit", f"{limit}B")
-        choice = planned["fit"]["choice"]
-        assert (choice["seconds"], choice["replication"], choice["codec"]) == best
-        assert (planned["replication"], planned["codec"]) == best[1:]
-        assert planned["jobs"][planned["job"]]["rank_memory"] == choice["memory"] <= limit
+        fit = planned["fit"]
+        names = ("seconds", "replication", "codec", "memory")
+        assert tuple(fit["choice"][name] for name in names) == best
+        found = [tuple(candidate[name] for name in names) for candidate in fit["candidates"]]
+        assert found == tried
+        assert [c["fits"] for c in fit["candidates"]] == [row[3] <= limit for row in tried]
+        assert (planned["replication"], planned["codec"]) == best[1:3]
 
 
 def test_fit_shows_the_candidates(capsys):
