@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from small_run import finished_run
 from test_placement import check_load
 
+from fomoe_ext import coactivation
 from fomoe_ext.coactivation import is_small, measured_coactivation, pairs_together
 from fomoe_ext.config import SitesConfig
 from fomoe_ext.config_io import parse_args
@@ -166,12 +167,40 @@ def test_no_swap_of_two_experts_would_be_better(together: bool, replication: int
     assert tried > 100
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_swap_is_the_best_one_between_two_sites(sign: int) -> None:
+    swapped = 0
+    for seed in range(8):
+        counts = sign * coactivation._pairs(random_counts(3, 9, seed, most=10) ** 3)
+        start = Placement.random(3, 9, 3, 1 + seed % 2, seed=seed)
+        swaps = coactivation._Swaps(counts, coactivation._incidence(start))
+        before = swaps.held.copy()
+        swaps._swap(np.arange(3), 0, 1)
+        assert np.array_equal(swaps.common, np.matmul(swaps.held.astype(float), counts))
+        found = coactivation._objective(counts, swaps.held)
+        for layer, held in enumerate(before):
+            options = [held]
+            for a in np.flatnonzero(held[0] & ~held[1]):
+                for b in np.flatnonzero(held[1] & ~held[0]):
+                    other = held.copy()
+                    other[[0, 1], [a, b]] = False
+                    other[[0, 1], [b, a]] = True
+                    options.append(other)
+            best = coactivation._objective(
+                np.repeat(counts[layer][None], len(options), axis=0), np.stack(options)
+            )
+            assert found[layer] == best.max()
+            swapped += not np.array_equal(held, swaps.held[layer])
+            assert {frozenset(row) for row in swaps.members[layer].tolist()} == {
+                frozenset(np.flatnonzero(row).tolist()) for row in swaps.held[layer]
+            }
+    assert swapped > 10
+
+
 def test_a_start_that_ends_worse_gives_way_to_the_cyclic_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Planted as in the cyclic placement, from a start that no swap can improve."""
-    from fomoe_ext import coactivation
-
     cyclic = Placement.cyclic(2, 8, 1, 1)
     counts = np.zeros((1, 8, 8), dtype=int)
     for site in range(2):

@@ -404,7 +404,7 @@ def test_meetings_that_cannot_be_are_refused(options, message):
 
 
 def test_the_cost_model_by_hand():
-    shared = ["--sites", "4", "--replication", "1"]
+    shared = ["--sites", "4", "--replication", "1", "--router-scope", "global"]
     config = job_config([*shared, "--stale-experts", "3", "--stale-codec", "bf16"])
     model, placement = config.model, plan.job_placement(config)
     one = 3 * model.hidden_size * model.expert_size
@@ -451,25 +451,25 @@ def test_a_job_with_copies_of_all_absent_experts_skips_nothing(flags, tmp_path):
     assert "stale copies" in (tmp_path / "run" / "report.md").read_text()
 
 
-@pytest.mark.parametrize("kept", [1, 2, 3])
-def test_resuming_gives_the_same_bits(flags, tmp_path, kept):  # noqa: F811
+def test_resuming_gives_the_same_bits(flags, tmp_path):  # noqa: F811
     """Copies are refreshed after rounds 2 and 4: made from the checkpoint of round 2, and of rounds
     1 and 3 kept in it."""
     run_dir = tmp_path / "run"
     changes = ["--stale-experts", "2", "--stale-period", "2", "--checkpoint-rounds", "1"]
     whole = finish(run_dir, train(*flags, *changes))
     assert all(0 < site["skipped_share"] < 1 for site in whole["sites"])
-    for checkpoint in ckpt.list_checkpoints(run_dir / "checkpoints")[::-1][kept:]:
-        shutil.rmtree(checkpoint)
-    (run_dir / "report.json").unlink()
-    result = train("--resume", str(run_dir))
-    report = finish(run_dir, result)
-    assert f"round {kept}, step {3 * kept}" in result.stdout
-    assert report["run"]["model_hash"] == whole["run"]["model_hash"]
-    assert report["validation"] == whole["validation"]
-    for site, before in zip(report["sites"], whole["sites"], strict=True):
-        assert site["bytes_sent"] == before["bytes_sent"] == site["planned"]["bytes"]
-        assert site["skipped_share"] == before["skipped_share"]
+    for kept in (3, 2, 1):
+        for checkpoint in ckpt.list_checkpoints(run_dir / "checkpoints")[kept:]:
+            shutil.rmtree(checkpoint)
+        (run_dir / "report.json").unlink()
+        result = train("--resume", str(run_dir))
+        report = finish(run_dir, result)
+        assert f"round {kept}, step {3 * kept}" in result.stdout
+        assert report["run"]["model_hash"] == whole["run"]["model_hash"]
+        assert report["validation"] == whole["validation"]
+        for site, before in zip(report["sites"], whole["sites"], strict=True):
+            assert site["bytes_sent"] == before["bytes_sent"] == site["planned"]["bytes"]
+            assert site["skipped_share"] == before["skipped_share"]
 
 
 def test_a_job_goes_on_at_other_sites_with_other_copies(flags, tmp_path):  # noqa: F811
