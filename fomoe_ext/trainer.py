@@ -451,7 +451,7 @@ class TrainingSite:
     # ----------------------------------------------------------------------------------- report
 
     def memory(self) -> dict[str, int]:
-        """Bytes of this process's tensors by the parts of `plan.SiteMemory`."""
+        """Bytes of this process's tensors by the parts of `plan_memory.SiteMemory`."""
         states = self.optimizer.state.values()
         tensors = [v for state in states for v in state.values() if isinstance(v, Tensor)]
         anchor, outer_state, error_feedback = self.sync.state_bytes()
