@@ -99,9 +99,11 @@ def _quality(kept: Kept, size: Size) -> tuple[str, str]:
     name = min(full, key=lambda n: fmean(full[n]))
     plain = tables.spread(found[_PLAIN], sign=True)
     part = fmean(full[name]) / fmean(found[_PLAIN])
+    often = design.OFTEN
+    itself = tables.gaps(kept, [(of[often], b) for of, b in zip(rows, base, strict=True)])
     return f"{plain} nats", (
         f"{tables.spread(full[name], sign=True)} nats ({name}), {part:.0%} of the plain gap "
-        "(wanted: 50 %)"
+        f"(wanted: 50 %); but {often}: {tables.spread(itself, sign=True)}"
     )
 
 
