@@ -348,7 +348,7 @@ def test_plots_that_cannot_be(tmp_path, monkeypatch, capsys):
 def test_bandwidths_of_the_picture_reach_from_little_to_all():
     from fomoe_ext.plan_plot import bandwidths
 
-    # Sites so slow that even DDP needs less than the link.
+    # Sites so slow that the range does not end at a tenth of the link.
     costs = dict(plan_jobs.compared_costs(config_of(), LINK, 1e9))
     rates = bandwidths(costs, LINK)
     assert rates == sorted(rates) and rates[0] < LINK.bandwidth < rates[-1]
