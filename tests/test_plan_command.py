@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_plan import config_of
 
 import fomoe_ext
 from fomoe_ext import cli, plan, plan_args, plan_cost, plan_jobs, plan_memory
-from fomoe_ext.config import TrainConfig, preset_config
 from fomoe_ext.config_io import parse_args
 from fomoe_ext.plan_command import parse_gpu, parse_memory
 from fomoe_ext.plan_report import make_plan
@@ -20,15 +20,6 @@ from fomoe_ext.wire import Link
 
 LINK = Link(1e9, 0.05)
 SPEED = 989e12 * 0.4
-
-
-def config_of(preset: str = "tiny", **sections: dict) -> TrainConfig:
-    config = TrainConfig() if preset == "tiny" else preset_config(preset)
-    changes = {
-        name: dataclasses.replace(getattr(config, name), **values)
-        for name, values in sections.items()
-    }
-    return dataclasses.replace(config, **changes)
 
 
 def told(capsys, *arguments: str) -> dict:

@@ -14,7 +14,7 @@ from typing import Any
 
 from bench.study import design, plots, store, tables, throughput
 from bench.study.design import FULL, Size
-from bench.study.tables import Kept
+from bench.study.tables import Kept, mean_of
 from fomoe_ext import plan_cost
 from fomoe_ext.config import count_parameters, preset_config
 from fomoe_ext.files import write_text
@@ -44,10 +44,6 @@ def _memory(preset: str, sites: int, replication: int) -> float:
     return plan_cost.paper_memory_bytes(*_shares(preset), sites, replication)
 
 
-def _mean(records: list[Mapping[str, Any]], what: str) -> float:
-    return fmean(fmean(k[what]) if isinstance(k[what], list) else k[what] for k in records)
-
-
 def _plain(kept: Kept, size: Size) -> list[Mapping[str, Any]]:
     return tables.there(kept, [design.gap_rows(size, s)[_PLAIN] for s in size.seeds])
 
@@ -61,10 +57,10 @@ def _communication(kept: Kept, size: Size) -> tuple[str, str]:
     records = _plain(kept, size)
     if not records:
         return _NO_RUNS, _NO_RUNS
-    sent = _mean(records, "bytes_sent")
+    sent = mean_of(records, "bytes_sent")
     share = records[0]["parameters"]["sparse"] / records[0]["parameters"]["total"]
-    replica = f"{_mean(records, 'full_replica_bytes') / sent:.2f}x ({share:.0%} in experts)"
-    ddp = f"{_mean(records, 'ddp_bytes') / sent:.1f}x at {design.LOCAL_STEPS} local steps"
+    replica = f"{mean_of(records, 'full_replica_bytes') / sent:.2f}x ({share:.0%} in experts)"
+    ddp = f"{mean_of(records, 'ddp_bytes') / sent:.1f}x at {design.LOCAL_STEPS} local steps"
     return replica, ddp
 
 
@@ -138,7 +134,8 @@ def claims_table(kept: Kept, size: Size = FULL) -> ReportTable:
     records = _plain(kept, size)
     memory = _NO_RUNS
     if records:
-        memory = f"{_mean(records, 'memory') / records[0]['full_replica_memory']:.0%} of a replica"
+        held = mean_of(records, "memory") / records[0]["full_replica_memory"]
+        memory = f"{held:.0%} of a replica"
     gigabytes = ", ".join(f"{_memory('104b', 8, r) / 1e9:.0f}" for r in (8, 4, 2, 1))
     half = f"{design.SITES} sites, replication {design.HALF}"
     at = f"{half}, {design.LOCAL_STEPS} local steps"

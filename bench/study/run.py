@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.study import pool, store
+from bench.study import design, pool, store
 from bench.study.store import Run
 
 
@@ -43,7 +43,7 @@ def run_missing(name: str, runs: Iterable[Run], path: Path = store.RUNS) -> int:
         return 0
     facts, failed, start = machine_facts(), 0, time.perf_counter()
     for number, run in enumerate(todo, 1):
-        told = {k: v for k, v in run.flags.items() if k in _TOLD}
+        told = {k: v for k, v in run.flags.items() if design.BASE.get(k) != v}
         print(f"{name} [{number}/{len(todo)}] {run.sites} sites, seed {run.seed}, {told}", end=" ")
         sys.stdout.flush()
         try:
@@ -61,20 +61,3 @@ def run_missing(name: str, runs: Iterable[Run], path: Path = store.RUNS) -> int:
         )
     return failed
 
-
-_TOLD = (
-    "replication",
-    "local_steps",
-    "optimizer",
-    "router_scope",
-    "router_mean",
-    "expert_mean",
-    "codec",
-    "stale_experts",
-    "skipped_mass",
-    "placement",
-    "reshuffle_rounds",
-    "reshuffle_moments",
-    "rescale",
-    "rounds",
-)

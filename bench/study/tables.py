@@ -185,12 +185,16 @@ def cheapest(
     return result
 
 
-def _mean(kept: Kept, runs: list[Run], what: str) -> float | None:
-    """Mean over runs (and sites), None unless all runs are there."""
-    if not all(run.key in kept for run in runs):
-        return None
-    values = [kept[run.key][what] for run in runs]
+def mean_of(records: Iterable[Mapping[str, Any]], what: str) -> float:
+    """Mean over records, and over sites where each has a value per site."""
+    values = [record[what] for record in records]
     return fmean(fmean(v) if isinstance(v, list) else v for v in values)
+
+
+def _mean(kept: Kept, runs: list[Run], what: str) -> float | None:
+    """`mean_of` runs, None unless all of them are there."""
+    records = there(kept, runs)
+    return mean_of(records, what) if len(records) == len(runs) else None
 
 
 def bytes_seeds(kept: Kept, size: Size) -> list[int]:
