@@ -60,4 +60,3 @@ def run_missing(name: str, runs: Iterable[Run], path: Path = store.RUNS) -> int:
             flush=True,
         )
     return failed
-
