@@ -169,7 +169,11 @@ def _together(process: _Process, step: Callable[[], _T]) -> list[_T]:
     return [given for _, given in gathered]
 
 
-def _entries(folder: Path, names: Iterable[str], process: _Process) -> dict[str, FileEntry]:
+_Entries = dict[str, dict[str, Any]]
+"""Fields of a `FileEntry` by file, as processes tell each other."""
+
+
+def _entries(folder: Path, names: Iterable[str], process: _Process) -> _Entries:
     """The manifest's entries of files that this process wrote; makes sure that they last."""
     entries = {}
     for name in names:
@@ -177,9 +181,8 @@ def _entries(folder: Path, names: Iterable[str], process: _Process) -> dict[str,
             os.fsync(file.fileno())
         path = folder / name
         header = _header_sha256(path) if name.startswith(f"{TRAINING}/") else ""
-        entries[name] = FileEntry(
-            process.site, path.stat().st_size, _sha256(path), process.rank, header
-        )
+        entry = FileEntry(process.site, path.stat().st_size, _sha256(path), process.rank, header)
+        entries[name] = asdict(entry)
     return entries
 
 
@@ -188,7 +191,7 @@ def _write_own_files(
     process: _Process,
     shards: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any] | None,
-) -> dict[str, FileEntry]:
+) -> _Entries:
     """Write this process's part of the global model (by file) and its site's state."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, shard in shards.items():
@@ -262,7 +265,11 @@ def save_checkpoint(
         manifest = Manifest(
             round,
             num_sites,
-            {k: v for files in ([f for f, _ in model] + training) for k, v in files.items()},
+            {
+                name: FileEntry(**entry)
+                for files in ([f for f, _ in model] + training)
+                for name, entry in files.items()
+            },
             dict(meta or {}),
             ranks_per_site,
         )
@@ -286,7 +293,7 @@ def save_checkpoint(
 
 def _write_training(
     folder: Path, process: _Process, named: Mapping[str, Tensor], limit: int
-) -> list[dict[str, FileEntry]]:
+) -> list[_Entries]:
     """Write the training state's tensors; returns the entries of every process's files."""
     files = write_tensors(
         folder / TRAINING, named, process=process.number, num_processes=process.count, limit=limit

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from fomoe_ext import messages
 from fomoe_ext.checks import at_least
 
 AXES = ("site", "replica", "expert")
@@ -91,6 +92,11 @@ class SiteRanks:
                 self._groups[thread] = groups[self.site]
 
     @property
+    def _who(self) -> str:
+        """What messages call this site's ranks, before their number."""
+        return f"site {self.site}, rank"
+
+    @property
     def leads(self) -> bool:
         """Whether this rank speaks for the site."""
         return self.rank == 0
@@ -100,23 +106,19 @@ class SiteRanks:
         return tuple(range(expert_rank, self.size, self.expert_ranks))
 
     def gather(self, value: Any, thread: str = "job") -> list[Any]:
-        """What every rank passed, by rank; a collective. Values must be picklable."""
-        if self.size == 1:
-            return [value]
-        result: list[Any] = [None] * self.size
-        dist.all_gather_object(result, value, group=self._groups[thread])
-        return result
+        """What every rank passed, by rank; a collective. Values: see `messages.gather`."""
+        return messages.gather(value, self.size, self._groups.get(thread), self._who)
 
     def tell(self, value: Callable[[], Any], thread: str = "job") -> Any:
         """What `value` returns on the leader, where alone it is called; a collective.
 
-        An error there ends the leader, and the others learn that it is gone.
+        An error there ends the leader, and the others learn that it is gone. Values: see
+        `messages.gather`.
         """
         if self.size == 1:
             return value()
-        box = [value() if self.leads else None]
-        dist.broadcast_object_list(box, group=self._groups[thread], group_src=0)
-        return box[0]
+        own = value() if self.leads else None
+        return messages.broadcast(own, self.leads, self._groups[thread], f"{self._who} 0")
 
     def first(self, text: str, thread: str = "job") -> str:
         """The first text that is not empty, or an empty one; a collective."""

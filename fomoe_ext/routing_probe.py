@@ -14,7 +14,7 @@ between_rounds: the same of the model after this meeting and after the one befor
 from __future__ import annotations
 
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,10 @@ class Choices(NamedTuple):
 
     experts: Tensor
     entropy: float
+
+
+Found: TypeAlias = tuple[Choices, Choices, float | None]
+"""What `RoutingProbe.after_meeting` returns."""
 
 
 @torch.no_grad()
@@ -109,7 +113,7 @@ class RoutingProbe:
         """Routes by this site's own model."""
         self._local = routed(self.model, self.layers, self.tokens)
 
-    def after_meeting(self) -> tuple[Choices, Choices, float | None]:
+    def after_meeting(self) -> Found:
         """Routes by the model that the meeting made.
 
         Returns the choices before and after, and how much the latter have in common with those
@@ -121,7 +125,23 @@ class RoutingProbe:
         return local, now, None if last is None else overlap(last, now.experts)
 
 
-def figures(parts: list[tuple[Choices, Choices, float | None]], num_experts: int) -> dict[str, Any]:
+def pack(found: Found) -> tuple[Any, ...]:
+    """What `after_meeting` returned, as plain numbers and lists for the other sites."""
+    *choices, steady = found
+    return (*((c.experts.tolist(), c.entropy) for c in choices), steady)
+
+
+def unpack(plain: tuple[Any, ...]) -> Found:
+    """What `pack` was given."""
+    local, after, steady = plain
+    before, now = (
+        Choices(torch.tensor(experts, dtype=torch.int32), entropy)
+        for experts, entropy in (local, after)
+    )
+    return before, now, steady
+
+
+def figures(parts: list[Found], num_experts: int) -> dict[str, Any]:
     """The figures of a round (see the module) of what `after_meeting` returned on every site."""
     local, after = [part[0] for part in parts], [part[1] for part in parts]
     variation, dead = load_figures([choices.experts for choices in after], num_experts)

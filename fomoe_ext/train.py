@@ -220,7 +220,9 @@ def _agree(problem: Exception | None, world: World, what: str) -> None:
 
 def _agree_on_run(config: TrainConfig, world: World) -> tuple[TrainConfig, Path | None]:
     """The configuration with site 0's run folder, and the checkpoint to continue, on all sites."""
-    run_dir = _gather(config.run.run_dir, world, "the run folder")[0]
+    folder = config.run.run_dir
+    named = _gather(None if folder is None else str(folder), world, "the run folder")[0]
+    run_dir = None if named is None else Path(named)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, run_dir=run_dir))
     problem: Exception | None = None
     try:

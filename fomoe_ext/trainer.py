@@ -37,7 +37,7 @@ from fomoe_ext.outer.groups import Handle, gather_objects
 from fomoe_ext.placement import Placement
 from fomoe_ext.plan import RoundNote
 from fomoe_ext.resume import Resumed, fill_copies, load_into, of_site, state_of
-from fomoe_ext.routing_probe import RoutingProbe, figures
+from fomoe_ext.routing_probe import RoutingProbe, figures, pack, unpack
 from fomoe_ext.runs import CHECKPOINTS
 from fomoe_ext.tally import Tally, build_report, site_part
 from fomoe_ext.world import StopRequest, World, with_others
@@ -261,7 +261,8 @@ class TrainingSite:
                 rows=rows,
                 slots=slots,
             )
-            return ranks.tell(lambda: self._swap_notes(note))
+            notes = ranks.tell(lambda: self._swap_notes(note))
+            return [RoundNote(*numbers) for numbers in notes]
 
     def _swap_notes(self, note: RoundNote) -> list[RoundNote]:
         handle, notes, sent = self.sync.groups.gather_numbers(
@@ -328,8 +329,9 @@ class TrainingSite:
             seconds += moved.seconds
         if self._probe is not None:
             with self._validating(), with_others("the routing probe", self.world.site):
-                parts = gather_objects(self._probe.after_meeting(), self.world.processes)
-                self.routing = figures(parts[:: self.world.ranks], self.config.model.num_experts)
+                mine = pack(self._probe.after_meeting())
+                parts = gather_objects(mine, self.world.processes)[:: self.world.ranks]
+                self.routing = figures([*map(unpack, parts)], self.config.model.num_experts)
         return seconds
 
     def _make_probe(self) -> RoutingProbe:

@@ -8,7 +8,6 @@ which part of a tensor it holds, so a reader needs to know nothing of the proces
 from __future__ import annotations
 
 import math
-import struct
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +29,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, WriteItem
 from torch.distributed.tensor import DTensor
 
+from fomoe_ext.json_values import from_json as from_json  # also from here: what is no tensor
+from fomoe_ext.json_values import to_json as to_json
 from fomoe_ext.outer.groups import gather_objects
 
 FILE_BYTES = 1 << 30
@@ -266,44 +267,3 @@ def read_tensors(
             planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             no_dist=True,
         )
-
-
-# ------------------------------------------------------------------------- what is no tensor: JSON
-
-
-def to_json(value: Any, where: str = "state") -> Any:
-    """A value of None, bools, ints, floats, strings, lists, tuples and dicts as JSON has it.
-
-    Floats come back bit for bit, dicts with their types of keys. Raises TypeError, naming the
-    place, for anything else.
-    """
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else {"$float": struct.pack(">d", value).hex()}
-    if isinstance(value, list | tuple):
-        items = [to_json(item, f"{where}[{i}]") for i, item in enumerate(value)]
-        return items if isinstance(value, list) else {"$tuple": items}
-    if isinstance(value, Mapping):
-        items = [
-            [to_json(key, f"a key of {where}"), to_json(item, f"{where}[{key!r}]")]
-            for key, item in value.items()
-        ]
-        plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
-        return dict(items) if plain else {"$items": items}
-    raise TypeError(f"{where} must be of numbers, strings, lists and dicts, got {type(value)}")
-
-
-def from_json(value: Any) -> Any:
-    """What `to_json` was given."""
-    if isinstance(value, list):
-        return [from_json(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if "$float" in value:
-        return struct.unpack(">d", bytes.fromhex(value["$float"]))[0]
-    if "$tuple" in value:
-        return tuple(map(from_json, value["$tuple"]))
-    if "$items" in value:
-        return {from_json(key): from_json(item) for key, item in value["$items"]}
-    return {key: from_json(item) for key, item in value.items()}

@@ -10,10 +10,20 @@ from small_run import tiny_config
 from test_train import finish, flags, text, train  # noqa: F401  two of them are fixtures
 
 from fomoe_ext import MoELayer, routing_probe
+from fomoe_ext.messages import decode, encode
 from fomoe_ext.metrics import read_metrics
 from fomoe_ext.model import LanguageModel
 from fomoe_ext.placement import Placement
-from fomoe_ext.routing_probe import RoutingProbe, between, figures, load_figures, overlap, routed
+from fomoe_ext.routing_probe import (
+    RoutingProbe,
+    between,
+    figures,
+    load_figures,
+    overlap,
+    pack,
+    routed,
+    unpack,
+)
 
 
 def choice(*rows: list[int]) -> torch.Tensor:
@@ -76,7 +86,7 @@ def test_figures_of_rounds():
         layer.router.weight.mul_(-1)  # turns the order of the experts around
     second = probe.after_meeting()
     assert second[2] == overlap(first[1].experts, second[1].experts) < 0.5
-    told = figures([first, second], 8)
+    told = figures([unpack(decode(encode(pack(f)), "site 0")) for f in (first, second)], 8)
     assert told["between_rounds"] == second[2]
     assert told["between_sites"] == 1.0  # both were asked before the change
     both = [first[1].experts, second[1].experts]

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fomoe_ext import messages
 from fomoe_ext.assemble import global_router_tensors, local_tensors, responsible_site
 from fomoe_ext.experts import ExpertWeights
 from fomoe_ext.hf.convert import ConvertedMoE, convert, converted_layers
@@ -211,10 +212,10 @@ def save_merged(
 
 def _agree_on_folder(folder: Path, num_sites: int, site: int) -> None:
     """FileExistsError on all sites where site 0 must not write."""
-    taken = [site == 0 and folder.exists() and any(folder.iterdir())]
+    taken = site == 0 and folder.exists() and any(folder.iterdir())
     if num_sites > 1:
-        dist.broadcast_object_list(taken, 0)
-    if taken[0]:
+        taken = messages.broadcast(taken, leads=site == 0, who="site 0")
+    if taken:
         raise FileExistsError(f"{folder} must be new or empty")
 
 

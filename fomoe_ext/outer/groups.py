@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fomoe_ext import wire
+from fomoe_ext import messages, wire
 from fomoe_ext.link import CountedLink, active_link
 from fomoe_ext.placement import Owners
 
@@ -312,12 +312,11 @@ def _names(sites: Sequence[int]) -> str:
 
 
 def gather_objects(value: Any, num_sites: int) -> list[Any]:
-    """What every site passed, in order of sites; a collective. Values must be picklable."""
-    if num_sites == 1:
-        return [value]
-    result: list[Any] = [None] * num_sites
-    dist.all_gather_object(result, value)
-    return result
+    """What every process passed, by rank; a collective of the `num_sites` processes of all sites.
+
+    Values, and what is raised for others: see `messages.gather`.
+    """
+    return messages.gather(value, num_sites)
 
 
 def share_statuses(group: SiteGroup, message: str) -> tuple[list[str], int]:
