@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fomoe_ext.mesh import SiteRanks, put_whole, whole
 from fomoe_ext.moe import MoELayer
 from fomoe_ext.placement import Placement
+from fomoe_ext.waiting import wait_for
 
 
 class NamedLayer(NamedTuple):
@@ -68,7 +69,7 @@ def _from_responsible(
     mine = torch.tensor(answers).view(-1, *[1] * (rows.dim() - 1))
     # Exactly one site adds a row that is not zero, so the sum is that row, bit for bit.
     result = torch.where(mine, rows.detach().cpu(), torch.zeros((), dtype=rows.dtype))
-    dist.all_reduce(result)
+    wait_for(dist.all_reduce(result, async_op=True))
     return result.to(rows.device)
 
 

@@ -16,6 +16,7 @@ commands:
   plan    what a job costs: bytes, memory, FLOPs and seconds per round and site
   export  one model folder of a run's experts, for transformers or as plain safetensors
   eval    validation loss of a run, an exported folder or a transformers model; cost of skipping
+  lighthouse  which sites of a job on several machines are there, where sites come and go
   info    what this build is, what this machine has, which kernels would run
 
 `fomoe COMMAND --help` tells a command's flags. `fomoe --version` tells the version."""
@@ -42,6 +43,7 @@ def train(arguments: Sequence[str]) -> int:
             run_dir / "logs",
             link,
             config.sites.ranks_per_site,
+            config.fault,
         )
 
 
@@ -66,6 +68,13 @@ def evaluate(arguments: Sequence[str]) -> int:
     return eval_main(arguments)
 
 
+def lighthouse(arguments: Sequence[str]) -> int:
+    """`fomoe lighthouse`: knows which sites of a job are there; returns the exit code."""
+    from fomoe_ext.fault.lighthouse import main as lighthouse_main
+
+    return lighthouse_main(arguments)
+
+
 def info(arguments: Sequence[str]) -> int:
     """`fomoe info`: build, machine and kernels; returns the exit code."""
     from fomoe_ext.info import main as info_main
@@ -73,7 +82,14 @@ def info(arguments: Sequence[str]) -> int:
     return info_main(arguments)
 
 
-_COMMANDS = {"train": train, "plan": plan, "export": export, "eval": evaluate, "info": info}
+_COMMANDS = {
+    "train": train,
+    "plan": plan,
+    "export": export,
+    "eval": evaluate,
+    "info": info,
+    "lighthouse": lighthouse,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from fomoe_ext import wire
+from fomoe_ext.config_fault import FaultConfig, check_tolerant
 from fomoe_ext.link import parse_link
 
 GATED_ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu")
@@ -449,7 +450,8 @@ class RunConfig:
     run_dir: Path | None = None
     """Folder of the run; none = runs/<preset>-<time>."""
     resume: str | None = None
-    """Run folder or checkpoint to continue; auto or no value = run_dir, or the newest in runs/."""
+    """Run folder or checkpoint to continue. auto or no value: the newest whole checkpoint of
+    run_dir, or of the newest run in runs/; where there is none the job begins anew."""
     eval_rounds: int = 12
     """Validate every so many rounds, and at the end; 0 = only at the end."""
     eval_tokens: int = 65536
@@ -462,6 +464,11 @@ class RunConfig:
     2^18 numbers."""
     checkpoint_rounds: int = 0
     """Write a checkpoint every so many rounds, and at the end; 0 = only at the end."""
+    keep_checkpoints: int = 0
+    """Keep so many whole checkpoints, the newest; 0 = all."""
+    async_checkpoints: bool = True
+    """Write checkpoints while training goes on, from a copy in host memory of what a process
+    writes; without it training waits, and no such copy is made."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -473,6 +480,7 @@ class RunConfig:
         at = "run."
         _at_least(at, 0, seed=self.seed, eval_rounds=self.eval_rounds)
         _at_least(at, 0, checkpoint_rounds=self.checkpoint_rounds, probe_tokens=self.probe_tokens)
+        _at_least(at, 0, keep_checkpoints=self.keep_checkpoints)
         _at_least(at, 1, local_steps=self.local_steps, rounds=self.rounds, steps=self.steps)
         _at_least(at, 1, eval_tokens=self.eval_tokens)
 
@@ -494,6 +502,7 @@ class TrainConfig:
     inner: InnerConfig = field(default_factory=InnerConfig)
     outer: OuterConfig = field(default_factory=OuterConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    fault: FaultConfig = field(default_factory=FaultConfig)
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -515,6 +524,8 @@ class TrainConfig:
         if sites.reshuffle_moments == "carry" and self.inner.inner_optimizer != "adamw":
             raise ValueError("sites.reshuffle_moments = carry needs inner.inner_optimizer = adamw")
         outer = self.outer
+        if self.fault.tolerant:
+            check_tolerant(self)
         if sites.stale_experts:
             self._check_stale()
         with _in_section("outer."):

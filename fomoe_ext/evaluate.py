@@ -33,6 +33,7 @@ from fomoe_ext.mesh import SiteRanks, put_whole
 from fomoe_ext.model import LanguageModel
 from fomoe_ext.outer.groups import gather_objects
 from fomoe_ext.placement import Placement
+from fomoe_ext.waiting import wait_for
 
 _LOGIT_BYTES = 64 << 20
 _MOST_WINDOWS = 64
@@ -148,7 +149,8 @@ class ExpertStream:
             for buffer in buffers:
                 rows = buffer[first : first + count]
                 if not everywhere and rank == self.ranks.rank:
-                    dist.broadcast(rows, group=self.ranks.across, group_src=site)
+                    across = self.ranks.across
+                    wait_for(dist.broadcast(rows, group=across, group_src=site, async_op=True))
                     if site == self.site:
                         self.bytes_sent += rows.nbytes * (self.placement.num_sites - 1)
                 self.ranks.broadcast_(rows, rank)
@@ -218,7 +220,7 @@ def _holders(layers: Sequence[NamedLayer], ranks: SiteRanks) -> list[list[dict[i
 
 def _sum_over_processes(values: list[Tensor], processes: int) -> None:
     for value in values if processes > 1 else ():
-        dist.all_reduce(value)
+        wait_for(dist.all_reduce(value, async_op=True))
 
 
 def validation_batch_size(model: LanguageModel) -> int:
@@ -259,7 +261,7 @@ def evaluate(
     )
     most = torch.tensor(len(batches))
     if processes > 1:
-        dist.all_reduce(most, dist.ReduceOp.MAX)
+        wait_for(dist.all_reduce(most, dist.ReduceOp.MAX, async_op=True))
     # A site that has run out of text still takes part, with a token that does not count.
     idle = [torch.zeros(1, 2, dtype=torch.int64)] * (int(most) - len(batches))
     totals = torch.zeros(2, dtype=torch.float64)

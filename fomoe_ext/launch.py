@@ -15,11 +15,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from fomoe_ext.config_fault import FaultConfig
+from fomoe_ext.fault.keeper import Keeper
 from fomoe_ext.link import VARIABLE as LINK
 from fomoe_ext.link import describe, link_variable, wanted_mode
 from fomoe_ext.namespace import INTERFACE, NamespaceError, Network
@@ -32,6 +34,8 @@ EXIT_PEER_LOST = 75
 
 RENDEZVOUS = "FOMOE_RENDEZVOUS"
 LAUNCHER_FD = "FOMOE_LAUNCHER_FD"
+CONSOLE_FD = "FOMOE_CONSOLE_FD"
+"""Where a site speaks to the user that was not the first when the job began."""
 
 _POLL_S = 0.05
 _LOG_LINES = 15
@@ -100,52 +104,66 @@ def _link_environment(
     return env
 
 
-def _start(
-    command: _Command,
-    num_sites: int,
-    log_dir: Path | None,
-    rendezvous: str,
-    link: Link | None,
-    network: Network | None,
-    ranks_per_site: int,
-) -> tuple[list[_Site], int]:
-    """Start all processes; returns them and the end of the pipe that tells them we are alive."""
-    read_end, write_end = os.pipe()
-    sites: list[_Site] = []
-    try:
-        if log_dir is not None:
-            log_dir.mkdir(parents=True, exist_ok=True)
-        processes = num_sites * ranks_per_site
-        for number in range(processes):
-            site, rank = divmod(number, ranks_per_site)
-            name = f"site {site}, rank {rank}" if ranks_per_site > 1 else f"site {site}"
-            env = process_environment(number, processes, rendezvous, os.environ)
-            env = _link_environment(env, link, network)
-            env[LAUNCHER_FD] = str(read_end)
-            # The first speaks to the user; the others to their log files.
-            file = f"{name.replace(', ', '-').replace(' ', '-')}.log"
-            log = None if number == 0 or log_dir is None else log_dir / file
-            output = None if log is None else log.open("ab")
-            prefix = [] if network is None else network.prefix(site)
+@dataclass
+class _Start:
+    """All that it takes to start a site's process, once or again."""
+
+    command: _Command
+    num_sites: int
+    ranks_per_site: int
+    log_dir: Path | None
+    link: Link | None
+    network: Network | None
+    rendezvous: str
+    alive: int
+    """The end of a pipe that tells the processes that the launcher lives."""
+    more: Mapping[str, str]
+    """Variables besides those of every site."""
+
+    def process(self, number: int) -> _Site:
+        """Starts process `number` of all."""
+        processes = self.num_sites * self.ranks_per_site
+        site, rank = divmod(number, self.ranks_per_site)
+        name = f"site {site}, rank {rank}" if self.ranks_per_site > 1 else f"site {site}"
+        env = process_environment(number, processes, self.rendezvous, os.environ)
+        env = _link_environment(env, self.link, self.network)
+        env |= {LAUNCHER_FD: str(self.alive), **self.more}
+        # The first speaks to the user; the others to their log files.
+        file = f"{name.replace(', ', '-').replace(' ', '-')}.log"
+        log = None if number == 0 or self.log_dir is None else self.log_dir / file
+        output = None if log is None else log.open("ab")
+        prefix = [] if self.network is None else self.network.prefix(site)
+        passed = [self.alive]
+        if CONSOLE_FD in env:
+            passed.append(int(env[CONSOLE_FD]))
+        try:
             process = subprocess.Popen(
-                [*prefix, *command.words],
+                [*prefix, *self.command.words],
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=None if log is None else subprocess.STDOUT,
-                pass_fds=(read_end,),
+                pass_fds=passed,
                 process_group=0,  # a terminal's Ctrl+C reaches the launcher alone
             )
+        finally:
             if output is not None:
                 output.close()
-            sites.append(_Site(site, name, process, log))
+        return _Site(site, name, process, log)
+
+
+def _start(start: _Start) -> list[_Site]:
+    """Starts all processes."""
+    sites: list[_Site] = []
+    try:
+        if start.log_dir is not None:
+            start.log_dir.mkdir(parents=True, exist_ok=True)
+        for number in range(start.num_sites * start.ranks_per_site):
+            sites.append(start.process(number))
     except BaseException:
         _kill(sites)
-        os.close(write_end)
         raise
-    finally:
-        os.close(read_end)
-    return sites, write_end
+    return sites
 
 
 def _kill(sites: Sequence[_Site]) -> None:
@@ -265,25 +283,76 @@ def _run(
     log_dir: Path | None,
     link: Link | None,
     ranks_per_site: int,
+    fault: FaultConfig | None = None,
 ) -> int:
     for what, count in (("num_sites", num_sites), ("ranks_per_site", ranks_per_site)):
         if count < 1:
             raise ValueError(f"{what} must be >= 1, got {count}")
-    with tempfile.TemporaryDirectory(prefix="fomoe-") as folder, _counted_signals() as received:
-        rendezvous = f"file://{folder}/store"
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fomoe-"))
+        received = stack.enter_context(_counted_signals())
         network = _network(link, num_sites)
+        if network is not None:
+            stack.callback(network.close)
+        read_end, write_end = os.pipe()
+        stack.callback(os.close, read_end)
+        stack.callback(os.close, write_end)
+        more, keeper = {}, None
+        if fault is not None and fault.tolerant:
+            keeper = stack.enter_context(Keeper(fault))
+            more = {CONSOLE_FD: str(sys.stdout.fileno()), **keeper.environment}
+        rendezvous = f"file://{folder}/store"
+        start = _Start(
+            command, num_sites, ranks_per_site, log_dir, link, network, rendezvous, read_end, more
+        )
+        sites = _start(start)
         try:
-            sites, alive = _start(
-                command, num_sites, log_dir, rendezvous, link, network, ranks_per_site
-            )
-            try:
-                return _watch(sites, received, command)
-            finally:
-                _kill(sites)
-                os.close(alive)
+            if keeper is not None:
+                return _watch_tolerant(sites, received, start, keeper)
+            return _watch(sites, received, command)
         finally:
-            if network is not None:
-                network.close()
+            _kill(sites)
+
+
+def _watch_tolerant(sites: list[_Site], received: list[int], start: _Start, keeper: Keeper) -> int:
+    """Waits for all sites of a job that outlives them; starts lost ones again where it is wanted.
+
+    Returns 0 when one has come to the end of the job, and what the last one returned when none has.
+    """
+    forwarded, ended_at = False, None
+    restarts = dict.fromkeys((site.site for site in sites), keeper.restarts)
+    last = 0
+    while True:
+        if len(received) > 1:
+            _kill(sites)
+            _say(f"stopped at once{start.command.unsaved}")
+            return EXIT_STOPPED
+        running = [site for site in sites if site.process.poll() is None]
+        if received and not forwarded:
+            forwarded = True
+            _say(f"{start.command.on_stop} (once more to stop at once)")
+            for site in running:
+                site.process.terminate()
+        for site in [s for s in sites if s not in running]:
+            sites.remove(site)
+            code = site.process.returncode
+            if code in (0, EXIT_STOPPED):
+                ended_at, last = ended_at or time.monotonic(), code
+                continue
+            keeper.dead(site.site)
+            again = restarts[site.site] > 0 and ended_at is None and not forwarded
+            _say(f"{site.name} {_describe(code)}{'; it is started again' if again else ''}")
+            last = last if ended_at else code if code > 0 else 128 - code
+            if again:
+                restarts[site.site] -= 1
+                sites.append(start.process(site.site))
+        if not sites:
+            if ended_at is None:
+                _say(f"no site is left.{start.command.on_failure}")
+            return last
+        if ended_at is not None and time.monotonic() > ended_at + keeper.patience_s:
+            return last  # who is left hangs, or knows nothing of the end
+        time.sleep(_POLL_S)
 
 
 def launch(
@@ -292,13 +361,15 @@ def launch(
     log_dir: Path,
     link: Link | None = None,
     ranks_per_site: int = 1,
+    fault: FaultConfig | None = None,
 ) -> int:
     """Run `python -m fomoe_ext.train` with `arguments` as `num_sites` sites; returns the exit code.
 
     The first process writes to this one's stdout, the others to `log_dir`/site-N.log or, where a
     site has several ranks, site-N-rank-R.log. SIGINT or SIGTERM is
     passed on (the sites write a checkpoint; the code is 130), a second one kills the sites. If one
-    dies the others are killed, a message names it, and its exit code (128 + signal) is returned.
+    dies the others are killed, a message names it, and its exit code (128 + signal) is returned;
+    with a `fault` whose membership is not static the others go on, and lost ones are started again.
     With a `link` every site has one of that bandwidth and latency to the others: shaped by the
     kernel in private network namespaces, or counted by the sites where that is not allowed or
     FOMOE_LINK_MODE is "counted" (`fomoe_ext.link.active_link` tells a site which). Raises
@@ -311,7 +382,7 @@ def launch(
         on_failure=" The last whole checkpoint, if any, is intact (--resume).",
         unsaved=", without a new checkpoint",
     )
-    return _run(command, num_sites, log_dir, link, ranks_per_site)
+    return _run(command, num_sites, log_dir, link, ranks_per_site, fault)
 
 
 def run_sites(

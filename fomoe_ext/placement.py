@@ -51,9 +51,14 @@ class Placement:
     num_layers: int
     replication: int
     owners_of: tuple[tuple[Owners, ...], ...]
+    even: bool = True
+    """False: an expert may be on fewer than `replication` sites, and sites may hold different
+    numbers of experts, as after a site's death."""
 
     def __post_init__(self) -> None:
-        _check_sizes(self.num_sites, self.num_experts, self.num_layers, self.replication)
+        a_bool(even=self.even)
+        sizes = self.num_sites, self.num_experts, self.num_layers, self.replication
+        _check_sizes(*sizes, even=self.even)
         if len(self.owners_of) != self.num_layers:
             raise ValueError(
                 f"owners_of must have num_layers = {self.num_layers} layers, got "
@@ -90,11 +95,13 @@ class Placement:
                 raise ValueError(f"{where} must be sites in [0, {self.num_sites}), got {owners}")
             if list(owners) != sorted(set(owners)):
                 raise ValueError(f"{where} must be ascending and without repeats, got {owners}")
-            if len(owners) != self.replication:
+            if len(owners) != self.replication and (self.even or not owners):
                 raise ValueError(
                     f"{where} must name replication = {self.replication} sites, got {owners}"
                 )
             good.add(owners)
+        if not self.even:
+            return
         counts = Counter(chain.from_iterable(experts))
         held = [counts[site] for site in range(self.num_sites)]
         if len(set(held)) > 1:
@@ -206,11 +213,31 @@ class Placement:
         return cls(sites, len(rows[0]), len(rows), len(rows[0][0]), rows)
 
     @classmethod
+    def uneven(cls, table: Sequence[Sequence[Sequence[int]]], num_sites: int) -> Placement:
+        """A given table [layer][expert] -> sites in which sites may hold different numbers.
+
+        `replication` is the largest number of holders. An even table gives an even placement.
+        Raises ValueError when an expert has no holder or sites are not in [0, num_sites).
+        """
+        try:
+            rows = tuple(tuple(tuple(sorted(sites)) for sites in experts) for experts in table)
+            most = max(len(sites) for experts in rows for sites in experts)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"table must be [layer][expert] -> list of sites: {error}") from None
+        try:
+            return cls(num_sites, len(rows[0]), len(rows), most, rows)
+        except ValueError:
+            return cls(num_sites, len(rows[0]), len(rows), most, rows, even=False)
+
+    @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Placement:
         """The placement that `to_dict` wrote. Raises ValueError when it is not one."""
         try:
-            placement = cls.from_table(value["owners"], value["num_sites"])
-        except (KeyError, TypeError) as error:
+            if value.get("even", True):
+                placement = cls.from_table(value["owners"], value["num_sites"])
+            else:
+                placement = cls.uneven(value["owners"], value["num_sites"])
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"value must be a dict as Placement.to_dict makes it ({error!r})"
             ) from None
@@ -219,14 +246,18 @@ class Placement:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and lists, for JSON: num_sites and owners [layer][expert] -> sites."""
         owners = [[list(sites) for sites in experts] for experts in self.owners_of]
-        return {"num_sites": self.num_sites, "owners": owners}
+        uneven = {} if self.even else {"even": False}
+        return {"num_sites": self.num_sites, "owners": owners, **uneven}
 
     # ------------------------------------------------------------------------------- questions
 
     @property
     def experts_per_site(self) -> int:
-        """Experts of one layer that every site holds."""
-        return self.num_experts * self.replication // self.num_sites
+        """Experts of one layer that every site holds; the most that one does, where not even."""
+        if self.even:
+            return self.num_experts * self.replication // self.num_sites
+        held: tuple[tuple[tuple[int, ...], ...], ...] = self._residents  # type: ignore[attr-defined]
+        return max(len(experts) for of_sites in held for experts in of_sites)
 
     def owners(self, layer: int, expert: int) -> Owners:
         """The sites that hold an expert, ascending. Raises ValueError for no such expert."""
@@ -302,7 +333,9 @@ class Placement:
             raise ValueError(f"site must be in [0, {self.num_sites}), got {site}")
 
 
-def _check_sizes(num_sites: int, num_experts: int, num_layers: int, replication: int) -> None:
+def _check_sizes(
+    num_sites: int, num_experts: int, num_layers: int, replication: int, even: bool = True
+) -> None:
     """Refuses sizes for which no placement exists, with sizes that would do."""
     sizes = {
         "num_sites": num_sites,
@@ -317,7 +350,7 @@ def _check_sizes(num_sites: int, num_experts: int, num_layers: int, replication:
             raise ValueError(f"{name} must be >= 1, got {value}")
     if replication > num_sites:
         raise ValueError(f"replication must be in [1, num_sites = {num_sites}], got {replication}")
-    if num_experts * replication % num_sites:
+    if even and num_experts * replication % num_sites:
         unit = num_sites // gcd(num_sites, replication)
         works = [r for r in range(1, num_sites + 1) if num_experts * r % num_sites == 0]
         below, above = num_experts // unit * unit, -(-num_experts // unit) * unit

@@ -23,7 +23,8 @@ class RoundNote(NamedTuple):
     """What every site tells every other one before a meeting, a fp64 each.
 
     stop: 1 when it was asked to stop. steps: local steps it has taken in all. loss: its sum over
-    the round's steps, nats per token. rows and slots: of the round.
+    the round's steps, nats per token. rows and slots: of the round. knocks: 1 where it knows of a
+    site that wants to join.
     """
 
     stop: float
@@ -31,6 +32,7 @@ class RoundNote(NamedTuple):
     loss: float
     rows: float
     slots: float
+    knocks: float = 0.0
 
 
 NOTE_BYTES = 8 * len(RoundNote._fields)
@@ -187,6 +189,7 @@ def meeting_bytes(
         moment_periods=config.outer.moment_periods,
         moment_codecs=config.outer.resolved_moment_codecs,
         counted_experts=experts if config.outer.expert_mean == "tokens" else 0,
+        staged=config.fault.tolerant,
     )
 
 

@@ -20,6 +20,9 @@ class Tally:
     waited in meetings, for others too. `healed`: tensors restored from the majority.
     `from_round` and `from_step`: where counting began anew, with other sites than before.
     `agreements`: meetings after which the hashes of all that was exchanged were the same.
+    `checkpoints` during the training, `checkpoints_failed`: of which it could not be written;
+    `checkpoint_s`: what the site waited for them. With another the job ends, or stops.
+    `recovery_s`, `recovery_bytes`: to go on with other sites after one was lost or came.
     `bytes_sent`: in meetings, for moved experts and in notes; `planned_bytes`: what
     `fomoe_ext.plan` says of the same.
     """
@@ -34,6 +37,11 @@ class Tally:
     healed: int = 0
     agreements: int = 0
     validation_s: float = 0.0
+    checkpoints: int = 0
+    checkpoints_failed: int = 0
+    checkpoint_s: float = 0.0
+    recovery_s: float = 0.0
+    recovery_bytes: int = 0
     wall_s: float = 0.0
     bytes_sent: int = 0
     moved_bytes: int = 0
@@ -86,7 +94,7 @@ _OF_RANKS = (
     "planned_bytes",
 )
 """Counts of which every rank of a site has a part."""
-_SECONDS = ("local_s", "meeting_s", "exchange_s", "validation_s", "wall_s")
+_SECONDS = ("local_s", "meeting_s", "exchange_s", "validation_s", "checkpoint_s", "wall_s")
 
 
 def site_part(
@@ -117,11 +125,13 @@ def build_report(
     model_hash: str,
     link: str,
     routing: Mapping[str, Any] | None = None,
+    story: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The report (`fomoe_ext.report`) of the parts of all sites and the last validation.
 
     `validation`: loss, bits_per_byte, tokens, load [L][E]. `model_hash`: of all parameters. `link`:
     what meetings went over, in words. `routing`: `routing_probe.figures` of the last meeting.
+    `story`: what happened to the sites, one by one.
     """
     model, counts = config.model, count_parameters(config.model)
     share = placement.replication / placement.num_sites
@@ -154,6 +164,7 @@ def build_report(
         "validation": dict(validation),
         "first_validation": sites[0]["first_validation"],
         "routing": None if routing is None else dict(routing),
+        "story": [dict(event) for event in story],
         "sites": [dict(site) for site in sites],
         "full_replica_memory": {**full._asdict(), "total": full.total},
         "model_parameters": {"total": counts.total, "sparse": counts.sparse},

@@ -7,36 +7,45 @@ site was asked to stop. Every site counts what it does (`fomoe_ext.tally`); site
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from fomoe_ext import checkpoint as ckpt
 from fomoe_ext import plan
+from fomoe_ext.checkpoint_publish import clear_leftovers
+from fomoe_ext.checkpoint_writer import Outcome
 from fomoe_ext.config import TrainConfig, count_parameters
 from fomoe_ext.config_io import save_config
 from fomoe_ext.data import TextData, open_data
 from fomoe_ext.evaluate import Validation
-from fomoe_ext.launch import EXIT_PEER_LOST, EXIT_STOPPED
+from fomoe_ext.fault import inject
+from fomoe_ext.fault.company import Company, describe
+from fomoe_ext.launch import CONSOLE_FD, EXIT_PEER_LOST, EXIT_STOPPED
 from fomoe_ext.metrics import RunLog, rewind_metrics
 from fomoe_ext.outer import MeetingError
 from fomoe_ext.outer.groups import gather_objects
+from fomoe_ext.outer.staged import MeetingLost
 from fomoe_ext.plan import RoundNote
 from fomoe_ext.report import print_report, write_report
-from fomoe_ext.runs import CHECKPOINTS, CONFIG, METRICS, check_folder, job_config, run_of
+from fomoe_ext.runs import AUTO, CHECKPOINTS, CONFIG, METRICS, check_folder, job_config, run_of
 from fomoe_ext.trainer import TrainingSite, learning_rate
+from fomoe_ext.waiting import watched
 from fomoe_ext.world import (
     PeerLost,
     StopRequest,
     World,
     choose_device,
     end_now,
+    end_with_launcher,
     find_world,
     is_peer_error,
     joined,
@@ -51,28 +60,73 @@ _FINAL_EVAL = 8
 class _Job:
     """The rounds of a site and what is said and saved about them."""
 
-    def __init__(self, site: TrainingSite, stop: StopRequest, log: RunLog | None) -> None:
-        self.site, self.stop, self.log = site, stop, log
+    def __init__(
+        self,
+        site: TrainingSite,
+        stop: StopRequest,
+        log: RunLog | None,
+        company: Company | None = None,
+    ) -> None:
+        self.site, self.stop, self.log, self.company = site, stop, log, company
         self.run = site.config.run
+        self._renew, self._unsaved = False, False
 
     def train(self) -> bool:
         """All rounds that are left; True when the job was stopped (a checkpoint is written)."""
+        while self.site.round < self.site.rounds:
+            try:
+                if self._step():
+                    return True
+            except (PeerLost, MeetingLost) as error:
+                self.recover(error)
+        return False
+
+    def recover(self, error: Exception) -> None:
+        """Goes on with the sites that are left; raises the error where the job cannot."""
+        if self.company is None:
+            raise error
+        self._renew = False
+        self.tell_of_company(self.company.recover(str(error)))
+
+    def tell_of_company(self, event: dict[str, Any]) -> None:
+        """The sites are others than before."""
+        if self.site.world.process == 0:
+            if self.log is None:
+                self.log = _make_log(self.site, None).__enter__()
+            self.log.event("sites", **event)
+            self.log.say(describe(event))
+        elif self.log is not None:
+            self.close()
+
+    def close(self) -> None:
+        """Closes the log, where this site keeps it."""
+        log, self.log = self.log, None
+        if log is not None:
+            log.__exit__(None, None, None)
+
+    def _step(self) -> bool:
+        """A round and what is due after it; True when the job was stopped."""
         site = self.site
-        while site.round < site.rounds:
-            if self._round():
-                return True
-            every, last = self.run.eval_rounds, site.round == site.rounds
-            if every and site.round % every == 0 and not last:
-                self._validate(self.run.eval_tokens)
-            due = self.run.checkpoint_rounds and site.round % self.run.checkpoint_rounds == 0
-            if due or last:
-                self._save(site.tally.steps)
+        if self._round():
+            return True
+        self._tell_saved(site.poll_save())
+        if site.round == site.rounds:
+            self._unsaved = True
+            return False
+        if self.run.eval_rounds and site.round % self.run.eval_rounds == 0:
+            self._validate(self.run.eval_tokens)
+        if self.company is not None and (self._renew or not self.company.is_level()):
+            self._renew = False
+            self.tell_of_company(self.company.renew())
+        if self.run.checkpoint_rounds and site.round % self.run.checkpoint_rounds == 0:
+            self._start_save(site.tally.steps)
         return False
 
     def _round(self) -> bool:
         """One round; True when it ended in a checkpoint because a site was asked to stop."""
         site, start = self.site, time.perf_counter()
-        tokens_before = site.tally.tokens
+        tokens_before, steps_before = site.tally.tokens, site.tally.steps
+        inject.in_round(site.round + 1)
 
         def after_step(loss: Tensor) -> None:
             if self.log is not None:
@@ -83,12 +137,12 @@ class _Job:
         sent_before, exchange_before = site.bytes_sent, site.tally.exchange_s
         site.take_local_steps(self.stop, after_step)
         before_notes = time.perf_counter()
-        notes = site.exchange_notes(self.stop.asked)
+        site.tally.local_s += before_notes - start
+        notes = self._exchange_notes(site.tally.steps - steps_before, before_notes - start)
         waited = time.perf_counter() - before_notes
         stopping = any(note.stop for note in notes)
         round_end = (site.round + 1) * site.local_steps
         if stopping and any(note.steps < round_end for note in notes):
-            site.tally.local_s += before_notes - start
             site.tally.meeting_s += waited
             if site.world.rank == 0:
                 site.tally.planned_bytes += (site.world.num_sites - 1) * plan.NOTE_BYTES
@@ -97,7 +151,7 @@ class _Job:
         validated = site.tally.validation_s
         meeting = waited + site.meet()
         wall = time.perf_counter() - start - (site.tally.validation_s - validated)
-        site.tally.local_s += wall - meeting
+        site.tally.local_s += wall - meeting - (before_notes - start)
         site.tally.meeting_s += meeting
         sent = int(site.sync.ranks.sum_(torch.tensor(site.bytes_sent - sent_before)))
         if self.log is not None:
@@ -105,6 +159,17 @@ class _Job:
         if stopping:
             self._save(site.tally.steps)
         return stopping
+
+    def _exchange_notes(self, steps: int, seconds: float) -> list[RoundNote]:
+        """The notes of all sites; `steps` local steps have taken so many seconds."""
+        if self.company is None:
+            return self.site.exchange_notes(self.stop.asked)
+        self.company.took(steps, seconds)
+        inject.point("notes")
+        with self.company.patience():
+            notes = self.site.exchange_notes(self.stop.asked, self.company.membership.knocked())
+        self._renew = any(note.knocks for note in notes)
+        return notes
 
     def _tell_round(
         self,
@@ -154,22 +219,61 @@ class _Job:
         return result
 
     def _save(self, steps: int) -> None:
+        """A checkpoint that is waited for; CheckpointError where it cannot be written."""
+        self._tell_saved(self.site.poll_save(wait=True))
         path = self.site.save(steps)
-        if self.log is not None:
-            self.log.event("checkpoint", round=self.site.round, step=steps, path=str(path))
+        self._tell_saved(Outcome(path, self.site.round, ""))
+
+    def _start_save(self, steps: int) -> None:
+        """A checkpoint during the training, which goes on where it cannot be written."""
+        self._tell_saved(self.site.poll_save(wait=True))  # of the one before, if that still lasts
+        behind = self.run.async_checkpoints
+        self.site.start_save(steps, copy=behind)
+        if not behind:
+            self._tell_saved(self.site.poll_save(wait=True))
+
+    def _tell_saved(self, outcome: Outcome | None) -> None:
+        if outcome is None or self.log is None:
+            return
+        path, steps = outcome.path, ckpt.steps_of(outcome.path)
+        about = {"round": outcome.round, "step": steps, "path": str(path)}
+        if not outcome.error:
+            self.log.event("checkpoint", **about)
             self.log.say(f"checkpoint {path}")
+            return
+        self.log.event("checkpoint_failed", **about, error=outcome.error)
+        print(
+            f"fomoe train: could not write checkpoint {path}, training goes on: {outcome.error}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def finish(self) -> None:
-        """The last validation and the report."""
-        self.site.finish()
+        """The last checkpoint, the last validation and the report."""
+        while True:
+            try:
+                return self._finish()
+            except (PeerLost, MeetingLost) as error:
+                self.recover(error)
+
+    def _finish(self) -> None:
+        site = self.site
+        if self._unsaved:
+            self._save(site.tally.steps)
+        site.finish()
         validation = self._validate(_FINAL_EVAL * self.run.eval_tokens)
-        report = self.site.report(validation)
+        report = site.report(validation)
         if self.log is not None:
-            write_report(self.site.run_dir, report)
-            self.log.event("end", step=self.site.tally.steps, wall_s=report["run"]["wall_s"])
+            write_report(site.run_dir, report)
+        if self.company is not None:
+            # Who leaves before all have what they need would be missed by the others.
+            _gather("the report is written", site.world, "the end")
+            self.company.membership.finish()
+        if self.log is not None:
+            self.log.event("end", step=site.tally.steps, wall_s=report["run"]["wall_s"])
             self.log.say("")
             print_report(report, self.log.console)
-            self.log.say(f"report in {self.site.run_dir / 'report.md'}")
+            self.log.say(f"report in {site.run_dir / 'report.md'}")
 
 
 def _open_data(config: TrainConfig, world: World) -> TextData:
@@ -218,8 +322,16 @@ def _agree(problem: Exception | None, world: World, what: str) -> None:
             raise _OtherSiteFailed(f"site {process // world.ranks}: {text}")
 
 
-def _agree_on_run(config: TrainConfig, world: World) -> tuple[TrainConfig, Path | None]:
-    """The configuration with site 0's run folder, and the checkpoint to continue, on all sites."""
+class _Start(NamedTuple):
+    """The configuration with site 0's run folder, the checkpoint to continue, and what to say."""
+
+    config: TrainConfig
+    resumed: Path | None
+    notes: list[str]
+
+
+def _agree_on_run(config: TrainConfig, world: World) -> _Start:
+    """From where the job starts, the same on all sites; a collective."""
     folder = config.run.run_dir
     named = _gather(None if folder is None else str(folder), world, "the run folder")[0]
     run_dir = None if named is None else Path(named)
@@ -228,32 +340,46 @@ def _agree_on_run(config: TrainConfig, world: World) -> tuple[TrainConfig, Path 
     try:
         if world.process == 0:
             check_folder(config)
-    except ValueError as error:
+        if world.leads_machine and run_dir is not None:
+            clear_leftovers(run_dir / CHECKPOINTS)
+    except (ValueError, OSError) as error:
         problem = error
     _agree(problem, world, "the run folder")
     if config.run.resume is None:
-        return config, None
-    target = Path(config.run.resume)
-    if run_of(target) != target:  # a checkpoint by name
+        return _Start(config, None, [])
+    automatic = config.run.resume == AUTO
+    target = Path(config.run.resume) if run_dir is None or not automatic else run_dir
+    if not automatic and run_of(target) != target:  # a checkpoint by name
         try:
             ckpt.require_whole(target)
         except ckpt.CheckpointError as error:
             problem = error
         _agree(problem, world, "the checkpoint")
-        return config, target
+        return _Start(config, target, [])
+    share = (world.local_process, world.local_processes)
     with with_others("the checkpoint", world.site):
-        found = ckpt.newest_common(target / CHECKPOINTS, None, world.processes)
-    if found is None:
+        found = ckpt.newest_whole(target / CHECKPOINTS, world.processes, share=share)
+    notes = [f"skipped: {reason}" for reason in found.skipped]
+    if found.path is None and not automatic:
         raise ckpt.CheckpointError(
-            f"there is no whole checkpoint to resume in {target / CHECKPOINTS}"
-            f"{ckpt.why_none(target / CHECKPOINTS)}"
+            f"there is no whole checkpoint to resume in {target / CHECKPOINTS} "
+            f"({'; '.join(found.skipped) or 'it has none'})"
         )
-    return config, found
+    if found.path is None:
+        notes.append(f"no whole checkpoint in {target / CHECKPOINTS}: from the beginning")
+    return _Start(config, found.path, notes)
+
+
+def _console() -> Console | None:
+    """The launcher's own, for a site that has not always spoken for all; None = standard output."""
+    if CONSOLE_FD not in os.environ:
+        return None
+    return Console(file=os.fdopen(os.dup(int(os.environ[CONSOLE_FD])), "w"))
 
 
 def _make_log(site: TrainingSite, resumed: Path | None) -> RunLog:
     run, step = site.config.run, site.tally.steps
-    if resumed is not None:
+    if run.resume is not None:
         rewind_metrics(site.run_dir / METRICS, step)
     log = RunLog(
         site.run_dir,
@@ -261,6 +387,7 @@ def _make_log(site: TrainingSite, resumed: Path | None) -> RunLog:
         local_steps=site.local_steps,
         first_step=step,
         tensorboard=run.tensorboard,
+        console=_console(),
     )
     config, world = site.config, site.world
     log.say(f"run {site.run_dir}: {site.data.description}")
@@ -282,6 +409,64 @@ def _make_log(site: TrainingSite, resumed: Path | None) -> RunLog:
     return log
 
 
+def run_tolerant_site(config: TrainConfig, world: World, stop: StopRequest) -> int:
+    """`run_site` of a job that outlives its sites (`fomoe_ext.fault`).
+
+    Raises what `run_site` does, PeerLost when too few sites are left.
+    """
+    from fomoe_ext.fault.membership import Finished, TooFew, join
+    from fomoe_ext.fault.reform import new_default_group
+
+    use_threads(config.sites.threads, world)
+    device = choose_device(config.run.device, world)
+    end_with_launcher()
+    try:
+        membership = join(config.fault, world.site, config.sites.sites)
+        inject.arm(world.site if membership.incarnation == 1 else -1)
+        view = membership.begin(config.outer.timeout_s)
+        company: Company | None = None
+        with watched(lambda: membership.lost() if company is None else company.lost()):
+            late = view is None
+            if late:
+                world = dataclasses.replace(world, members=(world.site,))
+                data, resumed, notes = _open_data(config, World()), None, []
+            else:
+                world = world.of_members(view.members)
+                with with_others("joining the other sites", world.site):
+                    new_default_group(view, world, config.outer.timeout_s)
+                config, resumed, notes = _agree_on_run(config, world)
+                data = _open_data(config, world)
+            config = config.with_vocab(data.vocab_size)
+            site = TrainingSite(config, world, data, device, resumed, late=late)
+            site.notes[:0] = notes
+            company = Company(membership, site)
+            stop.install()
+            job = _Job(site, stop, None, company)
+            if late:
+                job.tell_of_company(company.join(membership.knock(config.outer.timeout_s)))
+            else:
+                _save_config(config, world, site.run_dir)
+                if world.process == 0:
+                    job.log = _make_log(site, resumed).__enter__()
+            try:
+                if job.train():
+                    return EXIT_STOPPED
+                job.finish()
+            finally:
+                job.close()
+    except Finished:
+        print(f"site {world.number}: the job has ended without it", flush=True)
+    except TooFew as error:
+        raise PeerLost(str(error)) from error
+    return 0
+
+
+def _save_config(config: TrainConfig, world: World, run_dir: Path) -> None:
+    if world.leads_machine:
+        saved = dataclasses.replace(config.run, resume=None)
+        save_config(dataclasses.replace(config, run=saved), run_dir / CONFIG)
+
+
 def run_site(config: TrainConfig, world: World, stop: StopRequest) -> int:
     """Runs one site of a job to its end; all sites of the job must. Returns the exit code.
 
@@ -291,13 +476,12 @@ def run_site(config: TrainConfig, world: World, stop: StopRequest) -> int:
     use_threads(config.sites.threads, world)
     device = choose_device(config.run.device, world)
     with joined(world, config.outer.timeout_s, device.type):
-        config, resumed = _agree_on_run(config, world)
+        config, resumed, notes = _agree_on_run(config, world)
         data = _open_data(config, world)
         config = config.with_vocab(data.vocab_size)
         site = TrainingSite(config, world, data, device, resumed)
-        if world.leads_machine:
-            saved = dataclasses.replace(config.run, resume=None)
-            save_config(dataclasses.replace(config, run=saved), site.run_dir / CONFIG)
+        site.notes[:0] = notes
+        _save_config(config, world, site.run_dir)
         log = _make_log(site, resumed) if world.process == 0 else None
         stop.install()
         with log or nullcontext():
@@ -318,6 +502,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f"fomoe train, site {world.site}"
         if world.ranks > 1:
             where += f", rank {world.rank}"
+        if config.fault.tolerant:
+            code = run_tolerant_site(config, world, StopRequest())
+            end_now(code)  # groups of sites that are gone would be waited for
+            return code
         return run_site(config, world, StopRequest())
     except (PeerLost, _OtherSiteFailed) as error:
         message, code = error, EXIT_PEER_LOST

@@ -24,11 +24,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from fomoe_ext import checkpoint as ckpt
 from fomoe_ext import plan, stale
 from fomoe_ext.assemble import local_tensors, own_global_tensors
+from fomoe_ext.checkpoint_writer import CheckpointWriter, Outcome
 from fomoe_ext.coactivation import is_small
 from fomoe_ext.config import InnerConfig, ModelConfig, OuterConfig, TrainConfig
 from fomoe_ext.data import TextData
 from fomoe_ext.dense import average_experts, shard_dense
 from fomoe_ext.evaluate import Validation, evaluate
+from fomoe_ext.fault import inject
 from fomoe_ext.link import parse_link
 from fomoe_ext.mesh import local_tensor, make_mesh
 from fomoe_ext.model import LanguageModel, optimizer_groups
@@ -36,7 +38,7 @@ from fomoe_ext.outer import OuterOptions, OuterSync, RoundReport, SiteGroups
 from fomoe_ext.outer.groups import Handle, gather_objects
 from fomoe_ext.placement import Placement
 from fomoe_ext.plan import RoundNote
-from fomoe_ext.resume import Resumed, fill_copies, load_into, of_site, state_of
+from fomoe_ext.resume import Resumed, fill_copies, load_into, of_site, state_of, tensors_of
 from fomoe_ext.routing_probe import RoutingProbe, figures, pack, unpack
 from fomoe_ext.runs import CHECKPOINTS
 from fomoe_ext.tally import Tally, build_report, site_part
@@ -74,8 +76,10 @@ class TrainingSite:
         data: TextData,
         device: torch.device,
         resume: Path | None,
+        late: bool = False,
     ) -> None:
-        """`config` is resolved; `resume` is a checkpoint. All processes must make theirs at once.
+        """`config` is resolved; `resume` is a checkpoint. All processes must make theirs at once;
+        a `late` one has no model before `fomoe_ext.fault.reform` has made one.
 
         Raises CheckpointError for a checkpoint of another job.
         """
@@ -85,52 +89,25 @@ class TrainingSite:
         self.rounds, self.local_steps = config.run.resolved_rounds, config.run.local_steps
         self.autocast = torch.bfloat16 if config.run.dtype == "bfloat16" else None
         resumed = None if resume is None else find_state(resume, config, world.site)
-        placement = plan.job_placement(config) if resumed is None else resumed.placement
+        self.late = late
+        """Whether this site knows nothing of the model yet, or not enough."""
+        self.story: list[dict[str, Any]] = []
+        """What happened to the sites, for the report."""
         self.mesh: DeviceMesh | None = None
         if world.ranks > 1:
             with with_others("the mesh", world.site):
                 self.mesh = make_mesh(
                     world.num_sites, world.ranks, config.sites.replicas, device.type
                 )
-        self.model = LanguageModel(
-            config.model,
-            placement,
-            world.site,
-            config.run.seed,
-            mesh=self.mesh,
-            rank_experts=plan.rank_experts(config, placement, world.site),
-            stale_experts=[
-                of_sites[world.site]
-                for of_sites in stale.wanted_copies(placement, config.sites.stale_experts)
-            ],
-            device=device,
-        )
-        if world.ranks > 1:
-            shard_dense(self.model, self.model.blocks, world.num_sites, world.ranks)
-        if resume is not None:
-            ckpt.load_global_model(resume, self.model)
-        self.optimizer = make_optimizer(self.model, config.inner)
-        outer = config.outer
-        link = None if config.sites.link is None else parse_link(config.sites.link)
-        with with_others("the first meeting", world.site):
-            self.sync = OuterSync(
-                self.model,
-                placement,
-                world.site,
-                inner_optimizer=self.optimizer,
-                groups=SiteGroups(
-                    world.num_sites,
-                    world.site,
-                    outer.timeout_s,
-                    link=link,
-                    rank=world.rank,
-                    ranks=world.ranks,
-                ),
-                mesh=self.mesh,
-                **outer_options(config),
-            )
+        self.model: LanguageModel
+        self.optimizer: torch.optim.Optimizer
+        self.sync: OuterSync
+        if not late:
+            placement = plan.job_placement(config) if resumed is None else resumed.placement
+            groups = self.make_groups(world)
+            self.model, self.optimizer, self.sync = self.make(world, placement, groups, resume)
         self.batches = data.train_batches(
-            world.site, world.num_sites, config.inner.batch_size, config.run.seed
+            world.number, config.sites.sites, config.inner.batch_size, config.run.seed
         )
         self.tally = Tally()
         self.steps_in_round = 0
@@ -155,6 +132,65 @@ class TrainingSite:
                     "another placement"
                 )
         self._before_s = self.tally.wall_s
+        self.checkpoints = CheckpointWriter(self.run_dir / CHECKPOINTS, config.run.keep_checkpoints)
+        """Writes this job's checkpoints; see `start_save`."""
+
+    def make_groups(self, world: World) -> SiteGroups:
+        """The connections of all sites; a collective."""
+        outer, link = self.config.outer, self.config.sites.link
+        with with_others("connecting the sites", world.site):
+            return SiteGroups(
+                world.num_sites,
+                world.site,
+                outer.timeout_s,
+                link=None if link is None else parse_link(link),
+                rank=world.rank,
+                ranks=world.ranks,
+            )
+
+    def make(
+        self,
+        world: World,
+        placement: Placement,
+        groups: SiteGroups,
+        resume: Path | None = None,
+        arriving: bool = False,
+    ) -> tuple[LanguageModel, torch.optim.Optimizer, OuterSync]:
+        """A model of what a site holds by a placement, its optimizer and outer sync; a collective.
+
+        `resume`: a checkpoint with the weights. `arriving`: see `OuterSync`.
+        """
+        config = self.config
+        model = LanguageModel(
+            config.model,
+            placement,
+            world.site,
+            config.run.seed,
+            mesh=self.mesh,
+            rank_experts=plan.rank_experts(config, placement, world.site),
+            stale_experts=[
+                of_sites[world.site]
+                for of_sites in stale.wanted_copies(placement, config.sites.stale_experts)
+            ],
+            device=self.device,
+        )
+        if world.ranks > 1:
+            shard_dense(model, model.blocks, world.num_sites, world.ranks)
+        if resume is not None:
+            ckpt.load_global_model(resume, model)
+        optimizer = make_optimizer(model, config.inner)
+        with with_others("the first meeting", world.site):
+            sync = OuterSync(
+                model,
+                placement,
+                world.site,
+                inner_optimizer=optimizer,
+                groups=groups,
+                mesh=self.mesh,
+                arriving=arriving,
+                **outer_options(config),
+            )
+        return model, optimizer, sync
 
     # ------------------------------------------------------------------------------ local steps
 
@@ -237,6 +273,7 @@ class TrainingSite:
         all_of_them = outer.optimizer == "ddp" or outer.staggered
         while self.steps_in_round < self.local_steps and (all_of_them or not self._asked(stop)):
             after_step(self._local_step())
+            inject.point("local")
 
     def _asked(self, stop: StopRequest) -> bool:
         """Whether any rank of this site was asked to stop."""
@@ -244,7 +281,7 @@ class TrainingSite:
             return stop.asked
         return bool(self.sync.ranks.sum_(torch.tensor(int(stop.asked), device=self.device)))
 
-    def exchange_notes(self, stop: bool) -> list[RoundNote]:
+    def exchange_notes(self, stop: bool, knocks: bool = False) -> list[RoundNote]:
         """Tells all sites how the round went here, and returns the notes of all.
 
         With overlap nobody waits: these are the notes of the round before (after the first round
@@ -268,14 +305,16 @@ class TrainingSite:
         handle, notes, sent = self.sync.groups.gather_numbers(
             torch.tensor(note, dtype=torch.float64)
         )
-        self.tally.note_bytes += sent
         if self.config.outer.overlap and handle is not None:
+            self.tally.note_bytes += sent
             before, self._notes = self._notes, (handle, notes)
             if before is None:
                 return [note._replace(stop=0.0)]
             handle, notes = before
+            sent = 0
         if handle is not None:
             handle.wait()
+        self.tally.note_bytes += sent
         return [RoundNote(*numbers) for numbers in notes.tolist()]
 
     def round_counts(self) -> tuple[float, int, int]:
@@ -302,19 +341,7 @@ class TrainingSite:
         if self._probe is not None:
             with self._validating():
                 self._probe.before_meeting()
-        placement, outcome = self.placement, self.sync.step()
-        seconds = outcome.seconds
-        self._tell_of(outcome)
-        self.tally.rows += int(self._round_rows)
-        self.tally.slots += self._round_slots
-        if self.world.rank == 0:
-            self.tally.planned_bytes += plan.meeting_bytes(
-                self.config, placement, self.world.site, self.round
-            )
-        self.steps_in_round = 0
-        self._round_slots = 0
-        self._round_loss.zero_()
-        self._round_rows.zero_()
+        seconds = self.after_meeting(self.placement, self.sync.step())
         every = self.config.sites.reshuffle_rounds
         if every and self.round % every == 0 and self.round < self.rounds:
             old = self.placement
@@ -333,6 +360,21 @@ class TrainingSite:
                 parts = gather_objects(mine, self.world.processes)[:: self.world.ranks]
                 self.routing = figures([*map(unpack, parts)], self.config.model.num_experts)
         return seconds
+
+    def after_meeting(self, placement: Placement, outcome: RoundReport) -> float:
+        """Counts what a meeting of `placement` was; returns the seconds it took."""
+        self._tell_of(outcome)
+        self.tally.rows += int(self._round_rows)
+        self.tally.slots += self._round_slots
+        if self.world.rank == 0:
+            self.tally.planned_bytes += plan.meeting_bytes(
+                self.config, placement, self.world.site, self.round
+            )
+        self.steps_in_round = 0
+        self._round_slots = 0
+        self._round_loss.zero_()
+        self._round_rows.zero_()
+        return outcome.seconds
 
     def _make_probe(self) -> RoutingProbe:
         model = self.config.model
@@ -407,43 +449,78 @@ class TrainingSite:
 
     # ------------------------------------------------------------------------------ checkpoints
 
-    @torch.no_grad()
     def save(self, steps: int) -> Path:
-        """Writes a checkpoint with all other sites; `steps` is the most that a site has taken.
+        """Writes a checkpoint with all other sites and waits for it; `steps` as for `start_save`.
 
-        The global model is that of the last meeting; where a site's own may differ (in the middle
-        of a round, with fragments or overlap) its state holds that too. Fragments under way are
-        taken in before.
+        Raises CheckpointError on all of them when it cannot be written.
+        """
+        waited = self.tally.checkpoint_s
+        self.start_save(steps, copy=False)
+        with with_others("the checkpoint", self.world.site):
+            outcome = self.checkpoints.finish()
+        self.tally.checkpoint_s = waited  # with this one the job ends or stops
+        assert outcome is not None
+        if outcome.error:
+            raise ckpt.CheckpointError(
+                f"could not write checkpoint {outcome.path}: {outcome.error}"
+            )
+        return outcome.path
+
+    @torch.no_grad()
+    def start_save(self, steps: int, copy: bool = True) -> None:
+        """Begins a checkpoint with all other sites; `steps` is the most that a site has taken.
+
+        With `copy` it is written while training goes on, and `poll_save` tells when it is there.
+        The one before must have ended. The global model is that of the last meeting; where a site's
+        own may differ (in the middle of a round, with fragments or overlap) its state holds that
+        too. Fragments under way are taken in before.
         """
         self.finish()
+        start = time.perf_counter()
         with self._global_model() as local:
             if local is None and steps > self.round * self.local_steps:
                 # Others are in the middle of the round, and some of the global model is from them:
                 # selection biases, which have moved on there.
                 local = {name: value.clone() for name, value in local_tensors(self.model).items()}
-            return self._save(steps, local)
+            # Without copying, the model must stay as it is until all is written.
+            self._start_save(steps, local, copy or local is not None)
+        self.tally.checkpoint_s += time.perf_counter() - start
 
-    def _save(self, steps: int, local: dict[str, Tensor] | None) -> Path:
+    def _start_save(self, steps: int, local: dict[str, Tensor] | None, copy: bool) -> None:
         self.tally.wall_s = self._before_s + time.perf_counter() - self.started
         with with_others("the checkpoint", self.world.site):
-            state, named = state_of(self, local)
             ranks = self.sync.ranks
-            parts = own_global_tensors(
-                self.model, self.placement, self.world.site, local_tensors(self.model), ranks
-            )
-            return ckpt.save_checkpoint(
-                self.run_dir / CHECKPOINTS,
+            self.checkpoints.start(
                 ckpt.checkpoint_name(steps),
-                parts,
-                state,
+                own_global_tensors(
+                    self.model, self.placement, self.world.site, local_tensors(self.model), ranks
+                ),
+                state_of(self, local is not None),
                 site=self.world.site,
                 num_sites=self.world.num_sites,
                 rank=ranks.rank,
                 ranks_per_site=ranks.size,
                 round=self.round,
                 meta=job_identity(self.config),
-                named=named,
+                named=tensors_of(self, local),
+                copy=copy,
             )
+
+    def poll_save(self, wait: bool = False) -> Outcome | None:
+        """How the checkpoint under way has ended, if it has; all sites must ask.
+
+        Quick, unless it is to `wait` for the end. None where there is none under way.
+        """
+        if not self.checkpoints.under_way:
+            return None
+        start = time.perf_counter()
+        with with_others("the checkpoint", self.world.site):
+            outcome = self.checkpoints.finish() if wait else self.checkpoints.poll()
+        self.tally.checkpoint_s += time.perf_counter() - start
+        if outcome is not None:
+            self.tally.checkpoints += 1
+            self.tally.checkpoints_failed += bool(outcome.error)
+        return outcome
 
     @torch.no_grad()
     def _restore(self, tensors: dict[str, Tensor]) -> None:
@@ -504,6 +581,7 @@ class TrainingSite:
             model_hash=model_hash,
             link=self.link,
             routing=self.routing,
+            story=self.story,
         )
 
 
@@ -517,6 +595,7 @@ def outer_options(config: TrainConfig) -> dict[str, Any]:
         "moment_codecs": outer.resolved_moment_codecs,
         "local_steps": config.run.local_steps,
         "seed": config.run.seed,
+        "staged": config.fault.tolerant,
     }
 
 

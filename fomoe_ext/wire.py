@@ -26,6 +26,8 @@ NORM_BYTES = 8
 """A site's part of the squared gradient norm, fp64."""
 HASH_BYTES = 8
 """Behind every payload, and after a meeting for what an owner group shares: a 64-bit hash."""
+COMMIT_BYTES = 8
+"""In a staged meeting a site tells every other one in so many bytes that all has arrived."""
 COUNT_BYTES = 8
 """The tokens that a site has routed to an expert, where experts are averaged by them."""
 IN_FLIGHT = 8
@@ -295,19 +297,20 @@ def round_bytes(
     moment_periods: Sequence[int] = (1, 1),
     moment_codecs: Sequence[str] = ("fp32", "fp32"),
     counted_experts: int = 0,
+    staged: bool = False,
 ) -> int:
     """Bytes a site sends in a round, reshuffles aside; exactly what `OuterSync` counts.
 
     `elements` by fragment. `local_steps` and `clip` (gradient clipping) matter for "ddp" only,
     which sends every step; `round_index` (from 1), `moment_periods` and `moment_codecs` for
     "local-adamw" only. `counted_experts`: experts of all layers, where they are averaged by tokens,
-    else 0.
+    else 0. `staged`: sites tell each other before they apply.
     Raises ValueError for an unknown optimizer or codec.
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     peers = num_sites - 1
-    total = 0
+    total = peers * COMMIT_BYTES if staged else 0
     for fragment in elements:
         total += peers * (STATUS_BYTES + COUNT_BYTES * counted_experts)
         total += _reduced(fragment.biases, "fp32", bucket_bytes)

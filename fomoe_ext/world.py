@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import FrameType
 
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from fomoe_ext.launch import EXIT_PEER_LOST, LAUNCHER_FD, RENDEZVOUS, cores
+from fomoe_ext.waiting import GivenUp
 
 VERBS = ("route", "compact", "expand", "contract", "combine")
 
@@ -39,6 +40,20 @@ class World:
     local_processes: int = 1
     rank: int = 0
     ranks: int = 1
+    members: tuple[int, ...] = ()
+    """Where sites come and go: the number that each of them keeps, ascending."""
+
+    @property
+    def number(self) -> int:
+        """The number that this site keeps, whichever others there are."""
+        return self.members[self.site] if self.members else self.site
+
+    def of_members(self, members: tuple[int, ...]) -> World:
+        """This site among others. Raises ValueError where it is none of them."""
+        if self.number not in members:
+            raise ValueError(f"members must hold site {self.number}, got {members}")
+        place = members.index(self.number)
+        return replace(self, site=place, num_sites=len(members), members=members)
 
     @property
     def process(self) -> int:
@@ -114,8 +129,11 @@ def choose_device(wanted: str, world: World) -> torch.device:
     return torch.device("cuda", world.local_process % torch.cuda.device_count())
 
 
-def _end_with_launcher(descriptor: int) -> None:
-    """Ends this process when the launcher, at the other end of the pipe, is gone."""
+def end_with_launcher() -> None:
+    """Ends this process when the launcher, where there is one, is gone: the pipe's other end."""
+    if LAUNCHER_FD not in os.environ:
+        return
+    descriptor = int(os.environ[LAUNCHER_FD])
 
     def wait() -> None:
         os.read(descriptor, 1)  # returns at the end of the file: nobody writes
@@ -130,8 +148,7 @@ def joined(world: World, timeout_s: float, device: str = "cpu") -> Iterator[None
 
     `device`: the type on which the ranks of a site exchange rows and dense parameters.
     """
-    if LAUNCHER_FD in os.environ:
-        _end_with_launcher(int(os.environ[LAUNCHER_FD]))
+    end_with_launcher()
     if world.processes == 1:
         yield
         return
@@ -163,7 +180,7 @@ def with_others(what: str, site: int) -> Iterator[None]:
 
 def is_peer_error(error: BaseException) -> bool:
     """Whether an error is that of a collective whose other end is gone."""
-    if isinstance(error, dist.DistError):
+    if isinstance(error, dist.DistError | GivenUp):
         return True
     text = str(error).lower()
     return any(sign in text for sign in ("gloo", "connection", "timed out", "nccl"))

@@ -25,6 +25,7 @@ from torch import Tensor
 from fomoe_ext import messages, wire
 from fomoe_ext.link import CountedLink, active_link
 from fomoe_ext.placement import Owners
+from fomoe_ext.waiting import wait_for
 
 _THREADS = 16
 """Exchanges of one kind that a group has under way at once; a slow link needs several."""
@@ -52,7 +53,7 @@ class _Exchange:
         self._until = link.send(sent) if link is not None else 0.0
 
     def wait(self) -> None:
-        self._work.wait()
+        wait_for(self._work)
         if self._link is not None:
             self._link.wait(self._link.ended(self._until))
 

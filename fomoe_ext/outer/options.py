@@ -62,6 +62,9 @@ class OuterOptions:
     """How copies of absent experts travel (`MoELayer`'s stale_experts); rounds to nearest."""
     stale_period: int = 1
     """Rounds between two refreshes of these copies."""
+    staged: bool = False
+    """Apply nothing before all of it has arrived everywhere: a meeting that breaks off because a
+    site is lost can be held again (`fomoe_ext.outer.staged`). Takes the memory of all payloads."""
     seed: int = 0
     """Of stochastic rounding."""
 
@@ -73,7 +76,7 @@ class OuterOptions:
         one_of(("stop", "heal"), on_mismatch=self.on_mismatch)
         one_of(stale.CODECS, stale_codec=self.stale_codec)
         at_least(1, stale_period=self.stale_period)
-        a_bool(error_feedback=self.error_feedback, rescale=self.rescale)
+        a_bool(error_feedback=self.error_feedback, rescale=self.rescale, staged=self.staged)
         at_least(0, seed=self.seed)
         at_least(1, in_flight=self.in_flight)
         wire.bucket_elements(self.bucket_bytes)
@@ -85,6 +88,8 @@ class OuterOptions:
         )
         if self.staggered and self.local_steps is None:
             raise ValueError("fragments and overlap need local_steps")
+        if self.staged and (self.staggered or self.optimizer == "ddp"):
+            raise ValueError("staged needs fragments = 1, overlap = 0 and an optimizer but ddp")
         if self.expert_mean == "tokens" and self.optimizer == "ddp":
             raise ValueError("expert_mean = tokens is for deltas: optimizer must not be ddp")
 

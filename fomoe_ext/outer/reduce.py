@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fomoe_ext import wire
+from fomoe_ext.fault import inject
 from fomoe_ext.outer.codec import Codec, hash_bits
 from fomoe_ext.outer.groups import Handle, SiteGroup
 
@@ -128,6 +129,9 @@ class Bucket:
         if self._sparse or not self.job.summed:
             return
         seal(self._sent)
+        inject.point("reduce")
+        if inject.corrupted():
+            self._sent[0, 0] ^= 1
         self._received = torch.empty_like(self._sent)
         self._handle, count = group.scatter(self._received, self._sent)
         self.bytes_sent += count
@@ -176,6 +180,7 @@ class Bucket:
         if self.job.group.size == 1:
             return
         assert self._handle is not None and self._received is not None
+        inject.point("gather")
         self._handle.wait()
         # All but this site's own, which has not travelled.
         owners, rank = self.job.group.owners, self.job.group.rank
@@ -245,11 +250,13 @@ def buckets_of(jobs: Sequence[Job], bucket_bytes: int) -> list[Bucket]:
     return sorted(buckets, key=lambda bucket: bucket.order)
 
 
-def exchange(buckets: Sequence[Bucket], in_flight: int, *, all_at_once: bool = False) -> int:
+def exchange(
+    buckets: Sequence[Bucket], in_flight: int, *, encode: bool = True, apply: bool = True
+) -> int:
     """Sends buckets and returns the bytes sent; at most `in_flight` wait in each direction.
 
-    Encodes and applies each as it goes, or, with `all_at_once`, neither: then all have been
-    encoded before, and are applied by the caller after. All members of a group must pass the same
+    Encodes and applies each as it goes; without `encode` all have been encoded before, without
+    `apply` the caller applies them after. All members of a group must pass the same
     buckets of it in the same order. No circle of waiting sites: a site waits for a bucket only
     after it has started all that come before it. Raises RuntimeError when a member is lost or does
     not come in time, Damaged for a damaged payload; then buckets may have been applied at some
@@ -257,7 +264,7 @@ def exchange(buckets: Sequence[Bucket], in_flight: int, *, all_at_once: bool = F
     """
     for i in range(len(buckets) + 2 * in_flight):
         if i < len(buckets):
-            if not all_at_once:
+            if encode:
                 buckets[i].encode()
             buckets[i].scatter()
         if 0 <= i - in_flight < len(buckets):
@@ -265,7 +272,7 @@ def exchange(buckets: Sequence[Bucket], in_flight: int, *, all_at_once: bool = F
         if 0 <= i - 2 * in_flight < len(buckets):
             bucket = buckets[i - 2 * in_flight]
             bucket.collect()
-            if not all_at_once:
+            if apply:
                 bucket.apply()
     return sum(bucket.bytes_sent for bucket in buckets)
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fomoe_ext import stale, wire
 from fomoe_ext.checks import at_least, one_of
 from fomoe_ext.mesh import SiteRanks
-from fomoe_ext.outer import agreement, gradients
+from fomoe_ext.outer import agreement, gradients, staged
 from fomoe_ext.outer import optimizer as opt
 from fomoe_ext.outer.agreement import Agreement
 from fomoe_ext.outer.codec import get_codec
@@ -44,6 +44,7 @@ from fomoe_ext.outer.options import MeetingError, OuterOptions
 from fomoe_ext.outer.reduce import buckets_of, exchange, run_jobs
 from fomoe_ext.outer.reports import ReshuffleReport, RoundReport
 from fomoe_ext.outer.shards import Lane
+from fomoe_ext.outer.staged import MeetingLost, Pending
 from fomoe_ext.outer.stale import StaleCopies, check_stale, wanted_by_all
 from fomoe_ext.placement import Placement
 
@@ -86,6 +87,7 @@ class OuterSync:
         groups: SiteGroups | None = None,
         timeout_s: float = 300.0,
         mesh: DeviceMesh | None = None,
+        arriving: bool = False,
         **options: Any,
     ) -> None:
         """Meets the other sites; all must call it with the same options and placement.
@@ -97,6 +99,8 @@ class OuterSync:
             groups: connections to be shared with another OuterSync; None = new ones.
             timeout_s: seconds after which an exchange over new connections fails.
             mesh: of sites of several ranks (`mesh.make_mesh`), that of the model's layers.
+            arriving: of a job under way: nothing is compared, and all state is left to be filled
+                (`fomoe_ext.outer.belongings`); only connections are made.
             options: the fields of `OuterOptions`.
 
         Raises ValueError or TypeError naming the argument, RuntimeError when torch.distributed is
@@ -132,7 +136,10 @@ class OuterSync:
         except (ValueError, TypeError) as error:
             problem = error
         self.moe_layers = [layer for _, layer in find_moe_layers(model)]
-        agreement.agree_on_arguments(self, problem)
+        if not arriving:
+            agreement.agree_on_arguments(self, problem)
+        elif problem is not None:
+            raise problem
         options_ = self.options
         self.rule = opt.OuterRule.make(
             options_.optimizer, options_.outer_lr, options_.outer_momentum
@@ -155,19 +162,26 @@ class OuterSync:
         self._flights: list[Flight] = []
         self._meetings: dict[int, Meeting] = {}
         self._checks: list[_Check] = []
+        self.pending: Pending | None = None
+        """With `staged`: a meeting that is neither applied nor taken back."""
+        self.compared: Meeting | None = None
+        """With `staged`: what was applied and has not been compared yet."""
+        self.lost_bytes = 0
+        """With `staged`: bytes sent in meetings that broke off."""
         experts = self.moe_layers[0].num_experts if self.moe_layers else 0
         self.tokens = torch.zeros(len(self.moe_layers), experts, dtype=torch.float64)
         """Tokens routed to each expert [L, E] since its last meeting, with expert_mean "tokens"."""
         self.warmup: opt.ArrivalWarmup | None = None
         if inner_optimizer is not None:
             self.warmup = opt.ArrivalWarmup(inner_optimizer, self.moe_layers)
-        self._copied = wanted_by_all(self)
+        self._copied = () if arriving else wanted_by_all(self)
         self.copies: StaleCopies | None = None
         if any(experts for layer in self._copied for experts in layer):
             self.copies = StaleCopies(self, self._copied)
         self.adopt_placement(placement)
-        self._fill_anchor()
-        self.verify()
+        if not arriving:
+            self._fill_anchor()
+            self.verify()
 
     # ------------------------------------------------------------------------------- agreement
 
@@ -249,6 +263,9 @@ class OuterSync:
         except MeetingError:
             raise
         except RuntimeError as error:
+            if self.options.staged:
+                text = f"{what} after round {self.round} broke off at site {self.site}: {error}"
+                raise MeetingLost(text) from error
             missing = self.groups.missing_sites()
             self._broken = (
                 f"{what} after round {self.round} broke off at site {self.site}: "
@@ -322,7 +339,7 @@ class OuterSync:
 
         def fly(flight: Flight) -> None:
             flight.bytes_sent += meeting.announce(problem)
-            flight.bytes_sent += exchange(buckets, options.in_flight, all_at_once=True)
+            flight.bytes_sent += exchange(buckets, options.in_flight, encode=False, apply=False)
 
         flight = Flight(fragment, self.steps + options.overlap, buckets)
         flight.start(self._background, fly)
@@ -395,12 +412,41 @@ class OuterSync:
                         f"after_step was called {self.steps} times"
                     )
                 self._meet_where_due(last=True)
+            elif self.options.staged:
+                due = wire.moments_due(self.round + 1, self.options.moment_periods)
+                begun = time.perf_counter()
+                staged.meet(self)
+                self._round_exchange_s += time.perf_counter() - begun
+                return self._settled(due)
             else:
                 self._meet(0)
                 if self.copies is not None and stale.is_due(self.round + 1, self.copies.period):
                     self._refresh(self.copies)
             due = wire.moments_due(self.round + 1, self.options.moment_periods)
             self.round += 1
+        return self._report(sum(due) if self.rule.name == "local-adamw" else 0)
+
+    def _settled(self, due: Sequence[bool]) -> RoundReport:
+        """The report of a staged meeting that was applied, after its comparison."""
+        applied, self.compared = self.compared, None
+        assert applied is not None
+        with suppress(MeetingLost), self.meeting("the comparison"):  # the next meeting will tell
+            compared = applied.agreement()
+            compared.exchange()
+            self._settle(compared)
+        return self._report(sum(due) if self.rule.name == "local-adamw" else 0)
+
+    def settle(self, apply: bool) -> RoundReport | None:
+        """After MeetingLost: applies the pending meeting, or takes it back (`staged.settle`).
+
+        Returns the report of a meeting that was applied now. To be applied where any site has
+        applied it: then all have got everything.
+        """
+        due = wire.moments_due(self.round + 1, self.options.moment_periods)
+        found = staged.settle(self, apply)
+        self.compared = None
+        if not (found and apply):
+            return None
         return self._report(sum(due) if self.rule.name == "local-adamw" else 0)
 
     def _refresh(self, copies: StaleCopies) -> None:
@@ -566,6 +612,7 @@ class OuterSync:
             moment_periods=options.moment_periods,
             moment_codecs=options.codecs_of_moments,
             counted_experts=self.tokens.numel() if options.expert_mean == "tokens" else 0,
+            staged=options.staged,
         )
 
     def state_bytes(self) -> tuple[int, int, int]:

@@ -1,0 +1,170 @@
+"""A site among others that may be lost or come: when to form anew, and what is told of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from fomoe_ext.fault import ownership
+from fomoe_ext.fault.membership import NotAMember, TorchftMembership, View
+from fomoe_ext.fault.reform import Reform, Regrouped
+from fomoe_ext.world import PeerLost
+
+if TYPE_CHECKING:
+    from fomoe_ext.trainer import TrainingSite
+
+_ATTEMPTS = 12
+"""So many views in a row that came to nothing are too many."""
+_LATE_S = 1.0
+"""How long the others are waited for once a late one is not."""
+
+
+class Company:
+    """The sites that one site works with."""
+
+    def __init__(self, membership: TorchftMembership, site: TrainingSite) -> None:
+        self.membership, self._site = membership, site
+        self._fault = site.config.fault
+        self._reform = Reform(site)
+        self._step_s = 0.0
+        """Seconds of a local step, as measured, the newest the most."""
+        self._until: float | None = None
+
+    # ------------------------------------------------------------------------------- who is late
+
+    def lost(self) -> str:
+        """Why a wait for the others is to be given up, or an empty string; see `waiting`."""
+        reason = self.membership.lost()
+        if not reason and self._until is not None and time.monotonic() > self._until:
+            reason = "a site is late"
+            self.membership.end(reason)
+        return reason
+
+    def took(self, steps: int, seconds: float) -> None:
+        """Local steps have taken so long here."""
+        if steps:
+            mean = seconds / steps
+            self._step_s = mean if not self._step_s else 0.7 * self._step_s + 0.3 * mean
+
+    @property
+    def patience_s(self) -> float:
+        """How long a site that lives is waited for, from the measured time of a round."""
+        return self._fault.grace * self._step_s * self._site.local_steps + self._fault.silent_s
+
+    @contextmanager
+    def patience(self) -> Iterator[None]:
+        """Inside, who does not come in time is not waited for."""
+        self._until = time.monotonic() + self.patience_s
+        try:
+            yield
+        finally:
+            self._until = None
+
+    # -------------------------------------------------------------------------------- forming anew
+
+    def join(self, view: View) -> dict[str, Any]:
+        """The first view of a site that comes late."""
+        return self._until_formed(view, "")
+
+    def is_level(self) -> bool:
+        """Whether every expert has its holders, and sites hold as many."""
+        site = self._site
+        return ownership.is_level(site.placement, site.config.sites.replication)
+
+    def recover(self, reason: str) -> dict[str, Any]:
+        """Goes on with those left, after one was lost; what happened, for log and report.
+
+        Raises PeerLost when the job cannot go on: too few sites, or it has ended without this one.
+        """
+        return self._until_formed(None, reason)
+
+    def renew(self) -> dict[str, Any]:
+        """Between two rounds: takes in who has knocked, and shares out the experts evenly."""
+        return self._until_formed(None, "", between_rounds=True)
+
+    def _until_formed(
+        self, view: View | None, reason: str, between_rounds: bool = False
+    ) -> dict[str, Any]:
+        site, start = self._site, time.perf_counter()
+        before = site.world.members
+        site.checkpoints.abandon()
+        for _ in range(_ATTEMPTS):
+            try:
+                if view is None:
+                    view = self._next_view(between_rounds)
+                formed = self._reform.regroup(view)
+            except PeerLost as error:
+                self.membership.end(str(error))
+                view, reason = None, reason or str(error)
+                continue
+            return self._tell(formed, before, reason, time.perf_counter() - start)
+        raise PeerLost(f"the sites could not form anew {_ATTEMPTS} times: {reason}")
+
+    def _next_view(self, between_rounds: bool) -> View:
+        membership, site = self.membership, self._site
+        late = "is late" in membership.lost()
+        try:
+            return membership.agree(
+                0 if site.late else site.round,
+                between_rounds=between_rounds,
+                patience_s=_LATE_S if late else self.patience_s,
+            )
+        except NotAMember as error:
+            print(f"site {site.world.number}: {error}; it joins anew", file=sys.stderr, flush=True)
+            site.late = True
+            return membership.knock(site.config.outer.timeout_s)
+
+    def _tell(
+        self, formed: Regrouped, before: tuple[int, ...], reason: str, seconds: float
+    ) -> dict[str, Any]:
+        site, membership = self._site, self.membership
+        site.tally.recovery_s += seconds
+        site.tally.recovery_bytes += formed.bytes_sent
+        event = {
+            "round": site.round,
+            "step": site.tally.steps,
+            "members": list(formed.members),
+            "lost": {s: membership.why(s) for s in sorted(set(before) - set(formed.members))},
+            "joined": list(formed.joined),
+            "reason": reason,
+            "meeting": formed.settled,
+            "restored": [dict(entry) for entry in formed.restored],
+            "replication": site.placement.replication,
+            "seconds": round(seconds, 3),
+        }
+        site.story.append(event)
+        return event
+
+
+def describe(event: dict[str, Any]) -> str:
+    """What happened, in a line."""
+    words: list[str] = []
+    words += [f"site {site} lost, {why}" for site, why in event["lost"].items()]
+    if event["joined"]:
+        words.append(f"{_sites(event['joined'])} joined")
+    if not words:
+        words.append(event["reason"] or "experts shared out evenly")
+    steps = [entry.get("from_step") for entry in event["restored"]]
+    if steps:
+        known = [event["step"] - step for step in steps if step is not None]
+        begun = len(steps) - len(known)
+        if known:
+            words.append(
+                f"{len(known)} experts without a holder are back from a checkpoint, "
+                f"{max(known)} steps of their training are lost"
+            )
+        if begun:
+            words.append(f"{begun} experts without a holder begin anew: there is no checkpoint")
+    if event["meeting"]:
+        words.append(f"the meeting was {event['meeting']}")
+    return (
+        f"after round {event['round']}: {'; '.join(words)}; goes on with "
+        f"{_sites(event['members'])} after {event['seconds']:.1f} s"
+    )
+
+
+def _sites(numbers: list[int]) -> str:
+    return f"{'site' if len(numbers) == 1 else 'sites'} {', '.join(map(str, numbers))}"

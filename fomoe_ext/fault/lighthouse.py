@@ -1,0 +1,149 @@
+"""The process that knows who is there: torchft's lighthouse and a key-value store beside it.
+
+It outlives the sites, holds no weights and sends none; a job has one, started by the launcher or,
+for sites on several machines, by `fomoe lighthouse`. Both listeners bind to the loopback interface
+unless told otherwise, and to another one only with a shared secret (`fomoe_ext.fault.secret`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.machinery
+import importlib.util
+import ipaddress
+import json
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+from fomoe_ext.fault.secret import keyed, own_secret
+
+LIGHTHOUSE = "FOMOE_LIGHTHOUSE"
+"""Variable in which the launcher tells the sites its lighthouse's address."""
+RPC_KEY = "lighthouse"
+"""Where in the store the lighthouse's own port is."""
+JOIN_MS = 300
+"""How long the lighthouse waits for a site that lives and has not asked; sites have waited before
+(`membership`), so that they ask at the same time."""
+_TICK_MS = 50
+
+
+def torchft() -> Any:
+    """torchft's native module: LighthouseServer, LighthouseClient.
+
+    Loaded without the package around it, which imports telemetry for seconds. Raises RuntimeError
+    that says what to install where it is missing.
+    """
+    package = importlib.util.find_spec("torchft")
+    for folder in (package.submodule_search_locations or []) if package else []:
+        finder = importlib.machinery.FileFinder(
+            folder,
+            (importlib.machinery.ExtensionFileLoader, importlib.machinery.EXTENSION_SUFFIXES),
+        )
+        spec = finder.find_spec("_torchft")
+        if spec is not None and spec.loader is not None:
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return module
+    raise RuntimeError(
+        "fault.membership = torchft needs torchft: pip install 'fomoe_ext[fault]'"
+    )
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """HOST:PORT, a port of 0 allowed. Raises ValueError for anything else."""
+    host, colon, port = text.rpartition(":")
+    if not (colon and host and port.isdecimal() and int(port) < 1 << 16):
+        raise ValueError(f"lighthouse address must be HOST:PORT, got {text!r}")
+    return host.strip("[]"), int(port)
+
+
+def require_secret(host: str) -> None:
+    """Raises ValueError for an address other machines can reach without a secret for the run."""
+    if host == "localhost" or _is_loopback(host):
+        return
+    if not own_secret():
+        raise ValueError(
+            f"{host} can be reached by others: the run needs a shared secret of at least 16 "
+            "characters in FOMOE_SECRET, the same for the lighthouse and all sites"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def serve(host: str, port: int, quorum: int, silent_s: float, until_eof: bool = False) -> None:
+    """Serves for ever or, with `until_eof`, until stdin ends; prints its address as JSON.
+
+    A line "dead SITE" on stdin tells the sites at once that one is gone. Raises RuntimeError
+    without torchft, ValueError without the secret that the interface needs, OSError for an address
+    that cannot be bound.
+    """
+    native = torchft()
+    require_secret(host)
+    import torch.distributed as dist
+
+    listener = socket.create_server((host, port))
+    bound = listener.getsockname()[1]
+    store = dist.TCPStore(
+        host,
+        bound,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=30),
+        master_listen_fd=listener.detach(),
+    )
+    server = native.LighthouseServer(
+        bind=f"{host}:0",
+        min_replicas=quorum,
+        join_timeout_ms=JOIN_MS,
+        quorum_tick_ms=_TICK_MS,
+        heartbeat_timeout_ms=round(1000 * silent_s),
+    )
+    keys = dist.PrefixStore(keyed("store"), store)
+    keys.set(RPC_KEY, server.address().rpartition(":")[2])
+    print(json.dumps({"lighthouse": f"{host}:{bound}"}), flush=True)
+    try:
+        for line in sys.stdin:
+            words = line.split()
+            if len(words) == 2 and words[0] == "dead":
+                keys.set(f"dead/{words[1]}", str(keys.add(f"deaths/{words[1]}", 1)))
+        while not until_eof:
+            signal.pause()
+    except KeyboardInterrupt:
+        pass
+    server.shutdown()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`fomoe lighthouse`: serves until it is interrupted; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="fomoe lighthouse",
+        description="Knows which sites of a job are there; for one job at a time. Sites are given "
+        "its address with --lighthouse.",
+    )
+    parser.add_argument(
+        "--bind", default="127.0.0.1:29600", help="HOST:PORT; other than loopback: FOMOE_SECRET"
+    )
+    parser.add_argument("--quorum", type=int, default=1, help="fewest sites that may go on")
+    parser.add_argument("--silent-s", type=float, default=3.0, help="seconds of silence = dead")
+    parser.add_argument("--until-eof", action="store_true", help="end with the standard input")
+    given = parser.parse_args(arguments)
+    host, port = split_address(given.bind)
+    try:
+        serve(host, port, given.quorum, given.silent_s, given.until_eof)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"fomoe lighthouse: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

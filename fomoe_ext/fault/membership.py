@@ -1,0 +1,368 @@
+"""Who takes part: agreed by torchft's lighthouse, watched by heartbeats.
+
+Sites have numbers that they keep for the whole job. A view is a set of them that form process
+groups together; whoever finds that one of them is lost ends the view, all others of it notice
+within half a second, and those that live agree on the next one. A site that comes late waits until
+a view ends between two rounds, and is taken in then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple, Protocol
+
+import torch.distributed as dist
+
+from fomoe_ext.config_fault import FaultConfig
+from fomoe_ext.fault.lighthouse import (
+    LIGHTHOUSE,
+    RPC_KEY,
+    require_secret,
+    split_address,
+    torchft,
+)
+from fomoe_ext.fault.secret import keyed, matches
+
+_BEAT_S = 0.5
+_LOOK_S = 0.05
+_ARRIVAL_S = 10.0
+"""How long a late-comer that has knocked is waited for when it is to be taken in."""
+_STORE_S = 30.0
+
+
+class View(NamedTuple):
+    """Sites that take part, ascending, and the store in which their process groups meet."""
+
+    name: str
+    members: tuple[int, ...]
+    store: dist.Store
+
+
+class NotAMember(RuntimeError):
+    """The others have gone on without this site."""
+
+
+class TooFew(RuntimeError):
+    """Fewer sites are left than the quorum."""
+
+
+class Finished(RuntimeError):
+    """The job has come to its end without this site."""
+
+
+class Membership(Protocol):
+    """What a job needs to know of who is there."""
+
+    def agree(self, round_index: int, *, between_rounds: bool, patience_s: float) -> View:
+        """The next view; a collective of all sites that live."""
+        ...
+
+    def lost(self) -> str:
+        """Why the present view cannot go on, in words, or an empty string. Quick."""
+        ...
+
+
+class _Beats:
+    """Says twice a second that this site lives, and hears the same of the others."""
+
+    def __init__(self, owner: TorchftMembership) -> None:
+        self._owner = owner
+        self._heard: dict[int, tuple[bytes, float]] = {}
+        self._lock = threading.Lock()
+        self._count = 0
+        self.reason = ""
+        self.knocked: frozenset[int] = frozenset()
+        self.blind_since: float | None = None
+        self._thread = threading.Thread(target=self._run, name="fomoe-beats", daemon=True)
+
+    def start(self) -> None:
+        if not self._thread.is_alive():
+            self.beat()
+            self._thread.start()
+
+    def beat(self) -> None:
+        """One beat: to the lighthouse and to the store."""
+        owner = self._owner
+        self._count += 1
+        owner.beat_store.set(f"beat/{owner.site}", f"{owner.incarnation}.{self._count}")
+        owner.beat_client.heartbeat(str(owner.site), timedelta(seconds=5))
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(_BEAT_S)
+            try:
+                self.beat()
+                self._look()
+                self.blind_since = None
+            except Exception as error:  # whatever the store's connection raises
+                # Without the lighthouse nothing can change: go on as long as all goes well.
+                if self.blind_since is None:
+                    self.blind_since = time.monotonic()
+                    print(f"fomoe: the lighthouse does not answer ({error})", flush=True)
+
+    def _look(self) -> None:
+        owner, now = self._owner, time.monotonic()
+        view = owner.view
+        store = owner.beat_store
+        for site in owner.all_sites:
+            if site == owner.site or not store.check([f"beat/{site}"]):
+                continue
+            beat = store.get(f"beat/{site}")
+            with self._lock:
+                before = self._heard.get(site)
+                if before is None or before[0] != beat:
+                    self._heard[site] = beat, now
+        knocking = {s for s in owner.all_sites if store.check([f"knock/{s}"])}
+        self.knocked = frozenset(knocking - set(view.members if view else ()))
+        if view is not None and store.check([f"end/{view.name}"]):
+            self.reason = self.reason or store.get(f"end/{view.name}").decode()
+        elif view is not None:
+            silent = [s for s in view.members if s != owner.site and self.is_silent(s)]
+            if silent and self.is_dead(silent[0]):
+                self.reason = f"the process of site {silent[0]} has ended"
+            elif silent:
+                self.reason = f"nothing was heard of site {silent[0]} for {owner.silent_s:g} s"
+
+    def is_silent(self, site: int) -> bool:
+        """Whether a site has not been heard of for too long, or is known to be dead."""
+        owner = self._owner
+        with self._lock:
+            heard = self._heard.get(site)
+        if heard is not None and time.monotonic() - heard[1] > owner.silent_s:
+            return True
+        return self.is_dead(site)
+
+    def is_dead(self, site: int, since_view: bool = True) -> bool:
+        """Whether the launcher has seen the end of a site's process: of the one in the view, or of
+        any that has not been followed by another."""
+        store, owner = self._owner.beat_store, self._owner
+        if not store.check([f"dead/{site}"]):
+            return False
+        deaths = int(store.get(f"dead/{site}"))
+        if since_view:
+            return deaths > owner.deaths_before.get(site, 0)
+        return deaths >= int(store.get(f"incarnation/{site}"))
+
+    def forget(self, sites: Sequence[int]) -> None:
+        """Begins anew: these sites have just been heard of."""
+        with self._lock:
+            for site in sites:
+                beat = self._heard.get(site, (b"", 0.0))[0]
+                self._heard[site] = beat, time.monotonic()
+        self.reason = ""
+
+
+class TorchftMembership:
+    """`Membership` by torchft's lighthouse; several views in the life of a job."""
+
+    def __init__(
+        self, address: str, site: int, num_sites: int, *, quorum: int, silent_s: float
+    ) -> None:
+        """`address`: HOST:PORT of a lighthouse. `site`: the number that this one keeps.
+
+        Raises RuntimeError without torchft, ValueError for an address that needs a secret, and what
+        the connection raises when nobody is there.
+        """
+        native = torchft()
+        host, port = split_address(address)
+        require_secret(host)
+        self.site, self.all_sites = site, tuple(range(num_sites))
+        self.quorum, self.silent_s = quorum, silent_s
+        self.view: View | None = None
+        self.deaths_before: dict[int, int] = {}
+        self._attempt = 0
+        self.store, self.beat_store = (self._connect(host, port) for _ in range(2))
+        self.incarnation = self.store.add(f"incarnation/{site}", 1)
+        rpc = f"http://{host}:{int(self.store.get(RPC_KEY))}"
+        wait = timedelta(seconds=_STORE_S)
+        self._client, self.beat_client = (native.LighthouseClient(rpc, wait) for _ in range(2))
+        self._beats = _Beats(self)
+
+    def _connect(self, host: str, port: int) -> dist.Store:
+        store = dist.TCPStore(
+            host, port, wait_for_workers=False, timeout=timedelta(seconds=_STORE_S)
+        )
+        return dist.PrefixStore(keyed("store"), store)
+
+    # ------------------------------------------------------------------------------ the two
+
+    def agree(self, round_index: int, *, between_rounds: bool, patience_s: float) -> View:
+        """The next view: of the sites that live and come within `patience_s`.
+
+        `between_rounds`: take in who has knocked. Raises NotAMember when the others have gone on
+        already, TooFew below the quorum.
+        """
+        before = self.view
+        assert before is not None, "begin or knock comes first"
+        self._raise_if_finished()
+        if between_rounds and not self.store.check([f"admit/{before.name}"]):
+            self.store.set(f"admit/{before.name}", "1")
+        self.end("the next view is being formed")
+        self.store.set(f"here/{before.name}/{self.site}", "1")
+        self._await(before, sorted(self._beats.knocked) if between_rounds else [], patience_s)
+        return self._ask(round_index)
+
+    def lost(self) -> str:
+        return self._beats.reason
+
+    # -------------------------------------------------------------------------------- the rest
+
+    def begin(self, timeout_s: float) -> View | None:
+        """The first view, of all sites; None when the job is under way already.
+
+        Raises TooFew when not all come in time.
+        """
+        if self.store.check(["current"]):
+            return None
+        self.store.set(f"start/{self.site}", "1")
+        deadline = time.monotonic() + timeout_s
+        while not all(self.store.check([f"start/{s}"]) for s in self.all_sites):
+            if self.store.check(["current"]):
+                return None
+            if time.monotonic() > deadline:
+                missing = [s for s in self.all_sites if not self.store.check([f"start/{s}"])]
+                raise TooFew(f"sites {missing} did not come within {timeout_s:g} s")
+            time.sleep(_LOOK_S)
+        self._beats.start()
+        while True:
+            view = self._ask(0)
+            if view.members == self.all_sites:
+                return view
+
+    def knock(self, timeout_s: float) -> View:
+        """The view that takes this late-comer in, at the end of a round.
+
+        Raises TooFew when nobody does so in time.
+        """
+        self._beats.start()
+        self.view = None
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            self._raise_if_finished()
+            current = json.loads(self.store.get("current"))
+            name = current["name"]
+            if self.site in current["members"]:
+                # The others have not yet noticed that the one before this is gone.
+                self.store.set(f"end/{name}", f"site {self.site} has been started anew")
+            self.store.set(f"knock/{self.site}", str(self.incarnation))
+            if self.store.check([f"admit/{name}"]):
+                self.store.set(f"here/{name}/{self.site}", "1")
+                view = self._ask(-1)
+                if self.site in view.members:
+                    self.store.delete_key(f"knock/{self.site}")
+                    return view
+            time.sleep(_LOOK_S)
+        raise TooFew(f"nobody has taken site {self.site} in within {timeout_s:g} s")
+
+    def why(self, site: int) -> str:
+        """What is known of the loss of a site, in words."""
+        if self._beats.is_dead(site, since_view=False):
+            return "its process has ended"
+        if self._beats.is_silent(site):
+            return f"nothing was heard of it for {self.silent_s:g} s"
+        return "it did not come in time"
+
+    def finish(self) -> None:
+        """The job is done: who comes or looks for the others now need not."""
+        self.store.set("finished", "1")
+
+    def _raise_if_finished(self) -> None:
+        if self.store.check(["finished"]):
+            raise Finished("the job has ended")
+
+    def knocked(self) -> bool:
+        """Whether a late-comer waits."""
+        return bool(self._beats.knocked)
+
+    def end(self, reason: str) -> None:
+        """Ends the present view: all others of it will hear of it."""
+        assert self.view is not None
+        if not self.store.check([f"end/{self.view.name}"]):
+            self.store.set(f"end/{self.view.name}", reason)
+
+    def _await(self, view: View, late: Sequence[int], patience_s: float) -> None:
+        """Until all of the view that live are here, and the late-comers; not for ever."""
+        start = time.monotonic()
+        while True:
+            if self._superseded(view):
+                raise NotAMember(f"the other sites have gone on without site {self.site}")
+            away = [s for s in view.members if not self.store.check([f"here/{view.name}/{s}"])]
+            away = [s for s in away if not self._beats.is_silent(s)]
+            passed = time.monotonic() - start
+            if passed < _ARRIVAL_S:
+                late = [s for s in late if not self.store.check([f"here/{view.name}/{s}"])]
+                late = [s for s in late if not self._beats.is_silent(s)]
+            else:
+                late = []
+            if not (away or late) or (passed > patience_s and not late):
+                return
+            time.sleep(_LOOK_S)
+
+    def _superseded(self, view: View) -> bool:
+        current = json.loads(self.store.get("current"))
+        return current["name"] != view.name and self.site not in current["members"]
+
+    def _ask(self, round_index: int) -> View:
+        """Asks the lighthouse, and makes the answer the present view."""
+        deadline = time.monotonic() + 4 * self.silent_s + _STORE_S
+        while True:
+            self._attempt += 1
+            about = {"attempt": self._attempt, "incarnation": self.incarnation}
+            about["proof"] = keyed("member", self.site, self._attempt, self.incarnation)
+            try:
+                quorum = self._client.quorum(
+                    str(self.site),
+                    timedelta(seconds=self.silent_s + 5),
+                    step=round_index,
+                    world_size=1,
+                    shrink_only=False,
+                    data=about,
+                )
+                break
+            except (RuntimeError, TimeoutError) as error:
+                if time.monotonic() > deadline:
+                    raise TooFew(f"no quorum of {self.quorum} sites: {error}") from None
+        proven = [p for p in quorum.participants if _is_proven(p.replica_id, p.data)]
+        members = tuple(sorted(int(p.replica_id) for p in proven))
+        if self.site not in members or len(members) < self.quorum:
+            raise TooFew(f"sites {members} are {len(members)}, fault.quorum is {self.quorum}")
+        self._attempt = max(int(p.data["attempt"]) for p in proven)
+        incarnations = [int(p.data["incarnation"]) for p in proven]
+        name = f"{quorum.quorum_id}.{self._attempt}.{'-'.join(map(str, incarnations))}"
+        self.deaths_before = {s: self._deaths(s) for s in self.all_sites}
+        self.view = View(name, members, dist.PrefixStore(f"view/{keyed('view', name)}", self.store))
+        self._beats.forget(members)
+        self.store.set("current", json.dumps({"name": name, "members": members}))
+        return self.view
+
+    def _deaths(self, site: int) -> int:
+        return int(self.store.add(f"deaths/{site}", 0))
+
+
+def _is_proven(replica_id: str, data: Any) -> bool:
+    """Whether a participant knows the run's secret."""
+    try:
+        words = int(replica_id), int(data["attempt"]), int(data["incarnation"])
+        return matches(str(data["proof"]), "member", *words)
+    except (TypeError, ValueError, KeyError):
+        return False
+
+
+def join(fault: FaultConfig, site: int, num_sites: int) -> TorchftMembership:
+    """A site's membership, by the lighthouse that the options or the launcher name.
+
+    Raises ValueError where neither does, and what `TorchftMembership` raises.
+    """
+    address = fault.lighthouse or os.environ.get(LIGHTHOUSE)
+    if address is None:
+        raise ValueError(
+            "fault.membership = torchft needs a lighthouse: start with `fomoe train`, or start "
+            "`fomoe lighthouse` and give its address with --lighthouse"
+        )
+    quorum, silent_s = fault.quorum, fault.silent_s
+    return TorchftMembership(address, site, num_sites, quorum=quorum, silent_s=silent_s)

@@ -1,0 +1,121 @@
+"""Who holds which expert after sites have gone or come: as few moves as will do. No torch.
+
+The rule, layer by layer: who is there keeps what it holds; experts that nobody holds, and those of
+too few holders, go to the sites with the least experts; then experts move from the fullest site to
+the emptiest until no two sites differ by more than one. Ties go to the lower number, so that all
+sites compute the same table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fomoe_ext.placement import Placement
+
+Holdings = Sequence[Sequence[Sequence[int]]]
+"""[site][layer] -> the experts that the site holds."""
+Table = list[list[list[int]]]
+"""[layer][expert] -> the sites that hold it, ascending."""
+
+
+def table_of(holdings: Holdings, num_experts: int) -> Table:
+    """The owners of every expert, none where nobody holds it."""
+    layers = len(holdings[0])
+    table: Table = [[[] for _ in range(num_experts)] for _ in range(layers)]
+    for site, of_layers in enumerate(holdings):
+        for layer, experts in enumerate(of_layers):
+            for expert in experts:
+                table[layer][expert].append(site)
+    return table
+
+
+def orphans(holdings: Holdings, num_experts: int) -> list[tuple[int, int]]:
+    """The (layer, expert) that nobody holds."""
+    table = table_of(holdings, num_experts)
+    return [
+        (layer, expert)
+        for layer, experts in enumerate(table)
+        for expert, owners in enumerate(experts)
+        if not owners
+    ]
+
+
+def adopt_orphans(holdings: Holdings, num_experts: int) -> Placement:
+    """The placement in which every expert stays where it is and those of nobody get one holder."""
+    table = table_of(holdings, num_experts)
+    for experts in table:
+        loads = _loads(experts, len(holdings))
+        for owners in experts:
+            if not owners:
+                _add(owners, loads)
+    return Placement.uneven(table, len(holdings))
+
+
+def rebalance(holdings: Holdings, num_experts: int, replication: int) -> Placement:
+    """The placement with every expert on min(replication, sites) sites, and sites of even load."""
+    sites = len(holdings)
+    wanted = min(replication, sites)
+    table = table_of(holdings, num_experts)
+    for experts in table:
+        loads = _loads(experts, sites)
+        for owners in experts:
+            while len(owners) > wanted:
+                fullest = max(owners, key=lambda site: (loads[site], site))
+                owners.remove(fullest)
+                loads[fullest] -= 1
+        for owners in experts:
+            while len(owners) < wanted:
+                _add(owners, loads)
+        _level(experts, loads)
+    return Placement.uneven(table, sites)
+
+
+def _loads(experts: Sequence[Sequence[int]], sites: int) -> list[int]:
+    loads = [0] * sites
+    for owners in experts:
+        for site in owners:
+            loads[site] += 1
+    return loads
+
+
+def _add(owners: list[int], loads: list[int]) -> None:
+    site = min((s for s in range(len(loads)) if s not in owners), key=lambda s: (loads[s], s))
+    owners.append(site)
+    owners.sort()
+    loads[site] += 1
+
+
+def _level(experts: Sequence[list[int]], loads: list[int]) -> None:
+    """Moves experts from full to empty sites; each move makes the loads more even, so it ends."""
+    while True:
+        pairs = sorted(
+            ((loads[a] - loads[b], -b, a) for a in range(len(loads)) for b in range(len(loads))),
+            reverse=True,
+        )
+        for gain, negative, source in pairs:
+            target = -negative
+            if gain < 2:
+                return
+            movable = [o for o in experts if source in o and target not in o]
+            if movable:
+                # Of an owner set that many share one is missed the least.
+                chosen = max(movable, key=lambda o: sum(other == o for other in experts))
+                chosen.remove(source)
+                chosen.append(target)
+                chosen.sort()
+                loads[source] -= 1
+                loads[target] += 1
+                break
+        else:
+            return
+
+
+def is_level(placement: Placement, replication: int) -> bool:
+    """Whether every expert has as many holders as can be, and no two sites' loads of a layer differ
+    by more than one."""
+    wanted = min(replication, placement.num_sites)
+    for experts in placement.owners_of:
+        loads = _loads(experts, placement.num_sites)
+        if max(loads) - min(loads) > 1 or any(len(owners) != wanted for owners in experts):
+            return False
+    return True

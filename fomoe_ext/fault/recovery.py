@@ -1,0 +1,122 @@
+"""What of a training site changes when its company does, and what it tells the others of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fomoe_ext import checkpoint as ckpt
+from fomoe_ext.assemble import expert_key, named_moe_layers
+from fomoe_ext.checkpoint import CheckpointError
+from fomoe_ext.outer.belongings import steps_of
+from fomoe_ext.runs import CHECKPOINTS
+from fomoe_ext.tally import Tally
+
+if TYPE_CHECKING:
+    from fomoe_ext.fault.reform import Formed
+    from fomoe_ext.model import LanguageModel
+    from fomoe_ext.trainer import TrainingSite
+
+
+def progress(site: TrainingSite) -> dict[str, Any]:
+    """How far a site is, as one that comes late goes on from it."""
+    sync = site.sync
+    return {
+        "steps": steps_of(sync),
+        "step": site.tally.steps,
+        "steps_in_round": site.steps_in_round,
+        "data": site.batches.state_dict(),
+        "counters": {name: getattr(sync, name) for name in ("round", "steps", "reductions")},
+        "agreements": sync.agreements,
+        "story": site.story,
+        "first_validation": site.tally.first_validation,
+    }
+
+
+def settle(site: TrainingSite, apply: bool) -> None:
+    """Ends a meeting that broke off: applies it, with all that a meeting is followed by, or takes
+    it back."""
+    placement = site.placement
+    outcome = site.sync.settle(apply)
+    if outcome is not None:
+        site.tally.meeting_s += site.after_meeting(placement, outcome)
+
+
+@torch.no_grad()
+def become(site: TrainingSite, formed: Formed) -> None:
+    """Puts a new model, and the site's place among the others, into force."""
+    old = None if site.late else site.sync
+    sync, donor = formed.sync, formed.donor
+    for name, value in donor["counters"].items():
+        setattr(sync, name, value)
+    sync.agreements = donor["agreements"]
+    if old is not None:
+        sync.bytes_sent, sync.lost_bytes = old.bytes_sent, old.lost_bytes
+        sync.agreements = old.agreements
+        sync.tokens.copy_(old.tokens)
+        if sync.warmup is not None and old.warmup is not None:
+            residents = [layer.site_experts for layer in sync.moe_layers]
+            sync.warmup.progress = {
+                key: steps
+                for key, steps in old.warmup.progress.items()
+                if key[1] in residents[key[0]]
+            }
+    if site.late:
+        site.batches.load_state_dict(donor["data"])
+        step = donor["step"]
+        site.tally = Tally(
+            steps=step,
+            from_round=sync.round,
+            from_step=step,
+            first_validation=donor["first_validation"],
+        )
+        site.steps_in_round = donor["steps_in_round"]
+        site.story = list(donor["story"])
+    site.world, site.late = formed.world, False
+    site.model, site.optimizer, site.sync = formed.model, formed.optimizer, sync
+
+
+@torch.no_grad()
+def restore_experts(
+    site: TrainingSite, model: LanguageModel, experts: Sequence[tuple[int, int]]
+) -> int | None:
+    """Fills experts of a new model from the newest whole checkpoint on this machine.
+
+    Returns the local step that it is of; None where there is none: they are as at the start. What
+    optimizers know of them begins at zero.
+    """
+    folder = site.run_dir / CHECKPOINTS
+    for path in reversed(ckpt.list_checkpoints(folder)):
+        try:
+            _read_experts(site, model, experts, path)
+        except CheckpointError as error:
+            print(f"site {site.world.number}: {error}", flush=True)
+            continue
+        return int(path.name.rpartition("-")[2])
+    return None
+
+
+def _read_experts(
+    site: TrainingSite,
+    model: LanguageModel,
+    experts: Sequence[tuple[int, int]],
+    path: Any,
+) -> None:
+    ckpt.require_whole(path)
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with ckpt.GlobalModelReader(path) as reader:
+        for named in named_moe_layers(model):
+            layer = named.layer
+            rows = {e: row for row, e in enumerate(layer.experts.resident_experts)}
+            for expert in (e for la, e in experts if la == named.index):
+                for part in layer.experts.parts:
+                    value = reader.tensor(expert_key(named.path, expert, part))
+                    found.append((layer.experts.part(part)[rows[expert]], value))
+                if layer.router_scope == "resident":
+                    for part in layer.router.parts:
+                        value = reader.tensor(f"{named.path}.router.{part}")[expert]
+                        found.append((layer.router.get_parameter(part)[expert], value))
+    for target, value in found:
+        target.copy_(value)

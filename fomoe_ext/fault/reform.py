@@ -1,0 +1,278 @@
+"""Sites form anew: they settle the last meeting, share out the experts and go on.
+
+All sites of a view do the same: connect; tell each other where they stand; apply the meeting that
+broke off where any has applied it, else take it back (`outer.staged`); compute who holds what
+(`ownership`); make a model for that beside the old one; send each other what is missing; and when
+all have told all that they have it, put it into force. A death on the way ends this view as well,
+and it begins again with what every site then has.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from fomoe_ext.fault import inject, ownership, recovery
+from fomoe_ext.fault.membership import View
+from fomoe_ext.outer import OuterSync, SiteGroups
+from fomoe_ext.outer.belongings import Belongings, Item, biases_of, items_of, ship
+from fomoe_ext.outer.groups import gather_objects
+from fomoe_ext.placement import Placement
+from fomoe_ext.world import World, with_others
+
+if TYPE_CHECKING:
+    from fomoe_ext.model import LanguageModel
+    from fomoe_ext.trainer import TrainingSite
+
+_CONNECT_S = 30.0
+_graveyard: list[Any] = []
+"""Groups whose other ends are gone: to destroy one may take until its timeout."""
+
+
+def new_default_group(view: View, world: World, timeout_s: float) -> None:
+    """Makes torch.distributed's default group that of a view; a collective of its sites."""
+    if dist.is_initialized():
+        _graveyard.append(dist.group.WORLD)
+        dist.destroy_process_group()
+    dist.init_process_group(
+        "gloo",
+        store=view.store,
+        rank=world.site,
+        world_size=world.num_sites,
+        timeout=timedelta(seconds=min(timeout_s, _CONNECT_S)),
+    )
+    if world.num_sites > 1:
+        dist.barrier()
+    backend = dist.group.WORLD._get_backend(torch.device("cpu"))  # type: ignore[union-attr]
+    backend._set_default_timeout(timedelta(seconds=timeout_s))
+
+
+@dataclass
+class Formed:
+    """What a site will be once all agree: its place, and a model with all that belongs to it."""
+
+    number: int
+    world: World
+    placement: Placement
+    model: LanguageModel
+    optimizer: torch.optim.Optimizer
+    sync: OuterSync
+    donor: dict[str, Any]
+    fresh: bool
+    restored: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Regrouped:
+    """What has come of it, for the report."""
+
+    members: tuple[int, ...]
+    lost: tuple[int, ...]
+    joined: tuple[int, ...]
+    restored: tuple[dict[str, Any], ...]
+    bytes_sent: int
+    seconds: float
+    settled: str
+    """"applied", "taken back" or "" where no meeting was under way."""
+
+
+class Reform:
+    """The changes of a site's company; one for its whole life."""
+
+    def __init__(self, site: TrainingSite) -> None:
+        self._site = site
+        self._ready: Formed | None = None
+        self.number = 0
+        """How many changes are in force here."""
+
+    def regroup(self, view: View) -> Regrouped:
+        """Forms the view's company and puts it into force; a collective of its sites.
+
+        Raises PeerLost when one of them is lost on the way; then the next view is to be agreed on.
+        """
+        site, start = self._site, time.perf_counter()
+        before = site.world.members
+        world = site.world.of_members(view.members)
+        with with_others("forming anew", world.number):
+            new_default_group(view, world, site.config.outer.timeout_s)
+            groups = site.make_groups(world)
+            standing = self._tell(world)
+            settled = self._settle(standing)
+            standing = gather_objects(self._standing(), world.num_sites)
+            formed = self._form(world, groups, standing)
+            sent = self._ship(formed, standing)
+            self._ready = formed
+            inject.point("reform")
+            gather_objects("ready", world.num_sites)
+        known = {s["uid"] for s in standing if not s["fresh"]}
+        self._put_into_force()
+        return Regrouped(
+            members=view.members,
+            lost=tuple(sorted(set(before) - set(view.members))),
+            joined=tuple(sorted(set(view.members) - known)),
+            restored=tuple(formed.restored),
+            bytes_sent=sent,
+            seconds=time.perf_counter() - start,
+            settled=settled,
+        )
+
+    # ---------------------------------------------------------------------------- where we stand
+
+    def _tell(self, world: World) -> list[dict[str, Any]]:
+        """Where all stand, after those that missed the last change have caught up with it."""
+        standing = gather_objects(self._standing(), world.num_sites)
+        latest = max(s["number"] for s in standing)
+        if any(s["number"] != latest and s["ready"] == latest for s in standing):
+            if self.number != latest and self._ready is not None:
+                self._put_into_force()
+            standing = gather_objects(self._standing(), world.num_sites)
+        self._ready = None
+        return standing
+
+    def _standing(self) -> dict[str, Any]:
+        """Where this site stands, as others need to know it."""
+        site = self._site
+        about: dict[str, Any] = {
+            "uid": site.world.number,
+            "number": self.number,
+            "ready": self._ready.number if self._ready else -1,
+            "fresh": site.late,
+        }
+        if site.late:
+            return about
+        sync = site.sync
+        return about | {
+            "round": sync.round,
+            "arrived": sync.pending is not None and sync.pending.arrived,
+            "between": site.steps_in_round == 0,
+            "holds": [list(layer.site_experts) for layer in sync.moe_layers],
+            "names": Belongings.of(sync).names(),
+            **recovery.progress(site),
+        }
+
+    def _settle(self, standing: Sequence[dict[str, Any]]) -> str:
+        """Ends the meeting that broke off, the same way everywhere."""
+        site = self._site
+        if site.late:
+            return ""
+        target = max(s["round"] for s in standing if not s["fresh"])
+        pending = site.sync.pending is not None
+        if site.sync.round == target:
+            recovery.settle(site, apply=False)
+            return "taken back" if pending else ""
+        if site.sync.round == target - 1 and site.sync.pending and site.sync.pending.arrived:
+            recovery.settle(site, apply=True)
+            return "applied"
+        site.late = True  # it has missed a whole round: others tell it all
+        return ""
+
+    # ------------------------------------------------------------------------------- what we'll be
+
+    def _form(self, world: World, groups: SiteGroups, standing: Sequence[dict[str, Any]]) -> Formed:
+        """A model for this site's share of the new placement, with what the site has of it."""
+        site = self._site
+        old = [s for s in standing if not s["fresh"]]
+        if not old:
+            raise RuntimeError("no site is left that knows the model; resume a checkpoint")
+        experts = site.config.model.num_experts
+        layers = site.config.model.num_layers
+        holdings = [[[]] * layers if s["fresh"] else s["holds"] for s in standing]
+        if all(s["between"] for s in old):
+            replication = site.config.sites.replication
+            placement = ownership.rebalance(holdings, experts, replication)
+        else:
+            placement = ownership.adopt_orphans(holdings, experts)
+        model, optimizer, sync = site.make(world, placement, groups, arriving=True)
+        number = max(s["number"] for s in standing) + 1
+        return Formed(number, world, placement, model, optimizer, sync, old[0], site.late)
+
+    def _ship(self, formed: Formed, standing: Sequence[dict[str, Any]]) -> int:
+        """Fills the new model with what the site has and what the others send; the bytes sent."""
+        site, me = self._site, formed.world.site
+        old = [s for s in standing if not s["fresh"]]
+        names = sorted(set.intersection(*(set(s["names"]) for s in old)))
+        parcels = _parcels(standing, formed.placement)
+        mine = Belongings() if site.late else Belongings.of(site.sync)
+        mine.tensors = {
+            k: v for k, v in mine.tensors.items() if k in ("value", "error", "bias", *names)
+        }
+        mine.steps = dict(formed.donor["steps"])
+        here = {} if site.late else items_of(site.sync)
+        here_biases = {} if site.late else biases_of(site.sync)
+        wanted, wanted_biases = items_of(formed.sync), biases_of(formed.sync)
+        everyone = formed.sync.groups.group(formed.sync.groups.everyone)
+        sent = 0
+        # Layer by layer, so that not all of them lie in memory twice.
+        for layer in sorted({-1 if item is None else item[0] for item, _, _ in parcels}):
+            some = [p for p in parcels if (-1 if p[0] is None else p[0][0]) == layer]
+            sizes = {}
+            vectors = {}
+            for item, source, target in some:
+                own, biases = (here, here_biases) if source == me else (wanted, wanted_biases)
+                if me in (source, target):
+                    pieces, rows = own.get(item, []), biases.get(item, [])
+                    elements = len(names) * sum(p.numel for p in pieces)
+                    sizes[item] = elements + sum(p.numel for p in rows)
+                if source == me and item not in vectors:
+                    vectors[item] = mine.vector(here[item], here_biases.get(item, []))
+            arrived, count = ship(everyone, me, [p for p in some if me in p[1:]], sizes, vectors)
+            sent += count
+            for item, vector in arrived.items():
+                mine.take(vector, wanted[item], wanted_biases.get(item, []), names)
+        self._restore(formed, mine, standing)
+        mine.fill(formed.sync)
+        return sent
+
+    def _restore(
+        self, formed: Formed, mine: Belongings, standing: Sequence[dict[str, Any]]
+    ) -> None:
+        """Experts that nobody holds any more come from the newest checkpoint, or begin anew."""
+        layers = self._site.config.model.num_layers
+        holdings = [[[]] * layers if s["fresh"] else s["holds"] for s in standing]
+        lost = ownership.orphans(holdings, self._site.config.model.num_experts)
+        for layer, expert in lost:
+            owners = formed.placement.owners(layer, expert)
+            formed.restored.append(
+                {"layer": layer, "expert": expert, "site": formed.world.members[owners[0]]}
+            )
+        own = [key for key in lost if formed.world.site in formed.placement.owners(*key)]
+        if own:
+            step = recovery.restore_experts(self._site, formed.model, own)
+            for entry in formed.restored:
+                if (entry["layer"], entry["expert"]) in own:
+                    entry["from_step"] = step
+
+    def _put_into_force(self) -> None:
+        formed, self._ready = self._ready, None
+        assert formed is not None
+        self.number = formed.number
+        recovery.become(self._site, formed)
+
+
+def _parcels(
+    standing: Sequence[dict[str, Any]], placement: Placement
+) -> list[tuple[Item, int, int]]:
+    """What must travel: (item, source, target); senders take turns."""
+    fresh = [place for place, s in enumerate(standing) if s["fresh"]]
+    donor = next(place for place, s in enumerate(standing) if not s["fresh"])
+    parcels: list[tuple[Item, int, int]] = [(None, donor, target) for target in fresh]
+    sends = [0] * len(standing)
+    for layer in range(placement.num_layers):
+        held: dict[int, list[int]] = {}
+        for place, s in enumerate(standing):
+            for expert in [] if s["fresh"] else s["holds"][layer]:
+                held.setdefault(expert, []).append(place)
+        for expert, owners in enumerate(placement.owners_of[layer]):
+            for target in owners:
+                have = held.get(expert, [])
+                if have and target not in have:
+                    source = min(have, key=lambda place: (sends[place], place))
+                    sends[source] += 1
+                    parcels.append(((layer, expert), source, target))
+    return parcels

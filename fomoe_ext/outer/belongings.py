@@ -1,0 +1,204 @@
+"""What a site has of its model's pieces, taken out of one OuterSync and put into another.
+
+When sites go or come, every one makes its model anew for what it is to hold, and fills it with what
+it had and what others send. Until that is done nothing of the old one has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fomoe_ext.outer.groups import SiteGroup
+from fomoe_ext.outer.layout import Piece
+
+if TYPE_CHECKING:
+    from fomoe_ext.outer.sync import OuterSync
+
+Item = tuple[int, int] | None
+"""An expert (layer, expert), or all that is no expert's (None)."""
+
+_STAYS = ("value", "error", "bias")
+"""What does not travel as a part of every piece: values are the anchor's where they arrive, what
+encoding has lost stays where it is, biases have pieces of their own."""
+
+
+def items_of(sync: OuterSync) -> dict[Item, list[Piece]]:
+    """The pieces of every item, in order of their keys; what an item's vector is made of."""
+    found: dict[Item, list[Piece]] = {}
+    for layout in sync.layouts:
+        for piece in layout.pieces:
+            found.setdefault(piece.expert, []).append(piece)
+    return {item: sorted(pieces, key=lambda p: p.key) for item, pieces in found.items()}
+
+
+def biases_of(sync: OuterSync) -> dict[Item, list[Piece]]:
+    """The same of selection biases, which have no anchor."""
+    found: dict[Item, list[Piece]] = {}
+    for layout in sync.bias_layouts:
+        for piece in layout.pieces:
+            found.setdefault(piece.expert, []).append(piece)
+    return {item: sorted(pieces, key=lambda p: p.key) for item, pieces in found.items()}
+
+
+class Belongings:
+    """Flat tensors by what they are ("value", "anchor", "momentum", "error", "bias", and by what
+    the inner optimizer calls its own) and by piece; and its steps by parameter."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, dict[str, Tensor]] = {}
+        self.steps: dict[str, float] = {}
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, sync: OuterSync) -> Belongings:
+        """All that a site has; views of its memory."""
+        result = cls()
+        kept = result.tensors
+        for index, layout in enumerate(sync.layouts):
+            error = sync.feedback[index].own
+            for piece, place in layout.slices():
+                kept.setdefault("value", {})[piece.key] = piece.values()
+                kept.setdefault("anchor", {})[piece.key] = sync.anchors[index][place]
+                if sync.momenta:
+                    kept.setdefault("momentum", {})[piece.key] = sync.momenta[index][place]
+                if error is not None:
+                    kept.setdefault("error", {})[piece.key] = error[place]
+                for moment, tensor in _moments(sync, piece):
+                    kept.setdefault(moment, {})[piece.key] = tensor
+        for layout in sync.bias_layouts:
+            for piece in layout.pieces:
+                kept.setdefault("bias", {})[piece.key] = piece.values()
+        result.steps = steps_of(sync)
+        return result
+
+    def names(self) -> list[str]:
+        """What travels with an item, besides biases."""
+        return sorted(what for what in self.tensors if what not in _STAYS)
+
+    def vector(self, pieces: Sequence[Piece], biases: Sequence[Piece]) -> Tensor:
+        """All that travels with an item, flat fp32."""
+        parts = [self.tensors[what][p.key].float() for what in self.names() for p in pieces]
+        parts += [self.tensors["bias"][piece.key].float() for piece in biases]
+        return torch.cat(parts)
+
+    def take(
+        self,
+        vector: Tensor,
+        pieces: Sequence[Piece],
+        biases: Sequence[Piece],
+        names: Sequence[str],
+    ) -> None:
+        """Keeps what `vector` of another site has sent; a parameter's value is the anchor's."""
+        sizes = [piece.numel for piece in pieces] * len(names) + [p.numel for p in biases]
+        parts = iter(vector.split(sizes))
+        for what in names:
+            for piece in pieces:
+                self.tensors.setdefault(what, {})[piece.key] = next(parts)
+        for piece in biases:
+            self.tensors.setdefault("bias", {})[piece.key] = next(parts)
+        for piece in pieces:
+            self.tensors.setdefault("value", {})[piece.key] = self.tensors["anchor"][piece.key]
+
+    @torch.no_grad()
+    def fill(self, sync: OuterSync) -> None:
+        """Puts all of it into an `arriving` OuterSync; what is not there begins at zero, and a
+        parameter whose value is not there stays as it is."""
+        moments = [name for name in self.names() if name not in ("anchor", "momentum")]
+        _make_moments(sync, moments, self.steps)
+        for index, layout in enumerate(sync.layouts):
+            device = layout.pieces[0].tensor.device
+            anchor = torch.zeros(layout.numel, device=device)
+            momentum = torch.zeros(layout.numel, device=device) if sync.rule.momentum else None
+            error = sync.feedback[index].own
+            for piece, place in layout.slices():
+                value = self._find("value", piece)
+                if value is not None:
+                    piece.values().copy_(value)
+                found = self._find("anchor", piece)
+                anchor[place].copy_(piece.values() if found is None else found)
+                for what, vector in (("momentum", momentum), ("error", error)):
+                    found = self._find(what, piece)
+                    if vector is not None and found is not None:
+                        vector[place].copy_(found)
+                for moment, tensor in _moments(sync, piece):
+                    found = self._find(moment, piece)
+                    if found is not None:
+                        tensor.copy_(found)
+            sync.anchors.append(anchor)
+            if momentum is not None:
+                sync.momenta.append(momentum)
+        for layout in sync.bias_layouts:
+            for piece in layout.pieces:
+                found = self._find("bias", piece)
+                if found is not None:
+                    piece.values().copy_(found)
+
+    def _find(self, what: str, piece: Piece) -> Tensor | None:
+        return self.tensors.get(what, {}).get(piece.key)
+
+
+def _moments(sync: OuterSync, piece: Piece) -> Iterator[tuple[str, Tensor]]:
+    """Flat views of what the inner optimizer keeps of a piece."""
+    assert sync.inner_optimizer is not None
+    state = sync.inner_optimizer.state.get(piece.tensor, {})
+    for name, value in state.items():
+        if name != "step" and isinstance(value, Tensor) and value.shape == piece.tensor.shape:
+            yield name, piece.part_of(value)
+
+
+def steps_of(sync: OuterSync) -> dict[str, float]:
+    """The inner optimizer's step of each parameter that it keeps one for."""
+    assert sync.inner_optimizer is not None
+    state = sync.inner_optimizer.state
+    return {
+        name: float(state[p]["step"])
+        for name, p in sync.model.named_parameters()
+        if "step" in state.get(p, {})
+    }
+
+
+def _make_moments(sync: OuterSync, names: Sequence[str], steps: Mapping[str, float]) -> None:
+    """The inner optimizer's state, all zero, as it would be after so many steps."""
+    if not names:
+        return
+    usual = max(steps.values(), default=0.0)
+    assert sync.inner_optimizer is not None
+    for name, parameter in sync.model.named_parameters():
+        if parameter.requires_grad:
+            entry: dict[str, Any] = {what: torch.zeros_like(parameter) for what in names}
+            if steps:
+                step = torch.tensor(steps.get(name, usual), dtype=torch.float32)
+                entry = {"step": step.to(parameter.device), **entry}
+            sync.inner_optimizer.state[parameter] = entry
+
+
+def ship(
+    group: SiteGroup,
+    site: int,
+    parcels: Iterable[tuple[Item, int, int]],
+    size_of: Mapping[Item, int],
+    vector_of: Mapping[Item, Tensor],
+) -> tuple[dict[Item, Tensor], int]:
+    """Sends items to where they are wanted; what has arrived here, and the bytes sent.
+
+    A collective of the group, whose member `site` this is. `parcels`: (item, source, target), the
+    same at all members. `size_of`: fp32 elements of every item; `vector_of`: what this site sends.
+    """
+    ordered = sorted(parcels, key=lambda p: (p[0] is not None, p[0] or (), p[2]))
+    members = range(group.size)
+    outgoing = [[i for i, a, b in ordered if (a, b) == (site, other)] for other in members]
+    incoming = [[i for i, a, b in ordered if (a, b) == (other, site)] for other in members]
+    vectors = [vector_of[item] for to_site in outgoing for item in to_site]
+    sent = (torch.cat(vectors) if vectors else torch.empty(0)).to(group.device)
+    sizes = [sum(size_of[item] for item in from_site) for from_site in incoming]
+    received = torch.empty(sum(sizes), device=group.device)
+    count = group.send_to_each(
+        received, sent, sizes, [sum(size_of[item] for item in to_site) for to_site in outgoing]
+    )
+    order = [item for from_site in incoming for item in from_site]
+    parts = received.split([size_of[item] for item in order]) if order else ()
+    return dict(zip(order, parts, strict=True)), count
