@@ -16,12 +16,27 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary name to write; afterwards the file has its own, whole or not at all."""
+    """Gives a temporary name to write; afterwards the file has its own, whole or not at all.
+
+    File and name are synced to disk.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes names in a folder last: new ones, changed ones and that others are gone."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some file systems cannot, and then need not
+        pass
+    finally:
+        os.close(descriptor)

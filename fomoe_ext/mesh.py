@@ -155,15 +155,25 @@ def put_whole(target: Tensor, value: Tensor) -> None:
 
     Raises ValueError for a DTensor that is not sharded by rows over one axis, or replicated.
     """
-    if is_sharded(target):
-        mesh, placements = target.device_mesh, target.placements  # type: ignore[attr-defined]
-        if len(placements) != 1 or not (placements[0].is_shard(0) or placements[0].is_replicate()):
-            raise ValueError(f"target must be sharded by rows, got {placements}")
-        if placements[0].is_shard(0):
-            each = -(-target.shape[0] // mesh.size())
-            first = min(target.shape[0], mesh.get_local_rank() * each)
-            value = value[first : first + each]
-    local_tensor(target).copy_(value)
+    first, here = rows_here(target)
+    here.copy_(value[first : first + len(here)] if is_sharded(target) else value)
+
+
+def rows_here(tensor: Tensor) -> tuple[int, Tensor]:
+    """The first of the rows that this rank holds of a tensor, and these rows, which share its
+    memory.
+
+    Raises ValueError for a DTensor that is not sharded by rows over one axis, or replicated.
+    """
+    if not is_sharded(tensor):
+        return 0, tensor.detach()
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    if len(placements) != 1 or not (placements[0].is_shard(0) or placements[0].is_replicate()):
+        raise ValueError(f"target must be sharded by rows, got {placements}")
+    if placements[0].is_replicate():
+        return 0, local_tensor(tensor)
+    each = -(-tensor.shape[0] // mesh.size())
+    return min(tensor.shape[0], mesh.get_local_rank() * each), local_tensor(tensor)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

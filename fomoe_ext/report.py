@@ -56,6 +56,7 @@ def _result(report: Mapping[str, Any]) -> ReportTable:
         rows.append(("same bits on all holders", f"after {run['agreements']} meetings"))
         if healed:
             rows.append(("tensors restored from a majority", str(healed)))
+    rows += _checkpoints(report)
     if first is not None:
         text = f"{first['bits_per_byte']:.3f} after round {first['round']}"
         rows.insert(2, ("earliest bits per byte", text))
@@ -67,6 +68,23 @@ def _result(report: Mapping[str, Any]) -> ReportTable:
             "resumed with other sites or another placement"
         )
     return ReportTable("Result", ("", ""), tuple(rows), note)
+
+
+def _checkpoints(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What checkpoints during the training cost it, where there were some."""
+    sites = report["sites"]
+    failed = max(site.get("checkpoints_failed", 0) for site in sites)
+    rows = [("checkpoints that could not be written", str(failed))] if failed else []
+    during = max(site.get("checkpoints", 0) for site in sites)
+    slowest = max(sites, key=lambda site: site.get("checkpoint_s", 0.0))
+    rounds = report["run"]["rounds"] - report["run"].get("from_round", 0)
+    training = slowest["local_s"] + slowest["meeting_s"]
+    if during and rounds and training:
+        each = slowest["checkpoint_s"] / during
+        share = each / (training / rounds)
+        text = f"{each * 1e3:.1f} ms each, {share:.1%} of a round ({during} checkpoints)"
+        rows.append(("training waited for checkpoints", text))
+    return rows
 
 
 def _time(report: Mapping[str, Any]) -> ReportTable:

@@ -11,14 +11,15 @@ encoding begin at zero, and counts as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fomoe_ext.assemble import expert_key, named_moe_layers
+from fomoe_ext.assemble import expert_key, named_moe_layers, responsible_site
 from fomoe_ext.checkpoint import CheckpointError
+from fomoe_ext.mesh import is_sharded, rows_here
 from fomoe_ext.outer.state import by_parameter, from_parameters, require_rules, share_errors
 from fomoe_ext.placement import Placement
 from fomoe_ext.tally import Tally
@@ -33,45 +34,67 @@ SourceOf = Callable[[tuple[int, int] | None], int]
 
 
 class _Entry(NamedTuple):
-    """A tensor by its name in the global model; of an expert, which (layer, expert)."""
+    """A tensor by its name in the global model; of an expert, which (layer, expert).
+
+    alone: no other rank of the site has it.
+    """
 
     name: str
     expert: tuple[int, int] | None
     tensor: Tensor
+    alone: bool = False
 
 
 def _entries(model: nn.Module, tensor_of: TensorOf) -> list[_Entry]:
-    """What this rank holds of tensors shaped as the trained parameters; experts one by one."""
+    """What this rank holds of tensors shaped as the trained parameters; experts one by one.
+
+    Where sites choose among their residents, router rows as well: each is its holders' business.
+    """
     stacks: dict[int, tuple[str, int, str, tuple[int, ...]]] = {}
+    routers: dict[int, tuple[int, tuple[int, ...]]] = {}
     for named in named_moe_layers(model):
         ids = named.layer.experts.resident_experts
         for part in named.layer.experts.parts:
             stacks[id(named.layer.experts.part(part))] = (named.path, named.index, part, ids)
+        if named.layer.router_scope == "resident":
+            for part in named.layer.router.parts:
+                rows = named.layer.router.get_parameter(part)
+                routers[id(rows)] = named.index, named.layer.site_experts
     result = []
     for name, parameter in model.named_parameters():
         tensor = tensor_of(parameter) if parameter.requires_grad else None
         if tensor is None:
             continue
-        if id(parameter) not in stacks:
-            result.append(_Entry(name, None, tensor))
-            continue
-        path, layer, part, ids = stacks[id(parameter)]
-        for row, expert in enumerate(ids):
-            key = expert_key(path, expert, part)
-            result.append(_Entry(key, (layer, expert), tensor[row]))
+        if id(parameter) in stacks:
+            path, layer, part, ids = stacks[id(parameter)]
+            for row, expert in enumerate(ids):
+                key = expert_key(path, expert, part)
+                result.append(_Entry(key, (layer, expert), tensor[row]))
+        elif id(parameter) in routers:
+            layer, ids = routers[id(parameter)]
+            first, rows = rows_here(tensor)
+            result += [
+                _Entry(f"{name}.{expert}", (layer, expert), rows[expert - first], alone=True)
+                for expert in ids
+                if first <= expert < first + len(rows)
+            ]
+        else:
+            result.append(_Entry(name, None, tensor, is_sharded(tensor)))
     return result
 
 
-def _local_entries(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A site's own parameters and buffers by name, experts one by one."""
-    result = dict(tensors)
+def _local_entries(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[_Entry]:
+    """A site's own parameters and buffers, experts one by one."""
+    whole = dict(tensors)
+    result = []
     for named in named_moe_layers(model):
         for part in named.layer.experts.parts:
             prefix = f"{named.path}." if named.path else ""
-            stack = result.pop(f"{prefix}experts.{part}")
+            stack = whole.pop(f"{prefix}experts.{part}")
             for row, expert in enumerate(named.layer.experts.resident_experts):
-                result[expert_key(named.path, expert, part)] = stack[row]
-    return result
+                key = expert_key(named.path, expert, part)
+                result.append(_Entry(key, (named.index, expert), stack[row]))
+    return [*(_Entry(n, None, t, is_sharded(t)) for n, t in whole.items()), *result]
 
 
 def _inner_names(optimizer: torch.optim.Optimizer) -> list[str]:
@@ -114,15 +137,12 @@ def _own_vectors(sync: OuterSync) -> dict[str, list[Tensor]]:
 # ---------------------------------------------------------------------------------------- writing
 
 
-def state_of(
-    site: TrainingSite, local: Mapping[str, Tensor] | None
-) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-    """What `checkpoint.save_checkpoint` takes: numbers, on the site's first rank, and tensors.
+def state_of(site: TrainingSite, has_local: bool) -> dict[str, Any] | None:
+    """What of a site's state is no tensor, on its first rank; a collective of the site's ranks.
 
-    `local`: the site's own parameters and buffers, where they are not those of the global model. A
-    collective of the site's ranks.
+    `has_local`: whether `tensors_of` gives the site's own parameters and buffers too.
     """
-    sync, ranks, own = site.sync, site.sync.ranks, f"site{site.world.site}"
+    sync, ranks = site.sync, site.sync.ranks
     numbers = {
         key: value for key, value in sync.state_dict().items() if not isinstance(value, Tensor)
     }
@@ -130,39 +150,80 @@ def state_of(
         numbers.pop(what)
     parts = ranks.gather((sync.bytes_sent, site.tally.state_dict(), site.round_counts()))
     numbers["bytes_sent"] = sum(sent for sent, _, _ in parts)
-    named: dict[str, Tensor] = {}
-    inner, kept = _inner_names(site.optimizer), site.optimizer.state
-    for name in inner:
-        for entry in _entries(site.model, lambda p, name=name: kept.get(p, {}).get(name)):
-            named[f"{own}/{name}/{entry.name}"] = entry.tensor
-    alone = {f"{own}/{what}": vectors for what, vectors in _own_vectors(sync).items()}
-    for what, vectors in (_shared_vectors(sync) | alone).items():
-        tensors = by_parameter(sync, vectors)
-        for entry in _entries(site.model, lambda p, found=tensors: found.get(id(p))):
-            named[f"{what}/{entry.name}"] = entry.tensor
-    named |= {f"{own}/share/{name}": tensor for name, tensor in share_errors(sync).items()}
-    if local is not None:
-        entries = _local_entries(site.model, local)
-        named |= {f"{own}/local/{name}": tensor for name, tensor in entries.items()}
-    kept = sync.copies is not None and not sync.copies.fresh
-    if sync.copies is not None and kept:
-        named |= {f"{own}/stale/{name}": tensor for name, tensor in sync.copies.tensors().items()}
-    tokens = ranks.sum_(sync.tokens.clone())
     if not ranks.leads:
-        return None, named
-    named[f"{own}/tokens"] = tokens
+        return None
     state = {
         "sync": numbers,
-        "inner": {"names": inner, "steps": _steps(site)},
+        "inner": {"names": _inner_names(site.optimizer), "steps": _steps(site)},
         "data": site.batches.state_dict(),
         "tally": Tally.of_ranks([Tally.from_state(t) for _, t, _ in parts]).state_dict(),
         "steps_in_round": site.steps_in_round,
         "round_counts": of_site([counts for _, _, counts in parts]),
-        "local": local is not None,
+        "local": has_local,
     }
-    if sync.copies is not None and kept:
+    if sync.copies is not None and not sync.copies.fresh:
         state["stale"] = sync.copies.description()
-    return state, named
+    return state
+
+
+def tensors_of(
+    site: TrainingSite, local: Mapping[str, Tensor] | None
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the training state that this process has to write, by name, one after another.
+
+    `local`: the site's own parameters and buffers, where they are not those of the global model. A
+    collective of the site's ranks, and to be gone through to its end. A site writes what is its
+    own; of what all holders have alike an expert's `responsible_site` writes it, and the sites
+    share out the rest. Of the ranks that have the same the first does.
+    """
+    sync, own = site.sync, f"site{site.world.site}"
+    kept = site.optimizer.state
+    for name in _inner_names(site.optimizer):
+        entries = _entries(site.model, lambda p, name=name: kept.get(p, {}).get(name))
+        yield from _written_here(site, f"{own}/{name}", entries)
+    for what, vectors in _shared_vectors(sync).items():
+        tensors = by_parameter(sync, vectors)
+        entries = _entries(site.model, lambda p, found=tensors: found.get(id(p)))
+        yield from _written_here(site, what, _shared_out(site, entries))
+    for what, vectors in _own_vectors(sync).items():
+        tensors = by_parameter(sync, vectors)
+        entries = _entries(site.model, lambda p, found=tensors: found.get(id(p)))
+        yield from _written_here(site, f"{own}/{what}", entries)
+    for name, tensor in share_errors(sync).items():
+        yield f"{own}/share/{name}", tensor
+    if local is not None:
+        yield from _written_here(site, f"{own}/local", _local_entries(site.model, local))
+    if sync.copies is not None and not sync.copies.fresh:
+        for name, tensor in sync.copies.tensors().items():
+            yield f"{own}/stale/{name}", tensor
+    tokens = sync.ranks.sum_(sync.tokens.clone())
+    if sync.ranks.leads:
+        yield f"{own}/tokens", tokens
+
+
+def _written_here(
+    site: TrainingSite, prefix: str, entries: Iterable[_Entry]
+) -> Iterator[tuple[str, Tensor]]:
+    """Of what a site's ranks hold what this one writes; of DTensors each has its shard."""
+    ranks = site.sync.ranks
+    for entry in entries:
+        first = ranks.rank < ranks.expert_ranks if entry.expert is not None else ranks.leads
+        if first or entry.alone:
+            yield f"{prefix}/{entry.name}", entry.tensor
+
+
+def _shared_out(site: TrainingSite, entries: Iterable[_Entry]) -> Iterator[_Entry]:
+    """Of what other sites have as well what this site writes."""
+    placement, mine = site.placement, site.world.site
+    dense = 0
+    for entry in entries:
+        if entry.expert is not None:
+            writer = responsible_site(placement, *entry.expert)
+        else:
+            writer = dense % placement.num_sites
+            dense += 1
+        if writer == mine:
+            yield entry
 
 
 def of_site(counts: list[tuple[float, int, int]]) -> tuple[float, int, int]:
@@ -222,7 +283,7 @@ def load_into(
         wanted |= {f"{own}/share/{n}": tensor for n, tensor in share_errors(sync).items()}
         if state["local"]:
             entries = _local_entries(site.model, site.local_tensors())
-            wanted |= {f"{own}/local/{name}": tensor for name, tensor in entries.items()}
+            wanted |= {f"{own}/local/{entry.name}": entry.tensor for entry in entries}
         if _keeps_copies(site, resumed):
             copies = sync.copies.tensors()  # type: ignore[union-attr]
             wanted |= {f"{own}/stale/{name}": tensor for name, tensor in copies.items()}

@@ -41,42 +41,46 @@ def run_of(path: Path) -> Path:
     return path.parent.parent if path.parent.name == CHECKPOINTS else path
 
 
-def newest_run(folder: Path = RUNS) -> Path:
-    """The run folder in `folder` that was begun last. Raises FileNotFoundError if there is none."""
+AUTO = "auto"
+"""`resume`: the newest whole checkpoint of the run folder, or the beginning where there is none."""
+
+
+def newest_run(folder: Path = RUNS) -> Path | None:
+    """The run folder in `folder` that was begun last, or None where there is none."""
     runs = [path.parent for path in folder.glob(f"*/{CONFIG}")] if folder.is_dir() else []
-    if not runs:
-        raise FileNotFoundError(f"--resume: there is no run in {folder}/, name a run folder")
-    return max(runs, key=lambda path: ((path / CONFIG).stat().st_mtime_ns, path.name))
+    return max(runs, key=lambda path: ((path / CONFIG).stat().st_mtime_ns, path.name), default=None)
 
 
-def _resume_target(resume: str, run_dir: Path | None) -> Path:
-    if resume not in ("", "auto"):
-        return Path(resume)
-    return run_dir or newest_run()
+def _run_to_resume(resume: str, run_dir: Path | None) -> Path | None:
+    """The run folder of what is to be resumed; None where auto finds no run at all."""
+    return (run_dir or newest_run()) if resume in ("", AUTO) else run_of(Path(resume))
 
 
 def job_config(args: Sequence[str], prog: str = "fomoe train") -> TrainConfig:
     """The configuration of a job from its arguments, with run folder and what it resumes settled.
 
     A resumed job takes the configuration saved with its run, unless --config or --preset is given;
-    other flags change it. Raises what `config_io.parse_args` raises, and FileNotFoundError where
-    there is nothing to resume.
+    other flags change it. `--resume auto` of a run folder that does not exist yet, or of none where
+    there is no run, begins the job. Raises what `config_io.parse_args` raises, and
+    FileNotFoundError where a run that was named is not there.
     """
     args = list(args)
-    resume = _flag_value(args, "--resume")
+    resume, given = _flag_value(args, "--resume"), _flag_value(args, "--run-dir")
+    known: Path | None = Path(given) if given else None
     if resume is not None and not any(_flag_value(args, f) for f in ("--config", "--preset")):
-        given = _flag_value(args, "--run-dir")
-        run = run_of(_resume_target(resume, Path(given) if given else None))
-        if not (run / CONFIG).is_file():
-            raise FileNotFoundError(f"--resume: {run} is no run folder, it has no {CONFIG}")
-        args += ["--config", str(run / CONFIG)]
+        found = _run_to_resume(resume, known)
+        if found is not None and (found / CONFIG).is_file():
+            args += ["--config", str(found / CONFIG)]
+            known = known or found  # wherever it was when it was saved
+        elif resume not in ("", AUTO):
+            raise FileNotFoundError(f"--resume: {found} is no run folder, it has no {CONFIG}")
     config = parse_args(args, prog)
     run = config.run
     if run.resume is not None:
-        target = _resume_target(run.resume, run.run_dir)
-        run_dir = Path(given) if (given := _flag_value(args, "--run-dir")) else run_of(target)
-        run = dataclasses.replace(run, resume=str(target), run_dir=run_dir)
-    elif run.run_dir is None:
+        automatic = run.resume in ("", AUTO)
+        folder = known or _run_to_resume(run.resume, run.run_dir)
+        run = dataclasses.replace(run, resume=AUTO if automatic else run.resume, run_dir=folder)
+    if run.run_dir is None:
         name = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
         run = dataclasses.replace(run, run_dir=RUNS / name)
     return dataclasses.replace(config, run=run)

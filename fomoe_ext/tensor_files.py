@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,6 +18,23 @@ from fomoe_ext.files import write_text
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_CHUNK = 16 << 20
+"""Bytes written and hashed at a time."""
+_KINDS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What safetensors calls dtypes."""
 
 
 class TensorFiles:
@@ -107,3 +126,54 @@ def write_tensors(
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_text(folder / INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
     return len(parts), total
+
+
+class WrittenFile(NamedTuple):
+    """A file's size in bytes, its SHA-256 and that of its header with the header's length."""
+
+    size: int
+    sha256: str
+    header_sha256: str
+
+
+def write_synced(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> WrittenFile:
+    """Writes a safetensors file of tensors on any device, synced to disk, and hashes it meanwhile.
+
+    Unlike `save_file` it copies nothing that is contiguous and on the CPU, tensors may share
+    memory, and other threads of Python go on, so it can be used behind the back of a training job.
+    Raises ValueError for a dtype that such files do not have, and OSError.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    # The widest elements first, so that all are aligned.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    end = 0
+    for name in order:
+        tensor, begin = tensors[name], end
+        if tensor.dtype not in _KINDS:
+            raise ValueError(f"tensor {name} is {tensor.dtype}, safetensors files have none such")
+        end = begin + tensor.nbytes
+        header[name] = {
+            "dtype": _KINDS[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(start)
+    header_sha256 = digest.hexdigest()
+    with path.open("wb") as file:
+        file.write(start)
+        for name in order:
+            flat = tensors[name].detach().cpu().contiguous().view(-1)
+            content = (
+                memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+            )
+            for at in range(0, len(content), _CHUNK):
+                file.write(content[at : at + _CHUNK])
+                digest.update(content[at : at + _CHUNK])
+        file.flush()
+        os.fsync(file.fileno())
+    return WrittenFile(len(start) + end, digest.hexdigest(), header_sha256)

@@ -1,40 +1,41 @@
 """The training state of all processes: named tensors in one folder, read back in any sharding.
 
-Tensors are plain or DTensors. They are written and read by torch.distributed.checkpoint, every
-process its own shards, to safetensors files: nothing on disk is a pickle. A file says in its header
-which part of a tensor it holds, so a reader needs to know nothing of the processes that wrote it.
+Tensors are plain or DTensors. Every process writes its own shards to safetensors files in the form
+that torch.distributed.checkpoint reads: nothing on disk is a pickle, and nothing is sent to write.
+A file says in its header which part of a tensor it holds, so a reader needs to know nothing of the
+processes that wrote it.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import LoadPlan, WriteItem
+from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from fomoe_ext.json_values import from_json as from_json  # also from here: what is no tensor
 from fomoe_ext.json_values import to_json as to_json
 from fomoe_ext.outer.groups import gather_objects
+from fomoe_ext.tensor_files import WrittenFile, write_synced
 
 FILE_BYTES = 1 << 30
-"""Bytes of tensors in a file; to write one takes up to three times its size of memory."""
+"""Bytes of tensors in a file."""
 _SUFFIX = ".safetensors"
 
 
@@ -76,40 +77,75 @@ def _stored(name: str, tensor: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------- writing
 
 
-class _SavePlanner(DefaultSavePlanner):
-    """Makes tensors fit for safetensors, one file's at a time: contiguous, none sharing memory."""
+class TensorPart(NamedTuple):
+    """A part of a tensor, of at least one dimension, and where in the whole it begins."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._uses = Counter(_local(t).untyped_storage().data_ptr() for t in tensors.values())
-
-    def transform_object(self, write_item: WriteItem, object: Any) -> Tensor:
-        tensor: Tensor = object.contiguous()
-        return tensor.clone() if self._uses[tensor.untyped_storage().data_ptr()] > 1 else tensor
+    tensor: Tensor
+    offsets: tuple[int, ...]
 
 
-def _file_numbers(sizes: Sequence[Mapping[str, int]], limit: int) -> dict[str, int]:
-    """The file, from 1, that every tensor goes to, from its bytes at each process.
+def shard_of(name: str, tensor: Tensor) -> TensorPart | None:
+    """What this process is to write of a tensor; it shares the tensor's memory.
 
-    No process writes more than `limit` bytes to a file, or the file has a single tensor.
+    Of a DTensor its shard, or None where another process has the same one (the first along a mesh's
+    replicated dimensions writes), has all there is, or where this one is not in the mesh. Of a
+    plain tensor all. Raises TypeError for what is no tensor, ValueError for a partial sum.
     """
-    numbers: dict[str, int] = {}
-    filled, number = [0] * len(sizes), 1
-    for name in sorted(set().union(*sizes)):
-        parts = [of.get(name, 0) for of in sizes]
-        if any(old and old + new > limit for old, new in zip(filled, parts, strict=True) if new):
-            filled, number = [0] * len(sizes), number + 1
-        numbers[name] = number
-        filled = [old + new for old, new in zip(filled, parts, strict=True)]
-    return numbers
+    stored = _stored(name, tensor)
+    if not isinstance(tensor, DTensor):
+        return TensorPart(stored, (0,) * stored.dim())
+    mesh, placements = tensor.device_mesh, tensor.placements
+    places = mesh.get_coordinate()
+    if places is None or any(
+        at and place.is_replicate() for at, place in zip(places, placements, strict=True)
+    ):
+        return None
+    if not tensor.dim():
+        return TensorPart(stored, (0,))
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    local = _local(stored)
+    if not local.numel() and (tensor.numel() or any(places)):
+        return None
+    return TensorPart(local, tuple(offsets))
 
 
-def _differing(kinds: Sequence[Mapping[str, tuple[int, str]]]) -> list[str]:
+def _in_files(shards: Mapping[str, TensorPart], limit: int) -> list[dict[str, TensorPart]]:
+    """Shards by name in files of at most `limit` bytes each, or with a single shard."""
+    files: list[dict[str, TensorPart]] = []
+    filled = 0
+    for name, shard in sorted(shards.items()):
+        if not files or filled + shard.tensor.nbytes > limit:
+            files.append({})
+            filled = 0
+        files[-1][name] = shard
+        filled += shard.tensor.nbytes
+    return files
+
+
+def write_shards(
+    folder: Path, shards: Mapping[str, TensorPart], *, process: int = 0, limit: int = FILE_BYTES
+) -> Iterator[tuple[str, WrittenFile]]:
+    """Writes this process's shards into a folder, as HuggingFaceStorageReader of
+    torch.distributed.checkpoint reads them; gives every file's name when it is written and synced.
+
+    A file has at most `limit` bytes of tensors, or a single one. Processes of other numbers have
+    files of other names. Raises OSError, and ValueError for a dtype that cannot be stored.
+    """
+    files = _in_files(shards, limit)
+    for number, held in enumerate(files, 1):
+        offsets = {name: {"saved_offsets": list(shard.offsets)} for name, shard in held.items()}
+        metadata = {"format": "pt", "DCP_SHARDING_INFO": json.dumps(offsets)}
+        name = f"shard-{process + 1:05d}-model-{number:05d}-of-{len(files):05d}{_SUFFIX}"
+        tensors = {key: shard.tensor for key, shard in held.items()}
+        yield name, write_synced(folder / name, tensors, metadata)
+
+
+def _differing(kinds: Sequence[Mapping[str, str]]) -> list[str]:
     """What processes that give a tensor of one name do not agree on: its dtype and shape."""
     first: dict[str, tuple[int, str]] = {}
     problems = []
     for process, of in enumerate(kinds):
-        for name, (_, kind) in of.items():
+        for name, kind in of.items():
             earlier, wanted = first.setdefault(name, (process, kind))
             if kind != wanted:
                 problems.append(
@@ -119,6 +155,32 @@ def _differing(kinds: Sequence[Mapping[str, tuple[int, str]]]) -> list[str]:
 
 
 @torch.no_grad()
+def only_once(
+    tensors: Mapping[str, Tensor], *, process: int = 0, num_processes: int = 1
+) -> dict[str, Tensor]:
+    """Of this process's tensors those that it is to write; a collective.
+
+    A DTensor is given by all processes of its mesh, a plain tensor by one process; what several
+    have alike, with the same bits, the first of them writes. Raises CheckpointError on every
+    process when any has what is no tensor, or two differ in a tensor's dtype or shape.
+    """
+    problem, kinds, parts = "", {}, []
+    try:
+        for name, tensor in tensors.items():
+            stored, part = _stored(name, tensor), shard_of(name, tensor)
+            kinds[name] = f"{stored.dtype} of shape {list(stored.shape)}"
+            if part is not None:
+                parts.append((name, part.offsets))
+    except (TypeError, ValueError) as error:
+        problem = f"process {process}: {error}"
+    gathered = gather_objects((problem, kinds, parts), num_processes)
+    problems = [text for text, _, _ in gathered if text] or _differing([k for _, k, _ in gathered])
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    before = {part for _, _, of_process in gathered[:process] for part in of_process}
+    return {name: tensors[name] for name, offsets in parts if (name, offsets) not in before}
+
+
 def write_tensors(
     folder: Path,
     tensors: Mapping[str, Tensor],
@@ -130,39 +192,15 @@ def write_tensors(
     """Writes the tensors of all processes into a folder; returns the names of this one's files.
 
     A collective of the `num_processes` processes of the default group, of which this is number
-    `process`; with one process torch.distributed is not needed. `tensors`: this process's; a
-    DTensor is given by all processes of its mesh, a plain tensor by one, or by several with the
-    same bits, of which one writes it. Tensors of no dimension are stored with shape [1]. A file has
-    at most `limit` bytes of tensors, or a single one. The files are synced to disk. Raises
-    CheckpointError on every process when any of them cannot write; files may be left then.
+    `process`; with one process torch.distributed is not needed. `tensors` as for `only_once`.
+    Tensors of no dimension are stored with shape [1]. Raises what `only_once` does, and where it
+    cannot write what `write_shards` does.
     """
-    problem, stored, kinds = "", {}, {}
-    try:
-        stored = {name: _stored(name, tensor) for name, tensor in tensors.items()}
-        kinds = {
-            name: (_local(t).nbytes, f"{t.dtype} of shape {list(t.shape)}")
-            for name, t in stored.items()
-        }
-    except (TypeError, ValueError) as error:
-        problem = f"process {process}: {error}"
-    gathered = gather_objects((problem, kinds), num_processes)
-    problems = [text for text, _ in gathered if text] or _differing([of for _, of in gathered])
-    if problems:
-        raise CheckpointError("; ".join(problems))
-    sizes = [{name: size for name, (size, _) in of.items()} for _, of in gathered]
-    numbers = _file_numbers(sizes, limit)
-    if not numbers:
-        return []
-    # Writes file shard-<process + 1>-model-<number>-of-<numbers>.safetensors.
-    writer = HuggingFaceStorageWriter(str(folder), numbers, save_distributed=True)
-    with _dcp_errors("training state"):
-        dcp.save(
-            stored,
-            storage_writer=writer,
-            planner=_SavePlanner(stored),
-            no_dist=num_processes == 1,
-        )
-    return sorted(file.name for file in folder.glob(f"shard-{process + 1:05d}-*{_SUFFIX}"))
+    own = only_once(tensors, process=process, num_processes=num_processes)
+    shards = {name: shard_of(name, tensor) for name, tensor in own.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    given = {name: shard for name, shard in shards.items() if shard is not None}
+    return [name for name, _ in write_shards(folder, given, process=process, limit=limit)]
 
 
 # ---------------------------------------------------------------------------------------- reading

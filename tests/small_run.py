@@ -20,6 +20,7 @@ import torch
 
 from fomoe_ext import checkpoint as ckpt
 from fomoe_ext.assemble import local_tensors, own_global_tensors
+from fomoe_ext.checkpoint_writer import save_checkpoint
 from fomoe_ext.config import ModelConfig, TrainConfig
 from fomoe_ext.config_io import save_config
 from fomoe_ext.model import LanguageModel
@@ -98,7 +99,7 @@ def untrained_run(
     """
     sizes = model.config
     whole = Placement.cyclic(1, sizes.num_experts, sizes.num_layers, 1)
-    path = ckpt.save_checkpoint(
+    path = save_checkpoint(
         folder / "checkpoints",
         ckpt.checkpoint_name(8),
         own_global_tensors(model, whole, 0, local_tensors(model)),

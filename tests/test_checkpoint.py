@@ -14,6 +14,7 @@ from safetensors import safe_open
 from sites import pool
 
 from fomoe_ext import checkpoint as ckpt
+from fomoe_ext import checkpoint_writer as writer
 from fomoe_ext.assemble import local_tensors, own_global_tensors
 from fomoe_ext.config import ModelConfig
 from fomoe_ext.data import open_data
@@ -70,9 +71,9 @@ def save(
     """Writes a checkpoint; `failing` is a site whose state cannot be written."""
     model, placement = site_model(num_sites, replication, site), place(num_sites, replication)
     if site == failing:
-        ckpt.save_file = lambda *a, **k: (_ for _ in ()).throw(OSError("no space left"))
+        writer.write_text = lambda *a, **k: (_ for _ in ()).throw(OSError("no space left"))
     try:
-        path = ckpt.save_checkpoint(
+        path = writer.save_checkpoint(
             folder,
             ckpt.checkpoint_name(7),
             own_global_tensors(model, placement, site, local_tensors(model)),
@@ -88,9 +89,9 @@ def save(
         return str(error)
     finally:
         if site == failing:
-            from safetensors.torch import save_file
+            from fomoe_ext.files import write_text
 
-            ckpt.save_file = save_file
+            writer.write_text = write_text
     return path.name
 
 
@@ -206,11 +207,21 @@ def test_the_newest_whole_checkpoint_is_chosen(tmp_path):
     pool().run(2, save, 1, tmp_path)
     newer = tmp_path / ckpt.checkpoint_name(8)
     shutil.copytree(tmp_path / ckpt.checkpoint_name(7), newer)
-    assert ckpt.newest_common(tmp_path, 0, 1) == newer
+    assert ckpt.newest_whole(tmp_path) == (newer, [])
+    flip(newer / "model-00001-of-00002.safetensors")
+    path, skipped = ckpt.newest_whole(tmp_path)
+    assert path == tmp_path / ckpt.checkpoint_name(7)
+    (reason,) = skipped
+    assert "step-00000008: the content of model-00001-of-00002.safetensors is damaged" in reason
+    assert ckpt.newest_whole(tmp_path, content=False).path == newer
+    # Each of three that see the folder reads a third of the files; one of them finds it.
+    found = [ckpt.newest_whole(tmp_path, share=(i, 3)).path for i in range(3)]
+    assert found.count(newer) == 2
     os.truncate(newer / "state-00000.json", 5)
-    assert ckpt.newest_common(tmp_path, 0, 1) == tmp_path / ckpt.checkpoint_name(7)
-    assert "state-00000.json has 5 bytes" in ckpt.why_none(tmp_path)
-    assert ckpt.newest_common(tmp_path / "nothing", 0, 1) is None
+    path, skipped = ckpt.newest_whole(tmp_path, content=False)
+    assert path == tmp_path / ckpt.checkpoint_name(7)
+    assert "state-00000.json has 5 bytes" in skipped[0]
+    assert ckpt.newest_whole(tmp_path / "nothing") == (None, [])
 
 
 # ---- validation ----------------------------------------------------------------------------------

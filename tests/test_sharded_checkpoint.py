@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fomoe_ext import checkpoint as ckpt
+from fomoe_ext import checkpoint_writer, training_state
 from fomoe_ext.training_state import (
     CheckpointError,
     read_tensors,
@@ -127,12 +128,10 @@ def save(
         "named": tensors_of_rank(process),
         "tensors": [(f"model.{process}", value(f"model.{process}", (3, 2)))],
     }
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter as Writer
-
-    write = Writer.write_data
+    write = training_state.write_synced
     try:
         arguments |= break_it(process) if break_it is not None else {}
-        path = ckpt.save_checkpoint(
+        path = checkpoint_writer.save_checkpoint(
             folder,
             NAME,
             arguments["tensors"],
@@ -148,7 +147,7 @@ def save(
     except ckpt.CheckpointError as error:
         return str(error)
     finally:
-        Writer.write_data = write
+        training_state.write_synced = write
         os.environ.pop("LOCAL_RANK", None)
     return path.name
 
@@ -275,7 +274,7 @@ def read_folder(process: int, num_processes: int, folder: Path) -> int:
 
 def test_nothing_at_all_is_a_checkpoint_too(tmp_path):
     assert pool().run(2, write_nothing, tmp_path) == [[], []]
-    path = ckpt.save_checkpoint(
+    path = checkpoint_writer.save_checkpoint(
         tmp_path, NAME, [("a", torch.ones(2))], {}, site=0, num_sites=1, round=0
     )
     assert ckpt.tensor_names(path) == {} and ckpt.load_state(path, 0) == {}
@@ -299,7 +298,7 @@ def test_no_pickle_is_read_and_none_is_there(saved):
         ckpt.load_tensors(saved, {"site0/step": torch.zeros(())})
     files = {str(p.relative_to(saved)) for p in saved.rglob("*") if p.is_file()}
     assert {Path(file).suffix for file in files} == {".json", ".safetensors"}
-    assert files - {ckpt.MANIFEST, ckpt.INDEX} == set(ckpt.read_manifest(saved).files)
+    assert files - {ckpt.MANIFEST} == set(ckpt.read_manifest(saved).files)
 
 
 def test_the_manifest_tells_who_wrote_a_file(saved):
@@ -307,6 +306,8 @@ def test_the_manifest_tells_who_wrote_a_file(saved):
     assert (manifest.num_sites, manifest.ranks_per_site, manifest.round) == (2, 2, 3)
     writers = {}
     for name, entry in manifest.files.items():
+        if name == ckpt.INDEX:
+            continue
         writers.setdefault(name.split("-")[0], set()).add((entry.site, entry.rank))
         if name.startswith("training/"):
             assert name.startswith(f"training/shard-{2 * entry.site + entry.rank + 1:05d}-")
@@ -352,13 +353,12 @@ def test_machines_that_share_no_folder_have_their_own_files(tmp_path):
 
 def full_disk(process: int) -> dict[str, Any]:
     """Process 3 cannot write its tensors."""
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter as Writer
 
     def refused(*_: Any) -> Any:
         raise OSError("no space left")
 
     if process == 3:
-        Writer.write_data = refused
+        training_state.write_synced = refused
     return {}
 
 
@@ -389,7 +389,7 @@ def other_shape(process: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "break_it, message",
     [
-        (full_disk, "process 3: no space left"),
+        (full_disk, "site 1, rank 1: no space left"),
         (no_number, r"site 1, rank 0: state\['a'\]\[0\] must be of numbers"),
         (no_state, "site 1, rank 0: state must be given by rank 0"),
         (no_tensor, "process 1: tensor a must be a Tensor, got float"),
@@ -492,7 +492,7 @@ def test_other_names_shapes_and_types_are_refused(saved):
         with pytest.raises(CheckpointError, match=message):
             ckpt.load_tensors(saved, wanted)
     with pytest.raises(ValueError, match=r"rank must be in \[0, 2\), got 2"):
-        ckpt.save_checkpoint(
+        checkpoint_writer.save_checkpoint(
             saved.parent, NAME, [], {}, site=0, num_sites=1, rank=2, ranks_per_site=2, round=1
         )
 
@@ -504,17 +504,23 @@ def test_another_format_is_refused(copied):
         ckpt.load_tensors(copied, {})
 
 
-def newest(process: int, num_processes: int, folder: Path, site: int | None) -> str | None:
-    found = ckpt.newest_common(folder, process // 2 if site is None else None, num_processes)
-    return None if found is None else found.name
+def newest(process: int, num_processes: int, folder: Path, torn: str) -> list[Any]:
+    """With a copy of the newer checkpoint whose file is torn on the last process's machine."""
+    if process == num_processes - 1:
+        shutil.copytree(folder, other := folder.with_name("other"))
+        folder = other
+        truncate(folder / torn)
+    dist.barrier()
+    found = ckpt.newest_whole(folder, num_processes)
+    return [found.path.name if found.path else None, found.skipped]
 
 
 def test_the_newest_is_one_that_all_processes_find_whole(copied):
     newer = copied.with_name(ckpt.checkpoint_name(9))
     shutil.copytree(copied, newer)
-    assert pool().run(4, newest, copied.parent, None) == [newer.name] * 4
     (file,) = (newer / "training").glob("shard-00004*")
-    truncate(file)
-    assert pool().run(4, newest, copied.parent, None) == [NAME] * 4
-    assert ckpt.newest_common(copied.parent, 0, 1) == newer
-    assert ckpt.newest_common(copied.parent, None, 1) == copied
+    answers = pool().run(4, newest, copied.parent, f"{newer.name}/training/{file.name}")
+    for name, (reason,) in answers:
+        assert name == NAME
+        assert f"{newer.name}: training/{file.name} has" in reason
+    assert ckpt.newest_whole(copied.parent).path == newer

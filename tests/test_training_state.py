@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
@@ -17,8 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from fomoe_ext.tensor_files import write_synced
 from fomoe_ext.training_state import (
-    _file_numbers,
+    TensorPart,
+    _in_files,
     from_json,
     read_tensors,
     tensor_names,
@@ -84,11 +87,41 @@ def test_any_mesh_will_do(tmp_path):
 
 
 def test_tensors_are_dealt_to_few_files():
-    sizes = [{"a": 4, "b": 4, "c": 4, "d": 9}, {"b": 1, "d": 1, "e": 8}, {}]
-    assert _file_numbers(sizes, 8) == {"a": 1, "b": 1, "c": 2, "d": 3, "e": 4}
-    assert _file_numbers(sizes, 100) == dict.fromkeys("abcde", 1)
-    assert _file_numbers([{"a": 9, "b": 0}], 1) == {"a": 1, "b": 1}
-    assert _file_numbers([{}, {}], 1) == {}
+    sizes = {"b": 4, "a": 4, "c": 4, "d": 9, "e": 8}
+    shards = {
+        name: TensorPart(torch.zeros(size, dtype=torch.uint8), (0,)) for name, size in sizes.items()
+    }
+    dealt = lambda limit: [list(held) for held in _in_files(shards, limit)]
+    assert dealt(8) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert dealt(100) == [["a", "b", "c", "d", "e"]]
+    assert dealt(1) == [["a"], ["b"], ["c"], ["d"], ["e"]]
+    assert _in_files({}, 1) == []
+
+
+def test_a_synced_file_is_a_safetensors_file(tmp_path):
+    """All dtypes, also empty ones, without dimensions, not contiguous, sharing memory; hashes."""
+    base = torch.arange(24).view(4, 6)
+    dtypes = (torch.float64, torch.bfloat16, torch.int16, torch.uint8, torch.float8_e4m3fn)
+    given = {str(dtype): (base % 7).to(dtype) for dtype in dtypes}
+    given |= {"bool": base > 5, "turned": base.t(), "row": base[1], "none": base[:0]}
+    given["number"] = torch.tensor(2.5)
+    file = tmp_path / "a.safetensors"
+    written = write_synced(file, given, {"format": "pt", "x": "y"})
+    content = file.read_bytes()
+    length = 8 + int.from_bytes(content[:8], "little")
+    assert written.size == len(content)
+    assert written.sha256 == hashlib.sha256(content).hexdigest()
+    assert written.header_sha256 == hashlib.sha256(content[:length]).hexdigest()
+    assert length % 8 == 0
+    with safe_open(file, framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt", "x": "y"}
+        assert sorted(opened.keys()) == sorted(given)
+        for name, tensor in given.items():
+            found = opened.get_tensor(name)
+            assert found.dtype == tensor.dtype and found.shape == tensor.shape, name
+            assert torch.equal(found.double(), tensor.double()), name
+    with pytest.raises(ValueError, match=r"tensor z is torch\.complex64"):
+        write_synced(file, {"z": torch.zeros(1, dtype=torch.complex64)}, {})
 
 
 # ---- what is no tensor ---------------------------------------------------------------------------
