@@ -18,7 +18,6 @@ torch.distributed's default group is a site's rank.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,9 +28,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fomoe_ext.assemble import fill_model, global_names
+from fomoe_ext.json_values import from_json, loads
 from fomoe_ext.outer.groups import gather_objects
-from fomoe_ext.tensor_files import INDEX
-from fomoe_ext.training_state import CheckpointError, from_json, read_tensors
+from fomoe_ext.tensor_files import INDEX, read_index, require_inside
+from fomoe_ext.training_state import CheckpointError, read_tensors
 from fomoe_ext.training_state import tensor_names as names_in_folder
 
 FORMAT = 2
@@ -57,6 +57,13 @@ class FileEntry:
     sha256: str
     rank: int = 0
     header_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        kinds = {"site": int, "size": int, "sha256": str, "rank": int, "header_sha256": str}
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if type(value) is not kind:
+                raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r:.60}")
 
 
 @dataclass(frozen=True)
@@ -113,12 +120,12 @@ def read_manifest(path: Path) -> Manifest:
     if not path.is_dir():
         raise CheckpointError(f"checkpoint {path} does not exist")
     try:
-        raw = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        raw = loads((path / MANIFEST).read_bytes(), nan=True)
         if raw["format"] != FORMAT:
             raise CheckpointError(
                 f"checkpoint {path} has format {raw['format']}, this version reads {FORMAT}"
             )
-        files = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
+        files = {require_inside(n): FileEntry(**entry) for n, entry in raw["files"].items()}
         return Manifest(raw["round"], raw["num_sites"], files, raw["meta"], raw["ranks_per_site"])
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} has no {MANIFEST}: it is not whole") from None
@@ -214,7 +221,7 @@ def load_state(path: Path, site: int) -> dict[str, Any]:
         )
     _check_file(path, name, manifest.files[name], content=True)
     try:
-        return from_json(json.loads((path / name).read_text(encoding="utf-8")))
+        return from_json(loads((path / name).read_bytes()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path}: cannot read {name} ({error})") from None
 
@@ -273,8 +280,7 @@ class GlobalModelReader:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         try:
-            index = json.loads((self.path / INDEX).read_text(encoding="utf-8"))
-            self._file_of: dict[str, str] = dict(index["weight_map"])
+            self._file_of = read_index(self.path / INDEX)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"checkpoint {path}: cannot read {INDEX} ({error})") from None
         self._open: dict[str, Any] = {}

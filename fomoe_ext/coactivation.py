@@ -7,12 +7,13 @@ whole numbers that fp64 adds up exactly, so that every site and machine finds th
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fomoe_ext.json_values import loads
 
 if TYPE_CHECKING:
     from fomoe_ext.placement import Placement
@@ -63,7 +64,7 @@ def measured_coactivation(path: Path) -> _Ints:
     if not file.is_file():
         raise FileNotFoundError(f"coactivation: {path} has no {_REPORT}: it is no finished run")
     try:
-        table = json.loads(file.read_text(encoding="utf-8"))
+        table = loads(file.read_bytes(), nan=True)
     except ValueError as error:
         raise ValueError(f"coactivation: {file} is not JSON: {error}") from None
     if path.is_dir():

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fomoe_ext.json_values import loads
 from fomoe_ext.text import FoundTexts, TextUnit, Tokenizer, find_texts, load_tokenizer, read_texts
 
 _FORMAT = 1  # of the cache; raise it when the encoding changes
@@ -312,7 +313,7 @@ def _cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
 def _read_counts(folder: Path) -> dict[str, Any]:
     """What `_encode` returned for this cache folder."""
     try:
-        counts = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        counts = loads((folder / "meta.json").read_bytes())
         for split in _SPLITS:
             if not {"tokens", "bytes", "hash"} <= counts[split].keys():
                 raise ValueError(f"no counts of {split}")

@@ -4,7 +4,6 @@ language models of transformers. Of each a `Subject`: its sizes, its text and it
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from fomoe_ext.export import (
     find_source,
     model_of_config,
 )
+from fomoe_ext.json_values import loads
 from fomoe_ext.model import LanguageModel
 from fomoe_ext.moe import MoELayer
 from fomoe_ext.placement import Placement
@@ -185,9 +185,15 @@ def _reported_tokens(source: Source) -> int:
     if source.run is None:
         return TOKENS
     try:
-        report = json.loads((source.run / "report.json").read_text(encoding="utf-8"))
+        report = loads((source.run / "report.json").read_bytes(), nan=True)
         return int(report["validation"]["tokens"])
-    except (OSError, ValueError, KeyError, TypeError):  # a run that has not ended has none
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        OverflowError,
+    ):  # a run that has not ended has none
         return TOKENS
 
 
@@ -216,7 +222,7 @@ def _run_subject(source: Source, skipping: Skipping, tokenizer: Path | None) -> 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(loads(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path.parent}: cannot read {path.name} ({error})") from None
 

@@ -291,6 +291,8 @@ def model_of_config(config: dict[str, Any]) -> ModelConfig:
         )
     except KeyError as error:
         raise ValueError(f"config.json has no {error}") from None
+    except TypeError as error:
+        raise ValueError(f"config.json has a value of another type ({error})") from None
 
 
 def _byte_tokenizer() -> dict[str, Any]:

@@ -75,15 +75,15 @@ def _dict_of(items: list[Any]) -> dict[Any, Any]:
         raise ValueError(f"$items must have keys that can be hashed ({error})") from None
 
 
-def loads(text: str | bytes) -> Any:
+def loads(text: str | bytes, *, nan: bool = False) -> Any:
     """JSON text, or its UTF-8 bytes, read strictly; what comes from disk or wire is read by this.
 
     As `json.loads`, but ValueError is all that it raises, whatever the text: also for one that is
-    nested too deeply to be read, and for NaN and Infinity, which JSON has not.
+    nested too deeply to be read and, without `nan`, for NaN and Infinity, which JSON has not.
     """
     try:
         content = text if isinstance(text, str) else text.decode("utf-8")
-        return json.loads(content, parse_constant=_refuse)
+        return json.loads(content, parse_constant=None if nan else _refuse)
     except RecursionError:
         raise ValueError("JSON is nested too deeply") from None
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fomoe_ext.files import write_text
+from fomoe_ext.json_values import loads
 
 _REFRESH_S = 0.2
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -63,20 +64,33 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a metrics.jsonl. Raises ValueError naming the line that is not JSON."""
+    """All records of a metrics.jsonl. Raises ValueError naming the line that is no JSON object."""
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            record = loads(line, nan=True)
+        except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number}: wanted a JSON object, got {record!r:.60}")
+        records.append(record)
     return records
 
 
+def _step(record: Mapping[str, Any], path: Path) -> int:
+    step = record.get("step", 0)
+    if not isinstance(step, int):
+        raise ValueError(f"{path}: step must be a whole number, got {step!r:.60}")
+    return step
+
+
 def rewind_metrics(path: Path, step: int) -> None:
-    """Drop the records of later steps than `step`, which a resumed job is going to write again."""
+    """Drop the records of later steps than `step`, which a resumed job is going to write again.
+
+    Raises ValueError for a damaged file.
+    """
     if path.exists():
-        records = [r for r in read_metrics(path) if r.get("step", 0) <= step]
+        records = [r for r in read_metrics(path) if _step(r, path) <= step]
         write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 

@@ -206,9 +206,11 @@ class Placement:
             raise ValueError(f"table must be [layer][expert] -> list of sites: {error}") from None
         if not rows or not rows[0] or not rows[0][0]:
             raise ValueError("table must have a layer, an expert and a site at least")
-        largest = max((s for experts in rows for sites in experts for s in sites), default=0)
-        if not isinstance(largest, int):
-            raise ValueError(f"table must hold site numbers, got {largest!r}")
+        held = {s for experts in rows for sites in experts for s in sites}
+        for site in held:
+            if not isinstance(site, int):
+                raise ValueError(f"table must hold site numbers, got {site!r}")
+        largest = max(held)
         sites = largest + 1 if num_sites is None else num_sites
         return cls(sites, len(rows[0]), len(rows), len(rows[0][0]), rows)
 
@@ -352,7 +354,8 @@ def _check_sizes(
         raise ValueError(f"replication must be in [1, num_sites = {num_sites}], got {replication}")
     if even and num_experts * replication % num_sites:
         unit = num_sites // gcd(num_sites, replication)
-        works = [r for r in range(1, num_sites + 1) if num_experts * r % num_sites == 0]
+        least = num_sites // gcd(num_sites, num_experts)
+        works = range(least, num_sites + 1, least)
         below, above = num_experts // unit * unit, -(-num_experts // unit) * unit
         experts = f"{below} or {above}" if below else f"{above}"
         raise ValueError(

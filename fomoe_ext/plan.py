@@ -7,13 +7,13 @@ The rest of the cost model is in `plan_memory` and `plan_cost`.
 from __future__ import annotations
 
 import dataclasses
-import json
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from fomoe_ext import stale, wire
 from fomoe_ext.config import ModelConfig, TrainConfig
+from fomoe_ext.json_values import loads
 from fomoe_ext.placement import Placement
 from fomoe_ext.plan_sizes import ModelSizes, sizes_of
 from fomoe_ext.spread import measured_load, spread_experts
@@ -47,7 +47,7 @@ def read_placement(path: Path, num_sites: int) -> Placement:
     Raises FileNotFoundError for a missing file, ValueError for what is no valid table.
     """
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = loads(path.read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(f"placement_file {path} does not exist") from None
     except (ValueError, IsADirectoryError) as error:

@@ -8,12 +8,17 @@ there.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from fomoe_ext.json_values import loads
 from fomoe_ext.plan_sizes import ModelSizes, Weight
+
+_MOST = 2**40
+"""No size of a model is larger, and sums of such are no trouble."""
+_MOST_LAYERS = 100_000
+"""No model has more; a file that says so is damaged, and would take memory for each."""
 
 
 class _Keys:
@@ -28,6 +33,8 @@ class _Keys:
         value = default if value is None else value
         if type(value) is not int or value < 1:
             raise ValueError(f"{self.path}: {key} must be a whole number > 0, got {value!r}")
+        if value > _MOST:
+            raise ValueError(f"{self.path}: {key} must be at most {_MOST}, got {value}")
         return value
 
     def experts(self, key: str) -> int:
@@ -61,6 +68,10 @@ class _Model:
         self.keys = keys
         self.width = keys.number("hidden_size")
         self.layers = keys.number("num_hidden_layers")
+        if self.layers > _MOST_LAYERS:
+            raise ValueError(
+                f"{keys.path}: num_hidden_layers must be at most {_MOST_LAYERS}, got {self.layers}"
+            )
         self.heads = keys.number("num_attention_heads")
         self.dense_layers: frozenset[int] = frozenset()
         self.dense: list[Weight] = []
@@ -205,7 +216,8 @@ def _mixtral(keys: _Keys, seq_len: int, scope: Literal["global", "resident"]) ->
     model = _Model(keys)
     head = keys.number("head_dim", model.width // model.heads)
     model.grouped_attention(keys.number("num_key_value_heads", model.heads), head)
-    windows = [keys.values.get("sliding_window")] * model.layers
+    window = None if keys.values.get("sliding_window") is None else keys.number("sliding_window")
+    windows = [window] * model.layers
     experts, size = keys.experts("num_local_experts"), keys.number("intermediate_size")
     return model.finish(experts, size, seq_len, scope, windows=windows)
 
@@ -297,7 +309,7 @@ def read_hf_config(
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = loads(path.read_bytes(), nan=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"hf_config {path} does not exist") from None
     except ValueError as error:
@@ -305,6 +317,6 @@ def read_hf_config(
     if not isinstance(values, dict):
         raise ValueError(f"hf_config {path} must hold a JSON object, got {type(values).__name__}")
     kind = values.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"{path}: model_type must be one of {', '.join(FAMILIES)}, got {kind!r}")
     return FAMILIES[kind](_Keys(path, values), seq_len, router_scope)

@@ -7,13 +7,14 @@ hot experts apart, by a load that was measured before.
 
 from __future__ import annotations
 
-import json
 import operator
 import sys
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+
+from fomoe_ext.json_values import loads
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -89,7 +90,7 @@ def measured_load(path: Path) -> list[list[float]]:
         raise FileNotFoundError(f"load: {path} does not exist, name a run folder or a JSON file")
     if not path.is_dir():
         try:
-            table = json.loads(path.read_text(encoding="utf-8"))
+            table = loads(path.read_bytes())
         except ValueError as error:
             raise ValueError(f"load: {path} is not JSON: {error}") from None
         return _table(table, str(path))

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fomoe_ext.files import write_text
+from fomoe_ext.json_values import loads
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -37,6 +38,30 @@ _KINDS = {
 """What safetensors calls dtypes."""
 
 
+def require_inside(name: str) -> str:
+    """The name, of a file in a folder or below it, as files name others.
+
+    Raises ValueError for one that leads elsewhere.
+    """
+    parts = name.split("/")
+    if "\0" in name or "\\" in name or not all(parts) or {".", ".."} & {*parts}:
+        raise ValueError(f"a file must be named within its folder, got {name!r:.60}")
+    return name
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Which file of the folder holds which tensor, as an index file says.
+
+    Raises OSError where it cannot be read, KeyError, TypeError or ValueError for another content.
+    """
+    found = dict(loads(path.read_bytes())["weight_map"])
+    for name, file in found.items():
+        if not isinstance(file, str):
+            raise TypeError(f"{name!r:.60} must be in a file, got {file!r:.60}")
+        require_inside(file)
+    return found
+
+
 class TensorFiles:
     """The tensors of a folder by name, on the CPU; opens each file once, counts what is read.
 
@@ -50,7 +75,7 @@ class TensorFiles:
         index = folder / INDEX
         if index.is_file():
             try:
-                self._files: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+                self._files = read_index(index)
             except (OSError, ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{folder}: cannot read {INDEX} ({error})") from None
         elif (folder / SINGLE).is_file():
@@ -71,6 +96,7 @@ class TensorFiles:
         """Bytes of all files' tensors."""
         total = 0
         for name in set(self._files.values()):
+            self._file(name)  # refuses what is no such file
             with (self.folder / name).open("rb") as file:
                 header = int.from_bytes(file.read(8), "little")
                 total += os.fstat(file.fileno()).st_size - 8 - header

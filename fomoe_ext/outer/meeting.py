@@ -79,6 +79,11 @@ def require_good(sync: OuterSync, name: str, problem: str) -> int:
     return sent if ranks.leads else 0
 
 
+def _plain(counts: Tensor, sent: int) -> tuple[list[list[float]], int]:
+    """What `SiteGroup.gather_now` returns, as a message to the other ranks has it."""
+    return counts.tolist(), sent
+
+
 class Meeting:
     """The meeting of one fragment of the model (with one fragment: of all of it)."""
 
@@ -128,8 +133,9 @@ class Meeting:
         if self._counts is not None:
             own, ranks = self._counts.flatten(), self.sync.ranks
             group = self.sync.groups.group(self.sync.groups.everyone)
-            counts, more = ranks.tell(lambda: group.gather_now(own), "background")
+            gathered, more = ranks.tell(lambda: _plain(*group.gather_now(own)), "background")
             sent += more if ranks.leads else 0
+            counts = torch.tensor(gathered, dtype=torch.float64)
             self._average_by(counts.view(group.size, *self._counts.shape))
         return sent
 
