@@ -157,7 +157,7 @@ class RunLog:
 
     def say(self, message: str) -> None:
         """A line for the reader, above the progress line where there is one."""
-        self.console.print(message, highlight=False, soft_wrap=True)
+        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def step(self, step: int, loss: Callable[[], float], tokens_per_s: float) -> None:
         """After a local step of site 0. `loss` is asked only when the display is due."""

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from fomoe_ext.fault.story import what
 from fomoe_ext.files import write_text
 from fomoe_ext.metrics import human_bytes, human_count
 
@@ -262,7 +263,32 @@ def report_tables(report: Mapping[str, Any]) -> list[ReportTable]:
     makers = (_result, _bytes, _memory, _time)
     tables = [make(report) for make in makers]
     tables += [arithmetic_table(report["flops_per_token"]), _load(report)]
+    if report.get("story"):
+        tables.insert(1, _story(report))
     return [*tables, _routing(report)] if report.get("routing") else tables
+
+
+def _story(report: Mapping[str, Any]) -> ReportTable:
+    """Which sites were lost and came, and what it cost."""
+    rows = [
+        (
+            what(event),
+            str(event["round"]),
+            ", ".join(map(str, event["members"])),
+            _seconds(event["seconds"]),
+        )
+        for event in report["story"]
+    ]
+    sites, run = report["sites"], report["run"]
+    slowest = max(site.get("recovery_s", 0.0) for site in sites)
+    moved = sum(site.get("recovery_bytes", 0) for site in sites)
+    busy = max(site["local_s"] + site["meeting_s"] for site in sites)
+    note = f"All sites sent {human_bytes(moved)} to share out experts anew."
+    if busy + slowest:
+        note += f" Training was {busy / (busy + slowest):.1%} of training and recovery"
+        note += f" ({run['rounds']} rounds)."
+    columns = ("What happened to the sites", "after round", "goes on with", "after")
+    return ReportTable("Sites that were lost and came", columns, tuple(rows), note)
 
 
 def markdown_table(table: ReportTable) -> str:

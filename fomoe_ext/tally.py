@@ -145,7 +145,7 @@ def build_report(
             "name": config.run.run_dir.name if config.run.run_dir else "run",
             "sites": placement.num_sites,
             "ranks_per_site": config.sites.ranks_per_site,
-            "from_round": sites[0]["from_round"],
+            "from_round": min(site["from_round"] for site in sites),
             "replication": placement.replication,
             "optimizer": config.outer.optimizer,
             "codec": config.outer.codec,

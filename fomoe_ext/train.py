@@ -28,7 +28,8 @@ from fomoe_ext.config_io import save_config
 from fomoe_ext.data import TextData, open_data
 from fomoe_ext.evaluate import Validation
 from fomoe_ext.fault import inject
-from fomoe_ext.fault.company import Company, describe
+from fomoe_ext.fault.company import Company
+from fomoe_ext.fault.story import describe
 from fomoe_ext.launch import CONSOLE_FD, EXIT_PEER_LOST, EXIT_STOPPED
 from fomoe_ext.metrics import RunLog, rewind_metrics
 from fomoe_ext.outer import MeetingError
@@ -428,7 +429,7 @@ def run_tolerant_site(config: TrainConfig, world: World, stop: StopRequest) -> i
         with watched(lambda: membership.lost() if company is None else company.lost()):
             late = view is None
             if late:
-                world = dataclasses.replace(world, members=(world.site,))
+                world = dataclasses.replace(world, site=0, num_sites=1, members=(world.site,))
                 data, resumed, notes = _open_data(config, World()), None, []
             else:
                 world = world.of_members(view.members)

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
 from fomoe_ext.fault import ownership
 from fomoe_ext.fault.membership import NotAMember, TorchftMembership, View
 from fomoe_ext.fault.reform import Reform, Regrouped
@@ -16,6 +18,7 @@ from fomoe_ext.world import PeerLost
 if TYPE_CHECKING:
     from fomoe_ext.trainer import TrainingSite
 
+LATE = "a site is late"
 _ATTEMPTS = 12
 """So many views in a row that came to nothing are too many."""
 _LATE_S = 1.0
@@ -32,6 +35,7 @@ class Company:
         self._step_s = 0.0
         """Seconds of a local step, as measured, the newest the most."""
         self._until: float | None = None
+        self._late = False
 
     # ------------------------------------------------------------------------------- who is late
 
@@ -39,7 +43,8 @@ class Company:
         """Why a wait for the others is to be given up, or an empty string; see `waiting`."""
         reason = self.membership.lost()
         if not reason and self._until is not None and time.monotonic() > self._until:
-            reason = "a site is late"
+            self._late = True
+            reason = LATE
             self.membership.end(reason)
         return reason
 
@@ -105,17 +110,27 @@ class Company:
 
     def _next_view(self, between_rounds: bool) -> View:
         membership, site = self.membership, self._site
-        late = "is late" in membership.lost()
-        try:
-            return membership.agree(
-                0 if site.late else site.round,
-                between_rounds=between_rounds,
-                patience_s=_LATE_S if late else self.patience_s,
-            )
-        except NotAMember as error:
-            print(f"site {site.world.number}: {error}; it joins anew", file=sys.stderr, flush=True)
-            site.late = True
-            return membership.knock(site.config.outer.timeout_s)
+        late = self._late or membership.lost() == LATE
+        self._late = False
+        deadline = time.monotonic() + site.config.outer.timeout_s
+        while True:
+            try:
+                if site.late:
+                    return membership.knock(site.config.outer.timeout_s)
+                return membership.agree(
+                    site.round,
+                    between_rounds=between_rounds,
+                    patience_s=_LATE_S if late else self.patience_s,
+                )
+            except NotAMember as error:
+                number = site.world.number
+                print(f"site {number}: {error}; it joins anew", file=sys.stderr, flush=True)
+                site.late = True
+            except dist.DistError as error:
+                # The lighthouse cannot be reached; the heartbeat connects anew when it can.
+                if time.monotonic() > deadline:
+                    raise PeerLost(f"the lighthouse cannot be reached: {error}") from error
+                time.sleep(1.0)
 
     def _tell(
         self, formed: Regrouped, before: tuple[int, ...], reason: str, seconds: float
@@ -137,34 +152,3 @@ class Company:
         }
         site.story.append(event)
         return event
-
-
-def describe(event: dict[str, Any]) -> str:
-    """What happened, in a line."""
-    words: list[str] = []
-    words += [f"site {site} lost, {why}" for site, why in event["lost"].items()]
-    if event["joined"]:
-        words.append(f"{_sites(event['joined'])} joined")
-    if not words:
-        words.append(event["reason"] or "experts shared out evenly")
-    steps = [entry.get("from_step") for entry in event["restored"]]
-    if steps:
-        known = [event["step"] - step for step in steps if step is not None]
-        begun = len(steps) - len(known)
-        if known:
-            words.append(
-                f"{len(known)} experts without a holder are back from a checkpoint, "
-                f"{max(known)} steps of their training are lost"
-            )
-        if begun:
-            words.append(f"{begun} experts without a holder begin anew: there is no checkpoint")
-    if event["meeting"]:
-        words.append(f"the meeting was {event['meeting']}")
-    return (
-        f"after round {event['round']}: {'; '.join(words)}; goes on with "
-        f"{_sites(event['members'])} after {event['seconds']:.1f} s"
-    )
-
-
-def _sites(numbers: list[int]) -> str:
-    return f"{'site' if len(numbers) == 1 else 'sites'} {', '.join(map(str, numbers))}"

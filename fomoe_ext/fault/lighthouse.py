@@ -48,9 +48,7 @@ def torchft() -> Any:
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             return module
-    raise RuntimeError(
-        "fault.membership = torchft needs torchft: pip install 'fomoe_ext[fault]'"
-    )
+    raise RuntimeError("fault.membership = torchft needs torchft: pip install 'fomoe_ext[fault]'")
 
 
 def split_address(text: str) -> tuple[str, int]:
@@ -79,47 +77,63 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+class Lighthouse:
+    """Both servers, listening; `address` is HOST:PORT of the one that sites are told."""
+
+    def __init__(self, host: str, port: int, quorum: int, silent_s: float) -> None:
+        """Raises RuntimeError without torchft, ValueError without the secret that the interface
+        needs, OSError for an address that cannot be bound."""
+        native = torchft()
+        require_secret(host)
+        import torch.distributed as dist
+
+        listener = socket.create_server((host, port))
+        bound = listener.getsockname()[1]
+        store = dist.TCPStore(
+            host,
+            bound,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=30),
+            master_listen_fd=listener.detach(),
+        )
+        self._server = native.LighthouseServer(
+            bind=f"{host}:0",
+            min_replicas=quorum,
+            join_timeout_ms=JOIN_MS,
+            quorum_tick_ms=_TICK_MS,
+            heartbeat_timeout_ms=round(1000 * silent_s),
+        )
+        self._keys = dist.PrefixStore(keyed("store"), store)
+        self._keys.set(RPC_KEY, self._server.address().rpartition(":")[2])
+        self.address = f"{host}:{bound}"
+
+    def dead(self, site: str) -> None:
+        """Tells the sites at once that the process of one has ended."""
+        self._keys.set(f"dead/{site}", str(self._keys.add(f"deaths/{site}", 1)))
+
+    def shutdown(self) -> None:
+        """Ends the lighthouse; the store ends with the process."""
+        self._server.shutdown()
+
+
 def serve(host: str, port: int, quorum: int, silent_s: float, until_eof: bool = False) -> None:
     """Serves for ever or, with `until_eof`, until stdin ends; prints its address as JSON.
 
-    A line "dead SITE" on stdin tells the sites at once that one is gone. Raises RuntimeError
-    without torchft, ValueError without the secret that the interface needs, OSError for an address
-    that cannot be bound.
+    A line "dead SITE" on stdin is `Lighthouse.dead`. Raises what `Lighthouse` does.
     """
-    native = torchft()
-    require_secret(host)
-    import torch.distributed as dist
-
-    listener = socket.create_server((host, port))
-    bound = listener.getsockname()[1]
-    store = dist.TCPStore(
-        host,
-        bound,
-        is_master=True,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=30),
-        master_listen_fd=listener.detach(),
-    )
-    server = native.LighthouseServer(
-        bind=f"{host}:0",
-        min_replicas=quorum,
-        join_timeout_ms=JOIN_MS,
-        quorum_tick_ms=_TICK_MS,
-        heartbeat_timeout_ms=round(1000 * silent_s),
-    )
-    keys = dist.PrefixStore(keyed("store"), store)
-    keys.set(RPC_KEY, server.address().rpartition(":")[2])
-    print(json.dumps({"lighthouse": f"{host}:{bound}"}), flush=True)
+    lighthouse = Lighthouse(host, port, quorum, silent_s)
+    print(json.dumps({"lighthouse": lighthouse.address}), flush=True)
     try:
         for line in sys.stdin:
             words = line.split()
             if len(words) == 2 and words[0] == "dead":
-                keys.set(f"dead/{words[1]}", str(keys.add(f"deaths/{words[1]}", 1)))
+                lighthouse.dead(words[1])
         while not until_eof:
             signal.pause()
     except KeyboardInterrupt:
         pass
-    server.shutdown()
+    lighthouse.shutdown()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

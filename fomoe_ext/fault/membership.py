@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
 
@@ -104,6 +105,8 @@ class _Beats:
                 if self.blind_since is None:
                     self.blind_since = time.monotonic()
                     print(f"fomoe: the lighthouse does not answer ({error})", flush=True)
+                with suppress(Exception):
+                    self._owner.connect()
 
     def _look(self) -> None:
         owner, now = self._owner, time.monotonic()
@@ -137,16 +140,12 @@ class _Beats:
             return True
         return self.is_dead(site)
 
-    def is_dead(self, site: int, since_view: bool = True) -> bool:
-        """Whether the launcher has seen the end of a site's process: of the one in the view, or of
-        any that has not been followed by another."""
+    def is_dead(self, site: int) -> bool:
+        """Whether the launcher has seen the end of the process that was in the view."""
         store, owner = self._owner.beat_store, self._owner
         if not store.check([f"dead/{site}"]):
             return False
-        deaths = int(store.get(f"dead/{site}"))
-        if since_view:
-            return deaths > owner.deaths_before.get(site, 0)
-        return deaths >= int(store.get(f"incarnation/{site}"))
+        return int(store.get(f"dead/{site}")) > owner.deaths_before.get(site, 0)
 
     def forget(self, sites: Sequence[int]) -> None:
         """Begins anew: these sites have just been heard of."""
@@ -169,25 +168,29 @@ class TorchftMembership:
         the connection raises when nobody is there.
         """
         native = torchft()
-        host, port = split_address(address)
-        require_secret(host)
+        self._address = split_address(address)
+        require_secret(self._address[0])
+        self._native = native
         self.site, self.all_sites = site, tuple(range(num_sites))
         self.quorum, self.silent_s = quorum, silent_s
         self.view: View | None = None
         self.deaths_before: dict[int, int] = {}
+        self._ended: set[int] = set()
         self._attempt = 0
-        self.store, self.beat_store = (self._connect(host, port) for _ in range(2))
+        self.connect()
         self.incarnation = self.store.add(f"incarnation/{site}", 1)
-        rpc = f"http://{host}:{int(self.store.get(RPC_KEY))}"
-        wait = timedelta(seconds=_STORE_S)
-        self._client, self.beat_client = (native.LighthouseClient(rpc, wait) for _ in range(2))
         self._beats = _Beats(self)
 
-    def _connect(self, host: str, port: int) -> dist.Store:
-        store = dist.TCPStore(
-            host, port, wait_for_workers=False, timeout=timedelta(seconds=_STORE_S)
-        )
-        return dist.PrefixStore(keyed("store"), store)
+    def connect(self) -> None:
+        """Connects to the lighthouse, for the first time or again."""
+        host, port = self._address
+        wait = timedelta(seconds=_STORE_S)
+        stores = [dist.TCPStore(host, port, wait_for_workers=False, timeout=wait) for _ in range(2)]
+        store, beat_store = (dist.PrefixStore(keyed("store"), store) for store in stores)
+        rpc = f"http://{host}:{int(store.get(RPC_KEY))}"
+        clients = [self._native.LighthouseClient(rpc, wait) for _ in range(2)]
+        self.store, self.beat_store = store, beat_store
+        self._client, self.beat_client = clients
 
     # ------------------------------------------------------------------------------ the two
 
@@ -233,6 +236,7 @@ class TorchftMembership:
             view = self._ask(0)
             if view.members == self.all_sites:
                 return view
+            time.sleep(_LOOK_S)
 
     def knock(self, timeout_s: float) -> View:
         """The view that takes this late-comer in, at the end of a round.
@@ -261,7 +265,7 @@ class TorchftMembership:
 
     def why(self, site: int) -> str:
         """What is known of the loss of a site, in words."""
-        if self._beats.is_dead(site, since_view=False):
+        if site in self._ended:
             return "its process has ended"
         if self._beats.is_silent(site):
             return f"nothing was heard of it for {self.silent_s:g} s"
@@ -334,7 +338,10 @@ class TorchftMembership:
         self._attempt = max(int(p.data["attempt"]) for p in proven)
         incarnations = [int(p.data["incarnation"]) for p in proven]
         name = f"{quorum.quorum_id}.{self._attempt}.{'-'.join(map(str, incarnations))}"
-        self.deaths_before = {s: self._deaths(s) for s in self.all_sites}
+        deaths = {s: self._deaths(s) for s in self.all_sites}
+        before = self.deaths_before
+        self._ended = {s for s in self.all_sites if s in before and deaths[s] > before[s]}
+        self.deaths_before = deaths
         self.view = View(name, members, dist.PrefixStore(f"view/{keyed('view', name)}", self.store))
         self._beats.forget(members)
         self.store.set("current", json.dumps({"name": name, "members": members}))

@@ -11,6 +11,7 @@ from fomoe_ext import checkpoint as ckpt
 from fomoe_ext.assemble import expert_key, named_moe_layers
 from fomoe_ext.checkpoint import CheckpointError
 from fomoe_ext.outer.belongings import steps_of
+from fomoe_ext.plan import NOTE_BYTES
 from fomoe_ext.runs import CHECKPOINTS
 from fomoe_ext.tally import Tally
 
@@ -38,8 +39,13 @@ def progress(site: TrainingSite) -> dict[str, Any]:
 def settle(site: TrainingSite, apply: bool) -> None:
     """Ends a meeting that broke off: applies it, with all that a meeting is followed by, or takes
     it back."""
-    placement = site.placement
+    placement, lost = site.placement, site.sync.pending is not None and not apply
     outcome = site.sync.settle(apply)
+    if lost:
+        # The notes before it will be told again.
+        notes = (site.world.num_sites - 1) * NOTE_BYTES
+        site.tally.note_bytes -= notes
+        site.sync.lost_bytes += notes
     if outcome is not None:
         site.tally.meeting_s += site.after_meeting(placement, outcome)
 
@@ -76,6 +82,10 @@ def become(site: TrainingSite, formed: Formed) -> None:
         site.story = list(donor["story"])
     site.world, site.late = formed.world, False
     site.model, site.optimizer, site.sync = formed.model, formed.optimizer, sync
+    if old is not None:
+        # Whatever still refers to it must not keep its connections, or be the last to.
+        del old.groups
+        old.layouts, old.bias_layouts, old.site_layouts, old.site_biases = [], [], [], []
 
 
 @torch.no_grad()

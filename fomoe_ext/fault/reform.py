@@ -9,6 +9,7 @@ and it begins again with what every site then has.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,14 +32,27 @@ if TYPE_CHECKING:
     from fomoe_ext.trainer import TrainingSite
 
 _CONNECT_S = 30.0
-_graveyard: list[Any] = []
-"""Groups whose other ends are gone: to destroy one may take until its timeout."""
+_BURIAL_S = 5.0
+
+
+def bury(*groups: Any) -> None:
+    """Lets go of process groups whose other ends may be gone, without waiting for it.
+
+    To destroy a group is to wait for what is under way in it, until its timeout. Whoever calls this
+    must have let go of them within a few seconds.
+    """
+
+    def hold(held: list[Any]) -> None:
+        time.sleep(_BURIAL_S)
+        held.clear()
+
+    threading.Thread(target=hold, args=(list(groups),), name="fomoe-burial", daemon=True).start()
 
 
 def new_default_group(view: View, world: World, timeout_s: float) -> None:
     """Makes torch.distributed's default group that of a view; a collective of its sites."""
     if dist.is_initialized():
-        _graveyard.append(dist.group.WORLD)
+        bury(dist.group.WORLD)
         dist.destroy_process_group()
     dist.init_process_group(
         "gloo",
@@ -66,6 +80,9 @@ class Formed:
     donor: dict[str, Any]
     fresh: bool
     restored: list[dict[str, Any]] = field(default_factory=list)
+    """Experts that nobody held, which this site has taken."""
+    told: list[dict[str, Any]] = field(default_factory=list)
+    """The same of all sites."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +105,9 @@ class Reform:
     def __init__(self, site: TrainingSite) -> None:
         self._site = site
         self._ready: Formed | None = None
+        self._made: list[SiteGroups] = []
+        if not site.late:
+            self._made.append(site.sync.groups)
         self.number = 0
         """How many changes are in force here."""
 
@@ -102,6 +122,7 @@ class Reform:
         with with_others("forming anew", world.number):
             new_default_group(view, world, site.config.outer.timeout_s)
             groups = site.make_groups(world)
+            self._keep(groups)
             standing = self._tell(world)
             settled = self._settle(standing)
             standing = gather_objects(self._standing(), world.num_sites)
@@ -109,18 +130,25 @@ class Reform:
             sent = self._ship(formed, standing)
             self._ready = formed
             inject.point("reform")
-            gather_objects("ready", world.num_sites)
+            for entries in gather_objects(formed.restored, world.num_sites):
+                formed.told += entries
         known = {s["uid"] for s in standing if not s["fresh"]}
         self._put_into_force()
         return Regrouped(
             members=view.members,
             lost=tuple(sorted(set(before) - set(view.members))),
             joined=tuple(sorted(set(view.members) - known)),
-            restored=tuple(formed.restored),
+            restored=tuple(formed.told),
             bytes_sent=sent,
             seconds=time.perf_counter() - start,
             settled=settled,
         )
+
+    def _keep(self, groups: SiteGroups) -> None:
+        """Connections of earlier views than this one may be let go of, but for those in use."""
+        used = (groups, None if self._site.late else self._site.sync.groups)
+        bury(*(old for old in self._made if old not in used))
+        self._made = [*(old for old in self._made if old in used and old is not groups), groups]
 
     # ---------------------------------------------------------------------------- where we stand
 
@@ -236,22 +264,24 @@ class Reform:
         layers = self._site.config.model.num_layers
         holdings = [[[]] * layers if s["fresh"] else s["holds"] for s in standing]
         lost = ownership.orphans(holdings, self._site.config.model.num_experts)
-        for layer, expert in lost:
-            owners = formed.placement.owners(layer, expert)
-            formed.restored.append(
-                {"layer": layer, "expert": expert, "site": formed.world.members[owners[0]]}
-            )
         own = [key for key in lost if formed.world.site in formed.placement.owners(*key)]
         if own:
             step = recovery.restore_experts(self._site, formed.model, own)
-            for entry in formed.restored:
-                if (entry["layer"], entry["expert"]) in own:
-                    entry["from_step"] = step
+            formed.restored += [
+                {
+                    "layer": layer,
+                    "expert": expert,
+                    "site": formed.world.number,
+                    "from_step": step,
+                }
+                for layer, expert in own
+            ]
 
     def _put_into_force(self) -> None:
         formed, self._ready = self._ready, None
         assert formed is not None
         self.number = formed.number
+        self._keep(formed.sync.groups)
         recovery.become(self._site, formed)
 
 
