@@ -86,6 +86,8 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"configuration file {path} does not exist") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
         raise ValueError(f"{path} is not a TOML file: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not a TOML file: nested too deeply") from None
     result: dict[str, Any] = {}
     kinds = _hints(TrainConfig)
     for name, value in tables.items():

@@ -315,8 +315,9 @@ def _read_counts(folder: Path) -> dict[str, Any]:
     try:
         counts = loads((folder / "meta.json").read_bytes())
         for split in _SPLITS:
-            if not {"tokens", "bytes", "hash"} <= counts[split].keys():
-                raise ValueError(f"no counts of {split}")
+            for name, kind in (("tokens", int), ("bytes", int), ("hash", str)):
+                if type(counts[split][name]) is not kind:
+                    raise ValueError(f"{name} of {split}")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
             f"token cache {folder} is damaged (meta.json): delete it and start again"

@@ -206,11 +206,12 @@ class Placement:
             raise ValueError(f"table must be [layer][expert] -> list of sites: {error}") from None
         if not rows or not rows[0] or not rows[0][0]:
             raise ValueError("table must have a layer, an expert and a site at least")
-        held = {s for experts in rows for sites in experts for s in sites}
+        held = chain.from_iterable(chain.from_iterable(rows))
+        largest = 0
         for site in held:
             if not isinstance(site, int):
                 raise ValueError(f"table must hold site numbers, got {site!r}")
-        largest = max(held)
+            largest = max(largest, site)
         sites = largest + 1 if num_sites is None else num_sites
         return cls(sites, len(rows[0]), len(rows), len(rows[0][0]), rows)
 
