@@ -11,7 +11,8 @@ Behind every payload travels a 64-bit hash of it: what was damaged on the way is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Protocol
 
@@ -25,7 +26,7 @@ from fomoe_ext.outer.groups import Handle, SiteGroup
 
 
 class Damaged(RuntimeError):
-    """A payload that is not as it was sent."""
+    """A payload that is not as it was sent, or has values that are NaN or infinite."""
 
 
 class Job(Protocol):
@@ -162,16 +163,18 @@ class Bucket:
         error = job.share_error
         if error is not None:
             error = error[self._error_at : self._error_at + stop - start]
-        job.codec.reduce(
-            received[:, :size],
-            stop - start,
-            total[0, :size],
-            own=self._own.to(group.device),
-            own_rank=group.rank,
-            error=error,
-            seed=job.seed,
-            first=job.position(start),
-        )
+        others = [rank for rank in range(group.size) if rank != group.rank]
+        with self._blaming(received[:, :size], others, stop - start):
+            job.codec.reduce(
+                received[:, :size],
+                stop - start,
+                total[0, :size],
+                own=self._own.to(group.device),
+                own_rank=group.rank,
+                error=error,
+                seed=job.seed,
+                first=job.position(start),
+            )
         self._own = None
         return total
 
@@ -195,6 +198,25 @@ class Bucket:
                 f"{self.job.group.owners} that site {senders[row]} sent was damaged on the way"
             )
 
+    @contextmanager
+    def _blaming(self, payloads: Tensor, ranks: Sequence[int], numel: int) -> Iterator[None]:
+        """Decoding inside refuses values that are NaN or infinite (on the CPU); names who sent such
+        payloads of `numel` values, of these members."""
+        try:
+            yield
+        except ValueError as error:
+            owners, blamed = self.job.group.owners, "together"
+            for rank, payload in zip(ranks, payloads, strict=True):
+                try:
+                    self.job.codec.decode(payload, numel)
+                except ValueError:
+                    blamed = f"of site {owners[rank]}"
+                    break
+            raise Damaged(
+                f"the payloads {blamed} for elements {self.start} .. {self.stop - 1} of the sites "
+                f"{owners} cannot be used: {error}"
+            ) from None
+
     def apply(self) -> None:
         """Decodes the sum and hands it to the job."""
         job = self.job
@@ -207,7 +229,8 @@ class Bucket:
         total = torch.empty(self.stop - self.start, device=job.device)
         if self._sparse:
             payloads = self._received.to(job.device)[:, : self._payload_size(0)]
-            job.codec.decode_sum(payloads, total.numel(), out=total)
+            with self._blaming(payloads, range(job.group.size), total.numel()):
+                job.codec.decode_sum(payloads, total.numel(), out=total)
             self._received = None
             job.write(self.start, self.stop, total)
             return
@@ -215,7 +238,8 @@ class Bucket:
             start, stop = self._shares[rank]
             payload = row[: self._payload_size(rank)]
             out = total[start - self.start : stop - self.start]
-            job.codec.decode(payload, stop - start, out=out)
+            with self._blaming(payload[None], [rank], stop - start):
+                job.codec.decode(payload, stop - start, out=out)
         self._received = None
         job.write(self.start, self.stop, total)
 
@@ -259,7 +283,7 @@ def exchange(
     `apply` the caller applies them after. All members of a group must pass the same
     buckets of it in the same order. No circle of waiting sites: a site waits for a bucket only
     after it has started all that come before it. Raises RuntimeError when a member is lost or does
-    not come in time, Damaged for a damaged payload; then buckets may have been applied at some
+    not come in time, Damaged for a bad payload; then buckets may have been applied at some
     members and not at others.
     """
     for i in range(len(buckets) + 2 * in_flight):
