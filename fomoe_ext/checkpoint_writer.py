@@ -25,6 +25,7 @@ from torch import Tensor
 from fomoe_ext import checkpoint_publish as publishing
 from fomoe_ext.checkpoint import FileEntry, Manifest, state_name
 from fomoe_ext.checkpoint_publish import Part
+from fomoe_ext.fault import inject
 from fomoe_ext.files import write_text
 from fomoe_ext.json_values import to_json
 from fomoe_ext.outer.groups import gather_objects
@@ -330,6 +331,10 @@ class CheckpointWriter:
             self._dropped.pop().join()
         work = _Work(self.folder / f".{name}.partial", process, shard_bytes)
         content, work.error = _content(process, tensors, state, named, copy)
+        try:
+            inject.point("checkpoint")
+        except OSError as error:
+            work.error = f"{process}: {error}"
         self._pending = _Pending(work, self.folder / name, round, dict(meta or {}))
         if not work.error:
             work.begin(content)

@@ -24,7 +24,9 @@ class RoundNote(NamedTuple):
 
     stop: 1 when it was asked to stop. steps: local steps it has taken in all. loss: its sum over
     the round's steps, nats per token. rows and slots: of the round. knocks: 1 where it knows of a
-    site that wants to join.
+    site that wants to join. taken and left: steps of the round that it has taken and will not have
+    taken before the meeting, unless it was asked to stop, 0. pace: seconds that a local step takes
+    there, 0 = not known.
     """
 
     stop: float
@@ -33,6 +35,9 @@ class RoundNote(NamedTuple):
     rows: float
     slots: float
     knocks: float = 0.0
+    taken: float = 0.0
+    left: float = 0.0
+    pace: float = 0.0
 
 
 NOTE_BYTES = 8 * len(RoundNote._fields)
@@ -189,6 +194,7 @@ def meeting_bytes(
         moment_periods=config.outer.moment_periods,
         moment_codecs=config.outer.resolved_moment_codecs,
         counted_experts=experts if config.outer.expert_mean == "tokens" else 0,
+        numbers=wire.site_numbers(config.inner.uneven_steps, config.outer.clip_delta),
         staged=config.fault.tolerant,
     )
 
@@ -232,6 +238,20 @@ def moved_bytes(config: TrainConfig, placement: Placement, new: Placement, site:
         selection_bias=config.model.balance == "bias",
         outer_momentum=config.outer.resolved_momentum > 0,
         inner_moments=2 if config.sites.reshuffle_moments == "carry" else 0,
+    )
+
+
+def shadow_bytes(config: TrainConfig, placement: Placement, site: int) -> int:
+    """Bytes a site sends in a round to refresh shadow copies; 0 where there are none."""
+    if not config.fault.shadow_experts:
+        return 0
+    return wire.shadow_bytes(
+        placement,
+        site,
+        model_sizes(config.model),
+        router_scope=config.model.router_scope,
+        selection_bias=config.model.balance == "bias",
+        outer_momentum=config.outer.resolved_momentum > 0,
     )
 
 

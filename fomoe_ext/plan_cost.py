@@ -17,6 +17,7 @@ from fomoe_ext.plan import (
     job_placement,
     meeting_bytes,
     moved_bytes,
+    shadow_bytes,
     site_elements,
     stale_share,
 )
@@ -139,13 +140,19 @@ def meeting_waits(config: TrainConfig, placement: Placement, site: int) -> tuple
         buckets = sum(-(-n // size) for owners, n in groups if len(owners) > 1)
         of_fragment = -(-buckets // in_flight)
         pipe = 2 if buckets else 0
-        waits += pipe + 2 + (config.outer.expert_mean == "tokens")
+        waits += pipe + 2 + _tells_numbers(config)
         waves += of_fragment
         if config.outer.optimizer == "ddp":
             steps = config.run.local_steps
             waits += steps * (1 + (config.inner.grad_clip > 0) + pipe)
             waves += steps * of_fragment
     return waits, waves
+
+
+def _tells_numbers(config: TrainConfig) -> bool:
+    """Whether sites tell each other numbers before a meeting, besides their statuses."""
+    by_tokens = config.outer.expert_mean == "tokens" or config.inner.uneven_steps
+    return by_tokens or config.outer.clip_delta > 0
 
 
 def _copy_waits(config: TrainConfig, placement: Placement) -> int:
@@ -161,7 +168,7 @@ def _copy_waits(config: TrainConfig, placement: Placement) -> int:
 
 def sent_bytes(config: TrainConfig, placement: Placement, site: int) -> int:
     """Bytes a site sends in a round; what happens only every few rounds is spread over them."""
-    sent = meeting_bytes(config, placement, site)
+    sent = meeting_bytes(config, placement, site) + shadow_bytes(config, placement, site)
     if config.outer.stale_period > 1:
         sent += copied_bytes(config, placement, site) // config.outer.stale_period
     every = config.sites.reshuffle_rounds

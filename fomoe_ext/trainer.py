@@ -31,6 +31,7 @@ from fomoe_ext.data import TextData
 from fomoe_ext.dense import average_experts, shard_dense
 from fomoe_ext.evaluate import Validation, evaluate
 from fomoe_ext.fault import inject
+from fomoe_ext.fault.shadows import Shadows
 from fomoe_ext.link import parse_link
 from fomoe_ext.mesh import local_tensor, make_mesh
 from fomoe_ext.model import LanguageModel, optimizer_groups
@@ -91,6 +92,7 @@ class TrainingSite:
         resumed = None if resume is None else find_state(resume, config, world.site)
         self.late = late
         """Whether this site knows nothing of the model yet, or not enough."""
+        self.shadows = Shadows()
         self.story: list[dict[str, Any]] = []
         """What happened to the sites, for the report."""
         self.mesh: DeviceMesh | None = None
@@ -342,6 +344,8 @@ class TrainingSite:
             with self._validating():
                 self._probe.before_meeting()
         seconds = self.after_meeting(self.placement, self.sync.step())
+        if self.config.fault.shadow_experts:
+            seconds += self._refresh_shadows()
         every = self.config.sites.reshuffle_rounds
         if every and self.round % every == 0 and self.round < self.rounds:
             old = self.placement
@@ -360,6 +364,14 @@ class TrainingSite:
                 parts = gather_objects(mine, self.world.processes)[:: self.world.ranks]
                 self.routing = figures([*map(unpack, parts)], self.config.model.num_experts)
         return seconds
+
+    def _refresh_shadows(self) -> float:
+        """Brings shadow copies up to the last meeting; the seconds it took."""
+        start = time.perf_counter()
+        with self.sync.meeting("the refresh of shadow copies"):
+            self.sync.sent(self.shadows.refresh(self.sync))
+        self.tally.planned_bytes += plan.shadow_bytes(self.config, self.placement, self.world.site)
+        return time.perf_counter() - start
 
     def after_meeting(self, placement: Placement, outcome: RoundReport) -> float:
         """Counts what a meeting of `placement` was; returns the seconds it took."""

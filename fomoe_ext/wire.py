@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from fomoe_ext.checks import at_least, finite, one_of
-from fomoe_ext.placement import Owners, Placement
+from fomoe_ext.placement import Owners, Placement, Transfer
 
 CODECS = ("fp32", "bf16", "int8", "int8-128", "int4", "int4-128", "int2", "int2-128", "topk")
 """How values may travel: as floats; in 8, 4 or 2 bits with a step per block of 64 (or, "-128", of
@@ -29,7 +29,8 @@ HASH_BYTES = 8
 COMMIT_BYTES = 8
 """In a staged meeting a site tells every other one in so many bytes that all has arrived."""
 COUNT_BYTES = 8
-"""The tokens that a site has routed to an expert, where experts are averaged by them."""
+"""A number that a site tells of itself before a meeting: the tokens that it has routed to an
+expert, where experts are averaged by them; see also `site_numbers`."""
 IN_FLIGHT = 8
 """Buckets that a site has under way at once in each direction."""
 
@@ -280,6 +281,19 @@ def check_staggering(
         raise ValueError(f"overlap must be less than local_steps = {local_steps}, got {overlap}")
 
 
+def check_clip_delta(clip_delta: float) -> None:
+    """ValueError or TypeError, naming the argument, unless it is 0 or a finite number from 1."""
+    finite(0.0, clip_delta=clip_delta)
+    if clip_delta and clip_delta < 1:
+        raise ValueError(f"clip_delta must be 0 or at least 1, got {clip_delta}")
+
+
+def site_numbers(by_tokens: bool, clip_delta: float) -> int:
+    """How many numbers a site tells of itself before a meeting: the tokens that it has trained on,
+    where its values weigh by them; the norm of its delta, where deltas are clipped."""
+    return int(by_tokens) + int(clip_delta > 0)
+
+
 def _reduced(groups: Mapping[Owners, int], codec: str, bucket_bytes: int) -> int:
     return sum(all_reduce_bytes(n, len(g), codec, bucket_bytes) for g, n in groups.items())
 
@@ -297,6 +311,7 @@ def round_bytes(
     moment_periods: Sequence[int] = (1, 1),
     moment_codecs: Sequence[str] = ("fp32", "fp32"),
     counted_experts: int = 0,
+    numbers: int = 0,
     staged: bool = False,
 ) -> int:
     """Bytes a site sends in a round, reshuffles aside; exactly what `OuterSync` counts.
@@ -304,7 +319,7 @@ def round_bytes(
     `elements` by fragment. `local_steps` and `clip` (gradient clipping) matter for "ddp" only,
     which sends every step; `round_index` (from 1), `moment_periods` and `moment_codecs` for
     "local-adamw" only. `counted_experts`: experts of all layers, where they are averaged by tokens,
-    else 0. `staged`: sites tell each other before they apply.
+    else 0. `numbers`: see `site_numbers`. `staged`: sites tell each other before they apply.
     Raises ValueError for an unknown optimizer or codec.
     """
     if optimizer not in OPTIMIZERS:
@@ -312,7 +327,7 @@ def round_bytes(
     peers = num_sites - 1
     total = peers * COMMIT_BYTES if staged else 0
     for fragment in elements:
-        total += peers * (STATUS_BYTES + COUNT_BYTES * counted_experts)
+        total += peers * (STATUS_BYTES + COUNT_BYTES * (counted_experts + numbers))
         total += _reduced(fragment.biases, "fp32", bucket_bytes)
         groups = fragment.parameters.keys() | fragment.biases.keys()
         total += sum((len(owners) - 1) * HASH_BYTES for owners in groups)
@@ -362,3 +377,45 @@ def reshuffle_bytes(
         bias = int(selection_bias)
     moved = sum(t.source == site for t in placement.transfers(new))
     return (placement.num_sites - 1) * STATUS_BYTES + 4 * moved * (copies * elements + bias)
+
+
+def shadow_site(placement: Placement, layer: int, expert: int) -> int | None:
+    """The site that keeps an expert's shadow copy: the first after its first holder that is none;
+    None where all sites hold it."""
+    owners, count = placement.owners(layer, expert), placement.num_sites
+    others = (site % count for site in range(owners[0] + 1, owners[0] + count))
+    return next((site for site in others if site not in owners), None)
+
+
+def shadow_parcels(placement: Placement) -> list[Transfer]:
+    """Who sends which expert's shadow to whom at the end of a meeting; holders take turns."""
+    result = []
+    for layer in range(placement.num_layers):
+        for expert in range(placement.num_experts):
+            target = shadow_site(placement, layer, expert)
+            if target is not None:
+                owners = placement.owners(layer, expert)
+                source = owners[(expert + layer) % len(owners)]
+                result.append(Transfer(layer, expert, source, target))
+    return result
+
+
+def shadow_bytes(
+    placement: Placement,
+    site: int,
+    sizes: Sizes,
+    *,
+    router_scope: Literal["global", "resident"] = "global",
+    selection_bias: bool = False,
+    outer_momentum: bool = False,
+) -> int:
+    """Bytes a site sends to refresh shadow copies: fp32, anchor and outer momentum, and with
+    router_scope "resident" router row and bias; per layer and site that gets some, a hash."""
+    elements, bias = sizes.expert, 0
+    if router_scope == "resident":
+        elements += sizes.router_row
+        bias = int(selection_bias)
+    mine = [t for t in shadow_parcels(placement) if t.source == site]
+    messages = len({(t.layer, t.target) for t in mine})
+    each = 4 * ((2 if outer_momentum else 1) * elements + bias)
+    return len(mine) * each + messages * HASH_BYTES

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 LATE = "a site is late"
 _ATTEMPTS = 12
 """So many views in a row that came to nothing are too many."""
+_LEAST_PATIENCE_S = 5.0
+"""No site that lives is waited for less: its first steps may take much longer than others."""
 _LATE_S = 1.0
 """How long the others are waited for once a late one is not."""
 
@@ -57,7 +59,8 @@ class Company:
     @property
     def patience_s(self) -> float:
         """How long a site that lives is waited for, from the measured time of a round."""
-        return self._fault.grace * self._step_s * self._site.local_steps + self._fault.silent_s
+        measured = self._fault.grace * self._step_s * self._site.local_steps
+        return max(_LEAST_PATIENCE_S, measured + self._fault.silent_s)
 
     @contextmanager
     def patience(self) -> Iterator[None]:

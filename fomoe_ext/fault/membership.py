@@ -77,6 +77,7 @@ class _Beats:
         self._lock = threading.Lock()
         self._count = 0
         self.reason = ""
+        self.counts = True
         self.knocked: frozenset[int] = frozenset()
         self.blind_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="fomoe-beats", daemon=True)
@@ -91,7 +92,10 @@ class _Beats:
         owner = self._owner
         self._count += 1
         owner.beat_store.set(f"beat/{owner.site}", f"{owner.incarnation}.{self._count}")
-        owner.beat_client.heartbeat(str(owner.site), timedelta(seconds=5))
+        # The lighthouse wants more than half of those it knows to live to ask: who still waits to
+        # be taken in must not be one of them.
+        if self.counts:
+            owner.beat_client.heartbeat(str(owner.site), timedelta(seconds=5))
 
     def _run(self) -> None:
         while True:
@@ -243,6 +247,7 @@ class TorchftMembership:
 
         Raises TooFew when nobody does so in time.
         """
+        self._beats.counts = False
         self._beats.start()
         self.view = None
         deadline = time.monotonic() + timeout_s
@@ -255,11 +260,11 @@ class TorchftMembership:
                 self.store.set(f"end/{name}", f"site {self.site} has been started anew")
             self.store.set(f"knock/{self.site}", str(self.incarnation))
             if self.store.check([f"admit/{name}"]):
+                self._beats.counts = True
                 self.store.set(f"here/{name}/{self.site}", "1")
                 view = self._ask(-1)
-                if self.site in view.members:
-                    self.store.delete_key(f"knock/{self.site}")
-                    return view
+                self.store.delete_key(f"knock/{self.site}")
+                return view
             time.sleep(_LOOK_S)
         raise TooFew(f"nobody has taken site {self.site} in within {timeout_s:g} s")
 
@@ -340,7 +345,8 @@ class TorchftMembership:
         name = f"{quorum.quorum_id}.{self._attempt}.{'-'.join(map(str, incarnations))}"
         deaths = {s: self._deaths(s) for s in self.all_sites}
         before = self.deaths_before
-        self._ended = {s for s in self.all_sites if s in before and deaths[s] > before[s]}
+        ended = {s for s in self.all_sites if s in before and deaths[s] > before[s]}
+        self._ended = (self._ended | ended) - set(members)
         self.deaths_before = deaths
         self.view = View(name, members, dist.PrefixStore(f"view/{keyed('view', name)}", self.store))
         self._beats.forget(members)

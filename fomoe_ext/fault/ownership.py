@@ -8,12 +8,14 @@ sites compute the same table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from fomoe_ext.placement import Placement
 
 Holdings = Sequence[Sequence[Sequence[int]]]
 """[site][layer] -> the experts that the site holds."""
+NOBODY: Mapping[tuple[int, int], int] = MappingProxyType({})
 Table = list[list[list[int]]]
 """[layer][expert] -> the sites that hold it, ascending."""
 
@@ -40,22 +42,28 @@ def orphans(holdings: Holdings, num_experts: int) -> list[tuple[int, int]]:
     ]
 
 
-def adopt_orphans(holdings: Holdings, num_experts: int) -> Placement:
-    """The placement in which every expert stays where it is and those of nobody get one holder."""
+def adopt_orphans(
+    holdings: Holdings, num_experts: int, prefer: Mapping[tuple[int, int], int] = NOBODY
+) -> Placement:
+    """The placement in which every expert stays where it is and those of nobody get one holder.
+
+    `prefer`: by (layer, expert) the site that is to be it, where one has a copy.
+    """
     table = table_of(holdings, num_experts)
-    for experts in table:
-        loads = _loads(experts, len(holdings))
-        for owners in experts:
-            if not owners:
-                _add(owners, loads)
+    _adopt(table, len(holdings), prefer)
     return Placement.uneven(table, len(holdings))
 
 
 def rebalance(holdings: Holdings, num_experts: int, replication: int) -> Placement:
-    """The placement with every expert on min(replication, sites) sites, and sites of even load."""
+    """The placement with every expert on min(replication, sites) sites, and sites of even load.
+
+    Raises ValueError for an expert that nobody holds: `adopt_orphans` comes first.
+    """
     sites = len(holdings)
     wanted = min(replication, sites)
     table = table_of(holdings, num_experts)
+    if orphans(holdings, num_experts):
+        raise ValueError(f"holdings must have all experts, lacks {orphans(holdings, num_experts)}")
     for experts in table:
         loads = _loads(experts, sites)
         for owners in experts:
@@ -68,6 +76,19 @@ def rebalance(holdings: Holdings, num_experts: int, replication: int) -> Placeme
                 _add(owners, loads)
         _level(experts, loads)
     return Placement.uneven(table, sites)
+
+
+def _adopt(table: Table, sites: int, prefer: Mapping[tuple[int, int], int]) -> None:
+    for layer, experts in enumerate(table):
+        loads = _loads(experts, sites)
+        for expert, owners in enumerate(experts):
+            if owners:
+                continue
+            if (layer, expert) in prefer:
+                owners.append(prefer[layer, expert])
+                loads[owners[0]] += 1
+            else:
+                _add(owners, loads)
 
 
 def _loads(experts: Sequence[Sequence[int]], sites: int) -> list[int]:

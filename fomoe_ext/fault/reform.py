@@ -179,6 +179,7 @@ class Reform:
             "round": sync.round,
             "arrived": sync.pending is not None and sync.pending.arrived,
             "between": site.steps_in_round == 0,
+            "shadows": [site.shadows.round, [list(key) for key in site.shadows.experts]],
             "holds": [list(layer.site_experts) for layer in sync.moe_layers],
             "names": Belongings.of(sync).names(),
             **recovery.progress(site),
@@ -211,11 +212,13 @@ class Reform:
         experts = site.config.model.num_experts
         layers = site.config.model.num_layers
         holdings = [[[]] * layers if s["fresh"] else s["holds"] for s in standing]
-        if all(s["between"] for s in old):
+        if all(s["between"] for s in old) and not ownership.orphans(holdings, experts):
             replication = site.config.sites.replication
             placement = ownership.rebalance(holdings, experts, replication)
         else:
-            placement = ownership.adopt_orphans(holdings, experts)
+            # Nobody else can be sent an expert that its new holder only just restores, and in the
+            # middle of a round a new holder would hold up what the others have learned in it.
+            placement = ownership.adopt_orphans(holdings, experts, _copies(standing))
         model, optimizer, sync = site.make(world, placement, groups, arriving=True)
         number = max(s["number"] for s in standing) + 1
         return Formed(number, world, placement, model, optimizer, sync, old[0], site.late)
@@ -260,22 +263,24 @@ class Reform:
     def _restore(
         self, formed: Formed, mine: Belongings, standing: Sequence[dict[str, Any]]
     ) -> None:
-        """Experts that nobody holds any more come from the newest checkpoint, or begin anew."""
+        """Experts that nobody holds any more come from a shadow copy or the newest checkpoint, or
+        begin anew."""
         layers = self._site.config.model.num_layers
         holdings = [[[]] * layers if s["fresh"] else s["holds"] for s in standing]
         lost = ownership.orphans(holdings, self._site.config.model.num_experts)
-        own = [key for key in lost if formed.world.site in formed.placement.owners(*key)]
-        if own:
-            step = recovery.restore_experts(self._site, formed.model, own)
-            formed.restored += [
-                {
-                    "layer": layer,
-                    "expert": expert,
-                    "site": formed.world.number,
-                    "from_step": step,
-                }
-                for layer, expert in own
-            ]
+        here = [key for key in lost if formed.world.site in formed.placement.owners(*key)]
+        shadows = self._site.shadows
+        copied = [key for key in here if key in shadows.experts]
+        for key in copied:
+            shadows.fill(mine, formed.sync, key)
+        others = [key for key in here if key not in copied]
+        step = recovery.restore_experts(self._site, formed.model, others) if others else None
+        steps = dict.fromkeys(copied, shadows.round * self._site.local_steps)
+        steps |= dict.fromkeys(others, step)
+        formed.restored += [
+            {"layer": key[0], "expert": key[1], "site": formed.world.number, "from_step": at}
+            for key, at in steps.items()
+        ]
 
     def _put_into_force(self) -> None:
         formed, self._ready = self._ready, None
@@ -283,6 +288,18 @@ class Reform:
         self.number = formed.number
         self._keep(formed.sync.groups)
         recovery.become(self._site, formed)
+
+
+def _copies(standing: Sequence[dict[str, Any]]) -> dict[tuple[int, int], int]:
+    """By (layer, expert) the site that has the newest shadow copy of it."""
+    newest: dict[tuple[int, int], tuple[int, int]] = {}
+    for place, s in enumerate(standing):
+        if s["fresh"]:
+            continue
+        at, experts = s["shadows"]
+        for layer, expert in experts:
+            newest[layer, expert] = max(newest.get((layer, expert), (-1, 0)), (at, -place))
+    return {key: -place for key, (_, place) in newest.items()}
 
 
 def _parcels(

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fomoe_ext import wire
+from fomoe_ext.outer.codec import hash_bits
 from fomoe_ext.outer.groups import SiteGroup
 from fomoe_ext.outer.layout import Piece
+from fomoe_ext.outer.reduce import Damaged
 
 if TYPE_CHECKING:
     from fomoe_ext.outer.sync import OuterSync
@@ -187,18 +190,48 @@ def ship(
 
     A collective of the group, whose member `site` this is. `parcels`: (item, source, target), the
     same at all members. `size_of`: fp32 elements of every item; `vector_of`: what this site sends.
+    Raises Damaged where the hash of a message is not that of what has come.
     """
     ordered = sorted(parcels, key=lambda p: (p[0] is not None, p[0] or (), p[2]))
     members = range(group.size)
     outgoing = [[i for i, a, b in ordered if (a, b) == (site, other)] for other in members]
     incoming = [[i for i, a, b in ordered if (a, b) == (other, site)] for other in members]
-    vectors = [vector_of[item] for to_site in outgoing for item in to_site]
-    sent = (torch.cat(vectors) if vectors else torch.empty(0)).to(group.device)
-    sizes = [sum(size_of[item] for item in from_site) for from_site in incoming]
-    received = torch.empty(sum(sizes), device=group.device)
-    count = group.send_to_each(
-        received, sent, sizes, [sum(size_of[item] for item in to_site) for to_site in outgoing]
+    messages = [_sealed([vector_of[item] for item in to_site]) for to_site in outgoing if to_site]
+    sent = (torch.cat(messages) if messages else torch.empty(0)).to(group.device)
+    sizes, others = (
+        [sum(size_of[item] for item in of_site) + _SEAL * bool(of_site) for of_site in direction]
+        for direction in (incoming, outgoing)
     )
-    order = [item for from_site in incoming for item in from_site]
-    parts = received.split([size_of[item] for item in order]) if order else ()
-    return dict(zip(order, parts, strict=True)), count
+    received = torch.empty(sum(sizes), device=group.device)
+    count = group.send_to_each(received, sent, sizes, others)
+    arrived: dict[Item, Tensor] = {}
+    for sender, (message, items) in enumerate(zip(received.split(sizes), incoming, strict=True)):
+        if items:
+            values = _opened(message, f"site {sender}")
+            arrived |= zip(items, values.split([size_of[item] for item in items]), strict=True)
+    return arrived, count
+
+
+_SEAL = wire.HASH_BYTES // 4
+"""Elements of fp32 that a message's hash takes."""
+
+
+def _sealed(vectors: Sequence[Tensor]) -> Tensor:
+    """The vectors one after the other, and a hash of them."""
+    values = torch.cat(list(vectors))
+    return torch.cat([values, _hash(values).to(values.device)])
+
+
+def _hash(values: Tensor) -> Tensor:
+    (number,) = hash_bits([values])
+    signed = number - (1 << 64) if number >> 63 else number
+    return torch.tensor([signed], dtype=torch.int64).view(torch.float32)
+
+
+def _opened(message: Tensor, sender: str) -> Tensor:
+    """What was sent. Raises Damaged where it is not as it was sent."""
+    values, seal = message[:-_SEAL], message[-_SEAL:]
+    stated = seal.cpu().clone().view(torch.int64)  # a copy: a view may not begin anywhere
+    if not torch.equal(_hash(values).view(torch.int64), stated):
+        raise Damaged(f"what {sender} sent of its experts was damaged on the way")
+    return values
