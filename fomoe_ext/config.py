@@ -329,6 +329,9 @@ class InnerConfig:
     """Decoupled weight decay on matrices (never on norm gains)."""
     grad_clip: float = 1.0
     """Largest gradient norm of one site; 0 = no clipping."""
+    uneven_steps: bool = False
+    """Slower sites take fewer local steps, so that nobody waits for them, and their deltas weigh as
+    many tokens as they were trained on."""
 
     def __post_init__(self) -> None:
         at = "inner."
@@ -372,6 +375,10 @@ class OuterConfig:
     """Which sites a router row is averaged over, with router_scope = global."""
     expert_mean: Literal["equal", "tokens"] = "equal"
     """tokens: an expert's deltas weigh as many tokens as each holder routed to it."""
+    clip_delta: float = 0.0
+    """Scale down deltas longer than so many times the median of all sites', and leave out a site
+    whose delta is NaN: against accidents, no defence against a member that wants to do harm; 0 =
+    neither, NaN ends the job."""
     rescale: bool = False
     """Multiply mean deltas by the square root of the number of sites they are of (DiPaCo)."""
     moment_periods: tuple[int, ...] = (1, 1)
@@ -404,6 +411,7 @@ class OuterConfig:
         with _in_section(at):
             wire.check_moments(self.moment_periods, self.resolved_moment_codecs)
             wire.check_staggering(self.optimizer, self.fragments, self.overlap, self.overlap_alpha)
+            wire.check_clip_delta(self.clip_delta)
         if not self.timeout_s > 0:
             raise ValueError(f"outer.timeout_s must be > 0, got {self.timeout_s}")
         if self.outer_lr is not None and not self.outer_lr > 0:
@@ -412,6 +420,12 @@ class OuterConfig:
             _inside(at, 0, 1, outer_momentum=self.outer_momentum)
         if self.expert_mean == "tokens" and self.optimizer == "ddp":
             raise ValueError("outer.expert_mean = tokens needs an optimizer that sends deltas")
+        if self.clip_delta and (self.staggered or self.optimizer == "ddp"):
+            raise ValueError(
+                "outer.clip_delta needs outer.fragments = 1, outer.overlap = 0 and an "
+                f"outer.optimizer that is not ddp, got {self.fragments}, {self.overlap} and "
+                f"{self.optimizer}"
+            )
 
     @property
     def resolved_moment_codecs(self) -> tuple[str, ...]:
@@ -526,6 +540,12 @@ class TrainConfig:
         outer = self.outer
         if self.fault.tolerant:
             check_tolerant(self)
+        if self.inner.uneven_steps and (outer.staggered or outer.optimizer == "ddp"):
+            raise ValueError(
+                "inner.uneven_steps needs outer.fragments = 1, outer.overlap = 0 and an "
+                f"outer.optimizer that is not ddp, got {outer.fragments}, {outer.overlap} and "
+                f"{outer.optimizer}"
+            )
         if sites.stale_experts:
             self._check_stale()
         with _in_section("outer."):

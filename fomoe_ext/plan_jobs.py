@@ -92,10 +92,12 @@ def _ddp(config: TrainConfig) -> TrainConfig:
         codec="fp32",
         moment_codecs=(),
         expert_mean="equal",
+        clip_delta=0.0,
         fragments=1,
         overlap=0,
     )
-    return dataclasses.replace(plan.full_replica(config), outer=outer)
+    inner = dataclasses.replace(config.inner, uneven_steps=False)
+    return dataclasses.replace(plan.full_replica(config), inner=inner, outer=outer)
 
 
 def _full_replica(config: TrainConfig) -> TrainConfig:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fomoe_ext import wire
+from fomoe_ext.outer.averaging import Averaging
 from fomoe_ext.outer.codec import Codec, DeltaPart
 from fomoe_ext.outer.layout import Layout, Part, Piece
 from fomoe_ext.outer.optimizer import OuterRule
@@ -40,7 +39,10 @@ class Feedback:
 
 
 class MeanJob:
-    """Averages a tensor of each piece over its contributors, in place (`reduce.Job`)."""
+    """Averages a tensor of each piece over its contributors, in place (`reduce.Job`).
+
+    Set `averaging` before anything is encoded. What has no members left stays as it is.
+    """
 
     summed = True
 
@@ -59,16 +61,18 @@ class MeanJob:
         self.device = layout.pieces[0].tensor.device
         self.own_error = feedback.own if feedback else None
         self.share_error = feedback.shares if feedback else None
+        self.averaging = Averaging()
 
     def _anchor(self, start: int, stop: int) -> Tensor | None:
         return None
 
     def _source(self, part: Part) -> DeltaPart:
         """What this site gives of a part."""
-        if self.site not in part.piece.contributors:
+        if self.site not in self.averaging.members(part.piece):
             return DeltaPart(None, part.at)
         values = part.piece.part_of(self._tensor_of(part.piece))
-        return DeltaPart(values[part.lo : part.hi], part.at)
+        weight = self.averaging.weight(part.piece, self.site)
+        return DeltaPart(values[part.lo : part.hi], part.at, weight)
 
     def encode(self, start: int, stop: int, payload: Tensor) -> None:
         self._encode(self.codec, start, stop, payload)
@@ -98,8 +102,9 @@ class MeanJob:
 
     def write(self, start: int, stop: int, total: Tensor) -> None:
         for part in self.layout.parts(start, stop):
-            mean = total[part.range].div_(len(part.piece.contributors))
-            self._target(part).copy_(mean)
+            if self.averaging.members(part.piece):
+                mean = total[part.range].div_(self.averaging.divisor(part.piece))
+                self._target(part).copy_(mean)
 
     def _target(self, part: Part) -> Tensor:
         return part.piece.part_of(self._tensor_of(part.piece))[part.lo : part.hi]
@@ -138,37 +143,11 @@ class EqualiseJob(MeanJob):
             self._target(part).copy_(total[part.range])
 
 
-@dataclass(frozen=True)
-class Averaging:
-    """How deltas of a piece become one.
-
-    `tokens`: by piece of an expert, the tokens that each site has routed to it since the last
-    meeting, fp64 [num_sites], in place of equal weights; None = equal. `rescale`: the mean times
-    the square root of the number of contributors, which a mean of unlike deltas loses of its norm
-    (DiPaCo, arXiv 2403.10616).
-    """
-
-    tokens: dict[tuple[int, int], Sequence[float]] | None = None
-    rescale: bool = False
-
-    def weight(self, piece: Piece, site: int) -> float:
-        """What this site's delta is multiplied by."""
-        if self.tokens is None or piece.expert is None or len(piece.contributors) == 1:
-            return 1.0
-        return float(self.tokens[piece.expert][site])
-
-    def divisor(self, piece: Piece) -> float:
-        """What the sum is divided by."""
-        members = piece.contributors
-        total = float(len(members))
-        if self.tokens is not None and piece.expert is not None and len(members) > 1:
-            # No tokens anywhere: nothing but the error of before is in the sum.
-            total = sum(self.tokens[piece.expert][site] for site in members) or 1.0
-        return total / math.sqrt(len(members)) if self.rescale else total
-
-
 class DeltaJob(MeanJob):
     """Mean delta of one owner group, and the outer step with it (`reduce.Job`).
+
+    The anchor and momentum of a piece all of whose members are left out stay as they are, and
+    become the parameter of every owner.
 
     `alpha`: the share of a parameter that stays the site's own in what it goes on with, the rest
     being the new anchor's (Streaming DiLoCo, arXiv 2501.18512); 0 = all is the anchor's.
@@ -191,14 +170,9 @@ class DeltaJob(MeanJob):
             layout, site, codec, lambda piece: piece.tensor, feedback=feedback, seed=seed
         )
         self.anchor, self.momentum, self._rule, self._alpha = anchor, momentum, rule, alpha
-        self.averaging = Averaging()
 
     def _anchor(self, start: int, stop: int) -> Tensor | None:
         return self.anchor[start:stop]
-
-    def _source(self, part: Part) -> DeltaPart:
-        source = super()._source(part)
-        return source._replace(weight=self.averaging.weight(part.piece, self.site))
 
     def write(self, start: int, stop: int, total: Tensor) -> None:
         anchor = self.anchor[start:stop]
@@ -206,7 +180,12 @@ class DeltaJob(MeanJob):
         for part in parts:
             total[part.range].div_(self.averaging.divisor(part.piece))
         momentum = None if self.momentum is None else self.momentum[start:stop]
+        vectors = [anchor] if momentum is None else [anchor, momentum]
+        unmoved = [part.range for part in parts if not self.averaging.members(part.piece)]
+        kept = [(v[place], v[place].clone()) for place in unmoved for v in vectors]
         self._rule.apply_(anchor, total, momentum)
+        for view, before in kept:
+            view.copy_(before)
         for part in parts:
             target = self._target(part)
             if self._alpha:

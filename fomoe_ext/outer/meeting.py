@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,9 +14,10 @@ from torch import Tensor
 from fomoe_ext import wire
 from fomoe_ext.outer import optimizer as opt
 from fomoe_ext.outer.agreement import Agreement, Held
+from fomoe_ext.outer.averaging import UNTREATED, Averaging, treat
 from fomoe_ext.outer.codec import Codec, get_codec
 from fomoe_ext.outer.groups import share_statuses
-from fomoe_ext.outer.jobs import Averaging, DeltaJob, EqualiseJob, MeanJob, ShiftJob
+from fomoe_ext.outer.jobs import DeltaJob, EqualiseJob, MeanJob, ShiftJob
 from fomoe_ext.outer.layout import Layout, Piece
 from fomoe_ext.outer.options import MeetingError
 from fomoe_ext.outer.reduce import Job
@@ -101,15 +104,24 @@ class Meeting:
         self.layouts = [sync.layouts[i] for i in self.members]
         self.bias_layouts = [la for la in sync.bias_layouts if la.fragment == fragment]
         self.deltas: list[DeltaJob] = []
+        self._means: list[MeanJob] = []
+        self._biases: list[MeanJob] = []
         self._counts: Tensor | None = None
+        """What this site tells of itself: tokens routed to experts, those trained on, a norm."""
+        self._square = torch.zeros((), dtype=torch.float64)
+        self.treatment = UNTREATED
         self._pulled: dict[str, dict[int, Tensor]] = {}
 
     # ---------------------------------------------------------------------------------- before
 
     def problem(self) -> str:
         """What speaks against the meeting here, or an empty string."""
-        sync = self.sync
-        problem = bad_tensor(self.layouts, "the value", lambda piece: piece.tensor)
+        sync, clips = self.sync, self.sync.options.clip_delta > 0
+        problem = ""
+        if clips:
+            self._square = sync.ranks.sum_(self._squared_norm())
+        else:
+            problem = bad_tensor(self.layouts, "the value", lambda piece: piece.tensor)
         if not self.moments:
             return problem
         assert sync.inner_optimizer is not None
@@ -121,30 +133,78 @@ class Meeting:
         for moment in self.moments:
             if sync.lane is not None:
                 self._pulled[moment] = sync.lane.pull(self.fragment, self._state_of(moment))
-            problem = problem or bad_tensor(self.layouts, moment, self._moment_of(moment))
+            bad = bad_tensor(self.layouts, moment, self._moment_of(moment))
+            if not clips:
+                problem = problem or bad
+            elif sync.ranks.first(bad):
+                self._square.fill_(math.nan)
         return problem
+
+    def _squared_norm(self) -> Tensor:
+        """Of this rank's part of the site's delta, but for experts', fp64; NaN where anything that
+        the site gives is not finite, of experts too."""
+        sync, squares = self.sync, [torch.zeros((), dtype=torch.float64)]
+        for i, layout in zip(self.members, self.layouts, strict=True):
+            for piece, place in layout.slices():
+                if sync.site not in piece.contributors:
+                    continue
+                values = piece.values()
+                delta = sync.anchors[i][place].to(values.dtype).float() - values.float()
+                square = delta.double().square().sum()
+                # That of experts counts as nothing, or as NaN.
+                squares.append(square if piece.expert is None else square * 0.0)
+        return torch.stack([square.to(squares[-1].device) for square in squares]).sum().cpu()
 
     def announce(self, problem: str) -> int:
         """Tells all sites how it looks here and hears the same of them; the bytes sent.
 
-        Raises MeetingError on all sites when one has a problem.
+        Raises MeetingError on all sites when one has a problem, or all are to be left out.
         """
         sent = require_good(self.sync, self._name, problem)
         if self._counts is not None:
-            own, ranks = self._counts.flatten(), self.sync.ranks
+            own, ranks = self._counts, self.sync.ranks
             group = self.sync.groups.group(self.sync.groups.everyone)
             gathered, more = ranks.tell(lambda: _plain(*group.gather_now(own)), "background")
             sent += more if ranks.leads else 0
-            counts = torch.tensor(gathered, dtype=torch.float64)
-            self._average_by(counts.view(group.size, *self._counts.shape))
+            self._average_by(torch.tensor(gathered, dtype=torch.float64))
+            if len(self.treatment.left_out) == group.size:
+                raise MeetingError(
+                    "nothing was changed: the values of every site, or their moments, are NaN or "
+                    "infinite"
+                )
         return sent
 
-    def _average_by(self, counts: Tensor) -> None:
-        """`counts` [num_sites, L, E]: tokens that the sites routed to the experts."""
-        experts = {p.expert for la in self.layouts for p in la.pieces if p.expert is not None}
-        tokens = {key: counts[:, key[0], key[1]].tolist() for key in experts}
+    def _average_by(self, told: Tensor) -> None:
+        """`told` [num_sites, n]: what the sites tell of themselves, as `_counted` has it."""
+        options, shape = self.sync.options, self.sync.tokens.shape
+        tokens = trained = None
+        if options.expert_mean == "tokens":
+            counts = told[:, : shape.numel()].view(-1, *shape)
+            experts = {p.expert for la in self.layouts for p in la.pieces if p.expert is not None}
+            tokens = {key: counts[:, key[0], key[1]].tolist() for key in experts}
+        if options.clip_delta:
+            self.treatment = treat(told[:, -1].tolist(), options.clip_delta)
+        if options.site_mean == "tokens":
+            trained = told[:, told.shape[1] - options.site_numbers].tolist()
+        treatment = self.treatment
+        unscaled = Averaging(trained=trained, treatment=treatment._replace(factors=()))
         for job in self.deltas:
-            job.averaging = Averaging(tokens, self.sync.options.rescale)
+            job.averaging = Averaging(tokens, options.rescale, trained, treatment)
+        for mean in self._means:
+            mean.averaging = unscaled
+        for bias in self._biases:
+            # They move by fixed steps, so that they are finite, and all owners need the same.
+            bias.averaging = replace(unscaled, someone=True)
+
+    def _counted(self) -> Tensor:
+        """What this site tells of itself, fp64 [n]; a collective of its ranks."""
+        sync, options = self.sync, self.sync.options
+        parts = [sync.tokens.flatten()] if options.expert_mean == "tokens" else []
+        if options.site_mean == "tokens":
+            parts.append(torch.tensor([sync.trained], dtype=torch.float64))
+        counts = sync.ranks.sum_(torch.cat(parts)) if parts else torch.empty(0, dtype=torch.float64)
+        norm = [self._square.sqrt().view(1)] if options.clip_delta else []
+        return torch.cat([counts, *norm])
 
     # ------------------------------------------------------------------------------------ jobs
 
@@ -162,11 +222,13 @@ class Meeting:
             self._make_deltas()
             jobs = list(self.deltas)
         for moment, codec in self.moments.items():
-            jobs += self._means(self.layouts, codec, self._moment_of(moment), moment)
+            self._means += self._mean_jobs(self.layouts, codec, self._moment_of(moment), moment)
+        jobs += self._means
         if sync.options.overlap:
             shifted = [la for la in self.bias_layouts if la.group.size > 1]
             return jobs + [ShiftJob(la, sync.site, fp32, tensor_of) for la in shifted]
-        return jobs + self._means(self.bias_layouts, fp32, tensor_of, "bias")
+        self._biases = self._mean_jobs(self.bias_layouts, fp32, tensor_of, "bias")
+        return [*jobs, *self._biases]
 
     def _make_deltas(self) -> None:
         sync, options = self.sync, self.sync.options
@@ -186,10 +248,11 @@ class Meeting:
         ]
         for job in self.deltas:
             job.averaging = Averaging(rescale=options.rescale)
-        if options.expert_mean == "tokens":
+        if options.expert_mean == "tokens" or options.site_numbers:
+            self._counts = self._counted()
+        if self._counts is not None and options.overlap:
             # The others' counts come with their statuses; encoding takes no more than one's own.
-            self._counts = sync.ranks.sum_(sync.tokens.clone())
-            own = torch.zeros(sync.placement.num_sites, *self._counts.shape, dtype=torch.float64)
+            own = torch.zeros(sync.placement.num_sites, len(self._counts), dtype=torch.float64)
             own[sync.site] = self._counts
             self._average_by(own)
 
@@ -214,13 +277,13 @@ class Meeting:
         of_parameter = self._state_of(moment)
         return lambda piece: of_parameter(piece.tensor)
 
-    def _means(
+    def _mean_jobs(
         self,
         layouts: Sequence[Layout],
         codec: Codec,
         tensor_of: Callable[[Piece], Tensor],
         what: str,
-    ) -> list[Job]:
+    ) -> list[MeanJob]:
         return [
             MeanJob(la, self.sync.site, codec, tensor_of, seed=self._seed(what, la))
             for la in layouts
@@ -230,12 +293,16 @@ class Meeting:
     # ----------------------------------------------------------------------------------- after
 
     def give_back(self) -> None:
-        """With several ranks: their parameters, moments and biases become what was agreed on."""
+        """With several ranks: their parameters, moments and biases become what was agreed on.
+        Where this site was left out, inner moments that are not finite begin anew."""
         if self.sync.lane is not None:
             self.sync.lane.give_back(self.fragment)
             for moment, flats in self._pulled.items():
                 self.sync.lane.push(self.fragment, flats, self._state_of(moment))
             self._pulled = {}
+        self.sync.treatment = self.treatment
+        if self.sync.site in self.treatment.left_out and self.sync.inner_optimizer is not None:
+            opt.reset_bad_moments(self.sync.inner_optimizer)
 
     def agreement(self) -> Agreement:
         """What this site holds now of all that was exchanged, hashed; not yet compared."""

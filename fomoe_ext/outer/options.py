@@ -37,6 +37,16 @@ class OuterOptions:
     expert_mean: Literal["equal", "tokens"] = "equal"
     """tokens: an expert's deltas weigh as many tokens as each holder routed to it. Needs
     `OuterSync.after_step` after every local step."""
+    site_mean: Literal["equal", "tokens"] = "equal"
+    """tokens: a site's values, dense and experts', parameters and moments, weigh as many tokens as
+    it has trained on in the round (`OuterSync.step(tokens)`); for sites that take fewer steps than
+    others. Where `expert_mean` is "tokens" experts' deltas go by that."""
+    clip_delta: float = 0.0
+    """Guards a meeting against accidents at a site, not against a member that wants to do harm:
+    a site's delta whose norm is more than so many times the median of all sites' is scaled down to
+    that (moments are not), and a site that has NaN is left out of all averages, takes what the
+    others have agreed on, and starts the inner moments that are not finite from zero. 0 = no
+    clipping, and NaN at one site is an error for all; else at least 1."""
     rescale: bool = False
     """Multiply a mean delta by the square root of the number of sites it is of (DiPaCo)."""
     moment_periods: Sequence[int] = (1, 1)
@@ -73,6 +83,8 @@ class OuterOptions:
         get_codec(self.codec, self.rounding)
         one_of(("holders", "all"), router_mean=self.router_mean)
         one_of(("equal", "tokens"), expert_mean=self.expert_mean)
+        one_of(("equal", "tokens"), site_mean=self.site_mean)
+        wire.check_clip_delta(self.clip_delta)
         one_of(("stop", "heal"), on_mismatch=self.on_mismatch)
         one_of(stale.CODECS, stale_codec=self.stale_codec)
         at_least(1, stale_period=self.stale_period)
@@ -90,6 +102,12 @@ class OuterOptions:
             raise ValueError("fragments and overlap need local_steps")
         if self.staged and (self.staggered or self.optimizer == "ddp"):
             raise ValueError("staged needs fragments = 1, overlap = 0 and an optimizer but ddp")
+        whole = not self.staggered and self.optimizer != "ddp"
+        if not whole and (self.site_mean == "tokens" or self.clip_delta):
+            raise ValueError(
+                "site_mean = tokens and clip_delta need fragments = 1, overlap = 0 and an "
+                "optimizer but ddp"
+            )
         if self.expert_mean == "tokens" and self.optimizer == "ddp":
             raise ValueError("expert_mean = tokens is for deltas: optimizer must not be ddp")
 
@@ -97,6 +115,11 @@ class OuterOptions:
     def staggered(self) -> bool:
         """Whether meetings are spread over a round, or go on during its steps."""
         return wire.is_staggered(self.fragments, self.overlap)
+
+    @property
+    def site_numbers(self) -> int:
+        """How many numbers a site tells of itself before a meeting, experts' counts aside."""
+        return wire.site_numbers(self.site_mean == "tokens", self.clip_delta)
 
     @property
     def alpha(self) -> float:

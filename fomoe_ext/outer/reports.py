@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from fomoe_ext.outer.averaging import UNTREATED, Treatment
+
 
 class RoundReport(NamedTuple):
     """What the meetings of a round cost this site.
@@ -12,7 +14,8 @@ class RoundReport(NamedTuple):
     last one and, with "ddp", of all `reduce_gradients` and `clip_grad_norm`; seconds that the site
     waited, for others too. moments: how many of the two AdamW moments were averaged. exchange_s:
     seconds from the start of exchanges to their end, of which all but `seconds` were hidden behind
-    local steps. healed: pieces that had to be restored from the majority.
+    local steps. healed: pieces that had to be restored from the majority. treatment: with
+    `clip_delta`, which sites' deltas were scaled down or left out.
     """
 
     round: int
@@ -21,6 +24,7 @@ class RoundReport(NamedTuple):
     moments: int
     exchange_s: float
     healed: tuple[str, ...]
+    treatment: Treatment = UNTREATED
 
 
 class ReshuffleReport(NamedTuple):

@@ -11,6 +11,7 @@ Frozen copies of absent experts (`MoELayer`'s stale_experts) are refreshed at th
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -27,6 +28,7 @@ from fomoe_ext.mesh import SiteRanks
 from fomoe_ext.outer import agreement, gradients, staged
 from fomoe_ext.outer import optimizer as opt
 from fomoe_ext.outer.agreement import Agreement
+from fomoe_ext.outer.averaging import UNTREATED
 from fomoe_ext.outer.codec import get_codec
 from fomoe_ext.outer.flight import Background, Flight
 from fomoe_ext.outer.groups import SiteGroups, share_statuses
@@ -171,6 +173,10 @@ class OuterSync:
         experts = self.moe_layers[0].num_experts if self.moe_layers else 0
         self.tokens = torch.zeros(len(self.moe_layers), experts, dtype=torch.float64)
         """Tokens routed to each expert [L, E] since its last meeting, with expert_mean "tokens"."""
+        self.trained = 0.0
+        """Tokens that this rank has trained on in the round, with site_mean "tokens"."""
+        self.treatment = UNTREATED
+        """Whose deltas the last meeting has scaled down or left out, with `clip_delta`."""
         self.warmup: opt.ArrivalWarmup | None = None
         if inner_optimizer is not None:
             self.warmup = opt.ArrivalWarmup(inner_optimizer, self.moe_layers)
@@ -395,14 +401,20 @@ class OuterSync:
             self.sent(compared.bytes_sent)
 
     @torch.no_grad()
-    def step(self) -> RoundReport:
+    def step(self, tokens: float | None = None) -> RoundReport:
         """The meeting at the end of a round, after the local steps; parameters change in place.
 
-        Raises MeetingError on all sites, with nothing sent or changed, when a parameter or moment
-        is NaN or infinite, a moment is missing, or a site is in another round; with the model in an
-        undefined state, naming the site, when one is lost; and naming the tensors when holders do
-        not end with the same bits.
+        `tokens`: with site_mean "tokens", how many this rank has trained on since the last meeting;
+        else of no matter. Raises ValueError where it is missing or negative, and MeetingError on
+        all sites, with nothing sent or changed, when a parameter or moment is NaN or infinite (with
+        `clip_delta`: at every site), a moment is missing, or a site is in another round; with the
+        model in an undefined state, naming the site, when one is lost; and naming the tensors when
+        holders do not end with the same bits.
         """
+        if self.options.site_mean == "tokens":
+            if tokens is None or not 0 <= tokens < math.inf:
+                raise ValueError(f"tokens must be >= 0 with site_mean = tokens, got {tokens}")
+            self.trained = float(tokens)
         with self.meeting("the meeting"):
             if self.options.staggered:
                 assert self.options.local_steps is not None
@@ -474,7 +486,9 @@ class OuterSync:
             moments,
             self._round_exchange_s,
             tuple(self._healed),
+            self.treatment,
         )
+        self.treatment = UNTREATED
         self._round_bytes, self._round_seconds, self._round_exchange_s = 0, 0.0, 0.0
         self._healed = []
         return report
@@ -612,6 +626,7 @@ class OuterSync:
             moment_periods=options.moment_periods,
             moment_codecs=options.codecs_of_moments,
             counted_experts=self.tokens.numel() if options.expert_mean == "tokens" else 0,
+            numbers=options.site_numbers,
             staged=options.staged,
         )
 
