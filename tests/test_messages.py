@@ -214,8 +214,8 @@ def unsafe_lines(source: str) -> list[str]:
         given = {word.arg: ast.unparse(word.value) for word in node.keywords}
         if called in FORBIDDEN_CALLS:
             found.append(f"{node.lineno}: {called}")
-        if called == "torch.load" and given.get("weights_only") != "True":
-            found.append(f"{node.lineno}: torch.load without weights_only=True")
+        if called == "torch.load":
+            found.append(f"{node.lineno}: torch.load")
         if given.get("allow_pickle", "False") != "False":
             found.append(f"{node.lineno}: {called} with allow_pickle")
     return found
@@ -238,8 +238,7 @@ def test_no_module_reads_a_pickle():
         "import pickle",
         "import os, marshal as m",
         "from shelve import open",
-        "torch.load(path)",
-        "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=True)",
         "dist.all_gather_object(a, b)",
         "from torch.distributed import broadcast_object_list",
         "numpy.load(path, allow_pickle=True)",
@@ -251,4 +250,4 @@ def test_what_reads_a_pickle_is_found(line):
 
 
 def test_what_reads_none_is_not_found():
-    assert unsafe_lines("model.eval()\ntorch.load(p, weights_only=True)\nre.compile(a)") == []
+    assert unsafe_lines("model.eval()\ntorch.save(a, p)\nre.compile(a)") == []

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_model
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -16,9 +15,10 @@ from fomoe_ext.files import replace_file
 from fomoe_ext.hf.convert import layers
 from fomoe_ext.outer import OuterSync, RoundReport
 from fomoe_ext.placement import Placement
+from fomoe_ext.state_files import read_state, write_state
 from fomoe_ext.tensor_files import INDEX, SINGLE
 
-STATE_FILE = "outer_sync.pt"
+STATE_FILE = "outer_sync.safetensors"
 _SHOWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 
 
@@ -69,7 +69,7 @@ class OuterSyncCallback(TrainerCallback):
             path = Path(resume_from) / STATE_FILE
             if not path.is_file():
                 raise ValueError(f"resume_from must be a folder with {STATE_FILE}, got {path}")
-            self._state = torch.load(path, weights_only=True)
+            self._state = read_state(path)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -109,8 +109,7 @@ class OuterSyncCallback(TrainerCallback):
         if not any((folder / name).exists() for name in (SINGLE, INDEX)):
             with replace_file(folder / SINGLE) as temporary:
                 save_model(given["model"], str(temporary))
-        with replace_file(folder / STATE_FILE) as temporary:
-            torch.save(self.sync.state_dict(), temporary)
+        write_state(folder / STATE_FILE, self.sync.state_dict())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any

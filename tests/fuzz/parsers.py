@@ -35,6 +35,7 @@ from fomoe_ext.placement import Placement
 from fomoe_ext.plan import read_placement
 from fomoe_ext.plan_hf import read_hf_config
 from fomoe_ext.spread import measured_load
+from fomoe_ext.state_files import read_state, write_state
 from fomoe_ext.tally import Tally
 from fomoe_ext.tensor_files import INDEX, SINGLE, TensorFiles
 from fomoe_ext.text import TextUnit, read_texts
@@ -228,6 +229,13 @@ def _tensor_files() -> list[Parser]:
 
 
 # ------------------------------------------------------------------------------- JSON, TOML, lines
+
+
+def _states() -> Parser:
+    path = _folder() / "state"
+    write_state(path, {"round": 1, "anchor": {"a": torch.ones(3)}, "tokens": torch.zeros(2)})
+    read = _from_file("state", read_state)
+    return Parser("state file", read, (ValueError,), [path.read_bytes()], mutate.of_safetensors)
 
 
 def _tokens(path: Path) -> object:
@@ -489,5 +497,5 @@ def _wire() -> list[Parser]:
 @lru_cache(maxsize=1)
 def parsers() -> dict[str, Parser]:
     """All parsers by name; makes the files that they need, once per process."""
-    found = [*_wire(), *_files(), *_checkpoints(), *_tensor_files()]
+    found = [*_wire(), *_files(), *_checkpoints(), *_tensor_files(), _states()]
     return {parser.name: parser for parser in found}
