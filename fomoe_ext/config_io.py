@@ -50,7 +50,10 @@ def _convert(key: str, kind: Any, value: Any) -> Any:
     if origin is tuple and isinstance(value, list):
         return tuple(_convert(f"{key}[{i}]", choices[0], item) for i, item in enumerate(value))
     if kind is float and type(value) in (int, float):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{key} must be a number that fits, got {value!r:.60}") from None
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind in (int, bool, str) and type(value) is kind:

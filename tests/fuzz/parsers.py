@@ -307,7 +307,7 @@ def _files() -> list[Parser]:
             wrong,
             [dump_config(TrainConfig()).encode()],
             mutate.of_bytes,
-            0.1,
+            0.04,
         ),
         Parser("co-activation", _from_file("counts.json", measured_coactivation), value, counts),
         Parser(
