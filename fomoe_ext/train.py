@@ -70,12 +70,15 @@ class _Job:
     ) -> None:
         self.site, self.stop, self.log, self.company = site, stop, log, company
         self.run = site.config.run
-        self._renew, self._unsaved = False, False
+        self._renew, self._unsaved, self._came = False, False, False
 
     def train(self) -> bool:
         """All rounds that are left; True when the job was stopped (a checkpoint is written)."""
         while self.site.round < self.site.rounds:
             try:
+                if self._came:
+                    self._came = False
+                    self._start_save_if_due()
                 if self._step():
                     return True
             except (PeerLost, MeetingLost) as error:
@@ -91,6 +94,8 @@ class _Job:
 
     def tell_of_company(self, event: dict[str, Any]) -> None:
         """The sites are others than before."""
+        # Who has come joins in with what the others do next, between two rounds.
+        self._came = self.site.world.number in event["joined"]
         if self.site.world.process == 0:
             if self.log is None:
                 self.log = _make_log(self.site, None).__enter__()
@@ -119,9 +124,13 @@ class _Job:
         if self.company is not None and (self._renew or not self.company.is_level()):
             self._renew = False
             self.tell_of_company(self.company.renew())
-        if self.run.checkpoint_rounds and site.round % self.run.checkpoint_rounds == 0:
-            self._start_save(site.tally.steps)
+        self._start_save_if_due()
         return False
+
+    def _start_save_if_due(self) -> None:
+        every, site = self.run.checkpoint_rounds, self.site
+        if every and site.round and site.round % every == 0:
+            self._start_save(site.step)
 
     def _round(self) -> bool:
         """One round; True when it ended in a checkpoint because a site was asked to stop."""
@@ -133,7 +142,7 @@ class _Job:
             if self.log is not None:
                 rate = (site.tally.tokens - tokens_before) / (time.perf_counter() - start)
                 all_sites = rate * site.world.processes
-                self.log.step(site.tally.steps, lambda: float(loss), all_sites)
+                self.log.step(site.step, lambda: float(loss), all_sites)
 
         sent_before, exchange_before = site.bytes_sent, site.tally.exchange_s
         site.take_local_steps(self.stop, after_step)
@@ -142,8 +151,7 @@ class _Job:
         notes = self._exchange_notes(site.tally.steps - steps_before, before_notes - start)
         waited = time.perf_counter() - before_notes
         stopping = any(note.stop for note in notes)
-        round_end = (site.round + 1) * site.local_steps
-        if stopping and any(note.steps < round_end for note in notes):
+        if stopping and any(note.left for note in notes):
             site.tally.meeting_s += waited
             if site.world.rank == 0:
                 site.tally.planned_bytes += (site.world.num_sites - 1) * plan.NOTE_BYTES
@@ -158,7 +166,7 @@ class _Job:
         if self.log is not None:
             self._tell_round(notes, sent, wall, meeting, tokens_before, exchange_before)
         if stopping:
-            self._save(site.tally.steps)
+            self._save(site.step)
         return stopping
 
     def _exchange_notes(self, steps: int, seconds: float) -> list[RoundNote]:
@@ -184,15 +192,20 @@ class _Job:
         site = self.site
         assert self.log is not None
         slots = sum(note.slots for note in notes)
-        step = site.tally.steps
+        step = site.step
+        taken = sum(note.taken for note in notes)
+        per_site = taken / len(notes) / notes[site.world.site].taken
         total = site.rounds * site.local_steps
         self.log.round(
             {
                 "round": site.round,
                 "step": step,
-                "loss": sum(note.loss for note in notes) / (len(notes) * site.local_steps),
+                "loss": sum(note.loss for note in notes) / taken,
                 "lr": learning_rate(site.config.inner, step - 1, total),
-                "tokens_per_s": (site.tally.tokens - tokens_before) * site.world.processes / wall,
+                "tokens_per_s": (site.tally.tokens - tokens_before)
+                * per_site
+                * site.world.processes
+                / wall,
                 "skipped_share": 1 - sum(note.rows for note in notes) / slots,
                 "bytes_sent": sent,
                 "meeting_s": meeting,
@@ -209,7 +222,7 @@ class _Job:
             self.log.validation(
                 {
                     "round": self.site.round,
-                    "step": self.site.tally.steps,
+                    "step": self.site.step,
                     "loss": result.loss,
                     "bits_per_byte": result.bits_per_byte,
                     "tokens": result.tokens,
@@ -260,7 +273,7 @@ class _Job:
     def _finish(self) -> None:
         site = self.site
         if self._unsaved:
-            self._save(site.tally.steps)
+            self._save(site.step)
         site.finish()
         validation = self._validate(_FINAL_EVAL * self.run.eval_tokens)
         report = site.report(validation)
@@ -271,7 +284,7 @@ class _Job:
             _gather("the report is written", site.world, "the end")
             self.company.membership.finish()
         if self.log is not None:
-            self.log.event("end", step=site.tally.steps, wall_s=report["run"]["wall_s"])
+            self.log.event("end", step=site.step, wall_s=report["run"]["wall_s"])
             self.log.say("")
             print_report(report, self.log.console)
             self.log.say(f"report in {site.run_dir / 'report.md'}")
@@ -379,7 +392,7 @@ def _console() -> Console | None:
 
 
 def _make_log(site: TrainingSite, resumed: Path | None) -> RunLog:
-    run, step = site.config.run, site.tally.steps
+    run, step = site.config.run, site.step
     if run.resume is not None:
         rewind_metrics(site.run_dir / METRICS, step)
     log = RunLog(

@@ -143,7 +143,7 @@ class Company:
         site.tally.recovery_bytes += formed.bytes_sent
         event = {
             "round": site.round,
-            "step": site.tally.steps,
+            "step": site.step,
             "members": list(formed.members),
             "lost": {s: membership.why(s) for s in sorted(set(before) - set(formed.members))},
             "joined": list(formed.joined),

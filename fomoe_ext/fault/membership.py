@@ -212,7 +212,7 @@ class TorchftMembership:
         self.end("the next view is being formed")
         self.store.set(f"here/{before.name}/{self.site}", "1")
         self._await(before, sorted(self._beats.knocked) if between_rounds else [], patience_s)
-        return self._ask(round_index)
+        return self._ask(round_index, self.quorum)
 
     def lost(self) -> str:
         return self._beats.reason
@@ -237,7 +237,7 @@ class TorchftMembership:
             time.sleep(_LOOK_S)
         self._beats.start()
         while True:
-            view = self._ask(0)
+            view = self._ask(0, 1)
             if view.members == self.all_sites:
                 return view
             time.sleep(_LOOK_S)
@@ -262,7 +262,7 @@ class TorchftMembership:
             if self.store.check([f"admit/{name}"]):
                 self._beats.counts = True
                 self.store.set(f"here/{name}/{self.site}", "1")
-                view = self._ask(-1)
+                view = self._ask(-1, self.quorum)
                 self.store.delete_key(f"knock/{self.site}")
                 return view
             time.sleep(_LOOK_S)
@@ -286,7 +286,8 @@ class TorchftMembership:
 
     def knocked(self) -> bool:
         """Whether a late-comer waits."""
-        return bool(self._beats.knocked)
+        members = self.view.members if self.view else ()
+        return bool(self._beats.knocked - set(members))
 
     def end(self, reason: str) -> None:
         """Ends the present view: all others of it will hear of it."""
@@ -316,8 +317,11 @@ class TorchftMembership:
         current = json.loads(self.store.get("current"))
         return current["name"] != view.name and self.site not in current["members"]
 
-    def _ask(self, round_index: int) -> View:
-        """Asks the lighthouse, and makes the answer the present view."""
+    def _ask(self, round_index: int, least: int) -> View:
+        """Asks the lighthouse, and makes the answer the present view.
+
+        Raises TooFew for less than `least` sites.
+        """
         deadline = time.monotonic() + 4 * self.silent_s + _STORE_S
         while True:
             self._attempt += 1
@@ -338,8 +342,8 @@ class TorchftMembership:
                     raise TooFew(f"no quorum of {self.quorum} sites: {error}") from None
         proven = [p for p in quorum.participants if _is_proven(p.replica_id, p.data)]
         members = tuple(sorted(int(p.replica_id) for p in proven))
-        if self.site not in members or len(members) < self.quorum:
-            raise TooFew(f"sites {members} are {len(members)}, fault.quorum is {self.quorum}")
+        if self.site not in members or len(members) < least:
+            raise TooFew(f"sites {members} are {len(members)}, quorum is {least}")
         self._attempt = max(int(p.data["attempt"]) for p in proven)
         incarnations = [int(p.data["incarnation"]) for p in proven]
         name = f"{quorum.quorum_id}.{self._attempt}.{'-'.join(map(str, incarnations))}"

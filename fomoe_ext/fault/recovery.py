@@ -18,6 +18,8 @@ from fomoe_ext.tally import Tally
 if TYPE_CHECKING:
     from fomoe_ext.fault.reform import Formed
     from fomoe_ext.model import LanguageModel
+    from fomoe_ext.outer import OuterSync
+    from fomoe_ext.outer.layout import Layout
     from fomoe_ext.trainer import TrainingSite
 
 
@@ -48,6 +50,28 @@ def settle(site: TrainingSite, apply: bool) -> None:
         site.sync.lost_bytes += notes
     if outcome is not None:
         site.tally.meeting_s += site.after_meeting(placement, outcome)
+
+
+@torch.no_grad()
+def carry_share_errors(
+    old: OuterSync, members: Sequence[int], new: OuterSync, new_members: Sequence[int]
+) -> None:
+    """What encoding of sums has lost so far goes on where the same sites still share the same
+    pieces: each of them encodes the same sums as before."""
+    kept = {
+        _key(layout, members): feedback.shares
+        for layout, feedback in zip(old.layouts, old.feedback, strict=True)
+    }
+    for layout, feedback in zip(new.layouts, new.feedback, strict=True):
+        shares = kept.get(_key(layout, new_members))
+        if shares is not None and feedback.shares is not None:
+            feedback.shares.copy_(shares)
+
+
+def _key(layout: Layout, members: Sequence[int]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Tells which sites, by the numbers they keep, share which pieces."""
+    owners = tuple(members[site] for site in layout.group.owners)
+    return owners, tuple(piece.key for piece in layout.pieces)
 
 
 @torch.no_grad()

@@ -258,6 +258,10 @@ class Reform:
                 mine.take(vector, wanted[item], wanted_biases.get(item, []), names)
         self._restore(formed, mine, standing)
         mine.fill(formed.sync)
+        if not site.late:
+            recovery.carry_share_errors(
+                site.sync, site.world.members, formed.sync, formed.world.members
+            )
         return sent
 
     def _restore(
