@@ -118,6 +118,15 @@ class BatchIterator:
         self.position += self.num_sites * self.batch_size
         return self.data.windows(indices)
 
+    def skip(self, batches: int) -> None:
+        """Leaves out so many batches of every site: nobody is given their windows in this epoch.
+
+        Raises ValueError for a negative number.
+        """
+        if batches < 0:
+            raise ValueError(f"batches must be >= 0, got {batches}")
+        self.position += batches * self.num_sites * self.batch_size
+
     @property
     def epoch(self) -> float:
         """How often the training split has been gone through, by all sites together."""

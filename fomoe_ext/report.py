@@ -89,7 +89,7 @@ def _checkpoints(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _time(report: Mapping[str, Any]) -> ReportTable:
-    rows = []
+    rows, uneven = [], report["run"].get("uneven_steps", False)
     for site in report["sites"]:
         busy = site["local_s"] + site["meeting_s"]
         rows.append(
@@ -103,6 +103,7 @@ def _time(report: Mapping[str, Any]) -> ReportTable:
                 _seconds(site["validation_s"]),
                 human_count(site["tokens"] / site["local_s"]) if site["local_s"] else "-",
                 f"{site['skipped_share']:.1%}",
+                *([str(site["steps"] - site["from_step"])] if uneven else []),
             )
         )
     return ReportTable(
@@ -117,12 +118,20 @@ def _time(report: Mapping[str, Any]) -> ReportTable:
             "validation",
             "tokens/s",
             "skipped slots",
+            *(["steps taken"] if uneven else []),
         ),
         tuple(rows),
         "A meeting includes waiting for the slowest site. Exchange: from the first byte to the "
         "last; hidden: the share of it that passed during local steps"
-        f"{_spread(report['run'])}.{_link(report['run'])} Skipped slots cost no arithmetic.",
+        f"{_spread(report['run'])}.{_link(report['run'])} Skipped slots cost no arithmetic."
+        f"{_UNEVEN if uneven else ''}",
     )
+
+
+_UNEVEN = (
+    " Slower sites took fewer local steps, and their deltas weighed as many tokens as they had "
+    "trained on."
+)
 
 
 def _hidden(site: Mapping[str, Any]) -> str:
@@ -234,6 +243,27 @@ def _load(report: Mapping[str, Any]) -> ReportTable:
     return ReportTable(title, ("", "least", "most", "spread"), tuple(rows), note)
 
 
+def _clipped(report: Mapping[str, Any]) -> ReportTable:
+    rows = [
+        (
+            f"site {site['site']}",
+            str(site["clipped"]),
+            f"{site['least_factor']:.3g}" if site["clipped"] else "-",
+            str(site["left_out"]),
+        )
+        for site in report["sites"]
+    ]
+    limit = report["run"]["clip_delta"]
+    return ReportTable(
+        "Deltas that were scaled down or left out",
+        ("", "scaled down", "smallest factor", "left out"),
+        tuple(rows),
+        f"In so many meetings: scaled down where longer than {limit:g} times the median of all "
+        "sites', left out where NaN or infinite. This helps against accidents, not against a site "
+        "that wants to do harm.",
+    )
+
+
 def _routing(report: Mapping[str, Any]) -> ReportTable:
     routing = report["routing"]
     share = lambda value: "-" if value is None else f"{value:.1%}"
@@ -262,6 +292,8 @@ def report_tables(report: Mapping[str, Any]) -> list[ReportTable]:
     """The tables of a report."""
     makers = (_result, _bytes, _memory, _time)
     tables = [make(report) for make in makers]
+    if report["run"].get("clip_delta"):
+        tables.append(_clipped(report))
     tables += [arithmetic_table(report["flops_per_token"]), _load(report)]
     if report.get("story"):
         tables.insert(1, _story(report))

@@ -158,6 +158,7 @@ def state_of(site: TrainingSite, has_local: bool) -> dict[str, Any] | None:
         "data": site.batches.state_dict(),
         "tally": Tally.of_ranks([Tally.from_state(t) for _, t, _ in parts]).state_dict(),
         "steps_in_round": site.steps_in_round,
+        "uneven": site.uneven_state(),
         "round_counts": of_site([counts for _, _, counts in parts]),
         "local": has_local,
     }
@@ -356,6 +357,8 @@ def _load_numbers(site: TrainingSite, resumed: Resumed) -> None:
     sync.bytes_sent = int(numbers["bytes_sent"]) if leads else 0
     site.tally = tally if leads else tally.without_counts()
     site.steps_in_round = state["steps_in_round"]
+    if "uneven" in state:  # not in checkpoints of earlier versions
+        site.set_uneven_state(state["uneven"])
     site.set_round_counts((loss, rows, slots) if leads else (loss, 0, 0))
     if sync.warmup is not None:
         sync.warmup.progress = {(a, b): (c, d) for a, b, c, d in numbers["warmup"]}

@@ -23,6 +23,8 @@ class Tally:
     `checkpoints` during the training, `checkpoints_failed`: of which it could not be written;
     `checkpoint_s`: what the site waited for them. With another the job ends, or stops.
     `recovery_s`, `recovery_bytes`: to go on with other sites after one was lost or came.
+    `clipped`: meetings in which this site's delta was scaled down, `least_factor`: by how much at
+    most; `left_out`: in which it was left out.
     `bytes_sent`: in meetings, for moved experts and in notes; `planned_bytes`: what
     `fomoe_ext.plan` says of the same.
     """
@@ -49,6 +51,9 @@ class Tally:
     note_bytes: int = 0
     validation_bytes: int = 0
     gradient_bytes: int = 0
+    clipped: int = 0
+    least_factor: float = 1.0
+    left_out: int = 0
     first_validation: dict[str, Any] | None = None
     from_round: int = 0
     from_step: int = 0
@@ -160,6 +165,8 @@ def build_report(
             "agreements": min(site["agreements"] for site in sites),
             "fragments": config.outer.fragments,
             "overlap": config.outer.overlap,
+            "uneven_steps": config.inner.uneven_steps,
+            "clip_delta": config.outer.clip_delta,
         },
         "validation": dict(validation),
         "first_validation": sites[0]["first_validation"],

@@ -10,7 +10,7 @@ import hashlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import partial
@@ -36,7 +36,9 @@ from fomoe_ext.link import parse_link
 from fomoe_ext.mesh import local_tensor, make_mesh
 from fomoe_ext.model import LanguageModel, optimizer_groups
 from fomoe_ext.outer import OuterOptions, OuterSync, RoundReport, SiteGroups
+from fomoe_ext.outer.averaging import Treatment
 from fomoe_ext.outer.groups import Handle, gather_objects
+from fomoe_ext.pace import Pace, steps_of_round
 from fomoe_ext.placement import Placement
 from fomoe_ext.plan import RoundNote
 from fomoe_ext.resume import Resumed, fill_copies, load_into, of_site, state_of, tensors_of
@@ -113,6 +115,11 @@ class TrainingSite:
         )
         self.tally = Tally()
         self.steps_in_round = 0
+        self.steps_due = self.local_steps
+        """Local steps that this site takes in the round."""
+        self._steps_due_next = self.local_steps
+        self.pace, self.clock = Pace(), time.perf_counter
+        self._round_tokens = 0
         self._round_loss = torch.zeros((), dtype=torch.float64, device=device)
         self._round_rows = torch.zeros((), dtype=torch.int64, device=device)
         self._round_slots = 0
@@ -202,6 +209,12 @@ class TrainingSite:
         return self.sync.round
 
     @property
+    def step(self) -> int:
+        """Local steps of all rounds so far, with its own of the one under way: the same at all
+        sites between rounds, also where some have taken fewer."""
+        return self.round * self.local_steps + self.steps_in_round
+
+    @property
     def bytes_sent(self) -> int:
         """Bytes this process has sent so far to other sites in meetings, for moved experts and in
         notes."""
@@ -232,7 +245,10 @@ class TrainingSite:
             self.sync.reduce_gradients()
         if inner.grad_clip:
             self.sync.clip_grad_norm(inner.grad_clip)
-        lr = learning_rate(inner, self.tally.steps, self.rounds * self.local_steps)
+        # Who takes fewer steps goes as far along the schedule in a round as the others.
+        step = self.round * self.local_steps
+        step += self.steps_in_round * self.local_steps // self.steps_due
+        lr = learning_rate(inner, step, self.rounds * self.local_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -253,6 +269,7 @@ class TrainingSite:
         self.steps_in_round += 1
         count = tokens[:, 1:].numel()
         self.tally.tokens += count
+        self._round_tokens += count
         self._round_loss += loss
         layers = self.model.moe_layers()
         # A site's ranks move its selection biases together.
@@ -273,9 +290,11 @@ class TrainingSite:
         """
         outer = self.config.outer
         all_of_them = outer.optimizer == "ddp" or outer.staggered
-        while self.steps_in_round < self.local_steps and (all_of_them or not self._asked(stop)):
+        before, begun = self.steps_in_round, self.clock()
+        while self.steps_in_round < self.steps_due and (all_of_them or not self._asked(stop)):
             after_step(self._local_step())
             inject.point("local")
+        self.pace.took(self.steps_in_round - before, self.clock() - begun)
 
     def _asked(self, stop: StopRequest) -> bool:
         """Whether any rank of this site was asked to stop."""
@@ -291,17 +310,25 @@ class TrainingSite:
         """
         ranks = self.sync.ranks
         with with_others(f"the notes of round {self.round + 1}", self.world.site):
-            parts = ranks.gather((stop, self.round_counts()))
-            loss, rows, slots = of_site([counts for _, counts in parts])
+            parts = ranks.gather((stop, self.round_counts(), self.pace.seconds))
+            loss, rows, slots = of_site([counts for _, counts, _ in parts])
             note = RoundNote(
-                stop=float(any(asked for asked, _ in parts)),
-                steps=self.tally.steps,
+                stop=float(any(asked for asked, _, _ in parts)),
+                steps=self.step,
                 loss=loss,
                 rows=rows,
                 slots=slots,
+                knocks=float(knocks),
+                taken=self.steps_in_round,
+                left=self.steps_due - self.steps_in_round,
+                pace=max(seconds for _, _, seconds in parts),
             )
-            notes = ranks.tell(lambda: self._swap_notes(note))
-            return [RoundNote(*numbers) for numbers in notes]
+            told = ranks.tell(lambda: self._swap_notes(note))
+        notes = [RoundNote(*numbers) for numbers in told]
+        if self.config.inner.uneven_steps:
+            due = steps_of_round([note.pace for note in notes], self.local_steps)
+            self._steps_due_next = due[self.world.site]
+        return notes
 
     def _swap_notes(self, note: RoundNote) -> list[RoundNote]:
         handle, notes, sent = self.sync.groups.gather_numbers(
@@ -329,6 +356,24 @@ class TrainingSite:
         self._round_rows.fill_(counts[1])
         self._round_slots = counts[2]
 
+    def uneven_state(self) -> dict[str, float]:
+        """What of its steps is this site's own: those due, tokens of the round, the pace."""
+        return {
+            "due": self.steps_due,
+            "tokens": self._round_tokens * self.world.ranks,
+            "pace": self.pace.seconds,
+        }
+
+    def set_uneven_state(self, state: Mapping[str, float]) -> None:
+        """Goes on from what `uneven_state` said. Raises ValueError for steps that no site takes."""
+        due = int(state["due"])
+        if not 1 <= due <= self.local_steps:
+            raise ValueError(f"steps due must be in [1, {self.local_steps}], got {due}")
+        if self.config.inner.uneven_steps:
+            self.steps_due = self._steps_due_next = due
+        self._round_tokens = int(state["tokens"]) // self.world.ranks
+        self.pace = Pace(float(state["pace"]))
+
     def local_tensors(self) -> dict[str, Tensor]:
         """This rank's parameters and persistent buffers by name."""
         return local_tensors(self.model)
@@ -343,7 +388,7 @@ class TrainingSite:
         if self._probe is not None:
             with self._validating():
                 self._probe.before_meeting()
-        seconds = self.after_meeting(self.placement, self.sync.step())
+        seconds = self.after_meeting(self.placement, self.sync.step(self._round_tokens))
         if self.config.fault.shadow_experts:
             seconds += self._refresh_shadows()
         every = self.config.sites.reshuffle_rounds
@@ -382,8 +427,11 @@ class TrainingSite:
             self.tally.planned_bytes += plan.meeting_bytes(
                 self.config, placement, self.world.site, self.round
             )
-        self.steps_in_round = 0
-        self._round_slots = 0
+        # What slower sites have not taken of the round's data is taken by nobody, so that all go on
+        # from the same place in the stream.
+        self.batches.skip(self.local_steps - self.steps_in_round)
+        self.steps_in_round, self.steps_due = 0, self._steps_due_next
+        self._round_slots, self._round_tokens = 0, 0
         self._round_loss.zero_()
         self._round_rows.zero_()
         return outcome.seconds
@@ -405,6 +453,7 @@ class TrainingSite:
     def _tell_of(self, outcome: RoundReport) -> None:
         self.tally.exchange_s += outcome.exchange_s
         self.tally.healed += len(outcome.healed)
+        self._tell_of_treatment(outcome.treatment)
         if outcome.healed and self.world.rank == 0:
             print(
                 f"site {self.world.site}: restored from the majority after round {self.round}: "
@@ -412,6 +461,21 @@ class TrainingSite:
                 file=sys.stderr,
                 flush=True,
             )
+
+    def _tell_of_treatment(self, treatment: Treatment) -> None:
+        site = self.world.site
+        if site in treatment.left_out:
+            self.tally.left_out += 1
+            if self.world.rank == 0:
+                print(
+                    f"site {self.world.number}: what it had after round {self.round} was NaN or "
+                    "infinite: left out, it goes on with what the others have agreed on",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        elif treatment.factors and treatment.factors[site] < 1:
+            self.tally.clipped += 1
+            self.tally.least_factor = min(self.tally.least_factor, treatment.factors[site])
 
     def finish(self) -> None:
         """Takes in what is under way, after the last round; a collective."""
@@ -607,6 +671,7 @@ def outer_options(config: TrainConfig) -> dict[str, Any]:
         "moment_codecs": outer.resolved_moment_codecs,
         "local_steps": config.run.local_steps,
         "seed": config.run.seed,
+        "site_mean": "tokens" if config.inner.uneven_steps else "equal",
         "staged": config.fault.tolerant,
     }
 
