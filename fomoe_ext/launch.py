@@ -300,7 +300,9 @@ def _run(
         more, keeper = {}, None
         if fault is not None and fault.tolerant:
             keeper = stack.enter_context(Keeper(fault))
-            more = {CONSOLE_FD: str(sys.stdout.fileno()), **keeper.environment}
+            console = os.dup(sys.stdout.fileno())  # under its own number a site's is another one
+            stack.callback(os.close, console)
+            more = {CONSOLE_FD: str(console), **keeper.environment}
         rendezvous = f"file://{folder}/store"
         start = _Start(
             command, num_sites, ranks_per_site, log_dir, link, network, rendezvous, read_end, more
