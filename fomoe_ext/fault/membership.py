@@ -278,7 +278,8 @@ class TorchftMembership:
 
     def finish(self) -> None:
         """The job is done: who comes or looks for the others now need not."""
-        self.store.set("finished", "1")
+        with suppress(dist.DistError):  # a lighthouse that is gone tells nobody anything
+            self.store.set("finished", "1")
 
     def _raise_if_finished(self) -> None:
         if self.store.check(["finished"]):

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,13 @@ import torch.distributed as dist
 
 from fomoe_ext.fault import inject, ownership, recovery
 from fomoe_ext.fault.membership import View
+from fomoe_ext.messages import MessageError
 from fomoe_ext.outer import OuterSync, SiteGroups
 from fomoe_ext.outer.belongings import Belongings, Item, biases_of, items_of, ship
 from fomoe_ext.outer.groups import gather_objects
+from fomoe_ext.outer.reduce import Damaged
 from fomoe_ext.placement import Placement
-from fomoe_ext.world import World, with_others
+from fomoe_ext.world import PeerLost, World, with_others
 
 if TYPE_CHECKING:
     from fomoe_ext.model import LanguageModel
@@ -47,6 +50,15 @@ def bury(*groups: Any) -> None:
         held.clear()
 
     threading.Thread(target=hold, args=(list(groups),), name="fomoe-burial", daemon=True).start()
+
+
+@contextmanager
+def _lost_where_damaged() -> Iterator[None]:
+    """What was damaged on the way is sent again, in the next view."""
+    try:
+        yield
+    except (Damaged, MessageError) as error:
+        raise PeerLost(str(error)) from error
 
 
 def new_default_group(view: View, world: World, timeout_s: float) -> None:
@@ -119,7 +131,7 @@ class Reform:
         site, start = self._site, time.perf_counter()
         before = site.world.members
         world = site.world.of_members(view.members)
-        with with_others("forming anew", world.number):
+        with _lost_where_damaged(), with_others("forming anew", world.number):
             new_default_group(view, world, site.config.outer.timeout_s)
             groups = site.make_groups(world)
             self._keep(groups)

@@ -154,6 +154,11 @@ class ChaosJob:
         report = json.loads(path.read_text()) if path.exists() else None
         return Outcome(self.codes, report, self.log(), time.monotonic() - self._start)
 
+    def kill_lighthouse(self) -> None:
+        """Ends the process that knows who is there."""
+        self._light.kill()
+        self._light.join()
+
     def __exit__(self, *_: object) -> None:
         for process in self.processes.values():
             assert process.pid is not None

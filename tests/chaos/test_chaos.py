@@ -5,6 +5,7 @@ The whole table is `pytest tests/chaos --slow`; without --slow a part of it that
 
 from __future__ import annotations
 
+import time
 from functools import lru_cache
 from pathlib import Path
 
@@ -238,6 +239,20 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path: Path) -> None:
     again = run(tmp_path / "again", [*flags(2), "--resume", "auto"], run_dir=tmp_path / "run")
     assert again.codes == {site: [0] for site in range(NUM_SITES)}, again.log
     assert found[-1].name in again.log and f"resumed from {found[-2]}" in again.log
+
+
+def test_without_its_lighthouse_a_job_goes_on_while_nothing_happens(
+    tmp_path: Path, calm_folder: Path
+) -> None:
+    calm = undisturbed(2, calm_folder)
+    with ChaosJob(tmp_path, flags(2)) as job:
+        while "round    2/8" not in job.log():
+            time.sleep(0.02)
+        job.kill_lighthouse()
+        outcome = job.wait()
+    ended(outcome, but=-1)
+    assert "the lighthouse does not answer" in outcome.log
+    assert outcome.report["run"]["model_hash"] == calm.report["run"]["model_hash"]
 
 
 def test_an_outsider_without_the_secret_is_not_let_in(
