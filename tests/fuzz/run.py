@@ -19,7 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .limits import Hang, within
@@ -64,7 +64,7 @@ def _resident_mb() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-class _Trial:
+class Trial:
     """A parser under inputs."""
 
     def __init__(self, parser: Parser) -> None:
@@ -102,39 +102,18 @@ def numbered(parser: Parser, seed: int, number: int) -> bytes:
 
 def at_random(parser: Parser, seed: int, numbers: Iterable[int]) -> Outcome:
     """Tries the inputs of these numbers."""
-    trial = _Trial(parser)
+    trial = Trial(parser)
     for number in numbers:
         trial.try_one(numbered(parser, seed, number), number)
     return trial.end()
 
 
-def _by_coverage(parser: Parser, seed: int, count: int, answer: Path) -> None:
-    """Tries what atheris makes; writes the outcome to a file and ends the process."""
-    import atheris
-
-    atheris.instrument_all()
-    trial = _Trial(parser)
-
-    def one(raw: bytes) -> None:
-        trial.try_one(bytes(raw), trial.outcome.inputs)
-        if trial.outcome.inputs >= count:
-            answer.write_text(json.dumps(asdict(trial.end())), encoding="utf-8")
-            os._exit(0)
-
-    with tempfile.TemporaryDirectory() as folder:
-        for i, raw in enumerate(parser.corpus):
-            (Path(folder) / str(i)).write_bytes(raw)
-        atheris.Setup([sys.argv[0], folder, f"-seed={seed + 1}", "-verbosity=0"], one)
-        atheris.Fuzz()
-
-
 def _in_a_process(parser: Parser, seed: int, count: int) -> Outcome:
-    """`_by_coverage` in a process of its own, which it ends with."""
+    """Tries what atheris makes (`guided.py`), in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "outcome.json"
-        words = ["--engine", "atheris", "--parser", parser.name, "--seed", str(seed)]
-        words += ["--inputs", str(count), "--answer", str(answer)]
-        done = subprocess.run([sys.executable, "-m", __spec__.name, *words], stderr=subprocess.PIPE)
+        words = [f"{__package__}.guided", parser.name, str(seed), str(count), str(answer)]
+        done = subprocess.run([sys.executable, "-m", *words], stderr=subprocess.PIPE)
         if answer.is_file():
             return Outcome(**json.loads(answer.read_text(encoding="utf-8")))
     tail = done.stderr.decode(errors="replace").splitlines()[-20:]
@@ -162,11 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parse.add_argument("--engine", choices=("random", "atheris"), default="random")
     parse.add_argument("--parser", choices=list(parsers()), help="only this one")
     parse.add_argument("--first", type=int, default=0, help="number of the first input")
-    parse.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     given = parse.parse_args(arguments)
     chosen = [p for p in parsers().values() if given.parser in (None, p.name)]
-    if given.answer is not None:
-        _by_coverage(chosen[0], given.seed, given.inputs, given.answer)
     print(f"{'parser':<26}    inputs  accepted   refused  errors  seconds  MB kept")
     total, good = Outcome(), True
     for parser, count in zip(chosen, shares(chosen, given.inputs), strict=True):
