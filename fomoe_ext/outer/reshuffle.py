@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from fomoe_ext.checks import at_least, one_of
 from fomoe_ext.outer import optimizer as opt
+from fomoe_ext.outer.groups import share_statuses
 from fomoe_ext.outer.layout import Layout, Piece, find_moe_layers
+from fomoe_ext.outer.options import MeetingError
+from fomoe_ext.outer.reports import ReshuffleReport
 from fomoe_ext.placement import Placement, Transfer
 
 if TYPE_CHECKING:
@@ -17,6 +22,66 @@ if TYPE_CHECKING:
     from fomoe_ext.outer.sync import OuterSync
 
 _ExpertId = tuple[int, int]  # layer, expert
+_LACKING = "no moments: "
+
+
+def reshuffle(
+    sync: OuterSync, new: Placement, warmup_steps: int, moments: Literal["reset", "carry"]
+) -> ReshuffleReport:
+    """`OuterSync.reshuffle`."""
+    _check(sync, new, warmup_steps, moments)
+    assert sync.warmup is not None
+    sync.take_in()
+    before = sync.round_bytes, sync.round_seconds
+    with sync.meeting("the reshuffle"):
+        sent = _agree(sync, new, moments)
+        arrived, moved = move_experts(sync, new, moments == "carry")
+        sync.sent(sent + moved)
+        sync.warmup.start(arrived, warmup_steps)
+    bytes_sent, seconds = sync.round_bytes - before[0], sync.round_seconds - before[1]
+    sync.round_bytes, sync.round_seconds = before
+    return ReshuffleReport(arrived, bytes_sent, seconds)
+
+
+def _check(sync: OuterSync, new: Placement, warmup_steps: int, moments: str) -> None:
+    """Refuses what cannot be done here."""
+    at_least(0, warmup_steps=warmup_steps)
+    one_of(("reset", "carry"), moments=moments)
+    if sync.inner_optimizer is None or sync.warmup is None:
+        raise ValueError("reshuffle needs the inner_optimizer, whose state moves with experts")
+    if moments == "carry":
+        opt.check_adamw(sync.inner_optimizer, "reshuffle with moments 'carry'")
+    if sync.lane is not None:
+        raise ValueError("reshuffle: not possible with sites of several ranks")
+    if sync.copies is not None:
+        raise ValueError("reshuffle: not possible with stale experts")
+    sync.placement.transfers(new)  # refuses other sizes
+    for path, layer in find_moe_layers(sync.model):
+        if not all(p.requires_grad for p in layer.experts.parameters()):
+            raise ValueError(f"reshuffle cannot move the frozen experts of {path}")
+
+
+def _agree(sync: OuterSync, new: Placement, moments: str) -> int:
+    """Raises MeetingError unless all sites want the same, and can do it; the bytes sent."""
+    digest = hashlib.sha256(repr((new.owners_of, moments)).encode()).hexdigest()
+    lacking = ""
+    if moments == "carry":
+        assert sync.inner_optimizer is not None
+        pieces = [p for layout in sync.layouts for p in layout.pieces if p.expert is not None]
+        lacking = opt.missing_moments(sync.inner_optimizer, [(p.key, p.tensor) for p in pieces])
+    everyone = sync.groups.group(sync.groups.everyone)
+    texts, sent = share_statuses(everyone, f"{_LACKING}{lacking}" if lacking else digest)
+    for site, text in enumerate(texts):
+        if text.startswith(_LACKING):
+            raise MeetingError(
+                "reshuffle with moments 'carry' comes after an optimizer step, but at site "
+                f"{site} {text.removeprefix(_LACKING)} has no moments"
+            )
+    if len(set(texts)) > 1:
+        raise MeetingError(
+            "all sites must pass the same placement to reshuffle, and the same moments"
+        )
+    return sent
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ Frozen copies of absent experts (`MoELayer`'s stale_experts) are refreshed at th
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fomoe_ext import stale, wire
-from fomoe_ext.checks import at_least, one_of
 from fomoe_ext.mesh import SiteRanks
 from fomoe_ext.outer import agreement, gradients, staged
 from fomoe_ext.outer import optimizer as opt
@@ -31,7 +29,7 @@ from fomoe_ext.outer.agreement import Agreement
 from fomoe_ext.outer.averaging import UNTREATED
 from fomoe_ext.outer.codec import get_codec
 from fomoe_ext.outer.flight import Background, Flight
-from fomoe_ext.outer.groups import SiteGroups, share_statuses
+from fomoe_ext.outer.groups import SiteGroups
 from fomoe_ext.outer.jobs import Feedback
 from fomoe_ext.outer.layout import (
     Fragments,
@@ -49,8 +47,6 @@ from fomoe_ext.outer.shards import Lane
 from fomoe_ext.outer.staged import MeetingLost, Pending
 from fomoe_ext.outer.stale import StaleCopies, check_stale, wanted_by_all
 from fomoe_ext.placement import Placement
-
-_LACKING = "no moments: "
 
 
 class _Check(NamedTuple):
@@ -156,7 +152,7 @@ class OuterSync:
         self.reductions = 0
         """How often gradients were reduced."""
         self._broken = ""
-        self._round_bytes, self._round_seconds, self._round_exchange_s = 0, 0.0, 0.0
+        self.round_bytes, self.round_seconds, self._round_exchange_s = 0, 0.0, 0.0
         self._healed: list[str] = []
         self.agreements = 0
         """Meetings after which all holders were found to hold the same bits."""
@@ -279,12 +275,12 @@ class OuterSync:
             )
             raise MeetingError(self._broken) from error
         finally:
-            self._round_seconds += time.perf_counter() - start
+            self.round_seconds += time.perf_counter() - start
 
     def sent(self, count: int) -> None:
         """Counts bytes that were sent."""
         self.bytes_sent += count
-        self._round_bytes += count
+        self.round_bytes += count
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -436,7 +432,7 @@ class OuterSync:
                     self._refresh(self.copies)
             due = wire.moments_due(self.round + 1, self.options.moment_periods)
             self.round += 1
-        return self._report(sum(due) if self.rule.name == "local-adamw" else 0)
+        return self.report(sum(due) if self.rule.name == "local-adamw" else 0)
 
     def _settled(self, due: Sequence[bool]) -> RoundReport:
         """The report of a staged meeting that was applied, after its comparison."""
@@ -446,7 +442,7 @@ class OuterSync:
             compared = applied.agreement()
             compared.exchange()
             self._settle(compared)
-        return self._report(sum(due) if self.rule.name == "local-adamw" else 0)
+        return self.report(sum(due) if self.rule.name == "local-adamw" else 0)
 
     def settle(self, apply: bool) -> RoundReport | None:
         """After MeetingLost: applies the pending meeting, or takes it back (`staged.settle`).
@@ -459,7 +455,7 @@ class OuterSync:
         self.compared = None
         if not (found and apply):
             return None
-        return self._report(sum(due) if self.rule.name == "local-adamw" else 0)
+        return self.report(sum(due) if self.rule.name == "local-adamw" else 0)
 
     def _refresh(self, copies: StaleCopies) -> None:
         begun = time.perf_counter()
@@ -477,19 +473,19 @@ class OuterSync:
             if self.copies is not None:
                 self._refresh(self.copies)
 
-    def _report(self, moments: int) -> RoundReport:
-        """What has come together since the last report."""
+    def report(self, moments: int) -> RoundReport:
+        """What has come together since the last report, which begins anew."""
         report = RoundReport(
             self.round,
-            self._round_bytes,
-            self._round_seconds,
+            self.round_bytes,
+            self.round_seconds,
             moments,
             self._round_exchange_s,
             tuple(self._healed),
             self.treatment,
         )
         self.treatment = UNTREATED
-        self._round_bytes, self._round_seconds, self._round_exchange_s = 0, 0.0, 0.0
+        self.round_bytes, self.round_seconds, self._round_exchange_s = 0, 0.0, 0.0
         self._healed = []
         return report
 
@@ -499,10 +495,11 @@ class OuterSync:
 
         Returns what came together since the last report. Raises MeetingError as `step`.
         """
-        self._finish()
-        return self._report(0)
+        self.take_in()
+        return self.report(0)
 
-    def _finish(self) -> None:
+    def take_in(self) -> None:
+        """Takes in all fragments that are under way; a collective."""
         with self.meeting("the last meeting"):
             self._land(None)
             self._look_at_checks()
@@ -547,53 +544,9 @@ class OuterSync:
         `inner_optimizer` ("carry": AdamW), or for warmup_steps < 0; MeetingError when sites differ
         in `new` or `moments`, when there are no moments yet to carry, or a site is lost.
         """
-        from fomoe_ext.outer.reshuffle import move_experts
+        from fomoe_ext.outer.reshuffle import reshuffle
 
-        at_least(0, warmup_steps=warmup_steps)
-        one_of(("reset", "carry"), moments=moments)
-        if self.inner_optimizer is None or self.warmup is None:
-            raise ValueError("reshuffle needs the inner_optimizer, whose state moves with experts")
-        if moments == "carry":
-            opt.check_adamw(self.inner_optimizer, "reshuffle with moments 'carry'")
-        if self.lane is not None:
-            raise ValueError("reshuffle: not possible with sites of several ranks")
-        if self.copies is not None:
-            raise ValueError("reshuffle: not possible with stale experts")
-        self.placement.transfers(new)  # refuses other sizes
-        for path, layer in find_moe_layers(self.model):
-            if not all(p.requires_grad for p in layer.experts.parameters()):
-                raise ValueError(f"reshuffle cannot move the frozen experts of {path}")
-        self._finish()
-        before = self._round_bytes, self._round_seconds
-        with self.meeting("the reshuffle"):
-            digest = hashlib.sha256(repr((new.owners_of, moments)).encode()).hexdigest()
-            lacking = self._without_moments() if moments == "carry" else ""
-            everyone = self.groups.group(self.groups.everyone)
-            texts, sent = share_statuses(everyone, f"{_LACKING}{lacking}" if lacking else digest)
-            for site, text in enumerate(texts):
-                if text.startswith(_LACKING):
-                    raise MeetingError(
-                        "reshuffle with moments 'carry' comes after an optimizer step, but at site "
-                        f"{site} {text.removeprefix(_LACKING)} has no moments"
-                    )
-            if len(set(texts)) > 1:
-                raise MeetingError(
-                    "all sites must pass the same placement to reshuffle, and the same moments"
-                )
-            arrived, moved = move_experts(self, new, moments == "carry")
-            self.sent(sent + moved)
-            self.warmup.start(arrived, warmup_steps)
-        report = ReshuffleReport(
-            arrived, self._round_bytes - before[0], self._round_seconds - before[1]
-        )
-        self._round_bytes, self._round_seconds = before
-        return report
-
-    def _without_moments(self) -> str:
-        """A piece of an expert that the inner optimizer has never stepped, or an empty string."""
-        assert self.inner_optimizer is not None
-        pieces = [p for layout in self.layouts for p in layout.pieces if p.expert is not None]
-        return opt.missing_moments(self.inner_optimizer, [(p.key, p.tensor) for p in pieces])
+        return reshuffle(self, new, warmup_steps, moments)
 
     # -------------------------------------------------------------------------------- questions
 
