@@ -262,6 +262,12 @@ class Placement:
         held: tuple[tuple[tuple[int, ...], ...], ...] = self._residents  # type: ignore[attr-defined]
         return max(len(experts) for of_sites in held for experts in of_sites)
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether all sites hold all experts."""
+        sets = {owners for experts in self.owners_of for owners in experts}
+        return all(len(owners) == self.num_sites for owners in sets)
+
     def owners(self, layer: int, expert: int) -> Owners:
         """The sites that hold an expert, ascending. Raises ValueError for no such expert."""
         self._check_layer_number(layer)

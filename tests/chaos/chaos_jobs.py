@@ -148,7 +148,12 @@ class ChaosJob:
                     self._restarts[site] -= 1
                     self.processes[site] = self._begin(site)
             passed = time.monotonic() - self._start
-            assert passed < limit_s, f"not ended after {passed:.0f} s\n{self.log()}"
+            if passed > limit_s:
+                for process in self.processes.values():
+                    assert process.pid is not None
+                    os.kill(process.pid, signal.SIGUSR1)
+                time.sleep(1.0)
+                raise AssertionError(f"not ended after {passed:.0f} s\n{self.log()}")
             time.sleep(0.02)
         path = self.run_dir / "report.json"
         report = json.loads(path.read_text()) if path.exists() else None

@@ -271,3 +271,12 @@ def test_an_outsider_without_the_secret_is_not_let_in(
             TorchftMembership(job.address, 1, NUM_SITES, quorum=1, silent_s=1.0)
         outcome = job.wait()
     assert outcome.codes == {site: [0] for site in range(NUM_SITES)}, outcome.log
+
+
+def test_one_after_the_other_until_two_are_left(tmp_path: Path, calm_folder: Path) -> None:
+    """Right after a loss not all of those left hold every expert, and they validate all the same."""
+    faults = "kill 1 at 3 local, kill 2 at 5 local"
+    outcome = run(tmp_path, ["--replication", "2", "--eval-rounds", "1"], faults)
+    assert outcome.codes == {0: [0], 1: [137], 2: [137], 3: [0]}, outcome.log
+    assert [sorted(event["lost"]) for event in outcome.story if event["lost"]] == [["1"], ["2"]]
+    assert abs(outcome.loss - undisturbed(2, calm_folder).loss) < 2 * LOSS_NOISE
