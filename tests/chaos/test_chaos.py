@@ -274,7 +274,7 @@ def test_an_outsider_without_the_secret_is_not_let_in(
 
 
 def test_one_after_the_other_until_two_are_left(tmp_path: Path, calm_folder: Path) -> None:
-    """Right after a loss not all of those left hold every expert, and they validate all the same."""
+    """Right after a loss not all that are left hold every expert, and they can validate."""
     faults = "kill 1 at 3 local, kill 2 at 5 local"
     outcome = run(tmp_path, ["--replication", "2", "--eval-rounds", "1"], faults)
     assert outcome.codes == {0: [0], 1: [137], 2: [137], 3: [0]}, outcome.log
