@@ -186,6 +186,12 @@ class Meeting:
             self.treatment = treat(told[:, -1].tolist(), options.clip_delta)
         if options.site_mean == "tokens":
             trained = told[:, told.shape[1] - options.site_numbers].tolist()
+            for site, tokens in enumerate(trained):
+                if not 0 <= tokens < math.inf:
+                    raise MeetingError(
+                        f"nothing was changed: site {site} says that it has trained on {tokens} "
+                        "tokens"
+                    )
         treatment = self.treatment
         unscaled = Averaging(trained=trained, treatment=treatment._replace(factors=()))
         for job in self.deltas:
