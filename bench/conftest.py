@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import bench_checkpoint
 import bench_dispatch
 import common
 import outer_tables
@@ -170,6 +171,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         console.print(f"* misses what is wanted: {wanted}. The block's own code, the same weights.")
     outer_tables.show(console)
     bench_dispatch.show(console)
+    bench_checkpoint.show(console)
     if common.layer_results or common.verb_results:
         console.print(
             f"{torch.get_num_threads()} threads, {_C.cpu_features()['chosen']}, torch "
