@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from sites import pool
 from test_outer_reduce import VectorJob, contribution
 from torch import Tensor
