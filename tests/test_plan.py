@@ -48,7 +48,7 @@ def test_a_meeting_by_hand(replication, scope):
                     elements[group] = elements.get(group, 0) + count
             if site in router:
                 biases[router] = biases.get(router, 0) + 1
-    sent = 3 * (40 + 128)  # a note of five numbers and a status to every other site
+    sent = 3 * (72 + 128)  # a note of nine numbers and a status to every other site
     sent += sum(8 * (len(group) - 1) for group in elements.keys() | biases.keys())
     for counts, width in ((elements, 2), (biases, 4)):  # bf16, but biases in fp32
         for group, count in counts.items():

@@ -44,7 +44,12 @@ def test_python_of_transformers_models_runs(tmp_path):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_flags_exist(command, tmp_path, monkeypatch, capsys):
     words = shlex.split(command, comments=True)
-    assert words[1] in ("train", "plan", "info", "eval", "export")
+    assert words[1] in ("train", "plan", "info", "eval", "export", "lighthouse")
+    if words[1] == "lighthouse":
+        monkeypatch.delenv("FOMOE_SECRET", raising=False)
+        assert cli.main(words[1:]) == 2  # every flag is known; it has no secret
+        assert "FOMOE_SECRET" in capsys.readouterr().err
+        return
     if words[1] == "info":
         assert len(words) == 2
         return
