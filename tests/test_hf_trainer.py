@@ -154,7 +154,9 @@ def test_bad_arguments_are_named(tmp_path):
 
     with pytest.raises(ValueError, match="local_steps must be at least 1, got 0"):
         OuterSyncCallback(PLACEMENT, 0, local_steps=0)
-    with pytest.raises(ValueError, match=r"folder with outer_sync.safetensors, got .*outer_sync.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"folder with outer_sync.safetensors, got .*outer_sync.safetensors"
+    ):
         OuterSyncCallback(PLACEMENT, 0, local_steps=2, resume_from=tmp_path)
 
 
