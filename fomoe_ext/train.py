@@ -30,6 +30,7 @@ from fomoe_ext.evaluate import Validation
 from fomoe_ext.fault import inject
 from fomoe_ext.fault.company import Company
 from fomoe_ext.fault.story import describe
+from fomoe_ext.job import learning_rate
 from fomoe_ext.launch import CONSOLE_FD, EXIT_PEER_LOST, EXIT_STOPPED
 from fomoe_ext.metrics import RunLog, rewind_metrics
 from fomoe_ext.outer import MeetingError
@@ -38,7 +39,7 @@ from fomoe_ext.outer.staged import MeetingLost
 from fomoe_ext.plan import RoundNote
 from fomoe_ext.report import print_report, write_report
 from fomoe_ext.runs import AUTO, CHECKPOINTS, CONFIG, METRICS, check_folder, job_config, run_of
-from fomoe_ext.trainer import TrainingSite, learning_rate
+from fomoe_ext.trainer import TrainingSite
 from fomoe_ext.waiting import watched
 from fomoe_ext.world import (
     PeerLost,

@@ -20,11 +20,11 @@ from fomoe_ext.checkpoint import CheckpointError
 from fomoe_ext.config import ModelConfig, TrainConfig
 from fomoe_ext.config_io import parse_args
 from fomoe_ext.eval_models import skip_experts
+from fomoe_ext.job import check_same_job, job_identity
 from fomoe_ext.model import LanguageModel
 from fomoe_ext.moe import MoELayer
 from fomoe_ext.placement import Placement
 from fomoe_ext.skipped import rescale_skipped
-from fomoe_ext.trainer import check_same_job, job_identity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -41,8 +41,8 @@ def _steps(device: str) -> dict[str, dict[float, Callable[[], None]]]:
 
     from fomoe_ext import MoELayer
     from fomoe_ext.config import InnerConfig
+    from fomoe_ext.job import make_optimizer
     from fomoe_ext.model import LanguageModel
-    from fomoe_ext.trainer import make_optimizer
 
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else None
