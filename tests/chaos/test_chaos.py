@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
-from chaos_jobs import NUM_SITES, ChaosJob, Outcome, run
+from chaos_jobs import NUM_SITES, ChaosJob, Outcome, run, run_undisturbed
 
 torchft = pytest.importorskip("torchft", reason="the extra `fault` is not installed")
 
@@ -31,7 +31,7 @@ def flags(replication: int) -> list[str]:
 
 @lru_cache(maxsize=2)
 def undisturbed(replication: int, folder: Path) -> Outcome:
-    outcome = run(folder / f"calm-{replication}", flags(replication))
+    outcome = run_undisturbed(folder / f"calm-{replication}", flags(replication))
     assert outcome.codes == {site: [0] for site in range(NUM_SITES)}, outcome.log
     assert outcome.story == []
     return outcome
@@ -63,7 +63,7 @@ def survive(
     tmp_path: Path, calm_folder: Path, fault: str, replication: int, restarts: int = 0
 ) -> Outcome:
     calm = undisturbed(replication, calm_folder)
-    outcome = run(tmp_path, flags(replication), fault, restarts)
+    outcome = run_undisturbed(tmp_path, flags(replication), fault, restarts)
     check(outcome, calm, replication)
     return outcome
 
@@ -109,7 +109,7 @@ def test_a_stopped_site_is_left_behind(
     tmp_path: Path, calm_folder: Path, phase: str, replication: int
 ) -> None:
     """Its connections stay open and it says nothing; when it wakes up, the job may have ended."""
-    fault = f"stop {VICTIM} at {ROUND} {phase} for 9"
+    fault = f"stop {VICTIM} at {ROUND} {phase} for 12"
     outcome = survive(tmp_path, calm_folder, fault, replication)
     ended(outcome, but=VICTIM)
     assert outcome.codes[VICTIM] == [0]
@@ -183,7 +183,7 @@ def test_a_lost_site_that_is_started_again_takes_part_again(
 ) -> None:
     calm = undisturbed(replication, calm_folder)
     more = [*flags(replication), "--rounds", "16"]
-    outcome = run(tmp_path, more, f"kill {VICTIM} at 3 gather", restarts=1)
+    outcome = run_undisturbed(tmp_path, more, f"kill {VICTIM} at 3 gather", restarts=1)
     ended(outcome, but=VICTIM)
     assert outcome.codes[VICTIM] == [137, 0]
     lost, joined = outcome.story
@@ -207,7 +207,7 @@ def test_two_at_once_and_another_while_the_rest_forms_anew(
     tmp_path: Path, calm_folder: Path
 ) -> None:
     faults = f"kill 1 at {ROUND} local, kill 2 at {ROUND} reform"
-    outcome = run(tmp_path, ["--replication", "3", *EVERY], faults)
+    outcome = run_undisturbed(tmp_path, ["--replication", "3", *EVERY], faults)
     assert outcome.codes == {0: [0], 1: [137], 2: [137], 3: [0]}, outcome.log
     assert outcome.report["run"]["sites"] == 2
     assert all(not event["restored"] for event in outcome.story)
@@ -276,7 +276,7 @@ def test_an_outsider_without_the_secret_is_not_let_in(
 def test_one_after_the_other_until_two_are_left(tmp_path: Path, calm_folder: Path) -> None:
     """Right after a loss not all that are left hold every expert, and they can validate."""
     faults = "kill 1 at 3 local, kill 2 at 5 local"
-    outcome = run(tmp_path, ["--replication", "2", "--eval-rounds", "1"], faults)
+    outcome = run_undisturbed(tmp_path, ["--replication", "2", "--eval-rounds", "1"], faults)
     assert outcome.codes == {0: [0], 1: [137], 2: [137], 3: [0]}, outcome.log
     assert [sorted(event["lost"]) for event in outcome.story if event["lost"]] == [["1"], ["2"]]
     assert abs(outcome.loss - undisturbed(2, calm_folder).loss) < 2 * LOSS_NOISE
