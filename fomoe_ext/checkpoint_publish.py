@@ -27,7 +27,7 @@ from fomoe_ext.checkpoint import (
     read_manifest,
     sha256,
 )
-from fomoe_ext.files import sync_folder, write_text
+from fomoe_ext.files import sync_folder
 from fomoe_ext.tensor_files import INDEX
 
 _PARTIAL, _OLD, _GOING = ".partial", ".old", ".going"
@@ -96,10 +96,14 @@ def publish(
 ) -> None:
     """Completes a temporary folder and gives it its name, in place of an older one if there is.
 
-    Does nothing where the folder is gone, published by a process that shares it. Raises OSError.
+    What is left of checkpoints that were given up goes away. Does nothing where the folder is gone,
+    published by a process that shares it. Raises OSError.
     """
     if not temporary.exists():
         return
+    for partial in temporary.parent.glob(f".step-*{_PARTIAL}"):
+        if partial != temporary:  # nobody writes there: a checkpoint begins after the one before
+            remove_folder(partial)
     for before, after in renamed.items():
         if (temporary / before).exists():
             os.rename(temporary / before, temporary / after)
@@ -111,13 +115,12 @@ def publish(
     _write_json(temporary / INDEX, index)
     size, digest = size_and_hash(temporary / INDEX)
     files = {**manifest.files, INDEX: FileEntry(0, size, digest)}
-    if (temporary / TRAINING).is_dir():
-        if not any((temporary / TRAINING).iterdir()):
-            (temporary / TRAINING).rmdir()
-        else:
-            sync_folder(temporary / TRAINING)
+    training = temporary / TRAINING
+    if training.is_dir() and not any(training.iterdir()):
+        training.rmdir()
     text = {"format": FORMAT, **asdict(replace(manifest, files=files))}
     _write_json(temporary / MANIFEST, text)
+    sync_folder(temporary)
     _give_name(temporary, final)
 
 
@@ -132,7 +135,11 @@ def _give_name(temporary: Path, final: Path) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    """Writes a file whose folder nobody reads yet; its content is synced, its name is not."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def remove_folder(path: Path) -> None:

@@ -26,7 +26,7 @@ from fomoe_ext import checkpoint_publish as publishing
 from fomoe_ext.checkpoint import FileEntry, Manifest, state_name
 from fomoe_ext.checkpoint_publish import Part
 from fomoe_ext.fault import inject
-from fomoe_ext.files import write_text
+from fomoe_ext.files import sync_folder, write_text
 from fomoe_ext.json_values import to_json
 from fomoe_ext.outer.groups import gather_objects
 from fomoe_ext.tensor_files import WrittenFile, write_synced
@@ -90,19 +90,32 @@ class Process:
 
 
 class _Content(NamedTuple):
-    """What a process writes: its part of the global model, of the training state, and JSON."""
+    """What a process writes: its part of the global model, of the training state, and for JSON."""
 
     model: dict[str, Tensor]
     shards: dict[str, TensorPart]
-    state: str | None
+    state: Any
 
 
-def _host_copy(tensor: Tensor) -> Tensor:
-    """A copy in host memory; of a GPU's tensor it is whole after the next synchronisation."""
-    if tensor.device.type == "cpu":
-        return tensor.clone(memory_format=torch.contiguous_format)
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-    return copy.copy_(tensor, non_blocking=True)
+class _Buffers:
+    """Host memory for copies, kept from one checkpoint for the next: new memory is slow to fill."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, str], Tensor] = {}
+        self._used: dict[tuple[str, str], Tensor] = {}
+
+    def copy(self, key: tuple[str, str], tensor: Tensor) -> Tensor:
+        """A copy in host memory; of a GPU's tensor it is whole after the next synchronisation."""
+        copy = self._kept.get(key)
+        if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
+            on_gpu = tensor.device.type == "cuda"
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
+        self._used[key] = copy
+        return copy.copy_(tensor, non_blocking=True)
+
+    def next(self) -> None:
+        """The memory is free for another checkpoint; what the last one did not use is given up."""
+        self._kept, self._used = self._used, {}
 
 
 @torch.no_grad()
@@ -111,9 +124,9 @@ def _content(
     tensors: Iterable[tuple[str, Tensor]],
     state: Mapping[str, Any] | None,
     named: Iterable[tuple[str, Tensor]],
-    copy: bool,
+    buffers: _Buffers | None,
 ) -> tuple[_Content, str]:
-    """What is to be written, and what is wrong with it, or "".
+    """What is to be written, in buffers if there are any, and what is wrong with it, or "".
 
     The iterables may be collectives, so they are gone through to their ends all the same.
     """
@@ -128,8 +141,8 @@ def _content(
                 shard = shard_of(name, tensor)
                 if shard is None:
                     continue
-                if copy:
-                    shard = TensorPart(_host_copy(shard.tensor), shard.offsets)
+                if buffers is not None:
+                    shard = TensorPart(buffers.copy((part, name), shard.tensor), shard.offsets)
                     on_gpu |= tensor.device.type == "cuda"
                 if part == "model":
                     content.model[name] = shard.tensor.view(tensor.shape)
@@ -144,8 +157,7 @@ def _content(
             wrong = f"state must be given by rank 0 of a site and no other, got {state!r:.60}"
             raise ValueError(wrong)
         if state is not None:
-            text = json.dumps(to_json(dict(state)), indent=1, allow_nan=False) + "\n"
-            content = content._replace(state=text)
+            content = content._replace(state=to_json(dict(state)))  # a copy, whatever it is of
     except _Problems as error:
         problem = problem or f"{process}: {error}"
     return content, problem
@@ -192,13 +204,14 @@ class _Work:
         self._cancelled.set()
 
     def remove(self) -> None:
-        """Removes what this process has written, and the folders when they are empty."""
+        """Removes what this process has written.
+
+        Not the folders: others may be at the next checkpoint of this name, which, or a later one,
+        will clear them away.
+        """
         for name in self._written:
             with suppress(OSError):
                 (self.temporary / name).unlink(missing_ok=True)
-        for folder in (self.temporary / publishing.TRAINING, self.temporary):
-            with suppress(OSError):
-                folder.rmdir()
 
     def _run(self, content: _Content) -> None:
         _step_back()
@@ -213,6 +226,13 @@ class _Work:
         folder = self.temporary
         (folder / publishing.TRAINING).mkdir(parents=True, exist_ok=True)
         self.part = Part({}, {}, publishing.place_of(folder))
+        self._write_files(content)
+        # Their names must last too; the first of all is not there yet.
+        sync_folder(folder / publishing.TRAINING)
+        sync_folder(folder.parent)
+
+    def _write_files(self, content: _Content) -> None:
+        folder = self.temporary
         for number, held in enumerate(_in_files(content.model, self._limit), 1):
             name = f"model-of-{self.process.number:05d}-{number:05d}.safetensors"
             self._begin(name)
@@ -227,7 +247,7 @@ class _Work:
         if content.state is not None:
             name = state_name(self.process.site)
             self._begin(name)
-            write_text(folder / name, content.state)
+            write_text(folder / name, json.dumps(content.state, allow_nan=False) + "\n")
             size, digest = publishing.size_and_hash(folder / name)
             self._note(name, WrittenFile(size, digest, ""))
 
@@ -291,6 +311,7 @@ class CheckpointWriter:
         self.folder, self.keep = folder, keep
         self._pending: _Pending | None = None
         self._dropped: list[threading.Thread] = []
+        self._buffers = _Buffers()
 
     @property
     def under_way(self) -> bool:
@@ -330,7 +351,10 @@ class CheckpointWriter:
         while self._dropped:
             self._dropped.pop().join()
         work = _Work(self.folder / f".{name}.partial", process, shard_bytes)
-        content, work.error = _content(process, tensors, state, named, copy)
+        self._buffers.next()
+        content, work.error = _content(
+            process, tensors, state, named, self._buffers if copy else None
+        )
         try:
             inject.point("checkpoint")
         except OSError as error:

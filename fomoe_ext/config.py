@@ -482,7 +482,7 @@ class RunConfig:
     """Keep so many whole checkpoints, the newest; 0 = all."""
     async_checkpoints: bool = True
     """Write checkpoints while training goes on, from a copy in host memory of what a process
-    writes; without it training waits, and no such copy is made."""
+    writes, which is kept for the next; without it training waits, and there is no copy."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from fomoe_ext.assemble import expert_key, named_moe_layers, responsible_site
 from fomoe_ext.checkpoint import CheckpointError
 from fomoe_ext.mesh import is_sharded, rows_here
-from fomoe_ext.outer.state import by_parameter, from_parameters, require_rules, share_errors
+from fomoe_ext.outer.state import (
+    by_parameter,
+    from_parameters,
+    pieces_of,
+    require_rules,
+    share_errors,
+)
 from fomoe_ext.placement import Placement
 from fomoe_ext.tally import Tally
 
@@ -28,7 +34,9 @@ if TYPE_CHECKING:
     from fomoe_ext.outer import OuterSync
     from fomoe_ext.trainer import TrainingSite
 
-TensorOf = Callable[[nn.Parameter], Tensor | None]
+Rows = dict[int | None, Tensor]
+"""Parts of a tensor of a parameter's shape: some of its rows by number, or by None all of it."""
+TensorOf = Callable[[nn.Parameter], Tensor | Rows | None]
 SourceOf = Callable[[tuple[int, int] | None], int]
 """The old site that answers for an expert (layer, expert), or for what every site has (None)."""
 
@@ -72,15 +80,27 @@ def _entries(model: nn.Module, tensor_of: TensorOf) -> list[_Entry]:
                 result.append(_Entry(key, (layer, expert), tensor[row]))
         elif id(parameter) in routers:
             layer, ids = routers[id(parameter)]
-            first, rows = rows_here(tensor)
             result += [
-                _Entry(f"{name}.{expert}", (layer, expert), rows[expert - first], alone=True)
-                for expert in ids
-                if first <= expert < first + len(rows)
+                _Entry(f"{name}.{expert}", (layer, expert), row, alone=True)
+                for expert, row in _rows(tensor, ids)
             ]
         else:
-            result.append(_Entry(name, None, tensor, is_sharded(tensor)))
+            whole = _whole(tensor) if isinstance(tensor, dict) else tensor
+            result.append(_Entry(name, None, whole, is_sharded(whole)))
     return result
+
+
+def _rows(tensor: Tensor | Rows, wanted: Iterable[int]) -> list[tuple[int, Tensor]]:
+    """Those of the wanted rows that this rank has, which share the tensor's memory."""
+    if isinstance(tensor, dict):
+        return [(row, tensor[row]) for row in wanted]
+    first, here = rows_here(tensor)
+    return [(row, here[row - first]) for row in wanted if first <= row < first + len(here)]
+
+
+def _whole(rows: Rows) -> Tensor:
+    """A tensor of all its rows."""
+    return rows[None] if None in rows else torch.stack([rows[row] for row in range(len(rows))])
 
 
 def _local_entries(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[_Entry]:
@@ -128,7 +148,9 @@ def _own_vectors(sync: OuterSync) -> dict[str, list[Tensor]]:
     if not (sync.codec.lossy and sync.options.error_feedback):
         return {}
     errors = [
-        torch.zeros(la.numel, device=la.pieces[0].tensor.device) if f.own is None else f.own
+        torch.zeros(1, device=la.pieces[0].tensor.device).expand(la.numel)
+        if f.own is None
+        else f.own
         for la, f in zip(sync.layouts, sync.feedback, strict=True)
     ]
     return {"error": errors}
@@ -183,12 +205,12 @@ def tensors_of(
         entries = _entries(site.model, lambda p, name=name: kept.get(p, {}).get(name))
         yield from _written_here(site, f"{own}/{name}", entries)
     for what, vectors in _shared_vectors(sync).items():
-        tensors = by_parameter(sync, vectors)
-        entries = _entries(site.model, lambda p, found=tensors: found.get(id(p)))
+        pieces = pieces_of(sync, vectors)
+        entries = _entries(site.model, lambda p, found=pieces: found.get(id(p)))
         yield from _written_here(site, what, _shared_out(site, entries))
     for what, vectors in _own_vectors(sync).items():
-        tensors = by_parameter(sync, vectors)
-        entries = _entries(site.model, lambda p, found=tensors: found.get(id(p)))
+        pieces = pieces_of(sync, vectors)
+        entries = _entries(site.model, lambda p, found=pieces: found.get(id(p)))
         yield from _written_here(site, f"{own}/{what}", entries)
     for name, tensor in share_errors(sync).items():
         yield f"{own}/share/{name}", tensor

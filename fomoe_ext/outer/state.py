@@ -118,6 +118,22 @@ def by_parameter(sync: OuterSync, vectors: Sequence[Tensor]) -> dict[int, Tensor
     return result
 
 
+def pieces_of(
+    sync: OuterSync, vectors: Sequence[Tensor]
+) -> Mapping[int, Tensor | dict[int | None, Tensor]]:
+    """As `by_parameter`, but with one rank per site nothing is copied: views of the vectors, by
+    rows of the parameter, or with None all of it.
+    """
+    if sync.lane is not None:
+        return by_parameter(sync, vectors)
+    result: dict[int, dict[int | None, Tensor]] = {}
+    for layout, vector in zip(sync.layouts, vectors, strict=True):
+        for piece, place in layout.slices():
+            shape = piece.tensor.shape if piece.row is None else piece.tensor.shape[1:]
+            result.setdefault(id(piece.tensor), {})[piece.row] = vector[place].view(shape)
+    return result
+
+
 @torch.no_grad()
 def from_parameters(
     sync: OuterSync, tensors: Mapping[int, Tensor], vectors: Sequence[Tensor]
