@@ -135,7 +135,11 @@ def read_manifest(path: Path) -> Manifest:
 
 def _check_file(path: Path, name: str, entry: FileEntry, content: bool) -> None:
     file = path / name
-    if not file.is_file():
+    try:
+        there = file.is_file()
+    except OSError as error:  # no file can have such a name
+        raise CheckpointError(f"checkpoint {path}: {name[:80]!r}: {error.strerror}") from None
+    if not there:
         raise CheckpointError(f"checkpoint {path} lacks {name}")
     found = file.stat()
     if found.st_size != entry.size:

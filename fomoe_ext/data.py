@@ -147,6 +147,8 @@ class BatchIterator:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` stands. Raises ValueError for one of other data or seed."""
         own = self.state_dict()
+        if not isinstance(state, dict):
+            raise ValueError(f"data state must be a dict, got {type(state).__name__}")
         missing = own.keys() - state.keys()
         if missing:
             raise ValueError(f"data state lacks {', '.join(sorted(missing))}")

@@ -289,3 +289,12 @@ def test_validation_is_that_of_a_full_replica(texts, num_sites, replication, buf
         assert (tokens, load) == whole[1:3]
         assert (sent > 0) == (replication < num_sites)
     assert sum(map(sum, whole[2])) == CONFIG.num_layers * CONFIG.top_k * whole[1]
+
+
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    entry = {"site": 0, "size": 1, "sha256": "0" * 64, "rank": 0, "header_sha256": ""}
+    manifest = {"format": ckpt.FORMAT, "round": 1, "num_sites": 1, "ranks_per_site": 1, "meta": {}}
+    manifest["files"] = {"training/" + "1" * 5000: entry}
+    (tmp_path / ckpt.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ckpt.CheckpointError, match="File name too long"):
+        ckpt.require_whole(tmp_path)

@@ -346,6 +346,8 @@ def test_bad_states(change: dict, words: list[str]) -> None:
         assert word in str(caught.value)
     with pytest.raises(ValueError, match="lacks position, seed"):
         stream.load_state_dict({"content_hash": "hash", "seq_len": 8})
+    with pytest.raises(ValueError, match="data state must be a dict, got list"):
+        stream.load_state_dict([])
     assert stream.position == 0
 
 
