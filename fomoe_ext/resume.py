@@ -148,9 +148,7 @@ def _own_vectors(sync: OuterSync) -> dict[str, list[Tensor]]:
     if not (sync.codec.lossy and sync.options.error_feedback):
         return {}
     errors = [
-        torch.zeros(1, device=la.pieces[0].tensor.device).expand(la.numel)
-        if f.own is None
-        else f.own
+        torch.zeros(la.numel, device=la.pieces[0].tensor.device) if f.own is None else f.own
         for la, f in zip(sync.layouts, sync.feedback, strict=True)
     ]
     return {"error": errors}

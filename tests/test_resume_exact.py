@@ -105,7 +105,8 @@ def test_an_interrupted_job_is_an_undisturbed_one(flags, text, optimizer, codec,
     open_data([str(text / "*.py")], 32, cache_dir=text / "cache")  # encoded once, for all sites
     changes = ["--optimizer", optimizer, "--codec", codec, "--router-scope", scope]
     more = ["--sites", "3", "--num-experts", "6", "--balance", "bias", "--rounding", "stochastic"]
-    replication = ["--replication", "2"]
+    # Without other holders an expert's encoding has no error, and none is kept.
+    replication = ["--replication", "1" if (optimizer, scope) == ("diloco", "global") else "2"]
     if codec == "fp32":
         more = more[:-2]
     answers = pool().run(3, interrupted, [*flags, *changes, *more, *replication])
