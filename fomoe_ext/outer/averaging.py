@@ -51,10 +51,10 @@ class Averaging:
 
     `tokens`: by piece of an expert, the tokens that each site has routed to it since the last
     meeting, fp64 [num_sites], in place of other weights. `trained`: the tokens that each site has
-    trained on since then, the weights of all else; None = equal. `rescale`: the mean times the
-    square root of the number of members, which a mean of unlike deltas loses of its norm (DiPaCo,
-    arXiv 2403.10616). `treatment`: deltas times a factor, and who is left out; `someone`: where
-    that is all members of a piece, none of them is.
+    trained on since then, the weights of all else; None, or no tokens at all = equal. `rescale`:
+    the mean times the square root of the number of members, which a mean of unlike deltas loses of
+    its norm (DiPaCo, arXiv 2403.10616). `treatment`: deltas times a factor, and who is left out;
+    `someone`: where that is all members of a piece, none of them is.
     """
 
     tokens: dict[tuple[int, int], Sequence[float]] | None = None
@@ -90,7 +90,7 @@ class Averaging:
             return factor
         # 1 on average, exactly 1 where all are alike: what encoding loses is in units of a delta.
         total = sum(self.trained[member] for member in members)
-        return factor * self.trained[site] * len(members) / total if total else 0.0
+        return factor * self.trained[site] * len(members) / total if total else factor
 
     def divisor(self, piece: Piece) -> float:
         """What the sum is divided by."""

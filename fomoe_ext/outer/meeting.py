@@ -186,10 +186,10 @@ class Meeting:
             self.treatment = treat(told[:, -1].tolist(), options.clip_delta)
         if options.site_mean == "tokens":
             trained = told[:, told.shape[1] - options.site_numbers].tolist()
-            for site, tokens in enumerate(trained):
-                if not 0 <= tokens < math.inf:
+            for site, count in enumerate(trained):
+                if not 0 <= count < math.inf:
                     raise MeetingError(
-                        f"nothing was changed: site {site} says that it has trained on {tokens} "
+                        f"nothing was changed: site {site} says that it has trained on {count} "
                         "tokens"
                     )
         treatment = self.treatment
