@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
@@ -143,7 +144,8 @@ class ChaosJob:
                 if code == 0:
                     ended_at = ended_at or time.monotonic()
                     continue
-                self._pipe.send(site)
+                with suppress(OSError):  # a lighthouse that is gone tells nobody
+                    self._pipe.send(site)
                 if self._restarts[site] and ended_at is None:
                     self._restarts[site] -= 1
                     self.processes[site] = self._begin(site)
