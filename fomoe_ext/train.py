@@ -7,6 +7,7 @@ site was asked to stop. Every site counts what it does (`fomoe_ext.tally`); site
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -194,14 +195,16 @@ class _Job:
         assert self.log is not None
         slots = sum(note.slots for note in notes)
         step = site.step
+        # A site whose parameters are NaN is left out here too.
+        losses = [(note.loss, note.taken) for note in notes if math.isfinite(note.loss)]
         taken = sum(note.taken for note in notes)
-        per_site = taken / len(notes) / notes[site.world.site].taken
+        per_site = taken / len(notes) / (notes[site.world.site].taken or 1)
         total = site.rounds * site.local_steps
         self.log.round(
             {
                 "round": site.round,
                 "step": step,
-                "loss": sum(note.loss for note in notes) / taken,
+                "loss": sum(loss for loss, _ in losses) / (sum(steps for _, steps in losses) or 1),
                 "lr": learning_rate(site.config.inner, step - 1, total),
                 "tokens_per_s": (site.tally.tokens - tokens_before)
                 * per_site

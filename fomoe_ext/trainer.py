@@ -96,6 +96,8 @@ class TrainingSite:
         self.steps_due = self.local_steps
         """Local steps that this site takes in the round."""
         self._steps_due_next = self.local_steps
+        self._spoilt = False
+        """Whether no more steps can be taken in the round: parameters are not finite."""
         self.pace, self.clock = Pace(), time.perf_counter
         self._round_tokens = 0
         self._round_loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -269,10 +271,28 @@ class TrainingSite:
         outer = self.config.outer
         all_of_them = outer.optimizer == "ddp" or outer.staggered
         before, begun = self.steps_in_round, self.clock()
-        while self.steps_in_round < self.steps_due and (all_of_them or not self._asked(stop)):
-            after_step(self._local_step())
+        while self._steps_left and (all_of_them or not self._asked(stop)):
+            position = self.batches.position
+            try:
+                after_step(self._local_step())
+            except ValueError:  # routers on the CPU refuse NaN
+                if not self._can_be_left_out():
+                    raise
+                self._spoilt, self.batches.position = True, position
+                self.optimizer.zero_grad()
             inject.point("local")
         self.pace.took(self.steps_in_round - before, self.clock() - begun)
+
+    @property
+    def _steps_left(self) -> int:
+        """Local steps that this site has yet to take before the meeting."""
+        return 0 if self._spoilt else self.steps_due - self.steps_in_round
+
+    def _can_be_left_out(self) -> bool:
+        """Whether parameters here are not finite, and the meeting will go without this site."""
+        if not self.config.outer.clip_delta or self.world.ranks > 1:
+            return False
+        return not all(bool(p.detach().isfinite().all()) for p in self.model.parameters())
 
     def _asked(self, stop: StopRequest) -> bool:
         """Whether any rank of this site was asked to stop."""
@@ -298,7 +318,7 @@ class TrainingSite:
                 slots=slots,
                 knocks=float(knocks),
                 taken=self.steps_in_round,
-                left=self.steps_due - self.steps_in_round,
+                left=self._steps_left,
                 pace=max(seconds for _, _, seconds in parts),
             )
             told = ranks.tell(lambda: self._swap_notes(note))
@@ -409,6 +429,7 @@ class TrainingSite:
         # from the same place in the stream.
         self.batches.skip(self.local_steps - self.steps_in_round)
         self.steps_in_round, self.steps_due = 0, self._steps_due_next
+        self._spoilt = False
         self._round_slots, self._round_tokens = 0, 0
         self._round_loss.zero_()
         self._round_rows.zero_()

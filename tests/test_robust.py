@@ -260,6 +260,75 @@ def test_a_meeting_of_nothing_but_nan_is_refused(staged: bool) -> None:
             assert torch.equal(value.nan_to_num(), answer["local"][key].nan_to_num())
 
 
+def run_job(site: int, num_sites: int, arguments: list[str]) -> dict[str, Any]:
+    """A job in which site 1 has NaN from the first step of round 2 on."""
+    from fomoe_ext.data import open_data
+    from fomoe_ext.report import markdown
+    from fomoe_ext.train import _Job
+    from fomoe_ext.trainer import TrainingSite
+    from fomoe_ext.world import StopRequest, World
+
+    config = job_config(arguments)
+    files = config.data
+    data = open_data(files.data, config.model.seq_len, cache_dir=files.cache_dir)
+    job = TrainingSite(config, World(site, num_sites), data, torch.device("cpu"), None)
+    local_step, meet, taken = job._local_step, job.meet, []
+
+    def step() -> Tensor:
+        result = local_step()
+        if site == 1 and job.round == 1 and job.steps_in_round == 1:
+            with torch.no_grad():
+                next(job.model.parameters())[:] = math.nan
+        return result
+
+    def met() -> float:
+        taken.append(job.steps_in_round)
+        return meet()
+
+    job._local_step, job.meet = step, met  # type: ignore[method-assign]
+    _Job(job, StopRequest(), None).train()
+    job.finish()
+    validation = job.validate(256)
+    report = job.report(validation)
+    return {
+        "taken": taken,
+        "position": job.batches.position,
+        "report": report,
+        "markdown": markdown(report),
+        "hash": job.model_hash(),
+        "sent": (job.bytes_sent, job.tally.planned_bytes),
+    }
+
+
+@pytest.mark.parametrize("replication", [1, 2])
+@pytest.mark.parametrize("scope", ["global", "resident"])
+def test_a_job_outlives_nan_at_one_site(text, tmp_path, replication, scope) -> None:  # noqa: F811
+    """Routers refuse NaN, so that it has no more steps in that round; one meeting goes without it;
+    then it trains on as the others do, and the report tells."""
+    from fomoe_ext.data import open_data
+
+    open_data([str(text / "*.py")], 32, cache_dir=text / "cache")  # encoded once, for all sites
+    arguments = [
+        *SMALL,
+        *("--sites", "3", "--num-experts", "9", "--replication", str(replication)),
+        *("--router-scope", scope, "--clip-delta", "1000", "--codec", "int8"),
+        *("--run-dir", str(tmp_path / "run"), "--data", str(text / "*.py")),
+        *("--cache-dir", str(text / "cache")),
+    ]
+    answers = pool().run(SITES, run_job, arguments)
+    assert [answer["taken"] for answer in answers] == [[3] * 4, [3, 1, 3, 3], [3] * 4]
+    assert {answer["position"] for answer in answers} == {4 * 3 * SITES * 2}
+    assert len({answer["hash"] for answer in answers}) == 1
+    for answer in answers:
+        report = answer["report"]
+        assert [site["left_out"] for site in report["sites"]] == [0, 1, 0]
+        assert [site["clipped"] for site in report["sites"]] == [0, 0, 0]
+        assert report["run"]["agreements"] == 4
+        assert math.isfinite(report["validation"]["loss"])
+        assert "| site 1 | 0 | - | 1 |" in answer["markdown"]
+        assert answer["sent"][0] == answer["sent"][1]
+
+
 def test_factors() -> None:
     nan, inf = math.nan, math.inf
     assert treat([1.0, 2.0, 8.0], 2.0) == ((1.0, 1.0, 0.5), ())
