@@ -199,6 +199,31 @@ def test_a_site_with_nan_is_left_out(replication: int, scope: str, how: str, sta
     assert_same_bits([answer["after"] for answer in answers], placement, scope)
 
 
+@pytest.mark.parametrize("scope", ["global", "resident"])
+def test_experts_all_of_whose_holders_are_left_out(scope: str) -> None:
+    """Each stays what it was at the last meeting, its outer momentum too; biases are averaged."""
+    options = {"outer_lr": 1.0, "outer_momentum": 0.5, "clip_delta": 100.0}
+    answers = pool().run(SITES, meet, 2, scope, options, (0, 1), "expert", (1.0, 1.0, 1.0), 2)
+    placement, lost = place(2), 0
+    for answer in answers:
+        assert answer["left out"] == (0, 1) and answer["agreements"] == 2 and answer["finite"]
+    for key in all_keys(answers):
+        if key[0] == "expert" and placement.owners(key[1], key[2]) == (0, 1):
+            lost += 1
+            for site in (0, 1):
+                assert torch.equal(answers[site]["after"][key], answers[site]["before"][key])
+    assert lost > 4 and any(same for same, _ in answers[0]["kept"].values())
+    for site, answer in enumerate(answers):
+        for layer, bias in enumerate(answer["biases"]):
+            for expert, value in enumerate(bias):
+                owners = placement.owners(layer, expert)
+                of = list(range(SITES) if scope == "global" else owners)
+                if site in of:
+                    left = [s for s in of if s == 2] or of
+                    assert float(value) == pytest.approx(_bias(left, of), abs=1e-6)
+    assert_same_bits([answer["after"] for answer in answers], placement, scope)
+
+
 def _bias(left: list[int], of: Any) -> float:
     """After two rounds in which site s moved its bias by 0.01 s: a mean of all, then of those
     left."""
