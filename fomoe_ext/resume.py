@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fomoe_ext.assemble import expert_key, named_moe_layers, responsible_site
 from fomoe_ext.checkpoint import CheckpointError
 from fomoe_ext.mesh import is_sharded, rows_here
+from fomoe_ext.outer.belongings import steps_of
 from fomoe_ext.outer.state import (
     by_parameter,
     from_parameters,
@@ -127,15 +128,6 @@ def _inner_names(optimizer: torch.optim.Optimizer) -> list[str]:
     return list(names)
 
 
-def _steps(site: TrainingSite) -> dict[str, float]:
-    """The optimizer's step of each parameter that it keeps one for."""
-    return {
-        name: float(site.optimizer.state[p]["step"])
-        for name, p in site.model.named_parameters()
-        if "step" in site.optimizer.state.get(p, {})
-    }
-
-
 def _shared_vectors(sync: OuterSync) -> dict[str, list[Tensor]]:
     """What all holders have alike, by name; the same names on all ranks."""
     if sync.rule.name == "ddp":
@@ -174,7 +166,7 @@ def state_of(site: TrainingSite, has_local: bool) -> dict[str, Any] | None:
         return None
     state = {
         "sync": numbers,
-        "inner": {"names": _inner_names(site.optimizer), "steps": _steps(site)},
+        "inner": {"names": _inner_names(site.optimizer), "steps": steps_of(sync)},
         "data": site.batches.state_dict(),
         "tally": Tally.of_ranks([Tally.from_state(t) for _, t, _ in parts]).state_dict(),
         "steps_in_round": site.steps_in_round,

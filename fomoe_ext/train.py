@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,12 +66,22 @@ class _Job:
         self,
         site: TrainingSite,
         stop: StopRequest,
-        log: RunLog | None,
         company: Company | None = None,
     ) -> None:
-        self.site, self.stop, self.log, self.company = site, stop, log, company
+        self.site, self.stop, self.company = site, stop, company
+        self.log: RunLog | None = None
         self.run = site.config.run
         self._renew, self._unsaved, self._came = False, False, False
+
+    def run_to_end(self) -> int:
+        """What is left of the job, and its report; the exit code."""
+        try:
+            if self.train():
+                return EXIT_STOPPED
+            self.finish()
+            return 0
+        finally:
+            self.close()
 
     def train(self) -> bool:
         """All rounds that are left; True when the job was stopped (a checkpoint is written)."""
@@ -100,11 +109,16 @@ class _Job:
         self._came = self.site.world.number in event["joined"]
         if self.site.world.process == 0:
             if self.log is None:
-                self.log = _make_log(self.site, None).__enter__()
+                self.open_log(None)
+            assert self.log is not None
             self.log.event("sites", **event)
             self.log.say(describe(event))
         elif self.log is not None:
             self.close()
+
+    def open_log(self, resumed: Path | None) -> None:
+        """Begins to speak for all sites. `resumed`: the checkpoint that the job goes on from."""
+        self.log = _make_log(self.site, resumed).__enter__()
 
     def close(self) -> None:
         """Closes the log, where this site keeps it."""
@@ -137,7 +151,7 @@ class _Job:
     def _round(self) -> bool:
         """One round; True when it ended in a checkpoint because a site was asked to stop."""
         site, start = self.site, time.perf_counter()
-        tokens_before, steps_before = site.tally.tokens, site.tally.steps
+        tokens_before = site.tally.tokens
         inject.in_round(site.round + 1)
 
         def after_step(loss: Tensor) -> None:
@@ -150,7 +164,7 @@ class _Job:
         site.take_local_steps(self.stop, after_step)
         before_notes = time.perf_counter()
         site.tally.local_s += before_notes - start
-        notes = self._exchange_notes(site.tally.steps - steps_before, before_notes - start)
+        notes = self._exchange_notes()
         waited = time.perf_counter() - before_notes
         stopping = any(note.stop for note in notes)
         if stopping and any(note.left for note in notes):
@@ -171,11 +185,10 @@ class _Job:
             self._save(site.step)
         return stopping
 
-    def _exchange_notes(self, steps: int, seconds: float) -> list[RoundNote]:
-        """The notes of all sites; `steps` local steps have taken so many seconds."""
+    def _exchange_notes(self) -> list[RoundNote]:
+        """The notes of all sites; who does not come in time may be gone on without."""
         if self.company is None:
             return self.site.exchange_notes(self.stop.asked)
-        self.company.took(steps, seconds)
         inject.point("notes")
         with self.company.patience():
             notes = self.site.exchange_notes(self.stop.asked, self.company.membership.knocked())
@@ -459,19 +472,14 @@ def run_tolerant_site(config: TrainConfig, world: World, stop: StopRequest) -> i
             site.notes[:0] = notes
             company = Company(membership, site)
             stop.install()
-            job = _Job(site, stop, None, company)
+            job = _Job(site, stop, company)
             if late:
                 job.tell_of_company(company.join(membership.knock(config.outer.timeout_s)))
             else:
                 _save_config(config, world, site.run_dir)
                 if world.process == 0:
-                    job.log = _make_log(site, resumed).__enter__()
-            try:
-                if job.train():
-                    return EXIT_STOPPED
-                job.finish()
-            finally:
-                job.close()
+                    job.open_log(resumed)
+            return job.run_to_end()
     except Finished:
         print(f"site {world.number}: the job has ended without it", flush=True)
     except TooFew as error:
@@ -500,14 +508,11 @@ def run_site(config: TrainConfig, world: World, stop: StopRequest) -> int:
         site = TrainingSite(config, world, data, device, resumed)
         site.notes[:0] = notes
         _save_config(config, world, site.run_dir)
-        log = _make_log(site, resumed) if world.process == 0 else None
+        job = _Job(site, stop)
+        if world.process == 0:
+            job.open_log(resumed)
         stop.install()
-        with log or nullcontext():
-            job = _Job(site, stop, log)
-            if job.train():
-                return EXIT_STOPPED
-            job.finish()
-    return 0
+        return job.run_to_end()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -34,8 +34,6 @@ class Company:
         self.membership, self._site = membership, site
         self._fault = site.config.fault
         self._reform = Reform(site)
-        self._step_s = 0.0
-        """Seconds of a local step, as measured, the newest the most."""
         self._until: float | None = None
         self._late = False
 
@@ -50,16 +48,10 @@ class Company:
             self.membership.end(reason)
         return reason
 
-    def took(self, steps: int, seconds: float) -> None:
-        """Local steps have taken so long here."""
-        if steps:
-            mean = seconds / steps
-            self._step_s = mean if not self._step_s else 0.7 * self._step_s + 0.3 * mean
-
     @property
     def patience_s(self) -> float:
         """How long a site that lives is waited for, from the measured time of a round."""
-        measured = self._fault.grace * self._step_s * self._site.local_steps
+        measured = self._fault.grace * self._site.pace.seconds * self._site.local_steps
         return max(_LEAST_PATIENCE_S, measured + self._fault.silent_s)
 
     @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -128,7 +129,7 @@ def restore_experts(
         except CheckpointError as error:
             print(f"site {site.world.number}: {error}", flush=True)
             continue
-        return int(path.name.rpartition("-")[2])
+        return ckpt.steps_of(path)
     return None
 
 
@@ -136,7 +137,7 @@ def _read_experts(
     site: TrainingSite,
     model: LanguageModel,
     experts: Sequence[tuple[int, int]],
-    path: Any,
+    path: Path,
 ) -> None:
     ckpt.require_whole(path)
     found: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -24,7 +24,14 @@ from fomoe_ext.fault import inject, ownership, recovery
 from fomoe_ext.fault.membership import View
 from fomoe_ext.messages import MessageError
 from fomoe_ext.outer import OuterSync, SiteGroups
-from fomoe_ext.outer.belongings import Belongings, Item, biases_of, items_of, ship
+from fomoe_ext.outer.belongings import (
+    Belongings,
+    Item,
+    biases_of,
+    elements_of,
+    items_of,
+    ship,
+)
 from fomoe_ext.outer.groups import gather_objects
 from fomoe_ext.outer.reduce import Damaged
 from fomoe_ext.placement import Placement
@@ -90,7 +97,6 @@ class Formed:
     optimizer: torch.optim.Optimizer
     sync: OuterSync
     donor: dict[str, Any]
-    fresh: bool
     restored: list[dict[str, Any]] = field(default_factory=list)
     """Experts that nobody held, which this site has taken."""
     told: list[dict[str, Any]] = field(default_factory=list)
@@ -102,11 +108,9 @@ class Regrouped:
     """What has come of it, for the report."""
 
     members: tuple[int, ...]
-    lost: tuple[int, ...]
     joined: tuple[int, ...]
     restored: tuple[dict[str, Any], ...]
     bytes_sent: int
-    seconds: float
     settled: str
     """"applied", "taken back" or "" where no meeting was under way."""
 
@@ -128,8 +132,7 @@ class Reform:
 
         Raises PeerLost when one of them is lost on the way; then the next view is to be agreed on.
         """
-        site, start = self._site, time.perf_counter()
-        before = site.world.members
+        site = self._site
         world = site.world.of_members(view.members)
         with _lost_where_damaged(), with_others("forming anew", world.number):
             new_default_group(view, world, site.config.outer.timeout_s)
@@ -148,11 +151,9 @@ class Reform:
         self._put_into_force()
         return Regrouped(
             members=view.members,
-            lost=tuple(sorted(set(before) - set(view.members))),
             joined=tuple(sorted(set(view.members) - known)),
             restored=tuple(formed.told),
             bytes_sent=sent,
-            seconds=time.perf_counter() - start,
             settled=settled,
         )
 
@@ -221,9 +222,7 @@ class Reform:
         old = [s for s in standing if not s["fresh"]]
         if not old:
             raise RuntimeError("no site is left that knows the model; resume a checkpoint")
-        experts = site.config.model.num_experts
-        layers = site.config.model.num_layers
-        holdings = [[[]] * layers if s["fresh"] else s["holds"] for s in standing]
+        experts, holdings = site.config.model.num_experts, self._holdings(standing)
         if all(s["between"] for s in old) and not ownership.orphans(holdings, experts):
             replication = site.config.sites.replication
             placement = ownership.rebalance(holdings, experts, replication)
@@ -233,7 +232,12 @@ class Reform:
             placement = ownership.adopt_orphans(holdings, experts, _copies(standing))
         model, optimizer, sync = site.make(world, placement, groups, arriving=True)
         number = max(s["number"] for s in standing) + 1
-        return Formed(number, world, placement, model, optimizer, sync, old[0], site.late)
+        return Formed(number, world, placement, model, optimizer, sync, old[0])
+
+    def _holdings(self, standing: Sequence[dict[str, Any]]) -> list[list[list[int]]]:
+        """What every site holds (`ownership.Holdings`)."""
+        nothing: list[list[int]] = [[]] * self._site.config.model.num_layers
+        return [nothing if s["fresh"] else s["holds"] for s in standing]
 
     def _ship(self, formed: Formed, standing: Sequence[dict[str, Any]]) -> int:
         """Fills the new model with what the site has and what the others send; the bytes sent."""
@@ -259,9 +263,7 @@ class Reform:
             for item, source, target in some:
                 own, biases = (here, here_biases) if source == me else (wanted, wanted_biases)
                 if me in (source, target):
-                    pieces, rows = own.get(item, []), biases.get(item, [])
-                    elements = len(names) * sum(p.numel for p in pieces)
-                    sizes[item] = elements + sum(p.numel for p in rows)
+                    sizes[item] = elements_of(own.get(item, []), biases.get(item, []), names)
                 if source == me and item not in vectors:
                     vectors[item] = mine.vector(here[item], here_biases.get(item, []))
             arrived, count = ship(everyone, me, [p for p in some if me in p[1:]], sizes, vectors)
@@ -281,9 +283,8 @@ class Reform:
     ) -> None:
         """Experts that nobody holds any more come from a shadow copy or the newest checkpoint, or
         begin anew."""
-        layers = self._site.config.model.num_layers
-        holdings = [[[]] * layers if s["fresh"] else s["holds"] for s in standing]
-        lost = ownership.orphans(holdings, self._site.config.model.num_experts)
+        experts = self._site.config.model.num_experts
+        lost = ownership.orphans(self._holdings(standing), experts)
         here = [key for key in lost if formed.world.site in formed.placement.owners(*key)]
         shadows = self._site.shadows
         copied = [key for key in here if key in shadows.experts]

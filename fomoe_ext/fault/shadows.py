@@ -14,8 +14,14 @@ import torch
 from torch import Tensor
 
 from fomoe_ext import wire
-from fomoe_ext.outer.belongings import Belongings, Item, biases_of, items_of, ship
-from fomoe_ext.outer.layout import Piece
+from fomoe_ext.outer.belongings import (
+    Belongings,
+    Item,
+    biases_of,
+    elements_of,
+    items_of,
+    ship,
+)
 
 if TYPE_CHECKING:
     from fomoe_ext.outer import OuterSync
@@ -54,7 +60,7 @@ class Shadows:
         here, biases = items_of(sync), biases_of(sync)
         # An expert's vector is as long as any other's of its layer, and a site holds one at least.
         length = {
-            item[0]: _length(here[item], biases.get(item, []), names) for item in here if item
+            item[0]: elements_of(here[item], biases.get(item, []), names) for item in here if item
         }
         fresh: dict[tuple[int, int], Tensor] = {}
         moving = wire.shadow_parcels(placement)
@@ -80,8 +86,3 @@ class Shadows:
         """Adds an expert's shadow to what this site has, for a model that is to hold it."""
         pieces, biases = items_of(sync)[expert], biases_of(sync).get(expert, [])
         mine.take(self._vectors[expert], pieces, biases, self._names)
-
-
-def _length(pieces: list[Piece], biases: list[Piece], names: list[str]) -> int:
-    """Elements of an expert's vector."""
-    return len(names) * sum(p.numel for p in pieces) + sum(p.numel for p in biases)

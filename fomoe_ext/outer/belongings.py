@@ -15,7 +15,7 @@ from torch import Tensor
 from fomoe_ext import wire
 from fomoe_ext.outer.codec import hash_bits
 from fomoe_ext.outer.groups import SiteGroup
-from fomoe_ext.outer.layout import Piece
+from fomoe_ext.outer.layout import Layout, Piece
 from fomoe_ext.outer.reduce import Damaged
 
 if TYPE_CHECKING:
@@ -31,20 +31,25 @@ encoding has lost stays where it is, biases have pieces of their own."""
 
 def items_of(sync: OuterSync) -> dict[Item, list[Piece]]:
     """The pieces of every item, in order of their keys; what an item's vector is made of."""
-    found: dict[Item, list[Piece]] = {}
-    for layout in sync.layouts:
-        for piece in layout.pieces:
-            found.setdefault(piece.expert, []).append(piece)
-    return {item: sorted(pieces, key=lambda p: p.key) for item, pieces in found.items()}
+    return _by_item(sync.layouts)
 
 
 def biases_of(sync: OuterSync) -> dict[Item, list[Piece]]:
     """The same of selection biases, which have no anchor."""
+    return _by_item(sync.bias_layouts)
+
+
+def _by_item(layouts: Sequence[Layout]) -> dict[Item, list[Piece]]:
     found: dict[Item, list[Piece]] = {}
-    for layout in sync.bias_layouts:
+    for layout in layouts:
         for piece in layout.pieces:
             found.setdefault(piece.expert, []).append(piece)
     return {item: sorted(pieces, key=lambda p: p.key) for item, pieces in found.items()}
+
+
+def elements_of(pieces: Sequence[Piece], biases: Sequence[Piece], names: Sequence[str]) -> int:
+    """Elements of an item's vector: `names` of each of its pieces, and its biases."""
+    return len(names) * sum(p.numel for p in pieces) + sum(p.numel for p in biases)
 
 
 class Belongings:
