@@ -2,8 +2,9 @@
 
     pytest bench -k checkpoint --benchmark-only
 
-One site with all of the model, on this machine's disk. Floors: of the wait, the bytes copied over
-the bandwidth of a copy in memory; of writing, the bytes over the rate at which one file of as many
+One site with all of the model, on this machine's disk. Floors: of a wait for copies, the bytes
+over the bandwidth of a copy in memory, which hides behind a forward and a backward pass where they
+take longer; of writing, the bytes over the rate at which one file of as many
 is written and synced to the same disk. All in turn, medians.
 """
 
@@ -79,18 +80,23 @@ def write_one_file(path: Path, content: bytes) -> None:
 
 
 def behind(site: TrainingSite) -> dict[str, float]:
-    """A checkpoint during a round: seconds that training waits, of the round, until it is whole."""
-    begin = time.perf_counter()
-    wait = seconds_of(lambda: site.start_save(site.tally.steps))
+    """A checkpoint during a round: seconds that training waits, of the round, until it is whole.
+
+    "with": of the whole round, with all that the checkpoint does meanwhile and the waits.
+    """
+    begin, before = time.perf_counter(), site.tally.checkpoint_s
+    start = seconds_of(lambda: site.start_save(site.tally.steps))
     disturbed = seconds_of(lambda: train_a_round(site))
+    wait = site.tally.checkpoint_s - before
     outcome = None
     while outcome is None:  # asked after every round in a job
         pause = time.perf_counter()
         outcome = site.poll_save()
-        wait += time.perf_counter() - pause if outcome is not None else 0.0
+        last = time.perf_counter() - pause
         time.sleep(0.001)
     assert not outcome.error, outcome.error
-    return {"wait": wait, "disturbed": disturbed, "whole": time.perf_counter() - begin}
+    whole = time.perf_counter() - begin
+    return {"wait": wait + last, "with": start + disturbed + last, "whole": whole}
 
 
 def measure(site: TrainingSite, folder: Path) -> dict[str, Any]:
@@ -128,7 +134,7 @@ def test_checkpoint(benchmark: Any, tmp_path: Path, case: str) -> None:
 
 
 def table_of(found: list[dict[str, Any]]) -> Table:
-    right = ("MB", "round ms", "waits ms", "of a round", "of copy", "beside it", "whole after")
+    right = ("MB", "round ms", "waits ms", "of a round", "of copy", "with it", "whole after")
     table = columns(
         "checkpoints: how long training waits", ("job",), (*right, "at once ms", "of disk")
     )
@@ -141,7 +147,7 @@ def table_of(found: list[dict[str, Any]]) -> Table:
             f"{r['wait_seconds'] * 1e3:.1f}",
             f"{share:.2%}" + ("" if share < WANTED_SHARE else "*"),
             f"{r['copy_seconds'] / r['wait_seconds']:.0%}",
-            f"{r['disturbed_seconds'] / r['round_seconds']:.2f}x",
+            f"{r['with_seconds'] / r['round_seconds']:.2f}x",
             f"{r['whole_seconds'] * 1e3:.0f}",
             f"{r['at_once_seconds'] * 1e3:.0f} ({r['at_once_seconds'] / r['wait_seconds']:.0f}x)",
             f"{r['disk_seconds'] / r['at_once_seconds']:.0%}",
@@ -156,9 +162,10 @@ def show(console: Console) -> None:
     console.print(table_of(results))
     rates = [r["bytes"] / r["disk_seconds"] / 1e6 for r in results]
     console.print(
-        f"* misses what is wanted: under {WANTED_SHARE:.0%} of a round. Waits: copying, and index, "
-        "manifest and name at the end. Beside it: the round during which it is written over one "
-        f"without. At once: without async_checkpoints (x = over waits). {DEVICE}, one site; disk "
+        f"* misses what is wanted: under {WANTED_SHARE:.0%} of a round. Waits: what is no tensor, "
+        "copies that are not done when the first backward pass is, and index, manifest and name at "
+        "the end. With it: a round with a checkpoint, all of it, over one without. At once: "
+        f"without async_checkpoints (x = over waits). {DEVICE}, one site; disk "
         f"{min(rates):.0f} to {max(rates):.0f} MB/s. Medians of {ROUNDS}."
     )
     if line := load_line(results[:1]):

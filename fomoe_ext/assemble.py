@@ -97,12 +97,24 @@ def own_global_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """This process's part of the global model as (name, tensor); all parts make it whole.
 
-    Every rank of every site must call it and run it to its end; `ranks` None = one per site. What
-    is sharded is put together. Expert tensors are views of `tensors`, which are
-    this site's, as of `local_tensors` (by default) or any others of the same names and shapes.
+    Every rank of every site must call it, and with several ranks run it to its end: what is sharded
+    is put together. `ranks` None = one per site. Router tensors are copies. Expert tensors are
+    views of `tensors`, which are this site's, as of `local_tensors` (by default) or any others of
+    the same names and shapes.
     """
     ranks = ranks or SiteRanks()
     routers = global_router_tensors(model, placement, site, tensors, ranks.rank)
+    return _own_tensors(model, placement, site, tensors, ranks, routers)
+
+
+def _own_tensors(
+    model: nn.Module,
+    placement: Placement,
+    site: int,
+    tensors: Mapping[str, Tensor],
+    ranks: SiteRanks,
+    routers: Mapping[str, Tensor],
+) -> Iterator[tuple[str, Tensor]]:
     stacked: set[str] = set()
     for named in named_moe_layers(model):
         residents = named.layer.experts.resident_experts

@@ -1,10 +1,11 @@
 """Writing checkpoints (`fomoe_ext.checkpoint`) while training goes on.
 
-At a checkpoint's time every process copies what it is to write into host memory; nothing else keeps
-training waiting. A thread of each process then writes, hashes and syncs its files in a temporary
-folder. The threads speak to nobody, so the death of a site cannot hang them. Whenever all processes
-come by anyway they tell each other whether they have finished (`CheckpointWriter.poll`); once all
-have, index and manifest are written and the folder gets its name (`checkpoint_publish`).
+At a checkpoint's time every process copies what it is to write into host memory, at once or beside
+the forward and backward pass that follow (`CheckpointWriter.start`); nothing else keeps training
+waiting. A thread of each process then writes, hashes and syncs its files in a temporary folder. The
+threads speak to nobody, so the death of a site cannot hang them. Whenever all processes come by
+anyway they tell each other whether they have finished (`CheckpointWriter.poll`); once all have,
+index and manifest are written and the folder gets its name (`checkpoint_publish`).
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,6 +98,15 @@ class _Content(NamedTuple):
     state: Any
 
 
+class _Source(NamedTuple):
+    """Where the content comes from; `buffers` None = it is written from where it is."""
+
+    tensors: Iterable[tuple[str, Tensor]]
+    named: Iterable[tuple[str, Tensor]]
+    state: Any
+    buffers: _Buffers | None
+
+
 class _Buffers:
     """Host memory for copies, kept from one checkpoint for the next: new memory is slow to fill."""
 
@@ -111,6 +121,8 @@ class _Buffers:
             on_gpu = tensor.device.type == "cuda"
             copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
         self._used[key] = copy
+        if tensor.device.type == "cuda":
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
         return copy.copy_(tensor, non_blocking=True)
 
     def next(self) -> None:
@@ -119,48 +131,61 @@ class _Buffers:
 
 
 @torch.no_grad()
-def _content(
-    process: Process,
-    tensors: Iterable[tuple[str, Tensor]],
-    state: Mapping[str, Any] | None,
-    named: Iterable[tuple[str, Tensor]],
-    buffers: _Buffers | None,
-) -> tuple[_Content, str]:
+def _content(process: Process, source: _Source, cancelled: threading.Event) -> tuple[_Content, str]:
     """What is to be written, in buffers if there are any, and what is wrong with it, or "".
 
-    The iterables may be collectives, so they are gone through to their ends all the same.
+    The iterables may be collectives, so they are gone through to their ends all the same, unless
+    the checkpoint is given up.
     """
     problem = ""
-    content = _Content({}, {}, None)
-    on_gpu = False
-    for part, pairs in (("model", tensors), ("state", named)):
+    content = _Content({}, {}, source.state)
+    devices: set[torch.device] = set()
+    for part, pairs in (("model", source.tensors), ("state", source.named)):
         for name, tensor in pairs:
+            if cancelled.is_set():
+                return content, f"{process}: given up"
             if problem:
                 continue
             try:
                 shard = shard_of(name, tensor)
                 if shard is None:
                     continue
-                if buffers is not None:
-                    shard = TensorPart(buffers.copy((part, name), shard.tensor), shard.offsets)
-                    on_gpu |= tensor.device.type == "cuda"
+                if source.buffers is not None:
+                    copied = source.buffers.copy((part, name), shard.tensor)
+                    shard = TensorPart(copied, shard.offsets)
+                    if tensor.device.type == "cuda":
+                        devices.add(tensor.device)
                 if part == "model":
                     content.model[name] = shard.tensor.view(tensor.shape)
                 else:
                     content.shards[name] = shard
             except _Problems as error:
                 problem = f"{process}: {error}"
-    if on_gpu:
-        torch.cuda.synchronize()
-    try:
-        if (state is None) != (process.rank != 0):
-            wrong = f"state must be given by rank 0 of a site and no other, got {state!r:.60}"
-            raise ValueError(wrong)
-        if state is not None:
-            content = content._replace(state=to_json(dict(state)))  # a copy, whatever it is of
-    except _Problems as error:
-        problem = problem or f"{process}: {error}"
+    for device in devices:
+        torch.cuda.current_stream(device).synchronize()
     return content, problem
+
+
+def _json_of(process: Process, state: Mapping[str, Any] | None) -> Any:
+    """A copy of the state, whatever it is of; ValueError where rank and state do not go together,
+    TypeError for what `to_json` does not take.
+    """
+    if (state is None) != (process.rank != 0):
+        wrong = f"state must be given by rank 0 of a site and no other, got {state!r:.60}"
+        raise ValueError(wrong)
+    return None if state is None else to_json(dict(state))
+
+
+@contextmanager
+def _beside(ready: torch.cuda.Event | None) -> Iterator[None]:
+    """Inside, a GPU's copies go by a stream of their own, from what was there at an event."""
+    if ready is None:
+        yield
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_event(ready)
+    with torch.cuda.stream(stream):
+        yield
 
 
 def _step_back() -> None:
@@ -181,6 +206,8 @@ class _Work:
         self.temporary, self.process, self._limit = temporary, process, limit
         self.error = ""
         self.part = Part({}, {}, None)
+        self.copied = threading.Event()
+        """Set when nothing more is read of what the training has."""
         self._cancelled = threading.Event()
         self._written: list[str] = []
         self._thread: threading.Thread | None = None
@@ -189,11 +216,42 @@ class _Work:
     def running(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def begin(self, content: _Content) -> None:
+    def begin(self, source: _Source, beside: bool) -> None:
+        """Copies the content, here or with `beside` in the thread, and begins to write it."""
+        if beside:
+            ready = torch.cuda.Event() if torch.cuda.is_initialized() else None
+            if ready is not None:
+                ready.record()
+            self._begin_thread(self._copy_and_write, source, ready)
+            return
+        content, problem = _content(self.process, source, self._cancelled)
+        self.error = self.error or problem
+        self.copied.set()
+        if not self.error:
+            self._begin_thread(self._write, content)
+
+    def _begin_thread(self, call: Callable[..., None], *arguments: Any) -> None:
         self._thread = threading.Thread(
-            target=self._run, args=(content,), name="checkpoint", daemon=True
+            target=self._guarded, args=(call, *arguments), name="checkpoint", daemon=True
         )
         self._thread.start()
+
+    def _guarded(self, call: Callable[..., None], *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        except _Cancelled:
+            self.error = f"{self.process}: given up"
+        except Exception as error:  # whatever it is, the others are told
+            self.error = f"{self.process}: {str(error) or type(error).__name__}"
+        finally:
+            self.copied.set()
+
+    def _copy_and_write(self, source: _Source, ready: torch.cuda.Event | None) -> None:
+        with _beside(ready):
+            content, self.error = _content(self.process, source, self._cancelled)
+        self.copied.set()
+        if not self.error:
+            self._write(content)
 
     def wait(self, timeout_s: float | None = None) -> None:
         if self._thread is not None:
@@ -213,16 +271,8 @@ class _Work:
             with suppress(OSError):
                 (self.temporary / name).unlink(missing_ok=True)
 
-    def _run(self, content: _Content) -> None:
-        _step_back()
-        try:
-            self._write(content)
-        except _Cancelled:
-            self.error = f"{self.process}: given up"
-        except Exception as error:  # whatever it is, the others are told
-            self.error = f"{self.process}: {str(error) or type(error).__name__}"
-
     def _write(self, content: _Content) -> None:
+        _step_back()  # only now: training may wait for the copies
         folder = self.temporary
         (folder / publishing.TRAINING).mkdir(parents=True, exist_ok=True)
         self.part = Part({}, {}, publishing.place_of(folder))
@@ -333,8 +383,13 @@ class CheckpointWriter:
         named: Iterable[tuple[str, Tensor]] = (),
         shard_bytes: int = SHARD_BYTES,
         copy: bool = True,
+        beside: bool = False,
     ) -> None:
         """Begins a checkpoint `name`: returns when all is copied; the rest happens meanwhile.
+
+        With `beside` it returns before: the iterables, which then must be no collectives, are gone
+        through and copied by a thread, and neither the tensors nor what the iterables take them
+        from may change until `settle` has returned.
 
         `tensors`: this process's part of the global model (`assemble.own_global_tensors`), whole.
         `state`: what a site needs to go on and is no tensor, as `to_json` takes it, from rank 0 of
@@ -352,16 +407,23 @@ class CheckpointWriter:
             self._dropped.pop().join()
         work = _Work(self.folder / f".{name}.partial", process, shard_bytes)
         self._buffers.next()
-        content, work.error = _content(
-            process, tensors, state, named, self._buffers if copy else None
-        )
+        numbers = None
         try:
             inject.point("checkpoint")
-        except OSError as error:
+            numbers = _json_of(process, state)
+        except _Problems as error:
             work.error = f"{process}: {error}"
         self._pending = _Pending(work, self.folder / name, round, dict(meta or {}))
-        if not work.error:
-            work.begin(content)
+        source = _Source(tensors, named, numbers, self._buffers if copy or beside else None)
+        work.begin(source, beside and not work.error)
+
+    def settle(self) -> None:
+        """Returns when all is copied that was to be written: training may change it now.
+
+        No collective. Returns at once where nothing is being copied, also for want of `copy`.
+        """
+        if self._pending is not None:
+            self._pending.work.copied.wait()
 
     def poll(self) -> Outcome | None:
         """How the checkpoint under way has ended; None while it has not, or where there is none.

@@ -251,6 +251,9 @@ class SitesConfig:
     stale_experts: int = 0
     """Absent experts per layer of which each site computes a frozen copy, refreshed in meetings;
     -1 = all of them, so that nothing is skipped."""
+    stale_by: Path | None = None
+    """Run folder, or JSON table [layer][expert], with the load of experts: a site copies those of
+    its absent experts that are chosen most; none = all are copied about as often."""
     reshuffle_rounds: int = 0
     """Draw a new random placement every so many rounds; 0 = never."""
     reshuffle_moments: Literal["reset", "carry"] = "reset"
@@ -285,6 +288,10 @@ class SitesConfig:
             raise ValueError(
                 "sites.stale_experts needs sites.reshuffle_rounds = 0 and sites.ranks_per_site = "
                 f"1, got {self.reshuffle_rounds} and {self.ranks_per_site}"
+            )
+        if self.stale_by is not None and self.stale_experts < 1:
+            raise ValueError(
+                f"sites.stale_by needs sites.stale_experts of 1 or more, got {self.stale_experts}"
             )
         if (self.placement in ("together", "apart")) != (self.placement_by is not None):
             raise ValueError(

@@ -119,17 +119,23 @@ def rank_experts(
     sites = config.sites
     if sites.spread_by is None:
         return None
-    load = measured_load(sites.spread_by)
-    if [len(row) for row in load] != [placement.num_experts] * placement.num_layers:
-        raise ValueError(
-            f"spread_by {sites.spread_by} must have the load of {placement.num_layers} layers of "
-            f"{placement.num_experts} experts, got {len(load)} layers"
-        )
+    load = _load_of("spread_by", sites.spread_by, placement)
     ranks = sites.ranks_per_site // sites.replicas
     return [
         spread_experts(placement.resident(layer, site), ranks, load[layer])
         for layer in range(placement.num_layers)
     ]
+
+
+def _load_of(name: str, path: Path, placement: Placement) -> list[list[float]]:
+    """The load that a file has of a placement's experts; `name`: of the argument, for an error."""
+    load = measured_load(path)
+    if [len(row) for row in load] != [placement.num_experts] * placement.num_layers:
+        raise ValueError(
+            f"{name} {path} must have the load of {placement.num_layers} layers of "
+            f"{placement.num_experts} experts, got {len(load)} layers"
+        )
+    return load
 
 
 def full_replica(config: TrainConfig) -> TrainConfig:
@@ -142,6 +148,7 @@ def full_replica(config: TrainConfig) -> TrainConfig:
         placement_file=None,
         reshuffle_rounds=0,
         stale_experts=0,
+        stale_by=None,
     )
     return dataclasses.replace(config, sites=sites)
 
@@ -208,9 +215,25 @@ def copied_bytes(config: TrainConfig, placement: Placement, site: int) -> int:
         # Everyone gets everything from the only one that has it.
         sends = (placement.num_sites - 1) * placement.experts_per_site * placement.num_layers
         return sends * stale.copy_bytes(config.outer.stale_codec, expert)
-    wanted = stale.wanted_copies(placement, count)
+    wanted = wanted_copies(config, placement)
     sizes = [expert] * placement.num_layers
     return stale.refresh_bytes(placement, wanted, site, sizes, config.outer.stale_codec)
+
+
+def wanted_copies(config: TrainConfig, placement: Placement) -> stale.Wanted:
+    """By layer and site, the absent experts of which it computes frozen copies.
+
+    A file of loads is read once: what is written to it later is of no account to this process.
+    Raises ValueError or FileNotFoundError for a load that is not of this model.
+    """
+    sites = config.sites
+    load = None if sites.stale_by is None else _stale_load(sites.stale_by, placement)
+    return stale.wanted_copies(placement, sites.stale_experts, load)
+
+
+@lru_cache(maxsize=8)
+def _stale_load(path: Path, placement: Placement) -> list[list[float]]:
+    return _load_of("stale_by", path, placement)
 
 
 def copies_per_layer(config: TrainConfig) -> int:

@@ -73,7 +73,12 @@ def with_replication(config: TrainConfig, replication: int) -> TrainConfig:
     """The same job with other experts per site, and at most as many frozen copies as are absent."""
     absent = config.model.num_experts * (config.sites.sites - replication) // config.sites.sites
     stale = min(config.sites.stale_experts, absent)
-    sites = dataclasses.replace(config.sites, replication=replication, stale_experts=stale)
+    sites = dataclasses.replace(
+        config.sites,
+        replication=replication,
+        stale_experts=stale,
+        stale_by=config.sites.stale_by if stale > 0 else None,
+    )
     return dataclasses.replace(config, sites=sites)
 
 

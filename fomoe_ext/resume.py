@@ -185,10 +185,18 @@ def tensors_of(
     """The tensors of the training state that this process has to write, by name, one after another.
 
     `local`: the site's own parameters and buffers, where they are not those of the global model. A
-    collective of the site's ranks, and to be gone through to its end. A site writes what is its
-    own; of what all holders have alike an expert's `responsible_site` writes it, and the sites
-    share out the rest. Of the ranks that have the same the first does.
+    collective of the site's ranks, and with several to be gone through to its end. A site writes
+    what is its own; of what all holders have alike an expert's `responsible_site` writes it, and
+    the sites share out the rest. Of the ranks that have the same the first does. Counts, which a
+    forward pass changes, are copies; all else changes only with the optimizer's step or a meeting.
     """
+    tokens = site.sync.ranks.sum_(site.sync.tokens.clone())
+    return _tensors_of(site, local, tokens)
+
+
+def _tensors_of(
+    site: TrainingSite, local: Mapping[str, Tensor] | None, tokens: Tensor
+) -> Iterator[tuple[str, Tensor]]:
     sync, own = site.sync, f"site{site.world.site}"
     kept = site.optimizer.state
     for name in _inner_names(site.optimizer):
@@ -209,7 +217,6 @@ def tensors_of(
     if sync.copies is not None and not sync.copies.fresh:
         for name, tensor in sync.copies.tensors().items():
             yield f"{own}/stale/{name}", tensor
-    tokens = sync.ranks.sum_(sync.tokens.clone())
     if sync.ranks.leads:
         yield f"{own}/tokens", tokens
 

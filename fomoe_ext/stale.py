@@ -24,11 +24,15 @@ Wanted = tuple[tuple[tuple[int, ...], ...], ...]
 _PASSES = 8
 
 
-def wanted_copies(placement: Placement, count: int) -> Wanted:
+def wanted_copies(
+    placement: Placement, count: int, load: Sequence[Sequence[float]] | None = None
+) -> Wanted:
     """By layer and site, `count` absent experts; -1 = all of them.
 
-    Spread evenly: no expert is copied much oftener than another. Raises ValueError for more experts
-    than are absent.
+    load: by layer and expert, how often each is chosen; a site then copies those of its absent
+    experts that are chosen most (of equals the first). Without, they are spread evenly: no expert
+    is copied much oftener than another. Raises ValueError for more experts than are absent, or a
+    load that is not of this placement's layers and experts.
     """
     absent = placement.num_experts - placement.experts_per_site
     if not -1 <= count <= absent:
@@ -37,6 +41,16 @@ def wanted_copies(placement: Placement, count: int) -> Wanted:
             f"got {count}"
         )
     count = absent if count < 0 else count
+    if load is not None:
+        if [len(row) for row in load] != [placement.num_experts] * placement.num_layers:
+            raise ValueError(
+                f"load must be of {placement.num_layers} layers of {placement.num_experts} "
+                f"experts, got {len(load)} layers of {sorted({len(row) for row in load})}"
+            )
+        return tuple(
+            _most_chosen(owners, placement.num_sites, count, row)
+            for owners, row in zip(placement.owners_of, load, strict=True)
+        )
     return tuple(_of_layer(owners, placement.num_sites, count) for owners in placement.owners_of)
 
 
@@ -56,6 +70,14 @@ def _of_layer(
             taken[expert] += 1
             mine.append(expert)
     return tuple(tuple(sorted(mine)) for mine in chosen)
+
+
+def _most_chosen(
+    owners: tuple[Owners, ...], num_sites: int, count: int, load: Sequence[float]
+) -> tuple[tuple[int, ...], ...]:
+    by_load = sorted(range(len(owners)), key=lambda expert: (-load[expert], expert))
+    absent = [[e for e in by_load if site not in owners[e]] for site in range(num_sites)]
+    return tuple(tuple(sorted(experts[:count])) for experts in absent)
 
 
 @lru_cache(maxsize=8)

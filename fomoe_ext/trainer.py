@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fomoe_ext import checkpoint as ckpt
-from fomoe_ext import plan, stale
+from fomoe_ext import plan
 from fomoe_ext.assemble import local_tensors, own_global_tensors
 from fomoe_ext.checkpoint_writer import CheckpointWriter, Outcome
 from fomoe_ext.coactivation import is_small
@@ -158,8 +158,7 @@ class TrainingSite:
             mesh=self.mesh,
             rank_experts=plan.rank_experts(config, placement, world.site),
             stale_experts=[
-                of_sites[world.site]
-                for of_sites in stale.wanted_copies(placement, config.sites.stale_experts)
+                of_sites[world.site] for of_sites in plan.wanted_copies(config, placement)
             ],
             device=self.device,
         )
@@ -219,6 +218,7 @@ class TrainingSite:
         ):
             loss = self.model.loss(tokens)
         loss.total.backward()
+        self._settle_save()
         if self.mesh is not None:
             average_experts(self.model, self.mesh)
         if ddp:
@@ -383,6 +383,7 @@ class TrainingSite:
 
         Returns the seconds it took; with ddp those of all reductions of the round.
         """
+        self._settle_save()
         if self._probe is not None:
             with self._validating():
                 self._probe.before_meeting()
@@ -478,6 +479,7 @@ class TrainingSite:
 
     def finish(self) -> None:
         """Takes in what is under way, after the last round; a collective."""
+        self._settle_save()
         outcome = self.sync.finish()
         self.tally.meeting_s += outcome.seconds
         self._tell_of(outcome)
@@ -546,9 +548,10 @@ class TrainingSite:
         """Begins a checkpoint with all other sites; `steps` is the most that a site has taken.
 
         With `copy` it is written while training goes on, and `poll_save` tells when it is there.
-        The one before must have ended. The global model is that of the last meeting; where a site's
-        own may differ (in the middle of a round, with fragments or overlap) its state holds that
-        too. Fragments under way are taken in before.
+        Where that needs no other process it is copied while training goes on as well, until the
+        next backward pass at the latest. The one before must have ended. The global model is that
+        of the last meeting; where a site's own may differ (in the middle of a round, with fragments
+        or overlap) its state holds that too. Fragments under way are taken in before.
         """
         self.finish()
         start = time.perf_counter()
@@ -579,7 +582,16 @@ class TrainingSite:
                 meta=job_identity(self.config),
                 named=tensors_of(self, local),
                 copy=copy,
+                # Several ranks put together what is sharded, and a global model of the site's own
+                # making is about to go.
+                beside=copy and local is None and ranks.size == 1,
             )
+
+    def _settle_save(self) -> None:
+        """Waits until all of a checkpoint is copied, before it changes."""
+        start = time.perf_counter()
+        self.checkpoints.settle()
+        self.tally.checkpoint_s += time.perf_counter() - start
 
     def poll_save(self, wait: bool = False) -> Outcome | None:
         """How the checkpoint under way has ended, if it has; all sites must ask.

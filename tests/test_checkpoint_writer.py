@@ -40,10 +40,24 @@ def before_writing(act: Callable[[], None]) -> Iterator[None]:
 
 
 def start(
-    writer: CheckpointWriter, site: int = 0, num_sites: int = 1, name: str = NAME, copy: bool = True
+    writer: CheckpointWriter,
+    site: int = 0,
+    num_sites: int = 1,
+    name: str = NAME,
+    copy: bool = True,
+    before_last: Callable[[], object] | None = None,
 ) -> list[torch.Tensor]:
-    """Begins a checkpoint; returns its tensors, of which the training might change the content."""
+    """Begins a checkpoint; returns its tensors, of which the training might change the content.
+
+    `before_last`: done before the last tensor is copied, by a thread.
+    """
     model, state = torch.full((3, 4), 1.0 + site), torch.arange(4) + 10 * site
+
+    def named() -> Iterator[tuple[str, torch.Tensor]]:
+        if before_last is not None:
+            before_last()
+        yield f"site{site}/x", state
+
     writer.start(
         name,
         [(f"model.{site}", model)],
@@ -52,8 +66,9 @@ def start(
         num_sites=num_sites,
         round=2,
         meta={"job": "test"},
-        named=[(f"site{site}/x", state)],
+        named=named(),
         copy=copy,
+        beside=before_last is not None,
     )
     return [model, state]
 
@@ -97,6 +112,55 @@ def test_training_goes_on_and_the_checkpoint_has_what_was(tmp_path):
     assert ckpt.newest_whole(tmp_path) == (tmp_path / NAME, [])
     assert content(tmp_path / NAME, 0) == [1.0, 0]
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
+def test_a_thread_copies_and_training_waits_before_it_changes_anything(tmp_path):
+    """Nothing waits for the copies at the start; who is to change the tensors can wait for them."""
+    writer, go_on, settled = CheckpointWriter(tmp_path), threading.Event(), threading.Event()
+    model, state = start(writer, before_last=lambda: go_on.wait(30))
+
+    def change() -> None:
+        writer.settle()
+        model.fill_(99)
+        state.fill_(99)
+        settled.set()
+
+    training = threading.Thread(target=change)
+    training.start()
+    assert not settled.wait(0.2) and writer.poll() is None
+    go_on.set()
+    assert settled.wait(30)
+    assert until_done(writer).error == "" and content(tmp_path / NAME, 0) == [1.0, 0]
+    writer.settle()  # nothing is under way
+    training.join()
+
+
+def test_what_goes_wrong_while_a_thread_copies_is_told(tmp_path):
+    """Nobody waits for ever for copies that will not be."""
+    writer = CheckpointWriter(tmp_path)
+
+    def fail() -> None:
+        raise RuntimeError("no such tensor")
+
+    start(writer, before_last=fail)
+    writer.settle()
+    assert until_done(writer).error == "site 0: no such tensor"
+    start(writer)
+    assert writer.finish().error == ""
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
+def test_a_checkpoint_given_up_while_a_thread_copies(tmp_path):
+    writer, go_on = CheckpointWriter(tmp_path), threading.Event()
+    start(writer, before_last=lambda: go_on.wait(30))
+    writer.abandon()  # does not wait
+    writer.settle()
+    go_on.set()
+    for thread in writer._dropped:
+        thread.join(30)
+    assert files_in(tmp_path) == []
+    start(writer)
+    assert writer.finish().error == ""
 
 
 def slow_site(site: int, num_sites: int, folder: Path) -> list[Any]:

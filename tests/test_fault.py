@@ -18,6 +18,7 @@ from fomoe_ext.config import preset_config
 from fomoe_ext.config_fault import FaultConfig
 from fomoe_ext.fault import inject, lighthouse, ownership, secret
 from fomoe_ext.fault.inject import Fault
+from fomoe_ext.fault.membership import read_current
 from fomoe_ext.fault.shadows import Shadows
 from fomoe_ext.outer import MeetingError, OuterSync, staged
 from fomoe_ext.outer.belongings import Belongings, biases_of, items_of, ship
@@ -481,6 +482,22 @@ def test_other_interfaces_than_loopback_need_a_secret(
 def test_addresses_are_checked(text: str) -> None:
     with pytest.raises(ValueError, match="HOST:PORT"):
         lighthouse.split_address(text)
+
+
+def test_a_view_that_is_none_is_refused() -> None:
+    assert read_current(b'{"name": "1.2.1-1", "members": [0, 3]}', 4) == ("1.2.1-1", (0, 3))
+    for raw in (
+        b"",
+        b"[]",
+        b'{"name": "1.2"}',
+        b'{"name": "", "members": [0]}',
+        b'{"name": "1.2", "members": [4]}',
+        b'{"name": "1.2", "members": [true]}',
+        b'{"name": "1.2", "members": "0"}',
+        b'{"name": "' + b"1" * (1 << 20) + b'", "members": [0]}',
+    ):
+        with pytest.raises(ValueError):
+            read_current(raw, 4)
 
 
 def test_what_a_tolerant_job_cannot_do_is_said() -> None:

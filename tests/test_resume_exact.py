@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from sites import pool
 from test_train import SMALL, finish, flags, text, train  # noqa: F401  two of them are fixtures
 
 from fomoe_ext import checkpoint as ckpt
+from fomoe_ext.checkpoint_writer import _Buffers
 from fomoe_ext.data import open_data
 from fomoe_ext.metrics import read_metrics
 from fomoe_ext.resume import tensors_of
@@ -59,6 +63,22 @@ class _Standing:
         return getattr(self._batches, name)
 
 
+@contextmanager
+def slow_copies() -> Iterator[None]:
+    """Inside, a checkpoint takes longer to copy than a step takes."""
+    copy = _Buffers.copy
+
+    def slow(*arguments: Any) -> torch.Tensor:
+        time.sleep(0.001)
+        return copy(*arguments)
+
+    _Buffers.copy = slow  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        _Buffers.copy = copy  # type: ignore[method-assign]
+
+
 def outcome(watched: Watched) -> dict[str, Any]:
     """All that must be the same at the end."""
     site = watched.site
@@ -80,8 +100,10 @@ def interrupted(site: int, num_sites: int, arguments: list[str]) -> list[Any]:
     whole = Watched(TrainingSite(*given, None))
     whole.rounds(2)
     done = list(whole.windows), list(whole.losses)
-    whole.site.start_save(whole.site.tally.steps)
-    whole.rounds(1)
+    with slow_copies():
+        whole.site.start_save(whole.site.tally.steps)
+        assert not whole.site.checkpoints._pending.work.copied.is_set()
+        whole.rounds(1)
     saved = whole.site.poll_save(wait=True)
     assert saved is not None and not saved.error
     whole.rounds(1)

@@ -183,6 +183,22 @@ def test_copies_and_the_work_of_sending_them_are_spread_evenly(sizes, kind):
         stale.copy_transfers(placement, own)
 
 
+def test_the_most_chosen_absent_experts_are_copied():
+    placement = Placement.cyclic(2, 6, 2, 1)
+    load = [[1, 9, 9, 0, 2, 3], [0, 0, 5, 0, 0, 7]]
+    wanted = stale.wanted_copies(placement, 2, load)
+    for layer in range(2):
+        for site in range(2):
+            mine, absent = wanted[layer][site], set(range(6)) - {*placement.resident(layer, site)}
+            assert set(mine) <= absent and list(mine) == sorted(mine) and len(mine) == 2
+            left = absent - set(mine)
+            assert max(load[layer][e] for e in left) <= min(load[layer][e] for e in mine)
+    assert stale.wanted_copies(placement, -1, load) == stale.wanted_copies(placement, -1)
+    for wrong in (load[:1], [load[0], load[1][:5]]):
+        with pytest.raises(ValueError, match="load must be of 2 layers of 6 experts, got"):
+            stale.wanted_copies(placement, 2, wrong)
+
+
 def test_layers_travel_together_as_far_as_there_is_room():
     wanted = (((1, 2), (3,)), ((), ()), ((0,), ()), ((5,), (4,)))
     sizes = [100] * 4
@@ -451,6 +467,23 @@ def test_a_job_with_copies_of_all_absent_experts_skips_nothing(flags, tmp_path):
     assert "stale copies" in (tmp_path / "run" / "report.md").read_text()
 
 
+def test_copies_of_the_most_chosen_experts_skip_fewer_slots(flags, tmp_path):  # noqa: F811
+    """By the load of an earlier run; bytes are as planned though some are sent more often."""
+    first, changes = tmp_path / "run", ["--stale-experts", "2", "--inner-lr", "0.001"]
+    evenly = finish(first, train(*flags, *changes))
+    second = tmp_path / "by-load"
+    by_load = [*changes, "--stale-by", str(first), "--run-dir", str(second)]
+    chosen = finish(second, train(*flags, *by_load))
+    share = lambda report: sum(site["skipped_share"] for site in report["sites"])
+    assert share(chosen) < share(evenly)
+    for site in chosen["sites"]:
+        assert site["bytes_sent"] == site["planned"]["bytes"]
+    wrong = [*by_load[:-1], str(tmp_path / "wrong"), "--num-layers", "1"]
+    result = train(*flags, *wrong)
+    assert result.returncode != 0
+    assert "stale_by" in result.stderr and "of 1 layers of 8 experts" in result.stderr
+
+
 def test_resuming_gives_the_same_bits(flags, tmp_path):  # noqa: F811
     """Copies are refreshed after rounds 2 and 4: made from the checkpoint of round 2, and of rounds
     1 and 3 kept in it."""
@@ -487,6 +520,8 @@ def test_a_job_goes_on_at_other_sites_with_other_copies(flags, tmp_path):  # noq
         ("--stale-experts 5", "sites.stale_experts must be at most the 4 experts"),
         ("--stale-experts -2", "sites.stale_experts must be >= -1, got -2"),
         ("--stale-codec topk", "stale-codec"),
+        ("--stale-by x.json", "sites.stale_by needs sites.stale_experts of 1 or more, got 0"),
+        ("--stale-experts -1 --stale-by x.json", "of 1 or more, got -1"),
         ("--stale-period 0", "outer.stale_period must be >= 1, got 0"),
         ("--stale-experts 1 --optimizer ddp", "got 1, 0 and ddp"),
         ("--stale-experts 1 --overlap 1", "sites.stale_experts needs outer.fragments = 1"),

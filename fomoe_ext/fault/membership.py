@@ -28,12 +28,15 @@ from fomoe_ext.fault.lighthouse import (
     torchft,
 )
 from fomoe_ext.fault.secret import keyed, matches
+from fomoe_ext.json_values import loads
 
 _BEAT_S = 0.5
 _LOOK_S = 0.05
 _ARRIVAL_S = 10.0
 """How long a late-comer that has knocked is waited for when it is to be taken in."""
 _STORE_S = 30.0
+_CURRENT_BYTES = 1 << 20
+"""The longest text about the view in force that is read."""
 
 
 class View(NamedTuple):
@@ -42,6 +45,22 @@ class View(NamedTuple):
     name: str
     members: tuple[int, ...]
     store: dist.Store
+
+
+def read_current(raw: bytes, num_sites: int) -> tuple[str, tuple[int, ...]]:
+    """Name and members of the view in force, from what the store holds of it.
+
+    Raises ValueError for anything that `TorchftMembership` does not write.
+    """
+    value = loads(raw) if len(raw) <= _CURRENT_BYTES else None
+    name, members = (
+        (value.get("name"), value.get("members")) if isinstance(value, dict) else ("", ())
+    )
+    if not (isinstance(name, str) and name and isinstance(members, list)) or not all(
+        type(site) is int and 0 <= site < num_sites for site in members
+    ):
+        raise ValueError(f"the store's view in force is none of {num_sites} sites: {raw[:100]!r}")
+    return name, tuple(members)
 
 
 class NotAMember(RuntimeError):
@@ -253,9 +272,8 @@ class TorchftMembership:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             self._raise_if_finished()
-            current = json.loads(self.store.get("current"))
-            name = current["name"]
-            if self.site in current["members"]:
+            name, members = self._current()
+            if self.site in members:
                 # The others have not yet noticed that the one before this is gone.
                 self.store.set(f"end/{name}", f"site {self.site} has been started anew")
             self.store.set(f"knock/{self.site}", str(self.incarnation))
@@ -315,8 +333,11 @@ class TorchftMembership:
             time.sleep(_LOOK_S)
 
     def _superseded(self, view: View) -> bool:
-        current = json.loads(self.store.get("current"))
-        return current["name"] != view.name and self.site not in current["members"]
+        name, members = self._current()
+        return name != view.name and self.site not in members
+
+    def _current(self) -> tuple[str, tuple[int, ...]]:
+        return read_current(self.store.get("current"), len(self.all_sites))
 
     def _ask(self, round_index: int, least: int) -> View:
         """Asks the lighthouse, and makes the answer the present view.

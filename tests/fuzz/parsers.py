@@ -25,6 +25,7 @@ from fomoe_ext.checkpoint_writer import save_checkpoint
 from fomoe_ext.coactivation import measured_coactivation
 from fomoe_ext.config import TrainConfig
 from fomoe_ext.config_io import dump_config, load_config
+from fomoe_ext.fault.membership import read_current
 from fomoe_ext.json_values import from_json, loads, to_json
 from fomoe_ext.mesh import SiteRanks
 from fomoe_ext.outer.codec import get_codec
@@ -466,6 +467,12 @@ def _wire() -> list[Parser]:
             (messages.MessageError,),
             encoded,
             share=3.0,
+        ),
+        Parser(
+            "view in force",
+            lambda raw: read_current(raw, 4),
+            (ValueError,),
+            _json({"name": "7.2.1-1-3", "members": [0, 1, 3]}, {"name": "1.1.", "members": []}),
         ),
         Parser(
             "statuses",
