@@ -36,8 +36,8 @@ def encode(value: Any) -> bytes:
     """
     try:
         text = json.dumps(to_json(value, "message"), allow_nan=False, separators=(",", ":"))
-    except RecursionError:
-        raise MessageError("a message must not be nested so deeply") from None
+    except ValueError as error:
+        raise MessageError(f"no message: {error}") from None
     raw = text.encode()
     if len(raw) > MESSAGE_BYTES:
         raise MessageError(f"a message must have at most {MESSAGE_BYTES} bytes, has {len(raw)}")

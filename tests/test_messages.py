@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from sites import pool
 
 import fomoe_ext
 from fomoe_ext import messages
-from fomoe_ext.json_values import from_json, loads, to_json
+from fomoe_ext.json_values import MOST_NESTED, from_json, loads, to_json
 from fomoe_ext.messages import MESSAGE_BYTES, MessageError, decode, encode
 
 VALUES = [
@@ -90,12 +91,28 @@ def test_json_of_states_is_read_strictly():
         from_json({**to_json(math.inf), "b": 1})
 
 
-def test_nested_too_deeply_to_be_sent():
-    nest: list[object] = []
-    for _ in range(5000):
-        nest = [nest]
-    with pytest.raises(MessageError, match="nested so deeply"):
-        encode(nest)
+@pytest.mark.parametrize("wrap", [lambda v: [v], lambda v: (v,), lambda v: {1: v}], ids=str)
+def test_nested_too_deeply(wrap, monkeypatch):
+    """What is not too deep to be sent can be read; Python's own limit, which libraries move, does
+    not matter."""
+    deepest: object = 1
+    for _ in range(MOST_NESTED):
+        deepest = wrap(deepest)
+    assert decode(encode(deepest), "site 1") == deepest
+    for limit in (sys.getrecursionlimit(), 20000):
+        before = sys.getrecursionlimit()
+        sys.setrecursionlimit(limit)
+        try:
+            for more in (1, 4000):
+                nest = deepest
+                for _ in range(more):
+                    nest = wrap(nest)
+                with pytest.raises(MessageError, match="nested too deeply, more than 100 times"):
+                    encode(nest)
+            with pytest.raises(ValueError, match="nested too deeply"):
+                from_json(loads("[" * 700 + "]" * 700))
+        finally:
+            sys.setrecursionlimit(before)
 
 
 @pytest.mark.parametrize("length", [0, -2, MESSAGE_BYTES + 1, 2**62])
