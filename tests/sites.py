@@ -13,6 +13,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import lru_cache
 from multiprocessing.connection import Connection
+from multiprocessing.forkserver import ensure_running
 from typing import Any
 
 import torch
@@ -63,15 +64,27 @@ def _serve(connection: Connection) -> None:
         connection.send_bytes(_packed(answer))
 
 
+@lru_cache(maxsize=1)
+def forkserver() -> Any:
+    """The multiprocessing context of this test session; its processes begin with all imported."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch._dynamo", "fomoe_ext.cli", "fomoe_ext.train"])
+    saved = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME")}
+    os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+    ensure_running()  # with these variables, which its processes have too
+    for name, value in saved.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+    return context
+
+
 class Sites:
     """`run` calls a function on every site of a world of its own and returns the results."""
 
     def __init__(self, largest: int = LARGEST) -> None:
-        context = mp.get_context("forkserver")
-        preloaded = ["torch", "torch._dynamo", "fomoe_ext.moe", "fomoe_ext.outer"]
-        context.set_forkserver_preload(preloaded)
-        saved = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME")}
-        os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+        context = forkserver()
         self._folder = tempfile.TemporaryDirectory()
         self._worlds = 0
         self._processes, self._connections = [], []
@@ -82,11 +95,6 @@ class Sites:
             there.close()
             self._processes.append(process)
             self._connections.append(here)
-        for name, value in saved.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
     def run(self, num_sites: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """function(site, num_sites, *arguments) on each site. Fails when one raises or is silent.

@@ -9,13 +9,13 @@ import dataclasses
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import forked
 import torch
 
 from fomoe_ext import checkpoint as ckpt
@@ -51,13 +51,7 @@ def finished_run() -> Path:
         "--run-dir",
         str(run),
     ]
-    result = subprocess.run(
-        [sys.executable, "-P", "-m", "fomoe_ext.cli", "train", *FLAGS, *where],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+    result = forked.train(*FLAGS, *where, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout + result.stderr
     return run
 

@@ -139,7 +139,7 @@ def test_compiled_for_one_token_and_none() -> None:
     assert compilations[2:] == compilations[2:3] * 4  # each is compiled at most once
 
 
-@pytest.mark.parametrize("kind", ["skipping", "resident"])
+@pytest.mark.parametrize("kind", [pytest.param("skipping", marks=pytest.mark.slow), "resident"])
 def test_compiled_by_inductor(kind: str) -> None:
     eager, traced = layer_of(kind), layer_of(kind)
     compiled = torch.compile(traced, fullgraph=True, dynamic=True, backend="inductor")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_train import finish, flags, text, train  # noqa: F401  two of them are fixtures
+from test_train import finish, flags, started, text  # noqa: F401  two of them are fixtures
 
 from fomoe_ext.config import TrainConfig
 from fomoe_ext.config_io import parse_args
@@ -239,7 +239,7 @@ def test_the_committed_page_is_of_the_committed_runs():
 
 
 def test_a_job_of_the_pool_is_that_of_the_command_line(flags, tmp_path):  # noqa: F811
-    report = finish(tmp_path / "run", train(*flags, "--threads", "1"))
+    report = finish(tmp_path / "run", started(*flags, "--threads", "1"))
     sites = report["run"]["sites"]
     words = [word for word in flags if word != "--no-tensorboard"]
     at = words.index("--run-dir")

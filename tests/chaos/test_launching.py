@@ -48,8 +48,8 @@ def test_the_launcher_starts_a_lost_site_again(tmp_path: Path) -> None:
 
 
 def test_without_sites_the_job_has_failed(tmp_path: Path) -> None:
-    faults = ",".join(f"kill {site} at 2 local" for site in range(4))
-    result = train(tmp_path, [], faults)
+    faults = ",".join(f"kill {site} at 2 local" for site in range(2))
+    result = train(tmp_path, ["--sites", "2"], faults)
     assert result.returncode == 137, result.stdout + result.stderr
     assert "no site is left" in result.stderr and "--resume" in result.stderr
 
@@ -70,19 +70,20 @@ def test_sites_of_several_machines_share_a_lighthouse(tmp_path: Path) -> None:
         address = json.loads(lighthouse.stdout.readline())["lighthouse"]
         words = [sys.executable, "-P", "-m", "fomoe_ext.train", *FLAGS, *_text()]
         words += ["--lighthouse", address, "--run-dir", str(tmp_path / "run")]
+        words += ["--sites", "2", "--batch-size", "4"]
         sites = [
             subprocess.Popen(
                 words,
-                env=process_environment(site, 4, "", env),
+                env=process_environment(site, 2, "", env),
                 stdout=(tmp_path / f"{site}.log").open("w"),
                 stderr=subprocess.STDOUT,
             )
-            for site in range(4)
+            for site in range(2)
         ]
         codes = [site.wait(150) for site in sites]
     finally:
         lighthouse.kill()
         lighthouse.wait()
-    logs = "\n".join((tmp_path / f"{site}.log").read_text() for site in range(4))
-    assert codes == [0, 0, 0, 0], logs
+    logs = "\n".join((tmp_path / f"{site}.log").read_text() for site in range(2))
+    assert codes == [0, 0], logs
     assert (tmp_path / "run" / "report.json").exists()
