@@ -406,7 +406,9 @@ class CheckpointWriter:
         while self._dropped:
             self._dropped.pop().join()
         work = _Work(self.folder / f".{name}.partial", process, shard_bytes)
-        self._buffers.next()
+        buffers = self._buffers if copy or beside else None
+        if buffers is not None:
+            buffers.next()
         numbers = None
         try:
             inject.point("checkpoint")
@@ -414,8 +416,7 @@ class CheckpointWriter:
         except _Problems as error:
             work.error = f"{process}: {error}"
         self._pending = _Pending(work, self.folder / name, round, dict(meta or {}))
-        source = _Source(tensors, named, numbers, self._buffers if copy or beside else None)
-        work.begin(source, beside and not work.error)
+        work.begin(_Source(tensors, named, numbers, buffers), beside and not work.error)
 
     def settle(self) -> None:
         """Returns when all is copied that was to be written: training may change it now.
