@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from bench.study.store import Run
@@ -143,6 +144,9 @@ def stability_rows(size: Size, seed: int) -> dict[str, Run]:
     return rows
 
 
+LONGER = 1.25
+"""Times as many steps, and tokens, has the last job of table 4: what a loss costs in bytes where
+compute is cheaper than the link."""
 DDP_PARTS = (0.2, 0.3, 0.4, 0.5, 0.75, 0.9, 1.0)
 """Shares of the study's steps for which DDP is trained, each to the end of its own schedule."""
 
@@ -151,11 +155,14 @@ def bytes_families(size: Size, seed: int) -> dict[str, list[Run]]:
     """Table 4: for each method the jobs from which the cheapest that reaches the loss is taken.
 
     All train for the same tokens, to the end of their schedule, but for DDP, which gets there with
-    fewer steps. The loss to reach is that of the full replica.
+    fewer steps, and the last, which takes `LONGER` times as many. The loss to reach is that of the
+    full replica.
     """
+    rounds = lambda part: max(1, (ceil if part > 1 else round)(size.steps * part / 16))
+    of_steps = lambda part: Size(rounds(part) * 16, (), (), ())
     ddp = [
         job(
-            Size(max(1, round(size.steps * part / 16)) * 16, (), (), ()),
+            of_steps(part),
             SITES,
             SITES,
             16,
@@ -173,6 +180,7 @@ def bytes_families(size: Size, seed: int) -> dict[str, list[Run]]:
         "FoMoE, int4": half((16, 8, 4, 2), codec="int4"),
         "FoMoE, int2": half((16, 8, 4, 2), codec="int2"),
         "FoMoE, topk": half((4, 2), codec="topk"),
+        "FoMoE, int2, longer": [_half(of_steps(LONGER), seed, LOCAL_STEPS, codec="int2")],
     }
 
 
@@ -192,6 +200,11 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "stale_experts": -1,
     },
     "frozen copies of 4 absent experts (global)": {"router_scope": "global", "stale_experts": 4},
+    "frozen copies of the 4 most chosen absent experts (global)": {
+        "router_scope": "global",
+        "stale_experts": 4,
+        "stale_by": "counted",
+    },
     "random placement": {"placement": "random"},
     "experts chosen together on the same sites": {
         "placement": "together",
@@ -209,6 +222,13 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "int8, meetings 4 times as often (as many bytes)": {"codec": "int8", "local_steps": 4},
     "int4, meetings 4 times as often (half the bytes)": {"codec": "int4", "local_steps": 4},
     "int2, meetings 8 times as often (as many bytes)": {"codec": "int2", "local_steps": 2},
+    "LocalAdamW, int4, meetings 4 times as often, moments at every 4th and 8th": {
+        "optimizer": "local-adamw",
+        "codec": "int4",
+        "local_steps": 4,
+        "moment_codecs": ["int4", "bf16"],
+        "moment_periods": [4, 8],
+    },
 }
 """Table 5: ways to close the gap to the full replica, each alone."""
 
@@ -231,22 +251,33 @@ def gap_rows(size: Size, seed: int) -> dict[str, Run]:
 
 def counted(size: Size, seed: int) -> Run:
     """The plain job again, which keeps how often experts were chosen together: what
-    `placement_by` = "counted" stands for."""
+    `placement_by` and `stale_by` = "counted" stand for."""
     return _half(size, seed, coactivation=True)
 
 
-BEST = "int4, meetings 4 times as often (half the bytes)"
-"""Of `METHODS` the one whose loss is also shown at other numbers of sites."""
+def counted_for(run: Run) -> Run:
+    """The job whose counts one that has "counted" for them means: the plain one of its seed."""
+    changes = {"placement": None, "placement_by": None, "stale_by": None, "stale_experts": None}
+    return run.named(**changes, **PLAIN_RESIDENT, coactivation=True)
+
+
+BEST = {
+    "int4": "int4, meetings 4 times as often (half the bytes)",
+    "LocalAdamW": "LocalAdamW, int4, meetings 4 times as often, moments at every 4th and 8th",
+}
+"""Of `METHODS` those whose loss is also shown at other numbers of sites, by a short name."""
 
 
 def gap_sites_rows(size: Size, seed: int) -> dict[tuple[int, str], Run]:
-    """By sites and row, at replication = sites / 2: the full replica, the plain job and `BEST`."""
+    """By sites and row, at replication = sites / 2: the full replica, the plain job, `BEST`."""
     rows: dict[tuple[int, str], Run] = {}
     for sites in size.sites:
         rows[sites, "full replica"] = full(size, sites, LOCAL_STEPS, seed)
         rows[sites, "plain"] = job(size, sites, sites // 2, LOCAL_STEPS, seed, **PLAIN_RESIDENT)
-        best = {**PLAIN_RESIDENT, **METHODS[BEST]}
-        rows[sites, BEST] = job(size, sites, sites // 2, best.pop("local_steps"), seed, **best)
+        for short, name in BEST.items():
+            best = {**PLAIN_RESIDENT, **METHODS[name]}
+            steps = best.pop("local_steps")
+            rows[sites, short] = job(size, sites, sites // 2, steps, seed, **best)
     return rows
 
 

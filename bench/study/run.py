@@ -23,17 +23,19 @@ def machine_facts() -> dict[str, Any]:
 
 
 def _train(run: Run, path: Path) -> dict[str, Any]:
-    """Runs a job; the counts for `placement_by` are those that the file keeps for its seed."""
-    if run.flags.get("placement_by") != "counted":
+    """Runs a job; what it counts on is what the file keeps of the job that counts, for its seed."""
+    by = [name for name in ("placement_by", "stale_by") if run.flags.get(name) == "counted"]
+    if not by:
         return pool.train(run.arguments(), run.sites)
-    source = run.named(placement=None, placement_by=None, coactivation=True)
-    kept = store.load(path).get(source.key)
+    kept = store.load(path).get(design.counted_for(run).key)
     if kept is None:
         raise pool.RunFailed("the run that counts how often experts are chosen together is missing")
+    # An expert is chosen together with itself as often as it is chosen.
+    load = [[row[expert] for expert, row in enumerate(layer)] for layer in kept["coactivation"]]
     with tempfile.TemporaryDirectory(prefix="fomoe-study-") as folder:
         counts = Path(folder) / "counts.json"
-        counts.write_text(json.dumps(kept["coactivation"]))
-        return pool.train(run.named(placement_by=counts).arguments(), run.sites)
+        counts.write_text(json.dumps(load if "stale_by" in by else kept["coactivation"]))
+        return pool.train(run.named(**dict.fromkeys(by, counts)).arguments(), run.sites)
 
 
 def run_missing(name: str, runs: Iterable[Run], path: Path = store.RUNS) -> int:

@@ -242,7 +242,8 @@ def bytes_table(kept: Kept, size: Size) -> list[ReportTable]:
             tuple(rows),
             f"Mean over seeds {', '.join(map(str, seeds))}. * the fewest bytes of the method at "
             "the full replica's loss or better; each job trains to the end of its schedule. Below: "
-            "bytes of the fp32 full replica, and of that DDP job, over this job's.",
+            "bytes of the fp32 full replica, and of that DDP job, over this job's. DDP needs fewer "
+            f"steps than all others for that loss; longer: {design.LONGER:g} times their tokens.",
         )
     ]
 
@@ -286,26 +287,25 @@ def gap_table(kept: Kept, size: Size) -> list[ReportTable]:
 
 def _gap_of_sites(kept: Kept, size: Size) -> ReportTable:
     of_seeds = [design.gap_sites_rows(size, seed) for seed in size.seeds]
+    names = ("full replica", "plain", *design.BEST)
     rows = []
     for sites in size.sites:
-        of = lambda name, m=sites: [rows[m, name] for rows in of_seeds]
-        base, plain, best = of("full replica"), of("plain"), of(design.BEST)
-        sent = [there(kept, runs) for runs in (base, plain, best)]
-        rows.append(
-            (
-                str(sites),
-                spread(k["loss"] for k in sent[0]),
-                spread(gaps(kept, zip(plain, base, strict=True)), sign=True),
-                spread(gaps(kept, zip(best, base, strict=True)), sign=True),
-                *(human_bytes(fmean(k[0]["bytes_sent"])) if k else "-" for k in sent),
-            )
-        )
+        runs = {name: [rows[sites, name] for rows in of_seeds] for name in names}
+        records = {name: there(kept, of) for name, of in runs.items()}
+        differences = [
+            spread(gaps(kept, zip(runs[name], runs[names[0]], strict=True)), sign=True)
+            for name in names[1:]
+        ]
+        loss = spread(k["loss"] for k in records[names[0]])
+        sent = [human_bytes(mean_of(of, "bytes_sent")) if of else "-" for of in records.values()]
+        rows.append((str(sites), loss, *differences, *sent))
+    shorts = "; ".join(f"{short}: {name}" for short, name in design.BEST.items())
     return ReportTable(
         "The same at other numbers of sites, replication = sites / 2",
-        ("sites", "full replica", "plain", "best", "sent: replica", "plain", "best"),
+        ("sites", *names, *(f"sent: {name}" for name in names)),
         tuple(rows),
-        f"plain: among residents, fp32, {design.LOCAL_STEPS} local steps; best: {design.BEST}; "
-        "both as nats over the full replica.",
+        f"plain: among residents, fp32, {design.LOCAL_STEPS} local steps; {shorts}; all three as "
+        "nats over the full replica.",
     )
 
 
