@@ -91,7 +91,9 @@ def test_json_of_states_is_read_strictly():
         from_json({**to_json(math.inf), "b": 1})
 
 
-@pytest.mark.parametrize("wrap", [lambda v: [v], lambda v: (v,), lambda v: {1: v}], ids=str)
+@pytest.mark.parametrize(
+    "wrap", [lambda v: [v], lambda v: (v,), lambda v: {1: v}], ids=["list", "tuple", "dict"]
+)
 def test_nested_too_deeply(wrap, monkeypatch):
     """What is not too deep to be sent can be read; Python's own limit, which libraries move, does
     not matter."""
