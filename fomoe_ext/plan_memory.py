@@ -135,6 +135,11 @@ def rank_memories(config: TrainConfig, placement: Placement, site: int) -> list[
     else:
         held = [sum(len(cut[rank]) for cut in cuts) for rank in range(sharing)]
     sets = wire.owner_sets(placement)
+    shared = [
+        (owners, numel, sets.index(owners) + number)
+        for number, fragment in enumerate(site_elements(config, placement, site))
+        for owners, numel in fragment.parameters.items()
+    ]
     anchors = 0 if outer.optimizer == "ddp" else 1
     momenta = anchors if outer.resolved_momentum > 0 else 0
     result = []
@@ -142,16 +147,12 @@ def rank_memories(config: TrainConfig, placement: Placement, site: int) -> list[
         experts = held[rank % sharing] * sizes_of(model).expert
         unit = FLOAT_BYTES * (experts + _dense_share(model, rank, sites.ranks_per_site))
         kept = lost = 0
-        for number, fragment in enumerate(site_elements(config, placement, site)):
-            for owners, numel in fragment.parameters.items():
-                turn = sets.index(owners) + number
-                mine = wire.lane_elements(
-                    numel, turn, rank, sites.ranks_per_site, outer.bucket_bytes
-                )
-                kept += mine
-                if len(owners) > 1 and _feeds_back(config):
-                    codec, size = outer.codec, outer.bucket_bytes
-                    lost += mine + wire.own_elements(mine, len(owners), codec, size)
+        for owners, numel, turn in shared:
+            mine = wire.lane_elements(numel, turn, rank, sites.ranks_per_site, outer.bucket_bytes)
+            kept += mine
+            if len(owners) > 1 and _feeds_back(config):
+                codec, size = outer.codec, outer.bucket_bytes
+                lost += mine + wire.own_elements(mine, len(owners), codec, size)
         result.append(
             SiteMemory(
                 parameters=unit,

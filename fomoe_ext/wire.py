@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from fomoe_ext.checks import at_least, finite, one_of
@@ -148,9 +149,10 @@ def own_elements(numel: int, members: int, codec: str, bucket_bytes: int) -> int
     )
 
 
-def owner_sets(placement: Placement) -> list[Owners]:
+@lru_cache(maxsize=64)
+def owner_sets(placement: Placement) -> tuple[Owners, ...]:
     """All sets of sites that share something, in ascending order."""
-    return sorted({tuple(range(placement.num_sites)), *placement.owner_sets()})
+    return tuple(sorted({tuple(range(placement.num_sites)), *placement.owner_sets()}))
 
 
 def lane_of(bucket: int, turn: int, ranks: int) -> int:
@@ -161,8 +163,11 @@ def lane_of(bucket: int, turn: int, ranks: int) -> int:
 
 def lane_elements(numel: int, turn: int, rank: int, ranks: int, bucket_bytes: int) -> int:
     """Elements of `numel` for which a rank of a site meets."""
-    sizes = bucket_sizes(numel, bucket_bytes)
-    return sum(n for bucket, n in enumerate(sizes) if lane_of(bucket, turn, ranks) == rank)
+    size = bucket_elements(bucket_bytes)
+    full, rest = divmod(numel, size)
+    first = (rank - turn) % ranks  # as `lane_of`: the rank's turn comes every so many buckets
+    of_full = size * max(0, -(-(full - first) // ranks))
+    return of_full + (rest if lane_of(full, turn, ranks) == rank else 0)
 
 
 def fragment_of_block(block: int, fragments: int) -> int:

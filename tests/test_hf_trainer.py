@@ -160,7 +160,9 @@ def test_bad_arguments_are_named(tmp_path):
         OuterSyncCallback(PLACEMENT, 0, local_steps=2, resume_from=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["own_loop", "finetune_trainer"])
+@pytest.mark.parametrize(
+    "name", ["own_loop", pytest.param("finetune_trainer", marks=pytest.mark.slow)]
+)
 def test_examples_train_to_a_falling_loss(name):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HOME), *filter(None, sys.path)])}
     result = subprocess.run(

@@ -185,3 +185,15 @@ def test_buckets_of_no_element_are_refused() -> None:
     with pytest.raises(ValueError, match="bucket_bytes must be >= 4, got 3"):
         wire.bucket_sizes(5, 3)
     assert wire.bucket_sizes(5, 8) == [2, 2, 1] and wire.bucket_sizes(0, 8) == []
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_lanes_share_out_all_buckets(ranks: int) -> None:
+    for numel in (0, 1, 3, 4, 5, 20, 21, 39, 40, 41):
+        sizes = wire.bucket_sizes(numel, 16)
+        for turn in range(7):
+            wanted = [0] * ranks
+            for bucket, size in enumerate(sizes):
+                wanted[wire.lane_of(bucket, turn, ranks)] += size
+            found = [wire.lane_elements(numel, turn, rank, ranks, 16) for rank in range(ranks)]
+            assert found == wanted

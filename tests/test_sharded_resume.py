@@ -178,6 +178,7 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_torchrun_on_two_machines(flags, whole, tmp_path):  # noqa: F811
     """A node per site; the numbers are those of `fomoe train`."""
     run, port = tmp_path / "run", str(free_port())

@@ -61,7 +61,7 @@ def driver_builder(sanitize: str) -> Builder:
     """How the driver is compiled with sanitizers. Hardly optimized: it runs a few times only, and
     optimizing code with checks in it takes long.
     """
-    return Builder(sanitize, DRIVER_DEFINES, optimize="-Og")
+    return Builder("" if sanitize == "plain" else sanitize, DRIVER_DEFINES, optimize="-Og")
 
 
 def build_driver(sanitize: str) -> Path:

@@ -49,9 +49,10 @@ class Run:
         }
 
 
-# By sanitizers. The thread sanitizer makes a fiber per CUDA thread and block: small cases there.
+# By sanitizers; plain: none, for bugs that show in results. The thread sanitizer makes a fiber per
+# CUDA thread and block: small cases there.
 RUNS: dict[str, list[Run]] = {
-    "undefined": [
+    "plain": [
         Run("forward", resident=1, arrival="early"),
         Run("reverse"),
         Run("random", seed=1),

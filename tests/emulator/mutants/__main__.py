@@ -5,6 +5,9 @@
     python tests/emulator/mutants --tested      without first trying the kernels under sanitizers
                                                 as they are, which the tests do
     python tests/emulator/mutants --record      also writes down what caught each (caught.toml)
+    python tests/emulator/mutants --changed     of those that were recorded as caught only the ones
+                                                whose kernels, or the emulator, have changed since,
+                                                and a few others
     python tests/emulator/mutants --apply NAME  writes the bug into csrc/cuda (git restores it)
     python tests/emulator/mutants --list        what there is
 
@@ -31,18 +34,14 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 import emulator  # noqa: E402
-from emulator.build import Builder, in_parallel  # noqa: E402
+from emulator.build import digest, in_parallel  # noqa: E402
 from emulator.runs import PART_OF, RUNS, Run, failure_of, first_failure  # noqa: E402
 
 KERNELS = emulator.ROOT / "csrc/cuda"
 CAUGHT = HERE / "caught.toml"
-# The quickest first: most bugs show in results, without a sanitizer. Such a program is compiled for
-# one or two runs, which last no longer than optimizing would.
-BUILDS = {
-    "plain": Builder(defines=emulator.DRIVER_DEFINES, optimize="-Og"),
-    **{name: emulator.driver_builder(name) for name in ("thread", "address,undefined")},
-}
-RUNS_OF = {**RUNS, "plain": RUNS["undefined"]}
+# The quickest first: most bugs show in results, without a sanitizer.
+BUILDS = {name: emulator.driver_builder(name) for name in RUNS}
+ALWAYS = 12  # of so many bugs one is tried though nothing has changed
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,22 @@ class Mutant:
         """The driver's .cu files that the bug is in: the file itself, or all that include it."""
         return [s.name for s in emulator.driver_sources() if self.file in included(s)]
 
+    def state(self) -> str:
+        """A name for all that decides whether the bug is caught: it, the kernels that it is in, and
+        the emulator with all that it compares with.
+        """
+        sources = [s for s in emulator.driver_sources() if self.file in included(s)]
+        own = {KERNELS / name for source in sources for name in included(source)}
+        folders = (KERNELS.parent / "cpu", HERE.parent)
+        around = [*KERNELS.parent.glob("*.h"), *(f for d in folders for f in d.rglob("*"))]
+        kinds = (".cpp", ".h", ".cuh", ".cu", ".py")
+        files = sorted(
+            f for f in {*own, *around} if f.is_file() and f.suffix in kinds and f.parent != HERE
+        )
+        bug = (self.name, self.file, self.find, self.replace)
+        names = (f.relative_to(emulator.ROOT).as_posix() for f in files)
+        return digest(*bug, *names, *(f.read_bytes() for f in files))
+
     def parts(self) -> list[str]:
         """The driver's parts that run the code."""
         return [part for part, files in PART_OF.items() if self.file in files]
@@ -88,7 +103,7 @@ class Mutant:
     def trials(self, caught: dict[str, str]) -> list[Trial]:
         """All that is tried, in order. caught: of the last time, as `record` writes it."""
         sources = self.sources()
-        trials = [Trial(b, run, tuple(sources)) for b in BUILDS for run in RUNS_OF[b]]
+        trials = [Trial(b, run, tuple(sources)) for b in BUILDS for run in RUNS[b]]
         before = [t for t in trials if str(t) == caught.get("by")]
         # A bug in a header need not be compiled into every kernel to be seen.
         alone = [replace(t, sources=(s,)) for t in before for s in sources if s == caught.get("in")]
@@ -122,11 +137,24 @@ def record(caught: dict[str, Trial]) -> None:
     """Adds to what is known of the bugs there are."""
     known = last_caught()
     known |= {name: {"by": str(t), "in": t.sources[0]} for name, t in caught.items()}
-    names = [mutant.name for mutant in all_mutants() if mutant.name in known]
-    lines = [
-        f'{name} = {{ by = "{known[name]["by"]}", in = "{known[name]["in"]}" }}' for name in names
-    ]
+    mutants = {mutant.name: mutant for mutant in all_mutants()}
+    for name in caught:
+        known[name]["of"] = mutants[name].state()
+    lines = []
+    for name in filter(known.get, mutants):
+        fields = ", ".join(f'{key} = "{value}"' for key, value in known[name].items())
+        lines.append(f"{name} = {{ {fields} }}")
     CAUGHT.write_text("\n".join(["# Written by --record.", *lines, ""]))
+
+
+def changed(mutants: list[Mutant]) -> list[Mutant]:
+    """Those that are not known to be caught as things are, and a few more."""
+    known = last_caught()
+    return [
+        mutant
+        for number, mutant in enumerate(mutants)
+        if number % ALWAYS == 0 or known.get(mutant.name, {}).get("of") != mutant.state()
+    ]
 
 
 class Laboratory:
@@ -147,7 +175,7 @@ class Laboratory:
         for build in builds:
             objects = [*self.objects(build).values(), *emulator.driver_references()]
             program = BUILDS[build].link(objects, "driver", shared=False)
-            if failure := first_failure(program, RUNS_OF[build]):
+            if failure := first_failure(program, RUNS[build]):
                 return f"{build}, {failure}"
         return None
 
@@ -193,7 +221,7 @@ class Laboratory:
 def try_all(mutants: list[Mutant], folder: Path, tested: bool, recorded: bool) -> int:
     start = time.monotonic()
     laboratory = Laboratory(folder)
-    if failure := laboratory.healthy(["plain"] if tested else BUILDS):
+    if failure := None if tested else laboratory.healthy(BUILDS):
         print(f"the kernels fail without any bug planted: {failure}")
         return 2
     caught: dict[str, Trial] = {}
@@ -217,6 +245,7 @@ def main() -> int:
     parser.add_argument("--apply", action="store_true", help="write one bug into csrc/cuda")
     parser.add_argument("--tested", action="store_true", help="trust the kernels as they are")
     parser.add_argument("--record", action="store_true", help=f"write {CAUGHT.name}")
+    parser.add_argument("--changed", action="store_true", help="not all that were caught before")
     parser.add_argument("--list", action="store_true", help="print the names")
     arguments = parser.parse_args()
     mutants = {mutant.name: mutant for mutant in all_mutants()}
@@ -233,6 +262,9 @@ def main() -> int:
     if emulator.compiler() is None:
         parser.error("a C++ compiler is needed")
     chosen = [mutants[name] for name in arguments.names] or list(mutants.values())
+    if arguments.changed:
+        there, chosen = len(chosen), changed(chosen)
+        print(f"{there - len(chosen)} of {there} bugs were caught in the same code before")
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         return try_all(chosen, Path(folder), arguments.tested, arguments.record)
 
