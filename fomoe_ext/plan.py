@@ -268,9 +268,18 @@ def shadow_bytes(config: TrainConfig, placement: Placement, site: int) -> int:
     """Bytes a site sends in a round to refresh shadow copies; 0 where there are none."""
     if not config.fault.shadow_experts:
         return 0
-    return wire.shadow_bytes(
-        placement,
-        site,
+    return wire.shadow_bytes(placement, site, _shadow_elements(config))
+
+
+def shadow_memory(config: TrainConfig, placement: Placement, site: int) -> int:
+    """Bytes of the shadow copies that a site keeps, in host memory; 0 where there are none."""
+    if not config.fault.shadow_experts:
+        return 0
+    return wire.shadow_memory(placement, site, _shadow_elements(config))
+
+
+def _shadow_elements(config: TrainConfig) -> int:
+    return wire.shadow_elements(
         model_sizes(config.model),
         router_scope=config.model.router_scope,
         selection_bias=config.model.balance == "bias",

@@ -17,6 +17,7 @@ from fomoe_ext.plan import (
     job_placement,
     model_sizes,
     rank_experts,
+    shadow_memory,
     site_elements,
 )
 from fomoe_ext.plan_sizes import ModelSizes, sizes_of
@@ -36,6 +37,7 @@ class SiteMemory(NamedTuple):
     outer_state: int
     error_feedback: int
     stale_copies: int = 0
+    shadow_copies: int = 0
 
     @property
     def total(self) -> int:
@@ -106,7 +108,7 @@ def job_memory(config: TrainConfig, placement: Placement | None, site: int = 0) 
             for owners, n in fragment.parameters.items()
             if len(owners) > 1
         )
-    return site_memory(
+    own = site_memory(
         config.model,
         placement,
         site,
@@ -116,6 +118,7 @@ def job_memory(config: TrainConfig, placement: Placement | None, site: int = 0) 
         error_feedback=feedback,
         stale_experts=0 if placement is None else _copies_held(config, placement),
     )
+    return own._replace(shadow_copies=shadow_memory(config, of_job, site))
 
 
 def _copies_held(config: TrainConfig, placement: Placement) -> int:

@@ -180,8 +180,9 @@ def _bytes(report: Mapping[str, Any]) -> ReportTable:
 
 
 def shown_parts(rows: Sequence[Mapping[str, float]]) -> list[str]:
-    """Columns of a table of these rows; what only jobs with frozen copies have, only with them."""
-    special = ("stale_copies", "stale_experts")
+    """Columns of a table of these rows; what only jobs with frozen or shadow copies have, only with
+    them."""
+    special = ("stale_copies", "stale_experts", "shadow_copies")
     return [part for part in rows[0] if part not in special or any(row[part] for row in rows)]
 
 

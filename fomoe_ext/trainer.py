@@ -629,6 +629,7 @@ class TrainingSite:
             "outer_state": outer_state,
             "error_feedback": error_feedback,
             "stale_copies": 0 if self.sync.copies is None else self.sync.copies.nbytes,
+            "shadow_copies": self.shadows.nbytes,
         }
 
     def model_hash(self) -> str:

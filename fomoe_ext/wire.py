@@ -405,22 +405,30 @@ def shadow_parcels(placement: Placement) -> list[Transfer]:
     return result
 
 
-def shadow_bytes(
-    placement: Placement,
-    site: int,
+def shadow_elements(
     sizes: Sizes,
     *,
     router_scope: Literal["global", "resident"] = "global",
     selection_bias: bool = False,
     outer_momentum: bool = False,
 ) -> int:
-    """Bytes a site sends to refresh shadow copies: fp32, anchor and outer momentum, and with
-    router_scope "resident" router row and bias; per layer and site that gets some, a hash."""
+    """Elements of an expert's shadow copy, fp32: anchor and outer momentum, and with router_scope
+    "resident" router row and bias."""
     elements, bias = sizes.expert, 0
     if router_scope == "resident":
         elements += sizes.router_row
         bias = int(selection_bias)
+    return (2 if outer_momentum else 1) * elements + bias
+
+
+def shadow_bytes(placement: Placement, site: int, elements: int) -> int:
+    """Bytes a site sends to refresh shadow copies of so many `shadow_elements` each; per layer and
+    site that gets some, a hash."""
     mine = [t for t in shadow_parcels(placement) if t.source == site]
     messages = len({(t.layer, t.target) for t in mine})
-    each = 4 * ((2 if outer_momentum else 1) * elements + bias)
-    return len(mine) * each + messages * HASH_BYTES
+    return len(mine) * 4 * elements + messages * HASH_BYTES
+
+
+def shadow_memory(placement: Placement, site: int, elements: int) -> int:
+    """Bytes of the shadow copies that a site keeps."""
+    return 4 * elements * sum(t.target == site for t in shadow_parcels(placement))

@@ -25,6 +25,7 @@ from fomoe_ext.outer.belongings import Belongings, biases_of, items_of, ship
 from fomoe_ext.outer.reduce import Damaged
 from fomoe_ext.outer.staged import MeetingLost
 from fomoe_ext.placement import Placement
+from fomoe_ext.plan_memory import job_memory
 from fomoe_ext.waiting import GivenUp, wait_for, watched
 
 # --------------------------------------------------------------------------- meetings in two phases
@@ -368,15 +369,12 @@ def kept_shadows(site: int, num_sites: int, scope: str, optimizer: str) -> dict[
     expert = sum(p.numel for p in items_of(sync)[0, placement.resident(0, site)[0]])
     row = model.layers[0].router.weight.shape[1]
     sizes = wire.Sizes(0, 0, expert - (row if scope == "resident" else 0), row)
-    assert sent == wire.shadow_bytes(
-        placement,
-        site,
-        sizes,
-        router_scope=scope,
-        selection_bias=True,
-        outer_momentum=bool(sync.momenta),
+    elements = wire.shadow_elements(
+        sizes, router_scope=scope, selection_bias=True, outer_momentum=bool(sync.momenta)
     )
-    assert shadows.round == 1 and shadows.nbytes > 0
+    assert sent == wire.shadow_bytes(placement, site, elements)
+    assert shadows.round == 1
+    assert shadows.nbytes == wire.shadow_memory(placement, site, elements) > 0
     mine, here, biases = Belongings.of(sync), items_of(sync), biases_of(sync)
     mine.tensors = {k: v for k, v in mine.tensors.items() if k in ("anchor", "momentum", "bias")}
     held = {i: bits(mine.vector(here[i], biases.get(i, []))) for i in here if i is not None}
@@ -545,3 +543,6 @@ def test_the_plan_counts_what_a_tolerant_job_sends() -> None:
     assert more == 3 * wire.COMMIT_BYTES
     assert plan.shadow_bytes(config, placement, 0) == 0
     assert plan.shadow_bytes(tolerant, placement, 0) > 0
+    kept = [job_memory(c, placement, 0) for c in (config, tolerant)]
+    assert kept[0].shadow_copies == 0
+    assert kept[1].total - kept[0].total == kept[1].shadow_copies > 0
