@@ -286,15 +286,20 @@ def test_show_makes_no_runs(tmp_path, capsys, monkeypatch):
         main.main(["gap", "--quick", "--seeds", "2", "--out", str(path)])
 
 
-def test_counts_of_one_run_place_the_experts_of_another(tmp_path, monkeypatch):
-    given = []
+def tables_given(monkeypatch, flag: str) -> list[Any]:
+    """What the jobs to come are given by a flag that names a file; the jobs themselves fail."""
+    given: list[Any] = []
 
     def fake(arguments: list[str], sites: int) -> dict[str, Any]:
-        given.append(json.loads(Path(arguments[arguments.index("--placement-by") + 1]).read_text()))
+        given.append(json.loads(Path(arguments[arguments.index(flag) + 1]).read_text()))
         raise pool.RunFailed("seen")
 
     monkeypatch.setattr(pool, "train", fake)
-    path = tmp_path / "runs.jsonl"
+    return given
+
+
+def test_counts_of_one_run_place_the_experts_of_another(tmp_path, monkeypatch):
+    given, path = tables_given(monkeypatch, "--placement-by"), tmp_path / "runs.jsonl"
     rows = design.gap_rows(SMALL, 1)
     placed = [run for run in rows.values() if "placement_by" in run.flags]
     assert [run.flags["placement"] for run in placed] == ["together", "apart"]
@@ -306,14 +311,7 @@ def test_counts_of_one_run_place_the_experts_of_another(tmp_path, monkeypatch):
 
 def test_counts_of_one_run_tell_which_copies_another_keeps(tmp_path, monkeypatch):
     """An expert's load is how often it was chosen."""
-    given = []
-
-    def fake(arguments: list[str], sites: int) -> dict[str, Any]:
-        given.append(json.loads(Path(arguments[arguments.index("--stale-by") + 1]).read_text()))
-        raise pool.RunFailed("seen")
-
-    monkeypatch.setattr(pool, "train", fake)
-    path = tmp_path / "runs.jsonl"
+    given, path = tables_given(monkeypatch, "--stale-by"), tmp_path / "runs.jsonl"
     (run,) = [r for r in design.gap_rows(SMALL, 1).values() if "stale_by" in r.flags]
     together = [[[6, 5, 1], [5, 7, 2], [1, 2, 3]]]
     store.append(kept(design.counted(SMALL, 1), 1.0, coactivation=together), path)
