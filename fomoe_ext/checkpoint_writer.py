@@ -176,14 +176,30 @@ def _json_of(process: Process, state: Mapping[str, Any] | None) -> Any:
     return None if state is None else to_json(dict(state))
 
 
+class _Gpu(NamedTuple):
+    """A GPU, and an event after which what is to be copied is there."""
+
+    device: int
+    ready: torch.cuda.Event
+
+    @classmethod
+    def now(cls) -> _Gpu | None:
+        """The GPU of this thread, which a new thread does not know; None without one."""
+        if not torch.cuda.is_initialized():
+            return None
+        ready = torch.cuda.Event()
+        ready.record()
+        return cls(torch.cuda.current_device(), ready)
+
+
 @contextmanager
-def _beside(ready: torch.cuda.Event | None) -> Iterator[None]:
+def _beside(gpu: _Gpu | None) -> Iterator[None]:
     """Inside, a GPU's copies go by a stream of their own, from what was there at an event."""
-    if ready is None:
+    if gpu is None:
         yield
         return
-    stream = torch.cuda.Stream()
-    stream.wait_event(ready)
+    stream = torch.cuda.Stream(gpu.device)
+    stream.wait_event(gpu.ready)
     with torch.cuda.stream(stream):
         yield
 
@@ -219,10 +235,7 @@ class _Work:
     def begin(self, source: _Source, beside: bool) -> None:
         """Copies the content, here or with `beside` in the thread, and begins to write it."""
         if beside:
-            ready = torch.cuda.Event() if torch.cuda.is_initialized() else None
-            if ready is not None:
-                ready.record()
-            self._begin_thread(self._copy_and_write, source, ready)
+            self._begin_thread(self._copy_and_write, source, _Gpu.now())
             return
         content, problem = _content(self.process, source, self._cancelled)
         self.error = self.error or problem
@@ -246,8 +259,8 @@ class _Work:
         finally:
             self.copied.set()
 
-    def _copy_and_write(self, source: _Source, ready: torch.cuda.Event | None) -> None:
-        with _beside(ready):
+    def _copy_and_write(self, source: _Source, gpu: _Gpu | None) -> None:
+        with _beside(gpu):
             content, self.error = _content(self.process, source, self._cancelled)
         self.copied.set()
         if not self.error:
