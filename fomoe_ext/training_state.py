@@ -210,7 +210,7 @@ def _read_metadata(folder: Path) -> Metadata:
     """What the headers of all files say."""
     try:
         return HuggingFaceStorageReader(str(folder)).read_metadata()
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = error
     for file in sorted(folder.glob(f"*{_SUFFIX}")):
         try:

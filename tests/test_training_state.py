@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from fomoe_ext.tensor_files import write_synced
 from fomoe_ext.training_state import (
+    CheckpointError,
     TensorPart,
     _in_files,
     from_json,
@@ -149,3 +150,13 @@ def test_numbers_come_back_bit_for_bit():
 def test_what_json_does_not_have_is_refused(wrong):
     with pytest.raises(TypeError, match=r"state\['a'\]\[1\] must be of numbers"):
         to_json({"a": [0, wrong]})
+
+
+def test_a_header_that_is_nested_too_deeply_is_refused(tmp_path):
+    """Found by the fuzzer: torch reads it with Python's json, which has an error of its own for it."""
+    name = "shard-00001-model-00001-of-00001.safetensors"
+    offsets = '{"a": {"saved_offsets": ' + "[" * 5000 + "]" * 5000 + "}}"
+    metadata = {"format": "pt", "DCP_SHARDING_INFO": offsets}
+    write_synced(tmp_path / name, {"a": torch.ones(2)}, metadata)
+    with pytest.raises(CheckpointError, match="cannot read the tensors in"):
+        tensor_names(tmp_path)
