@@ -153,7 +153,7 @@ def test_what_json_does_not_have_is_refused(wrong):
 
 
 def test_a_header_that_is_nested_too_deeply_is_refused(tmp_path):
-    """Found by the fuzzer: torch reads it with Python's json, which has an error of its own for it."""
+    """Found by the fuzzer: torch reads it with Python's json, which has its own error for that."""
     name = "shard-00001-model-00001-of-00001.safetensors"
     offsets = '{"a": {"saved_offsets": ' + "[" * 5000 + "]" * 5000 + "}}"
     metadata = {"format": "pt", "DCP_SHARDING_INFO": offsets}
