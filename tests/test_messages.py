@@ -94,7 +94,7 @@ def test_json_of_states_is_read_strictly():
 @pytest.mark.parametrize(
     "wrap", [lambda v: [v], lambda v: (v,), lambda v: {1: v}], ids=["list", "tuple", "dict"]
 )
-def test_nested_too_deeply(wrap, monkeypatch):
+def test_nested_too_deeply(wrap):
     """What is not too deep to be sent can be read; Python's own limit, which libraries move, does
     not matter."""
     deepest: object = 1

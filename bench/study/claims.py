@@ -72,13 +72,14 @@ def _equal_loss(kept: Kept, size: Size) -> tuple[str, str]:
         return _NO_RUNS, _NO_RUNS
     best = tables.cheapest(kept, [design.bytes_families(size, seed) for seed in seeds])
     replica, ddp = best["DiLoCo, full replica"], best["DDP"]
-    found: dict[str, list[tuple[float, str]]] = {"": [], f" with {design.LONGER:g}x the tokens": []}
+    longer = f" with {design.LONGER:g}x the tokens"
+    found: dict[str, list[tuple[float, str]]] = {"": [], longer: []}
     for name, cheapest in best.items():
         if not name.startswith("FoMoE, ") or cheapest is None:
             continue
         loss, sent, job = cheapest
         steps = job.flags["local_steps"]
-        more = list(found)[steps * job.flags["rounds"] > size.steps]
+        more = longer if steps * job.flags["rounds"] > size.steps else ""
         found[more].append((sent, f"{name}, {steps} local steps, loss {loss:.3f}"))
     ways = [(*min(jobs), more) for more, jobs in found.items() if jobs]
     if not ways or replica is None:
@@ -115,15 +116,11 @@ def _quality(kept: Kept, size: Size) -> tuple[str, str]:
 
 def _quality_by_sites(kept: Kept, size: Size) -> str:
     """The best of `design.BEST` at each number of sites."""
-    of_seeds = [design.gap_sites_rows(size, seed) for seed in size.seeds]
     parts = []
     for sites in size.sites:
-        runs = lambda name, m=sites: [rows[m, name] for rows in of_seeds]
-        of = lambda name, runs=runs: tables.gaps(
-            kept, zip(runs(name), runs("full replica"), strict=True)
-        )
-        plain = of("plain")
-        found = {s: of(s) for s in design.BEST if plain and len(of(s)) == len(plain)}
+        of = tables.gaps_of_sites(kept, size, sites)
+        plain = of["plain"]
+        found = {s: of[s] for s in design.BEST if plain and len(of[s]) == len(plain)}
         if found:
             short = min(found, key=lambda s: fmean(found[s]))
             part = f"{fmean(found[short]) / fmean(plain):.0%} of {fmean(plain):+.3f}"

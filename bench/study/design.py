@@ -158,6 +158,7 @@ def bytes_families(size: Size, seed: int) -> dict[str, list[Run]]:
     fewer steps, and the last, which takes `LONGER` times as many. The loss to reach is that of the
     full replica.
     """
+    # More is more, however short the study is.
     rounds = lambda part: max(1, (ceil if part > 1 else round)(size.steps * part / 16))
     of_steps = lambda part: Size(rounds(part) * 16, (), (), ())
     ddp = [

@@ -285,17 +285,28 @@ def gap_table(kept: Kept, size: Size) -> list[ReportTable]:
     ]
 
 
-def _gap_of_sites(kept: Kept, size: Size) -> ReportTable:
+_OF_SITES = ("full replica", "plain", *design.BEST)
+
+
+def _runs_of_sites(size: Size, sites: int) -> dict[str, list[Run]]:
     of_seeds = [design.gap_sites_rows(size, seed) for seed in size.seeds]
-    names = ("full replica", "plain", *design.BEST)
+    return {name: [rows[sites, name] for rows in of_seeds] for name in _OF_SITES}
+
+
+def gaps_of_sites(kept: Kept, size: Size, sites: int) -> dict[str, list[float]]:
+    """`gaps` over the full replica of the rows of `design.gap_sites_rows`, by name."""
+    base, *others = _OF_SITES
+    runs = _runs_of_sites(size, sites)
+    return {name: gaps(kept, zip(runs[name], runs[base], strict=True)) for name in others}
+
+
+def _gap_of_sites(kept: Kept, size: Size) -> ReportTable:
+    names = _OF_SITES
     rows = []
     for sites in size.sites:
-        runs = {name: [rows[sites, name] for rows in of_seeds] for name in names}
-        records = {name: there(kept, of) for name, of in runs.items()}
-        differences = [
-            spread(gaps(kept, zip(runs[name], runs[names[0]], strict=True)), sign=True)
-            for name in names[1:]
-        ]
+        records = {name: there(kept, of) for name, of in _runs_of_sites(size, sites).items()}
+        found = gaps_of_sites(kept, size, sites)
+        differences = [spread(of, sign=True) for of in found.values()]
         loss = spread(k["loss"] for k in records[names[0]])
         sent = [human_bytes(mean_of(of, "bytes_sent")) if of else "-" for of in records.values()]
         rows.append((str(sites), loss, *differences, *sent))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 from chaos_jobs import NUM_SITES, ChaosJob, Outcome, run, run_undisturbed
@@ -35,13 +34,9 @@ def undisturbed(replication: int, folder: Path) -> Outcome:
     outcome = run_undisturbed(folder / f"calm-{replication}", flags(replication))
     assert outcome.codes == {site: [0] for site in range(NUM_SITES)}, outcome.log
     assert outcome.story == []
-    assert all((s["memory"]["shadow_copies"] > 0) == (replication == 1) for s in sites_of(outcome))
+    for site in outcome.report["sites"]:
+        assert (site["memory"]["shadow_copies"] > 0) == (replication == 1)
     return outcome
-
-
-def sites_of(outcome: Outcome) -> list[dict[str, Any]]:
-    assert outcome.report is not None, outcome.log
-    return list(outcome.report["sites"])
 
 
 @pytest.fixture(scope="session")

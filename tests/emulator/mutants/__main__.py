@@ -76,16 +76,15 @@ class Mutant:
             )
         path.write_text(text.replace(self.find, self.replace))
 
-    def sources(self) -> list[str]:
+    def sources(self) -> list[Path]:
         """The driver's .cu files that the bug is in: the file itself, or all that include it."""
-        return [s.name for s in emulator.driver_sources() if self.file in included(s)]
+        return [s for s in emulator.driver_sources() if self.file in included(s)]
 
     def state(self) -> str:
         """A name for all that decides whether the bug is caught: it, the kernels that it is in, and
         the emulator with all that it compares with.
         """
-        sources = [s for s in emulator.driver_sources() if self.file in included(s)]
-        own = {KERNELS / name for source in sources for name in included(source)}
+        own = {KERNELS / name for source in self.sources() for name in included(source)}
         folders = (KERNELS.parent / "cpu", HERE.parent)
         around = [*KERNELS.parent.glob("*.h"), *(f for d in folders for f in d.rglob("*"))]
         kinds = (".cpp", ".h", ".cuh", ".cu", ".py")
@@ -102,7 +101,7 @@ class Mutant:
 
     def trials(self, caught: dict[str, str]) -> list[Trial]:
         """All that is tried, in order. caught: of the last time, as `record` writes it."""
-        sources = self.sources()
+        sources = [source.name for source in self.sources()]
         trials = [Trial(b, run, tuple(sources)) for b in BUILDS for run in RUNS[b]]
         before = [t for t in trials if str(t) == caught.get("by")]
         # A bug in a header need not be compiled into every kernel to be seen.
