@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 from fomoe_ext import wire
 from fomoe_ext.config_fault import FaultConfig, check_tolerant
 from fomoe_ext.link import parse_link
+from fomoe_ext.turns import check_turns
 
 GATED_ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu")
 
@@ -402,6 +403,10 @@ class OuterConfig:
     """Local steps that go on while a part is under way; 0 = sites wait for it."""
     overlap_alpha: float = 0.5
     """With overlap: the share of a parameter that stays the site's own when a part arrives."""
+    expert_turns: int = 1
+    """Experts take turns: each meets in one of so many meetings, the rest of the model in all."""
+    turn_order: Literal["least-trained", "most-trained", "numbered"] = "least-trained"
+    """With expert_turns: which experts go first, by the tokens routed to them."""
     on_mismatch: Literal["stop", "heal"] = "stop"
     """When holders differ after a meeting: stop, or take what the majority has."""
     bucket_bytes: int = 1 << 22
@@ -419,6 +424,7 @@ class OuterConfig:
             wire.check_moments(self.moment_periods, self.resolved_moment_codecs)
             wire.check_staggering(self.optimizer, self.fragments, self.overlap, self.overlap_alpha)
             wire.check_clip_delta(self.clip_delta)
+            check_turns(self.expert_turns, self.turn_order, self.optimizer, self.staggered)
         if not self.timeout_s > 0:
             raise ValueError(f"outer.timeout_s must be > 0, got {self.timeout_s}")
         if self.outer_lr is not None and not self.outer_lr > 0:
@@ -427,12 +433,8 @@ class OuterConfig:
             _inside(at, 0, 1, outer_momentum=self.outer_momentum)
         if self.expert_mean == "tokens" and self.optimizer == "ddp":
             raise ValueError("outer.expert_mean = tokens needs an optimizer that sends deltas")
-        if self.clip_delta and (self.staggered or self.optimizer == "ddp"):
-            raise ValueError(
-                "outer.clip_delta needs outer.fragments = 1, outer.overlap = 0 and an "
-                f"outer.optimizer that is not ddp, got {self.fragments}, {self.overlap} and "
-                f"{self.optimizer}"
-            )
+        if self.clip_delta:
+            self.require_whole("outer.clip_delta")
 
     @property
     def resolved_moment_codecs(self) -> tuple[str, ...]:
@@ -443,6 +445,20 @@ class OuterConfig:
     def staggered(self) -> bool:
         """Whether meetings are spread over a round, or go on during its steps."""
         return wire.is_staggered(self.fragments, self.overlap)
+
+    @property
+    def apart(self) -> bool:
+        """Whether sites' parameters differ after a meeting, and the anchor is what they share."""
+        return self.staggered or self.expert_turns > 1
+
+    def require_whole(self, what: str) -> None:
+        """Raises ValueError unless all of the model's parameters meet at the end of a round."""
+        if self.apart or self.optimizer == "ddp":
+            raise ValueError(
+                f"{what} needs outer.fragments = 1, outer.overlap = 0, outer.expert_turns = 1 and "
+                f"an outer.optimizer that is not ddp, got {self.fragments}, {self.overlap}, "
+                f"{self.expert_turns} and {self.optimizer}"
+            )
 
     @property
     def resolved_lr(self) -> float:
@@ -547,11 +563,12 @@ class TrainConfig:
         outer = self.outer
         if self.fault.tolerant:
             check_tolerant(self)
-        if self.inner.uneven_steps and (outer.staggered or outer.optimizer == "ddp"):
+        if self.inner.uneven_steps:
+            outer.require_whole("inner.uneven_steps")
+        if outer.expert_turns > 1 and (sites.ranks_per_site > 1 or sites.reshuffle_rounds):
             raise ValueError(
-                "inner.uneven_steps needs outer.fragments = 1, outer.overlap = 0 and an "
-                f"outer.optimizer that is not ddp, got {outer.fragments}, {outer.overlap} and "
-                f"{outer.optimizer}"
+                "outer.expert_turns > 1 needs sites.ranks_per_site = 1 and sites.reshuffle_rounds "
+                f"= 0, got {sites.ranks_per_site} and {sites.reshuffle_rounds}"
             )
         if sites.stale_experts:
             self._check_stale()
@@ -582,13 +599,7 @@ class TrainConfig:
                 f"sites.stale_experts needs model.router_scope = global, got "
                 f"{self.model.router_scope}"
             )
-        outer = self.outer
-        if outer.staggered or outer.optimizer == "ddp":
-            raise ValueError(
-                "sites.stale_experts needs outer.fragments = 1, outer.overlap = 0 and an "
-                f"outer.optimizer that is not ddp, got {outer.fragments}, {outer.overlap} and "
-                f"{outer.optimizer}"
-            )
+        self.outer.require_whole("sites.stale_experts")
 
     def with_vocab(self, vocab_size: int) -> TrainConfig:
         """This configuration with the vocabulary grown to at least `vocab_size` token ids."""

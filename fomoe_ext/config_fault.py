@@ -60,6 +60,7 @@ def check_tolerant(config: TrainConfig) -> None:
         "sites.reshuffle_rounds = 0": sites.reshuffle_rounds > 0,
         "outer.fragments = 1": outer.fragments > 1,
         "outer.overlap = 0": outer.overlap > 0,
+        "outer.expert_turns = 1": outer.expert_turns > 1,
         "an outer.optimizer that is not ddp": outer.optimizer == "ddp",
         "run.probe_tokens = 0": config.run.probe_tokens > 0,
     }

@@ -14,6 +14,7 @@ from fomoe_ext.placement import Placement
 from fomoe_ext.plan import (
     copied_bytes,
     copies_per_layer,
+    counts_tokens,
     job_placement,
     meeting_bytes,
     moved_bytes,
@@ -135,7 +136,8 @@ def meeting_waits(config: TrainConfig, placement: Placement, site: int) -> tuple
     """
     size, in_flight = wire.bucket_elements(config.outer.bucket_bytes), config.outer.in_flight
     waits, waves = 1 + _copy_waits(config, placement), 0
-    for fragment in site_elements(config, placement, site):
+    for of_model in site_elements(config, placement, site):
+        fragment = of_model.of_round(config.outer.expert_turns, config.outer.expert_turns)
         groups = fragment.parameters.items()
         buckets = sum(-(-n // size) for owners, n in groups if len(owners) > 1)
         of_fragment = -(-buckets // in_flight)
@@ -151,7 +153,7 @@ def meeting_waits(config: TrainConfig, placement: Placement, site: int) -> tuple
 
 def _tells_numbers(config: TrainConfig) -> bool:
     """Whether sites tell each other numbers before a meeting, besides their statuses."""
-    by_tokens = config.outer.expert_mean == "tokens" or config.inner.uneven_steps
+    by_tokens = counts_tokens(config.outer) or config.inner.uneven_steps
     return by_tokens or config.outer.clip_delta > 0
 
 
@@ -168,7 +170,9 @@ def _copy_waits(config: TrainConfig, placement: Placement) -> int:
 
 def sent_bytes(config: TrainConfig, placement: Placement, site: int) -> int:
     """Bytes a site sends in a round; what happens only every few rounds is spread over them."""
-    sent = meeting_bytes(config, placement, site) + shadow_bytes(config, placement, site)
+    cycle = config.outer.expert_turns
+    rounds = [meeting_bytes(config, placement, site, index + 1) for index in range(cycle)]
+    sent = sum(rounds) // cycle + shadow_bytes(config, placement, site)
     if config.outer.stale_period > 1:
         sent += copied_bytes(config, placement, site) // config.outer.stale_period
     every = config.sites.reshuffle_rounds

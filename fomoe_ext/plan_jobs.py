@@ -100,6 +100,7 @@ def _ddp(config: TrainConfig) -> TrainConfig:
         clip_delta=0.0,
         fragments=1,
         overlap=0,
+        expert_turns=1,
     )
     inner = dataclasses.replace(config.inner, uneven_steps=False)
     return dataclasses.replace(plan.full_replica(config), inner=inner, outer=outer)
@@ -107,9 +108,9 @@ def _ddp(config: TrainConfig) -> TrainConfig:
 
 def _full_replica(config: TrainConfig) -> TrainConfig:
     job = with_codec(plan.full_replica(config), "fp32")
-    if job.outer.optimizer != "ddp":
-        return job
-    return dataclasses.replace(job, outer=dataclasses.replace(job.outer, optimizer="diloco"))
+    optimizer = "diloco" if job.outer.optimizer == "ddp" else job.outer.optimizer
+    outer = dataclasses.replace(job.outer, optimizer=optimizer, expert_turns=1)
+    return dataclasses.replace(job, outer=outer)
 
 
 def _spes(config: TrainConfig) -> TrainConfig | None:
@@ -135,6 +136,7 @@ def _spes(config: TrainConfig) -> TrainConfig | None:
         stale_period=1,
         fragments=1,
         overlap=0,
+        expert_turns=1,
     )
     model = dataclasses.replace(config.model, router_scope="global")
     return dataclasses.replace(config, model=model, sites=sites, outer=outer)

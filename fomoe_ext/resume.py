@@ -24,6 +24,7 @@ from fomoe_ext.outer.belongings import steps_of
 from fomoe_ext.outer.state import (
     by_parameter,
     from_parameters,
+    load_met,
     pieces_of,
     require_rules,
     share_errors,
@@ -371,6 +372,7 @@ def _load_numbers(site: TrainingSite, resumed: Resumed) -> None:
     if not resumed.same:
         site.tally = Tally(steps=tally.steps, from_round=sync.round, from_step=tally.steps)
         return
+    load_met(sync, numbers)
     sync.agreements = int(numbers["agreements"])
     # Sums of a site are its first rank's from here on.
     sync.bytes_sent = int(numbers["bytes_sent"]) if leads else 0

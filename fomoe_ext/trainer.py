@@ -487,7 +487,7 @@ class TrainingSite:
     @contextmanager
     def _global_model(self) -> Iterator[dict[str, Tensor] | None]:
         """Inside, the model is that of the last meeting; gives this site's where that differs."""
-        if not (self.steps_in_round or self.config.outer.staggered):
+        if not (self.steps_in_round or self.config.outer.apart):
             yield None
             return
         local = {name: value.clone() for name, value in local_tensors(self.model).items()}
@@ -550,8 +550,9 @@ class TrainingSite:
         With `copy` it is written while training goes on, and `poll_save` tells when it is there.
         Where that needs no other process it is copied while training goes on as well, until the
         next backward pass at the latest. The one before must have ended. The global model is that
-        of the last meeting; where a site's own may differ (in the middle of a round, with fragments
-        or overlap) its state holds that too. Fragments under way are taken in before.
+        of the last meeting; where a site's own may differ (in the middle of a round, with
+        fragments, overlap or expert_turns) its state holds that too. Fragments under way are taken
+        in before.
         """
         self.finish()
         start = time.perf_counter()

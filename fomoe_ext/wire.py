@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from fomoe_ext.checks import at_least, finite, one_of
 from fomoe_ext.placement import Owners, Placement, Transfer
+from fomoe_ext.turns import GroupExperts, waiting_elements
 
 CODECS = ("fp32", "bf16", "int8", "int8-128", "int4", "int4-128", "int2", "int2-128", "topk")
 """How values may travel: as floats; in 8, 4 or 2 bits with a step per block of 64 (or, "-128", of
@@ -57,10 +59,24 @@ class GroupElements(NamedTuple):
     """Elements that a site shares with each owner group it belongs to.
 
     `parameters`: what the outer optimizer moves. `biases`: selection biases, merely averaged.
+    `experts`: of `parameters`, what belongs to experts.
     """
 
     parameters: dict[Owners, int]
     biases: dict[Owners, int]
+    experts: Mapping[Owners, GroupExperts] = MappingProxyType({})
+
+    def of_round(self, expert_turns: int, round_index: int) -> GroupElements:
+        """Without the experts whose turn it is not; rounds count from 1."""
+        if expert_turns == 1:
+            return self
+        waiting = {
+            owners: waiting_elements(experts, expert_turns, round_index)
+            for owners, experts in self.experts.items()
+            if len(owners) > 1
+        }
+        met = {owners: n - waiting.get(owners, 0) for owners, n in self.parameters.items()}
+        return self._replace(parameters={owners: n for owners, n in met.items() if n})
 
 
 def wire_bytes(codec: str, numel: int) -> int:
@@ -204,6 +220,8 @@ def group_elements(
     everyone = tuple(range(placement.num_sites))
     parameters = [Counter[Owners]() for _ in range(fragments)]
     biases = [Counter[Owners]() for _ in range(fragments)]
+    of_experts: list[dict[Owners, GroupExperts]] = [{} for _ in range(fragments)]
+    own_row = sizes.router_row if router_scope == "resident" else 0
     parameters[0][everyone] += sizes.outside
     blocks: list[list[int]] = [[] for _ in range(fragments)]
     for layer in range(placement.num_layers):
@@ -212,6 +230,8 @@ def group_elements(
         parameters[fragment][everyone] += len(layers) * sizes.block
         for owners, experts in placement.owner_counts(tuple(layers)).items():
             router_owners = everyone if router_scope == "global" else owners
+            if site in owners:
+                of_experts[fragment][owners] = GroupExperts(experts, sizes.expert + own_row)
             for group, counter, elements in (
                 (owners, parameters[fragment], sizes.expert),
                 (router_owners, parameters[fragment], sizes.router_row),
@@ -220,8 +240,8 @@ def group_elements(
                 if site in group and elements:
                     counter[group] += experts * elements
     return tuple(
-        GroupElements({g: n for g, n in of_parameters.items() if n}, dict(of_biases))
-        for of_parameters, of_biases in zip(parameters, biases, strict=True)
+        GroupElements({g: n for g, n in of_parameters.items() if n}, dict(of_biases), experts_)
+        for of_parameters, of_biases, experts_ in zip(parameters, biases, of_experts, strict=True)
     )
 
 
@@ -318,20 +338,22 @@ def round_bytes(
     counted_experts: int = 0,
     numbers: int = 0,
     staged: bool = False,
+    expert_turns: int = 1,
 ) -> int:
     """Bytes a site sends in a round, reshuffles aside; exactly what `OuterSync` counts.
 
     `elements` by fragment. `local_steps` and `clip` (gradient clipping) matter for "ddp" only,
-    which sends every step; `round_index` (from 1), `moment_periods` and `moment_codecs` for
-    "local-adamw" only. `counted_experts`: experts of all layers, where they are averaged by tokens,
-    else 0. `numbers`: see `site_numbers`. `staged`: sites tell each other before they apply.
-    Raises ValueError for an unknown optimizer or codec.
+    which sends every step; `moment_periods` and `moment_codecs` for "local-adamw" only, and
+    `round_index` (from 1) for that and for `expert_turns` (`fomoe_ext.turns`). `counted_experts`:
+    experts of all layers, where sites tell each other how many tokens they routed to each, else 0.
+    `numbers`: see `site_numbers`. `staged`: sites tell each other before they apply. Raises
+    ValueError for an unknown optimizer or codec.
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     peers = num_sites - 1
     total = peers * COMMIT_BYTES if staged else 0
-    for fragment in elements:
+    for fragment in (of_fragment.of_round(expert_turns, round_index) for of_fragment in elements):
         total += peers * (STATUS_BYTES + COUNT_BYTES * (counted_experts + numbers))
         total += _reduced(fragment.biases, "fp32", bucket_bytes)
         groups = fragment.parameters.keys() | fragment.biases.keys()

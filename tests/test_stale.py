@@ -403,7 +403,7 @@ def refused(site: int, num_sites: int, options: dict[str, Any], reshuffle: bool)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optimizer": "ddp"}, "an optimizer that is not ddp, got 1, 0 and 'ddp'"),
+        ({"optimizer": "ddp"}, "an optimizer that is not ddp, got 1, 0, 1 and 'ddp'"),
         ({"fragments": 2, "local_steps": 4}, "stale_experts need fragments = 1"),
         ({"overlap": 1, "local_steps": 4}, "overlap = 0"),
         ({"stale_codec": "topk"}, "stale_codec must be one of fp32, bf16, int8, int4, got 'topk'"),
@@ -523,7 +523,7 @@ def test_a_job_goes_on_at_other_sites_with_other_copies(flags, tmp_path):  # noq
         ("--stale-by x.json", "sites.stale_by needs sites.stale_experts of 1 or more, got 0"),
         ("--stale-experts -1 --stale-by x.json", "of 1 or more, got -1"),
         ("--stale-period 0", "outer.stale_period must be >= 1, got 0"),
-        ("--stale-experts 1 --optimizer ddp", "got 1, 0 and ddp"),
+        ("--stale-experts 1 --optimizer ddp", "got 1, 0, 1 and ddp"),
         ("--stale-experts 1 --overlap 1", "sites.stale_experts needs outer.fragments = 1"),
         ("--stale-experts 1 --router-scope resident", "needs model.router_scope = global"),
         ("--stale-experts 1 --ranks-per-site 2", "and sites.ranks_per_site = 1, got 0 and 2"),

@@ -19,8 +19,9 @@ from fomoe_ext.runs import job_config
         "--codec topk --fragments 2 --overlap 2",
         "--codec int2 --optimizer local-adamw --moment-periods 1 2 --moment-codecs int8 bf16",
         "--codec int8-128 --optimizer ddp",
+        "--codec int4 --expert-turns 3 --router-scope resident",
     ],
-    ids=["tokens", "overlap", "local-adamw", "ddp"],
+    ids=["tokens", "overlap", "local-adamw", "ddp", "turns"],
 )
 def test_bytes_are_as_predicted_and_holders_agree(flags, tmp_path, changes):  # noqa: F811
     shared = ["--replication", "2", *changes.split()]
@@ -57,7 +58,12 @@ def test_a_slow_link_is_counted_and_hidden(flags, tmp_path, monkeypatch):  # noq
 
 
 @pytest.mark.parametrize(
-    "changes", ["--codec int4 --rounding stochastic", "--codec int8 --fragments 2 --overlap 1"]
+    "changes",
+    [
+        "--codec int4 --rounding stochastic",
+        "--codec int8 --fragments 2 --overlap 1",
+        "--codec int4 --expert-turns 3",
+    ],
 )
 def test_resuming_gives_the_same_bits(flags, tmp_path, changes):  # noqa: F811
     run = tmp_path / "run"
@@ -87,6 +93,13 @@ def test_resuming_gives_the_same_bits(flags, tmp_path, changes):  # noqa: F811
         (
             "--moment-codecs int8 int8",
             "outer.moment_codecs: second must be one of fp32, bf16, got 'int8'",
+        ),
+        ("--expert-turns 2 --optimizer local-adamw", "outer.expert_turns > 1 needs optimizer"),
+        ("--expert-turns 2 --turn-order first", "turn-order"),
+        ("--expert-turns 2 --clip-delta 2", "outer.clip_delta needs outer.fragments = 1"),
+        (
+            "--expert-turns 2 --placement random --reshuffle-rounds 2",
+            "outer.expert_turns > 1 needs sites.ranks_per_site = 1 and sites.reshuffle_rounds = 0",
         ),
         ("--moment-periods 3", "outer.moment_periods must be two numbers of rounds"),
     ],

@@ -120,5 +120,5 @@ class OuterSyncCallback(TrainerCallback):
         if state.global_step % self.local_steps and not self.sync.options.staggered:
             self.reports.append(self.sync.step())
         self.sync.finish()
-        if self.sync.options.staggered:
+        if self.sync.options.apart:
             self.sync.copy_anchor_to_model()

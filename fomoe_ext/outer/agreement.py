@@ -204,7 +204,7 @@ def agree_on_arguments(sync: OuterSync, problem: Exception | None) -> None:
 
 def digests(sync: OuterSync) -> dict[str, str]:
     """`OuterSync.hashes`."""
-    with sync.held(wanted=not sync.options.staggered):
+    with sync.held(wanted=not sync.options.apart):
         mine = _own_digests(sync)
     if sync.ranks.size == 1:
         return mine
@@ -222,7 +222,7 @@ def _own_digests(sync: OuterSync) -> dict[str, str]:
     for i, layout in enumerate(sync.layouts):
         digest = hashlib.sha256()
         for piece, place in layout.slices():
-            values = sync.anchors[i][place] if sync.options.staggered else piece.values()
+            values = sync.anchors[i][place] if sync.options.apart else piece.values()
             # A copy: memory that numpy has seen cannot be given back and taken again.
             digest.update(values.cpu().clone().view(torch.uint8).numpy())
         result[layout.name] = digest.hexdigest()

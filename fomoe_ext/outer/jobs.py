@@ -86,16 +86,16 @@ class MeanJob:
     def _encode(self, codec: Codec, start: int, stop: int, payload: Tensor) -> None:
         if start == stop:
             return
-        error = None if self.own_error is None else self.own_error[start:stop]
-        codec.encode_delta(
-            [self._source(part) for part in self.layout.parts(start, stop)],
-            stop - start,
-            payload,
-            anchor=self._anchor(start, stop),
-            error=error,
-            seed=self.seed,
-            first=self.position(start),
-        )
+        with self.layout.lent(self.own_error, start, stop) as error:
+            codec.encode_delta(
+                [self._source(part) for part in self.layout.parts(start, stop)],
+                stop - start,
+                payload,
+                anchor=self._anchor(start, stop),
+                error=error,
+                seed=self.seed,
+                first=self.position(start),
+            )
 
     def position(self, element: int) -> int:
         return self.layout.position(element)
@@ -172,14 +172,22 @@ class DeltaJob(MeanJob):
         self.anchor, self.momentum, self._rule, self._alpha = anchor, momentum, rule, alpha
 
     def _anchor(self, start: int, stop: int) -> Tensor | None:
-        return self.anchor[start:stop]
+        return self.layout.take(self.anchor, start, stop)
 
     def write(self, start: int, stop: int, total: Tensor) -> None:
-        anchor = self.anchor[start:stop]
-        parts = list(self.layout.parts(start, stop))
+        lent = self.layout.lent
+        with (
+            lent(self.anchor, start, stop) as anchor,
+            lent(self.momentum, start, stop) as momentum,
+        ):
+            assert anchor is not None
+            self._move(list(self.layout.parts(start, stop)), total, anchor, momentum)
+
+    def _move(
+        self, parts: list[Part], total: Tensor, anchor: Tensor, momentum: Tensor | None
+    ) -> None:
         for part in parts:
             total[part.range].div_(self.averaging.divisor(part.piece))
-        momentum = None if self.momentum is None else self.momentum[start:stop]
         vectors = [anchor] if momentum is None else [anchor, momentum]
         unmoved = [part.range for part in parts if not self.averaging.members(part.piece)]
         kept = [(v[place], v[place].clone()) for place in unmoved for v in vectors]

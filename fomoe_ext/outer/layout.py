@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
@@ -110,6 +111,15 @@ class Layout:
         """Every piece with its place in the flat vector."""
         for piece, start, stop in zip(self.pieces, self.starts, self.starts[1:], strict=False):
             yield piece, slice(start, stop)
+
+    def take(self, vector: Tensor, start: int, stop: int) -> Tensor:
+        """Elements start..stop-1 of a vector that is kept for the layout, to be read."""
+        return vector[start:stop]
+
+    @contextmanager
+    def lent(self, vector: Tensor | None, start: int, stop: int) -> Iterator[Tensor | None]:
+        """The same, to be changed inside; None of None."""
+        yield None if vector is None else self.take(vector, start, stop)
 
 
 def find_moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:

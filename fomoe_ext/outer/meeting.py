@@ -21,6 +21,7 @@ from fomoe_ext.outer.jobs import DeltaJob, EqualiseJob, MeanJob, ShiftJob
 from fomoe_ext.outer.layout import Layout, Piece
 from fomoe_ext.outer.options import MeetingError
 from fomoe_ext.outer.reduce import Job
+from fomoe_ext.outer.turns import experts_of, keep_shares, layouts_of_turn
 
 if TYPE_CHECKING:
     from fomoe_ext.outer.sync import OuterSync
@@ -110,6 +111,8 @@ class Meeting:
         """What this site tells of itself: tokens routed to experts, those trained on, a norm."""
         self._square = torch.zeros((), dtype=torch.float64)
         self.treatment = UNTREATED
+        self._told: Tensor | None = None
+        """What all sites tell of themselves, fp64 [num_sites, n], once that is known."""
         self._pulled: dict[str, dict[int, Tensor]] = {}
 
     # ---------------------------------------------------------------------------------- before
@@ -161,12 +164,15 @@ class Meeting:
         Raises MeetingError on all sites when one has a problem, or all are to be left out.
         """
         sent = require_good(self.sync, self._name, problem)
+        if self._counts is None and self._tells:
+            self._counts = self._counted()
         if self._counts is not None:
             own, ranks = self._counts, self.sync.ranks
             group = self.sync.groups.group(self.sync.groups.everyone)
             gathered, more = ranks.tell(lambda: _plain(*group.gather_now(own)), "background")
             sent += more if ranks.leads else 0
-            self._average_by(torch.tensor(gathered, dtype=torch.float64))
+            self._told = torch.tensor(gathered, dtype=torch.float64)
+            self._average_by(self._told)
             if len(self.treatment.left_out) == group.size:
                 raise MeetingError(
                     "nothing was changed: the values of every site, or their moments, are NaN or "
@@ -174,12 +180,22 @@ class Meeting:
                 )
         return sent
 
+    @property
+    def _tells(self) -> bool:
+        """Whether sites tell each other numbers."""
+        return self.sync.options.counts_tokens or self.sync.options.site_numbers > 0
+
+    def _routed(self, told: Tensor) -> Tensor:
+        """The tokens that each site has routed to each expert, [num_sites, L, E]."""
+        shape = self.sync.tokens.shape
+        return told[:, : shape.numel()].view(-1, *shape)
+
     def _average_by(self, told: Tensor) -> None:
         """`told` [num_sites, n]: what the sites tell of themselves, as `_counted` has it."""
-        options, shape = self.sync.options, self.sync.tokens.shape
+        options = self.sync.options
         tokens = trained = None
         if options.expert_mean == "tokens":
-            counts = told[:, : shape.numel()].view(-1, *shape)
+            counts = self._routed(told)
             experts = {p.expert for la in self.layouts for p in la.pieces if p.expert is not None}
             tokens = {key: counts[:, key[0], key[1]].tolist() for key in experts}
         if options.clip_delta:
@@ -205,7 +221,7 @@ class Meeting:
     def _counted(self) -> Tensor:
         """What this site tells of itself, fp64 [n]; a collective of its ranks."""
         sync, options = self.sync, self.sync.options
-        parts = [sync.tokens.flatten()] if options.expert_mean == "tokens" else []
+        parts = [sync.tokens.flatten()] if options.counts_tokens else []
         if options.site_mean == "tokens":
             parts.append(torch.tensor([sync.trained], dtype=torch.float64))
         counts = sync.ranks.sum_(torch.cat(parts)) if parts else torch.empty(0, dtype=torch.float64)
@@ -215,8 +231,11 @@ class Meeting:
     # ------------------------------------------------------------------------------------ jobs
 
     def jobs(self) -> list[Job]:
-        """What the owner groups have to exchange."""
+        """What the owner groups have to exchange. With overlap before `announce`, else after."""
         sync = self.sync
+        if sync.options.expert_turns > 1:
+            routed = None if self._told is None else self._routed(self._told)
+            self.layouts = layouts_of_turn(sync, self.layouts, routed)
         fp32, tensor_of = get_codec("fp32"), lambda piece: piece.tensor
         if sync.rule.name == "ddp":
             jobs: list[Job] = [
@@ -234,29 +253,31 @@ class Meeting:
             shifted = [la for la in self.bias_layouts if la.group.size > 1]
             return jobs + [ShiftJob(la, sync.site, fp32, tensor_of) for la in shifted]
         self._biases = self._mean_jobs(self.bias_layouts, fp32, tensor_of, "bias")
+        if self._told is not None:
+            self._average_by(self._told)
         return [*jobs, *self._biases]
 
     def _make_deltas(self) -> None:
         sync, options = self.sync, self.sync.options
         self.deltas = [
             DeltaJob(
-                sync.layouts[i],
+                layout,
                 sync.site,
                 sync.codec,
                 sync.rule,
                 sync.anchors[i],
                 sync.momenta[i] if sync.momenta else None,
                 feedback=sync.feedback[i],
-                seed=self._seed("delta", sync.layouts[i]),
+                seed=self._seed("delta", layout),
                 alpha=options.alpha,
             )
-            for i in self.members
+            for i, layout in zip(self.members, self.layouts, strict=True)
+            if layout.numel
         ]
         for job in self.deltas:
             job.averaging = Averaging(rescale=options.rescale)
-        if options.expert_mean == "tokens" or options.site_numbers:
+        if options.overlap and self._tells:
             self._counts = self._counted()
-        if self._counts is not None and options.overlap:
             # The others' counts come with their statuses; encoding takes no more than one's own.
             own = torch.zeros(sync.placement.num_sites, len(self._counts), dtype=torch.float64)
             own[sync.site] = self._counts
@@ -265,8 +286,11 @@ class Meeting:
     def forget_tokens(self) -> None:
         """The tokens that have been counted for this meeting are not counted for the next one."""
         layouts = [la for la in self.sync.site_layouts if la.fragment == self.fragment]
-        for expert in {p.expert for la in layouts for p in la.pieces if p.expert is not None}:
+        if self.sync.options.expert_turns > 1:
+            layouts = self.layouts
+        for expert in {expert for layout in layouts for expert in experts_of(layout)}:
             self.sync.tokens[expert] = 0
+            self.sync.met[expert] = self.sync.round + 1
 
     def _seed(self, what: str, layout: Layout) -> int:
         sync = self.sync
@@ -299,13 +323,17 @@ class Meeting:
     # ----------------------------------------------------------------------------------- after
 
     def give_back(self) -> None:
-        """With several ranks: their parameters, moments and biases become what was agreed on.
-        Where this site was left out, inner moments that are not finite begin anew."""
+        """With several ranks: their parameters, moments and biases become what was agreed on. With
+        turns: what was lost of sums is kept where it belongs. Where this site was left out, inner
+        moments that are not finite begin anew."""
         if self.sync.lane is not None:
             self.sync.lane.give_back(self.fragment)
             for moment, flats in self._pulled.items():
                 self.sync.lane.push(self.fragment, flats, self._state_of(moment))
             self._pulled = {}
+        if self.sync.options.expert_turns > 1:
+            for i, layout in zip(self.members, self.layouts, strict=True):
+                keep_shares(layout, self.sync.feedback[i], self.sync.options.bucket_bytes)
         self.sync.treatment = self.treatment
         if self.sync.site in self.treatment.left_out and self.sync.inner_optimizer is not None:
             opt.reset_bad_moments(self.sync.inner_optimizer)

@@ -10,6 +10,7 @@ from fomoe_ext import stale, wire
 from fomoe_ext.checks import a_bool, at_least, one_of
 from fomoe_ext.outer.codec import Codec, get_codec
 from fomoe_ext.outer.optimizer import OuterRule
+from fomoe_ext.turns import check_turns, counts_tokens
 
 
 class MeetingError(RuntimeError):
@@ -56,6 +57,13 @@ class OuterOptions:
     else bf16. The second moment must not be rounded to zero: fp32 or bf16."""
     fragments: int = 1
     """The model meets in so many parts, at steps spread evenly over a round."""
+    expert_turns: int = 1
+    """Meetings of which an expert has one: a part of each owner group's experts takes its turn in
+    each (`fomoe_ext.turns`). In the order of tokens it needs `OuterSync.after_step` after every
+    local step. With several turns parameters of experts go on without their anchor, which is then
+    the model of all sites (`OuterSync.copy_anchor_to_model`)."""
+    turn_order: Literal["least-trained", "most-trained", "numbered"] = "least-trained"
+    """With expert_turns: which experts go first, by tokens routed to them."""
     overlap: int = 0
     """Local steps that go on while a fragment is under way; 0 = the site waits for it."""
     overlap_alpha: float = 0.5
@@ -98,15 +106,14 @@ class OuterOptions:
         wire.check_staggering(
             self.optimizer, self.fragments, self.overlap, self.overlap_alpha, self.local_steps
         )
+        check_turns(self.expert_turns, self.turn_order, self.optimizer, self.staggered)
         if self.staggered and self.local_steps is None:
             raise ValueError("fragments and overlap need local_steps")
-        if self.staged and (self.staggered or self.optimizer == "ddp"):
-            raise ValueError("staged needs fragments = 1, overlap = 0 and an optimizer but ddp")
-        whole = not self.staggered and self.optimizer != "ddp"
-        if not whole and (self.site_mean == "tokens" or self.clip_delta):
+        whole = not self.apart and self.optimizer != "ddp"
+        if not whole and (self.staged or self.site_mean == "tokens" or self.clip_delta):
             raise ValueError(
-                "site_mean = tokens and clip_delta need fragments = 1, overlap = 0 and an "
-                "optimizer but ddp"
+                "staged, site_mean = tokens and clip_delta need fragments = 1, overlap = 0, "
+                "expert_turns = 1 and an optimizer but ddp"
             )
         if self.expert_mean == "tokens" and self.optimizer == "ddp":
             raise ValueError("expert_mean = tokens is for deltas: optimizer must not be ddp")
@@ -115,6 +122,16 @@ class OuterOptions:
     def staggered(self) -> bool:
         """Whether meetings are spread over a round, or go on during its steps."""
         return wire.is_staggered(self.fragments, self.overlap)
+
+    @property
+    def apart(self) -> bool:
+        """Whether sites' parameters differ after a meeting, and the anchor is what they share."""
+        return self.staggered or self.expert_turns > 1
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether sites tell each other how many tokens they have routed to each expert."""
+        return self.expert_mean == "tokens" or counts_tokens(self.expert_turns, self.turn_order)
 
     @property
     def site_numbers(self) -> int:

@@ -55,6 +55,8 @@ def _check(sync: OuterSync, new: Placement, warmup_steps: int, moments: str) -> 
         raise ValueError("reshuffle: not possible with sites of several ranks")
     if sync.copies is not None:
         raise ValueError("reshuffle: not possible with stale experts")
+    if sync.options.expert_turns > 1:
+        raise ValueError("reshuffle: not possible with expert_turns > 1")
     sync.placement.transfers(new)  # refuses other sizes
     for path, layer in find_moe_layers(sync.model):
         if not all(p.requires_grad for p in layer.experts.parameters()):

@@ -59,13 +59,12 @@ def meet(sync: OuterSync) -> None:
     vectors = [v for f in sync.feedback for v in (f.own, f.shares) if v is not None]
     pending = Pending(meeting, [], [(vector, vector.clone()) for vector in vectors])
     sync.pending = pending
-    if not problem:
-        pending.buckets = buckets_of(meeting.jobs(), sync.options.bucket_bytes)
     try:
         pending.bytes_sent += meeting.announce(problem)
     except MeetingError:
         settle(sync, apply=False)
         raise
+    pending.buckets = buckets_of(meeting.jobs(), sync.options.bucket_bytes)
     inject.point("encode")
     exchange(pending.buckets, sync.options.in_flight, apply=False)
     pending.bytes_sent += sum(bucket.bytes_sent for bucket in pending.buckets)

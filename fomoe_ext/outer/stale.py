@@ -28,10 +28,11 @@ def check_stale(model: nn.Module, options: OuterOptions, ranks: int) -> None:
     """Raises ValueError where a model's stale experts cannot be refreshed in such meetings."""
     if all(layer.stale is None for _, layer in find_moe_layers(model)):
         return
-    if options.staggered or options.optimizer == "ddp":
+    if options.apart or options.optimizer == "ddp":
         raise ValueError(
-            "stale_experts need fragments = 1, overlap = 0 and an optimizer that is not ddp, got "
-            f"{options.fragments}, {options.overlap} and {options.optimizer!r}"
+            "stale_experts need fragments = 1, overlap = 0, expert_turns = 1 and an optimizer that "
+            f"is not ddp, got {options.fragments}, {options.overlap}, {options.expert_turns} and "
+            f"{options.optimizer!r}"
         )
     if ranks > 1:
         raise ValueError(f"stale_experts need one rank per site, got {ranks}")

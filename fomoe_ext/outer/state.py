@@ -36,6 +36,7 @@ def state_dict(sync: OuterSync) -> dict[str, Any]:
         "codec": sync.codec.name,
         "placement": sync.placement.to_dict(),
         "tokens": sync.tokens,
+        "met": sync.met.tolist() if sync.options.expert_turns > 1 else [],
         **_tensors(sync),
         "warmup": [[*key, *steps] for key, steps in warming.items()],
     }
@@ -59,6 +60,14 @@ def require_rules(sync: OuterSync, state: Mapping[str, Any]) -> None:
             raise ValueError(f"state must be as OuterSync.state_dict makes it (no {what})")
         if state[what] != mine:
             raise ValueError(f"state is of {what} {state[what]!r}, this is {mine!r}")
+
+
+def load_met(sync: OuterSync, state: Mapping[str, Any]) -> None:
+    """When experts last met, with turns. A state without that is of none, or of earlier versions:
+    then all wait alike."""
+    met = torch.tensor(state.get("met", []), dtype=torch.int64)
+    if met.shape == sync.met.shape:
+        sync.met.copy_(met)
 
 
 def load_state_dict(sync: OuterSync, state: Mapping[str, Any]) -> None:
@@ -89,6 +98,7 @@ def load_state_dict(sync: OuterSync, state: Mapping[str, Any]) -> None:
             mine[what][name].copy_(tensor)
     for name, number in numbers.items():
         setattr(sync, name, number)
+    load_met(sync, state)
     if sync.warmup is not None:
         sync.warmup.progress = warming
 

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fomoe_ext import stale, wire
 from fomoe_ext.mesh import SiteRanks
-from fomoe_ext.outer import agreement, gradients, staged
+from fomoe_ext.outer import agreement, gradients, staged, turns
 from fomoe_ext.outer import optimizer as opt
 from fomoe_ext.outer.agreement import Agreement
 from fomoe_ext.outer.averaging import UNTREATED
@@ -70,7 +70,8 @@ class OuterSync:
     round as well, and `finish` before the model is used for anything but local steps.
 
     After a `step` all sites hold the same bits of dense parameters and all holders the same bits of
-    an expert (with fragments or overlap: of the anchor), which they prove to each other by hashes.
+    an expert (with fragments, overlap or expert_turns: of the anchor), which they prove to each
+    other by hashes.
     A site's memory: an fp32 anchor of what it holds (not with "ddp"), with outer momentum as much
     again, and with a lossy codec and error feedback as much again and a share of the sums.
     """
@@ -130,6 +131,7 @@ class OuterSync:
             check_model(model, placement, site, self.ranks.expert_ranks)
             check_stale(model, self.options, ranks)
             pieces = parameter_pieces(model, placement, site, self.options.router_mean)
+            turns.check_experts(pieces, self.options, ranks)
             self._fragments = Fragments(pieces, self.options.fragments)
         except (ValueError, TypeError) as error:
             problem = error
@@ -168,7 +170,9 @@ class OuterSync:
         """With `staged`: bytes sent in meetings that broke off."""
         experts = self.moe_layers[0].num_experts if self.moe_layers else 0
         self.tokens = torch.zeros(len(self.moe_layers), experts, dtype=torch.float64)
-        """Tokens routed to each expert [L, E] since its last meeting, with expert_mean "tokens"."""
+        """Tokens routed to each expert [L, E] since its last meeting, where they are counted."""
+        self.met = torch.zeros(len(self.moe_layers), experts, dtype=torch.int64)
+        """The round in which each expert that this site holds last met, [L, E]; 0 = none yet."""
         self.trained = 0.0
         """Tokens that this rank has trained on in the round, with site_mean "tokens"."""
         self.treatment = UNTREATED
@@ -190,7 +194,7 @@ class OuterSync:
     def hashes(self) -> dict[str, str]:
         """SHA-256 of what all its holders hold alike, by name of a fragment and owner set.
 
-        With fragments or overlap that is the anchor, else the parameters.
+        With fragments, overlap or expert_turns that is the anchor, else the parameters.
         """
         return agreement.digests(self)
 
@@ -284,13 +288,14 @@ class OuterSync:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Call it after every local step, with fragments, overlap or expert_mean "tokens".
+        """Call it after every local step, with fragments, overlap, expert_mean "tokens" or
+        expert_turns in the order of tokens.
 
         Counts the tokens routed to each expert; sends and takes in the fragments that are due.
         Raises MeetingError as `step`.
         """
         self.steps += 1
-        if self.options.expert_mean == "tokens":
+        if self.options.counts_tokens:
             for row, layer in zip(self.tokens, self.moe_layers, strict=True):
                 if layer.stats is not None:
                     row += layer.stats.load.to("cpu", torch.float64)
@@ -322,8 +327,8 @@ class OuterSync:
             self.lane.hold(fragment)
         problem = meeting.problem()
         if not options.overlap:
-            jobs = meeting.jobs()
             self.sent(meeting.announce(problem))
+            jobs = meeting.jobs()
             meeting.forget_tokens()
             self.sent(run_jobs(jobs, options.bucket_bytes, options.in_flight))
             compared = meeting.agreement()
@@ -552,12 +557,15 @@ class OuterSync:
 
     def elements(self) -> tuple[wire.GroupElements, ...]:
         """Elements this site shares with each owner group, by fragment; of all its ranks."""
-        result = tuple(wire.GroupElements({}, {}) for _ in range(self.options.fragments))
+        result = [wire.GroupElements({}, {}) for _ in range(self.options.fragments)]
         for layout in self.site_layouts:
             result[layout.fragment].parameters[layout.group.owners] = layout.numel
         for layout in self.site_biases:
             result[layout.fragment].biases[layout.group.owners] = layout.numel
-        return result
+        if self.options.expert_turns > 1:  # and one fragment
+            of = {la.group.owners: turns.group_experts(la.pieces) for la in self.site_layouts}
+            result = [result[0]._replace(experts=of)]
+        return tuple(result)
 
     def predicted_bytes(self, local_steps: int = 1, clip: bool = False) -> int:
         """Bytes that this site, all its ranks, will send in the coming round (`wire.round_bytes`).
@@ -578,9 +586,10 @@ class OuterSync:
             round_index=round_index,
             moment_periods=options.moment_periods,
             moment_codecs=options.codecs_of_moments,
-            counted_experts=self.tokens.numel() if options.expert_mean == "tokens" else 0,
+            counted_experts=self.tokens.numel() if options.counts_tokens else 0,
             numbers=options.site_numbers,
             staged=options.staged,
+            expert_turns=options.expert_turns,
         )
 
     def state_bytes(self) -> tuple[int, int, int]:
