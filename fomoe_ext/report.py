@@ -124,7 +124,7 @@ def _time(report: Mapping[str, Any]) -> ReportTable:
         "A meeting includes waiting for the slowest site. Exchange: from the first byte to the "
         "last; hidden: the share of it that passed during local steps"
         f"{_spread(report['run'])}.{_link(report['run'])} Skipped slots cost no arithmetic."
-        f"{_UNEVEN if uneven else ''}",
+        f"{_UNEVEN if uneven else ''}{_turns(report['run'])}",
     )
 
 
@@ -132,6 +132,13 @@ _UNEVEN = (
     " Slower sites took fewer local steps, and their deltas weighed as many tokens as they had "
     "trained on."
 )
+
+
+def _turns(run: Mapping[str, Any]) -> str:
+    turns = run.get("expert_turns", 1)
+    if turns == 1:
+        return ""
+    return f" Experts took turns: each met in one of {turns} meetings, {run['turn_order']} first."
 
 
 def _hidden(site: Mapping[str, Any]) -> str:

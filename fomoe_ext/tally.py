@@ -165,6 +165,8 @@ def build_report(
             "agreements": min(site["agreements"] for site in sites),
             "fragments": config.outer.fragments,
             "overlap": config.outer.overlap,
+            "expert_turns": config.outer.expert_turns,
+            "turn_order": config.outer.turn_order,
             "uneven_steps": config.inner.uneven_steps,
             "clip_delta": config.outer.clip_delta,
         },

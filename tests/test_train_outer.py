@@ -37,6 +37,10 @@ def test_bytes_are_as_predicted_and_holders_agree(flags, tmp_path, changes):  # 
     assert f"after {4 * fragments} meetings" in result.stdout
     if "overlap" in changes:
         assert "2 fragments, 2 steps of overlap" in (tmp_path / "run" / "report.md").read_text()
+    told = "each met in one of 3 meetings, least-trained first" in " ".join(
+        (tmp_path / "run" / "report.md").read_text().split()
+    )
+    assert told == ("turns" in changes)
 
 
 def test_a_slow_link_is_counted_and_hidden(flags, tmp_path, monkeypatch):  # noqa: F811

@@ -17,6 +17,7 @@ from math import ceil
 from typing import Any
 
 from bench.study.store import Run
+from fomoe_ext.turns import ORDERS
 
 BASE: dict[str, Any] = {
     "hidden_size": 64,
@@ -147,7 +148,7 @@ def stability_rows(size: Size, seed: int) -> dict[str, Run]:
 LONGER = 1.25
 """Times as many steps, and tokens, has the last job of table 4: what a loss costs in bytes where
 compute is cheaper than the link."""
-DDP_PARTS = (0.2, 0.3, 0.4, 0.5, 0.75, 0.9, 1.0)
+DDP_PARTS = (0.2, 0.3, 0.4, 0.5, 0.625, 0.75, 0.9, 1.0)
 """Shares of the study's steps for which DDP is trained, each to the end of its own schedule."""
 
 
@@ -180,6 +181,10 @@ def bytes_families(size: Size, seed: int) -> dict[str, list[Run]]:
         "FoMoE, int8": half((16, 8, 4), codec="int8"),
         "FoMoE, int4": half((16, 8, 4, 2), codec="int4"),
         "FoMoE, int2": half((16, 8, 4, 2), codec="int2"),
+        "FoMoE, int2, experts in turns": [
+            _half(size, seed, h, codec="int2", expert_turns=LOCAL_STEPS // h, turn_order=ORDERS[0])
+            for h in (8, 4)
+        ],
         "FoMoE, topk": half((4, 2), codec="topk"),
         "FoMoE, int2, longer": [_half(of_steps(LONGER), seed, LOCAL_STEPS, codec="int2")],
     }
@@ -223,6 +228,15 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "int8, meetings 4 times as often (as many bytes)": {"codec": "int8", "local_steps": 4},
     "int4, meetings 4 times as often (half the bytes)": {"codec": "int4", "local_steps": 4},
     "int2, meetings 8 times as often (as many bytes)": {"codec": "int2", "local_steps": 2},
+    **{
+        f"int2, meetings 4 times as often, experts in 4 turns, {order}": {
+            "codec": "int2",
+            "local_steps": 4,
+            "expert_turns": 4,
+            "turn_order": order,
+        }
+        for order in ORDERS
+    },
     "LocalAdamW, int4, meetings 4 times as often, moments at every 4th and 8th": {
         "optimizer": "local-adamw",
         "codec": "int4",
