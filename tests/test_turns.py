@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fomoe_ext import wire
 from fomoe_ext.outer import MeetingError, OuterSync
+from fomoe_ext.outer.turns import TurnLayout
 from fomoe_ext.placement import Placement
 from fomoe_ext.turns import ORDERS, GroupExperts, experts_of_turn, turn_size
 from fomoe_ext.wire import GroupElements
@@ -418,6 +419,32 @@ def alone(**options: Any) -> OuterSync:
 def test_bad_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         alone(**options)
+
+
+def test_a_layout_of_a_turn_is_part_of_the_vectors_of_all() -> None:
+    """Its pieces keep their places there; any range is read from them and written back to them."""
+    (whole,) = alone().layouts
+    experts = {(0, 3), (0, 4), (1, 11)}
+    layout = TurnLayout(whole, experts)
+    kept = [(p, at) for p, at in whole.slices() if p.expert is None or p.expert in experts]
+    assert [*layout.slices()] == kept and len(kept) < len(whole.pieces)
+    vector = torch.arange(whole.numel, dtype=torch.float32)
+    wanted = torch.cat([vector[at] for _, at in kept])
+    assert layout.numel == wanted.numel()
+    draw = random.Random(1)
+    ends = [(0, 0), (0, layout.numel)]
+    ends += [sorted(draw.choices(range(layout.numel + 1), k=2)) for _ in range(50)]
+    for start, stop in ends:
+        assert layout.take(vector, start, stop).tolist() == wanted[start:stop].tolist()
+        with layout.lent(vector, start, stop) as values:
+            assert values is not None
+            values += whole.numel
+        wanted[start:stop] += whole.numel
+    assert torch.cat([vector[at] for _, at in kept]).tolist() == wanted.tolist()
+    others = torch.ones(whole.numel, dtype=torch.bool)
+    for _, at in kept:
+        others[at] = False
+    assert vector[others].tolist() == torch.arange(whole.numel)[others].tolist()
 
 
 def test_experts_of_unlike_sizes_are_refused() -> None:

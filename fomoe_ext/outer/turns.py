@@ -53,7 +53,7 @@ class TurnLayout(Layout):
             index += 1
 
     def take(self, vector: Tensor, start: int, stop: int) -> Tensor:
-        return torch.cat([vector[run] for run in self._runs(start, stop)])
+        return torch.cat([vector[:0], *(vector[run] for run in self._runs(start, stop))])
 
     @contextmanager
     def lent(self, vector: Tensor | None, start: int, stop: int) -> Iterator[Tensor | None]:
