@@ -269,3 +269,34 @@ def test_ranks_hold_the_experts_that_a_load_says(tmp_path):
     (tmp_path / "load.json").write_text(json.dumps(load[1:]))
     with pytest.raises(ValueError, match="spread_by"):
         plan.rank_experts(config, placement, 0)
+
+
+@pytest.mark.parametrize("scope", ["global", "resident"])
+def test_experts_in_turns_are_spread_over_their_cycle(scope):
+    """All rounds of a cycle together send every expert once and all else every time; a round of the
+    plan is a third of that, and what it waits for are the buckets of the fullest."""
+    shared = {"bucket_bytes": 40_000, "optimizer": "fedavg"}
+    of = lambda **outer: config_of(
+        sites={"sites": 4, "replication": 2},
+        model={"router_scope": scope},
+        outer={**shared, **outer},
+    )
+    every, turns = of(), of(expert_turns=3, turn_order="numbered")
+    placement = plan.job_placement(every)
+    rounds = [plan.meeting_bytes(turns, placement, 1, index) for index in (1, 2, 3)]
+    assert rounds == [plan.meeting_bytes(turns, placement, 1, index) for index in (4, 5, 6)]
+    assert plan_cost.sent_bytes(turns, placement, 1) == sum(rounds) // 3
+    (elements,) = plan.site_elements(every, placement, 1)
+    experts = {g: of_group.count * of_group.elements for g, of_group in elements.experts.items()}
+    dense = elements._replace(parameters={(0, 1, 2, 3): elements.parameters[0, 1, 2, 3]})
+    sent = lambda what: wire.round_bytes([what], 4, optimizer="fedavg", bucket_bytes=40_000)
+    without = sum(n for g, n in elements.parameters.items() if g != (0, 1, 2, 3))
+    assert sum(experts.values()) == without
+    once = sent(elements) - sent(dense)
+    note = plan.meeting_bytes(every, placement, 1) - sent(elements)
+    # Hashes of buckets, and of groups, once per round instead of once.
+    assert 0 <= sum(rounds) - 3 * (sent(dense) + note) - once < 0.01 * once
+    waits = plan_cost.meeting_waits(turns, placement, 1)
+    assert waits[0] == plan_cost.meeting_waits(every, placement, 1)[0] and waits[1] > 0
+    counting = plan_cost.meeting_waits(of(expert_turns=3), placement, 1)
+    assert counting == (waits[0] + 1, waits[1])
