@@ -94,7 +94,8 @@ def test_every_run_is_a_job_of_equal_tokens(table, size):
         if config.outer.optimizer == "ddp":
             assert steps <= size.steps
         elif steps != size.steps:
-            assert table == "bytes" and steps == design.LONGER * size.steps
+            more = [part * size.steps for part in design.LONGER]
+            assert table == "bytes" and any(0 <= steps - wanted < 16 for wanted in more)
 
 
 def test_flags_are_those_of_the_command_line():
@@ -327,7 +328,7 @@ def test_more_tokens_are_told_beside_equal_ones():
             made[run.key] = kept(run, 1.95, sent)
     rows = {row[0]: row[3] for row in claims.claims_table(made, SMALL).rows}
     assert rows["... at equal loss, below DDP (ours)"] == (
-        "160x (FoMoE, int4, 8 local steps, loss 1.950); 800x with 1.25x the tokens "
+        "160x (FoMoE, int4, 8 local steps, loss 1.950); 800x with 1.5x the tokens "
         "(FoMoE, int2, longer, 16 local steps, loss 1.950); wanted 250x"
     )
 

@@ -72,16 +72,16 @@ def _equal_loss(kept: Kept, size: Size) -> tuple[str, str]:
         return _NO_RUNS, _NO_RUNS
     best = tables.cheapest(kept, [design.bytes_families(size, seed) for seed in seeds])
     replica, ddp = best["DiLoCo, full replica"], best["DDP"]
-    longer = f" with {design.LONGER:g}x the tokens"
-    found: dict[str, list[tuple[float, str]]] = {"": [], longer: []}
+    found: dict[str, list[tuple[float, str]]] = {}
     for name, cheapest in best.items():
         if not name.startswith("FoMoE, ") or cheapest is None:
             continue
         loss, sent, job = cheapest
         steps = job.flags["local_steps"]
-        more = longer if steps * job.flags["rounds"] > size.steps else ""
-        found[more].append((sent, f"{name}, {steps} local steps, loss {loss:.3f}"))
-    ways = [(*min(jobs), more) for more, jobs in found.items() if jobs]
+        part = steps * job.flags["rounds"] / size.steps
+        more = f" with {part:g}x the tokens" if part > 1 else ""
+        found.setdefault(more, []).append((sent, f"{name}, {steps} local steps, loss {loss:.3f}"))
+    ways = [(*min(jobs), more) for more, jobs in sorted(found.items())]
     if not ways or replica is None:
         return "no compressed job reaches it", "no compressed job reaches it"
 

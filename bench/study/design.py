@@ -145,8 +145,8 @@ def stability_rows(size: Size, seed: int) -> dict[str, Run]:
     return rows
 
 
-LONGER = 1.25
-"""Times as many steps, and tokens, has the last job of table 4: what a loss costs in bytes where
+LONGER = (1.25, 1.1)
+"""Times as many steps, and tokens, have the last two jobs of table 4: what a loss costs in bytes where
 compute is cheaper than the link."""
 DDP_PARTS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.75, 0.9, 1.0)
 """Shares of the study's steps for which DDP is trained, each to the end of its own schedule."""
@@ -156,11 +156,12 @@ def bytes_families(size: Size, seed: int) -> dict[str, list[Run]]:
     """Table 4: for each method the jobs from which the cheapest that reaches the loss is taken.
 
     All train for the same tokens, to the end of their schedule, but for DDP, which gets there with
-    fewer steps, and the last, which takes `LONGER` times as many. The loss to reach is that of the
-    full replica.
+    fewer steps, and the last two, which take `LONGER` times as many. The loss to reach is that of
+    the full replica.
     """
     # More is more, however short the study is.
-    rounds = lambda part: max(1, (ceil if part > 1 else round)(size.steps * part / 16))
+    whole = lambda part: round(size.steps * part / 16, 6)
+    rounds = lambda part: max(1, ceil(whole(part)) if part > 1 else round(whole(part)))
     of_steps = lambda part: Size(rounds(part) * 16, (), (), ())
     ddp = [
         job(
@@ -174,6 +175,11 @@ def bytes_families(size: Size, seed: int) -> dict[str, list[Run]]:
         for part in DDP_PARTS
     ]
     half = lambda steps, **flags: [_half(size, seed, h, **flags) for h in steps]
+
+    def in_turns(local_steps: int) -> dict[str, Any]:
+        """Every expert meets every `LOCAL_STEPS`."""
+        return {"expert_turns": LOCAL_STEPS // local_steps, "turn_order": ORDERS[0]}
+
     return {
         "DDP": ddp,
         "DiLoCo, full replica": [full(size, SITES, LOCAL_STEPS, seed)],
@@ -182,11 +188,13 @@ def bytes_families(size: Size, seed: int) -> dict[str, list[Run]]:
         "FoMoE, int4": half((16, 8, 4, 2), codec="int4"),
         "FoMoE, int2": half((16, 8, 4, 2), codec="int2"),
         "FoMoE, int2, experts in turns": [
-            _half(size, seed, h, codec="int2", expert_turns=LOCAL_STEPS // h, turn_order=ORDERS[0])
-            for h in (8, 4)
+            _half(size, seed, h, codec="int2", **in_turns(h)) for h in (8, 4)
         ],
         "FoMoE, topk": half((4, 2), codec="topk"),
-        "FoMoE, int2, longer": [_half(of_steps(LONGER), seed, LOCAL_STEPS, codec="int2")],
+        "FoMoE, int2, longer": [_half(of_steps(LONGER[0]), seed, codec="int2")],
+        "FoMoE, int2, experts in turns, longer": [
+            _half(of_steps(LONGER[1]), seed, 8, codec="int2", **in_turns(8))
+        ],
     }
 
 

@@ -243,7 +243,8 @@ def bytes_table(kept: Kept, size: Size) -> list[ReportTable]:
             f"Mean over seeds {', '.join(map(str, seeds))}. * the fewest bytes of the method at "
             "the full replica's loss or better; each job trains to the end of its schedule. Below: "
             "bytes of the fp32 full replica, and of that DDP job, over this job's. DDP needs fewer "
-            f"steps than all others for that loss; longer: {design.LONGER:g} times their tokens.",
+            f"steps than all others for that loss. In turns: an expert meets every "
+            f"{design.LOCAL_STEPS} steps.",
         )
     ]
 
