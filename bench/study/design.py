@@ -146,8 +146,8 @@ def stability_rows(size: Size, seed: int) -> dict[str, Run]:
 
 
 LONGER = (1.25, 1.1)
-"""Times as many steps, and tokens, have the last two jobs of table 4: what a loss costs in bytes where
-compute is cheaper than the link."""
+"""Times as many steps, and tokens, have the last two jobs of table 4: what a loss costs in bytes
+where compute is cheaper than the link."""
 DDP_PARTS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.75, 0.9, 1.0)
 """Shares of the study's steps for which DDP is trained, each to the end of its own schedule."""
 
