@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 from test_train import finish, flags, started, text  # noqa: F401  two of them are fixtures
 
+import fomoe_ext
 from fomoe_ext.config import TrainConfig
 from fomoe_ext.config_io import parse_args
 
@@ -244,15 +248,39 @@ def test_the_committed_page_is_of_the_committed_runs():
 # ------------------------------------------------------------------------------------ the jobs
 
 
+def of_pool(flags: list[str]) -> list[str]:  # noqa: F811
+    """Flags of a job but for those that the pool sets itself."""
+    words = [word for word in flags if word != "--no-tensorboard"]
+    for flag in ("--run-dir", "--sites"):
+        at = words.index(flag)
+        del words[at : at + 2]
+    return words
+
+
+def test_an_installed_package_is_found_before_the_source_tree(flags, tmp_path):  # noqa: F811
+    """Nothing is built in a clone whose package was installed: what is there cannot train."""
+    shutil.copytree(ROOT / "bench" / "study", tmp_path / "bench" / "study")
+    (tmp_path / "fomoe_ext").mkdir()
+    (tmp_path / "fomoe_ext" / "__init__.py").write_text("raise ImportError('not built')")
+    code = "import sys; from bench.study import pool; print(pool.train(sys.argv[1:], 2)['job_s'])"
+    words = [*of_pool(flags), "--rounds", "1", "--replication", "1"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+    result = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=tmp_path,
+        env={**environment, "PYTHONPATH": str(Path(fomoe_ext.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) > 0
+
+
 def test_a_job_of_the_pool_is_that_of_the_command_line(flags, tmp_path):  # noqa: F811
     report = finish(tmp_path / "run", started(*flags, "--threads", "1"))
     sites = report["run"]["sites"]
-    words = [word for word in flags if word != "--no-tensorboard"]
-    at = words.index("--run-dir")
-    del words[at : at + 2]
-    at = words.index("--sites")
-    del words[at : at + 2]
-    pooled = pool.train(words, sites)
+    pooled = pool.train(of_pool(flags), sites)
     assert pooled["run"]["model_hash"] == report["run"]["model_hash"]
     run = Run(sites, 0, {"codec": "fp32"})
     line = store.record(run, pooled, {"isa": "x"})
@@ -260,7 +288,7 @@ def test_a_job_of_the_pool_is_that_of_the_command_line(flags, tmp_path):  # noqa
     assert line["curve"][-1][2] == line["bytes_sent"][0]
     json.dumps(line)
     with pytest.raises(pool.RunFailed, match="replication"):
-        pool.train([*words, "--replication", "9"], sites)
+        pool.train([*of_pool(flags), "--replication", "9"], sites)
 
 
 def test_speed_is_measured_of_all_shares(tmp_path, monkeypatch):
