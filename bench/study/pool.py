@@ -13,11 +13,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
-from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
@@ -49,28 +47,11 @@ def _end_with_study() -> None:
     os._exit(EXIT_PEER_LOST)
 
 
-@contextmanager
-def _safe_path() -> Iterator[None]:
-    """Inside, a Python that starts does not look for packages in the current directory first: as
-    for the study itself (`bench.study`), an installed fomoe_ext goes before the source tree."""
-    before = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONSAFEPATH"]
-        else:
-            os.environ["PYTHONSAFEPATH"] = before
-
-
 def _start(
     arguments: Sequence[str], num_sites: int, folder: Path
 ) -> tuple[list[ForkServerProcess], list[Path]]:
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    with _safe_path():
-        ensure_running()
     base = {"OMP_NUM_THREADS": "1"}
     logs = [folder / f"site-{site}.log" for site in range(num_sites)]
     processes = []
