@@ -281,6 +281,11 @@ class Placement:
         self._check_site(site)
         return self._residents[layer][site]  # type: ignore[attr-defined,no-any-return]
 
+    def held(self, site: int) -> int:
+        """Experts, of all layers, that a site holds. Raises ValueError for a wrong number."""
+        self._check_site(site)
+        return sum(len(of_layer[site]) for of_layer in self._residents)  # type: ignore[attr-defined]
+
     def owner_sets(self) -> tuple[Owners, ...]:
         """The distinct owner sets of all experts, in ascending order."""
         return tuple(sorted({owners for experts in self.owners_of for owners in experts}))
@@ -447,12 +452,20 @@ def _best_switch(
 ) -> tuple[int, int] | None:
     """The sites of a and of b that change places, or None where no switch makes the sum less."""
 
-    def among(site: int, others: Sequence[int]) -> int:
-        return sum([cost[site][other] for other in others])
+    def gains(sites: Sequence[int], others: Sequence[int]) -> list[int]:
+        # Switched, s costs with those of b what it cost with those of a; so does t the other way.
+        found = []
+        for site in sites:
+            row = cost[site]
+            gain = -row[site]
+            for partner in sites:
+                gain += row[partner]
+            for partner in others:
+                gain -= row[partner]
+            found.append(gain)
+        return found
 
-    # Switched, s costs with those of b what it cost with those of a; so does t the other way round.
-    leaving = [among(s, only_a) - among(s, only_b) - cost[s][s] for s in only_a]
-    joining = [among(t, only_b) - among(t, only_a) - cost[t][t] for t in only_b]
+    leaving, joining = gains(only_a, only_b), gains(only_b, only_a)
     least = 2 * (_LAYER_WEIGHT + 1) * (len(only_a) - 1)
     best, switch = 0, None
     for s, of_s in zip(only_a, leaving, strict=True):

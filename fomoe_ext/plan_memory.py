@@ -52,8 +52,7 @@ def site_parameters(
     whole = sizes_of(model).counts
     if placement is None:
         return whole
-    experts = sum(len(placement.resident(layer, site)) for layer in range(model.num_layers))
-    return whole._replace(sparse=experts * sizes_of(model).expert)
+    return whole._replace(sparse=placement.held(site) * sizes_of(model).expert)
 
 
 def site_memory(

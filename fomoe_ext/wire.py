@@ -195,6 +195,14 @@ def fragment_of_block(block: int, fragments: int) -> int:
     return block % fragments
 
 
+@lru_cache(maxsize=64)
+def _blocks_of_fragments(blocks: int, fragments: int) -> tuple[tuple[int, ...], ...]:
+    result: list[list[int]] = [[] for _ in range(fragments)]
+    for block in range(blocks):
+        result[fragment_of_block(block, fragments)].append(block)
+    return tuple(map(tuple, result))
+
+
 def fragment_steps(fragments: int, local_steps: int) -> list[int]:
     """After which local step of a round, from 1, each fragment meets: evenly spread, the last one
     at the end. Raises ValueError unless 1 <= fragments <= local_steps."""
@@ -223,12 +231,9 @@ def group_elements(
     of_experts: list[dict[Owners, GroupExperts]] = [{} for _ in range(fragments)]
     own_row = sizes.router_row if router_scope == "resident" else 0
     parameters[0][everyone] += sizes.outside
-    blocks: list[list[int]] = [[] for _ in range(fragments)]
-    for layer in range(placement.num_layers):
-        blocks[fragment_of_block(layer, fragments)].append(layer)
-    for fragment, layers in enumerate(blocks):
+    for fragment, layers in enumerate(_blocks_of_fragments(placement.num_layers, fragments)):
         parameters[fragment][everyone] += len(layers) * sizes.block
-        for owners, experts in placement.owner_counts(tuple(layers)).items():
+        for owners, experts in placement.owner_counts(layers).items():
             router_owners = everyone if router_scope == "global" else owners
             if site in owners:
                 of_experts[fragment][owners] = GroupExperts(experts, sizes.expert + own_row)
