@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from unbuilt import run_in_clone
 
-import fomoe_ext
 from fomoe_ext import cli
 from fomoe_ext.config_io import parse_args
 
@@ -86,17 +82,6 @@ def test_there_is_something_to_test():
 def test_what_python_starts_finds_an_installed_package(module, tmp_path):
     """In a clone that nothing was built in, which `python -m` puts first."""
     folder = "/".join(module.split(".")[:2])
-    shutil.copytree(Path(__file__).parents[1] / folder, tmp_path / folder)
-    (tmp_path / "fomoe_ext").mkdir()
-    (tmp_path / "fomoe_ext" / "__init__.py").write_text("raise ImportError('not built')")
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
-    result = subprocess.run(
-        [sys.executable, "-m", module, "--help"],
-        cwd=tmp_path,
-        env={**environment, "PYTHONPATH": str(Path(fomoe_ext.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    result = run_in_clone(tmp_path, folder, "-m", module, "--help")
     assert result.returncode == 0, result.stderr
     assert f"python -m {module}" in result.stdout

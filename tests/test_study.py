@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_train import finish, flags, started, text  # noqa: F401  two of them are fixtures
+from unbuilt import run_in_clone
 
-import fomoe_ext
 from fomoe_ext.config import TrainConfig
 from fomoe_ext.config_io import parse_args
 
@@ -259,20 +256,9 @@ def of_pool(flags: list[str]) -> list[str]:  # noqa: F811
 
 def test_an_installed_package_is_found_before_the_source_tree(flags, tmp_path):  # noqa: F811
     """Nothing is built in a clone whose package was installed: what is there cannot train."""
-    shutil.copytree(ROOT / "bench" / "study", tmp_path / "bench" / "study")
-    (tmp_path / "fomoe_ext").mkdir()
-    (tmp_path / "fomoe_ext" / "__init__.py").write_text("raise ImportError('not built')")
     code = "import sys; from bench.study import pool; print(pool.train(sys.argv[1:], 2)['job_s'])"
     words = [*of_pool(flags), "--rounds", "1", "--replication", "1"]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
-    result = subprocess.run(
-        [sys.executable, "-c", code, *words],
-        cwd=tmp_path,
-        env={**environment, "PYTHONPATH": str(Path(fomoe_ext.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    result = run_in_clone(tmp_path, "bench/study", "-c", code, *words)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) > 0
 
