@@ -140,7 +140,7 @@ def test_a_stop_in_the_middle_of_a_round(flags, tmp_path):  # noqa: F811
     """Ctrl+C in a job of 2 x 2: goes on at other ranks, not at other sites."""
     run = tmp_path / "run"
     command = [sys.executable, "-P", "-m", "fomoe_ext.cli", "train", *flags, *TWO.split()]
-    command += ["--run-dir", str(run), "--local-steps", "400", "--rounds", "2"]
+    command += ["--run-dir", str(run), "--local-steps", "200", "--rounds", "2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     for line in process.stdout:
@@ -151,11 +151,11 @@ def test_a_stop_in_the_middle_of_a_round(flags, tmp_path):  # noqa: F811
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
     steps = ckpt.load_state(ckpt.list_checkpoints(run / "checkpoints")[-1], 0)["steps_in_round"]
-    assert 0 < steps < 400
+    assert 0 < steps < 200
     with pytest.raises(AssertionError, match="in the middle of a round"):
         resumed(run, *["--sites", "4", "--ranks-per-site", "1", "--replication", "2"])
     result = resumed(run, "--ranks-per-site", "1")
-    assert result.code == 0 and result.report["sites"][0]["steps"] == 800
+    assert result.code == 0 and result.report["sites"][0]["steps"] == 400
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")

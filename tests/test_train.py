@@ -231,7 +231,7 @@ def test_another_seed_gives_other_bits(flags, whole, tmp_path):
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
 def test_ctrl_c_writes_a_checkpoint_and_the_job_goes_on(flags, tmp_path):
     run = tmp_path / "run"
-    undisturbed = [*flags, "--rounds", "60", "--eval-rounds", "0"]
+    undisturbed = [*flags, "--rounds", "40", "--eval-rounds", "0"]
     process, sites = start_and_wait_for("round    3/", *undisturbed)
     assert len(sites) == 2
     process.send_signal(signal.SIGINT)
