@@ -3,9 +3,10 @@
 With `expert_turns` = P every P meetings are a cycle, in which each expert meets once; what is dense
 meets every time. So sites can meet P times as often for the same bytes of experts. Which expert
 goes first in a cycle is `turn_order`: "least-trained" those to which their holders have routed the
-fewest tokens per round since they last met, whose few updates an average of holders makes the least
-noisy; "most-trained" those with the most, which have moved furthest; "numbered" by layer and
-number. Between its meetings an expert goes on as each holder trains it, and its anchor stays.
+fewest tokens per round since they last met, which may gain most from what others have learned;
+"most-trained" those with the most, which have moved furthest; "numbered" by layer and number. In
+docs/claims.md they end alike. Between its meetings an expert goes on as each holder trains it, and
+its anchor stays.
 """
 
 from __future__ import annotations
