@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 from fomoe_ext import wire
 from fomoe_ext.config_fault import FaultConfig, check_tolerant
 from fomoe_ext.link import parse_link
-from fomoe_ext.turns import check_turns
+from fomoe_ext.turns import check_turns, counts_tokens
 
 GATED_ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu")
 
@@ -450,6 +450,11 @@ class OuterConfig:
     def apart(self) -> bool:
         """Whether sites' parameters differ after a meeting, and the anchor is what they share."""
         return self.staggered or self.expert_turns > 1
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether sites tell each other how many tokens they have routed to each expert."""
+        return counts_tokens(self.expert_mean, self.expert_turns, self.turn_order)
 
     def require_whole(self, what: str) -> None:
         """Raises ValueError unless all of the model's parameters meet at the end of a round."""

@@ -11,8 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from fomoe_ext import stale, turns, wire
-from fomoe_ext.config import ModelConfig, OuterConfig, TrainConfig
+from fomoe_ext import stale, wire
+from fomoe_ext.config import ModelConfig, TrainConfig
 from fomoe_ext.json_values import loads
 from fomoe_ext.placement import Placement
 from fomoe_ext.plan_sizes import ModelSizes, sizes_of
@@ -185,7 +185,7 @@ def meeting_bytes(
 
     `round_index` counts from 1; it matters where moments have periods or experts take turns.
     """
-    experts = placement.num_layers * placement.num_experts if counts_tokens(config.outer) else 0
+    experts = placement.num_layers * placement.num_experts
     besides = (placement.num_sites - 1) * NOTE_BYTES
     if stale.is_due(round_index, config.outer.stale_period):
         besides += copied_bytes(config, placement, site)
@@ -200,17 +200,10 @@ def meeting_bytes(
         round_index=round_index,
         moment_periods=config.outer.moment_periods,
         moment_codecs=config.outer.resolved_moment_codecs,
-        counted_experts=experts,
+        counted_experts=experts if config.outer.counts_tokens else 0,
         numbers=wire.site_numbers(config.inner.uneven_steps, config.outer.clip_delta),
         staged=config.fault.tolerant,
         expert_turns=config.outer.expert_turns,
-    )
-
-
-def counts_tokens(outer: OuterConfig) -> bool:
-    """Whether sites tell each other how many tokens they have routed to each expert."""
-    return outer.expert_mean == "tokens" or turns.counts_tokens(
-        outer.expert_turns, outer.turn_order
     )
 
 

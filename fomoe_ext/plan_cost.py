@@ -14,7 +14,6 @@ from fomoe_ext.placement import Placement
 from fomoe_ext.plan import (
     copied_bytes,
     copies_per_layer,
-    counts_tokens,
     job_placement,
     meeting_bytes,
     moved_bytes,
@@ -153,7 +152,7 @@ def meeting_waits(config: TrainConfig, placement: Placement, site: int) -> tuple
 
 def _tells_numbers(config: TrainConfig) -> bool:
     """Whether sites tell each other numbers before a meeting, besides their statuses."""
-    by_tokens = counts_tokens(config.outer) or config.inner.uneven_steps
+    by_tokens = config.outer.counts_tokens or config.inner.uneven_steps
     return by_tokens or config.outer.clip_delta > 0
 
 

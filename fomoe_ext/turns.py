@@ -40,9 +40,10 @@ def check_turns(expert_turns: int, turn_order: str, optimizer: str, staggered: b
         )
 
 
-def counts_tokens(expert_turns: int, turn_order: str) -> bool:
-    """Whether sites tell each other how many tokens they routed to each expert, to order them."""
-    return expert_turns > 1 and turn_order != "numbered"
+def counts_tokens(expert_mean: str, expert_turns: int, turn_order: str) -> bool:
+    """Whether sites tell each other how many tokens they routed to each expert: to weigh their
+    values, or to order the experts."""
+    return expert_mean == "tokens" or (expert_turns > 1 and turn_order != "numbered")
 
 
 def turn_size(count: int, turns: int, round_index: int) -> int:

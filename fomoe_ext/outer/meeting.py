@@ -111,6 +111,8 @@ class Meeting:
         """What this site tells of itself: tokens routed to experts, those trained on, a norm."""
         self._square = torch.zeros((), dtype=torch.float64)
         self.treatment = UNTREATED
+        self._averaging: tuple[Averaging, Averaging] | None = None
+        """Of deltas, and of all else; None = as by default."""
         self._told: Tensor | None = None
         """What all sites tell of themselves, fp64 [num_sites, n], once that is known."""
         self._pulled: dict[str, dict[int, Tensor]] = {}
@@ -210,8 +212,16 @@ class Meeting:
                     )
         treatment = self.treatment
         unscaled = Averaging(trained=trained, treatment=treatment._replace(factors=()))
+        self._averaging = Averaging(tokens, options.rescale, trained, treatment), unscaled
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Gives the jobs that there are their averaging."""
+        if self._averaging is None:
+            return
+        of_deltas, unscaled = self._averaging
         for job in self.deltas:
-            job.averaging = Averaging(tokens, options.rescale, trained, treatment)
+            job.averaging = of_deltas
         for mean in self._means:
             mean.averaging = unscaled
         for bias in self._biases:
@@ -253,8 +263,7 @@ class Meeting:
             shifted = [la for la in self.bias_layouts if la.group.size > 1]
             return jobs + [ShiftJob(la, sync.site, fp32, tensor_of) for la in shifted]
         self._biases = self._mean_jobs(self.bias_layouts, fp32, tensor_of, "bias")
-        if self._told is not None:
-            self._average_by(self._told)
+        self._hand_out()
         return [*jobs, *self._biases]
 
     def _make_deltas(self) -> None:

@@ -131,7 +131,7 @@ class OuterOptions:
     @property
     def counts_tokens(self) -> bool:
         """Whether sites tell each other how many tokens they have routed to each expert."""
-        return self.expert_mean == "tokens" or counts_tokens(self.expert_turns, self.turn_order)
+        return counts_tokens(self.expert_mean, self.expert_turns, self.turn_order)
 
     @property
     def site_numbers(self) -> int:
