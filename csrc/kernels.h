@@ -34,7 +34,7 @@ enum class Activation : int32_t {
   gelu = 4,
   clamped_swiglu = 5
 };
-constexpr bool is_gated(Activation a) {
+FOMOE_ANYWHERE constexpr bool is_gated(Activation a) {
   return a == Activation::swiglu || a == Activation::geglu || a == Activation::clamped_swiglu;
 }
 constexpr float kClampedSwigluLimit = 7.0f, kClampedSwigluSlope = 1.702f;

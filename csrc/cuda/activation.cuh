@@ -1,9 +1,13 @@
-// The activations of experts on pre-activations gate and up, and their slopes.
+// The activations of experts on pre-activations gate and up, and their slopes. Which one is known when
+// a kernel is compiled: nothing is asked for an element.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "../kernels.h"
+#include "arch/approximate.cuh"
 
 namespace fomoe::cuda {
 
@@ -11,7 +15,8 @@ namespace fomoe::cuda {
 template <bool kExact>
 __device__ inline float sigmoid(float x) {
   if constexpr (kExact) return 1.0f / (1.0f + expf(-x));
-  return __fdividef(1.0f, 1.0f + __expf(-x));
+  constexpr float kLog2E = 1.4426950408889634f;
+  return reciprocal_approximate(1.0f + exp2_approximate(x * -kLog2E));
 }
 
 struct Curve {
@@ -41,29 +46,42 @@ struct Activated {
   float act, gate_slope, up_slope;
 };
 
-template <bool kExact, bool kGated>
-__device__ inline Activated activate(Activation activation, float gate, float up) {
-  if constexpr (kGated) {
-    if (activation == Activation::clamped_swiglu) {
-      constexpr float kLimit = kClampedSwigluLimit;  // compared so that NaN stays NaN
-      const float lower = gate > kLimit ? kLimit : gate;
-      const float factor = (up > kLimit ? kLimit : up < -kLimit ? -kLimit : up) + 1.0f;
-      const Curve curve = swish<kExact>(lower, kClampedSwigluSlope);
-      return {curve.value * factor, gate > kLimit ? 0.0f : curve.slope * factor,
-              fabsf(up) > kLimit ? 0.0f : curve.value};
-    }
-    const Curve curve =
-        activation == Activation::swiglu ? swish<kExact>(gate, 1.0f) : gelu<kExact>(gate);
-    return {curve.value * up, curve.slope * up, curve.value};
+// `up` means nothing to activations that are not gated.
+template <Activation kActivation, bool kExact>
+__device__ inline Activated activate(float gate, float up) {
+  if constexpr (kActivation == Activation::clamped_swiglu) {
+    constexpr float kLimit = kClampedSwigluLimit;  // compared so that NaN stays NaN
+    const float lower = gate > kLimit ? kLimit : gate;
+    const float factor = (up > kLimit ? kLimit : up < -kLimit ? -kLimit : up) + 1.0f;
+    const Curve curve = swish<kExact>(lower, kClampedSwigluSlope);
+    return {curve.value * factor, gate > kLimit ? 0.0f : curve.slope * factor,
+            fabsf(up) > kLimit ? 0.0f : curve.value};
+  } else if constexpr (kActivation == Activation::relu2) {
+    const float positive = fmaxf(gate, 0.0f);
+    return {positive * positive, 2.0f * positive, 0.0f};
   } else {
-    if (activation == Activation::relu2) {
-      const float positive = fmaxf(gate, 0.0f);
-      return {positive * positive, 2.0f * positive, 0.0f};
-    }
-    const Curve curve =
-        activation == Activation::silu ? swish<kExact>(gate, 1.0f) : gelu<kExact>(gate);
-    return {curve.value, curve.slope, 0.0f};
+    constexpr bool kSwish = kActivation == Activation::swiglu || kActivation == Activation::silu;
+    const Curve curve = kSwish ? swish<kExact>(gate, 1.0f) : gelu<kExact>(gate);
+    if constexpr (is_gated(kActivation))
+      return {curve.value * up, curve.slope * up, curve.value};
+    else
+      return {curve.value, curve.slope, 0.0f};
   }
+}
+
+// Calls body(std::integral_constant<Activation, activation>), which returns a cudaError_t.
+template <class Body>
+cudaError_t with_activation(Activation activation, const Body& body) {
+  switch (activation) {
+    case Activation::swiglu: return body(std::integral_constant<Activation, Activation::swiglu>{});
+    case Activation::geglu: return body(std::integral_constant<Activation, Activation::geglu>{});
+    case Activation::silu: return body(std::integral_constant<Activation, Activation::silu>{});
+    case Activation::relu2: return body(std::integral_constant<Activation, Activation::relu2>{});
+    case Activation::gelu: return body(std::integral_constant<Activation, Activation::gelu>{});
+    case Activation::clamped_swiglu:
+      return body(std::integral_constant<Activation, Activation::clamped_swiglu>{});
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace fomoe::cuda

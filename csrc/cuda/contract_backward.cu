@@ -108,10 +108,12 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- the backward of an activation ---------------------------------------------------------------
 
-template <class A, bool kExact, bool kGated>
+template <class A, Activation kActivation>
 __global__ void __launch_bounds__(kThreads)
     activation_backward_kernel(const __grid_constant__ ActivationBackwardArgs args,
                                int64_t columns) {
+  constexpr bool kExact = std::is_same_v<typename A::Format, F32>;
+  constexpr bool kGated = is_gated(kActivation);
   using V = typename A::V;
   const int64_t vectors = args.offsets[args.residents] * columns;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < vectors;
@@ -128,7 +130,7 @@ __global__ void __launch_bounds__(kThreads)
     }
 #pragma unroll
     for (int v = 0; v < A::kWidth; ++v) {
-      const Activated a = activate<kExact, kGated>(args.activation, gate[v], kGated ? up[v] : 0.0f);
+      const Activated a = activate<kActivation, kExact>(gate[v], kGated ? up[v] : 0.0f);
       gate[v] = a.gate_slope * grad[v];
       if constexpr (kGated) up[v] = a.up_slope * grad[v];
     }
@@ -186,10 +188,10 @@ int activation_backward(const ActivationBackwardArgs& args, void* stream) {
     const int64_t columns = args.expert_size / A::kWidth;
     const cudaLaunchConfig_t config = config_for(
         blocks_for(args.slots * columns, kThreads, kMaxBlocks), static_cast<cudaStream_t>(stream));
-    constexpr bool kExact = std::is_same_v<typename A::Format, F32>;
-    const auto kernel = is_gated(args.activation) ? activation_backward_kernel<A, kExact, true>
-                                                  : activation_backward_kernel<A, kExact, false>;
-    return cudaLaunchKernelEx(&config, kernel, args, columns);
+    return with_activation(args.activation, [&](auto activation) {
+      const auto kernel = activation_backward_kernel<A, decltype(activation)::value>;
+      return cudaLaunchKernelEx(&config, kernel, args, columns);
+    });
   };
   return for_widest_access(args.dtype, body, args.expert_size, args.grad_act, args.preact,
                            args.grad_preact);

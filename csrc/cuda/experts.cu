@@ -55,42 +55,47 @@ cudaError_t with_format(DType dtype, const Body& body) {
   return cudaErrorInvalidValue;
 }
 
+// body(format, activation), both known when it is compiled.
 template <class Body>
-cudaError_t with_gating(DType dtype, Activation activation, const Body& body) {
+cudaError_t with_format_and_activation(DType dtype, Activation activation, const Body& body) {
   return with_format(dtype, [&](auto format) {
-    return is_gated(activation) ? body(format, std::true_type{}) : body(format, std::false_type{});
+    return with_activation(activation, [&](auto known) { return body(format, known); });
   });
 }
 
-// Rows of 16-bit and fp32 elements are read 16 bytes at a time.
-bool whole_chunks(DType dtype, int64_t size) { return size % (dtype == DType::f32 ? 4 : 8) == 0; }
+// Rows are read 16 bytes at a time, at addresses that a 32-bit multiply-add makes, two sizes in a row of
+// pre-activations.
+bool good_row(DType dtype, int64_t size) {
+  const int64_t bytes = size * (dtype == DType::f32 ? 4 : 2);
+  return bytes % 16 == 0 && bytes < int64_t(1) << 31;
+}
 
 }  // namespace
 
 int expand(const ExpandArgs& args, void* stream) {
-  if (!whole_chunks(args.dtype, args.hidden) || !whole_chunks(args.dtype, args.expert_size))
+  if (!good_row(args.dtype, args.hidden) || !good_row(args.dtype, args.expert_size))
     return cudaErrorInvalidValue;
-  const auto body = [&](auto format, auto gated) {
-    using Epilogue = Activate<decltype(format), decltype(gated)::value>;
-    const int64_t width = args.expert_size * (decltype(gated)::value ? 2 : 1);
+  const auto body = [&](auto format, auto activation) {
+    using Epilogue = Activate<decltype(format), decltype(activation)::value>;
+    const int64_t width = args.expert_size * Epilogue::kGates;
     const RowsProblem<Epilogue, Major::sum, true> problem{
         {args.x, args.token_of_row, args.tokens, args.hidden},
         {args.weight, nullptr, width, args.hidden},
-        {args.offsets, args.tiles, args.residents, args.expert_size, args.hidden, 0},
-        {args.act, args.preact, args.bias, args.expert_size, args.activation}};
+        {args.offsets, args.tiles, args.residents, args.expert_size, args.hidden, nullptr},
+        {args.act, args.preact, args.bias, args.expert_size}};
     return run(Verb::expand, args.dtype, problem, static_cast<cudaStream_t>(stream));
   };
-  return with_gating(args.dtype, args.activation, body);
+  return with_format_and_activation(args.dtype, args.activation, body);
 }
 
 int contract(const ContractArgs& args, void* stream) {
-  if (!whole_chunks(args.dtype, args.hidden) || !whole_chunks(args.dtype, args.expert_size))
+  if (!good_row(args.dtype, args.hidden) || !good_row(args.dtype, args.expert_size))
     return cudaErrorInvalidValue;
   const auto body = [&](auto format) {
     const RowsProblem<StoreRows<decltype(format)>, Major::sum, false> problem{
         {args.act, nullptr, args.slots, args.expert_size},
         {args.weight, nullptr, args.hidden, args.expert_size},
-        {args.offsets, args.tiles, args.residents, args.hidden, args.expert_size, 0},
+        {args.offsets, args.tiles, args.residents, args.hidden, args.expert_size, nullptr},
         {args.rows, args.hidden, args.bias}};
     return run(Verb::contract, args.dtype, problem, static_cast<cudaStream_t>(stream));
   };
@@ -98,29 +103,29 @@ int contract(const ContractArgs& args, void* stream) {
 }
 
 int contract_backward_rows(const ContractBackwardArgs& args, void* stream) {
-  if (!whole_chunks(args.dtype, args.hidden) || !whole_chunks(args.dtype, args.expert_size))
+  if (!good_row(args.dtype, args.hidden) || !good_row(args.dtype, args.expert_size))
     return cudaErrorInvalidValue;
-  const auto body = [&](auto format, auto gated) {
-    using Epilogue = ActivateBackward<decltype(format), decltype(gated)::value>;
+  const auto body = [&](auto format, auto activation) {
+    using Epilogue = ActivateBackward<decltype(format), decltype(activation)::value>;
     const RowsProblem<Epilogue, Major::line, true> problem{
         {args.grad_y, args.token_of_row, args.tokens, args.hidden},
         {args.weight, nullptr, args.hidden, args.expert_size},
-        {args.offsets, args.tiles, args.residents, args.expert_size, args.hidden, 0},
+        {args.offsets, args.tiles, args.residents, args.expert_size, args.hidden, nullptr},
         {args.preact, args.weights, args.slot_of_row, args.grad_preact, args.scaled_act,
-         args.workspace, args.slots, args.expert_size, args.activation}};
+         args.workspace, args.slots, args.expert_size}};
     return run(Verb::contract_backward, args.dtype, problem, static_cast<cudaStream_t>(stream));
   };
-  return with_gating(args.dtype, args.activation, body);
+  return with_format_and_activation(args.dtype, args.activation, body);
 }
 
 int grouped_rows(const GroupedRowsArgs& args, void* stream) {
-  if (!whole_chunks(args.dtype, args.in) || !whole_chunks(args.dtype, args.out))
+  if (!good_row(args.dtype, args.in) || !good_row(args.dtype, args.out))
     return cudaErrorInvalidValue;
   const auto body = [&](auto format) {
     const RowsProblem<StoreRows<decltype(format)>, Major::line, false> problem{
         {args.rows_in, nullptr, args.slots, args.in},
         {args.weight, nullptr, args.in, args.out},
-        {args.offsets, args.tiles, args.residents, args.out, args.in, 0},
+        {args.offsets, args.tiles, args.residents, args.out, args.in, nullptr},
         {args.rows_out, args.out, nullptr}};
     return run(Verb::grouped_rows, args.dtype, problem, static_cast<cudaStream_t>(stream));
   };
@@ -128,7 +133,7 @@ int grouped_rows(const GroupedRowsArgs& args, void* stream) {
 }
 
 int weight_grad(const WeightGradArgs& args, void* stream) {
-  if (!whole_chunks(args.dtype, args.left_size) || !whole_chunks(args.dtype, args.right_size))
+  if (!good_row(args.dtype, args.left_size) || !good_row(args.dtype, args.right_size))
     return cudaErrorInvalidValue;
   const auto body = [&](auto format) {
     using Format = decltype(format);

@@ -99,14 +99,19 @@ template <class Problem>
 cudaError_t run_warp_specialized(const Problem& problem, const Tile& tile, cudaStream_t stream);
 
 // Every problem of a format, for explicit instantiations: X(problem).
-#define FOMOE_FOR_PROBLEMS(X, Format)                                \
-  X(RowsProblem<Activate<Format, false>, Major::sum, true>)          \
-  X(RowsProblem<Activate<Format, true>, Major::sum, true>)           \
-  X(RowsProblem<StoreRows<Format>, Major::sum, false>)               \
-  X(RowsProblem<StoreRows<Format>, Major::line, false>)              \
-  X(RowsProblem<ActivateBackward<Format, false>, Major::line, true>) \
-  X(RowsProblem<ActivateBackward<Format, true>, Major::line, true>)  \
-  X(WeightsProblem<StoreRows<Format>>)                               \
+#define FOMOE_FOR_ACTIVATION(X, Format, activation)                          \
+  X(RowsProblem<Activate<Format, Activation::activation>, Major::sum, true>) \
+  X(RowsProblem<ActivateBackward<Format, Activation::activation>, Major::line, true>)
+#define FOMOE_FOR_PROBLEMS(X, Format)                   \
+  FOMOE_FOR_ACTIVATION(X, Format, swiglu)               \
+  FOMOE_FOR_ACTIVATION(X, Format, geglu)                \
+  FOMOE_FOR_ACTIVATION(X, Format, clamped_swiglu)       \
+  FOMOE_FOR_ACTIVATION(X, Format, silu)                 \
+  FOMOE_FOR_ACTIVATION(X, Format, relu2)                \
+  FOMOE_FOR_ACTIVATION(X, Format, gelu)                 \
+  X(RowsProblem<StoreRows<Format>, Major::sum, false>)  \
+  X(RowsProblem<StoreRows<Format>, Major::line, false>) \
+  X(WeightsProblem<StoreRows<Format>>)                  \
   X(WeightsProblem<AddRows<Format>>)
 
 }  // namespace fomoe::cuda

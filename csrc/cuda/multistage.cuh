@@ -17,58 +17,20 @@
 #include "arch/shared_memory.cuh"
 #include "grid.cuh"
 #include "grouped.cuh"
-#include "line_slice.cuh"
+#include "slices.cuh"
 
 namespace fomoe::cuda::multistage {
+
+// Whether the epilogue writes its windows by stmatrix.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kStoresMatrices = true;
+#else
+constexpr bool kStoresMatrices = false;
+#endif
 
 // fp32 products take more registers of a thread, so more threads share a tile.
 template <class Format>
 constexpr int kThreads = std::is_same_v<Format, F32> ? 256 : 128;
-
-// ---- copies ----------------------------------------------------------------------------------------
-
-// A slice whose lines are steps of the sum: kDepth lines of kColumns elements. Where the operand has
-// an index, `look_up` comes before every `copy`.
-template <class Format, int kDepth, int kColumns>
-class StepSlice {
- public:
-  static constexpr int kLineBytes = kColumns * kElementBytes<Format>;
-
-  __device__ void begin(int64_t column, int64_t columns) {
-    const int64_t element = column + threadIdx.x % kChunks * (kChunk / kElementBytes<Format>);
-    column_ = element < columns ? element : -1;
-  }
-  // Looks up where the steps from `sum` on come from, ahead of `copy`, which then does not wait.
-  __device__ void look_up(const Operand& operand, int64_t sum, int64_t sum_end) {
-    if (operand.index == nullptr) return;
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      const int64_t step = sum + first_line() + i * kStep;
-      next_[i] = step < sum_end ? operand.index[step] : -1;
-    }
-  }
-  // Steps sum .. sum_end, from `data`, whose step 0 is the operand's.
-  __device__ void copy(unsigned char* slice, const Operand& operand, const void* data, int64_t sum,
-                       int64_t sum_end) const {
-    const int chunk = threadIdx.x % kChunks;
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      const int64_t step = sum + first_line() + i * kStep;
-      const bool exists = step < sum_end && column_ >= 0;
-      const int64_t line = operand.index == nullptr ? step : next_[i];
-      const int64_t from = exists ? line * operand.stride + column_ : 0;
-      async_copy_16(chunk_at(slice, first_line() + i * kStep, kLineBytes, chunk),
-                    static_cast<const unsigned char*>(data) + from * kElementBytes<Format>, exists);
-    }
-  }
-
- private:
-  static constexpr int kChunks = kLineBytes / kChunk;
-  static constexpr int kStep = kThreads<Format> / kChunks, kPerThread = kDepth / kStep;
-  __device__ static int first_line() { return threadIdx.x / kChunks; }
-  int64_t column_;
-  int32_t next_[kPerThread];
-};
 
 // ---- products --------------------------------------------------------------------------------------
 
@@ -181,46 +143,47 @@ struct Shape {
   __host__ __device__ static constexpr int line_bytes(Major major, int lines) {
     return major == Major::sum ? kSliceBytes : lines * kElementBytes<Format>;
   }
-  static constexpr int kStagingBytes = Epilogue::kWindows * Window<Format>::kBytes;
+  static constexpr int kStagingBytes = Epilogue::kWindows * kWindowBytes<Format>;
   static_assert(kWarps * kStagingBytes <= kSharedBytes);
 };
+
+// Slices of an operand whose lines are steps of the sum.
+template <class Shape, int kColumns, bool kIndexed>
+using Steps = StepSlice<typename Shape::Format, Shape::kDepth, kColumns, kColumns,
+                        kThreads<typename Shape::Format>, kIndexed>;
+template <class Shape, int kLines>
+using Lines = LineSlice<typename Shape::Format, kLines, kThreads<typename Shape::Format>>;
 
 // Copies the slices of a tile's operands: those of a GEMM over rows ...
 template <class Shape, class Problem, bool = Problem::kSumsRows>
 class Feeder {
  public:
-  __device__ Feeder(const Problem& problem, const Work& work) : problem_(problem), work_(work) {
-    a_.begin([&](int line) { return line_of_a(problem, work, line); });
-    b_data_ = static_cast<const unsigned char*>(problem.b.data) +
-              work.resident * problem.b.lines * problem.b.stride * kElementBytes<Format>;
+  __device__ Feeder(const Problem& problem, const Work& work) : work_(work) {
+    const Operand &a = problem.a, &b = problem.b;
+    a_.begin(a.data, a.stride, [&](int line) { return line_of_a(problem, work, line); });
+    const auto* data =
+        element_at<typename Shape::Format>(b.data, work.resident * b.lines * b.stride);
     if constexpr (Problem::kMajorB == Major::sum) {
-      b_.begin([&](int line) { return line_of_b(problem, work, line); });
+      b_.begin(data, b.stride, [&](int line) { return line_of_b(problem, work, line); });
     } else {
-      b_.begin(work.column, problem.schedule.columns);
+      b_.begin(data, b.stride, work.column, problem.schedule.columns, nullptr, 0, work.sum_end);
     }
   }
   __device__ void copy(unsigned char* stage, int64_t sum) {
-    const int64_t depth = work_.sum_end;
-    a_.copy(stage, problem_.a.data, problem_.a.stride, sum, depth);
+    a_.copy(stage, sum, work_.sum_end);
     if constexpr (Problem::kMajorB == Major::sum) {
-      b_.copy(stage + Shape::kBytesA, b_data_, problem_.b.stride, sum, depth);
+      b_.copy(stage + Shape::kBytesA, sum, work_.sum_end);
     } else {
-      b_.copy(stage + Shape::kBytesA, problem_.b, b_data_, sum, depth);
+      b_.copy(stage + Shape::kBytesA, nullptr, sum, work_.sum_end);
     }
   }
 
  private:
-  using Format = typename Shape::Format;
-  template <int kLines>
-  using Lines = LineSlice<Format, kLines, kThreads<Format>>;
-  template <Major kMajor>
-  using SliceB = std::conditional_t<kMajor == Major::sum, Lines<Shape::kN>,
-                                    StepSlice<Format, Shape::kDepth, Shape::kN>>;
-  const Problem& problem_;
   const Work& work_;
-  const unsigned char* b_data_;
-  Lines<Shape::kM> a_;
-  SliceB<Problem::kMajorB> b_;
+  Lines<Shape, Shape::kM> a_;
+  std::conditional_t<Problem::kMajorB == Major::sum, Lines<Shape, Shape::kN>,
+                     Steps<Shape, Shape::kN, false>>
+      b_;
 };
 
 // ... and those of a GEMM that sums over rows.
@@ -228,26 +191,22 @@ template <class Shape, class Problem>
 class Feeder<Shape, Problem, true> {
  public:
   __device__ Feeder(const Problem& problem, const Work& work) : problem_(problem), work_(work) {
-    a_.begin(work.row, problem.schedule.lines);
-    b_.begin(work.column, problem.schedule.columns);
-    look_up(work.sum_begin);
+    const Operand &a = problem.a, &b = problem.b;
+    a_.begin(a.data, a.stride, work.row, problem.schedule.lines, a.index, work.sum_begin,
+             work.sum_end);
+    b_.begin(b.data, b.stride, work.column, problem.schedule.columns, b.index, work.sum_begin,
+             work.sum_end);
   }
   __device__ void copy(unsigned char* stage, int64_t sum) {
-    a_.copy(stage, problem_.a, problem_.a.data, sum, work_.sum_end);
-    b_.copy(stage + Shape::kBytesA, problem_.b, problem_.b.data, sum, work_.sum_end);
-    look_up(sum + Shape::kDepth);
+    a_.copy(stage, problem_.a.index, sum, work_.sum_end);
+    b_.copy(stage + Shape::kBytesA, problem_.b.index, sum, work_.sum_end);
   }
 
  private:
-  __device__ void look_up(int64_t sum) {
-    a_.look_up(problem_.a, sum, work_.sum_end);
-    b_.look_up(problem_.b, sum, work_.sum_end);
-  }
-  using Format = typename Shape::Format;
   const Problem& problem_;
   const Work& work_;
-  StepSlice<Format, Shape::kDepth, Shape::kM> a_;
-  StepSlice<Format, Shape::kDepth, Shape::kN> b_;
+  Steps<Shape, Shape::kM, true> a_;
+  Steps<Shape, Shape::kN, true> b_;
 };
 
 // Multiplies the warp's part of a stage.
@@ -312,7 +271,8 @@ __device__ void make_tile(const typename Shape::Problem& problem, const Work& wo
     const Place place =
         place_of(problem, work, row + i * kStripRows, warp % Shape::kWarpsN * kStripColumns);
     if (place.rows > 0 && place.columns > 0)
-      problem.epilogue.strip(sums[i], place, shared + warp * Shape::kStagingBytes);
+      problem.epilogue.template strip<kStoresMatrices>(sums[i], place,
+                                                       shared + warp * Shape::kStagingBytes);
   }
   __syncthreads();
 }
@@ -327,7 +287,8 @@ __global__ void __launch_bounds__(kThreads<typename Shape::Format>, Shape::kBloc
   schedule.prepare(schedule_memory[0]);
   constexpr int kColumns = result_columns<typename Shape::Epilogue>(Shape::kN);
   Work work;
-  for (int64_t item = blockIdx.x; schedule.get(item, kColumns, work); item += gridDim.x)
+  for (int32_t item = int32_t(blockIdx.x); schedule.get(item, kColumns, work);
+       item += int32_t(gridDim.x))
     make_tile<Shape>(problem, work, shared);
 }
 

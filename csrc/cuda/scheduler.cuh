@@ -22,19 +22,23 @@ struct TilePosition {
   int32_t row, column;  // tiles
 };
 
-__device__ inline TilePosition in_bands(int64_t item, int64_t row_tiles, int64_t column_tiles) {
-  const int64_t band = item / (kBand * column_tiles);
-  const int64_t height = min(int64_t(kBand), row_tiles - band * kBand);
-  const int64_t within = item - band * kBand * column_tiles;
-  return {int32_t(band * kBand + within % height), int32_t(within / height)};
+// In 32 bits, as all of a schedule is: 2^31 tiles would be terabytes of results.
+__device__ inline TilePosition in_bands(int32_t item, int32_t row_tiles, int32_t column_tiles) {
+  const int32_t band = item / (kBand * column_tiles);
+  const int32_t height = min(kBand, row_tiles - band * kBand);
+  const int32_t within = item - band * kBand * column_tiles;
+  return {band * kBand + within % height, within / height};
+}
+__device__ inline int32_t tiles_of(int64_t size, int32_t tile) {
+  return (int32_t(size) + tile - 1) / tile;
 }
 
 // A tile of C and what is summed: rows [row, row_end) of operand A, columns from `column` on.
 struct Work {
   int32_t resident;
-  int64_t row, row_end;
+  int32_t row, row_end;
   int32_t column;
-  int64_t sum_begin, sum_end;  // along the sum
+  int32_t sum_begin, sum_end;  // along the sum
 };
 
 // ---- GEMMs whose sums run over columns: the rows of a group are rows of C ------------------------
@@ -54,20 +58,21 @@ class RowSchedule {
       count += (offsets[r + 1] - offsets[r] + kTileRows - 1) / kTileRows;
     if (count != 0) atomicAdd(&shared.tiles, count);
     __syncthreads();
-    row_tiles_ = shared.tiles;
+    shared_ = &shared;
   }
   // False behind the last item.
-  __device__ bool get(int64_t item, int tile_columns, Work& work) const {
-    const int64_t column_tiles = (columns + tile_columns - 1) / tile_columns;
-    if (item >= row_tiles_ * column_tiles) return false;
-    const TilePosition at = in_bands(item, row_tiles_, column_tiles);
+  __device__ bool get(int32_t item, int tile_columns, Work& work) const {
+    const int32_t column_tiles = tiles_of(columns, tile_columns);
+    const int32_t row_tiles = shared_->tiles;  // read anew: registers are dearer
+    if (item >= row_tiles * column_tiles) return false;
+    const TilePosition at = in_bands(item, row_tiles, column_tiles);
     const int2 tile = reinterpret_cast<const int2*>(tiles)[at.row];
     work.resident = tile.x;
     work.row = tile.y;
     work.row_end = min(tile.y + kTileRows, offsets[tile.x + 1]);
     work.column = at.column * tile_columns;
     work.sum_begin = 0;
-    work.sum_end = depth;
+    work.sum_end = int32_t(depth);
     return true;
   }
 
@@ -76,7 +81,7 @@ class RowSchedule {
   int32_t residents;
   int64_t columns, depth;
 
-  int64_t row_tiles_;
+  const Shared* shared_;
 };
 
 // ---- GEMMs whose sums run over the rows of a group: gradients of weights ------------------------
@@ -100,16 +105,16 @@ class WeightSchedule {
     __syncthreads();
     order_ = shared.order;
   }
-  __device__ bool get(int64_t item, int tile_columns, Work& work) const {
-    const int64_t row_tiles = (lines + kTileRows - 1) / kTileRows;
-    const int64_t column_tiles = (columns + tile_columns - 1) / tile_columns;
-    const int64_t rank = item / (row_tiles * column_tiles);
+  __device__ bool get(int32_t item, int tile_columns, Work& work) const {
+    const int32_t row_tiles = tiles_of(lines, kTileRows);
+    const int32_t column_tiles = tiles_of(columns, tile_columns);
+    const int32_t rank = item / (row_tiles * column_tiles);
     if (rank >= residents) return false;
     const TilePosition at =
         in_bands(item - rank * row_tiles * column_tiles, row_tiles, column_tiles);
     work.resident = order_[rank];
-    work.row = int64_t(at.row) * kTileRows;
-    work.row_end = min(work.row + kTileRows, lines);
+    work.row = at.row * kTileRows;
+    work.row_end = min(work.row + kTileRows, int32_t(lines));
     work.column = at.column * tile_columns;
     work.sum_begin = offsets[work.resident];
     work.sum_end = offsets[work.resident + 1];

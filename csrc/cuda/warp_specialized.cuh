@@ -13,222 +13,18 @@
 
 #include <cstdint>
 
-#include "arch/async_copy.cuh"
 #include "arch/barrier.cuh"
 #include "arch/bulk_copy.cuh"
+#include "arch/compiler.cuh"
 #include "arch/shared_memory.cuh"
 #include "arch/tensor_map.cuh"
 #include "arch/warpgroup.cuh"
 #include "grid.cuh"
 #include "grouped.cuh"
-#include "line_slice.cuh"
+#include "warp_specialized_producer.cuh"
+#include "warp_specialized_shape.cuh"
 
 namespace fomoe::cuda::warp_specialized {
-
-constexpr int kGroup = 128;  // threads of a warpgroup
-constexpr int kGroupWarps = kGroup / kWarp;
-constexpr int kConsumers = 2, kThreads = (1 + kConsumers) * kGroup;
-constexpr int kDepth = 64, kRowBytes = kSliceBytes;  // of a slice: elements of the sum, 16-bit
-constexpr int kPanel = 64 * kRowBytes;               // 64 lines of 128 bytes
-constexpr int kGroupOf8 = 8 * kRowBytes;
-constexpr int kChunkElements = 8;
-constexpr int kRowsOfProduct = 64;  // of wgmma
-constexpr int kSumOfProduct = 16;
-// A multiprocessor has 65536 registers: 168 for each of 384 threads to begin with.
-constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
-constexpr int kSharedLimit = 227 << 10, kBarrierBytes = 4 << 10;
-
-template <class Problem_, int kN_, bool kPingPong_>
-struct Shape {
-  using Problem = Problem_;
-  using Epilogue = typename Problem::Epilogue;
-  using Format = typename Epilogue::Format;
-  static constexpr int kM = kTileRows, kN = kN_;
-  static constexpr bool kPingPong = kPingPong_;
-  // Products of 64 rows that a consumer makes of each slice.
-  static constexpr int kProducts =
-      kPingPong ? kM / kRowsOfProduct : kM / kRowsOfProduct / kConsumers;
-  static constexpr int kBytesA = kM * kRowBytes, kBytesB = kN * kRowBytes;
-  static constexpr int kStageBytes = kBytesA + kBytesB;
-  static constexpr int kStagingBytes = Epilogue::kWindows * Window<Format>::kBytes;  // of a warp
-  static constexpr int kStagingTotal = kConsumers * kGroupWarps * kStagingBytes;
-  static constexpr int kStages = (kSharedLimit - kBarrierBytes - kStagingTotal) / kStageBytes;
-  static constexpr int kSharedBytes = kStages * kStageBytes + kStagingTotal;
-  // Slices that are on their way by cp.async while the next one is asked for.
-  static constexpr int kInFlight = kStages - 2;
-  static_assert(kStages >= 3);
-  // Every producer thread, and one more arrival for what comes by TMA.
-  static constexpr bool kCopies = Problem::kSumsRows || Problem::kGather;
-  static constexpr unsigned kFullArrivals = kCopies ? kGroup + 1 : 1;
-  static constexpr unsigned kEmptyArrivals = (kPingPong ? 1 : kConsumers) * kGroupWarps;
-  // Lines of B in a box.
-  static constexpr int kBoxB = Problem::kMajorB == Major::line ? kDepth
-                               : Epilogue::kInterleaved        ? kStripColumns / 2
-                                                               : kN;
-};
-
-template <class Problem>
-struct Params {
-  TensorMap a, b;
-  Problem problem;
-};
-
-struct Barriers {
-  uint64_t *full, *empty;
-};
-
-// A place in the ring, and how often it has been round.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  unsigned phase = 0;
-  __device__ void next() {
-    stage = stage == kStages - 1 ? 0 : stage + 1;
-    phase ^= stage == 0 ? 1u : 0u;
-  }
-  __device__ void skip(int slices) {
-    phase ^= unsigned(stage + slices) / kStages & 1u;
-    stage = (stage + slices) % kStages;
-  }
-};
-
-__device__ inline int slices_of(const Work& work) {
-  return int((work.sum_end - work.sum_begin + kDepth - 1) / kDepth);
-}
-
-// ---- the producer ------------------------------------------------------------------------------------
-
-// kDepth rows of an operand whose rows are steps of the sum, kColumns of each: panels of 64 columns.
-template <int kColumns>
-__device__ void copy_steps(unsigned char* slice, const Operand& operand, int64_t column,
-                           int64_t columns, int64_t sum, int64_t sum_end) {
-  constexpr int kChunks = kColumns / kChunkElements, kStep = kGroup / kChunks;
-  const int chunk = threadIdx.x % kChunks, first = threadIdx.x / kChunks;
-  const int64_t element = column + chunk * kChunkElements;
-  unsigned char* panel = slice + chunk / 8 * kPanel;
-  const auto* data = static_cast<const unsigned char*>(operand.data);
-#pragma unroll 4
-  for (int line = first; line < kDepth; line += kStep) {
-    const bool exists = sum + line < sum_end && element < columns;
-    int64_t from = 0;
-    if (exists) {
-      const int64_t row = operand.index == nullptr ? sum + line : operand.index[sum + line];
-      from = (row * operand.stride + element) * 2;
-    }
-    async_copy_16(chunk_at(panel, line, kRowBytes, chunk % 8), data + from, exists);
-  }
-}
-
-// The boxes of B of a GEMM over rows. One thread.
-template <class Shape>
-__device__ void load_b(const Params<typename Shape::Problem>& params, const Work& work,
-                       unsigned char* slice, int64_t sum, uint64_t* full) {
-  using Problem = typename Shape::Problem;
-  if constexpr (Problem::kMajorB == Major::line) {
-#pragma unroll
-    for (int i = 0; i < Shape::kN / 64; ++i)
-      tensor_load(slice + i * kPanel, &params.b, full, work.column + i * 64, int(sum),
-                  work.resident);
-  } else if constexpr (Shape::Epilogue::kInterleaved) {
-    constexpr int kHalf = kStripColumns / 2;
-#pragma unroll
-    for (int i = 0; i < Shape::kN / kHalf; ++i) {
-      const int64_t line = work.column + i / 2 * kHalf + i % 2 * params.problem.schedule.columns;
-      tensor_load(slice + i * kHalf * kRowBytes, &params.b, full, int(sum), int(line),
-                  work.resident);
-    }
-  } else {
-    tensor_load(slice, &params.b, full, int(sum), work.column, work.resident);
-  }
-}
-
-// One operand of a GEMM that sums over rows: by TMA where its rows lie in order and the slice is
-// whole, else by all threads.
-__device__ inline bool is_loaded(const Operand& operand, int64_t sum, int64_t sum_end) {
-  return operand.index == nullptr && sum + kDepth <= sum_end;
-}
-template <int kColumns>
-__device__ void load_steps(unsigned char* slice, const TensorMap& map, int64_t column, int64_t sum,
-                           uint64_t* full) {
-#pragma unroll
-  for (int i = 0; i < kColumns / 64; ++i)
-    tensor_load(slice + i * kPanel, &map, full, int(column) + i * 64, int(sum), 0);
-}
-
-// Fills one stage; all threads of the producer, or its first where nothing is copied.
-template <class Shape, class Rows>
-__device__ void fill_stage(const Params<typename Shape::Problem>& params, const Work& work,
-                           const Rows& rows, int64_t sum, unsigned char* stage, uint64_t* full) {
-  const auto& problem = params.problem;
-  unsigned char* slice_b = stage + Shape::kBytesA;
-  const bool first = threadIdx.x == 0;
-  if constexpr (Shape::Problem::kSumsRows) {
-    const int64_t lines = problem.schedule.lines, columns = problem.schedule.columns;
-    const bool load_a = is_loaded(problem.a, sum, work.sum_end);
-    const bool load_b = is_loaded(problem.b, sum, work.sum_end);
-    if (first) {
-      mbarrier_arrive_expect(full, (load_a ? Shape::kBytesA : 0) + (load_b ? Shape::kBytesB : 0));
-      if (load_a) load_steps<Shape::kM>(stage, params.a, work.row, sum, full);
-      if (load_b) load_steps<Shape::kN>(slice_b, params.b, work.column, sum, full);
-    }
-    if (!load_a) copy_steps<Shape::kM>(stage, problem.a, work.row, lines, sum, work.sum_end);
-    if (!load_b) copy_steps<Shape::kN>(slice_b, problem.b, work.column, columns, sum, work.sum_end);
-  } else if constexpr (Shape::Problem::kGather) {
-    if (first) {
-      mbarrier_arrive_expect(full, Shape::kBytesB);
-      load_b<Shape>(params, work, slice_b, sum, full);
-    }
-    rows.copy(stage, problem.a.data, problem.a.stride, sum, work.sum_end);
-  } else {
-    mbarrier_arrive_expect(full, Shape::kStageBytes);
-    tensor_load(stage, &params.a, full, int(sum), int(work.row), 0);
-    load_b<Shape>(params, work, slice_b, sum, full);
-  }
-}
-
-struct NoRows {};
-
-template <class Shape, class Schedule>
-__device__ void produce(const Params<typename Shape::Problem>& params, const Schedule& schedule,
-                        unsigned char* shared, const Barriers& barriers) {
-  using Problem = typename Shape::Problem;
-  // Of A, where they are gathered.
-  using Rows = std::conditional_t<Problem::kGather,
-                                  LineSlice<typename Shape::Format, Shape::kM, kGroup>, NoRows>;
-  constexpr int kColumns = result_columns<typename Shape::Epilogue>(Shape::kN);
-  Ring<Shape::kStages> ring, arrived;
-  int in_flight = 0;
-  // The oldest slice on its way by cp.async has arrived: to the async proxy, which multiplies, too.
-  const auto announce = [&] {
-    fence_proxy_async();
-    mbarrier_arrive(barriers.full + arrived.stage);
-    arrived.next();
-    --in_flight;
-  };
-  Work work;
-  for (int64_t item = blockIdx.x; schedule.get(item, kColumns, work); item += gridDim.x) {
-    Rows rows;
-    if constexpr (Problem::kGather)
-      rows.begin([&](int line) { return line_of_a(params.problem, work, line); });
-    for (int64_t sum = work.sum_begin; sum < work.sum_end; sum += kDepth) {
-      mbarrier_wait(barriers.empty + ring.stage, ring.phase ^ 1);
-      fill_stage<Shape>(params, work, rows, sum, shared + ring.stage * Shape::kStageBytes,
-                        barriers.full + ring.stage);
-      ring.next();
-      if constexpr (Shape::kCopies) {
-        async_copy_commit();
-        if (++in_flight > Shape::kInFlight) {
-          async_copy_wait<Shape::kInFlight>();
-          announce();
-        }
-      }
-    }
-  }
-  if constexpr (Shape::kCopies) {
-    async_copy_wait<0>();
-    while (in_flight > 0) announce();
-  }
-}
 
 // ---- the consumers -----------------------------------------------------------------------------------
 
@@ -259,18 +55,22 @@ struct Turns {
   }
 };
 
-// Multiplies all slices of a tile; acc[p] are the sums of rows 64 * (first + p) and on.
-template <int kProducts, class Shape>
+// Multiplies all slices of a tile; acc[p] are the sums of rows 64 * (first + p) and on. look_ahead() is
+// called when this consumer's turn has come: a main loop before its epilogue.
+template <int kProducts, class Shape, class LookAhead>
 __device__ void multiply_slices(float (&acc)[Shape::kProducts][Shape::kN / 2], int first,
                                 int slices, unsigned char* shared, const Barriers& barriers,
-                                const Turns& turns, Ring<Shape::kStages>& ring) {
+                                const Turns& turns, Ring<Shape::kStages>& ring,
+                                const LookAhead& look_ahead) {
   using A = Slices<Shape::Problem::kMajorA>;
   using B = Slices<Shape::Problem::kMajorB>;
   const bool speaks = threadIdx.x % kWarp == 0;
   int before = -1;  // stage of the slice before
   if (Shape::kPingPong) turns.begin();
+  look_ahead();
   for (int slice = 0; slice < slices; ++slice) {
     mbarrier_wait(barriers.full + ring.stage, ring.phase);
+    if constexpr (Shape::kCopies) fence_proxy_async();  // what cp.async wrote is for wgmma to read
     if constexpr (kProducts > 0) {
       const unsigned char* stage = shared + ring.stage * Shape::kStageBytes;
       const uint64_t a = A::at(stage + first * kPanel), b = B::at(stage + Shape::kBytesA);
@@ -306,18 +106,18 @@ __device__ void consume(const typename Shape::Problem& problem, const Schedule& 
                         unsigned char* shared, const Barriers& barriers) {
   constexpr int kColumns = result_columns<typename Shape::Epilogue>(Shape::kN);
   constexpr int kProducts = Shape::kProducts;
-  const int consumer = threadIdx.x / kGroup - 1;
-  const int warp = threadIdx.x % kGroup / kWarp;
+  const int consumer = warp_uniform(int(threadIdx.x) / kGroup - 1);
+  const int warp = warp_uniform(int(threadIdx.x) % kGroup / kWarp);
   const int first = Shape::kPingPong ? 0 : consumer;
   unsigned char* staging = shared + Shape::kStages * Shape::kStageBytes +
                            (consumer * kGroupWarps + warp) * Shape::kStagingBytes;
   Ring<Shape::kStages> ring;
   Work work, next;
-  int64_t item = blockIdx.x;
+  int32_t item = int32_t(blockIdx.x);
   bool more = schedule.get(item, kColumns, next);
   for (int turn = 0; more; ++turn) {
     work = next;
-    item += gridDim.x;
+    item += int32_t(gridDim.x);
     more = schedule.get(item, kColumns, next);
     const int slices = slices_of(work);
     if (Shape::kPingPong && turn % kConsumers != consumer) {
@@ -325,6 +125,16 @@ __device__ void consume(const typename Shape::Problem& problem, const Schedule& 
       continue;
     }
     const Turns turns{consumer, turn == 0, !more};
+    constexpr int kStrips = Shape::kN / kStripColumns;  // of a product
+    const auto place_at = [&](int strip) {
+      return place_of(problem, work, (first + strip / kStrips) * kRowsOfProduct + warp * kStripRows,
+                      strip % kStrips * kStripColumns);
+    };
+    const auto look_ahead = [&] {
+#pragma unroll
+      for (int strip = 0; strip < kProducts * kStrips; ++strip)
+        problem.epilogue.look_ahead(place_at(strip));
+    };
     float acc[kProducts][Shape::kN / 2];
 #pragma unroll
     for (int p = 0; p < kProducts; ++p)
@@ -333,20 +143,19 @@ __device__ void consume(const typename Shape::Problem& problem, const Schedule& 
     // A tile's last rows may leave whole products without work.
     const int64_t rows = work.row_end - work.row - first * kRowsOfProduct;
     if (rows > (kProducts - 1) * kRowsOfProduct) {
-      multiply_slices<kProducts, Shape>(acc, first, slices, shared, barriers, turns, ring);
+      multiply_slices<kProducts, Shape>(acc, first, slices, shared, barriers, turns, ring,
+                                        look_ahead);
     } else {
-      multiply_slices<kProducts - 1, Shape>(acc, first, slices, shared, barriers, turns, ring);
+      multiply_slices<kProducts - 1, Shape>(acc, first, slices, shared, barriers, turns, ring,
+                                            look_ahead);
     }
 #pragma unroll
-    for (int p = 0; p < kProducts; ++p)
-#pragma unroll
-      for (int strip = 0; strip < Shape::kN / kStripColumns; ++strip) {
-        const Place place = place_of(
-            problem, work, (first + p) * kRowsOfProduct + warp * kStripRows, strip * kStripColumns);
-        if (place.rows > 0 && place.columns > 0)
-          problem.epilogue.strip(reinterpret_cast<Sums&>(acc[p][strip * kStripSums]), place,
-                                 staging);
-      }
+    for (int strip = 0; strip < kProducts * kStrips; ++strip) {
+      const Place place = place_at(strip);
+      auto& sums = reinterpret_cast<Sums&>(acc[strip / kStrips][strip % kStrips * kStripSums]);
+      if (place.rows > 0 && place.columns > 0)
+        problem.epilogue.template strip<true>(sums, place, staging);
+    }
   }
 }
 
