@@ -1,5 +1,5 @@
-// Small matrices in a warp's registers (sm_80): ldmatrix and mma.sync. Lane l holds of each 8 x 8
-// matrix of 16-bit elements those at row l / 4, columns 2 (l % 4) and the next.
+// Small matrices in a warp's registers (sm_80): ldmatrix and mma.sync; stmatrix (sm_90).
+// Lane l holds of each 8 x 8 matrix of 16-bit elements those at row l / 4, columns 2 (l % 4) and the next.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -26,6 +26,10 @@ inline void load_matrices(uint32_t (&matrices)[4], const void* row, Here here = 
 inline void load_matrices_transposed(uint32_t (&matrices)[4], const void* row, Here here = {}) {
   emulator::load_matrices(matrices, row, true, here);
 }
+// Four 8 x 8 matrices to shared memory, rows named as by load_matrices.
+inline void store_matrices(const uint32_t (&matrices)[4], void* row, Here here = {}) {
+  emulator::store_matrices(matrices, row, here);
+}
 // c += a . b in fp32. a: 16 x 16, matrices (upper left, lower left, upper right, lower right);
 // b: 16 x 8, given by its transpose, matrices (left, right); c: 16 x 8, c[0..1] of row l / 4 and
 // c[2..3] of row l / 4 + 8.
@@ -49,6 +53,18 @@ __device__ inline void load_matrices_transposed(uint32_t (&matrices)[4], const v
                : "r"(shared_address(row))
                : "memory");
 }
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+// A kernel that stores matrices is compiled for older chips too, where it must not be launched.
+__device__ inline void store_matrices(const uint32_t (&)[4], void*) { __trap(); }
+#else
+__device__ inline void store_matrices(const uint32_t (&matrices)[4], void* row) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+      "r"(matrices[0]), "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
+      : "memory");
+}
+#endif
 
 #define FOMOE_MMA(type)                                               \
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type \

@@ -110,6 +110,8 @@ uint32_t match_any(uint32_t mask, uint64_t value, Here here);
 // Every lane gets fold(... fold(v0, v1) ..., vn) over the lanes of the mask.
 uint32_t reduce(uint32_t mask, uint32_t value, uint32_t (*fold)(uint32_t, uint32_t),
                 const char* name, Here here);
+// What all lanes of the warp bring alike.
+int warp_uniform(int value, Here here);
 
 }  // namespace fomoe::emulator
 

@@ -9,6 +9,7 @@ namespace fomoe::emulator {
 void async_copy_16(void* shared, const void* global, bool valid, Here here);
 void async_copy_commit();
 void async_copy_wait(unsigned pending);
+void async_copy_arrive(uint64_t* barrier, Here here);
 
 void mbarrier_init(uint64_t* barrier, unsigned count, Here here);
 void mbarrier_arrive(uint64_t* barrier, unsigned expected_bytes, Here here);
@@ -36,5 +37,6 @@ constexpr uint64_t kTensorMapWord = 0x74656e736f726d61ull;
 void tensor_load(void* shared, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2,
                  Here here);
 void prefetch_tensor_map(const TensorMap* map, Here here);
+void prefetch(const void* global, Here here);
 
 }  // namespace fomoe::emulator

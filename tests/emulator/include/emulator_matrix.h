@@ -13,6 +13,7 @@ struct MatrixPair {
 };
 
 void load_matrices(uint32_t (&matrices)[4], const void* row, bool transposed, Here here);
+void store_matrices(const uint32_t (&matrices)[4], void* row, Here here);
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], MatrixPair b, Unpack unpack, Here here);
 
 }  // namespace fomoe::emulator

@@ -1,13 +1,10 @@
 // Asynchronous copies: cp.async, bulk copies, mbarriers. A copy lands at its issue, or as late as the
 // wait for it allows, or somewhere between, as the schedule says; until then its target reads 0xff.
-//
-// Bulk copies belong to the async proxy. It has its own view of shared memory, which ordinary
-// stores do not reach until fence.proxy.async: a shadow of each array.
 #include "async.h"
 
+#include <algorithm>
 #include <cstring>
 #include <deque>
-#include <map>
 
 #include "../include/emulator_async.h"
 #include "sanitizers.h"
@@ -30,23 +27,37 @@ struct Load {
   std::function<void(unsigned char*)> fill;
 };
 
+// A thread's copies between two commits or arrivals.
+struct Batch {
+  std::vector<Copy> copies;
+  bool closed = false;   // an arrival waits for it
+  uint64_t landing = 0;  // its number, once somebody could know of it
+  bool waited = false;   // and somebody does
+};
+using Batches = std::vector<std::shared_ptr<Batch>>;
+
+// An arrival that copies of a thread will make.
+struct Arriving {
+  unsigned thread;
+  Batches batches;
+};
+
 struct Mbarrier {
   unsigned count, pending;
   int64_t bytes = 0;  // still expected
   unsigned phase = 0;
-  std::deque<Load> loads;        // that have not landed
-  std::shared_ptr<Unit> copier;  // writes what they bring
-};
-
-struct Group {
-  std::vector<Copy> copies;
+  std::deque<Load> loads;                   // that have not landed
+  std::shared_ptr<Unit> copier;             // writes what they bring
+  std::deque<Arriving> arriving = {};       // that have not arrived
+  Batches arrived = {}, unseen = {};        // in this phase; before, and nobody waited yet
+  uint64_t brought_landed = 0, landed = 0;  // as Fiber's: in this phase, before
 };
 
 // A thread's copies in groups, as commit and wait see them.
 struct Groups {
-  Group open;
-  std::deque<Group> committed;
-  bool empty() const { return open.copies.empty() && committed.empty(); }
+  Batches open;
+  std::deque<Batches> committed;
+  char issued = 0;  // an address for TSan
 };
 
 constexpr uint64_t kMbarrierWord = 0x6d62617272696572ull;
@@ -56,9 +67,8 @@ constexpr uint64_t kMbarrierWord = 0x6d62617272696572ull;
 struct AsyncState {
   std::map<unsigned, Groups> copies, stores;  // by thread
   std::map<uint64_t*, Mbarrier> mbarriers;
-  std::map<const unsigned char*, std::vector<unsigned char>> shadows;  // by start of an array
-  std::map<unsigned, uint32_t> fenced;  // by warp: lanes that have fenced, but not yet all
-  bool stale = false;                   // a fence has not reached the shadows yet
+  uint64_t landings = 0;
+  ProxyView proxy;
   std::shared_ptr<Warpgroups> warpgroups;
 };
 
@@ -68,39 +78,6 @@ void free_async_state(AsyncState* state) { delete state; }
 namespace {
 
 AsyncState& state() { return *self()->block->async; }
-
-// The array of shared memory that holds [p, p + bytes), or null.
-const SharedArray* array_of(const void* p, size_t bytes) {
-  Block& block = *self()->block;
-  static SharedArray dynamic;
-  const auto* at = static_cast<const unsigned char*>(p);
-  const auto holds = [&](const unsigned char* memory, size_t size) {
-    return memory != nullptr && at >= memory && at + bytes <= memory + size;
-  };
-  for (const SharedArray& array : block.arrays)
-    if (holds(array.memory, array.bytes)) return &array;
-  if (!holds(block.dynamic, block.dynamic_bytes)) return nullptr;
-  dynamic = {nullptr, block.dynamic, block.dynamic_bytes};
-  return &dynamic;
-}
-
-unsigned char* shadow_of(const unsigned char* p, size_t bytes) {
-  const SharedArray* array = array_of(p, bytes);
-  auto [place, is_new] = state().shadows.try_emplace(array->memory);
-  if (is_new) place->second.assign(array->bytes, 0xff);
-  return place->second.data() + (p - array->memory);
-}
-
-// The async proxy sees all that is in shared memory now.
-void refresh_shadows() {
-  const auto refresh = [](const unsigned char* memory, size_t bytes) {
-    if (memory != nullptr) std::memcpy(shadow_of(memory, bytes), memory, bytes);
-  };
-  const Block& block = *self()->block;
-  for (const SharedArray& array : block.arrays) refresh(array.memory, array.bytes);
-  refresh(block.dynamic, block.dynamic_bytes);
-  state().stale = false;
-}
 
 // To TSan the thread that issues a copy is who reads and writes.
 void announce(const void* from, void* to, size_t bytes) {
@@ -124,17 +101,56 @@ void land_store(Copy& copy) {
   std::memcpy(copy.to, proxy_sees(copy.from, copy.bytes), copy.bytes);
 }
 
-template <class Land>
-void wait_for(Groups& groups, unsigned pending, const Land& land_one) {
-  while (groups.committed.size() > pending) {
-    for (Copy& copy : groups.committed.front().copies) land_one(copy);
-    groups.committed.pop_front();
-  }
+Batch& open_batch(Groups& groups) {
+  if (groups.open.empty() || groups.open.back()->closed)
+    groups.open.push_back(std::make_shared<Batch>());
+  return *groups.open.back();
 }
 
 void commit(Groups& groups) {
   groups.committed.push_back(std::move(groups.open));
-  groups.open = {};
+  groups.open.clear();
+}
+
+// All groups but the last `pending` land; their batches.
+template <class Land>
+Batches wait_for(Groups& groups, unsigned pending, const Land& land_one) {
+  Batches landed;
+  for (; groups.committed.size() > pending; groups.committed.pop_front()) {
+    for (const auto& batch : groups.committed.front()) {
+      for (Copy& copy : batch->copies) land_one(copy);
+      landed.push_back(batch);
+    }
+  }
+  return landed;
+}
+
+// Somebody could know now that these have landed.
+uint64_t number(const Batches& batches) {
+  const uint64_t now = ++state().landings;
+  for (const auto& batch : batches) {
+    if (batch->landing != 0) continue;
+    batch->landing = now;
+    for (const Copy& copy : batch->copies) number_landing(copy.to, now);
+  }
+  return now;
+}
+
+void learn(uint64_t landed) { self()->landed = std::max(self()->landed, landed); }
+
+bool is_waited_for(const std::shared_ptr<Batch>& batch) { return batch->waited; }
+
+bool has_landed(const std::shared_ptr<Batch>& batch) {
+  return std::ranges::all_of(batch->copies, [](const Copy& copy) { return copy.landed; });
+}
+
+// Whether a thread that leaves its block has copies that nobody has waited for.
+bool in_flight(const Groups& groups) {
+  const auto waited = [](const Batches& group) {
+    return !group.empty() && std::ranges::all_of(group, is_waited_for);
+  };
+  return !std::ranges::all_of(groups.open, is_waited_for) ||
+         !std::ranges::all_of(groups.committed, waited);
 }
 
 Mbarrier& mbarrier_at(uint64_t* barrier, const char* name, Here here) {
@@ -146,6 +162,10 @@ Mbarrier& mbarrier_at(uint64_t* barrier, const char* name, Here here) {
 
 void finish_phase(Mbarrier& barrier) {
   if (barrier.pending != 0 || barrier.bytes != 0) return;
+  barrier.landed = std::max(barrier.landed, barrier.brought_landed);
+  if (!barrier.arrived.empty()) barrier.landed = number(barrier.arrived);
+  barrier.unseen.insert(barrier.unseen.end(), barrier.arrived.begin(), barrier.arrived.end());
+  barrier.arrived.clear();
   barrier.pending = barrier.count;
   ++barrier.phase;
 }
@@ -154,9 +174,42 @@ void land_load(Mbarrier& barrier) {
   const Load load = std::move(barrier.loads.front());
   barrier.loads.pop_front();
   load.fill(load.to);
-  std::memcpy(shadow_of(load.to, load.bytes), load.to, load.bytes);
+  write_by_proxy(load.to, load.bytes);
   barrier.bytes -= int64_t(load.bytes);
   finish_phase(barrier);
+}
+
+// The copies of an arrival land, and it arrives.
+void land_arriving(Mbarrier& barrier, size_t which) {
+  const auto place = barrier.arriving.begin() + std::ptrdiff_t(which);
+  const Arriving arriving = std::move(*place);
+  barrier.arriving.erase(place);
+  for (const auto& batch : arriving.batches) {
+    for (Copy& copy : batch->copies) land(copy);
+    barrier.arrived.push_back(batch);
+  }
+  --barrier.pending;
+  finish_phase(barrier);
+}
+
+// What a waiter needs next lands; false when nothing is on its way.
+bool land_next(Mbarrier& barrier) {
+  const bool random = schedule().arrival == Arrival::random;
+  const size_t arriving = barrier.arriving.size();
+  if (!barrier.loads.empty() && (arriving == 0 || !random || random_source().below(2) == 0)) {
+    land_load(barrier);
+  } else if (arriving != 0) {
+    land_arriving(barrier, random ? random_source().below(arriving) : 0);
+  } else {
+    return false;
+  }
+  return true;
+}
+
+// One more arrival than there can be would belong to a phase that nobody waits for yet.
+void check_arrival(const char* name, const Mbarrier& barrier, Here here) {
+  if (barrier.pending <= barrier.arriving.size())
+    fail(here, "%s: more arrivals than its count %u", name, barrier.count);
 }
 
 }  // namespace
@@ -169,27 +222,7 @@ bool lands_now() {
   }
 }
 
-const unsigned char* proxy_sees(const void* p, size_t bytes) {
-  if (array_of(p, bytes) == nullptr) return nullptr;
-  if (state().stale) refresh_shadows();
-  return shadow_of(static_cast<const unsigned char*>(p), bytes);
-}
-
-void check_shared(const char* name, const void* p, size_t bytes, size_t alignment, Here here) {
-  if (uintptr_t(p) % alignment != 0)
-    fail(here, "%s: shared address %p is not aligned to %zu", name, p, alignment);
-  if (array_of(p, bytes) == nullptr)
-    fail(here, "%s: %zu bytes at %p are not within one array of shared memory", name, bytes, p);
-}
-
-void check_global(const char* name, const void* p, size_t bytes, size_t alignment, Here here) {
-  if (uintptr_t(p) % alignment != 0)
-    fail(here, "%s: global address %p is not aligned to %zu", name, p, alignment);
-  if (!__asan_region_is_poisoned) return;
-  if (const void* bad = __asan_region_is_poisoned(const_cast<void*>(p), bytes))
-    fail(here, "%s: byte %td of %zu in global memory may not be touched", name,
-         static_cast<const char*>(bad) - static_cast<const char*>(p), bytes);
-}
+ProxyView& proxy_view() { return state().proxy; }
 
 std::shared_ptr<Warpgroups>& warpgroups_of(const Block& block) { return block.async->warpgroups; }
 
@@ -203,15 +236,22 @@ void async_copy_16(void* shared, const void* global, bool valid, Here here) {
     if (valid) check_global("cp.async", global, kBytes, kBytes, here);
   }
   announce(valid ? global : nullptr, shared, kBytes);
+  Groups* mine;
+  {
+    Unseen unseen;
+    mine = &state().copies[self()->linear];
+  }
+  release(&mine->issued);
   Unseen unseen;
   Copy copy{static_cast<unsigned char*>(shared),
             valid ? static_cast<const unsigned char*>(global) : nullptr, kBytes, false};
+  hide_from_proxy(copy.to);
   if (lands_now()) {
     land(copy);
   } else {
     std::memset(shared, 0xff, kBytes);
   }
-  state().copies[self()->linear].open.copies.push_back(copy);
+  open_batch(*mine).copies.push_back(copy);
 }
 
 void async_copy_commit() {
@@ -221,7 +261,43 @@ void async_copy_commit() {
 
 void async_copy_wait(unsigned pending) {
   Unseen unseen;
-  wait_for(state().copies[self()->linear], pending, land);
+  const unsigned me = self()->linear;
+  const Batches landed = wait_for(state().copies[me], pending, land);
+  if (landed.empty()) return;
+  learn(number(landed));
+  for (const auto& batch : landed) batch->waited = true;
+  // What waited only for these arrives.
+  for (auto& [address, barrier] : state().mbarriers)
+    for (size_t i = barrier.arriving.size(); i-- > 0;)
+      if (barrier.arriving[i].thread == me &&
+          std::ranges::all_of(barrier.arriving[i].batches, has_landed))
+        land_arriving(barrier, i);
+}
+
+// It orders the copies, not the thread's ordinary stores: to TSan the copier arrives, who knows of them.
+void async_copy_arrive(uint64_t* barrier, Here here) {
+  constexpr const char* kName = "cp.async.mbarrier.arrive.noinc";
+  maybe_yield();
+  Mbarrier* b;
+  Groups* mine;
+  {
+    Unseen unseen;
+    b = &mbarrier_at(barrier, kName, here);
+    check_arrival(kName, *b, here);
+    mine = &state().copies[self()->linear];
+  }
+  b->copier->act([&] {
+    acquire(&mine->issued);
+    release(barrier);
+  });
+  Unseen unseen;
+  std::erase_if(mine->open, is_waited_for);
+  if (!mine->open.empty()) mine->open.back()->closed = true;
+  Arriving arriving{self()->linear, mine->open};
+  for (const Batches& group : mine->committed)
+    arriving.batches.insert(arriving.batches.end(), group.begin(), group.end());
+  b->arriving.push_back(std::move(arriving));
+  if (lands_now()) land_arriving(*b, b->arriving.size() - 1);
 }
 
 // ---- mbarriers -----------------------------------------------------------------------------------
@@ -229,7 +305,7 @@ void async_copy_wait(unsigned pending) {
 void mbarrier_init(uint64_t* barrier, unsigned count, Here here) {
   constexpr unsigned kMost = (1u << 20) - 1;
   Unseen unseen;
-  if (uintptr_t(barrier) % 8 != 0 || array_of(barrier, 8) == nullptr)
+  if (uintptr_t(barrier) % 8 != 0 || !is_shared(barrier, 8))
     fail(here, "mbarrier.init: %p is not 8 aligned bytes of shared memory", (void*)barrier);
   if (count == 0 || count > kMost)
     fail(here, "mbarrier.init: count %u, wanted 1 .. %u", count, kMost);
@@ -242,7 +318,8 @@ void mbarrier_arrive(uint64_t* barrier, unsigned expected_bytes, Here here) {
   release(barrier);
   Unseen unseen;
   Mbarrier& b = mbarrier_at(barrier, "mbarrier.arrive", here);
-  if (b.pending == 0) fail(here, "mbarrier.arrive: more arrivals than its count %u", b.count);
+  check_arrival("mbarrier.arrive", b, here);
+  b.brought_landed = std::max(b.brought_landed, self()->landed);
   b.bytes += expected_bytes;
   --b.pending;
   finish_phase(b);
@@ -255,11 +332,13 @@ void mbarrier_wait(uint64_t* barrier, unsigned parity, Here here) {
     {
       Unseen unseen;
       Mbarrier& b = mbarrier_at(barrier, "mbarrier.try_wait", here);
-      if ((b.phase & 1) != (parity & 1)) break;
-      if (!b.loads.empty()) {
-        land_load(b);
-        landed = true;
+      if ((b.phase & 1) != (parity & 1)) {
+        learn(b.landed);
+        for (const auto& batch : b.unseen) batch->waited = true;
+        b.unseen.clear();
+        break;
       }
+      landed = land_next(b);
     }
     if (!landed) yield_polling(here);
   }
@@ -297,7 +376,7 @@ void load_by_proxy(const char* name, ProxyLoad load, uint64_t* barrier, Here her
   Unseen unseen;
   auto* to = static_cast<unsigned char*>(load.shared);
   std::memset(to, 0xff, load.bytes);
-  std::memset(shadow_of(to, load.bytes), 0xff, load.bytes);
+  write_by_proxy(to, load.bytes);
   b->loads.push_back({to, load.bytes, std::move(load.fill)});
   if (lands_now())
     while (!b->loads.empty()) land_load(*b);
@@ -325,7 +404,7 @@ void bulk_store(void* global, const void* shared, unsigned bytes, Here here) {
   Copy copy{static_cast<unsigned char*>(global), static_cast<const unsigned char*>(shared), bytes,
             false};
   if (lands_now()) land_store(copy);
-  state().stores[self()->linear].open.copies.push_back(copy);
+  open_batch(state().stores[self()->linear]).copies.push_back(copy);
 }
 
 void bulk_commit() {
@@ -340,33 +419,18 @@ void bulk_wait_read(unsigned pending) {
 
 void bulk_wait(unsigned pending) { bulk_wait_read(pending); }
 
-// To copy all of shared memory for every thread would take most of a launch's time. The fences of a
-// warp act together, when its last lane has come; or when the async proxy looks, if that is earlier.
-void fence_proxy_async() {
-  Unseen unseen;
-  const Fiber& me = *self();
-  AsyncState& s = state();
-  uint32_t& lanes = s.fenced[me.warp];
-  const uint32_t mine = 1u << me.lane, live = me.block->warps[me.warp].live;
-  s.stale = true;
-  if ((lanes & mine) == 0 && ((lanes | mine) & live) != live) {
-    lanes |= mine;
-    return;
-  }
-  lanes = 0;
-  refresh_shadows();
-}
-
 std::string unfinished(const Block& block) {
   for (const auto& [thread, groups] : block.async->copies)
-    if (!groups.empty()) return "cp.async of thread " + std::to_string(thread) + " in flight";
+    if (in_flight(groups)) return "cp.async of thread " + std::to_string(thread) + " in flight";
   for (const auto& [thread, groups] : block.async->stores)
-    if (!groups.empty())
+    if (in_flight(groups))
       return "bulk stores of thread " + std::to_string(thread) +
              " that may not have read their shared memory";
   for (const auto& [address, barrier] : block.async->mbarriers) {
     if (!barrier.loads.empty())
       return std::to_string(barrier.loads.size()) + " bulk loads in flight";
+    if (!barrier.arriving.empty())
+      return std::to_string(barrier.arriving.size()) + " arrivals of cp.async to come";
     if (barrier.bytes != 0)
       return "an mbarrier that expects " + std::to_string(barrier.bytes) + " more bytes";
   }

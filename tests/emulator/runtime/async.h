@@ -3,8 +3,10 @@
 #pragma once
 
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "scheduler.h"
 
@@ -13,6 +15,7 @@ namespace fomoe::emulator {
 // Whether what was issued happens now, under the schedule of this launch.
 bool lands_now();
 
+bool is_shared(const void* p, size_t bytes);  // within one array
 void check_shared(const char* name, const void* p, size_t bytes, size_t alignment, Here here);
 void check_global(const char* name, const void* p, size_t bytes, size_t alignment, Here here);
 
@@ -26,8 +29,23 @@ struct ProxyLoad {
 };
 void load_by_proxy(const char* name, ProxyLoad load, uint64_t* barrier, Here here);
 
+// A block's shared memory as the async proxy sees it (proxy.cpp); arrays by their start.
+struct ProxyView {
+  std::map<const unsigned char*, std::vector<unsigned char>> shadows;
+  std::map<const unsigned char*, std::vector<uint64_t>> landings;  // of each 16 bytes
+  uint64_t fenced = 0;                 // landings that fences have shown it
+  std::map<unsigned, uint32_t> lanes;  // by warp: who has fenced, but not yet all
+  bool stale = false;                  // a fence has not reached the shadows yet
+};
+ProxyView& proxy_view();
+
 // What the async proxy sees at a place of shared memory: null where nothing is.
 const unsigned char* proxy_sees(const void* p, size_t bytes);
+// Bytes that it has written itself, multiples of 16.
+void write_by_proxy(const unsigned char* shared, size_t bytes);
+// 16 bytes that cp.async will write or has written: seen after a fence by who knows of the landing.
+void hide_from_proxy(const unsigned char* chunk);
+void number_landing(const unsigned char* chunk, uint64_t number);
 
 // What instructions of warpgroups keep for a block (warpgroup.cpp).
 struct Warpgroups;

@@ -1,10 +1,10 @@
-// ldmatrix and mma.sync: what a warp's lanes make of their registers together.
+// ldmatrix, stmatrix and mma.sync: what a warp's lanes make of their registers together.
 #include "../include/emulator_matrix.h"
 
 #include <cstring>
 
+#include "async.h"
 #include "sanitizers.h"
-#include "scheduler.h"
 
 namespace fomoe::emulator {
 
@@ -15,6 +15,12 @@ struct Load {
   uint32_t* matrices;
   bool transposed;
   bool complete = false;  // the whole warp came
+};
+
+struct Store {
+  const uint32_t* matrices;
+  uint16_t row[8] = {};  // written by the lane that names it
+  bool complete = false;
 };
 
 struct Multiply {
@@ -46,6 +52,22 @@ void exchange(void** payloads, uint32_t lanes) {
                                    : element(row, column) | element(row, column + 1) << 16;
     }
   }
+}
+
+void gather_rows(void** payloads, uint32_t lanes) {
+  if (lanes != kWholeWarp) return;
+  const auto of = [&](unsigned lane) { return static_cast<Store*>(payloads[lane]); };
+  for (unsigned lane = 0; lane < kLanes; ++lane) {
+    for (unsigned pair = 0; pair < 4; ++pair)
+      std::memcpy(&of(lane)->row[2 * pair], &of(lane % 8 * 4 + pair)->matrices[lane / 8], 4);
+    of(lane)->complete = true;
+  }
+}
+
+void check_row(const char* name, const void* row, Here here) {
+  if (uintptr_t(row) % 16 != 0) fail(here, "%s: row at %p is not aligned to 16", name, row);
+  Unseen unseen;
+  check_shared(name, row, 16, 16, here);
 }
 
 void multiply(void** payloads, uint32_t lanes) {
@@ -83,8 +105,8 @@ void multiply(void** payloads, uint32_t lanes) {
 }  // namespace
 
 void load_matrices(uint32_t (&matrices)[4], const void* row, bool transposed, Here here) {
-  if (uintptr_t(row) % 16 != 0) fail(here, "ldmatrix: row at %p is not aligned to 16", row);
   const char* name = transposed ? "ldmatrix.trans" : "ldmatrix";
+  check_row("ldmatrix", row, here);
   Load mine{{}, matrices, transposed};
   if (__tsan_read_range) __tsan_read_range(const_cast<void*>(row), sizeof mine.row);
   {
@@ -93,6 +115,18 @@ void load_matrices(uint32_t (&matrices)[4], const void* row, bool transposed, He
   }
   meet_warp(kWholeWarp, name, &mine, exchange, false, here);
   check_whole(mine.complete, name, here);
+}
+
+// Each lane writes its row when it goes on: others see it after a barrier.
+void store_matrices(const uint32_t (&matrices)[4], void* row, Here here) {
+  constexpr const char* kName = "stmatrix";
+  check_row(kName, row, here);
+  Store mine{matrices};
+  meet_warp(kWholeWarp, kName, &mine, gather_rows, false, here);
+  check_whole(mine.complete, kName, here);
+  if (__tsan_write_range) __tsan_write_range(row, sizeof mine.row);
+  Unseen unseen;
+  std::memcpy(row, mine.row, sizeof mine.row);
 }
 
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], MatrixPair b, Unpack unpack, Here here) {

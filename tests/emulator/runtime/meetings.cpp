@@ -8,6 +8,16 @@
 namespace fomoe::emulator {
 namespace {
 
+// Before and after a meeting that orders memory.
+void bring(Brought* order) {
+  release(order);
+  order->landed = std::max(order->landed, self()->landed);
+}
+void take(Brought* order) {
+  acquire(order);
+  self()->landed = std::max(self()->landed, order->landed);
+}
+
 // Lets everybody go when all have come.
 void open_if_complete(Block& block, Barrier& barrier) {
   const unsigned needed = barrier.needed == 0 ? block.live : barrier.needed;
@@ -20,7 +30,7 @@ void open_if_complete(Block& block, Barrier& barrier) {
 void arrive(unsigned id, unsigned threads, bool wait, const char* name, Here here) {
   Fiber* me = self();
   Block& block = *me->block;
-  void* order = nullptr;
+  Brought* order = nullptr;
   {
     Unseen unseen;
     if (id >= kNamedBarriers) fail(here, "%s: barrier %u, there are %u", name, id, kNamedBarriers);
@@ -39,7 +49,7 @@ void arrive(unsigned id, unsigned threads, bool wait, const char* name, Here her
     ++barrier.arrived;
     order = barrier.order.now();
   }
-  release(order);
+  bring(order);
   Barrier& barrier = block.barriers[id];
   {
     Unseen unseen;
@@ -48,7 +58,7 @@ void arrive(unsigned id, unsigned threads, bool wait, const char* name, Here her
   }
   if (!wait) return;
   wait_here(name, here);
-  acquire(order);
+  take(order);
 }
 
 void finish_if_complete(Block& block, unsigned warp_number) {
@@ -102,8 +112,8 @@ void meet_warp(uint32_t mask, const char* name, void* payload, Combine combine, 
                Here here) {
   Fiber* me = self();
   Warp& warp = me->block->warps[me->warp];
-  void* order = orders_memory ? warp.order.now() : nullptr;
-  if (order != nullptr) release(order);
+  Brought* order = orders_memory ? warp.order.now() : nullptr;
+  if (order != nullptr) bring(order);
   {
     Unseen unseen;
     if ((mask >> me->lane & 1) == 0)
@@ -117,7 +127,7 @@ void meet_warp(uint32_t mask, const char* name, void* payload, Combine combine, 
     finish_if_complete(*me->block, me->warp);
   }
   wait_here(name, here);
-  if (order != nullptr) acquire(order);
+  if (order != nullptr) take(order);
 }
 
 void leave_meetings(Fiber* fiber) {
@@ -219,6 +229,28 @@ uint32_t reduce(uint32_t mask, uint32_t value, uint32_t (*fold)(uint32_t, uint32
       },
       false, here);
   return mine.value;
+}
+
+int warp_uniform(int value, Here here) {
+  struct Payload {
+    int value, first;
+    bool same = true;
+  } mine{value, value};
+  meet_warp(
+      ~0u, "warp_uniform", &mine,
+      [](void** payloads, uint32_t lanes) {
+        const auto of = [&](unsigned lane) { return static_cast<Payload*>(payloads[lane]); };
+        const int first = of(unsigned(__builtin_ctz(lanes)))->value;
+        bool same = true;
+        for (unsigned lane = 0; lane < kLanes; ++lane)
+          if (lanes >> lane & 1) same = same && of(lane)->value == first;
+        for (unsigned lane = 0; lane < kLanes; ++lane)
+          if (lanes >> lane & 1) *of(lane) = {of(lane)->value, first, same};
+      },
+      false, here);
+  if (!mine.same)
+    fail(here, "warp_uniform: lanes differ: %d here, %d in the first", mine.value, mine.first);
+  return mine.first;
 }
 
 }  // namespace fomoe::emulator

@@ -15,12 +15,15 @@ namespace fomoe::emulator {
 constexpr unsigned kLanes = 32;
 constexpr unsigned kNamedBarriers = 16;
 
-// Memory order between those who meet, for TSan. Two addresses take turns: who is late in leaving a
-// meeting must not see what others brought to the next one.
+// Memory order between those who meet: for TSan, which takes its address, and of copies that have
+// landed. Two take turns: who is late in leaving a meeting must not see what others brought to the next.
+struct Brought {
+  uint64_t landed = 0;  // as Fiber's
+};
 struct OrderPoint {
-  char address[2];
+  Brought turns[2];
   unsigned turn = 0;
-  void* now() { return &address[turn & 1]; }
+  Brought* now() { return &turns[turn & 1]; }
 };
 
 struct Fiber : Thread {
@@ -31,6 +34,7 @@ struct Fiber : Thread {
   uint64_t priority = 0;
   uint64_t turn = 0;  // of becoming ready: among equal priorities, first come first served
   bool done = false;
+  uint64_t landed = 0;  // it knows of landings by cp.async up to this number (async.cpp)
   const char* waits_for = nullptr;  // null = runs or could run
   Here where;
 };
