@@ -99,19 +99,14 @@ template <class Problem>
 cudaError_t run_warp_specialized(const Problem& problem, const Tile& tile, cudaStream_t stream);
 
 // Every problem of a format, for explicit instantiations: X(problem).
-#define FOMOE_FOR_ACTIVATION(X, Format, activation)                          \
+#define FOMOE_PROBLEMS_OF_ACTIVATION(activation, X, Format)                  \
   X(RowsProblem<Activate<Format, Activation::activation>, Major::sum, true>) \
   X(RowsProblem<ActivateBackward<Format, Activation::activation>, Major::line, true>)
-#define FOMOE_FOR_PROBLEMS(X, Format)                   \
-  FOMOE_FOR_ACTIVATION(X, Format, swiglu)               \
-  FOMOE_FOR_ACTIVATION(X, Format, geglu)                \
-  FOMOE_FOR_ACTIVATION(X, Format, clamped_swiglu)       \
-  FOMOE_FOR_ACTIVATION(X, Format, silu)                 \
-  FOMOE_FOR_ACTIVATION(X, Format, relu2)                \
-  FOMOE_FOR_ACTIVATION(X, Format, gelu)                 \
-  X(RowsProblem<StoreRows<Format>, Major::sum, false>)  \
-  X(RowsProblem<StoreRows<Format>, Major::line, false>) \
-  X(WeightsProblem<StoreRows<Format>>)                  \
+#define FOMOE_FOR_PROBLEMS(X, Format)                            \
+  FOMOE_FOR_ACTIVATIONS(FOMOE_PROBLEMS_OF_ACTIVATION, X, Format) \
+  X(RowsProblem<StoreRows<Format>, Major::sum, false>)           \
+  X(RowsProblem<StoreRows<Format>, Major::line, false>)          \
+  X(WeightsProblem<StoreRows<Format>>)                           \
   X(WeightsProblem<AddRows<Format>>)
 
 }  // namespace fomoe::cuda

@@ -19,9 +19,9 @@ PART_OF = {
     "experts": [
         "contract_backward.cu",
         *("experts.cu", "experts_f32.cu", "experts_bf16_sm80.cu", "experts_bf16_sm90.cu"),
-        *("experts_choice.h", "line_slice.cuh"),
-        *("activation.cuh", "epilogue.cuh", "grouped.cuh", "scheduler.cuh"),
-        *("multistage.cuh", "warp_specialized.cuh"),
+        *("experts_choice.h", "slices.cuh", "scheduler.cuh", "grouped.cuh"),
+        *("activation.cuh", "epilogue.cuh", "window.cuh", "multistage.cuh"),
+        *("warp_specialized.cuh", "warp_specialized_producer.cuh", "warp_specialized_shape.cuh"),
     ],
     "delta": [
         *("delta.cuh", "delta_blocks.cuh", "delta_topk.cuh"),
