@@ -148,6 +148,7 @@ void finish_phase(Mbarrier& barrier) {
   if (barrier.pending != 0 || barrier.bytes != 0) return;
   barrier.pending = barrier.count;
   ++barrier.phase;
+  progressed();
 }
 
 void land_load(Mbarrier& barrier) {
@@ -249,17 +250,29 @@ void mbarrier_arrive(uint64_t* barrier, unsigned expected_bytes, Here here) {
 }
 
 void mbarrier_wait(uint64_t* barrier, unsigned parity, Here here) {
+  constexpr const char* kName = "mbarrier.try_wait";
+  unsigned before;  // the phase when this thread came, or last looked
+  {
+    Unseen unseen;
+    before = mbarrier_at(barrier, kName, here).phase;
+  }
   for (;;) {
     maybe_yield();
     bool landed = false;
     {
       Unseen unseen;
-      Mbarrier& b = mbarrier_at(barrier, "mbarrier.try_wait", here);
+      Mbarrier& b = mbarrier_at(barrier, kName, here);
       if ((b.phase & 1) != (parity & 1)) break;
+      if (b.phase != before)
+        fail(here,
+             "%s: this thread has missed the end of its phase: the next one has ended too, and "
+             "looks like the one before (parity %u)",
+             kName, parity & 1);
       if (!b.loads.empty()) {
         land_load(b);
         landed = true;
       }
+      before = b.phase;
     }
     if (!landed) yield_polling(here);
   }
