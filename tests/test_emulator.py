@@ -24,6 +24,7 @@ SELFTEST = emulator.HERE / "selftest"
 SOURCES = [SELFTEST / "selftest.cu", SELFTEST / "warpgroup.cu"]
 OUT_WORDS = (192 << 10) // 4
 BUILDS = ["undefined", "address,undefined", "thread"]
+ORDERS = ["forward", "reverse", "random", "priority", "laggard"]
 INPUT = np.arange(1024, dtype=np.uint32) * np.uint32(2654435761)
 
 pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="a C++ compiler is needed")
@@ -146,6 +147,8 @@ def expected(name: str) -> np.ndarray:
         rows[..., 0] += 1
         rows[..., 3] += np.arange(32, dtype=np.uint32)
         out[:] = rows.ravel()
+    elif name == "spoken_for":
+        out[:256] = lines(INPUT, 8, 32)[:, ::-1].ravel()
     elif name == "chain":
         out[:6] = np.cumsum(INPUT[:6] % 1000)
         out[500:506], out[600:606], out[1000] = out[:6], 1, 6
@@ -163,6 +166,7 @@ NAMES = [
     "named_barriers",
     "async_copies",
     "bulk_ring",
+    "spoken_for",
     "chain",
     "wide_words",
     "matrices_bf16",
@@ -178,13 +182,13 @@ def words_of(stdout: str) -> np.ndarray:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_emulated_selftest_is_right_in_every_schedule(programs, name):
-    orders, arrivals = ["forward", "reverse", "random", "priority"], ["early", "late", "random"]
-    for order, async_, seed in product(orders, arrivals, range(3)):
+    arrivals = ["early", "late", "random"]
+    for order, async_, seed in product(ORDERS, arrivals, range(3)):
         schedule = {"order": order, "async_": async_, "seed": seed, "resident": 1 + seed}
         status, stdout, stderr = execute(programs["undefined"], name, 0, **schedule)
         assert status == 0, stderr
         assert np.array_equal(words_of(stdout), expected(name)), schedule
-    for sanitize, order in product(BUILDS[1:], ("random", "priority")):
+    for sanitize, order in product(BUILDS[1:], ("random", "priority", "laggard")):
         status, _, stderr = execute(programs[sanitize], name, 0, order=order, resident=4)
         assert status == 0, stderr
 
@@ -213,6 +217,9 @@ DEFECTS = [
     ("bulk_ring", 6, "undefined", None),  # waits for the wrong parity
     ("bulk_ring", 7, "undefined", "no mbarrier at"),  # used before it is initialised
     ("bulk_ring", 8, "undefined", "ends with an mbarrier that expects 512 more bytes"),
+    # One lane speaks for its warp before the others have looked.
+    ("spoken_for", 1, "undefined", "has missed the end of its phase"),
+    ("spoken_for", 1, "thread", "data race"),
     ("chain", 1, "thread", "data race"),  # ordinary loads and stores for ordered ones
     ("chain", 2, "undefined", "livelock|deadlock"),  # expects blocks to start in order
     ("matrices_bf16", 1, "thread", "data race"),  # read before others have written
@@ -261,9 +268,7 @@ DEFECTS = [
 def test_emulated_defect_is_caught(programs, name, defect, sanitize, message):
     schedules = [
         {"order": order, "async": async_, "seed": seed, "resident": 2}
-        for order, async_, seed in product(
-            ("forward", "reverse", "random", "priority"), ("late", "early"), range(2)
-        )
+        for order, async_, seed in product(ORDERS, ("late", "early"), range(2))
     ]
     found = []
     for schedule in schedules:
@@ -321,7 +326,7 @@ def test_emulated_error_is_returned_not_fatal(library, monkeypatch, capfd):
 @pytest.mark.parametrize(
     "variable, value, message",
     [
-        ("ORDER", "sideways", "got 'sideways', wanted forward, reverse, random, priority"),
+        ("ORDER", "sideways", "got 'sideways', wanted forward, reverse, random, priority, laggard"),
         ("SEED", "x", "got 'x', wanted a number of at least 0"),
         ("RESIDENT", "0", "got '0', wanted a number of at least 1"),
         ("ASYNC", "", "got '', wanted early, late, random"),
@@ -419,8 +424,8 @@ def test_twins_write_what_the_hardware_writes(tmp_path_factory, name):
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     major, minor = torch.cuda.get_device_capability()
-    if name in ("bulk_ring", "tensor_boxes") and major < 9:
-        pytest.skip("bulk copies are from sm_90 on")
+    if name in ("bulk_ring", "spoken_for", "tensor_boxes") and major < 9:
+        pytest.skip("mbarriers and bulk copies are from sm_90 on")
     if name in PRODUCTS and (major, minor) != (9, 0):
         pytest.skip("products of warpgroups are for sm_90")
     library_path = tmp_path_factory.getbasetemp() / "selftest-cuda.so"

@@ -66,6 +66,12 @@ __device__ void multiply_slices(float (&acc)[Shape::kProducts][Shape::kN / 2], i
   using B = Slices<Shape::Problem::kMajorB>;
   const bool speaks = threadIdx.x % kWarp == 0;
   int before = -1;  // stage of the slice before
+  // A lane speaks for its warp: all of them have seen the slice arrive, or a late one could miss a
+  // whole round of the ring. Products keep the lanes of a warp together; without any they may part.
+  const auto let_go = [&] {
+    if constexpr (kProducts == 0) __syncwarp();
+    if (before >= 0 && speaks) mbarrier_arrive(barriers.empty + before);
+  };
   if (Shape::kPingPong) turns.begin();
   look_ahead();
   for (int slice = 0; slice < slices; ++slice) {
@@ -88,7 +94,7 @@ __device__ void multiply_slices(float (&acc)[Shape::kProducts][Shape::kN / 2], i
       for (int p = 0; p < kProducts; ++p) warpgroup_fence(acc[p]);
       warpgroup_wait<1>();  // the slice before has been multiplied
     }
-    if (before >= 0 && speaks) mbarrier_arrive(barriers.empty + before);
+    let_go();
     before = ring.stage;
     ring.next();
   }
@@ -98,7 +104,7 @@ __device__ void multiply_slices(float (&acc)[Shape::kProducts][Shape::kN / 2], i
 #pragma unroll
     for (int p = 0; p < kProducts; ++p) warpgroup_fence(acc[p]);
   }
-  if (before >= 0 && speaks) mbarrier_arrive(barriers.empty + before);
+  let_go();
 }
 
 template <class Shape, class Schedule>

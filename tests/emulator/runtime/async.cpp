@@ -168,6 +168,7 @@ void finish_phase(Mbarrier& barrier) {
   barrier.arrived.clear();
   barrier.pending = barrier.count;
   ++barrier.phase;
+  progressed();
 }
 
 void land_load(Mbarrier& barrier) {
@@ -326,19 +327,31 @@ void mbarrier_arrive(uint64_t* barrier, unsigned expected_bytes, Here here) {
 }
 
 void mbarrier_wait(uint64_t* barrier, unsigned parity, Here here) {
+  constexpr const char* kName = "mbarrier.try_wait";
+  unsigned before;  // the phase when this thread came, or last looked
+  {
+    Unseen unseen;
+    before = mbarrier_at(barrier, kName, here).phase;
+  }
   for (;;) {
     maybe_yield();
     bool landed = false;
     {
       Unseen unseen;
-      Mbarrier& b = mbarrier_at(barrier, "mbarrier.try_wait", here);
+      Mbarrier& b = mbarrier_at(barrier, kName, here);
       if ((b.phase & 1) != (parity & 1)) {
         learn(b.landed);
         for (const auto& batch : b.unseen) batch->waited = true;
         b.unseen.clear();
         break;
       }
+      if (b.phase != before)
+        fail(here,
+             "%s: this thread has missed the end of its phase: the next one has ended too, and "
+             "looks like the one before (parity %u)",
+             kName, parity & 1);
       landed = land_next(b);
+      before = b.phase;
     }
     if (!landed) yield_polling(here);
   }

@@ -8,7 +8,7 @@
 namespace fomoe::emulator {
 namespace {
 
-const char* const kOrders[] = {"forward", "reverse", "random", "priority"};
+const char* const kOrders[] = {"forward", "reverse", "random", "priority", "laggard"};
 const char* const kArrivals[] = {"early", "late", "random"};
 
 // The position of an environment variable's word among `words`, `otherwise` when it is not set.
