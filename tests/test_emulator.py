@@ -21,7 +21,7 @@ import pytest
 from emulator.build import Builder, in_parallel, run, runtime_objects
 
 SELFTEST = emulator.HERE / "selftest"
-SOURCES = [SELFTEST / "selftest.cu", SELFTEST / "warpgroup.cu"]
+SOURCES = [SELFTEST / "selftest.cu", SELFTEST / "warpgroup.cu", SELFTEST / "arrivals.cu"]
 OUT_WORDS = (192 << 10) // 4
 BUILDS = ["undefined", "address,undefined", "thread"]
 ORDERS = ["forward", "reverse", "random", "priority", "laggard"]
@@ -83,6 +83,7 @@ PRODUCTS = [
     "gemm_mk",
     "gemm_kn",
     "gemm_mn",
+    "gathered",
 ]
 BOXES = [(0, 0, 0), (-5, -1, 1), (40, 3, 3), (8, 1, -9), (-70, 0, 0)]
 
@@ -106,10 +107,44 @@ def products(name: str) -> np.ndarray:
     kind, *rest = name.split("_")
     if kind == "stored":
         a, b = operand(1, 64, 64), operand(2, int(rest[1]), 64).T
+    elif kind == "gathered":
+        a, b = operand(1, 64, 256)[::-1], operand(2, 64, 256).T
     else:
         a = operand(1, 192, 128).T if rest[0][0] == "m" else operand(1, 128, 192)
         b = operand(2, 192, 128) if rest[0][1] == "n" else operand(2, 128, 192).T
     return np.ascontiguousarray(a @ b, np.float32)
+
+
+BORDERS = np.array(
+    [
+        *(0x00000000, 0x80000000, 0x7F800000, 0xFF800000, 0x7FC00000),
+        *(0x00000001, 0x807FFFFF, 0x00800000, 0x80800000),
+        *(0x7F7FFFFF, 0xFF7FFFFF, 0x7E800000, 0x7E900000, 0xFE900000),
+        *(0x43000000, 0x42FE0000, 0xC2FC0000, 0xC2FE0000),
+    ],
+    np.uint32,
+).view(np.float32)
+
+
+def approximations() -> np.ndarray:
+    """What the PTX manual says of ex2.approx.ftz and rcp.approx.ftz: zeros, infinities and NaN as
+    they are, 1 for other results.
+    """
+
+    def flushed(x: np.ndarray) -> np.ndarray:
+        return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(0, x), x)
+
+    def told(exact: np.ndarray) -> np.ndarray:
+        result = flushed(exact.astype(np.float32)).astype(np.float32)
+        special = np.isnan(result) | np.isinf(result) | (result == 0)
+        return np.where(special, result.view(np.uint32), 1)
+
+    words = INPUT[:64].view(np.int32)
+    x = np.fmod(words, 2000).astype(np.float32) * np.float32(0.01)
+    x[: len(BORDERS)] = BORDERS
+    x = flushed(x).astype(np.float64)
+    with np.errstate(all="ignore"):
+        return np.concatenate([told(np.exp2(x)), told(1 / x)]).astype(np.uint32)
 
 
 @functools.cache
@@ -139,7 +174,7 @@ def expected(name: str) -> np.ndarray:
         out[224:256] = x[np.where(lanes % 8 + 3 < 8, lanes + 3, lanes)]
     elif name == "named_barriers":
         out[:128] = lines(INPUT, 4, 32)[:, ::-1].ravel()
-    elif name == "async_copies":
+    elif name in ("async_copies", "copy_arrivals"):
         rows = INPUT[:512].reshape(4, 32, 4) * (np.arange(32) % 3 != 0)[:, None]
         out[:512] = rows[:, ::-1].ravel()
     elif name == "bulk_ring":
@@ -149,6 +184,12 @@ def expected(name: str) -> np.ndarray:
         out[:] = rows.ravel()
     elif name == "spoken_for":
         out[:256] = lines(INPUT, 8, 32)[:, ::-1].ravel()
+    elif name == "stored_matrices":
+        out[:128].reshape(32, 4)[np.arange(32) * 5 % 32] = INPUT[:128].reshape(32, 4)
+    elif name == "uniform_words":
+        out[:64] = INPUT[:128].reshape(2, 64)[:, :32].ravel()
+    elif name == "approximations":
+        out[:128] = approximations()
     elif name == "chain":
         out[:6] = np.cumsum(INPUT[:6] % 1000)
         out[500:506], out[600:606], out[1000] = out[:6], 1, 6
@@ -171,6 +212,10 @@ NAMES = [
     "wide_words",
     "matrices_bf16",
     "matrices_f16",
+    "stored_matrices",
+    "uniform_words",
+    "approximations",
+    "copy_arrivals",
     "tensor_boxes",
     *PRODUCTS,
 ]
@@ -225,6 +270,33 @@ DEFECTS = [
     ("matrices_bf16", 1, "thread", "data race"),  # read before others have written
     ("matrices_bf16", 2, "undefined", "deadlock|divergent code"),
     ("matrices_bf16", 3, "undefined", "ldmatrix: row at .* is not aligned to 16"),
+    ("stored_matrices", 1, "thread", "data race"),  # read before others have written
+    ("stored_matrices", 1, "undefined", None),
+    ("stored_matrices", 2, "undefined", "stmatrix in divergent code"),
+    ("stored_matrices", 3, "undefined", "stmatrix: row at .* is not aligned to 16"),
+    ("stored_matrices", 4, "undefined", None),  # wrong rows
+    ("stored_matrices", 4, "thread", "data race"),
+    ("stored_matrices", 5, "undefined", "stmatrix: 16 bytes at .* are not within one array"),
+    ("stored_matrices", 6, "undefined", "in divergent code: other lanes are at a"),
+    ("uniform_words", 1, "undefined", "warp_uniform: lanes differ: [13] here, [02] in the first"),
+    ("uniform_words", 2, "undefined", "in divergent code: other lanes are at a"),
+    ("uniform_words", 3, "address,undefined", "prefetch.global.L2: byte 0 of 1 .* not be touched"),
+    ("uniform_words", 4, "undefined", "prefetch.global.L2: .* is in shared memory"),
+    ("approximations", 1, "undefined", None),  # denormals as they are
+    ("approximations", 2, "undefined", None),
+    ("copy_arrivals", 1, "undefined", None),  # arrivals before the copies are issued
+    ("copy_arrivals", 1, "thread", "data race"),
+    ("copy_arrivals", 2, "undefined", "arrive.noinc: more arrivals than its count 31"),
+    ("copy_arrivals", 3, "undefined", "livelock|deadlock"),  # one lane does not arrive
+    ("copy_arrivals", 4, "undefined", "more arrivals than its count 32"),  # ... to a full stage
+    ("copy_arrivals", 4, "thread", "data race"),
+    (
+        "copy_arrivals",
+        5,
+        "thread",
+        "data race",
+    ),  # an ordinary store, which the arrival does not order
+    ("copy_arrivals", 6, "undefined", "ends with cp.async of thread .* in flight"),
     ("tensor_boxes", 1, "undefined", "not aligned to 1024"),
     (
         "tensor_boxes",
@@ -239,6 +311,16 @@ DEFECTS = [
     ("stored_bf16_64", 1, "undefined", None),  # no fence.proxy.async
     ("stored_bf16_64", 2, "undefined", None),  # it comes before cp.async has arrived
     ("stored_bf16_64", 3, "undefined", None),  # it comes before ordinary stores
+    ("gathered", 1, "undefined", None),  # no fence.proxy.async
+    ("gathered", 2, "undefined", None),  # it comes before the wait
+    ("gathered", 3, "undefined", None),  # it comes from who issued the copies
+    ("gathered", 4, "undefined", None),  # arrivals before the copies are issued
+    ("gathered", 4, "thread", "data race"),
+    ("gathered", 5, "undefined", "livelock|deadlock"),  # one thread does not arrive
+    ("gathered", 6, "undefined", "arrive.noinc: more arrivals than its count 129"),
+    ("gathered", 7, "undefined", "more arrivals than its count 128"),  # the loads are not counted
+    ("gathered", 8, "undefined", None),  # expects too few bytes
+    ("gathered", 9, "undefined", "ends with cp.async of thread .* in flight"),  # nobody waits
     ("gemm_kn", 1, "undefined", "no wgmma.fence since"),
     ("gemm_kn", 2, "undefined", "ends with wgmma of warpgroup 1 in flight"),  # no wait
     ("gemm_kn", 3, "thread", "data race"),  # a stage is free before its products are done
@@ -280,6 +362,18 @@ def test_emulated_defect_is_caught(programs, name, defect, sanitize, message):
             return
         found.append(f"{schedule}: status {status}, {'wrong' if wrong else 'right'}\n{stderr}")
     pytest.fail("\n".join(found))
+
+
+@pytest.mark.parametrize("defect", [1, 2, 3])
+def test_emulated_copies_need_a_fence_of_who_waited(programs, defect):
+    """In every schedule, also where the copies have landed when the fence comes."""
+    orders, arrivals = ["forward", "reverse", "random", "priority"], ["early", "late", "random"]
+    for order, async_, seed in product(orders, arrivals, range(2)):
+        schedule = {"order": order, "async_": async_, "seed": seed, "resident": 1}
+        status, stdout, stderr = execute(programs["undefined"], "gathered", defect, **schedule)
+        assert status == 0, stderr
+        values = words_of(stdout).view(np.float32)
+        assert np.isnan(values).any(), schedule
 
 
 # ---- errors --------------------------------------------------------------------------------------
@@ -424,8 +518,9 @@ def test_twins_write_what_the_hardware_writes(tmp_path_factory, name):
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     major, minor = torch.cuda.get_device_capability()
-    if name in ("bulk_ring", "spoken_for", "tensor_boxes") and major < 9:
-        pytest.skip("mbarriers and bulk copies are from sm_90 on")
+    hopper = ("bulk_ring", "spoken_for", "tensor_boxes", "copy_arrivals", "stored_matrices")
+    if name in hopper and major < 9:
+        pytest.skip("mbarriers, bulk copies and stmatrix are from sm_90 on")
     if name in PRODUCTS and (major, minor) != (9, 0):
         pytest.skip("products of warpgroups are for sm_90")
     library_path = tmp_path_factory.getbasetemp() / "selftest-cuda.so"

@@ -3,11 +3,14 @@
 // Compiled by g++ for the emulator and by nvcc for a GPU: both must write the same bytes.
 #include <cstring>
 
+#include "../../../csrc/cuda/arch/approximate.cuh"
 #include "../../../csrc/cuda/arch/async_copy.cuh"
 #include "../../../csrc/cuda/arch/barrier.cuh"
 #include "../../../csrc/cuda/arch/bulk_copy.cuh"
+#include "../../../csrc/cuda/arch/compiler.cuh"
 #include "../../../csrc/cuda/arch/matrix.cuh"
 #include "../../../csrc/cuda/arch/memory_order.cuh"
+#include "../../../csrc/cuda/arch/prefetch.cuh"
 #include "../../../csrc/cuda/arch/shared_memory.cuh"
 #include "selftest.h"
 
@@ -264,6 +267,60 @@ __global__ void matrices(const uint32_t*, uint32_t* out, int defect) {
   }
 }
 
+// Four matrices of words from `in`, by stmatrix to rows in another order.
+__global__ void stored_matrices(const uint32_t* in, uint32_t* out, int defect) {
+  FOMOE_SHARED(uint4, rows, [33]);
+  const unsigned lane = threadIdx.x;
+  uint32_t matrices[4];
+  for (unsigned i = 0; i < 4; ++i) matrices[i] = in[32 * i + lane];
+  if (defect == 2 && lane >= 16) return;  // stmatrix wants the whole warp
+  auto* to = reinterpret_cast<unsigned char*>(defect == 5 ? reinterpret_cast<uint4*>(out) : rows);
+  to += lane * (defect == 4 ? 4 : 5) % 32 * 16 + (defect == 3 ? 8 : 0);
+  if (defect == 6 && lane == 7) {
+    __syncwarp();  // the others are at an stmatrix
+  }
+  store_matrices(matrices, to);
+  if (defect != 1) __syncwarp();
+  reinterpret_cast<uint4*>(out)[lane] = rows[lane];
+}
+
+// Words by way of a pointer that is the same in all lanes and has been asked for early.
+__global__ void uniform_words(const uint32_t* in, uint32_t* out, int defect) {
+  FOMOE_SHARED(uint32_t, words, [64]);
+  const unsigned t = threadIdx.x;
+  if (defect == 2 && t % 32 < 8) __syncwarp();  // the others are at a warp_uniform
+  const int warp = warp_uniform(int(t / (defect == 1 ? 16 : 32)));
+  const auto* line = reinterpret_cast<const unsigned char*>(in) + warp * 256;
+  keep_whole(line);
+  prefetch_l2(line + (defect == 3 ? 4096 : 0));
+  if (defect == 4) prefetch_l2(words);
+  words[t] = t;
+  out[t] = reinterpret_cast<const uint32_t*>(line)[t % 32];
+}
+
+// What is told of an approximation of `exact`: zeros, infinities and NaN as they are, and whether
+// other values are as near as they should be.
+__device__ inline uint32_t judged(float approximate, double exact) {
+  if (approximate != approximate) return 0x7fc00000u;
+  if (approximate == 0.0f || approximate - approximate != 0.0f) return __float_as_uint(approximate);
+  const double error = double(approximate) / exact - 1.0;
+  return error < 0x1p-21 && error > -0x1p-21 ? 1u : 2u;
+}
+
+// exp2 and 1 / x of numbers at every border and of some between.
+__global__ void approximations(const uint32_t* in, uint32_t* out, int defect) {
+  constexpr uint32_t kBorders[] = {
+      0x00000000u, 0x80000000u, 0x7f800000u, 0xff800000u, 0x7fc00000u,  // zeros, infinities, NaN
+      0x00000001u, 0x807fffffu, 0x00800000u, 0x80800000u,               // denormals, least normals
+      0x7f7fffffu, 0xff7fffffu, 0x7e800000u, 0x7e900000u, 0xfe900000u,  // great: 2^126 and above
+      0x43000000u, 0x42fe0000u, 0xc2fc0000u, 0xc2fe0000u};              // 128, 127, -126, -127
+  constexpr unsigned kCount = sizeof kBorders / sizeof kBorders[0];
+  const unsigned t = threadIdx.x;
+  const float x = t < kCount ? __uint_as_float(kBorders[t]) : float(int(in[t]) % 2000) * 0.01f;
+  out[t] = judged(defect == 1 ? exp2f(x) : exp2_approximate(x), exp2(double(x)));
+  out[64 + t] = judged(defect == 2 ? 1.0f / x : reciprocal_approximate(x), 1.0 / double(x));
+}
+
 struct Selftest {
   const char* name;
   void (*kernel)(const uint32_t*, uint32_t*, int);
@@ -277,6 +334,9 @@ const Selftest kSelftests[] = {
     {"spoken_for", spoken_for, 1, 64},        {"chain", chain, 6, 32},
     {"wide_words", wide_words, 1, 64},        {"matrices_bf16", matrices<Bf16x2>, 1, 32},
     {"matrices_f16", matrices<F16x2>, 1, 32},
+    {"stored_matrices", stored_matrices, 1, 32},
+    {"uniform_words", uniform_words, 1, 64},
+    {"approximations", approximations, 1, 64},
 };
 
 }  // namespace
@@ -293,5 +353,7 @@ extern "C" __attribute__((visibility("default"))) int fomoe_selftest(const char*
     return cudaLaunchKernelEx(&config, test.kernel, static_cast<const uint32_t*>(in),
                               static_cast<uint32_t*>(out), defect);
   }
-  return fomoe::cuda::warpgroup_selftest(name, defect, in, out);
+  const int error = fomoe::cuda::warpgroup_selftest(name, defect, in, out);
+  if (error != fomoe::cuda::kUnknownTest) return error;
+  return fomoe::cuda::arrivals_selftest(name, defect, in, out);
 }
