@@ -27,6 +27,7 @@ BUDGET = Path(__file__).parent / "cuda_budget.csv"
 # Of a multiprocessor of sm_90: registers, bytes of shared memory, warps.
 SM_REGISTERS, SM_SHARED, SM_WARPS = 65536, 227 << 10, 64
 BLOCK_RESERVE = 1 << 10  # shared memory that every block takes beside its own
+ACTIVATIONS = ("swiglu", "geglu", "silu", "relu2", "gelu", "clamped_swiglu")  # of csrc/kernels.h
 FORMATS = ("fp32", "bf16", "int8", "int4", "int2", "topk")  # of csrc/kernels.h
 
 
@@ -92,6 +93,7 @@ def readable(symbols: Iterable[str]) -> dict[str, str]:
         name = re.sub(r"fomoe::cuda::|\(anonymous namespace\)::|\w*_GLOBAL__N_\w*::", "", name)
         name = re.sub(r"\(Major\)(\d)", lambda m: ("sum", "line")[int(m[1])], name)
         name = re.sub(r"\(fomoe::Format\)(\d)", lambda m: FORMATS[int(m[1])], name)
+        name = re.sub(r"\(fomoe::Activation\)(\d)", lambda m: ACTIVATIONS[int(m[1])], name)
         name = re.sub(r"^void ", "", name).split("(")[0].replace("> >", ">>")
         # A GEMM is named by its problem, columns and stages: the rest says the same twice.
         name = re.sub(r"(\w+)::\1_kernel<\1::Shape<(.*)>>$", r"\1<\2>", name)

@@ -141,6 +141,61 @@ def test_hopper_gemms_are_wgmma_and_tma(codes):
         assert code.has("^LDGSTS") == gathers, kernel
 
 
+def test_hopper_gemms_keep_what_was_won(codes):
+    """What a measurement on an H200 found to cost most (docs/performance.md) does not come back."""
+    found = gemms(codes, "warp_specialized", "sm_90a")
+    assert len(found) > 0
+    for kernel, code in found.items():
+        # Numbers of a warp, not of its lanes: descriptors are made in uniform registers.
+        assert code.total("^R2UR") <= 40, kernel
+        # A producer waits for free stages only: slices tell by themselves when they have arrived.
+        assert not code.has("^LDGDEPBAR"), kernel
+        assert code.has("^ARRIVES.LDGSTSBAR") == code.has("^LDGSTS"), kernel
+        # Code that fits into the instruction caches, as it did not.
+        assert sum(code.count.values()) <= 7000, kernel
+
+
+def test_epilogues_move_matrices(codes):
+    """16-bit windows are read by ldmatrix and, from sm_90 on, written by stmatrix."""
+    epilogues = {
+        (kernel, arch): code
+        for (kernel, arch), code in codes.items()
+        if re.match(r"(multistage|warp_specialized)<", kernel) and "<F32" not in kernel
+    }
+    assert {kernel.split("<")[0] for kernel, _ in epilogues} == {"multistage", "warp_specialized"}
+    for (kernel, arch), code in epilogues.items():
+        writes = "AddRows" not in kernel  # sums that are fp32
+        assert code.has("^STSM") == (writes and arch != "sm_80"), (kernel, arch)
+        if "ActivateBackward" in kernel and kernel.startswith("warp_specialized"):
+            assert code.has("^LDSM"), (kernel, arch)  # wgmma leaves them to the epilogue
+        elif "ActivateBackward" in kernel:
+            other = re.sub(r"ActivateBackward<(\w+), \w+>", r"StoreRows<\1>", kernel)
+            other = other.replace("line, true>", "line, false>")
+            assert code.total("^LDSM") > epilogues[other, arch].total("^LDSM"), (kernel, arch)
+
+
+def test_no_element_asks_for_its_activation(codes):
+    """As many exponentials as the activation has for a thread's elements, of that activation alone."""
+    seen = set()
+    for (kernel, arch), code in codes.items():
+        found = re.match(
+            r"(multistage|warp_specialized)<RowsProblem<(Activate|ActivateBackward)<(\w+), (\w+)>, "
+            r"\w+, true>, (\d+), (\w+)>",
+            kernel,
+        )
+        if not found:
+            continue
+        kind, epilogue, dtype, activation, columns, last = found.groups()
+        threads = 128 if kind == "multistage" else 128 if last == "true" else 256
+        threads = 256 if dtype == "F32" else threads
+        sums = 128 * int(columns) // threads
+        elements = sums // 2 if epilogue == "Activate" and "glu" in activation else sums
+        exponentials = code.total(r"^MUFU\.EX2")
+        assert exponentials == (0 if activation == "relu2" else elements), (kernel, arch)
+        seen.add(activation)
+    assert seen == set(cuda_resources.ACTIVATIONS)
+
+
 def test_portable_gemms_are_mma_and_cp_async(codes):
     for arch in {arch for _, arch in codes}:
         found = gemms(codes, "multistage", arch)

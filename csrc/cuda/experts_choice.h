@@ -31,12 +31,13 @@ constexpr Tile kTiles[] = {{"multistage_64", Kernel::multistage, 64},
 constexpr Tile kMultistage64 = kTiles[0], kMultistage128 = kTiles[1], kPingPong128 = kTiles[2],
                kCooperative256 = kTiles[3];
 
-// The first rule that fits is taken. Derived, not measured: docs/performance.md has the arithmetic.
-// Tiles of 256 columns read the least of shared memory for a product. contract_backward's epilogue
-// reads and writes several times what the others do, and hides behind the other warpgroup's products
-// in ping-pong, and so does that of sums so short that they are made in less time than they are stored
-// in. `columns` and `terms` are the number of columns of sums, and of terms of a sum, from which on a
-// rule holds: a tile that is wider than there are columns would multiply zeros.
+// The first rule that fits is taken. On an H200 (docs/performance.md) tiles of 256 columns, which read the
+// least of L2 and shared memory for a product, were faster for expand and for gradients of weights.
+// In ping-pong an epilogue hides behind the other warpgroup's products: faster for contract_backward,
+// whose epilogue reads and writes several times what the others do, and for contract and grouped_rows
+// with sums of up to 2048 terms, the longest that were measured; from twice as many on the epilogue is
+// short for its main loop. `columns` and `terms` are the number of columns of sums, and of terms of a
+// sum, from which on a rule holds: a tile that is wider than there are columns would multiply zeros.
 struct Rule {
   bool hopper;
   Verb verb;
@@ -46,10 +47,10 @@ struct Rule {
 constexpr Rule kRules[] = {
     {true, Verb::expand, 256, 256, kCooperative256},
     {true, Verb::expand, 0, 0, kPingPong128},
-    {true, Verb::contract, 256, 256, kCooperative256},
+    {true, Verb::contract, 256, 4096, kCooperative256},
     {true, Verb::contract, 0, 0, kPingPong128},
     {true, Verb::contract_backward, 0, 0, kPingPong128},
-    {true, Verb::grouped_rows, 256, 256, kCooperative256},
+    {true, Verb::grouped_rows, 256, 4096, kCooperative256},
     {true, Verb::grouped_rows, 0, 0, kPingPong128},
     {true, Verb::weight_grad, 256, 0, kCooperative256},
     {true, Verb::weight_grad, 0, 0, kPingPong128},
