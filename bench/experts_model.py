@@ -319,6 +319,63 @@ def compared_table(path: Path, chip: Chip, markdown: bool) -> str:
     return table(f"Predicted and measured, {path.name}", head, rows, markdown) + "\n" + last
 
 
+@dataclass(frozen=True)
+class Counted:
+    """Of a launch under the profiler: seconds, and the part in which tensor cores were busy."""
+
+    seconds: float
+    busy: float
+
+
+def counted(path: Path) -> dict[str, list[Counted]]:
+    """Of the grouped GEMMs in order, by label."""
+    found: dict[str, list[Counted]] = {}
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise BadFile(f"{path}: cannot be read: {error}") from error
+    for part in re.split(r"^# ", text, flags=re.MULTILINE)[1:]:
+        label, *launches = re.split(r"\n== ", part)
+        for launch in launches:
+            if "warp_specialized_kernel" in launch:
+                nanoseconds, percent = (
+                    float(re.search(rf"{name}\S* ([\d.]+)", launch)[1])
+                    for name in ("gpu__time_duration", "sm__throughput")
+                )
+                line = Counted(nanoseconds / 1e9, percent / 100)
+                found.setdefault(label.splitlines()[0], []).append(line)
+    if not found:
+        raise BadFile(f"{path}: has no counters of a warp_specialized_kernel")
+    return found
+
+
+def counters_table(path: Path, measured: Path, chip: Chip, markdown: bool) -> str:
+    """OLMoE's products at 16384 tokens, balanced, which the profiler ran."""
+    model = next(model for model in work.MODELS if model.name == "OLMoE")
+    timed = {(c.kernels, c.model, c.what, c.tile): c.measured for c in compare(measured, chip)}
+    rows = []
+    for label, launches in counted(path).items():
+        at = (model, 16384, "balanced", chip)
+        found = predictions(*at, kernels=KERNELS[label], choice=measured_tile)
+        for p, c in zip(found, launches, strict=True):
+            clocks = p.gemm.flops / chip.processors / chip.flops_per_clock / c.busy
+            busy = p.main_loop * p.epilogue * p.waves
+            seconds = timed[label, model.name, p.gemm.name, p.tile.name]
+            rates = [clocks / each / 1e9 for each in (c.seconds, seconds)]
+            rates.append(chip.clock_at(busy) / 1e9)
+            cells = [f"{busy:.2f}", f"{c.busy:.2f}", f"{clocks / 1e6:.2f}"]
+            rows.append((label, p.gemm.name, *cells, *(f"{rate:.2f}" for rate in rates)))
+    head = (
+        "kernels",
+        "product",
+        "tensor cores busy, predicted",
+        "counted",
+        "clocks counted, million",
+    )
+    head += ("GHz under the profiler", "GHz in the benchmark", "GHz predicted")
+    return table(f"Predicted and counted, {path.name}", head, rows, markdown)
+
+
 def report(chip: Chip, kernels: Kernels, markdown: bool) -> str:
     return "\n".join(
         [
@@ -344,6 +401,9 @@ def main() -> int:
         "--measured", type=Path, metavar="FILE", help="compare with a file of results instead"
     )
     parser.add_argument(
+        "--counters", type=Path, metavar="FILE", help="and, with --measured, hardware counters"
+    )
+    parser.add_argument(
         "--resources", action="store_true", help="registers and stages of the built kernels only"
     )
     arguments = parser.parse_args()
@@ -352,10 +412,15 @@ def main() -> int:
         return 0
     if arguments.clock <= 0:
         parser.error(f"--clock must be positive, got {arguments.clock}")
+    if arguments.counters and not arguments.measured:
+        parser.error("--counters needs --measured")
     chip = Chip(clock=arguments.clock * 1e9)
     if arguments.measured:
         try:
             print(compared_table(arguments.measured, chip, arguments.markdown))
+            if arguments.counters:
+                files = (arguments.counters, arguments.measured)
+                print("\n" + counters_table(*files, chip, arguments.markdown).rstrip("\n"))
         except BadFile as bad:
             parser.error(str(bad))
         return 0
