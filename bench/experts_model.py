@@ -255,6 +255,11 @@ class Compared:
     def ratio(self) -> float:
         return self.predicted / self.measured
 
+    @property
+    def is_part(self) -> bool:
+        """Not of all experts."""
+        return self.what.endswith(("half", "quarter"))
+
 
 class BadFile(Exception):
     """A file that is no result; says which and why."""
@@ -273,7 +278,8 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 def compare(path: Path, chip: Chip) -> list[Compared]:
     """Every product and layer in the file whose label is one of KERNELS. Layers: replayed from a
-    graph where that was measured, as the host's time is not modelled.
+    graph where that was measured, as the host's time is not modelled; a half or a quarter of the
+    experts was not.
     """
     models = {model.name: model for model in work.MODELS}
     found = []
@@ -292,13 +298,19 @@ def compare(path: Path, chip: Chip) -> list[Compared]:
                     p = predict(model, gemm, load, tile, chip, kernels)
                     found.append(Compared(*case, gemm.name, tile.name, p.seconds, seconds))
         else:
-            backward = line["backward"]
-            seconds, _ = experts_seconds(
-                model, *at, chip, backward, kernels=kernels, choice=measured_tile
-            )
-            measured = line["seconds"].get("graph", line["seconds"]["ours"])
+            backward, measured = line["backward"], line["seconds"]
             what = "forward + backward" if backward else "forward"
-            found.append(Compared(*case, what, "-", seconds, measured))
+            all_of = "graph" if "graph" in measured else "ours"
+            for name, part, parts in (
+                (all_of, "", 1),
+                ("1/2", ", half", 2),
+                ("1/4", ", quarter", 4),
+            ):
+                if name in measured:
+                    seconds, _ = experts_seconds(
+                        model, *at, chip, backward, parts, kernels, measured_tile
+                    )
+                    found.append(Compared(*case, what + part, "-", seconds, measured[name]))
     return found
 
 
@@ -314,8 +326,12 @@ def compared_table(path: Path, chip: Chip, markdown: bool) -> str:
     ]
     head = ("kernels", "model", "tokens", "routing", "what", "tile")
     head += ("predicted µs", "measured µs", "ratio")
-    worst = max(found, key=lambda c: abs(c.ratio - 1))
-    last = f"{len(found)} figures, the worst ratio is {worst.ratio:.2f}."
+    worst = lambda few: f"{max((c.ratio for c in few), key=lambda ratio: abs(ratio - 1)):.2f}"
+    whole = [c for c in found if not c.is_part]
+    last = f"{len(whole)} figures of all experts, the worst ratio is {worst(whole)}."
+    if len(found) > len(whole):
+        parts = [c for c in found if c.is_part]
+        last += f" {len(parts)} of a half or a quarter, the worst ratio is {worst(parts)}."
     return table(f"Predicted and measured, {path.name}", head, rows, markdown) + "\n" + last
 
 

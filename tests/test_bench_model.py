@@ -244,14 +244,17 @@ def test_tiles_follow_the_kernels_choice(monkeypatch):
 
 
 def test_predictions_are_within_15_percent():
-    """Of every product, tile and layer of both states; layers and Qwen were not used to fit it."""
+    """Of every product, tile and layer of both states."""
     found = model_of.compare(ROOT / MEASURED, Chip())
-    products = {(c.kernels, c.model, c.what) for c in found if c.tile != "-"}
-    layers = {(c.kernels, c.model, c.tokens, c.what) for c in found if c.tile == "-"}
-    assert (len(products), len(layers)) == (2 * 2 * 6, 2 * 2 * 2 + 6 * 2)
     assert {c.kernels for c in found} == {"main 331c15c", "sketch"}
-    wrong = [c for c in found if not 0.85 < c.ratio < 1.15]
-    assert not wrong
+    parts = [c for c in found if c.is_part]
+    whole = [c for c in found if not c.is_part]
+    products = {(c.kernels, c.model, c.what) for c in whole if c.tile != "-"}
+    layers = {(c.kernels, c.model, c.tokens, c.what) for c in whole if c.tile == "-"}
+    assert (len(products), len(layers), len(parts)) == (2 * 2 * 6, 2 * 2 * 2 + 6 * 2, 2 * 8)
+    assert not [c for c in whole if not 0.85 < c.ratio < 1.15]
+    # Not in a graph: the host's time, which is not modelled, is a part of theirs.
+    assert not [c for c in parts if not 0.78 < c.ratio < 1.15]
 
 
 def test_clocks_counted_are_predicted():
