@@ -24,9 +24,9 @@ class Chip:
     shared_per_clock: int = 128
     shared_bytes: int = 227 << 10
     registers: int = 65536
-    # Seen at 700 W: clocks counted over seconds in benchmarks (experts_model.py --counters). With the
-    # tensor cores idle, and by how much power grows when they are always busy: 1.70 to 1.79 GHz with
-    # them up to a fifth busy (the slow backward of 331c15c), 1.39 to 1.62 with half or more.
+    # Seen at 700 W: clocks counted over seconds in benchmarks (experts_model.py --counters). The
+    # rate with the tensor cores idle, and by how much power grows when they are always busy: 1.70
+    # to 1.79 GHz with them up to a fifth busy (331c15c's slow backward), 1.39 to 1.62 from half on.
     clock: float = 1.80e9
     power_of_tensor: float = 0.3
     copy: float = 4.25e12  # bytes read and written per second by an elementwise kernel
