@@ -5,7 +5,7 @@ search the slots themselves, as we do.
 
 On a GPU: each grouped product and the whole layer at the sizes of real models, against a dense
 product of as many FLOPs and against other packages where they are installed. Floors: FLOPs over the
-rate of a dense bf16 product, bytes over that of a copy, both measured in the same run.
+rate of a dense bf16 product, bytes over that of a copying kernel, both measured in the same run.
 """
 
 from __future__ import annotations
@@ -259,6 +259,7 @@ def measure(task: Task, device: str, copy_rate: float) -> dict[str, Any]:
         "flops_per_second": flops / ours,
         "dense_flops_per_second": dense_rate,
         "copy_bytes_per_second": copy_rate,
+        "copy_call": common.COPY_CALLS[device],
         "compute_floor_seconds": floors.compute,
         "memory_floor_seconds": floors.memory,
         "kernel_floor_seconds": floors.kernels,

@@ -37,7 +37,7 @@ def test_outer_codec(benchmark: Any, verb: str, codec: str) -> None:
     source = work.given[0]
     target = torch.empty_like(source)
     ours = work.ours(verb)
-    calls = {"ours": ours, "copy": lambda: target.copy_(source)}
+    calls = {"ours": ours, "copy": common.copying(source, target, DEVICE)}
     calls |= {rival.name: work.theirs(verb, rival) for rival in rivals}
     watch = machine.Watch(DEVICE)
     seconds = common.interleaved_seconds(calls, DEVICE, ROUNDS)
@@ -52,6 +52,7 @@ def test_outer_codec(benchmark: Any, verb: str, codec: str) -> None:
         "memory_floor_seconds": floor,
         "fraction_of_floor": floor / own,
         "copy_bytes_per_second": bandwidth,
+        "copy_call": common.COPY_CALLS[DEVICE],
         "rivals": seconds,
         "absent": absent,
         "load": outer_cases.load(),

@@ -95,10 +95,10 @@ class Timer:
 
 @cache
 def copy_bandwidth() -> float:
-    """Bytes read and written per second by a large copy on the device."""
+    """Bytes read and written per second by a large copy on the device, common.COPY_CALLS."""
     source = torch.ones((1 << 30 if DEVICE == "cuda" else 1 << 27) // 4, device=DEVICE)
     target = torch.empty_like(source)
-    timer = Timer([lambda: target.copy_(source)])
+    timer = Timer([common.copying(source, target, DEVICE)])
     return 2 * source.nbytes / median(timer.seconds() for _ in range(ROUNDS))
 
 
@@ -155,6 +155,7 @@ def measure(benchmark: Any, work: Work) -> None:
         "compute_floor_seconds": work.flops / compute_rate(),
         "fraction_of_floor": memory_floor / seconds["ours"],
         "copy_bytes_per_second": copy_bandwidth(),
+        "copy_call": common.COPY_CALLS[DEVICE],
         "calls_per_round": len(inputs),
         "in_a_graph": timers["ours"].graph is not None,
         **{f"{name}_seconds": value for name, value in seconds.items() if name != "ours"},

@@ -158,8 +158,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         console.print(token_table())
         copy = common.token_results[0]["copy_bytes_per_second"]
         console.print(
-            f"bytes us, flops us: the two floors. Copy: {copy / 1e9:.1f} GB/s read and written, in "
-            "the same run."
+            f"bytes us, flops us: the two floors. Copy: {copy / 1e9:.1f} GB/s read and written by "
+            f"{common.token_results[0]['copy_call']} in the same run.",
+            highlight=False,
         )
         for r in common.token_results:
             if r["compiled_failed"]:

@@ -173,7 +173,13 @@ def gemms(model: Model, load: Load, training: bool = True) -> dict[str, Gemm]:
 
     written = rows * (wide if training else 0) + rows * n
     products = (
-        gemm("expand", wide, d, touched + expand_weight + written, "Activate"),
+        gemm(
+            "expand",
+            wide,
+            d,
+            touched + expand_weight + written,
+            "Activate" if training else "ActivateOnly",
+        ),
         gemm("contract", d, n, rows * n + contract_weight + rows * d, "StoreRows"),
         gemm(
             "contract_backward",

@@ -166,8 +166,8 @@ def show(console: Console) -> None:
         rates = [r["copy_bytes_per_second"] for r in codecs]
         console.print(
             f"Floor: bytes read and written once, at the {min(rates) / 1e9:.1f} .. "
-            f"{max(rates) / 1e9:.1f} GB/s of a copy in the same rounds. * misses what is wanted of "
-            f"int8: {WANTED_FRACTION[codecs[0]['device']]:.0%}."
+            f"{max(rates) / 1e9:.1f} GB/s of a copy ({codecs[0]['copy_call']}) in the same rounds. "
+            f"* misses what is wanted of int8: {WANTED_FRACTION[codecs[0]['device']]:.0%}."
         )
         for line in filter(None, [load_line(codecs), *absent_lines(codecs)]):
             console.print(line, markup=False, highlight=False)

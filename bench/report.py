@@ -1,10 +1,12 @@
 """Raw benchmark results -> the tables of docs/performance.md.
 
     python bench/report.py bench/results/<gpu>*.json > table.md
+    python bench/report.py bench/results/<gpu>-experts-<date>.jsonl [--label NAME ...]
 
 Reads pytest-benchmark's JSON: results of bench_experts.py on a GPU and of bench_token_kernels.py.
 A section for each file: machine, then figures with both floors, the fraction of the larger one that
-was reached, and every rival's time over ours (above 1: we are faster).
+was reached, and every rival's time over ours (above 1: we are faster). Of files with an object in
+each line (ceilings, verb, layer; bench/results/README.md) TFLOP/s and rivals, by label.
 """
 
 from __future__ import annotations
@@ -17,14 +19,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experts_model import table
+from experts_model import BadFile, json_lines, table
 
 Result = dict[str, Any]  # a benchmark's extra_info
 LAYERS = ("forward", "forward_backward", "layer")
-
-
-class BadFile(Exception):
-    """A file that is no result; says which and why."""
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -214,15 +212,78 @@ def section(path: Path) -> str:
     return "\n".join(lines)
 
 
+# ---- an object in each line ----------------------------------------------------------------------
+
+
+def verb_cells(line: Result) -> list[str]:
+    seconds = line["seconds"]
+    rate = lambda name: f"{line['flops'] / seconds[name] / 1e12:.0f}" if name in seconds else "-"
+    over = lambda name: ratio(seconds[name] / seconds["default"] if name in seconds else None)
+    rates = [rate(name) for name in ("default", "dense", "grouped_mm")]
+    case = [line["label"], line["model"], str(line["tokens"]), line["routing"], line["verb"]]
+    return [*case, microseconds(seconds["default"]), *rates, over("dense"), over("grouped_mm")]
+
+
+VERB_HEAD = ("kernels", "model", "tokens", "routing", "product", "µs", "TFLOP/s")
+VERB_HEAD += ("cuBLAS TFLOP/s", "grouped_mm TFLOP/s", "cuBLAS", "grouped_mm")
+
+
+def layer_cells(line: Result) -> list[str]:
+    seconds, peak = line["seconds"], line["peak"]
+    ours, theirs = seconds["ours"], peak.get("grouped_mm")
+    share = lambda name: f"{seconds[name] / ours:.2f}" if name in seconds else "-"
+    return [
+        *(line["label"], line["model"], str(line["tokens"]), line["routing"]),
+        "forward + backward" if line["backward"] else "forward",
+        microseconds(ours),
+        f"{line['flops'] / ours / 1e12:.0f}",
+        ratio(seconds["grouped_mm"] / ours),
+        *map(share, ("graph", "1/2", "1/4")),
+        f"{peak['ours'] / theirs:.2f}" if theirs else "-",
+    ]
+
+
+LAYER_HEAD = ("kernels", "model", "tokens", "routing", "experts", "µs", "TFLOP/s", "grouped_mm")
+LAYER_HEAD += ("in a graph / eager", "half / all", "quarter / all", "peak memory / grouped_mm")
+
+
+def lines_section(path: Path, labels: Sequence[str]) -> str:
+    """Of one file with an object in each line; all labels if none are given."""
+    found = [line for line in json_lines(path) if not labels or line["label"] in labels]
+    if not found:
+        raise BadFile(f"{path}: no line has the label {' or '.join(map(repr, labels))}")
+    squares = [line["square"] / 1e12 for line in found if line["kind"] == "ceilings"]
+    parts = [f"### {path.name}", ""]
+    if squares:
+        said = f"{min(squares):.0f} to {max(squares):.0f} TFLOP/s"
+        parts += [f"Dense products of 8192 x 8192 x 8192 in the same processes: {said}.", ""]
+    for kind, title, head, cells in (
+        ("verb", "Grouped products", VERB_HEAD, verb_cells),
+        ("layer", "Experts of a layer", LAYER_HEAD, layer_cells),
+    ):
+        rows = [cells(line) for line in found if line["kind"] == kind]
+        if rows:
+            parts.append(table(title, head, rows, True))
+    return "\n".join(parts)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="results.json")
+    parser.add_argument(
+        "--label", action="append", default=[], help="of .jsonl: show this one; again for more"
+    )
+    arguments = parser.parse_args()
     try:
-        print("\n".join(map(section, parser.parse_args().files)).rstrip("\n"))
+        sections = [
+            lines_section(path, arguments.label) if path.suffix == ".jsonl" else section(path)
+            for path in arguments.files
+        ]
     except BadFile as bad:
         parser.error(str(bad))
+    print("\n".join(sections).rstrip("\n"))
     return 0
 
 

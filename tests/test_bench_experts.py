@@ -409,3 +409,27 @@ def test_report_refuses_other_files(tmp_path, text, said):
         report.section(file)
     with pytest.raises(report.BadFile, match="cannot be read"):
         report.section(tmp_path / "none.json")
+
+
+def test_report_of_lines(tmp_path):
+    """TFLOP/s and rivals' times over ours; only the labels that are asked for."""
+    seconds = {"default": 2e-3, "dense": 1e-3, "grouped_mm": 3e-3}
+    case = {"label": "new", "model": "OLMoE", "tokens": 4096, "routing": "zipf", "flops": 10**12}
+    verb = case | {"kind": "verb", "verb": "expand", "seconds": seconds}
+    seconds = {"ours": 2e-3, "grouped_mm": 3e-3, "graph": 1e-3, "1/2": 1.2e-3}
+    peak = {"ours": 3, "grouped_mm": 4}
+    layer = case | {"kind": "layer", "backward": True, "seconds": seconds, "peak": peak}
+    ceilings = {"kind": "ceilings", "label": "new", "square": 700e12, "copy": 4e12}
+    lines = [ceilings, verb, layer, verb | {"label": "old"}]
+    file = tmp_path / "h200.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    shown = report.lines_section(file, ["new"]).splitlines()
+    assert shown[0] == "### h200.jsonl"
+    of = "| new | OLMoE | 4096 | zipf | "
+    assert of + "expand | 2000.0 | 500 | 1000 | 333 | 0.50x | 1.50x |" in shown
+    assert of + "forward + backward | 2000.0 | 500 | 1.50x | 0.50 | 0.60 | - | 0.75 |" in shown
+    assert any("700 to 700 TFLOP/s" in line for line in shown)
+    assert not any("old" in line for line in shown)
+    assert any("old" in line for line in report.lines_section(file, []).splitlines())
+    with pytest.raises(report.BadFile, match="no line has the label 'none'"):
+        report.lines_section(file, ["none"])
