@@ -1,33 +1,27 @@
 """Builds the native libraries by driving CMake with ninja; CMakeLists.txt is the build description.
 
-Environment: FOMOE_CUDA=on|off|auto, FOMOE_CUDA_ARCHS="80;90a", FOMOE_CUDA_FLAGS, MAX_JOBS.
+Environment: FOMOE_CUDA=on|off|auto, FOMOE_CUDA_ARCHS="80;90a", TORCH_CUDA_ARCH_LIST (cuda_archs.py
+says which is taken and what where none is set), FOMOE_CUDA_FLAGS, MAX_JOBS.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT))  # the folder of the sources, which pip does not put there
 
-
-def package_root(name: str) -> Path:
-    """The folder of an installed package, found without importing it."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise SystemExit(
-            f"fomoe-ext: {name} is needed to build. Let pip fetch it (without "
-            f"--no-build-isolation), or install it first: pip install torch pybind11 cmake ninja"
-        )
-    return Path(spec.origin).parent
+import build_backend  # noqa: E402
+import cuda_archs  # noqa: E402
 
 
 def program(name: str) -> str:
@@ -51,34 +45,53 @@ class CMakeBuild(build_ext):
     """`build_ext` whose only work is to call cmake and to put its libraries into the package."""
 
     def run(self) -> None:
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build = ROOT / "build" / "cmake"
         output = build / "fomoe_ext"
+        torch = build_backend.find_torch()
+        if torch is None:
+            raise SystemExit(
+                "fomoe-ext: torch >= 2.10 is needed to build. Let pip fetch it (without "
+                "--no-build-isolation), or install it first: pip install torch cmake ninja"
+            )
+        try:
+            archs = cuda_archs.choose()
+        except cuda_archs.BadArchs as error:
+            raise SystemExit(f"fomoe-ext: {error}") from None
         # Said on every run, as pip's isolated environments come and go under the same build folder.
         variables = {
             "CMAKE_MAKE_PROGRAM": program("ninja"),
-            "Python_EXECUTABLE": sys.executable,
-            "pybind11_DIR": package_root("pybind11") / "share/cmake/pybind11",
-            "FOMOE_TORCH_ROOT": package_root("torch"),
-            "FOMOE_TORCH_VERSION": importlib.metadata.version("torch"),
+            "FOMOE_TORCH_ROOT": torch.root,
+            "FOMOE_TORCH_VERSION": torch.version,
             "FOMOE_OUTPUT": output,
             "FOMOE_CUDA": os.environ.get("FOMOE_CUDA", "auto"),
-            "FOMOE_CUDA_ARCHS": os.environ.get("FOMOE_CUDA_ARCHS", "80;90a"),
+            "FOMOE_CUDA_ARCHS": ";".join(archs.entries),
+            "FOMOE_CUDA_ARCHS_FROM": archs.why.replace(";", " "),
+            "FOMOE_CUDA_ARCHS_ELSE": ";".join(archs.otherwise),
             "FOMOE_CUDA_FLAGS": os.environ.get("FOMOE_CUDA_FLAGS", ""),
         }
+        began = time.monotonic()
+        print(f"fomoe-ext: building with torch {torch.version} ({torch.root})", flush=True)
         configure = [program("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(build)]
         self.call([*configure, *(f"-D{name}={value}" for name, value in variables.items())])
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
         self.call([program("cmake"), "--build", str(build), *jobs])
+        print(f"fomoe-ext: libraries built in {time.monotonic() - began:.0f} s", flush=True)
 
         package = ROOT / "fomoe_ext" if self.inplace else Path(self.build_lib) / "fomoe_ext"
         package.mkdir(parents=True, exist_ok=True)
-        built = sorted(output.glob("*.so"))
+        built = sorted(output.glob("libfomoe_*.so"))
         for library in built:
             replace_if_changed(library, package / library.name)
-        for stale in {*package.glob("libfomoe_*.so")} - {
-            package / library.name for library in built
-        }:
+        # Also the module for one Python that earlier versions built: it would hide _C.py.
+        old = {*package.glob("libfomoe_*.so"), *package.glob("_C.*.so")}
+        for stale in old - {package / library.name for library in built}:
             stale.unlink()
+
+    def get_outputs(self) -> list[str]:
+        return [str(path) for path in Path(self.build_lib, "fomoe_ext").glob("libfomoe_*.so")]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
 
     @staticmethod
     def call(command: list[str]) -> None:
@@ -88,5 +101,15 @@ class CMakeBuild(build_ext):
             raise SystemExit(f"fomoe-ext: failed with status {status}: {' '.join(command)}")
 
 
+class Wheel(bdist_wheel):
+    """A wheel of this platform for every Python: the libraries know nothing of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 # Declared so that the wheel is a platform wheel; the sources are CMake's business.
-setup(ext_modules=[Extension("fomoe_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("fomoe_ext.libfomoe", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
+)

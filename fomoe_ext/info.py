@@ -122,7 +122,7 @@ def _rows(info: dict[str, Any]) -> list[tuple[str, str]]:
     build, run, cpu = info["build"], info["run"], info["cpu"]
     cuda = "no (CPU only)"
     if build["cuda"] is not None:
-        cuda = f"{build['cuda']} for {', '.join(build['cuda_archs'])}"
+        cuda = f"{build['cuda']} for {', '.join(build['cuda_archs'])} ({build['cuda_archs_from']})"
     seen = f"CUDA {run['torch_cuda']}" if run["cuda_available"] else "no GPU in use"
     rows = [
         ("fomoe_ext", f"{info['version']}, commit {build['commit']}"),

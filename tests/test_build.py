@@ -19,7 +19,8 @@ import fomoe_ext
 from fomoe_ext import _C
 
 PACKAGE = Path(fomoe_ext.__file__).parent
-LIBRARIES = ["libfomoe_cpu.so", "libfomoe_cuda.so"]
+LIBRARIES = ["libfomoe_cpu.so", "libfomoe_cuda.so"]  # those of torch ops
+EVERY = [*LIBRARIES, "libfomoe_facts.so"]
 
 
 def built(library: str) -> Path:
@@ -41,12 +42,48 @@ def test_only_the_stable_abi(library):
     assert [s for s in needed if s.startswith("_Z")] == []
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("library", EVERY)
 def test_no_python_and_no_cuda_library_is_needed(library):
-    if shutil.which("readelf") is None:
-        pytest.skip("readelf is needed (binutils)")
+    """So every Python can load them: none of its functions is called, limited API or not."""
+    if shutil.which("readelf") is None or shutil.which("nm") is None:
+        pytest.skip("readelf and nm are needed (binutils)")
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", run("readelf", "-d", built(library)))
     assert needed and not [n for n in needed if re.search(r"python|cudart|cublas", n)]
+    assert ("libtorch_cpu.so" in needed) == (library in LIBRARIES)
+    symbols = run("nm", "-D", "--undefined-only", built(library)).split()
+    assert [s for s in symbols if s.startswith(("Py", "_Py"))] == []
+
+
+def other_pythons() -> list[str]:
+    """Interpreters of other versions that this machine has, on PATH or where pyenv puts them."""
+    versions = [f"3.{minor}" for minor in range(11, 20) if minor != sys.version_info.minor]
+    found = [shutil.which(f"python{version}") for version in versions]
+    pyenv = Path.home() / ".pyenv/versions"
+    found += [str(p) for v in versions for p in sorted(pyenv.glob(f"{v}.*/bin/python"))]
+    return [python for python in found if python is not None]
+
+
+# _C.py needs neither torch nor anything else that is not Python's own, so the file alone will do.
+FACTS = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
+_C = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(_C)
+tile = _C.expert_tile("expand", "bfloat16", 1024, 0, True)
+facts = [_C.build_facts(), _C.cpu_features(), _C.cpu_kernels(), _C.cuda_kernels()]
+print(json.dumps([*facts, _C.expert_tiles(), tile]))
+"""
+
+
+def test_every_python_reads_the_same_facts():
+    pythons = other_pythons()
+    if not pythons:
+        pytest.skip("another Python, 3.11 or newer, is needed")
+    module = str(PACKAGE / "_C.py")
+    here = run(sys.executable, "-c", FACTS, module)
+    assert "multistage_64" in here
+    for python in pythons:
+        assert run(python, "-I", "-c", FACTS, module) == here, python
 
 
 def test_a_word_that_is_not_a_choice_is_refused(tmp_path):
@@ -113,7 +150,11 @@ def test_wheel_built_in_isolation(tmp_path):
     (wheel,) = tmp_path.glob("fomoe_ext-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {"fomoe_ext/py.typed", "fomoe_ext/libfomoe_cpu.so", "fomoe_ext/train.py"} <= set(names)
-    assert any(re.fullmatch(r"fomoe_ext/_C\..*\.so", name) for name in names)
+    # For every Python from 3.11 on: no file is named after one.
+    assert re.fullmatch(r"fomoe_ext-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
+    libraries = {name for name in names if name.endswith(".so")}
+    assert libraries == {"fomoe_ext/libfomoe_cpu.so", "fomoe_ext/libfomoe_facts.so"}
+    assert not [n for n in names if re.search(r"cpython|cp3\d|\.pyc$", n)]
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [n for n in names if not n.startswith(("fomoe_ext/", "fomoe_ext-"))]
 
@@ -144,7 +185,7 @@ def test_one_build_runs_on_another_torch(tmp_path, version):
         assert said.split()[-1] == str((PACKAGE / "libfomoe_cuda.so").exists())
 
     # And the other way round: built there, against that torch.
-    tools = ["setuptools>=77", "cmake", "ninja", "pybind11"]
+    tools = ["setuptools>=77", "cmake", "ninja"]
     run(python, "-m", "pip", "install", "--quiet", *tools)
     build = ["install", "--no-build-isolation", "--no-deps"]
     run(python, "-m", "pip", *build, clean_copy(tmp_path), PYTHONPATH="")

@@ -33,7 +33,8 @@ def test_json_is_whole():
     assert result.returncode == 0, result.stderr
     told = json.loads(result.stdout)
     assert told["run"]["torch"] == torch.__version__
-    assert set(told["build"]) == {"torch", "compiler", "build_type", "cuda", "cuda_archs", "commit"}
+    facts = {"torch", "compiler", "build_type", "cuda", "cuda_archs", "cuda_archs_from", "commit"}
+    assert set(told["build"]) == facts
     assert told["native"] == {
         "cpu_library": True,
         "cuda_library": told["native"]["cuda_library"],
@@ -41,13 +42,20 @@ def test_json_is_whole():
     }
     assert {"route", "compact", "combine", "gemm", "experts"} <= set(told["kernels"]["cpu"])
     assert {"route", "compact", "expand", "contract", "combine"} <= set(told["ops"]["cpu"])
-    assert (told["build"]["cuda"] is None) == (told["kernels"]["cuda"] == [])
+    without = told["build"]["cuda"] is None
+    for fact in (told["kernels"]["cuda"], told["build"]["cuda_archs"]):
+        assert (fact == []) == without
+    assert (told["build"]["cuda_archs_from"] is None) == without
 
 
 def test_table_names_the_facts():
     result = run_info()
     assert result.returncode == 0, result.stderr
-    for fact in (torch.__version__, _C.build_facts()["compiler"], _C.cpu_features()["chosen"]):
+    build = _C.build_facts()
+    facts = [torch.__version__, build["compiler"], _C.cpu_features()["chosen"]]
+    if build["cuda"] is not None:
+        facts += [*build["cuda_archs"], build["cuda_archs_from"]]
+    for fact in facts:
         assert fact in result.stdout
 
 

@@ -1,0 +1,118 @@
+"""Build facts, CPU features and the tiles of grouped GEMMs, told by libfomoe_facts.so.
+
+Plain C functions called through ctypes: neither torch nor a particular Python is needed. Importing
+raises ImportError where the package is not built.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from pathlib import Path
+from typing import Any
+
+_PATH = Path(__file__).parent / "libfomoe_facts.so"
+try:
+    _library = ctypes.CDLL(str(_PATH))
+except OSError as error:
+    raise ImportError(f"fomoe_ext: {_PATH} does not load: {error}") from error
+
+
+def _declare(name: str, result: Any, *arguments: Any) -> Any:
+    function = getattr(_library, name)
+    function.restype, function.argtypes = result, list(arguments)
+    return function
+
+
+_text, _int32, _int64 = ctypes.c_char_p, ctypes.c_int32, ctypes.c_int64
+_error = _declare("fomoe_error", _text)
+_isa_name = _declare("fomoe_isa_name", _text, _int32)
+_isa_found = _declare("fomoe_isa_found", _int32)
+_isa_chosen = _declare("fomoe_isa_chosen", _int32)
+_tile_at = _declare(
+    "fomoe_expert_tile_at",
+    _text,
+    *(_int32, ctypes.POINTER(_text), ctypes.POINTER(_int32), ctypes.POINTER(_int32)),
+)
+_tile = _declare("fomoe_expert_tile", _text, _text, _text, _int64, _int64, ctypes.c_bool)
+_facts: dict[str, Any] = json.loads(_declare("fomoe_build_facts", _text)().decode())
+
+
+def build_facts() -> dict[str, Any]:
+    """torch (version built against), compiler, build_type, cuda (version or None), cuda_archs
+    (list, as CMake names them), cuda_archs_from (what chose them, or None), commit."""
+    facts = {key: value for key, value in _facts.items() if not key.endswith("_files")}
+    return facts | {key: facts[key] or None for key in ("cuda", "cuda_archs_from")}
+
+
+def _isa_names() -> list[str]:
+    names: list[str] = []
+    while (name := _isa_name(len(names))) is not None:
+        names.append(name.decode())
+    return names
+
+
+def cpu_features() -> dict[str, Any]:
+    """found and chosen (instruction set names), available (list, ascending).
+
+    Raises RuntimeError when FOMOE_CPU_ISA asks for what is unknown or not there.
+    """
+    chosen = _isa_chosen()
+    if chosen < 0:
+        raise RuntimeError(_error().decode())
+    names, found = _isa_names(), _isa_found()
+    return {"found": names[found], "chosen": names[chosen], "available": names[: found + 1]}
+
+
+def cpu_kernels() -> dict[str, list[str]]:
+    """Kernel file compiled into libfomoe_cpu.so -> its instruction sets.
+
+    "gemm_avx2" -> gemm: [..., avx2]; a name without an instruction set counts as scalar, and so
+    does the file beside it that only picks one.
+    """
+    kernels: dict[str, list[str]] = {}
+    for file in _facts["cpu_files"]:
+        isa = next((name for name in _isa_names() if file.endswith(f"_{name}")), None)
+        verb = file if isa is None else file.removesuffix(f"_{isa}")
+        isas = kernels.setdefault(verb, [])
+        if (isa or "scalar") not in isas:
+            isas.append(isa or "scalar")
+    return kernels
+
+
+def cuda_kernels() -> list[str]:
+    """Kernel files compiled into libfomoe_cuda.so, empty without CUDA."""
+    return list(_facts["cuda_files"])
+
+
+def expert_tiles() -> list[dict[str, Any]]:
+    """The tiles that grouped GEMMs can run with, each a dict: name, kernel, rows, columns."""
+    tiles: list[dict[str, Any]] = []
+    kernel, rows, columns = _text(), _int32(), _int32()
+    out = (ctypes.byref(kernel), ctypes.byref(rows), ctypes.byref(columns))
+    while (name := _tile_at(len(tiles), *out)) is not None:
+        assert kernel.value is not None
+        tiles.append(
+            {
+                "name": name.decode(),
+                "kernel": kernel.value.decode(),
+                "rows": rows.value,
+                "columns": columns.value,
+            }
+        )
+    return tiles
+
+
+def expert_tile(verb: str, dtype: str, columns: int, terms: int, hopper: bool) -> str:
+    """The tile that a grouped GEMM runs with.
+
+    verb: expand, contract, contract_backward, grouped_rows or weight_grad; dtype: float32, bfloat16
+    or float16; columns: of its sums (expand's gate and up columns both count); terms: of each sum,
+    0 where only the device knows (weight_grad); hopper: whether the device is one.
+    FOMOE_EXPERTS_TILE overrides it where dtype and device allow. Raises ValueError for an unknown
+    verb, dtype or tile.
+    """
+    name = _tile(verb.encode(), dtype.encode(), columns, terms, hopper)
+    if name is None:
+        raise ValueError(_error().decode())
+    return name.decode()
