@@ -113,6 +113,7 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 1)
       for (int i = 0; i < kSize / 16; ++i)
         async_copy_16(swizzled(a_tile, t / 8 + 16 * i, t % 8),
                       from - 16 * i * kLength + int(step) * kDepth, true);
+      if (kDefect == 3) fence_proxy_async();
       if (kWaits == kIssuer) {
         async_copy_commit();
         async_copy_wait<0>();
@@ -120,7 +121,6 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 1)
       } else if (kDefect != 4 && !(kDefect == 5 && t == 77)) {
         async_copy_arrive(&full[stage]);
       }
-      if (kDefect == 3) fence_proxy_async();
       if (kDefect == 6 && t == 77) async_copy_arrive(&full[stage]);
     }
     return;
