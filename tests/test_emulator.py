@@ -83,7 +83,10 @@ PRODUCTS = [
     "gemm_mk",
     "gemm_kn",
     "gemm_mn",
+    # By who waits for the copies.
     "gathered",
+    "gathered_some",
+    "gathered_issuer",
 ]
 BOXES = [(0, 0, 0), (-5, -1, 1), (40, 3, 3), (8, 1, -9), (-70, 0, 0)]
 
@@ -492,10 +495,11 @@ def test_emulated_selftest_is_cuda_too(tmp_path, arch):
         run([nvcc(), *flags, source, "-o", tmp_path / f"{source.stem}.cubin"])
 
 
-def test_products_and_boxes_are_hopper_instructions(tmp_path):
+@pytest.mark.parametrize("source", SOURCES[1:], ids=lambda source: source.stem)
+def test_products_and_boxes_are_hopper_instructions(tmp_path, source):
     """In straight flight: no spills, and no wgmma that waits because of how the code is."""
-    cubin = tmp_path / "warpgroup.cubin"
-    command = [nvcc(), "-std=c++20", "-O3", "-arch=sm_90a", "-cubin", "-Xptxas=-v", SOURCES[1]]
+    cubin = tmp_path / f"{source.stem}.cubin"
+    command = [nvcc(), "-std=c++20", "-O3", "-arch=sm_90a", "-cubin", "-Xptxas=-v", source]
     said = subprocess.run([*command, "-o", cubin], capture_output=True, text=True, check=True)
     assert re.search(r"serializ|[1-9]\d* bytes (stack|spill)|ignored", said.stderr) is None
     try:
@@ -503,11 +507,14 @@ def test_products_and_boxes_are_hopper_instructions(tmp_path):
     except cuda_resources.ToolMissing as missing:
         pytest.skip(str(missing))
     for (kernel, _), code in codes.items():
-        if kernel.startswith(("gemm", "stored")):
+        if kernel.startswith(("gemm", "stored", "gathered")):
             assert code.has(r"^HGMMA\.64x(64|128|256)x16\.F32") and code.has(r"^WARPGROUP"), kernel
-        if kernel.startswith(("gemm", "tensor")):
+        if kernel.startswith(("gemm", "tensor", "gathered")):
             assert code.has(r"^UTMALDG\.3D"), kernel
-    assert sum(kernel.startswith("gemm") for kernel, _ in codes) == 4
+        if kernel.startswith(("copy_arrivals", "gathered<0, 0", "gathered<0, 1")):
+            assert code.has(r"^ARRIVES\.LDGSTSBAR"), kernel
+    products = [kernel for kernel, _ in codes if kernel.startswith(("gemm", "gathered"))]
+    assert len(products) == {"warpgroup": 4, "arrivals": 3}[source.stem]
 
 
 @pytest.mark.parametrize("name", NAMES)
