@@ -64,7 +64,7 @@ def gpu_line(setting: Setting) -> str:
 
 
 def read_results(work: Path) -> summary.Results:
-    """Of all steps, by the name of their results; the last line of one that was ended may be cut."""
+    """Of all steps, by the name of their results; the last line may be cut short."""
     found: summary.Results = {}
     for path in sorted(work.glob("*.jsonl")):
         entries = []
