@@ -242,13 +242,15 @@ def make_task(inputs: cases.Inputs, name: str) -> Task:
     return verb_task(inputs, name)
 
 
-def measure(task: Task, device: str, copy_rate: float) -> dict[str, Any]:
+def measure(
+    task: Task, device: str, copy_rate: float, rounds: int = common.INTERLEAVED_ROUNDS
+) -> dict[str, Any]:
     """Times all of it in turn; what goes into `extra_info`."""
     size = DENSE[device]
     square = torch.randn(size, size, device=device, dtype=DTYPE)
     calls = {"ours": task.ours, "square": lambda: square @ square}
     calls |= {f"rival {name}": call for name, call in task.rivals.items()} | task.others
-    seconds = common.interleaved_seconds(calls, device)
+    seconds = common.interleaved_seconds(calls, device, rounds)
     dense_rate = 2 * size**3 / seconds["square"]
     floors = work.floors(task.kernels, dense_rate, copy_rate)
     flops, ours = sum(kernel.flops for kernel in task.kernels), seconds["ours"]

@@ -249,6 +249,30 @@ def liger_experts(
     )
 
 
+def sonicmoe_layer(
+    router_weight: Tensor, expand_weight: Tensor, contract_weight: Tensor, top_k: int
+) -> Callable[[Tensor, bool], Tensor]:
+    """SonicMoE's layer: softmax and top-k of its own logits, SwiGLU, all experts resident.
+
+    router_weight [E, D]; expand_weight [E, 2 N, D] with each gate beside its up; contract_weight
+    [E, D, N]. The function takes x and whether no gradient is wanted. Raises `Absent`.
+    """
+    if not expand_weight.is_cuda:
+        raise Absent("it runs on a GPU only")
+    layer = getattr(_module("sonicmoe.functional"), "moe_TC_softmax_topk_layer", None)
+    if layer is None:
+        raise Absent("this sonicmoe has no moe_TC_softmax_topk_layer")
+    swiglu = _module("sonicmoe.enums").ActivationType.SWIGLU
+    expand, contract = expand_weight.permute(1, 2, 0), contract_weight.permute(1, 2, 0)
+
+    def run(x: Tensor, inference: bool) -> Tensor:
+        stream = torch.cuda.current_stream().cuda_stream
+        weights = (router_weight, expand, None, contract, None)
+        return layer(x, *weights, top_k, stream, swiglu, inference)[0]
+
+    return run
+
+
 OTHERS: dict[str, Callable[..., Layer]] = {
     "transformers": transformers_experts,
     "liger": liger_experts,

@@ -1,0 +1,146 @@
+"""What the measuring steps share: their arguments, what they measure at which size, their results.
+
+Results are lines of JSON, written as they come, so that a step that is ended leaves what it had
+measured; runner and summary make files of them that bench/report.py reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import select
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import expert_work as work
+import torch
+from expert_work import Model
+
+ROUNDS = {"cuda": 5, "cpu": 1}  # of interleaved measurements
+WRONG = 2e-2  # relative error from which on a result in bf16 is another one
+# With a stand-in for the GPU the same is done on the CPU, small.
+SMALL_MODELS = (
+    Model("gated", 32, 16, 8, 2),
+    Model("biases", 24, 40, 8, 2, "clamped_swiglu", bias=True),
+    Model("plain", 32, 8, 16, 4, "silu"),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, tokens and a routing."""
+
+    model: Model
+    tokens: int
+    routing: str
+
+    def __str__(self) -> str:
+        return f"{self.model.name} {self.tokens} {self.routing}"
+
+
+def models_of(device: str) -> Sequence[Model]:
+    return work.MODELS if device == "cuda" else SMALL_MODELS
+
+
+def cases_of(device: str) -> list[Case]:
+    """All that is measured, what tells most first."""
+    tokens = (16384, 4096) if device == "cuda" else (96, 48)
+    large, small = tokens
+    orders = [(large, "balanced"), (small, "zipf"), (large, "zipf"), (small, "balanced")]
+    if device == "cpu":
+        orders = orders[:2]
+    return [Case(model, *order) for order in orders for model in models_of(device)]
+
+
+class Results:
+    """Lines of results, and the time that a step has for them."""
+
+    def __init__(self, path: Path, budget: float) -> None:
+        self.path, self.budget = path, budget
+        self.began = time.monotonic()
+        self.wrong: list[str] = []
+        self.missed: list[str] = []
+
+    @property
+    def left(self) -> float:
+        """Seconds of the budget."""
+        return self.budget - (time.monotonic() - self.began)
+
+    def restart(self) -> None:
+        """What came before was preparation, which the budget is not for."""
+        self.began = time.monotonic()
+
+    def add(self, name: str, result: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"name": name, "extra_info": result}) + "\n")
+
+    def check(self, what: str, error: float) -> None:
+        """Notes what is further from its definition than roundings explain."""
+        if not error < WRONG:
+            self.wrong.append(f"{what} ({error:.1e})")
+
+    @contextmanager
+    def guarded(self, what: object) -> Iterator[None]:
+        """What fails inside is noted, and the next thing tried; SystemExit where that is vain."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            self.missed.append(f"{what}: out of memory")
+        except Exception as error:
+            traceback.print_exc()
+            self.wrong.append(f"{what}: {type(error).__name__}: {error}"[:200])
+            if torch.cuda.is_available():
+                try:
+                    torch.cuda.synchronize()
+                except RuntimeError as broken:  # an error that stays: nothing runs any more
+                    raise SystemExit(f"{what}: {broken}"[:400]) from error
+
+    def enough(self, what: object, seconds: float = 2.0) -> bool:
+        """Whether so much time is left for it; what is not reached is told at the end."""
+        if self.left < seconds:
+            self.missed.append(str(what))
+            return False
+        return True
+
+    def finish(self, done: str) -> int:
+        """Says in one line what came of it; the exit code."""
+        missed = f", not reached: {len(self.missed)} ({self.missed[0]} ...)" if self.missed else ""
+        wrong = f", WRONG: {', '.join(self.wrong)}" if self.wrong else ""
+        print(f"{done}{wrong}{missed}", flush=True)
+        return 1 if self.wrong else 0
+
+
+def arguments(description: str | None, *flags: str) -> argparse.Namespace:
+    """Of a step's process; `flags` are on or off."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--out", type=Path, required=True, help="file to append results to")
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds to measure for")
+    for flag in flags:
+        parser.add_argument(flag, action="store_true")
+    return parser.parse_args()
+
+
+def release_memory() -> None:
+    """What nobody holds any more, for other processes too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def is_turn() -> bool:
+    """Whether the runner has said that it is this step's turn, or there is no runner."""
+    return bool(select.select([sys.stdin], [], [], 0)[0])
+
+
+def wait_for_turn() -> None:
+    """Returns when the runner says that it is this step's turn; at once without a runner."""
+    print("prepared", flush=True)
+    sys.stdin.readline()

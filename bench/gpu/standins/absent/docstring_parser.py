@@ -1,0 +1,1 @@
+raise ModuleNotFoundError("docstring_parser is not there where the GPU is", name="docstring_parser")

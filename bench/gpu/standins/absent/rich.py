@@ -1,0 +1,1 @@
+raise ModuleNotFoundError("rich is not there where the GPU is", name="rich")

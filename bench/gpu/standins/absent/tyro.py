@@ -1,0 +1,1 @@
+raise ModuleNotFoundError("tyro is not there where the GPU is", name="tyro")

@@ -1,0 +1,162 @@
+"""The table of steps: what runs where a GPU is, in which order and for how long at most.
+
+What tells most comes first, should the time run out. Steps whose times count run alone; what only
+has to be right runs side by side.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.gpu.runner import Step
+
+ROOT = Path(__file__).resolve().parents[2]
+STANDINS = Path(__file__).parent / "standins"
+CUDA_BIN = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
+KERNEL_TESTS = tuple(
+    str(ROOT / f"tests/test_{name}.py")
+    for name in (
+        "route_kernel",
+        "compact_kernel",
+        "rows_kernel",
+        "combine_kernel",
+        "experts_kernel",
+        "expert_tiles",
+        "delta",
+        "delta_kernel",
+        "cuda_graph",
+        "emulator",
+    )
+)
+CHECKS = ("memcheck", "racecheck", "synccheck")
+MOST_WORKERS = 12  # of the tests: each takes memory of the GPU
+OWN_BUDGET = 0.85  # of a step's limit, for what it measures; the rest is for its start
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where the steps run. `standin`: on the CPU, with programs that stand in for the GPU's."""
+
+    work: Path
+    standin: bool = False
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.standin else "cuda"
+
+    @property
+    def programs(self) -> str:
+        """Folders in which programs are looked for."""
+        first = [str(STANDINS)] if self.standin else []
+        return os.pathsep.join([*first, os.environ.get("PATH", ""), str(CUDA_BIN)])
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Of all steps. With a stand-in, what may be missing where the GPU is, is missing."""
+        made = {"PATH": self.programs, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        if self.standin:
+            made["PYTHONPATH"] = os.pathsep.join([str(STANDINS / "absent"), str(ROOT)])
+            made["CUDA_VISIBLE_DEVICES"] = ""
+        return made
+
+    def lacks(self, *needs: str) -> str:
+        """Why a step cannot run: the modules and programs ("ncu()") among `needs` that are not
+        here; empty where all are.
+        """
+        missing = [
+            need.removesuffix("()")
+            for need in needs
+            if (
+                shutil.which(need.removesuffix("()"), path=self.programs) is None
+                if need.endswith("()")
+                else importlib.util.find_spec(need) is None
+            )
+        ]
+        return f"no {', '.join(missing)} here" if missing else ""
+
+
+def workers() -> int:
+    """Processes of the tests."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(MOST_WORKERS, (cores or 1) * 3 // 4))
+
+
+def test_command(setting: Setting) -> list[str]:
+    """The tests of kernels on the GPU, in as many processes as there are cores for."""
+    wanted = "cuda or graph or hardware"
+    if setting.standin:
+        wanted = "(cpu or graph or hardware) and not emulated"
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    if not setting.lacks("xdist"):
+        command += ["-n", str(workers())]
+    return [*command, *KERNEL_TESTS, "-k", wanted]
+
+
+def make_steps(setting: Setting) -> list[Step]:
+    """All steps, in order."""
+    device = setting.device
+
+    def module(name: str) -> list[str]:
+        return [sys.executable, "-m", f"bench.gpu.{name}"]
+
+    def step(
+        name: str,
+        limit: float,
+        *needs: str,
+        command: list[str] | None = None,
+        results: str = "",
+        flags: tuple[str, ...] = (),
+        group: str = "",
+        early: bool = False,
+        more: Mapping[str, str] | None = None,
+    ) -> Step:
+        out = setting.work / f"{results or name}.jsonl"
+        budget = f"{OWN_BUDGET * limit:.0f}"
+        own = [*module(name), "--device", device, "--out", str(out), "--budget", budget, *flags]
+        return Step(
+            name,
+            command or own,
+            limit,
+            group or name,
+            results,
+            {**setting.environment, **(more or {})},
+            early,
+            setting.lacks(*needs),
+        )
+
+    def check(tool: str) -> Step:
+        limit = 60.0
+        checked = [*module("small_cases"), "--device", device, "--out", os.devnull]
+        # torch's own kernels are not ours to check, and there are many of them.
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+        command += ["--kernel-name", "kns=fomoe", "--print-limit", "20", *checked]
+        command += ["--budget", f"{OWN_BUDGET * limit:.0f}"]
+        # Each tensor by itself, or what is next to one in torch's pool would be taken for its own.
+        more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        return step(tool, limit, "compute-sanitizer()", command=command, group="checks", more=more)
+
+    build = Step(
+        "build",
+        [*module("build"), device],
+        240.0,
+        "build",
+        environment=setting.environment,
+        needed=True,
+    )
+    return [
+        build,
+        step("tests", 80, "pytest", "hypothesis", command=test_command(setting)),
+        step("verbs", 100, results="verbs"),
+        step("layers", 80, results="layers", flags=("--wait",), early=True),
+        step("training", 45, results="training"),
+        step("job", 70, "safetensors", results="training", group="checks"),
+        *(check(tool) for tool in CHECKS),
+        step("tokens", 30, results="tokens"),
+        step("profile", 45, "ncu()", results="profile"),
+    ]

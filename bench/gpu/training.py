@@ -1,0 +1,154 @@
+"""Whole training steps of the paper's models with all, half, a quarter and none of the experts
+resident: seconds of a step, of the host alone, and of the GPU's kernels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.gpu import measured
+from bench.gpu.measured import Results
+from fomoe_ext.config import InnerConfig, ModelConfig, preset_config
+from fomoe_ext.job import make_optimizer
+from fomoe_ext.model import LanguageModel
+from fomoe_ext.moe import MoELayer
+
+SHARES = (1.0, 0.5, 0.25, 0.0)
+STEPS, WARM_UP = 5, 2
+
+
+class Sized(NamedTuple):
+    """A model of the paper, not as deep, and the sequences of a step."""
+
+    preset: str
+    layers: int
+    sequences: int
+    seq_len: int = 2048
+    vocabulary: int = 32000
+
+    @property
+    def config(self) -> ModelConfig:
+        return dataclasses.replace(
+            preset_config(self.preset).model,
+            vocab_size=self.vocabulary,
+            num_layers=self.layers,
+            seq_len=self.seq_len,
+            router_scope="global",
+        )
+
+
+SIZES: dict[str, Sequence[Sized]] = {
+    "cuda": (Sized("13.3b", 12, 8), Sized("1.8b", 128, 4)),
+    "cpu": (Sized("tiny", 2, 2, seq_len=32, vocabulary=256),),
+}
+
+
+def make_model(config: ModelConfig, share: float, device: str) -> LanguageModel:
+    """With the first experts of every layer resident."""
+    model = LanguageModel(config, None, seed=1, device=device)
+    if share == 1:
+        return model
+    resident = range(round(share * config.num_experts))
+    for index, block in enumerate(model.blocks):
+        block.moe = MoELayer(
+            config.hidden_size,
+            config.expert_size,
+            config.num_experts,
+            config.top_k,
+            activation=config.activation,
+            resident_experts=list(resident),
+            layer_index=index,
+            seed=1,
+            device=device,
+        )
+    return model
+
+
+def timed(step: Callable[[], None], device: str) -> tuple[float, float]:
+    """Seconds until a step was done, and until the host had asked for all of it."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    step()
+    asked = time.perf_counter()
+    wait()
+    return time.perf_counter() - start, asked - start
+
+
+def largest_kernels(step: Callable[[], None], device: str) -> dict[str, Any]:
+    """Seconds of all kernels of a step, and of those that take most, by the profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    if device == "cpu":
+        return {"gpu_seconds": None, "largest": {}}
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        step()
+        torch.cuda.synchronize()
+    times = {event.key: event.self_device_time_total / 1e6 for event in seen.key_averages()}
+    largest = sorted(times.items(), key=lambda item: -item[1])[:12]
+    return {"gpu_seconds": sum(times.values()), "largest": {k[:100]: v for k, v in largest}}
+
+
+def measure(size: Sized, share: float, device: str) -> dict[str, Any]:
+    config = size.config
+    tokens = torch.randint(size.vocabulary, (size.sequences, size.seq_len + 1), device=device)
+    model = make_model(config, share, device)
+    optimizer = make_optimizer(model, InnerConfig())
+
+    def step() -> None:
+        with torch.autocast(device, dtype=torch.bfloat16):
+            loss = model.loss(tokens).total
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(WARM_UP):
+        step()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    measures = [timed(step, device) for _ in range(STEPS)]
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16):
+        loss = float(model.loss(tokens).total)
+    return {
+        "seconds": median(done for done, _ in measures),
+        "host_seconds": median(asked for _, asked in measures),
+        "tokens": size.sequences * size.seq_len,
+        "layers": size.layers,
+        "preset": size.preset,
+        "resident": share,
+        "peak_bytes": peak,
+        "loss": loss,
+        **largest_kernels(step, device),
+    }
+
+
+def main() -> int:
+    given = measured.arguments(__doc__)
+    results, device, done = Results(given.out, given.budget), given.device, 0
+    torch.manual_seed(0)
+    for size in SIZES[device]:
+        for share in SHARES:
+            what = f"{size.preset} with {share:g} resident"
+            if not results.enough(what):
+                continue
+            with results.guarded(what):
+                result = measure(size, share, device)
+                if not math.isfinite(result["loss"]):
+                    results.wrong.append(f"{what}: the loss is {result['loss']}")
+                results.add(f"training[{size.preset} {share:g}]", result)
+                done += 1
+            measured.release_memory()
+    return results.finish(f"{done} kinds of steps measured")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

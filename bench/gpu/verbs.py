@@ -1,0 +1,101 @@
+"""Each grouped product with each tile, against a dense product of as many FLOPs and grouped_mm."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import bench_experts
+import common
+import expert_cases as cases
+import expert_work as work
+import rivals
+from bench_token_kernels import copy_bandwidth
+
+from bench.gpu import measured
+from bench.gpu.measured import Case, Results
+from fomoe_ext import _C
+
+FORCED = "FOMOE_EXPERTS_TILE"
+
+
+def forced(tile: str, run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run` with this tile; "": with the one that the kernels choose."""
+
+    def call() -> Any:
+        os.environ[FORCED] = tile
+        return run()
+
+    return call
+
+
+def tiles_for(case: Case) -> list[str]:
+    """Those of other architectures are slow here: with few tokens only."""
+    names = [tile["name"] for tile in _C.expert_tiles()]
+    few = case.tokens <= 4096 and case.routing == "balanced"
+    return [name for name in names if few or not name.startswith("multistage")]
+
+
+def error_of(verbs: cases.Verbs, name: str, wanted: cases.Outputs) -> float:
+    """The largest relative error of the outputs."""
+    got = verbs.our_rows(name)
+    return max(common.normalised_error(g, w) for g, w in zip(got, wanted, strict=True))
+
+
+def measure_verb(
+    results: Results, case: Case, verbs: cases.Verbs, name: str, device: str
+) -> dict[str, Any]:
+    """One product: ours as chosen and with every tile, and rivals, in turn."""
+    wanted = verbs.theirs(name, rivals.LoopProducts())
+    ours = lambda: verbs.ours(name)
+    gemm = work.gemms(case.model, verbs.inputs.load)[name]
+    task = bench_experts.Task([gemm], forced("", ours))
+    errors = {}
+    for tile in ("", *tiles_for(case)):
+        os.environ[FORCED] = tile
+        errors[tile or "chosen"] = error_of(verbs, name, wanted)
+        results.check(f"{case} {name} {tile}", errors[tile or "chosen"])
+        if tile:
+            task.others[tile] = forced(tile, ours)
+    task.add_rival("grouped_mm", lambda: lambda: verbs.theirs(name, rivals.GroupedMM()), wanted)
+    task.rivals["dense"] = verbs.dense(name)
+    del wanted
+    os.environ[FORCED] = ""
+    result = bench_experts.measure(task, device, copy_bandwidth(), measured.ROUNDS[device])
+    os.environ[FORCED] = ""
+    result["tile_seconds"] = {tile: result.pop(f"{tile}_seconds") for tile in task.others}
+    result["tiles"] = bench_experts.tiles_of(task, hopper=True)
+    return result | {"task": name, "errors": errors}
+
+
+def measure_case(results: Results, case: Case, device: str) -> int:
+    """All products of a case; how many were measured."""
+    inputs, done = cases.make_inputs(case.model, case.tokens, case.routing, device), 0
+    verbs = cases.Verbs(inputs)
+    facts = {"model": asdict(case.model), "tokens": case.tokens, "routing": case.routing}
+    for name in verbs.names:
+        if results.enough(f"{case} {name}", 1.0):
+            with results.guarded(f"{case} {name}"):
+                result = measure_verb(results, case, verbs, name, device)
+                results.add(f"verbs[{case} {name}]", result | facts | {"rows": inputs.rows})
+                done += 1
+    return done
+
+
+def main() -> int:
+    given = measured.arguments(__doc__)
+    results, device, done = Results(given.out, given.budget), given.device, 0
+    for case in measured.cases_of(device):
+        if not results.enough(case):
+            continue
+        measured.release_memory()
+        with results.guarded(case):
+            done += measure_case(results, case, device)
+    return results.finish(f"{done} products measured")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
