@@ -18,8 +18,8 @@ function(unknown_archs out nvcc)
 endfunction()
 
 # nvcc flags for portable code. Its front end runs once, for the oldest plain architecture: that
-# makes the machine code of all newer ones too, where a front end for each would make the same
-# registers and instructions (tests/cuda_resources.py shows them). What has no older one gets its own.
+# makes the machine code of all newer ones too; one for each would take a fifth longer and make nearly
+# the same registers (tests/cuda_resources.py shows them). What has no older one gets its own.
 function(cuda_arch_flags out)
   set(numbers "")
   foreach(arch ${ARGN})

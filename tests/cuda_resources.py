@@ -1,6 +1,6 @@
 """What the assembler made of the CUDA kernels: registers, shared memory, stack, machine code.
 
-    python setup.py build_ext --inplace
+    FOMOE_CUDA_ARCHS="80;90a" python setup.py build_ext --inplace
     python tests/cuda_resources.py            prints the table, with warps per multiprocessor
     python tests/cuda_resources.py --write    makes it the budget, tests/cuda_budget.csv
 
@@ -159,8 +159,22 @@ def read_budget() -> Table:
         }
 
 
+def for_archs(table: Table, archs: Iterable[str]) -> Table:
+    """The part about these architectures, without kernels that have none of them."""
+    kept = {"shared", *archs}
+    return {
+        kernel: {what: value for what, value in row.items() if what in kept}
+        for kernel, row in table.items()
+        if kept & (row.keys() - {"shared"})
+    }
+
+
+def archs_of(table: Table) -> set[str]:
+    return {what for row in table.values() for what in row} - {"shared"}
+
+
 def write_budget(table: Table) -> None:
-    archs = sorted({name for row in table.values() for name in row} - {"shared"}, key=arch_number)
+    archs = sorted(archs_of(table), key=arch_number)
     temporary = BUDGET.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["kernel", "shared", *archs], lineterminator="\n")
@@ -239,6 +253,9 @@ def main() -> int:
         parser.error(str(missing))
     table = table_of(taken)
     archs = sorted({arch for _, arch in taken}, key=arch_number)
+    if missing := archs_of(read_budget()) - set(archs):
+        wanted = 'FOMOE_CUDA_ARCHS="80;90a"'
+        parser.error(f"{library} has no code for {', '.join(sorted(missing))}: build with {wanted}")
     print(
         f"{'kernel':60} {'shared':>7} {' '.join(f'{arch:>7}' for arch in archs)}  warps on sm_90a"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
@@ -11,6 +12,7 @@ import sys
 import venv
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from test_native import ROOT, configure, run
@@ -60,7 +62,9 @@ def other_pythons() -> list[str]:
     found = [shutil.which(f"python{version}") for version in versions]
     pyenv = Path.home() / ".pyenv/versions"
     found += [str(p) for v in versions for p in sorted(pyenv.glob(f"{v}.*/bin/python"))]
-    return [python for python in found if python is not None]
+    # pyenv's stand-ins on PATH only work for versions that are switched on.
+    works = lambda python: subprocess.run([python, "-V"], capture_output=True).returncode == 0
+    return [python for python in found if python is not None and works(python)]
 
 
 # _C.py needs neither torch nor anything else that is not Python's own, so the file alone will do.
@@ -184,13 +188,54 @@ def test_one_build_runs_on_another_torch(tmp_path, version):
         said = run(python, "-P", "-c", CUDA_SMOKE, PYTHONPATH=str(tmp_path / "site"))
         assert said.split()[-1] == str((PACKAGE / "libfomoe_cuda.so").exists())
 
-    # And the other way round: built there, against that torch.
-    tools = ["setuptools>=77", "cmake", "ninja"]
-    run(python, "-m", "pip", "install", "--quiet", *tools)
-    build = ["install", "--no-build-isolation", "--no-deps"]
-    run(python, "-m", "pip", *build, clean_copy(tmp_path), PYTHONPATH="")
+    # And the other way round: built there, against that torch, which isolation does not hide.
+    build = ["install", "--verbose", "--no-deps", clean_copy(tmp_path)]
+    said = run(python, "-m", "pip", *build, FOMOE_CUDA="off", PYTHONPATH="")
+    assert f"fomoe-ext: building with torch {version}" in said
     said = run(python, "-P", "-c", SMOKE, PYTHONPATH="")
     assert said.startswith(version) and str(tmp_path / "env") in said
+
+
+def module(name: str) -> ModuleType:
+    """A Python file in the root of the source tree."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[name] = found  # as dataclasses want it
+    spec.loader.exec_module(found)
+    return found
+
+
+def fake_torch(site: Path, version: str, headers: bool = True) -> Path:
+    """An installed torch as far as its build finds it; returns its package folder."""
+    (site / f"torch-{version}.dist-info").mkdir(parents=True)
+    metadata = f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n"
+    (site / f"torch-{version}.dist-info/METADATA").write_text(metadata)
+    folder = site / "torch/include/torch/csrc/stable"
+    folder.mkdir(parents=True)
+    if headers:
+        (folder / "library.h").touch()
+    return site / "torch"
+
+
+def test_the_build_takes_the_torch_that_is_there(tmp_path, monkeypatch):
+    """The first that is new enough and whole; pip fetches one only where there is none."""
+    backend = module("build_backend")
+    fake_torch(tmp_path / "old", "2.9.1")
+    fake_torch(tmp_path / "bare", "2.13.0", headers=False)
+    good = fake_torch(tmp_path / "good", "2.10.0+cpu")
+    fake_torch(tmp_path / "later", "2.13.0")
+    folders = [str(tmp_path / name) for name in ("none", "old", "bare", "good", "later")]
+    assert backend.find_torch(folders) == backend.Torch(good, "2.10.0+cpu")
+    assert backend.find_torch(folders[:3]) is None
+
+    # Of the environment that is installed into, though isolation takes it off sys.path.
+    monkeypatch.setattr(sys, "path", folders[:3])
+    assert backend.find_torch() is not None
+    assert backend._requirements(["ninja"]) == ["ninja"]
+    empty = {"purelib": folders[0], "platlib": folders[1]}
+    monkeypatch.setattr(backend.sysconfig, "get_paths", lambda: empty)
+    assert backend._requirements(["ninja"]) == ["ninja", backend.FETCHED]
 
 
 @pytest.mark.slow

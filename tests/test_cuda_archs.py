@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+from test_build import module
 from test_native import ROOT, configure, run
 
-_SPEC = importlib.util.spec_from_file_location("cuda_archs", ROOT / "cuda_archs.py")
-assert _SPEC is not None and _SPEC.loader is not None
-cuda_archs = importlib.util.module_from_spec(_SPEC)
-sys.modules["cuda_archs"] = cuda_archs
-_SPEC.loader.exec_module(cuda_archs)
-
+cuda_archs = module("cuda_archs")
 DEFAULT = cuda_archs.DEFAULT
 
 
