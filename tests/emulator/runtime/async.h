@@ -41,7 +41,7 @@ ProxyView& proxy_view();
 
 // What the async proxy sees at a place of shared memory: null where nothing is.
 const unsigned char* proxy_sees(const void* p, size_t bytes);
-// Bytes that it has written itself, multiples of 16.
+// Bytes that it has written itself.
 void write_by_proxy(const unsigned char* shared, size_t bytes);
 // 16 bytes that cp.async will write or has written: seen after a fence by who knows of the landing.
 void hide_from_proxy(const unsigned char* chunk);

@@ -74,11 +74,6 @@ void number_landing(const unsigned char* chunk, uint64_t number) {
 }
 
 void write_by_proxy(const unsigned char* shared, size_t bytes) {
-  const unsigned char* start = array_of(shared, bytes)->memory;
-  const auto found = proxy_view().landings.find(start);
-  if (found != proxy_view().landings.end())
-    std::fill_n(found->second.begin() + (shared - start) / std::ptrdiff_t(kChunk), bytes / kChunk,
-                0);
   std::memcpy(shadow_of(shared, bytes), shared, bytes);
 }
 
