@@ -88,14 +88,14 @@ PRODUCTS = [
     "gathered_some",
     "gathered_issuer",
 ]
-BOXES = [(0, 0, 0), (-5, -1, 1), (40, 3, 3), (8, 1, -9), (-70, 0, 0)]
+BOXES = [(0, 0, 0), (-8, -1, 1), (40, 3, 3), (8, 1, -9), (-72, 0, 0)]
 
 
 def boxes() -> np.ndarray:
-    """Boxes of 64 x 4 x 2 values of INPUT as 4 planes of 5 rows of 70, in 128-byte swizzle."""
+    """Boxes of 64 x 4 x 2 values of INPUT as 4 planes of 5 rows of 72, in 128-byte swizzle."""
     values = INPUT.view(np.uint16)
-    planes, rows, columns = np.ogrid[:4, :5, :70]
-    tensor = values[planes * 440 + rows * 80 + columns]
+    planes, rows, columns = np.ogrid[:4, :5, :72]
+    tensor = values[planes * 480 + rows * 80 + columns]
     out = np.zeros((len(BOXES), 8, 8, 8), np.uint16)
     for box, (x, y, z) in enumerate(BOXES):
         for row, chunk, i in np.ndindex(8, 8, 8):
@@ -311,6 +311,13 @@ DEFECTS = [
     ("tensor_boxes", 3, "thread", "data race"),
     ("tensor_boxes", 4, "address,undefined", "cp.async.bulk.tensor: byte .* may not be touched"),
     ("tensor_boxes", 5, "undefined", "is not a tensor map"),
+    (
+        "tensor_boxes",
+        6,
+        "undefined",
+        "coordinate 0 is -1 elements of 2 bytes, wanted a multiple of",
+    ),
+    ("tensor_boxes", 7, "undefined", "1048576 bytes in one phase, at most 1048575 can be counted"),
     ("stored_bf16_64", 1, "undefined", None),  # no fence.proxy.async
     ("stored_bf16_64", 2, "undefined", None),  # it comes before cp.async has arrived
     ("stored_bf16_64", 3, "undefined", None),  # it comes before ordinary stores
@@ -440,41 +447,54 @@ MAP = {"dtype": 1, "sizes": (64, 8, 2), "strides": (128, 1024), "box": (64, 8, 1
 
 
 @pytest.mark.parametrize(
-    "change, accepted",
+    "change, fault",
     [
-        ({}, True),
-        ({"dtype": 2}, True),
-        ({"dtype": 0}, False),
-        ({"shift": 8}, False),
-        ({"shift": 16}, True),
-        ({"sizes": (64, 0, 2)}, False),
-        ({"sizes": (2**32, 8, 2)}, True),
-        ({"sizes": (64, 2**32 + 1, 2)}, False),
-        ({"strides": (120, 1024)}, False),
-        ({"strides": (128, 2**40)}, False),
-        ({"strides": (0, 1024)}, False),
-        ({"strides": (-128, 1024)}, False),
-        ({"box": (64, 256, 256)}, True),
-        ({"box": (64, 257, 1)}, False),
-        ({"box": (64, 8, 0)}, False),
-        ({"box": (32, 8, 1)}, False),
+        ({}, None),
+        ({"dtype": 2}, None),
+        ({"dtype": 0}, "dtype: wanted bf16 or f16"),
+        ({"shift": 8}, "base: wanted an address that is a multiple of 16"),
+        ({"shift": 16}, None),
+        ({"sizes": (64, 0, 2)}, "sizes: wanted 1 .. 2^32"),
+        ({"sizes": (2**32, 8, 2), "strides": (2**33, 2**36)}, None),
+        ({"sizes": (64, 2**32 + 1, 2)}, "sizes: wanted 1 .. 2^32"),
+        ({"sizes": (60, 8, 2)}, "sizes[0]: wanted rows of a multiple of 16 bytes"),
+        ({"strides": (120, 1024)}, "strides: wanted positive multiples of 16 below 2^40"),
+        ({"strides": (128, 2**40)}, "strides: wanted positive multiples of 16 below 2^40"),
+        ({"strides": (0, 1024)}, "strides: wanted positive multiples of 16 below 2^40"),
+        ({"strides": (-128, 1024)}, "strides: wanted positive multiples of 16 below 2^40"),
+        ({"strides": (112, 1024)}, "strides[0]: less than a row"),
+        ({"strides": (128, 1040)}, "strides[1]: wanted a multiple of strides[0]"),
+        ({"strides": (128, 896)}, "strides[1]: less than a plane"),
+        ({"strides": (160, 1440)}, None),  # padding after rows and planes
+        ({"box": (64, 256, 256)}, None),
+        ({"box": (64, 257, 1)}, "box: wanted 1 .. 256"),
+        ({"box": (64, 8, 0)}, "box: wanted 1 .. 256"),
+        ({"box": (32, 8, 1)}, "box[0]: wanted 64"),
     ],
 )
-def test_emulated_tensor_maps_are_refused_as_by_the_driver(library, change, accepted):
-    assert map_error(library, **{**MAP, **change}) == (0 if accepted else 1)
+def test_emulated_tensor_maps_are_refused_by_name(library, change, fault):
+    error, said = map_fault(library, **{**MAP, **change})
+    assert said == fault
+    assert error == (0 if fault is None else 1)
 
 
-def map_error(
+def map_fault(
     library: ctypes.CDLL,
     dtype: int,
     sizes: Sequence[int],
     strides: Sequence[int],
     box: Sequence[int],
     shift: int,
-) -> int:
+) -> tuple[int, str | None]:
+    """What make_tensor_map returns, and why."""
     base = ctypes.c_void_p((1 << 20) + shift)
     sizes, strides = (ctypes.c_int64 * 3)(*sizes), (ctypes.c_int64 * 2)(*strides)
-    return library.fomoe_selftest_map(dtype, base, sizes, strides, (ctypes.c_int * 3)(*box))
+    error = ctypes.c_int()
+    library.fomoe_selftest_map.restype = ctypes.c_char_p
+    said = library.fomoe_selftest_map(
+        dtype, base, sizes, strides, (ctypes.c_int * 3)(*box), ctypes.byref(error)
+    )
+    return error.value, None if said is None else said.decode()
 
 
 # ---- the hardware --------------------------------------------------------------------------------

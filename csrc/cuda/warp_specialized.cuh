@@ -196,7 +196,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // Lines of an operand, as boxes of 64 elements by `box` lines, one box deep in a third dimension of
-// `depth` such matrices.
+// `depth` such matrices. Lines are whole 16-byte chunks without gaps (experts.cu), boxes begin at
+// multiples of 64 elements: nothing that a tensor map or a load by it would be refused for.
 inline cudaError_t map_lines(TensorMap* map, DType dtype, const Operand& operand, int64_t width,
                              int64_t depth, int box) {
   const int64_t sizes[3] = {width, operand.lines, depth};
