@@ -17,6 +17,8 @@ from pathlib import Path
 from bench.gpu.runner import Step
 
 ROOT = Path(__file__).resolve().parents[2]
+# From where Python takes this package: the tree, or a folder that shows nothing else of it.
+IMPORTED_FROM = Path(__file__).absolute().parents[2]
 STANDINS = Path(__file__).parent / "standins"
 CUDA_BIN = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
 KERNEL_TESTS = tuple(
@@ -59,10 +61,12 @@ class Setting:
     @property
     def environment(self) -> Mapping[str, str]:
         """Of all steps. With a stand-in, what may be missing where the GPU is, is missing."""
-        made = {"PATH": self.programs, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        found = str(IMPORTED_FROM)
+        made = {"PATH": self.programs, "PYTHONPATH": found, "PYTHONUNBUFFERED": "1"}
         if self.standin:
-            made["PYTHONPATH"] = os.pathsep.join([str(STANDINS / "absent"), str(ROOT)])
+            made["PYTHONPATH"] = os.pathsep.join([str(STANDINS / "absent"), found])
             made["CUDA_VISIBLE_DEVICES"] = ""
+            made["OMP_NUM_THREADS"] = "1"  # waiting threads are slow on a busy machine
         return made
 
     def lacks(self, *needs: str) -> str:
