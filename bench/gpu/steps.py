@@ -61,10 +61,11 @@ class Setting:
     @property
     def environment(self) -> Mapping[str, str]:
         """Of all steps. With a stand-in, what may be missing where the GPU is, is missing."""
-        found = str(IMPORTED_FROM)
-        made = {"PATH": self.programs, "PYTHONPATH": found, "PYTHONUNBUFFERED": "1"}
+        folders = [str(STANDINS / "absent")] if self.standin else []
+        folders += [str(IMPORTED_FROM), os.environ.get("PYTHONPATH", "")]
+        path = os.pathsep.join(folder for folder in folders if folder)
+        made = {"PATH": self.programs, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         if self.standin:
-            made["PYTHONPATH"] = os.pathsep.join([str(STANDINS / "absent"), found])
             made["CUDA_VISIBLE_DEVICES"] = ""
             made["OMP_NUM_THREADS"] = "1"  # waiting threads are slow on a busy machine
         return made
