@@ -65,6 +65,7 @@ class Setting:
         folders += [str(IMPORTED_FROM), os.environ.get("PYTHONPATH", "")]
         path = os.pathsep.join(folder for folder in folders if folder)
         made = {"PATH": self.programs, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        made["PYTHONSAFEPATH"] = "1"  # whatever the current folder is
         if self.standin:
             made["CUDA_VISIBLE_DEVICES"] = ""
             made["OMP_NUM_THREADS"] = "1"  # waiting threads are slow on a busy machine
