@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # for bench; at the end, where the source tree hides nothing
 
 from bench.gpu import __main__ as command  # noqa: E402
-from bench.gpu import profile, runner, steps, summary  # noqa: E402
+from bench.gpu import measured, profile, runner, steps, summary  # noqa: E402
 from bench.gpu.runner import FAILED, LEFT_OUT, OK, TIMED_OUT, Outcome, Runner, Step  # noqa: E402
 
 
@@ -233,6 +234,45 @@ def test_exit_status(tmp_path, monkeypatch, capsys):
 def test_unknown_step(tmp_path, capsys):
     assert command.main([str(tmp_path / "x"), "--dry-run", "--steps", "verbs,sleep"]) == 2
     assert "got 'sleep', wanted some of build, tests, verbs" in capsys.readouterr().err
+
+
+# ---- what measuring steps share ------------------------------------------------------------------
+
+
+def test_results_of_a_step(tmp_path, capsys):
+    """What fails or is wrong is told and fails the step; what there is no time for is told."""
+    results = measured.Results(tmp_path / "r.jsonl", budget=100.0)
+    results.check("close", 1e-3)
+    assert results.enough("first") and results.finish("1 measured") == 0
+    assert capsys.readouterr().out == "1 measured\n"
+    with results.guarded("second"):
+        raise ValueError("bad sizes")
+    with results.guarded("third"):
+        raise torch.OutOfMemoryError("too large")
+    results.check("far", float("nan"))
+    results.began -= 99.5
+    assert not results.enough("fourth")
+    assert results.finish("1 measured") == 1
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == (
+        "1 measured, WRONG: second: ValueError: bad sizes, far (nan), "
+        "not reached: 2 (third: out of memory ...)"
+    )
+
+
+def test_a_turn(monkeypatch):
+    read, write = os.pipe()
+    with os.fdopen(read) as standard_input:
+        monkeypatch.setattr(sys, "stdin", standard_input)
+        turn = measured.Turn(waits=True)
+        time.sleep(0.05)
+        assert not turn.here
+        before = time.monotonic()
+        os.write(write, b"go\n")
+        assert turn.wait() >= before and turn.here
+        os.close(write)
+    alone = measured.Turn(waits=False)
+    assert not alone.here and alone.wait() > before
 
 
 # ---- the table of steps --------------------------------------------------------------------------
