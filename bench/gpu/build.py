@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -10,17 +11,24 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = ROOT / "fomoe_ext"
 CHECK = "from fomoe_ext import _C; _C.build_facts()"
+SEE = "from fomoe_ext import native; assert native.cuda_loaded, 'torch sees no GPU'"
 LIBRARIES = ("libfomoe_cpu.so", "libfomoe_cuda.so")
+
+
+def package() -> Path:
+    """The folder of fomoe_ext: of the tree, or installed."""
+    spec = importlib.util.find_spec("fomoe_ext")
+    if spec is None or spec.origin is None:
+        return ROOT / "fomoe_ext"
+    return Path(spec.origin).parent
 
 
 def missing(device: str) -> list[str]:
     """Names of libraries that are not there, or cannot be imported by this Python."""
     names = [name for name in LIBRARIES if device == "cuda" or "cuda" not in name]
-    found = [name for name in names if not (PACKAGE / name).exists()]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    check = subprocess.run([sys.executable, "-c", CHECK], env=environment, capture_output=True)
+    found = [name for name in names if not (package() / name).exists()]
+    check = subprocess.run([sys.executable, "-c", CHECK], capture_output=True)
     return [*found, *(["_C"] if check.returncode else [])]
 
 
@@ -47,13 +55,16 @@ def build_module() -> int:
         if code := subprocess.run(command, check=False).returncode:
             return code
     for library in (build / "fomoe_ext").glob("_C*.so"):
-        shutil.copy2(library, PACKAGE / library.name)
+        shutil.copy2(library, package() / library.name)
     return 0
 
 
 def main() -> int:
     device = sys.argv[1] if len(sys.argv) > 1 else "cuda"
     lacking = missing(device)
+    if lacking and (device == "cpu" or package() != ROOT / "fomoe_ext"):
+        print(f"{package()} has no {', '.join(lacking)}: build it, or install it again")
+        return 1
     if lacking == ["_C"]:
         code = build_module()
     elif lacking:
@@ -65,9 +76,7 @@ def main() -> int:
         print(f"{', '.join(still)} cannot be loaded even after a build")
         return 1
     if code == 0 and device == "cuda":
-        see = "from fomoe_ext import native; assert native.cuda_loaded, 'torch sees no GPU'"
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        code = subprocess.run([sys.executable, "-c", see], env=environment).returncode
+        code = subprocess.run([sys.executable, "-c", SEE], check=False).returncode
     if code == 0:
         print(f"built: {', '.join(lacking)}" if lacking else "all libraries were there")
     return code

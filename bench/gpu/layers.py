@@ -25,11 +25,11 @@ from bench_token_kernels import copy_bandwidth
 from torch import Tensor
 
 from bench.gpu import measured
-from bench.gpu.measured import Case, Results
+from bench.gpu.measured import Case, Results, Turn
 from fomoe_ext import ops
 
 COMPILED = ("liger",)  # of rivals.OTHERS: those that are worth their compilation
-PREPARE_SECONDS = 60.0  # that one of them may take at one size
+PREPARE_SECONDS = 45.0  # that one of them may take at one size
 UNREADY = "not prepared: it is for SwiGLU, up to 128 experts, on a GPU"
 
 
@@ -178,14 +178,14 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def prepare(device: str, waits: bool) -> dict[str, str]:
+def prepare(device: str, turn: Turn) -> dict[str, str]:
     """Calls every rival that compiles once at each size, until it is this step's turn; "" for those
     that are ready, else why not.
     """
     said: dict[str, str] = {}
 
     def attempt(name: str, run: Callable[[], Any]) -> None:
-        if waits and measured.is_turn():
+        if turn.here:
             said[name] = "was not ready in time"
             return
         start = time.monotonic()
@@ -246,10 +246,9 @@ def measure(results: Results, case: Case, device: str, prepared: dict[str, str])
 def main() -> int:
     given = measured.arguments(__doc__, "--wait")
     results, device, done = Results(given.out, given.budget), given.device, 0
-    prepared = prepare(device, given.wait)
-    if given.wait:
-        measured.wait_for_turn()
-    results.restart()
+    turn = Turn(given.wait)
+    prepared = prepare(device, turn)
+    results.began = turn.wait()
     for case in measured.cases_of(device):
         if results.enough(case):
             measured.release_memory()

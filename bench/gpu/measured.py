@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import select
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -73,10 +73,6 @@ class Results:
         """Seconds of the budget."""
         return self.budget - (time.monotonic() - self.began)
 
-    def restart(self) -> None:
-        """What came before was preparation, which the budget is not for."""
-        self.began = time.monotonic()
-
     def add(self, name: str, result: dict[str, Any]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps({"name": name, "extra_info": result}) + "\n")
@@ -135,12 +131,30 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def is_turn() -> bool:
-    """Whether the runner has said that it is this step's turn, or there is no runner."""
-    return bool(select.select([sys.stdin], [], [], 0)[0])
+class Turn:
+    """Of a step that prepares itself: when the runner says on standard input that it has come.
 
+    One that does not wait prepares itself for as long as it takes.
+    """
 
-def wait_for_turn() -> None:
-    """Returns when the runner says that it is this step's turn; at once without a runner."""
-    print("prepared", flush=True)
-    sys.stdin.readline()
+    def __init__(self, waits: bool) -> None:
+        self._waits, self._at, self._came = waits, 0.0, threading.Event()
+        if waits:
+            threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        sys.stdin.readline()
+        self._at = time.monotonic()
+        self._came.set()
+
+    @property
+    def here(self) -> bool:
+        return self._came.is_set()
+
+    def wait(self) -> float:
+        """When it came, as time.monotonic counts; now where there is nothing to wait for."""
+        print("prepared", flush=True)
+        if not self._waits:
+            return time.monotonic()
+        self._came.wait()
+        return self._at

@@ -70,7 +70,8 @@ def short_name(mangled: str) -> str:
     while found := re.search(r"(?<![\dbijlmS])(\d+)(?=[A-Za-z_])", rest):
         name, rest = rest[found.end() :][: int(found[1])], rest[found.end() + int(found[1]) :]
         parts.append(name)
-    kept = [p for p in parts if p not in ("fomoe", "cuda") and not p.startswith("_GLOBAL")]
+    known = ("fomoe", "cuda")
+    kept = [p for p in parts if len(p) > 2 and p not in known and not p.startswith("_GLOBAL")]
     return " ".join(dict.fromkeys(kept or [mangled]))[:100]
 
 

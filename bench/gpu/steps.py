@@ -17,6 +17,8 @@ from pathlib import Path
 from bench.gpu.runner import Step
 
 ROOT = Path(__file__).resolve().parents[2]
+# From where Python takes this package: the tree, or a folder that shows nothing else of it.
+IMPORTED_FROM = Path(__file__).absolute().parents[2]
 STANDINS = Path(__file__).parent / "standins"
 CUDA_BIN = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
 KERNEL_TESTS = tuple(
@@ -59,10 +61,14 @@ class Setting:
     @property
     def environment(self) -> Mapping[str, str]:
         """Of all steps. With a stand-in, what may be missing where the GPU is, is missing."""
-        made = {"PATH": self.programs, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        folders = [str(STANDINS / "absent")] if self.standin else []
+        folders += [str(IMPORTED_FROM), os.environ.get("PYTHONPATH", "")]
+        path = os.pathsep.join(folder for folder in folders if folder)
+        made = {"PATH": self.programs, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        made["PYTHONSAFEPATH"] = "1"  # whatever the current folder is
         if self.standin:
-            made["PYTHONPATH"] = os.pathsep.join([str(STANDINS / "absent"), str(ROOT)])
             made["CUDA_VISIBLE_DEVICES"] = ""
+            made["OMP_NUM_THREADS"] = "1"  # waiting threads are slow on a busy machine
         return made
 
     def lacks(self, *needs: str) -> str:

@@ -36,8 +36,15 @@ def seconds_of(calls: dict[str, Call], device: str) -> dict[str, float]:
     """Of each, in turn; on a GPU without the time that the host takes."""
     if device == "cpu":
         return common.interleaved_seconds(calls, device, measured.ROUNDS[device])
-    times = lambda call: common.captured(lambda: [call() for _ in range(CALLS)])
-    graphs = {name: times(call) for name, call in calls.items()}
+
+    def repeated(call: Call) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(CALLS):  # each result makes room for the next
+                call()
+
+        return run
+
+    graphs = {name: common.captured(repeated(call)) for name, call in calls.items()}
     seconds = common.interleaved_seconds(graphs, device, measured.ROUNDS[device])
     return {name: value / CALLS for name, value in seconds.items()}
 

@@ -85,6 +85,7 @@ def timed(step: Callable[[], None], device: str) -> tuple[float, float]:
 
 def largest_kernels(step: Callable[[], None], device: str) -> dict[str, Any]:
     """Seconds of all kernels of a step, and of those that take most, by the profiler."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     if device == "cpu":
@@ -92,7 +93,15 @@ def largest_kernels(step: Callable[[], None], device: str) -> dict[str, Any]:
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         step()
         torch.cuda.synchronize()
-    times = {event.key: event.self_device_time_total / 1e6 for event in seen.key_averages()}
+    # Besides kernels there are spans that others have named, which hold kernels.
+    kernels = [
+        event
+        for event in seen.key_averages()
+        if event.device_type == DeviceType.CUDA
+        and not getattr(event, "is_user_annotation", False)
+        and not event.key.startswith(("Optimizer.", "ProfilerStep"))
+    ]
+    times = {event.key: event.self_device_time_total / 1e6 for event in kernels}
     largest = sorted(times.items(), key=lambda item: -item[1])[:12]
     return {"gpu_seconds": sum(times.values()), "largest": {k[:100]: v for k, v in largest}}
 
