@@ -74,10 +74,10 @@ __device__ inline Activated activate(float gate, float up) {
 #define FOMOE_FOR_ACTIVATIONS(X, ...) \
   X(swiglu, __VA_ARGS__) X(clamped_swiglu, __VA_ARGS__) X(relu2, __VA_ARGS__)
 #else
-#define FOMOE_FOR_ACTIVATIONS(X, ...)                                                             \
-  X(swiglu, __VA_ARGS__)                                                                          \
-  X(geglu, __VA_ARGS__) X(clamped_swiglu, __VA_ARGS__) X(silu, __VA_ARGS__) X(relu2, __VA_ARGS__) \
-      X(gelu, __VA_ARGS__)
+#define FOMOE_FOR_ACTIVATIONS(X, ...) \
+  X(swiglu, __VA_ARGS__)              \
+  X(geglu, __VA_ARGS__)               \
+  X(clamped_swiglu, __VA_ARGS__) X(silu, __VA_ARGS__) X(relu2, __VA_ARGS__) X(gelu, __VA_ARGS__)
 #endif
 
 // Calls body(std::integral_constant<Activation, activation>), which returns a cudaError_t.

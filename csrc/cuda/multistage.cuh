@@ -21,13 +21,6 @@
 
 namespace fomoe::cuda::multistage {
 
-// Whether the epilogue writes its windows by stmatrix.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-constexpr bool kStoresMatrices = true;
-#else
-constexpr bool kStoresMatrices = false;
-#endif
-
 // fp32 products take more registers of a thread, so more threads share a tile.
 template <class Format>
 constexpr int kThreads = std::is_same_v<Format, F32> ? 256 : 128;
@@ -271,8 +264,7 @@ __device__ void make_tile(const typename Shape::Problem& problem, const Work& wo
     const Place place =
         place_of(problem, work, row + i * kStripRows, warp % Shape::kWarpsN * kStripColumns);
     if (place.rows > 0 && place.columns > 0)
-      problem.epilogue.template strip<kStoresMatrices>(sums[i], place,
-                                                       shared + warp * Shape::kStagingBytes);
+      problem.epilogue.template strip<false>(sums[i], place, shared + warp * Shape::kStagingBytes);
   }
   __syncthreads();
 }

@@ -23,7 +23,7 @@ constexpr int kChunkElements = 8;
 constexpr int kRowsOfProduct = 64;  // of wgmma
 constexpr int kSumOfProduct = 16;
 // A multiprocessor has 65536 registers: 168 for each of 384 threads to begin with.
-constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
+constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 constexpr int kSharedLimit = 227 << 10, kBarrierBytes = 4 << 10;
 
 template <class Problem_, int kN_, bool kPingPong_>

@@ -71,7 +71,7 @@ __device__ inline unsigned char* element_at(const void* base, int64_t index) {
 // staged row is padded, so that the 8 rows of a matrix lie in different banks. fp32 pairs of four lanes
 // fill a sector as they are, and go where they belong at once.
 //
-// kStoresMatrices: staging is written by stmatrix (sm_90 and later), else pair by pair.
+// kStoresMatrices: staging is written by stmatrix, which sm_80 has not, else pair by pair.
 template <class Format, bool kStoresMatrices>
 class Window {
  public:
