@@ -12,13 +12,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from bench.gpu import summary
 from bench.gpu.runner import Outcome, Runner, Step
-from bench.gpu.steps import Setting, make_steps
+from bench.gpu.steps import ROOT, Setting, make_steps
 
 MOST_FILES = 8
 LOG_BYTES = 200_000  # of each step: its beginning and its end
@@ -27,7 +28,8 @@ ASKED = "name,driver_version,clocks.sm,clocks.max.sm,power.draw,power.limit,temp
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("bench/results/gpu"))
+    dated = ROOT / "bench" / "results" / f"gpu-{time.strftime('%Y%m%d-%H%M%S')}"
+    parser.add_argument("folder", type=Path, nargs="?", default=dated, help="new, or empty")
     parser.add_argument("--seconds", type=float, default=480.0, help="for all of it")
     parser.add_argument("--steps", help="only these, separated by commas")
     parser.add_argument(
