@@ -81,6 +81,7 @@ def test_found_features_are_the_processors():
     lines = cpuinfo.read_text().splitlines()
     flags = next((line for line in lines if line.startswith("flags")), "").split()
     found = _C.cpu_features()["found"]
+    assert _C.cpu_features()["available"][-1] == found
     assert ("avx2" in flags and "fma" in flags and "f16c" in flags) == (found != "scalar")
     wide = all(f in flags for f in ("avx512f", "avx512bw", "avx512dq", "avx512vl"))
     assert wide == (found in ("avx512", "avx512_bf16"))
