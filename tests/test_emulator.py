@@ -24,6 +24,7 @@ SELFTEST = emulator.HERE / "selftest"
 SOURCES = [SELFTEST / "selftest.cu", SELFTEST / "warpgroup.cu", SELFTEST / "arrivals.cu"]
 OUT_WORDS = (192 << 10) // 4
 BUILDS = ["undefined", "address,undefined", "thread"]
+ORDERS = ["forward", "reverse", "random", "priority", "laggard"]
 INPUT = np.arange(1024, dtype=np.uint32) * np.uint32(2654435761)
 
 pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="a C++ compiler is needed")
@@ -87,14 +88,14 @@ PRODUCTS = [
     "gathered_some",
     "gathered_issuer",
 ]
-BOXES = [(0, 0, 0), (-5, -1, 1), (40, 3, 3), (8, 1, -9), (-70, 0, 0)]
+BOXES = [(0, 0, 0), (-8, -1, 1), (40, 3, 3), (8, 1, -9), (-72, 0, 0)]
 
 
 def boxes() -> np.ndarray:
-    """Boxes of 64 x 4 x 2 values of INPUT as 4 planes of 5 rows of 70, in 128-byte swizzle."""
+    """Boxes of 64 x 4 x 2 values of INPUT as 4 planes of 5 rows of 72, in 128-byte swizzle."""
     values = INPUT.view(np.uint16)
-    planes, rows, columns = np.ogrid[:4, :5, :70]
-    tensor = values[planes * 440 + rows * 80 + columns]
+    planes, rows, columns = np.ogrid[:4, :5, :72]
+    tensor = values[planes * 480 + rows * 80 + columns]
     out = np.zeros((len(BOXES), 8, 8, 8), np.uint16)
     for box, (x, y, z) in enumerate(BOXES):
         for row, chunk, i in np.ndindex(8, 8, 8):
@@ -190,6 +191,8 @@ def expected(name: str) -> np.ndarray:
         out[:64] = INPUT[:128].reshape(2, 64)[:, :32].ravel()
     elif name == "approximations":
         out[:128] = approximations()
+    elif name == "spoken_for":
+        out[:256] = lines(INPUT, 8, 32)[:, ::-1].ravel()
     elif name == "chain":
         out[:6] = np.cumsum(INPUT[:6] % 1000)
         out[500:506], out[600:606], out[1000] = out[:6], 1, 6
@@ -207,6 +210,7 @@ NAMES = [
     "named_barriers",
     "async_copies",
     "bulk_ring",
+    "spoken_for",
     "chain",
     "wide_words",
     "matrices_bf16",
@@ -218,6 +222,7 @@ NAMES = [
     "tensor_boxes",
     *PRODUCTS,
 ]
+SINCE_SM90 = ["bulk_ring", "spoken_for", "stored_matrices", "copy_arrivals", "tensor_boxes"]
 
 
 def words_of(stdout: str) -> np.ndarray:
@@ -226,13 +231,13 @@ def words_of(stdout: str) -> np.ndarray:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_emulated_selftest_is_right_in_every_schedule(programs, name):
-    orders, arrivals = ["forward", "reverse", "random", "priority"], ["early", "late", "random"]
-    for order, async_, seed in product(orders, arrivals, range(3)):
+    arrivals = ["early", "late", "random"]
+    for order, async_, seed in product(ORDERS, arrivals, range(3)):
         schedule = {"order": order, "async_": async_, "seed": seed, "resident": 1 + seed}
         status, stdout, stderr = execute(programs["undefined"], name, 0, **schedule)
         assert status == 0, stderr
         assert np.array_equal(words_of(stdout), expected(name)), schedule
-    for sanitize, order in product(BUILDS[1:], ("random", "priority")):
+    for sanitize, order in product(BUILDS[1:], ("random", "priority", "laggard")):
         status, _, stderr = execute(programs[sanitize], name, 0, order=order, resident=4)
         assert status == 0, stderr
 
@@ -261,6 +266,9 @@ DEFECTS = [
     ("bulk_ring", 6, "undefined", None),  # waits for the wrong parity
     ("bulk_ring", 7, "undefined", "no mbarrier at"),  # used before it is initialised
     ("bulk_ring", 8, "undefined", "ends with an mbarrier that expects 512 more bytes"),
+    # One lane speaks for its warp before the others have looked.
+    ("spoken_for", 1, "undefined", "has missed the end of its phase"),
+    ("spoken_for", 1, "thread", "data race"),
     ("chain", 1, "thread", "data race"),  # ordinary loads and stores for ordered ones
     ("chain", 2, "undefined", "livelock|deadlock"),  # expects blocks to start in order
     ("matrices_bf16", 1, "thread", "data race"),  # read before others have written
@@ -304,6 +312,13 @@ DEFECTS = [
     ("tensor_boxes", 3, "thread", "data race"),
     ("tensor_boxes", 4, "address,undefined", "cp.async.bulk.tensor: byte .* may not be touched"),
     ("tensor_boxes", 5, "undefined", "is not a tensor map"),
+    (
+        "tensor_boxes",
+        6,
+        "undefined",
+        "coordinate 0 is -1 elements of 2 bytes, wanted a multiple of",
+    ),
+    ("tensor_boxes", 7, "undefined", "1048576 bytes in one phase, at most 1048575 can be counted"),
     ("stored_bf16_64", 1, "undefined", None),  # no fence.proxy.async
     ("stored_bf16_64", 2, "undefined", None),  # it comes before cp.async has arrived
     ("stored_bf16_64", 3, "undefined", None),  # it comes before ordinary stores
@@ -346,9 +361,7 @@ DEFECTS = [
 def test_emulated_defect_is_caught(programs, name, defect, sanitize, message):
     schedules = [
         {"order": order, "async": async_, "seed": seed, "resident": 2}
-        for order, async_, seed in product(
-            ("forward", "reverse", "random", "priority"), ("late", "early"), range(2)
-        )
+        for order, async_, seed in product(ORDERS, ("late", "early"), range(2))
     ]
     found = []
     for schedule in schedules:
@@ -365,8 +378,8 @@ def test_emulated_defect_is_caught(programs, name, defect, sanitize, message):
 @pytest.mark.parametrize("defect", [1, 2, 3])
 def test_emulated_copies_need_a_fence_of_who_waited(programs, defect):
     """In every schedule, also where the copies have landed when the fence comes."""
-    orders, arrivals = ["forward", "reverse", "random", "priority"], ["early", "late", "random"]
-    for order, async_, seed in product(orders, arrivals, range(2)):
+    arrivals = ["early", "late", "random"]
+    for order, async_, seed in product(ORDERS, arrivals, range(2)):
         schedule = {"order": order, "async_": async_, "seed": seed, "resident": 1}
         status, stdout, stderr = execute(programs["undefined"], "gathered", defect, **schedule)
         assert status == 0, stderr
@@ -418,7 +431,7 @@ def test_emulated_error_is_returned_not_fatal(library, monkeypatch, capfd):
 @pytest.mark.parametrize(
     "variable, value, message",
     [
-        ("ORDER", "sideways", "got 'sideways', wanted forward, reverse, random, priority"),
+        ("ORDER", "sideways", "got 'sideways', wanted forward, reverse, random, priority, laggard"),
         ("SEED", "x", "got 'x', wanted a number of at least 0"),
         ("RESIDENT", "0", "got '0', wanted a number of at least 1"),
         ("ASYNC", "", "got '', wanted early, late, random"),
@@ -435,41 +448,54 @@ MAP = {"dtype": 1, "sizes": (64, 8, 2), "strides": (128, 1024), "box": (64, 8, 1
 
 
 @pytest.mark.parametrize(
-    "change, accepted",
+    "change, fault",
     [
-        ({}, True),
-        ({"dtype": 2}, True),
-        ({"dtype": 0}, False),
-        ({"shift": 8}, False),
-        ({"shift": 16}, True),
-        ({"sizes": (64, 0, 2)}, False),
-        ({"sizes": (2**32, 8, 2)}, True),
-        ({"sizes": (64, 2**32 + 1, 2)}, False),
-        ({"strides": (120, 1024)}, False),
-        ({"strides": (128, 2**40)}, False),
-        ({"strides": (0, 1024)}, False),
-        ({"strides": (-128, 1024)}, False),
-        ({"box": (64, 256, 256)}, True),
-        ({"box": (64, 257, 1)}, False),
-        ({"box": (64, 8, 0)}, False),
-        ({"box": (32, 8, 1)}, False),
+        ({}, None),
+        ({"dtype": 2}, None),
+        ({"dtype": 0}, "dtype: wanted bf16 or f16"),
+        ({"shift": 8}, "base: wanted an address that is a multiple of 16"),
+        ({"shift": 16}, None),
+        ({"sizes": (64, 0, 2)}, "sizes: wanted 1 .. 2^32"),
+        ({"sizes": (2**32, 8, 2), "strides": (2**33, 2**36)}, None),
+        ({"sizes": (64, 2**32 + 1, 2)}, "sizes: wanted 1 .. 2^32"),
+        ({"sizes": (60, 8, 2)}, "sizes[0]: wanted rows of a multiple of 16 bytes"),
+        ({"strides": (120, 1024)}, "strides: wanted positive multiples of 16 below 2^40"),
+        ({"strides": (128, 2**40)}, "strides: wanted positive multiples of 16 below 2^40"),
+        ({"strides": (0, 1024)}, "strides: wanted positive multiples of 16 below 2^40"),
+        ({"strides": (-128, 1024)}, "strides: wanted positive multiples of 16 below 2^40"),
+        ({"strides": (112, 1024)}, "strides[0]: less than a row"),
+        ({"strides": (128, 1040)}, "strides[1]: wanted a multiple of strides[0]"),
+        ({"strides": (128, 896)}, "strides[1]: less than a plane"),
+        ({"strides": (160, 1440)}, None),  # padding after rows and planes
+        ({"box": (64, 256, 256)}, None),
+        ({"box": (64, 257, 1)}, "box: wanted 1 .. 256"),
+        ({"box": (64, 8, 0)}, "box: wanted 1 .. 256"),
+        ({"box": (32, 8, 1)}, "box[0]: wanted 64"),
     ],
 )
-def test_emulated_tensor_maps_are_refused_as_by_the_driver(library, change, accepted):
-    assert map_error(library, **{**MAP, **change}) == (0 if accepted else 1)
+def test_emulated_tensor_maps_are_refused_by_name(library, change, fault):
+    error, said = map_fault(library, **{**MAP, **change})
+    assert said == fault
+    assert error == (0 if fault is None else 1)
 
 
-def map_error(
+def map_fault(
     library: ctypes.CDLL,
     dtype: int,
     sizes: Sequence[int],
     strides: Sequence[int],
     box: Sequence[int],
     shift: int,
-) -> int:
+) -> tuple[int, str | None]:
+    """What make_tensor_map returns, and why."""
     base = ctypes.c_void_p((1 << 20) + shift)
     sizes, strides = (ctypes.c_int64 * 3)(*sizes), (ctypes.c_int64 * 2)(*strides)
-    return library.fomoe_selftest_map(dtype, base, sizes, strides, (ctypes.c_int * 3)(*box))
+    error = ctypes.c_int()
+    library.fomoe_selftest_map.restype = ctypes.c_char_p
+    said = library.fomoe_selftest_map(
+        dtype, base, sizes, strides, (ctypes.c_int * 3)(*box), ctypes.byref(error)
+    )
+    return error.value, None if said is None else said.decode()
 
 
 # ---- the hardware --------------------------------------------------------------------------------
@@ -520,8 +546,8 @@ def test_twins_write_what_the_hardware_writes(tmp_path_factory, name):
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     major, minor = torch.cuda.get_device_capability()
-    if name in ("bulk_ring", "tensor_boxes", "copy_arrivals", "stored_matrices") and major < 9:
-        pytest.skip("bulk copies, mbarriers and stmatrix are from sm_90 on")
+    if name in SINCE_SM90 and major < 9:
+        pytest.skip("mbarriers, bulk copies and stmatrix are from sm_90 on")
     if name in PRODUCTS and (major, minor) != (9, 0):
         pytest.skip("products of warpgroups are for sm_90")
     library_path = tmp_path_factory.getbasetemp() / "selftest-cuda.so"

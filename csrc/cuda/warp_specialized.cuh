@@ -268,6 +268,12 @@ __device__ void multiply_slices(float (&acc)[Shape::kProducts][Shape::kN / 2], i
   using B = Slices<Shape::Problem::kMajorB>;
   const bool speaks = threadIdx.x % kWarp == 0;
   int before = -1;  // stage of the slice before
+  // A lane speaks for its warp: all of them have seen the slice arrive, or a late one could miss a
+  // whole round of the ring. Products keep the lanes of a warp together; without any they may part.
+  const auto let_go = [&] {
+    if constexpr (kProducts == 0) __syncwarp();
+    if (before >= 0 && speaks) mbarrier_arrive(barriers.empty + before);
+  };
   if (Shape::kPingPong) turns.begin();
   for (int slice = 0; slice < slices; ++slice) {
     mbarrier_wait(barriers.full + ring.stage, ring.phase);
@@ -288,7 +294,7 @@ __device__ void multiply_slices(float (&acc)[Shape::kProducts][Shape::kN / 2], i
       for (int p = 0; p < kProducts; ++p) warpgroup_fence(acc[p]);
       warpgroup_wait<1>();  // the slice before has been multiplied
     }
-    if (before >= 0 && speaks) mbarrier_arrive(barriers.empty + before);
+    let_go();
     before = ring.stage;
     ring.next();
   }
@@ -298,7 +304,7 @@ __device__ void multiply_slices(float (&acc)[Shape::kProducts][Shape::kN / 2], i
 #pragma unroll
     for (int p = 0; p < kProducts; ++p) warpgroup_fence(acc[p]);
   }
-  if (before >= 0 && speaks) mbarrier_arrive(barriers.empty + before);
+  let_go();
 }
 
 template <class Shape, class Schedule>
@@ -381,7 +387,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // Lines of an operand, as boxes of 64 elements by `box` lines, one box deep in a third dimension of
-// `depth` such matrices.
+// `depth` such matrices. Lines are whole 16-byte chunks without gaps (experts.cu), boxes begin at
+// multiples of 64 elements: nothing that a tensor map or a load by it would be refused for.
 inline cudaError_t map_lines(TensorMap* map, DType dtype, const Operand& operand, int64_t width,
                              int64_t depth, int box) {
   const int64_t sizes[3] = {width, operand.lines, depth};

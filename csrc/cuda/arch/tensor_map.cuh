@@ -20,28 +20,41 @@ using TensorMap = emulator::TensorMap;
 using TensorMap = CUtensorMap;
 #endif
 
-// What the driver asks of a tensor map with 128-byte swizzle.
-inline bool can_be_mapped(DType dtype, const void* base, const int64_t (&sizes)[3],
-                          const int64_t (&strides)[2], const int (&box)[3]) {
+// Why a tensor cannot be mapped with 128-byte swizzle; null when it can. cuda.h's conditions, not all
+// of which the driver checks (each stride is the one before, times the size with its padding), and
+// whole chunks of 16 bytes: what becomes of the rest of a last one is not said anywhere.
+inline const char* mapping_fault(DType dtype, const void* base, const int64_t (&sizes)[3],
+                                 const int64_t (&strides)[2], const int (&box)[3]) {
   constexpr int64_t kLargestSize = int64_t(1) << 32, kStrideLimit = int64_t(1) << 40;
+  constexpr int64_t kElementBytes = 2, kChunkBytes = 16;
   constexpr int kRowElements = 64, kLargestBox = 256;
-  bool good = (dtype == DType::bf16 || dtype == DType::f16) && box[0] == kRowElements &&
-              base != nullptr && reinterpret_cast<uintptr_t>(base) % 16 == 0;
-  for (const int64_t size : sizes) good = good && size > 0 && size <= kLargestSize;
+  if (dtype != DType::bf16 && dtype != DType::f16) return "dtype: wanted bf16 or f16";
+  if (base == nullptr || reinterpret_cast<uintptr_t>(base) % kChunkBytes != 0)
+    return "base: wanted an address that is a multiple of 16";
+  for (const int64_t size : sizes)
+    if (size <= 0 || size > kLargestSize) return "sizes: wanted 1 .. 2^32";
+  if (sizes[0] * kElementBytes % kChunkBytes != 0)
+    return "sizes[0]: wanted rows of a multiple of 16 bytes";
   for (const int64_t stride : strides)
-    good = good && stride > 0 && stride < kStrideLimit && stride % 16 == 0;
-  for (const int size : box) good = good && size > 0 && size <= kLargestBox;
-  return good;
+    if (stride <= 0 || stride >= kStrideLimit || stride % kChunkBytes != 0)
+      return "strides: wanted positive multiples of 16 below 2^40";
+  if (strides[0] < sizes[0] * kElementBytes) return "strides[0]: less than a row";
+  if (strides[1] % strides[0] != 0) return "strides[1]: wanted a multiple of strides[0]";
+  if (strides[1] / strides[0] < sizes[1]) return "strides[1]: less than a plane";
+  if (box[0] != kRowElements) return "box[0]: wanted 64";
+  for (const int size : box)
+    if (size <= 0 || size > kLargestBox) return "box: wanted 1 .. 256";
+  return nullptr;
 }
 
 // Maps a row-major tensor of bf16 or f16: `sizes` in elements, innermost dimension first; `strides` of
 // dimensions 1 and 2 in bytes; `box` in elements, box[0] = 64. In shared memory a row of a box takes
 // 128 bytes, its 16-byte chunks in 128-byte swizzle: chunk c of row r stands at c ^ (r % 8).
-// cudaErrorInvalidValue for what the driver refuses.
+// cudaErrorInvalidValue for what mapping_fault or the driver refuses.
 inline cudaError_t make_tensor_map(TensorMap* map, DType dtype, const void* base,
                                    const int64_t (&sizes)[3], const int64_t (&strides)[2],
                                    const int (&box)[3]) {
-  if (!can_be_mapped(dtype, base, sizes, strides, box)) return cudaErrorInvalidValue;
+  if (mapping_fault(dtype, base, sizes, strides, box) != nullptr) return cudaErrorInvalidValue;
 #ifdef FOMOE_EMULATED
   *map = {emulator::kTensorMapWord,
           static_cast<const unsigned char*>(base),
@@ -79,7 +92,8 @@ inline cudaError_t make_tensor_map(TensorMap* map, DType dtype, const void* base
 #ifdef FOMOE_EMULATED
 
 // The box at (c0, c1, c2), innermost first, -> shared memory, aligned to 1024 bytes. What lies outside
-// the tensor becomes zeros; `barrier` gets the bytes of the whole box in any case.
+// the tensor, before or behind, becomes zeros; `barrier` gets the bytes of the whole box in any case.
+// c0 is a multiple of 8: elsewhere than at 16 bytes a load is an illegal instruction.
 inline void tensor_load(void* shared, const TensorMap* map, uint64_t* barrier, int c0, int c1,
                         int c2, Here here = {}) {
   emulator::tensor_load(shared, map, barrier, c0, c1, c2, here);

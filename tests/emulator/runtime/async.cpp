@@ -61,6 +61,7 @@ struct Groups {
 };
 
 constexpr uint64_t kMbarrierWord = 0x6d62617272696572ull;
+constexpr int64_t kMostBytes = (1 << 20) - 1;  // that a phase may expect
 
 }  // namespace
 
@@ -168,6 +169,7 @@ void finish_phase(Mbarrier& barrier) {
   barrier.arrived.clear();
   barrier.pending = barrier.count;
   ++barrier.phase;
+  progressed();
 }
 
 void land_load(Mbarrier& barrier) {
@@ -320,25 +322,40 @@ void mbarrier_arrive(uint64_t* barrier, unsigned expected_bytes, Here here) {
   Mbarrier& b = mbarrier_at(barrier, "mbarrier.arrive", here);
   check_arrival("mbarrier.arrive", b, here);
   b.brought_landed = std::max(b.brought_landed, self()->landed);
+  if (b.bytes + int64_t(expected_bytes) > kMostBytes)
+    fail(here, "mbarrier.arrive.expect_tx: %lld bytes in one phase, at most %lld can be counted",
+         (long long)(b.bytes + expected_bytes), (long long)kMostBytes);
   b.bytes += expected_bytes;
   --b.pending;
   finish_phase(b);
 }
 
 void mbarrier_wait(uint64_t* barrier, unsigned parity, Here here) {
+  constexpr const char* kName = "mbarrier.try_wait";
+  unsigned before;  // the phase when this thread came, or last looked
+  {
+    Unseen unseen;
+    before = mbarrier_at(barrier, kName, here).phase;
+  }
   for (;;) {
     maybe_yield();
     bool landed = false;
     {
       Unseen unseen;
-      Mbarrier& b = mbarrier_at(barrier, "mbarrier.try_wait", here);
+      Mbarrier& b = mbarrier_at(barrier, kName, here);
       if ((b.phase & 1) != (parity & 1)) {
         learn(b.landed);
         for (const auto& batch : b.unseen) batch->waited = true;
         b.unseen.clear();
         break;
       }
+      if (b.phase != before)
+        fail(here,
+             "%s: this thread has missed the end of its phase: the next one has ended too, and "
+             "looks like the one before (parity %u)",
+             kName, parity & 1);
       landed = land_next(b);
+      before = b.phase;
     }
     if (!landed) yield_polling(here);
   }

@@ -8,7 +8,7 @@
 namespace fomoe::emulator {
 namespace {
 
-const char* const kOrders[] = {"forward", "reverse", "random", "priority"};
+const char* const kOrders[] = {"forward", "reverse", "random", "priority", "laggard"};
 const char* const kArrivals[] = {"early", "late", "random"};
 
 // The position of an environment variable's word among `words`, `otherwise` when it is not set.
@@ -46,14 +46,15 @@ std::string Schedule::text() const {
 }
 
 Schedule schedule_of_launch(uint64_t launch) {
-  constexpr Order kOrderCycle[] = {Order::random, Order::priority, Order::reverse, Order::forward};
+  constexpr Order kOrderCycle[] = {Order::random, Order::priority, Order::reverse, Order::forward,
+                                   Order::laggard};
   constexpr Arrival kArrivalCycle[] = {Arrival::late, Arrival::random, Arrival::early};
   Schedule schedule;
-  schedule.order = word_of("FOMOE_EMULATOR_ORDER", kOrders, kOrderCycle[launch % 4]);
+  schedule.order = word_of("FOMOE_EMULATOR_ORDER", kOrders, kOrderCycle[launch % 5]);
   schedule.arrival = word_of("FOMOE_EMULATOR_ASYNC", kArrivals, kArrivalCycle[launch % 3]);
   schedule.seed = number_of("FOMOE_EMULATOR_SEED", 0, launch);
   schedule.resident_blocks =
-      unsigned(number_of("FOMOE_EMULATOR_RESIDENT", 1, launch / 4 % 2 == 0 ? 4 : 1));
+      unsigned(number_of("FOMOE_EMULATOR_RESIDENT", 1, launch / 5 % 2 == 0 ? 4 : 1));
   return schedule;
 }
 

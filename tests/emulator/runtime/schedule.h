@@ -6,7 +6,7 @@
 
 namespace fomoe::emulator {
 
-enum class Order { forward, reverse, random, priority };
+enum class Order { forward, reverse, random, priority, laggard };
 enum class Arrival { early, late, random };  // of asynchronous copies
 
 struct Schedule {

@@ -7,6 +7,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -33,8 +34,10 @@ struct Machine {
   std::vector<std::unique_ptr<Block>> resident;
   std::vector<Fiber*> ready;  // a queue from `head` on, a heap under priority order
   size_t head = 0;
-  uint64_t polls = 0;  // in a row, by all threads
-  uint64_t turns = 0;  // of fibers that became ready
+  std::deque<Fiber*> laggards;  // that could run
+  uint64_t polls = 0;           // since anything else happened, by all threads
+  uint64_t idle = 0;            // the same, since a laggard ran
+  uint64_t turns = 0;           // of fibers that became ready
   std::vector<char*> free_stacks;
   std::string error;
   bool failed = false;
@@ -57,16 +60,33 @@ bool lower_priority(const Fiber* a, const Fiber* b) {
 
 void push_ready(Fiber* fiber) {
   Machine& m = machine();
+  if (fiber->lags) {
+    m.laggards.push_back(fiber);
+    return;
+  }
   fiber->turn = ++m.turns;
   m.ready.push_back(fiber);
   if (m.schedule.order == Order::priority)
     std::push_heap(m.ready.begin(), m.ready.end(), lower_priority);
 }
 
+uint64_t live_threads() {
+  uint64_t threads = 0;
+  for (const auto& block : machine().resident) threads += block->live;
+  return threads;
+}
+
 // The fiber to run next, null when none can.
 Fiber* take_ready() {
   Machine& m = machine();
-  if (m.head == m.ready.size()) {
+  const bool empty = m.head == m.ready.size();
+  if (!m.laggards.empty() && (empty || m.idle > live_threads())) {
+    m.idle = 0;
+    Fiber* fiber = m.laggards.front();
+    m.laggards.pop_front();
+    return fiber;
+  }
+  if (empty) {
     m.ready.clear();
     m.head = 0;
     return nullptr;
@@ -146,7 +166,7 @@ void run_thread() {
   bool last;
   {
     Unseen unseen;
-    m.polls = 0;
+    progressed();
     me->done = true;
     last = --me->block->live == 0;
     leave_meetings(me);
@@ -189,6 +209,8 @@ void start_block(uint64_t number) {
   auto block = std::make_unique<Block>();
   const dim3 size = launch.block;
   const unsigned threads = unsigned(size.size());
+  const uint64_t laggard =
+      m.schedule.order == Order::laggard ? m.random.below(threads) : uint64_t(threads);
   block->index = {unsigned(number % launch.grid.x),
                   unsigned(number / launch.grid.x % launch.grid.y),
                   unsigned(number / launch.grid.x / launch.grid.y)};
@@ -209,6 +231,7 @@ void start_block(uint64_t number) {
     fiber.lane = i % kLanes;
     fiber.warp = i / kLanes;
     fiber.block = block.get();
+    fiber.lags = i == laggard;
     fiber.priority = fiber.lane == 0 ? m.random.next() : block->fibers[i - 1].priority;
     fiber.stack = take_stack();
     // Stacks that start at different cache lines do not evict each other.
@@ -306,6 +329,7 @@ void run_blocks() {
   m.resident.clear();
   m.ready.clear();
   m.head = 0;
+  m.laggards.clear();
 }
 
 // Bytes of shared memory that blocks of this kernel may have.
@@ -353,34 +377,43 @@ void wait_here(const char* what, Here here) {
   Fiber* me = self();
   me->waits_for = what;
   me->where = here;
-  machine().polls = 0;
+  progressed();
   run_others(false);
   me->waits_for = nullptr;
 }
 
 void maybe_yield() {
   Machine& m = machine();
-  if (m.schedule.order != Order::random && m.schedule.order != Order::priority) return;
+  Fiber* me = self();
+  if (m.schedule.order != Order::random && m.schedule.order != Order::priority && !me->lags) return;
   {
     Unseen unseen;
-    if (m.random.below(8) != 0) return;
-    self()->priority = m.random.next();
-    push_ready(self());
+    if (!me->lags) {
+      if (m.random.below(8) != 0) return;
+      me->priority = m.random.next();
+    }
+    push_ready(me);
   }
   run_others(false);
 }
 
+void progressed() { machine().polls = machine().idle = 0; }
+
 void yield_polling(Here here) {
   Machine& m = machine();
+  Fiber* me = self();
   {
     Unseen unseen;
-    uint64_t threads = 0;
-    for (const auto& block : m.resident) threads += block->live;
-    if (++m.polls > 200000 + 200 * threads) fail(here, "livelock: all threads only poll");
-    self()->priority = 0;  // with equal priorities who became ready first goes first
-    push_ready(self());
+    me->waits_for = "what they poll";
+    me->where = here;
+    ++m.idle;
+    if (++m.polls > 200000 + 200 * live_threads())
+      fail(here, "livelock: all threads only poll%s", waiting_threads().c_str());
+    me->priority = 0;  // with equal priorities who became ready first goes first
+    push_ready(me);
   }
   run_others(false);
+  me->waits_for = nullptr;
 }
 
 void fail(Here here, const char* format, ...) {
@@ -447,7 +480,7 @@ int run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, const void* kernel, vo
   if (self() != nullptr) return kInvalidConfiguration;  // a kernel that launches
   m.failed = false;
   m.error.clear();
-  m.polls = 0;
+  progressed();
   try {
     m.schedule = schedule_of_launch(m.launches++);
   } catch (const std::invalid_argument& error) {

@@ -33,6 +33,7 @@ struct Fiber : Thread {
   void* asan_stack = nullptr;
   uint64_t priority = 0;
   uint64_t turn = 0;  // of becoming ready: among equal priorities, first come first served
+  bool lags = false;  // runs when the others wait or only poll
   bool done = false;
   uint64_t landed = 0;  // it knows of landings by cp.async up to this number (async.cpp)
   const char* waits_for = nullptr;  // null = runs or could run
@@ -98,6 +99,8 @@ const Schedule& schedule();
 Random& random_source();
 Fiber* self();  // the running fiber
 
+// Something happened that polling threads may have waited for.
+void progressed();
 // Stops the running fiber until make_ready is called for it, or for good.
 void wait_here(const char* what, Here here);
 void make_ready(Fiber* fiber);

@@ -152,6 +152,36 @@ __global__ void bulk_ring(const uint32_t* in, uint32_t* out, int defect) {
   if (t == 0 && defect != 4) bulk_wait<0>();
 }
 
+// Warp 0 hands lines to warp 1 through a ring of two stages; one lane of warp 1 says for all of them
+// that a line has been read.
+__global__ void spoken_for(const uint32_t* in, uint32_t* out, int defect) {
+  FOMOE_SHARED(uint32_t, stages, [2][32]);
+  FOMOE_SHARED(uint64_t, full, [2]);
+  FOMOE_SHARED(uint64_t, empty, [2]);
+  const unsigned lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < 2; ++stage) {
+      mbarrier_init(&full[stage], 32);
+      mbarrier_init(&empty[stage], 1);
+    }
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  for (unsigned line = 0; line < 8; ++line) {
+    const unsigned stage = line % 2, round = line / 2;
+    if (threadIdx.x < 32) {
+      mbarrier_wait(&empty[stage], (round + 1) % 2);
+      stages[stage][lane] = in[line * 32 + lane];
+      mbarrier_arrive(&full[stage]);
+    } else {
+      mbarrier_wait(&full[stage], round % 2);
+      out[line * 32 + lane] = stages[stage][31 - lane];
+      if (defect != 1) __syncwarp();
+      if (lane == 0) mbarrier_arrive(&empty[stage]);
+    }
+  }
+}
+
 // Block b adds its numbers to what block b - 1 hands on: the blocks wait for each other in turn.
 __global__ void chain(const uint32_t* in, uint32_t* out, int defect) {
   uint32_t* ticket = out + 1000;
@@ -298,19 +328,13 @@ struct Selftest {
 };
 
 const Selftest kSelftests[] = {
-    {"neighbours", neighbours, 1, 128},
-    {"histogram", histogram, 4, 64},
-    {"warp_words", warp_words, 1, 32},
-    {"named_barriers", named_barriers, 1, 64},
-    {"async_copies", async_copies, 1, 32},
-    {"bulk_ring", bulk_ring, 1, 32},
-    {"chain", chain, 6, 32},
-    {"wide_words", wide_words, 1, 64},
-    {"matrices_bf16", matrices<Bf16x2>, 1, 32},
-    {"matrices_f16", matrices<F16x2>, 1, 32},
-    {"stored_matrices", stored_matrices, 1, 32},
-    {"uniform_words", uniform_words, 1, 64},
-    {"approximations", approximations, 1, 64},
+    {"neighbours", neighbours, 1, 128},       {"histogram", histogram, 4, 64},
+    {"warp_words", warp_words, 1, 32},        {"named_barriers", named_barriers, 1, 64},
+    {"async_copies", async_copies, 1, 32},    {"bulk_ring", bulk_ring, 1, 32},
+    {"spoken_for", spoken_for, 1, 64},        {"chain", chain, 6, 32},
+    {"wide_words", wide_words, 1, 64},        {"matrices_bf16", matrices<Bf16x2>, 1, 32},
+    {"matrices_f16", matrices<F16x2>, 1, 32}, {"stored_matrices", stored_matrices, 1, 32},
+    {"uniform_words", uniform_words, 1, 64},  {"approximations", approximations, 1, 64},
 };
 
 }  // namespace

@@ -21,16 +21,18 @@ template <int kDefect>
 __global__ void tensor_boxes(const __grid_constant__ TensorMap map, uint4* out) {
   FOMOE_DYNAMIC_SHARED(shared);
   FOMOE_SHARED(uint64_t, full, [1]);
-  constexpr int kAt[kBoxes][3] = {{0, 0, 0}, {-5, -1, 1}, {40, 3, 3}, {8, 1, -9}, {-70, 0, 0}};
+  constexpr int kAt[kBoxes][3] = {{0, 0, 0}, {-8, -1, 1}, {40, 3, 3}, {8, 1, -9}, {-72, 0, 0}};
   unsigned char* boxes = shared + (kDefect == 1 ? 128 : 0);
   const unsigned t = threadIdx.x;
   if (t == 0) {
     prefetch_tensor_map(&map);
     mbarrier_init(full, 1);
     mbarrier_init_fence();
-    mbarrier_arrive_expect(full, (kDefect == 2 ? kBoxes - 1 : kBoxes) * kBoxBytes);
+    mbarrier_arrive_expect(full, kDefect == 2   ? (kBoxes - 1) * kBoxBytes
+                                 : kDefect == 7 ? 1u << 20
+                                                : kBoxes * kBoxBytes);
     for (int box = 0; box < kBoxes; ++box)
-      tensor_load(boxes + box * kBoxBytes, &map, full, kAt[box][0], kAt[box][1],
+      tensor_load(boxes + box * kBoxBytes, &map, full, kAt[box][0] - (kDefect == 6), kAt[box][1],
                   kAt[box][2] + (kDefect == 4 && box == 0 ? 4 : 0));
   }
   __syncthreads();
@@ -40,14 +42,14 @@ __global__ void tensor_boxes(const __grid_constant__ TensorMap map, uint4* out) 
 }
 
 int run_tensor_boxes(int defect, const void* in, void* out) {
-  // 4 planes of 5 rows of 70 values, rows 160 bytes apart, planes 880 bytes.
+  // 4 planes of 5 rows of 72 values, rows 160 bytes apart, planes 960 bytes.
   TensorMap map{};
   const int64_t planes = defect == 4 ? 5 : 4;
   const cudaError_t error =
-      make_tensor_map(&map, DType::bf16, in, {70, 5, planes}, {160, 880}, {64, 4, 2});
+      make_tensor_map(&map, DType::bf16, in, {72, 5, planes}, {160, 960}, {64, 4, 2});
   if (error != cudaSuccess) return error;
   if (defect == 5) map = {};
-  return with_defect<5>(defect, [&](auto planted) {
+  return with_defect<7>(defect, [&](auto planted) {
     return launch(tensor_boxes<planted.value>, kWarpgroup, kBoxes * kBoxBytes + 1024, map,
                   static_cast<uint4*>(out));
   });
@@ -249,11 +251,15 @@ int warpgroup_selftest(const char* name_, int defect, const void* in, void* out)
 
 }  // namespace fomoe::cuda
 
-// Whether a tensor can be mapped, and what it would be refused for: a cudaError_t.
-extern "C" __attribute__((visibility("default"))) int fomoe_selftest_map(
-    int dtype, const void* base, const int64_t* sizes, const int64_t* strides, const int* box) {
+// Why a tensor cannot be mapped, null when it can; `error` is what make_tensor_map says.
+extern "C" __attribute__((visibility("default"))) const char* fomoe_selftest_map(
+    int dtype_, const void* base, const int64_t* sizes_, const int64_t* strides_, const int* box_,
+    int* error) {
+  const auto dtype = fomoe::DType(dtype_);
+  const int64_t sizes[] = {sizes_[0], sizes_[1], sizes_[2]};
+  const int64_t strides[] = {strides_[0], strides_[1]};
+  const int box[] = {box_[0], box_[1], box_[2]};
   fomoe::cuda::TensorMap map;
-  return fomoe::cuda::make_tensor_map(&map, fomoe::DType(dtype), base,
-                                      {sizes[0], sizes[1], sizes[2]}, {strides[0], strides[1]},
-                                      {box[0], box[1], box[2]});
+  *error = fomoe::cuda::make_tensor_map(&map, dtype, base, sizes, strides, box);
+  return fomoe::cuda::mapping_fault(dtype, base, sizes, strides, box);
 }
