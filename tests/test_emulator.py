@@ -179,7 +179,7 @@ DEFECTS = [
     ("stored_bf16_64", 3, "undefined", None),  # it comes before ordinary stores
     ("gathered", 1, "undefined", None),  # no fence.proxy.async
     ("gathered", 2, "undefined", None),  # it comes before the wait
-    ("gathered", 3, "undefined", None),  # it comes from who issued the copies
+    ("gathered", 3, "undefined", None),  # once it comes from who issued the copies
     ("gathered", 4, "undefined", None),  # arrivals before the copies are issued
     ("gathered", 4, "thread", "data race"),
     ("gathered", 5, "undefined", "livelock|deadlock"),  # one thread does not arrive

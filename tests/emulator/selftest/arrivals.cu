@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 1)
       for (int i = 0; i < kSize / 16; ++i)
         async_copy_16(swizzled(a_tile, t / 8 + 16 * i, t % 8),
                       from - 16 * i * kLength + int(step) * kDepth, true);
-      if (kDefect == 3) fence_proxy_async();
+      if (kDefect == 3 && step == kSteps - 1) fence_proxy_async();
       if (kWaits == kIssuer) {
         async_copy_commit();
         async_copy_wait<0>();
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(2 * kWarpgroup, 1)
         __syncwarp();
       }
     }
-    if (kDefect == 0 || kDefect > 3) fence_proxy_async();
+    if (kDefect == 0 || kDefect > 3 || (kDefect == 3 && step < kSteps - 1)) fence_proxy_async();
     warpgroup_fence(acc);
     warpgroup_arrive();
 #pragma unroll
