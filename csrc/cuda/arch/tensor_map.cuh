@@ -93,7 +93,7 @@ inline cudaError_t make_tensor_map(TensorMap* map, DType dtype, const void* base
 
 // The box at (c0, c1, c2), innermost first, -> shared memory, aligned to 1024 bytes. What lies outside
 // the tensor, before or behind, becomes zeros; `barrier` gets the bytes of the whole box in any case.
-// c0 is a multiple of 8: elsewhere than at 16 bytes a load is an illegal instruction.
+// c0 is a multiple of 8: a load that begins elsewhere than at 16 bytes is known to be refused.
 inline void tensor_load(void* shared, const TensorMap* map, uint64_t* barrier, int c0, int c1,
                         int c2, Here here = {}) {
   emulator::tensor_load(shared, map, barrier, c0, c1, c2, here);
