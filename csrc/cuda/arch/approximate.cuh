@@ -17,7 +17,7 @@ inline float denormal_to_zero(float x) {
   return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x;
 }
 // 2^x. 0 for -inf, inf for inf and what is too large.
-inline float exp2_approximate(float x) { return denormal_to_zero(std::exp2(denormal_to_zero(x))); }
+inline float exp2_approximate(float x) { return denormal_to_zero(std::exp2(x)); }
 // 1 / x. +-inf for +-0 and denormals, +-0 for +-inf and beyond 2^126.
 inline float reciprocal_approximate(float x) {
   return denormal_to_zero(1.0f / denormal_to_zero(x));

@@ -321,10 +321,10 @@ void mbarrier_arrive(uint64_t* barrier, unsigned expected_bytes, Here here) {
   Unseen unseen;
   Mbarrier& b = mbarrier_at(barrier, "mbarrier.arrive", here);
   check_arrival("mbarrier.arrive", b, here);
+  b.brought_landed = std::max(b.brought_landed, self()->landed);
   if (b.bytes + int64_t(expected_bytes) > kMostBytes)
     fail(here, "mbarrier.arrive.expect_tx: %lld bytes in one phase, at most %lld can be counted",
          (long long)(b.bytes + expected_bytes), (long long)kMostBytes);
-  b.brought_landed = std::max(b.brought_landed, self()->landed);
   b.bytes += expected_bytes;
   --b.pending;
   finish_phase(b);

@@ -333,10 +333,8 @@ const Selftest kSelftests[] = {
     {"async_copies", async_copies, 1, 32},    {"bulk_ring", bulk_ring, 1, 32},
     {"spoken_for", spoken_for, 1, 64},        {"chain", chain, 6, 32},
     {"wide_words", wide_words, 1, 64},        {"matrices_bf16", matrices<Bf16x2>, 1, 32},
-    {"matrices_f16", matrices<F16x2>, 1, 32},
-    {"stored_matrices", stored_matrices, 1, 32},
-    {"uniform_words", uniform_words, 1, 64},
-    {"approximations", approximations, 1, 64},
+    {"matrices_f16", matrices<F16x2>, 1, 32}, {"stored_matrices", stored_matrices, 1, 32},
+    {"uniform_words", uniform_words, 1, 64},  {"approximations", approximations, 1, 64},
 };
 
 }  // namespace
