@@ -14,7 +14,7 @@ from typing import Any
 from bench.gpu.runner import FAILED, TIMED_OUT, Outcome
 
 MOST_LINES, MOST_COLUMNS = 80, 148
-TAIL_LINES, TILE_LINES = 4, 3
+TAIL_LINES, TILE_LINES = 3, 2
 FASTER = 1.03  # a tile is worth a word from here on
 
 Result = dict[str, Any]
@@ -228,7 +228,7 @@ def token_lines(results: Sequence[Result]) -> list[str]:
 
 def profile_lines(results: Sequence[Result]) -> list[str]:
     """Of kernels that take long."""
-    long = sorted(results, key=lambda r: -r.get("nanoseconds", 0))[:5]
+    long = sorted(results, key=lambda r: -r.get("nanoseconds", 0))[:4]
     number = lambda r, key, scale=1.0: f"{r[key] * scale:.2f}" if key in r else "-"
     rows = [
         [
