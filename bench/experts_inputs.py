@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-DEPTH, PRODUCT_ROWS, PRODUCT_SUM, BAND = 64, 64, 16, 8  # warp_specialized.cuh, scheduler.cuh
-STRIP_ROWS, STRIP_COLUMNS = 16, 64  # epilogue.cuh
+DEPTH, PRODUCT_ROWS, PRODUCT_SUM, BAND = 64, 64, 16, 8  # warp_specialized_shape.cuh, scheduler.cuh
+STRIP_ROWS, STRIP_COLUMNS = 16, 64  # window.cuh
 CONSUMERS, GROUP_WARPS = 2, 4
 STAGING_BYTES, BARRIER_BYTES = STRIP_ROWS * (STRIP_COLUMNS * 2 + 16), 4 << 10  # of a warp's window
 
