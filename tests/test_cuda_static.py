@@ -188,8 +188,8 @@ def test_epilogues_move_matrices(codes):
 
 
 def test_no_element_asks_for_its_activation(codes):
-    """As many exponentials as the activation has for a thread's elements, of that activation alone: at
-    most twice, where the compiler has split the code by whether pre-activations are kept.
+    """As many exponentials as the activation has for a thread's elements, of it alone: at most
+    twice, where the compiler has split the code by whether pre-activations are kept.
     """
     seen = set()
     for (kernel, arch), code in codes.items():

@@ -19,8 +19,8 @@ CPU_KERNELS = ["route", "combine", "compact", "experts", "gemm", "delta", "hash"
 CPU_KERNELS += ["parallel", "features"]
 
 
-# Launches of the driver have few blocks, so that small inputs make blocks go around. It has few kernels:
-# one of the 16-bit formats, which differ in nothing but conversions, and half of the activations.
+# Launches of the driver have few blocks, so that small inputs make blocks go around. It has few
+# kernels: one of the 16-bit formats, which differ in conversions only, and half of the activations.
 DRIVER_DEFINES = ("FOMOE_FEW_BLOCKS=3", "FOMOE_FEW_KERNELS")
 
 
