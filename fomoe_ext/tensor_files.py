@@ -106,6 +106,10 @@ class TensorFiles:
         """Whether there is such a tensor."""
         return name in self._files
 
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors."""
+        return tuple(self._files)
+
     def read(self, name: str, row: int | None = None) -> Tensor:
         """A tensor, or one row of it; no other row is read then."""
         if name not in self._files:
