@@ -40,12 +40,12 @@ def add_balance_loss(model: nn.Module, inputs: Any, output: Any) -> Any:
     layers = [m for m in model.modules() if isinstance(m, MoELayer) and _adds_loss(m)]
     if not layers:
         return None
-    if loss.requires_grad and not all(layer.aux_loss.requires_grad for layer in layers):
-        if any(p.requires_grad for layer in layers for p in layer.router.parameters()):
-            raise RuntimeError(
-                "the balance loss has no gradient: reentrant checkpointing loses it. Give "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}"
-            )
+    trained = any(p.requires_grad for layer in layers for p in layer.router.parameters())
+    if loss.requires_grad and trained and not all(m.aux_loss.requires_grad for m in layers):
+        raise RuntimeError(
+            "the balance loss has no gradient: reentrant checkpointing loses it. Give "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}"
+        )
     for layer in layers:
         loss = loss + layer.aux_loss.to(loss.device)
         layer.aux_loss = layer.aux_loss.detach()

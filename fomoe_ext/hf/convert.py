@@ -26,7 +26,6 @@ from fomoe_ext.hf.wrappers import (
 from fomoe_ext.moe import MoELayer
 from fomoe_ext.placement import Placement
 
-
 _OPTIONS = (
     "router_scope",
     "skipped_mass",
