@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,21 +68,22 @@ class SaveConverted:
     that transformers refuses it instead of making random experts.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(
+        self, model: Any, why_not: Callable[[Any], str], save: Callable[..., None]
+    ) -> None:
+        """why_not: why a model cannot be in the original format, or ""; save: writes it so."""
+        self.model, self.why_not, self.save = model, why_not, save
 
     def __call__(self, save_directory: Any, *args: Any, **options: Any) -> None:
         """As `PreTrainedModel.save_pretrained`."""
-        from fomoe_ext.hf import convert
-
         folder = Path(save_directory)
         name, _, number = folder.name.partition("-")
         of_trainer = name == "checkpoint" and number.isdigit()
         given = options.get("state_dict") is not None
-        reason = convert.why_not_original(self.model)
+        reason = self.why_not(self.model)
         elsewhere = dist.is_initialized() and dist.get_rank() != 0
         if not (reason or of_trainer or given or args or elsewhere):
-            convert.save_pretrained(self.model, folder, **options)
+            self.save(self.model, folder, **options)
             return
         type(self.model).save_pretrained(self.model, save_directory, *args, **options)
         if elsewhere:
@@ -112,12 +114,12 @@ def mark(folder: Path) -> bool:
     return True
 
 
-def attach(model: nn.Module) -> None:
-    """After a conversion."""
+def attach(model: nn.Module, why_not: Callable[[Any], str], save: Callable[..., None]) -> None:
+    """After a conversion; arguments of `SaveConverted`."""
     if add_balance_loss not in model._forward_hooks.values():
         model.register_forward_hook(add_balance_loss)
     if hasattr(type(model), "save_pretrained"):
-        model.save_pretrained = SaveConverted(model)  # type: ignore[assignment]
+        model.save_pretrained = SaveConverted(model, why_not, save)  # type: ignore[assignment]
 
 
 def detach(model: nn.Module) -> None:

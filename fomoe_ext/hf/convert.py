@@ -167,7 +167,7 @@ def convert(
     for one in found:
         _fill(one.layer, one.block)
         setattr(one.parent, one.name, one.layer)
-    attach(inside)
+    attach(inside, why_not_original, save_pretrained)
     if options.get("balance") == "bias":
         _warn_of_bias({one.layer.origin.family for one in found})
     return model
@@ -477,4 +477,4 @@ def save_pretrained(model: nn.Module, folder: str | Path, **options: Any) -> Non
         for path, layer in given_back:
             _put(inside, path, layer)
             take_back(layer)
-        attach(inside)
+        attach(inside, why_not_original, save_pretrained)
