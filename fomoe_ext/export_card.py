@@ -116,7 +116,8 @@ def model_card(
             "",
             "`trust_remote_code=True`: the model's code is `modeling_fomoe.py` in this folder. "
             "With `labels` the model returns the cross entropy, without a loss that balances "
-            "experts.",
+            "experts. To generate from several prompts at once pad them on the left: "
+            '`tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")`.',
             "",
             about_tokens,
             "",
