@@ -358,7 +358,12 @@ def _left_out(model: nn.Module, tensors: dict[str, Tensor]) -> set[str]:
 @torch.no_grad()
 def _all_tensors(model: nn.Module, placement: Placement, site: int) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors as files have them, on the CPU; whole only at site 0."""
-    routers = global_router_tensors(model, placement, site, local_tensors(model))
+    of_routers = {
+        f"{path}.router.{part}": getattr(layer.router, part).detach()
+        for path, layer in converted_layers(model)
+        for part in (*layer.router.parts, "selection_bias")
+    }
+    routers = global_router_tensors(model, placement, site, of_routers)
     for number, (path, layer) in enumerate(converted_layers(model)):
         family = layer.origin.family
         block = family.path_in_files(plain_name(path))
