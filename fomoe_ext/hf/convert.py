@@ -26,6 +26,14 @@ from fomoe_ext.hf.wrappers import (
 from fomoe_ext.moe import MoELayer
 from fomoe_ext.placement import Placement
 
+_OF_ROUTER = {
+    "scoring": "sigmoid",
+    "renormalize": False,
+    "scale": 1.0,
+    "num_groups": 1,
+    "groups_kept": 1,
+}
+"""What a router does unless a family says otherwise."""
 _OPTIONS = (
     "router_scope",
     "skipped_mass",
@@ -346,7 +354,7 @@ def why_no_place(path: str, layer: ConvertedMoE, config: Any) -> str:
         **{name: getattr(layer.router, name) for name in _OF_ROUTER},
     }
     for wanted in (layer.origin.options, family.options(layer.origin.block, config)):
-        for name, value in wanted.items():
+        for name, value in (_OF_ROUTER | wanted).items():
             if name in now and now[name] != value:
                 return (
                     f"{path} has {name} = {now[name]!r}, but the configuration, which is all that "
@@ -362,9 +370,6 @@ def why_no_place(path: str, layer: ConvertedMoE, config: Any) -> str:
             f"{', '.join(added[:3])}"
         )
     return ""
-
-
-_OF_ROUTER = ("scoring", "renormalize", "scale", "num_groups", "groups_kept")
 
 
 def why_not_original(model: nn.Module, what: str = "it") -> str:
