@@ -100,6 +100,15 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         hf.from_pretrained_resident(tmp_path, longer, 0)
 
 
+def test_a_left_over_index_is_not_followed(tmp_path):
+    """transformers reads the one file where there is one."""
+    saved("olmoe", tmp_path, shard="40KB", seed=3)
+    whole = saved("olmoe", tmp_path / "new")
+    (tmp_path / "new/model.safetensors").rename(tmp_path / "model.safetensors")
+    found = hf.from_pretrained_resident(tmp_path, Placement.cyclic(1, EXPERTS, 3, 1), 0).model
+    assert torch.equal(found.lm_head.weight, whole.lm_head.weight)
+
+
 # ---- writing -------------------------------------------------------------------------------------
 
 

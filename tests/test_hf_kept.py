@@ -113,6 +113,14 @@ def test_what_the_configuration_does_not_say_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_blocks_with_more_in_them_are_not_converted():
+    model = make_model("olmoe")
+    model.model.layers[1].mlp.experts.register_parameter("gate_up_proj_scale", nn.Parameter())
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp: .* has experts\.gate_up_proj_scale"):
+        hf.convert(model)
+    assert not converted_layers(model)
+
+
 def test_another_shared_expert_is_written(tmp_path):
     model = make_model("deepseek_v3")
     hf.convert(model)
@@ -369,6 +377,25 @@ def test_balance_losses_count_in_the_models_loss(family, options):
     model.eval(), plain.eval()
     losses = [float(one(text(), labels=text()).loss) for one in (model, plain)]
     assert losses[0] == losses[1]
+
+
+def test_a_trainers_accumulation_adds_up_to_one_batch():
+    """A Trainer sums the losses of micro-batches, and tells them what they are parts of."""
+    model = hf.convert(make_model("olmoe"), balance="switch").train()
+    labels = text(4)
+    labels[1, 5:] = -100
+    items = (labels[:, 1:] != -100).sum()
+    added, expected = 0.0, 0.0
+    for rows in (slice(0, 2), slice(2, 4)):
+        given = {"labels": labels[rows], "num_items_in_batch": items}
+        own = int((labels[rows, 1:] != -100).sum())
+        loss = model(text(4)[rows], **given).loss.item()
+        aux = sum(float(layer.aux_loss) for layer in hf.layers(model))
+        model.eval()
+        added += loss - model(text(4)[rows], **given).loss.item()
+        model.train()
+        expected += aux * own / int(items)
+    assert added == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_balance_loss_that_checkpointing_loses_is_refused():

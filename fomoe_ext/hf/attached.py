@@ -26,7 +26,16 @@ def _adds_loss(layer: MoELayer) -> bool:
     return layer.balance in ("switch", "entropy") or layer.z_loss_coef != 0
 
 
-def add_balance_loss(model: nn.Module, inputs: Any, output: Any) -> Any:
+def _share(given: dict[str, Any]) -> Any:
+    """Which part of a step's loss this pass is, where a Trainer says so: it adds them up."""
+    items, labels = given.get("num_items_in_batch"), given.get("labels")
+    if items is None or not isinstance(labels, torch.Tensor):
+        return 1.0
+    own = (labels[..., 1:] != -100).sum()
+    return own / (items.to(own.device) if isinstance(items, torch.Tensor) else items)
+
+
+def add_balance_loss(model: nn.Module, inputs: Any, given: dict[str, Any], output: Any) -> Any:
     """A forward hook: adds the layers' balancing losses to `output.loss` in training.
 
     What it has added has no gradient any more in `aux_loss`, so that whoever adds it as well does
@@ -47,8 +56,9 @@ def add_balance_loss(model: nn.Module, inputs: Any, output: Any) -> Any:
             "the balance loss has no gradient: reentrant checkpointing loses it. Give "
             "gradient_checkpointing_kwargs={'use_reentrant': False}"
         )
+    share = _share(given)
     for layer in layers:
-        loss = loss + layer.aux_loss.to(loss.device)
+        loss = loss + (layer.aux_loss * share).to(loss.device)
         layer.aux_loss = layer.aux_loss.detach()
     if as_tuple:
         return (loss, *output[1:])
@@ -117,7 +127,7 @@ def mark(folder: Path) -> bool:
 def attach(model: nn.Module, why_not: Callable[[Any], str], save: Callable[..., None]) -> None:
     """After a conversion; arguments of `SaveConverted`."""
     if add_balance_loss not in model._forward_hooks.values():
-        model.register_forward_hook(add_balance_loss)
+        model.register_forward_hook(add_balance_loss, with_kwargs=True)
     if hasattr(type(model), "save_pretrained"):
         model.save_pretrained = SaveConverted(model, why_not, save)  # type: ignore[assignment]
 
@@ -126,5 +136,6 @@ def detach(model: nn.Module) -> None:
     """Undoes `attach`."""
     for key in [k for k, hook in model._forward_hooks.items() if hook is add_balance_loss]:
         del model._forward_hooks[key]
+        model._forward_hooks_with_kwargs.pop(key, None)
     if isinstance(vars(model).get("save_pretrained"), SaveConverted):
         del model.save_pretrained

@@ -248,7 +248,22 @@ def _make_layer(
         **options,
     )
     layer.origin = Origin(family, block, what_it_does)
+    _require_known(family, block, layer)
     return layer.train(block.training)
+
+
+def _require_known(family: Family, block: nn.Module, layer: ConvertedMoE) -> None:
+    """ValueError for a block with tensors that the layer would not have: adapters, scales."""
+    router = (*layer.router.parts, *filter(None, [family.selection_bias]))
+    known = {f"{family.router}.{part}" for part in router}
+    known |= {f"experts.{PARTS[part]}" for part in layer.experts.parts}
+    shared = tuple(f"{name}." for name in family.shared)
+    names = (name for name in block.state_dict() if not plain_name(name).startswith(shared or "."))
+    if unknown := [name for name in names if plain_name(name) not in known]:
+        raise ValueError(
+            f"a {family.name} block must have no other tensors than transformers gives it, this "
+            f"has {', '.join(unknown[:3])}"
+        )
 
 
 @torch.no_grad()
