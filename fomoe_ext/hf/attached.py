@@ -95,6 +95,8 @@ class SaveConverted:
         if not (reason or of_trainer or given or args or elsewhere):
             self.save(self.model, folder, **options)
             return
+        # Else it renames what it takes for blocks, and a Trainer would not find them again.
+        options["save_original_format"] = False
         type(self.model).save_pretrained(self.model, save_directory, *args, **options)
         if elsewhere:
             if not of_trainer:  # OuterSyncCallback writes those
