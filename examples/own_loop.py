@@ -73,7 +73,7 @@ def main() -> None:
         )
         torch.manual_seed(0)  # all sites start from the same weights
         model = AutoModelForCausalLM.from_config(config)
-        hf.convert(model, placement=placement, site=site, balance="bias")
+        hf.convert(model, placement=placement, site=site, balance="switch")
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
         sync = OuterSync(model, placement, site, inner_optimizer=optimizer, codec="int8")
         data, sent = source_code(), 0
@@ -81,12 +81,10 @@ def main() -> None:
             total = 0.0
             for step in range(LOCAL_STEPS):
                 tokens = batch(data, site, round_ * LOCAL_STEPS + step)
-                loss = model(tokens, labels=tokens).loss
+                loss = model(tokens, labels=tokens).loss  # with the loss that balances experts
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                for layer in hf.layers(model):
-                    layer.update_selection_bias()
                 total += loss.item() / LOCAL_STEPS
             report = sync.step()  # the sites meet
             sent += report.bytes_sent

@@ -265,7 +265,11 @@ def _encode(
                 parts = {target: chunks}
             for split, pieces in parts.items():
                 for piece in pieces:
-                    writers[split].add(tokenizer.encode(piece), len(piece.encode()))
+                    try:
+                        tokens = tokenizer.encode(piece)
+                    except ValueError as error:
+                        raise ValueError(f"{unit.path} ({name}): {error}") from None
+                    writers[split].add(tokens, len(piece.encode()))
                 writers[split].add(tokenizer.separator, 0)
     return {split: writer.close() for split, writer in writers.items()}
 

@@ -247,7 +247,17 @@ def load_exported(folder: Path, device: torch.device | str = "cpu") -> LanguageM
     files = TensorFiles(folder)
     name_in = exported_name if _is_transformers_export(folder) else str
     model = LanguageModel(_exported_config(folder), device=device)
-    fill_model(model, lambda name: files.read(name_in(name)))
+
+    def read(name: str) -> Tensor:
+        value = files.read(name_in(name))
+        if not value.is_floating_point() or value.element_size() < 2:
+            raise ValueError(
+                f"{folder}: {name_in(name)} is stored as {value.dtype}; quantised exports cannot "
+                "be evaluated"
+            )
+        return value
+
+    fill_model(model, read)
     return model
 
 

@@ -82,6 +82,12 @@ def model_card(
         f"| {key} | {value} |" for key, value in _facts(model, config, manifest, validation, dtype)
     ]
     ends = "no id ends a text" if end is None else f"id {end} ends a text"
+    padding = ""
+    if end is not None:
+        padding = (
+            " To generate from several prompts at once pad them on the left: "
+            '`tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")`.'
+        )
     about_tokens = _BYTES
     if tokens != "bytes":
         about_tokens = f"## Tokens\n\n`{tokens}` is the tokenizer it was trained with; {ends}."
@@ -116,7 +122,7 @@ def model_card(
             "",
             "`trust_remote_code=True`: the model's code is `modeling_fomoe.py` in this folder. "
             "With `labels` the model returns the cross entropy, without a loss that balances "
-            "experts.",
+            f"experts.{padding}",
             "",
             about_tokens,
             "",

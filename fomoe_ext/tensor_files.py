@@ -73,13 +73,13 @@ class TensorFiles:
         self.bytes_read = 0
         self._open: dict[str, Any] = {}
         index = folder / INDEX
-        if index.is_file():
+        if (folder / SINGLE).is_file():  # an index beside it is left over: so does transformers
+            self._files = dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
+        elif index.is_file():
             try:
                 self._files = read_index(index)
             except (OSError, ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{folder}: cannot read {INDEX} ({error})") from None
-        elif (folder / SINGLE).is_file():
-            self._files = dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
         else:
             raise ValueError(f"path must be a folder with {SINGLE} or {INDEX}, got {folder}")
 
@@ -105,6 +105,10 @@ class TensorFiles:
     def has(self, name: str) -> bool:
         """Whether there is such a tensor."""
         return name in self._files
+
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors."""
+        return tuple(self._files)
 
     def read(self, name: str, row: int | None = None) -> Tensor:
         """A tensor, or one row of it; no other row is read then."""

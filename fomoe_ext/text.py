@@ -9,6 +9,7 @@ import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -229,11 +230,12 @@ class Tokenizer(Protocol):
     separator: np.ndarray  # ids put after every text, possibly none
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of a text: unsigned integers [length]."""
+        """Ids of a text: unsigned integers [length]; never one that ends a text. Raises
+        ValueError for a text that has none else."""
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as ids 0..255; NUL, which no text file contains, ends every text."""
+    """UTF-8 bytes as ids 0..255; NUL, which no text may contain, ends every text."""
 
     name = "byte"
     fingerprint = "byte"
@@ -241,12 +243,20 @@ class ByteTokenizer:
     separator = np.zeros(1, dtype=np.uint8)
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of a text: uint8 [bytes]."""
+        """Ids of a text: uint8 [bytes]. Raises ValueError for one with NUL characters."""
+        if "\0" in text:
+            raise ValueError(
+                f"a text of bytes must have no NUL, which ends it, character {text.index(chr(0))} "
+                "is one"
+            )
         return np.frombuffer(text.encode(), dtype=np.uint8)
 
 
 class FileTokenizer:
-    """A tokenizer.json of the `tokenizers` library; its end-of-text id, if any, ends every text."""
+    """A tokenizer.json of the `tokenizers` library; its end-of-text id, if any, ends every text.
+
+    A text that spells such a token, or another special one, does not become it.
+    """
 
     _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
 
@@ -266,21 +276,59 @@ class FileTokenizer:
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"tokenizer {path} is not a tokenizer.json file: {error}") from None
         self.name = path.name
-        self.fingerprint = hashlib.sha256(content).hexdigest()
+        # What "nothing but text" changes are ids, so that caches of before are not taken.
+        self.fingerprint = hashlib.sha256(b"nothing but text\0" + content).hexdigest()
         # A file may ask to cut or pad every text, and may leave holes among its ids.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        if not hasattr(self._tokenizer, "encode_special_tokens"):
+            raise RuntimeError(
+                f"tokenizer {path} needs a newer tokenizers library, which can take special tokens "
+                f"in a text for text; installed is {tokenizers.__version__}"
+            )
+        self._tokenizer.encode_special_tokens = True
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         if not ids:
             raise ValueError(f"tokenizer {path} has no tokens")
         self.vocab_size = max(ids) + 1
         ends = (self._tokenizer.token_to_id(token) for token in self._ENDS)
         self.separator = np.array([i for i in ends if i is not None][:1], dtype=np.uint32)
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {i for i, token in added.items() if token.special} | {*self.separator.tolist()}
+        self._reserved = np.array(sorted(special - {self._unknown(content)}), dtype=np.uint32)
+
+    def _unknown(self, content: bytes) -> int | None:
+        """The id of what is not in the vocabulary, which a text may well have."""
+        model = json.loads(content)["model"]
+        if isinstance(model.get("unk_id"), int):
+            return model["unk_id"]
+        token = model.get("unk_token")
+        return self._tokenizer.token_to_id(token) if isinstance(token, str) else None
+
+    def _encoded(self, text: str) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        return np.array(found.ids, dtype=np.uint32), found.offsets
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of a text without special tokens: uint32 [length]."""
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return np.array(ids, dtype=np.uint32)
+        """Ids of a text without special tokens: uint32 [length].
+
+        Raises ValueError for a text that has no other ids than those of special tokens.
+        """
+        ids, places = self._encoded(text)
+        reserved = np.flatnonzero(np.isin(ids, self._reserved))
+        if not len(reserved):
+            return ids
+        # Some models have special tokens among their words: one that is cut in two is none.
+        cuts = [0, *(places[i][0] + 1 for i in reserved), len(text)]
+        parts = [self._encoded(text[start:end])[0] for start, end in pairwise(cuts) if start < end]
+        ids = np.concatenate(parts)
+        if left := sorted({*ids.tolist()} & {*self._reserved.tolist()}):
+            tokens = ", ".join(repr(self._tokenizer.id_to_token(i)) for i in left)
+            raise ValueError(
+                f"a text spells {tokens}, which tokenizer {self.name} cannot tell from its special "
+                "token: take it out of the text"
+            )
+        return ids
 
 
 def load_tokenizer(path: str | os.PathLike[str] | None) -> Tokenizer:

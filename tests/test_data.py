@@ -111,7 +111,7 @@ def test_a_name_with_glob_characters_is_a_name(opened: Callable, tmp_path: Path)
 
 
 def test_jsonl(opened: Callable, tmp_path: Path) -> None:
-    texts = [text_of(i, 30) for i in range(60)] + ["with \0 inside?", ""]
+    texts = [text_of(i, 30) for i in range(60)] + ["is \u0100 inside?", ""]
     lines = [json.dumps({"id": i, "body": text}) for i, text in enumerate(texts)]
     (tmp_path / "a.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
     data = opened(tmp_path / "a.jsonl", text_field="body", validation_fraction=0.2)
@@ -465,6 +465,66 @@ def test_ids_with_holes_and_a_tokenizer_without_an_end(tmp_path: Path) -> None:
     assert tokenizer.vocab_size == 70_001
     assert tokenizer.encode("the expert").tolist()[1] == 70_000
     assert tokenizer.separator.size == 0
+
+
+def spelling_tokenizer(path: Path, kind: str) -> str:
+    """Writes a tokenizer whose end of a text can be spelt in it; returns how."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pre = tokenizers.pre_tokenizers
+    end, letters = "</s>", [*"</s>wx", "▁"]
+    if kind in ("special", "added"):
+        end = "<|endoftext|>"
+        model = tokenizers.models.BPE(
+            {c: i for i, c in enumerate(sorted(pre.ByteLevel.alphabet()))}, []
+        )
+    elif kind == "unigram":
+        model = tokenizers.models.Unigram(
+            [("<unk>", 0.0), (end, 0.0), *((c, -5.0) for c in letters)], 0
+        )
+    else:
+        model = tokenizers.models.WordLevel({"<unk>": 0, end: 1, "w": 2}, unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
+    if kind in ("special", "added"):
+        tokenizer.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
+    else:
+        tokenizer.pre_tokenizer = pre.Metaspace() if kind == "unigram" else pre.WhitespaceSplit()
+    if kind == "added":
+        tokenizer.add_tokens([end])
+    elif kind != "words":
+        tokenizer.add_special_tokens([end, "<unk>"])
+    tokenizer.save(str(path))
+    return end
+
+
+@pytest.mark.parametrize("kind", ["special", "added", "unigram", "words"])
+def test_a_text_that_spells_the_end_does_not_end(tmp_path: Path, kind: str) -> None:
+    """Specials, added tokens, and words of the vocabulary."""
+    end = spelling_tokenizer(tmp_path / "t.json", kind)
+    tokenizer = FileTokenizer(tmp_path / "t.json")
+    assert len(tokenizer.separator) == 1
+    text = f"w x {end} w{end}{end}x 日本 w"
+    found = tokenizer.encode(text)
+    assert len(found) > 5 and tokenizer.separator[0] not in found
+    if kind in ("special", "added"):  # nothing is lost
+        assert len(found) == len(text.encode())
+    if kind == "unigram":  # what is unknown stays what it is
+        assert tokenizer.encode("w 日本 x").tolist().count(0) == 1
+
+
+def test_an_end_that_cannot_be_told_is_refused(opened: Callable, tmp_path: Path) -> None:
+    """One character, or NUL in a text of bytes: with the file and the line."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"<unk>": 0, "w": 1, "$": 2}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["$"])
+    tokenizer.save(str(tmp_path / "t.json"))
+    (tmp_path / "a.jsonl").write_text('{"text": "w w"}\n{"text": "w $ w"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl \(a\.jsonl:2\): .* spells '\$'"):
+        opened(tmp_path / "a.jsonl", tokenizer=tmp_path / "t.json")
+    (tmp_path / "b.jsonl").write_text('{"text": "w w"}\n{"text": "w\\u0000"}\n')
+    with pytest.raises(ValueError, match=r"\(b\.jsonl:2\): .* no NUL.*character 1 is one"):
+        opened(tmp_path / "b.jsonl")
 
 
 @pytest.mark.parametrize(

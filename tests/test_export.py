@@ -256,6 +256,83 @@ def test_bytes_are_ids(trained):
     assert "UTF-8 bytes" in (out / "README.md").read_text()
 
 
+def test_bytes_can_be_padded_and_end(trained, tmp_path):
+    _, exported, out = trained
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=True)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)) == (0, 0, 256)
+    texts = ["def", "a longer prompt: "]
+    batch = tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+    assert batch.keys() == {"input_ids", "attention_mask"}
+    asked = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    found = exported.generate(**batch, **asked)
+    for row, text in zip(found, texts, strict=True):  # as without the padding
+        alone = exported.generate(**tokenizer(text, return_tensors="pt"), **asked)[0]
+        assert torch.equal(row[-len(alone) :], alone)
+    odd = "Ā\0\0é"
+    tokenizer.save_pretrained(tmp_path)
+    for one in (tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path)):
+        for options in ({}, {"split_special_tokens": True}):
+            assert one(odd, **options)["input_ids"] == list(odd.encode())
+        assert one.decode([104, 0, 0], skip_special_tokens=True) == "h"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_trainer_evaluates_predicts_and_trains_it(trained, tmp_path):
+    pytest.importorskip("accelerate")
+    _, exported, out = trained
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=True)
+    texts = [{"input_ids": list(b"def " * (2 + i))} for i in range(4)]
+    model = load(out)
+    trainer = transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True
+        ),
+        train_dataset=texts,
+        eval_dataset=texts,
+        data_collator=transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    )
+    with torch.no_grad():
+        losses = [exported(**trainer.data_collator([text])).loss for text in texts]
+    lengths = torch.tensor([len(text["input_ids"]) - 1.0 for text in texts])
+    wanted = float((torch.stack(losses) * lengths).sum() / lengths.sum())
+    assert float(trainer.evaluate()["eval_loss"]) == pytest.approx(wanted, rel=1e-4)
+    predicted = trainer.predict(texts).predictions
+    assert predicted.shape == (4, 20, 256)
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    again = load(tmp_path / "saved").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+
+
+def test_what_is_asked_for_by_configuration_comes(trained):
+    model, tokens = load(trained[2]), torch.tensor([[5, 6, 7]])
+    model.config.output_hidden_states = True
+    assert len(model(tokens).hidden_states) == model.config.num_hidden_layers + 1
+    assert isinstance(model(tokens, return_dict=False), tuple)
+    model.config.return_dict = False
+    assert isinstance(model(tokens), tuple) and isinstance(model.model(tokens), tuple)
+    with pytest.raises(ValueError, match="output_attentions must be False"):
+        model(tokens, output_attentions=True)
+
+
+def test_the_tokenizer_adds_nothing_that_training_did_not(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    file = word_tokenizer(tmp_path, 290)
+    tokenizer = tokenizers.Tokenizer.from_file(file)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[unk] $A", special_tokens=[("[unk]", 1)]
+    )
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(file)
+    source = untrained_run(tmp_path, random_model(tiny_config(vocab_size=300)))
+    out = write(source, tmp_path / "out", "--tokenizer", file)
+    exported = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=True)
+    assert exported("w7 w8 w9")["input_ids"] == [7, 8, 9]
+    assert exported.pad_token_id == exported.eos_token_id == 0
+
+
 def test_the_tokenizer_of_the_run_comes_along(tmp_path):
     file = Path(word_tokenizer(tmp_path, 290))
     model = random_model(tiny_config(vocab_size=300))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
@@ -25,7 +25,8 @@ class FomoeConfig(PretrainedConfig):
     """
 
     model_type = "fomoe"
-    keys_to_ignore_at_inference = ("past_key_values", "cache")
+    # Lists are what Trainer adds to.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     def __init__(
         self,

@@ -239,6 +239,22 @@ class FomoeBlock(GradientCheckpointingLayer):
         return torch.add(x, self.moe_out(self.moe(self.moe_in(x))), alpha=self.multiplier)
 
 
+def chosen_outputs(
+    config: FomoeConfig, hidden_states: bool | None, return_dict: bool | None, other: dict[str, Any]
+) -> tuple[bool, bool]:
+    """Whether hidden states are asked for, and a named output; by default as in the configuration.
+
+    ValueError where attention weights are asked for: the attention does not make them.
+    """
+    if other.get("output_attentions", getattr(config, "output_attentions", False)):
+        raise ValueError("output_attentions must be False: this attention has no weights to give")
+    if hidden_states is None:
+        hidden_states = bool(getattr(config, "output_hidden_states", False))
+    if return_dict is None:
+        return_dict = bool(getattr(config, "return_dict", True))
+    return hidden_states, return_dict
+
+
 class FomoePreTrainedModel(PreTrainedModel):
     """What both models share."""
 
@@ -299,6 +315,9 @@ class FomoeModel(FomoePreTrainedModel):
         attention_mask: [B, tokens so far], 0 = padding, or a finished mask [B, 1, L, keys].
         cache, past_key_values: two names of the same.
         """
+        output_hidden_states, return_dict = chosen_outputs(
+            self.config, output_hidden_states, return_dict, kwargs
+        )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         cache = past_key_values if cache is None else cache
@@ -327,7 +346,7 @@ class FomoeModel(FomoePreTrainedModel):
             hidden_states=states if output_hidden_states else None,
             **{_CACHE: cache},
         )
-        return output if return_dict is not False else output.to_tuple()
+        return output if return_dict else output.to_tuple()
 
 
 class FomoeForCausalLM(FomoePreTrainedModel, GenerationMixin):
@@ -373,6 +392,9 @@ class FomoeForCausalLM(FomoePreTrainedModel, GenerationMixin):
         labels: int64 [B, L], -100 = none; the loss is of predicting labels[:, 1:], in nats. It has
         no part that balances the experts. logits_to_keep: logits of so many last tokens, 0 = all.
         """
+        output_hidden_states, return_dict = chosen_outputs(
+            self.config, output_hidden_states, return_dict, kwargs
+        )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -381,6 +403,7 @@ class FomoeForCausalLM(FomoePreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
             cache=cache,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -396,4 +419,4 @@ class FomoeForCausalLM(FomoePreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             **{_CACHE: outputs.get(_CACHE)},
         )
-        return output if return_dict is not False else output.to_tuple()
+        return output if return_dict else output.to_tuple()

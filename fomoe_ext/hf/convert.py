@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,17 +13,47 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fomoe_ext.hf.attached import attach, detach
 from fomoe_ext.hf.families import PARTS, Family, families, family_of
+from fomoe_ext.hf.wrappers import (
+    plain_name,
+    require_names,
+    require_unwrapped,
+    skeleton,
+    uncompiled,
+    unwrapped,
+)
 from fomoe_ext.moe import MoELayer
 from fomoe_ext.placement import Placement
+
+_OF_ROUTER = {
+    "scoring": "sigmoid",
+    "renormalize": False,
+    "scale": 1.0,
+    "num_groups": 1,
+    "groups_kept": 1,
+}
+"""What a router does unless a family says otherwise."""
+_OPTIONS = (
+    "router_scope",
+    "skipped_mass",
+    "balance",
+    "balance_coef",
+    "z_loss_coef",
+    "bias_update_rate",
+    "seed",
+)
+"""Of `MoELayer`, those that matter while it trains; what it computes is the block's."""
 
 
 @dataclass
 class Origin:
-    """What a converted layer was: its family, and the block without its weights."""
+    """What a converted layer was: its family, the block without its weights, and what the block
+    does in terms of a `MoELayer`."""
 
     family: Family
     block: nn.Module
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 class ConvertedMoE(MoELayer):
@@ -101,6 +132,14 @@ def convert(
     as before (gpt-oss's is rearranged within its memory, an expert at a time), else the rows of
     absent experts are let go. Routing is computed in fp32. Make optimizers after it.
 
+    Losses that balance experts are added to `model(..., labels=...).loss` in training; a loss of
+    one's own is to add every layer's `aux_loss`. `balance="bias"` wants `update_selection_bias` of
+    every layer after an optimizer step; families whose files have no place for such a bias, all but
+    DeepSeek-V3, can then not be written or restored unless it is zero (a warning says so).
+
+    `model.save_pretrained` of a model with all experts writes the original format; else a folder
+    that plain transformers refuses (`attached.SaveConverted`).
+
     Args:
         model: of a family that `fomoe_ext.hf` knows; on the meta device as well.
         placement, site: who holds which experts, layer by layer; or
@@ -109,11 +148,18 @@ def convert(
             `bias_update_rate` and `seed` of `MoELayer`.
 
     Raises ValueError or TypeError, with nothing changed, for a model without blocks of a known
-    family, a placement of other sizes, or a block that does what a `MoELayer` cannot.
+    family or inside of a wrapper, a placement of other sizes, or a block that does what a
+    `MoELayer` cannot.
     """
     if placement is not None and resident is not None:
         raise ValueError("give placement or resident, not both")
-    found = list(_find(model, placement, site, resident, options))
+    for name in options.keys() - {*_OPTIONS}:
+        raise TypeError(
+            f"convert() got an unexpected keyword argument {name!r}, options are "
+            f"{', '.join(_OPTIONS)}"
+        )
+    inside = require_unwrapped(model, "convert")
+    found = list(_find(inside, placement, site, resident, options))
     if not found and converted_layers(model):
         raise ValueError("model is converted already; fomoe_ext.hf.restore undoes it")
     if not found:
@@ -129,7 +175,21 @@ def convert(
     for one in found:
         _fill(one.layer, one.block)
         setattr(one.parent, one.name, one.layer)
+    attach(inside, why_not_original, save_pretrained)
+    if options.get("balance") == "bias":
+        _warn_of_bias({one.layer.origin.family for one in found})
     return model
+
+
+def _warn_of_bias(found: set[Family]) -> None:
+    for family in found:
+        if not family.selection_bias:
+            warnings.warn(
+                f'balance="bias": files of {family.name} have no place for a selection bias, so '
+                "that save_merged, save_pretrained and restore will refuse this model once it has "
+                'one; balance="switch" needs none',
+                stacklevel=3,
+            )
 
 
 def _find(
@@ -175,6 +235,7 @@ def _make_layer(
     expand = experts.get_parameter(PARTS["expand_weight"])
     num_experts = expand.shape[0]
     hidden_size = router.get_parameter("weight").shape[1]
+    what_it_does = family.options(block, config)
     layer = ConvertedMoE(
         hidden_size,
         expand[0].numel() // (2 * hidden_size),
@@ -183,11 +244,26 @@ def _make_layer(
         layer_index=number,
         dtype=expand.dtype,
         device="meta",
-        **family.options(block, config),
+        **what_it_does,
         **options,
     )
-    layer.origin = Origin(family, block)
+    layer.origin = Origin(family, block, what_it_does)
+    _require_known(family, block, layer)
     return layer.train(block.training)
+
+
+def _require_known(family: Family, block: nn.Module, layer: ConvertedMoE) -> None:
+    """ValueError for a block with tensors that the layer would not have: adapters, scales."""
+    router = (*layer.router.parts, *filter(None, [family.selection_bias]))
+    known = {f"{family.router}.{part}" for part in router}
+    known |= {f"experts.{PARTS[part]}" for part in layer.experts.parts}
+    shared = tuple(f"{name}." for name in family.shared)
+    names = (name for name in block.state_dict() if not plain_name(name).startswith(shared or "."))
+    if unknown := [name for name in names if plain_name(name) not in known]:
+        raise ValueError(
+            f"a {family.name} block must have no other tensors than transformers gives it, this "
+            f"has {', '.join(unknown[:3])}"
+        )
 
 
 @torch.no_grad()
@@ -263,18 +339,74 @@ def layers(model: nn.Module) -> list[MoELayer]:
     return [module for module in model.modules() if isinstance(module, MoELayer)]
 
 
-def _require_whole(model: nn.Module, what: str) -> list[tuple[str, ConvertedMoE]]:
+def shared_modules(layer: ConvertedMoE) -> dict[str, nn.Module]:
+    """The shared expert's modules by the names that the block has for them."""
+    names = layer.origin.family.shared
+    shared: Any = layer.shared_expert
+    if not names:
+        return {}
+    if len(names) == 1:
+        return {names[0]: uncompiled(shared)}
+    scaled: Any = uncompiled(shared)
+    return {
+        name: uncompiled(m) for name, m in zip(names, (scaled.expert, scaled.scale), strict=True)
+    }
+
+
+def why_no_place(path: str, layer: ConvertedMoE, config: Any) -> str:
+    """What a converted layer has that its family's files cannot say, or ""."""
+    family = layer.origin.family
+    bias = layer.router.selection_bias
+    if not family.selection_bias and (bias.is_meta or bool(bias.any())):
+        return (
+            f"{path} has a selection bias (balance='bias'), for which files of {family.name} have "
+            "no place: without it other experts would be chosen. Train on with balance='switch' "
+            "after router.selection_bias.zero_(), or keep model.state_dict()"
+        )
+    now = {
+        "top_k": layer.top_k,
+        "activation": layer.experts.activation,
+        **{name: getattr(layer.router, name) for name in _OF_ROUTER},
+    }
+    for wanted in (layer.origin.options, family.options(layer.origin.block, config)):
+        for name, value in (_OF_ROUTER | wanted).items():
+            if name in now and now[name] != value:
+                return (
+                    f"{path} has {name} = {now[name]!r}, but the configuration, which is all that "
+                    f"files say of it, stands for {value!r}"
+                )
+    known = {f"router.{part}" for part in layer.router.parts}
+    known |= {f"experts.{part}" for part in layer.experts.parts}
+    of_shared = ("shared_expert.",) if family.shared else ()
+    names = (plain_name(name) for name, _ in layer.named_parameters())
+    if added := [name for name in names if name not in known and not name.startswith(of_shared)]:
+        return (
+            f"{path} has parameters for which files of {family.name} have no place: "
+            f"{', '.join(added[:3])}"
+        )
+    return ""
+
+
+def why_not_original(model: nn.Module, what: str = "it") -> str:
+    """Why a converted model cannot be in its original format here, or ""."""
     found = converted_layers(model)
     if not found:
-        raise ValueError(f"model must have been converted by fomoe_ext.hf, got {type(model)}")
+        return f"model must have been converted by fomoe_ext.hf, got {type(model)}"
     for path, layer in found:
         residents = layer.experts.resident_experts
         if len(residents) < layer.num_experts:
-            raise ValueError(
+            return (
                 f"{what} needs all {layer.num_experts} experts of {path}, resident are "
                 f"{residents}; fomoe_ext.hf.save_merged collects those of all sites"
             )
-    return found
+    config = getattr(model, "config", None)
+    return next(filter(None, (why_no_place(p, layer, config) for p, layer in found)), "")
+
+
+def _require_whole(model: nn.Module, what: str) -> list[tuple[str, ConvertedMoE]]:
+    if reason := why_not_original(model, what):
+        raise ValueError(reason)
+    return converted_layers(model)
 
 
 @torch.no_grad()
@@ -293,8 +425,11 @@ def share_with_block(layer: ConvertedMoE) -> nn.Module:
     for part in layer.router.parts:
         setattr(router, part, layer.router.get_parameter(part))
     if family.selection_bias:
-        kind = router.get_buffer(family.selection_bias).dtype  # some versions cast it
-        setattr(router, family.selection_bias, layer.router.selection_bias.to(kind))
+        bias = layer.router.selection_bias
+        cast = bias.to(router.get_buffer(family.selection_bias).dtype)  # some versions cast it
+        setattr(router, family.selection_bias, cast if torch.equal(cast.float(), bias) else bias)
+    for name, module in shared_modules(layer).items():
+        setattr(block, name, module)
     if layer.router.tap is not None:
         router._forward_hooks.update(layer.router.tap._forward_hooks)
     return block.train(layer.training)
@@ -322,33 +457,44 @@ def restore(model: nn.Module) -> nn.Module:
     """Undoes `convert`, in place: the original blocks with the weights as they are now.
 
     Weights move as in `convert`; the state dict has the original names, shapes and bits. Returns
-    the model. Raises ValueError, with nothing changed, where experts are absent or nothing is
-    converted.
+    the model. Raises ValueError, with nothing changed, where experts are absent, nothing is
+    converted or a block cannot do what its layer does.
     """
-    for path, layer in _require_whole(model, "restore"):
-        _put(model, path, share_with_block(layer))
+    inside = require_unwrapped(model, "restore")
+    for path, layer in _require_whole(inside, "restore"):
+        _put(inside, path, share_with_block(layer))
+    detach(inside)
     return model
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, **options: Any) -> None:
     """`model.save_pretrained(folder, **options)` in the original format; the model stays converted.
 
-    Raises ValueError, with nothing written, where experts are absent or nothing is converted, and
-    RuntimeError where torch.distributed is initialised and this is not its rank 0: transformers
-    writes nothing there.
+    Raises ValueError, with nothing written, where experts are absent, nothing is converted or the
+    format has no place for what the model is, and RuntimeError where torch.distributed is
+    initialised and this is not its rank 0: transformers writes nothing there.
     """
     if dist.is_initialized() and dist.get_rank() != 0:
         raise RuntimeError(
             f"save_pretrained writes at rank 0 of torch.distributed only, this is {dist.get_rank()}"
         )
-    whole = _require_whole(model, "save_pretrained")
+    inside: Any = unwrapped(model)
+    whole = _require_whole(inside, "save_pretrained")
+    tensors = {plain_name(name): value for name, value in inside.state_dict().items()}
+    if wanted := skeleton(inside):
+        require_names(tensors, wanted, [plain_name(path) for path, _ in whole], "save_pretrained")
     given_back: list[tuple[str, ConvertedMoE]] = []
     try:
         for path, layer in whole:
             given_back.append((path, layer))
-            _put(model, path, share_with_block(layer))
-        model.save_pretrained(folder, **options)  # type: ignore[operator]
+            _put(inside, path, share_with_block(layer))
+        of_blocks = inside.state_dict()
+        if any(plain_name(name) != name for name in of_blocks) and not options.get("state_dict"):
+            options["state_dict"] = {plain_name(n): value for n, value in of_blocks.items()}
+        detach(inside)
+        inside.save_pretrained(folder, **options)
     finally:
         for path, layer in given_back:
-            _put(model, path, layer)
+            _put(inside, path, layer)
             take_back(layer)
+        attach(inside, why_not_original, save_pretrained)

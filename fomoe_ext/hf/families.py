@@ -75,6 +75,15 @@ class SingleExperts:
         )
         return torch.cat((gate, up)), down
 
+    def stored(
+        self, reader: Reader, block: str, expert: int, parts: Iterable[str]
+    ) -> Iterator[str]:
+        """Names of the tensors that `read` reads for an expert."""
+        if reader.has(f"{block}.experts.gate_up_proj"):
+            yield from (f"{block}.experts.{PARTS[part]}" for part in parts)
+        else:
+            yield from (f"{block}.experts.{expert}.{name}.weight" for name in self.names)
+
     def write(
         self, block: str, experts: Iterable[ExpertWeights], parts: Iterable[str]
     ) -> Iterator[tuple[str, Tensor]]:
@@ -109,6 +118,12 @@ class InterleavedExperts:
         """One expert as `Experts.parts`."""
         names = [(part, f"{block}.experts.{PARTS[part]}") for part in parts]
         return tuple(self.to_ours(part, reader.read(name, expert)) for part, name in names)
+
+    def stored(
+        self, reader: Reader, block: str, expert: int, parts: Iterable[str]
+    ) -> Iterator[str]:
+        """Names of the tensors that `read` reads for an expert."""
+        yield from (f"{block}.experts.{PARTS[part]}" for part in parts)
 
     def write(
         self, block: str, experts: Iterable[ExpertWeights], parts: Iterable[str]

@@ -1,0 +1,143 @@
+"""What a conversion attaches to a transformers model: the balance loss, and how it is saved."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fomoe_ext.files import write_text
+from fomoe_ext.moe import MoELayer
+
+_MARK = "fomoe_converted_"
+"""Before a configuration's model_type: transformers refuses it by name."""
+
+
+# ---- the balance loss ----------------------------------------------------------------------------
+
+
+def _adds_loss(layer: MoELayer) -> bool:
+    return layer.balance in ("switch", "entropy") or layer.z_loss_coef != 0
+
+
+def _share(given: dict[str, Any]) -> Any:
+    """Which part of a step's loss this pass is, where a Trainer says so: it adds them up."""
+    items, labels = given.get("num_items_in_batch"), given.get("labels")
+    if items is None or not isinstance(labels, torch.Tensor):
+        return 1.0
+    own = (labels[..., 1:] != -100).sum()
+    return own / (items.to(own.device) if isinstance(items, torch.Tensor) else items)
+
+
+def add_balance_loss(model: nn.Module, inputs: Any, given: dict[str, Any], output: Any) -> Any:
+    """A forward hook: adds the layers' balancing losses to `output.loss` in training.
+
+    What it has added has no gradient any more in `aux_loss`, so that whoever adds it as well does
+    not train on it twice. Raises RuntimeError where a pass has left losses without a graph.
+    """
+    if not model.training:
+        return None
+    as_tuple = isinstance(output, tuple)
+    loss = (output[0] if output else None) if as_tuple else getattr(output, "loss", None)
+    if not isinstance(loss, torch.Tensor) or loss.dim() or not loss.is_floating_point():
+        return None  # there were no labels
+    layers = [m for m in model.modules() if isinstance(m, MoELayer) and _adds_loss(m)]
+    if not layers:
+        return None
+    trained = any(p.requires_grad for layer in layers for p in layer.router.parameters())
+    if loss.requires_grad and trained and not all(m.aux_loss.requires_grad for m in layers):
+        raise RuntimeError(
+            "the balance loss has no gradient: reentrant checkpointing loses it. Give "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}"
+        )
+    share = _share(given)
+    for layer in layers:
+        loss = loss + (layer.aux_loss * share).to(loss.device)
+        layer.aux_loss = layer.aux_loss.detach()
+    if as_tuple:
+        return (loss, *output[1:])
+    output.loss = loss
+    return output
+
+
+# ---- saving --------------------------------------------------------------------------------------
+
+
+class SaveConverted:
+    """`save_pretrained` of a converted model, in the place of transformers' own.
+
+    The folder is in the original format where that can hold what the model is. A site's part, a
+    checkpoint of a Trainer (which reads it again into the converted model) and what has no place in
+    the format keep the names of the converted model; such a folder's configuration is marked, so
+    that transformers refuses it instead of making random experts.
+    """
+
+    def __init__(
+        self, model: Any, why_not: Callable[[Any], str], save: Callable[..., None]
+    ) -> None:
+        """why_not: why a model cannot be in the original format, or ""; save: writes it so."""
+        self.model, self.why_not, self.save = model, why_not, save
+
+    def __call__(self, save_directory: Any, *args: Any, **options: Any) -> None:
+        """As `PreTrainedModel.save_pretrained`."""
+        folder = Path(save_directory)
+        name, _, number = folder.name.partition("-")
+        of_trainer = name == "checkpoint" and number.isdigit()
+        given = options.get("state_dict") is not None
+        reason = self.why_not(self.model)
+        elsewhere = dist.is_initialized() and dist.get_rank() != 0
+        if not (reason or of_trainer or given or args or elsewhere):
+            self.save(self.model, folder, **options)
+            return
+        # Else it renames what it takes for blocks, and a Trainer would not find them again.
+        options["save_original_format"] = False
+        type(self.model).save_pretrained(self.model, save_directory, *args, **options)
+        if elsewhere:
+            if not of_trainer:  # OuterSyncCallback writes those
+                warnings.warn(
+                    f"nothing was written to {folder}: transformers writes at rank 0 of "
+                    f"torch.distributed only, this is {dist.get_rank()}",
+                    stacklevel=2,
+                )
+        elif mark(folder) and not of_trainer:
+            warnings.warn(
+                f"{folder} has the tensors of a converted model, which plain transformers does not "
+                f"read: {reason or 'its state dict was given'}",
+                stacklevel=2,
+            )
+
+
+def mark(folder: Path) -> bool:
+    """Says in a folder's configuration, if it has one, that its tensors are not of the original
+    format; returns whether it has one."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return False
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if not str(config.get("model_type")).startswith(_MARK):
+        config["model_type"] = f"{_MARK}{config.get('model_type')}"
+    write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    return True
+
+
+def attach(model: nn.Module, why_not: Callable[[Any], str], save: Callable[..., None]) -> None:
+    """After a conversion; arguments of `SaveConverted`."""
+    if add_balance_loss not in model._forward_hooks.values():
+        model.register_forward_hook(add_balance_loss, with_kwargs=True)
+    if hasattr(type(model), "save_pretrained"):
+        model.save_pretrained = SaveConverted(model, why_not, save)  # type: ignore[assignment]
+
+
+def detach(model: nn.Module) -> None:
+    """Undoes `attach`."""
+    for key in [k for k, hook in model._forward_hooks.items() if hook is add_balance_loss]:
+        del model._forward_hooks[key]
+        model._forward_hooks_with_kwargs.pop(key, None)
+    if isinstance(vars(model).get("save_pretrained"), SaveConverted):
+        del model.save_pretrained
