@@ -25,6 +25,7 @@ from fomoe_ext.fault.keeper import Keeper
 from fomoe_ext.link import VARIABLE as LINK
 from fomoe_ext.link import describe, link_variable, wanted_mode
 from fomoe_ext.namespace import INTERFACE, NamespaceError, Network
+from fomoe_ext.unwritten import EXIT_UNWRITTEN
 from fomoe_ext.wire import Link
 
 EXIT_STOPPED = 130
@@ -241,13 +242,13 @@ def _watch(sites: Sequence[_Site], received: list[int], command: _Command) -> in
             for site in sites:
                 if site.process.poll() is None:
                     site.process.terminate()
-        failed = [s for s, code in zip(sites, codes, strict=True) if code not in (None, 0)]
-        failed = [s for s in failed if s.process.returncode != EXIT_STOPPED]
+        well = (None, 0, EXIT_STOPPED, EXIT_UNWRITTEN)
+        failed = [s for s, code in zip(sites, codes, strict=True) if code not in well]
         if failed:
             time.sleep(2 * _POLL_S)  # let a second failure show, to blame the right one
             for site in sites:
                 site.process.poll()
-            ended = [s for s in sites if s.process.returncode not in (None, 0, EXIT_STOPPED)]
+            ended = [s for s in sites if s.process.returncode not in well]
             culprit = _blame(ended)
             _kill(sites)
             if forwarded and culprit.process.returncode == -signal.SIGTERM:
@@ -257,7 +258,7 @@ def _watch(sites: Sequence[_Site], received: list[int], command: _Command) -> in
             code = culprit.process.returncode
             return code if code > 0 else 128 - code
         if all(code is not None for code in codes):
-            return EXIT_STOPPED if EXIT_STOPPED in codes else 0
+            return next((c for c in (EXIT_UNWRITTEN, EXIT_STOPPED) if c in codes), 0)
         time.sleep(_POLL_S)
 
 
@@ -338,8 +339,10 @@ def _watch_tolerant(sites: list[_Site], received: list[int], start: _Start, keep
         for site in [s for s in sites if s not in running]:
             sites.remove(site)
             code = site.process.returncode
-            if code in (0, EXIT_STOPPED):
-                ended_at, last = ended_at or time.monotonic(), code
+            if code in (0, EXIT_STOPPED, EXIT_UNWRITTEN):
+                if ended_at is None or code == EXIT_UNWRITTEN:
+                    last = code
+                ended_at = ended_at or time.monotonic()
                 continue
             keeper.dead(site.site)
             again = restarts[site.site] > 0 and ended_at is None and not forwarded
