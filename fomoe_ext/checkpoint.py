@@ -214,6 +214,16 @@ class Found(NamedTuple):
     skipped: list[str]
 
 
+def require_whole_everywhere(path: Path, num_processes: int, share: tuple[int, int]) -> None:
+    """Raises CheckpointError on all processes unless every one of them finds a checkpoint whole,
+    with the content of all files; a collective. `share` as for `newest_whole`.
+    """
+    reasons = gather_objects(_what_is_wrong(path, True, share), num_processes)
+    if reason := next(filter(None, reasons), ""):
+        raise CheckpointError(reason)
+    _trust(path)
+
+
 def newest_whole(
     folder: Path, num_processes: int = 1, *, content: bool = True, share: tuple[int, int] = (0, 1)
 ) -> Found:

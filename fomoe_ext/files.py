@@ -1,5 +1,5 @@
-"""Writing files so that a crash leaves the old content or the new, never a part; and seals, by which
-damage to what was written is noticed when it is read again. Needs no torch."""
+"""Writing files so that a crash leaves the old content or the new, never a part; and seals, by
+which damage to what was written is noticed when it is read again. Needs no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import re
 import secrets
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,8 @@ def replace_file(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
             sync_folder(path.parent)
         finally:
-            try:
+            with suppress(OSError):  # of a disk that can only be read: there is none
                 temporary.unlink(missing_ok=True)
-            except OSError:  # of a disk that can only be read: there is none
-                pass
 
 
 @contextmanager
@@ -114,8 +112,8 @@ def check_text_seal(path: Path) -> None:
     found = _SEALED.match(content)
     if found and hashlib.sha256(content[found.end() :]).hexdigest() != found[1].decode():
         raise ValueError(
-            f"{path} is not what was written: it is damaged, or was changed by hand. If you changed "
-            "it, delete its first line"
+            f"{path} is not what was written: it is damaged, or was changed by hand. If you "
+            "changed it, delete its first line"
         )
 
 

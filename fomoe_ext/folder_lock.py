@@ -1,10 +1,10 @@
 """Who writes into a folder: a lock that ends with its owner, and says who that is. Needs no torch.
 
-A file `.lock` in the folder is held by flock, which the kernel lets go when the owner dies, and has
-as JSON who that is. The processes of one job hold it together (shared); another job, which asks for
-all of it, is refused. Where flock does not reach (some network file systems, other machines) what
-the file says decides: a process of this machine lives or not, one of another machine sets the file's
-time every few seconds, and is watched for that.
+A file `.lock` in the folder is held by flock, which the kernel lets go when the owner dies, and
+has as JSON who that is. The processes of one job hold it together (shared); another job, which asks
+for all of it, is refused. Where flock does not reach (some network file systems, other machines)
+what the file says decides: a process of this machine lives or not, one of another machine sets the
+file's time every few seconds, and is watched for that.
 """
 
 from __future__ import annotations

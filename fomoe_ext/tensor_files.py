@@ -20,8 +20,8 @@ from fomoe_ext.json_values import loads
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CHECKSUMS = "checksums.json"
-"""What was written into a folder, for who reads it again: by tensor the SHA-256 of its bytes (of one
-of three dimensions or more that of each row), and by file. Only our own folders have it."""
+"""What was written into a folder, for who reads it again: by tensor the SHA-256 of its bytes (of
+one of three dimensions or more that of each row), and by file. Only our own folders have it."""
 _DIGITS = 16
 _CHUNK = 16 << 20
 """Bytes written and hashed at a time."""

@@ -455,20 +455,16 @@ def _agree_on_run(job: Job, world: World) -> _Start:
     """From where the job starts, the same on all sites; a collective."""
     config, held = _hold_folder(job, world)
     run_dir = config.run.run_dir
-    problem: Exception | None = None
     if config.run.resume is None:
         return _Start(config, held, None, [])
     automatic = config.run.resume == AUTO
     assert run_dir is not None
     target = run_dir if automatic else Path(config.run.resume)
-    if not automatic and run_of(target) != target:  # a checkpoint by name
-        try:
-            ckpt.require_whole(target)
-        except ckpt.CheckpointError as error:
-            problem = error
-        _agree(problem, world, "the checkpoint")
-        return _Start(config, held, target, [])
     share = (world.local_process, world.local_processes)
+    if not automatic and run_of(target) != target:  # a checkpoint by name
+        with with_others("the checkpoint", world.site):
+            ckpt.require_whole_everywhere(target, world.processes, share)
+        return _Start(config, held, target, [])
     with with_others("the checkpoint", world.site):
         found = ckpt.newest_whole(target / CHECKPOINTS, world.processes, share=share)
     notes = [f"skipped: {reason}" for reason in found.skipped]

@@ -539,7 +539,7 @@ class TrainingSite:
         return outcome.path
 
     def try_save(self, steps: int) -> Outcome:
-        """Writes a checkpoint with all other sites and waits for it; `steps` as for `start_save`."""
+        """Writes a checkpoint with all others and waits for it; `steps` as for `start_save`."""
         waited = self.tally.checkpoint_s
         self.start_save(steps, copy=False)
         with with_others("the checkpoint", self.world.site):
