@@ -27,7 +27,7 @@ from fomoe_ext import checkpoint as ckpt
 from fomoe_ext.assemble import global_names
 from fomoe_ext.checkpoint_publish import reading
 from fomoe_ext.config import ModelConfig, SitesConfig, TrainConfig, count_parameters
-from fomoe_ext.config_io import save_config
+from fomoe_ext.config_io import dump_config
 from fomoe_ext.export_card import model_card
 from fomoe_ext.files import write_text
 from fomoe_ext.folder_lock import hold
@@ -424,7 +424,7 @@ def _write_folder(folder: Path, source: Source, options: ExportOptions) -> tuple
         if tokenizer is not None:
             _load_tokenizer(tokenizer)
             shutil.copyfile(tokenizer, folder / TOKENIZER)
-        save_config(_portable_config(source), folder / CONFIG)
+        write_text(folder / CONFIG, dump_config(_portable_config(source)))
     # Last: it lists the files that are there.
     return write_tensors(folder, _tensors(source, options), options.shard_bytes)
 

@@ -97,6 +97,10 @@ class _Job:
         """Whether the last checkpoint is still to be written."""
         self._unsaved = False
         """Whether the last one that was waited for could not be."""
+        self._failed: list[Path] = []
+        """Checkpoints that could not be written, since the last that was."""
+        self._made_up_for: list[str] = []
+        """What is told of those before it."""
 
     def run_to_end(self) -> int:
         """What is left of the job, and its report; the exit code."""
@@ -304,13 +308,16 @@ class _Job:
         if not outcome.error:
             self.log.event("checkpoint", **about)
             self.log.say(f"checkpoint {path}")
-            self.unwritten.forget(path)
+            for failed in self._failed:
+                self._made_up_for += self.unwritten.forget(failed)
+            self._failed.clear()
             return
         print(
             f"fomoe train: could not write checkpoint {path}{goes_on}: {outcome.error}",
             file=sys.stderr,
             flush=True,
         )
+        self._failed.append(path)
         self.unwritten.note(path, outcome.error, quiet=True)
         self.log.event("checkpoint_failed", **about, error=outcome.error)
 
@@ -352,6 +359,7 @@ class _Job:
             return
         lost[self.site.world.process] = self.unwritten.entries()
         lines = dict.fromkeys(line for of_process in lost for line in of_process)
+        lines |= dict.fromkeys(f"{line} (but a later one was)" for line in self._made_up_for)
         if lines:
             text = "\n".join(f"  {line}" for line in lines)
             print(f"fomoe train: could not be written:\n{text}", file=sys.stderr, flush=True)

@@ -37,9 +37,10 @@ class Unwritten:
                 )
                 sys.stderr.flush()
 
-    def forget(self, path: Path | str) -> None:
-        """The file was written after all."""
-        self._found.pop(str(path), None)
+    def forget(self, path: Path | str) -> list[str]:
+        """The file was written after all, or something in its place; its line, if it had one."""
+        line = self._found.pop(str(path), None)
+        return [] if line is None else [line]
 
     def entries(self) -> list[str]:
         """A line for every file."""
