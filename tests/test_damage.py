@@ -245,9 +245,7 @@ def test_a_state_file(tmp_path):
     for change in (lambda p: flip(p, -2), zero, edit_header):
         write_state(path, state)
         change(path)
-        with pytest.raises(
-            ValueError, match=r"state.safetensors is no file of a state, or damaged"
-        ):
+        with pytest.raises(ValueError, match=r"state.safetensors is no file of a state"):
             read_state(path)
 
 
