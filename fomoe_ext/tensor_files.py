@@ -108,13 +108,13 @@ class TensorFiles:
                 total += os.fstat(file.fileno()).st_size - 8 - header
         return total
 
-    def names(self) -> list[str]:
-        """Names of all tensors."""
-        return list(self._files)
-
     def has(self, name: str) -> bool:
         """Whether there is such a tensor."""
         return name in self._files
+
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors."""
+        return tuple(self._files)
 
     def read(self, name: str, row: int | None = None) -> Tensor:
         """A tensor, or one row of it; no other row is read then."""
