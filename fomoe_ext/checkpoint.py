@@ -321,7 +321,7 @@ class GlobalModelReader:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         try:
-            if INDEX in self.manifest.files:
+            if INDEX in self.manifest.files and (self.path / INDEX).is_file():
                 _check_file(self.path, INDEX, self.manifest.files[INDEX], content=True)
             self._file_of = read_index(self.path / INDEX)
         except (OSError, ValueError, KeyError, TypeError) as error:
