@@ -227,6 +227,12 @@ def check_changes(old: TrainConfig | None, new: TrainConfig, rounds_done: int) -
         )
     if old is None:
         return
+    useless = [key for key in changes(old, new) if key.startswith(("inner.", "outer."))]
+    if rounds == rounds_done and useless:
+        raise ValueError(
+            f"{useless[0]} has no effect any more: all {rounds} rounds are done (--rounds makes it "
+            "more)"
+        )
     own = ("sites", "replication")
     same = all(getattr(old.sites, name) == getattr(new.sites, name) for name in own)
     moved = [n for n in _PLACES if getattr(old.sites, n) != getattr(new.sites, n)]

@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from fomoe_ext.config_fault import FaultConfig
 from fomoe_ext.fault.keeper import Keeper
@@ -132,7 +133,7 @@ class _Start:
         # The first speaks to the user; the others to their log files.
         file = f"{name.replace(', ', '-').replace(' ', '-')}.log"
         log = None if number == 0 or self.log_dir is None else self.log_dir / file
-        output = None if log is None else log.open("ab")
+        output = None if log is None else _open_log(log)
         prefix = [] if self.network is None else self.network.prefix(site)
         passed = [self.alive]
         if CONSOLE_FD in env:
@@ -151,6 +152,15 @@ class _Start:
             if output is not None:
                 output.close()
         return _Site(site, name, process, log)
+
+
+def _open_log(path: Path) -> IO[bytes]:
+    """A site's log, or nothing in its place: a full disk is no reason not to start a site."""
+    try:
+        return path.open("ab")
+    except OSError as error:
+        _say(f"could not write {path}, the site goes on without: {error.strerror}")
+        return open(os.devnull, "wb")
 
 
 def _start(start: _Start) -> list[_Site]:

@@ -74,6 +74,8 @@ from fomoe_ext.world import (
     with_others,
 )
 
+_SCHEDULE_POINTS = 1000
+"""At so many steps courses of the learning rate are compared."""
 _FINAL_EVAL = 8
 """The last validation uses so many times the tokens of those before it."""
 
@@ -108,6 +110,7 @@ class _Job:
             code = 0
             if self.train():
                 code = EXIT_STOPPED
+                self._tell_lost([[] for _ in range(self.site.world.processes)])
             else:
                 self.finish()
         finally:
@@ -498,12 +501,31 @@ def _settle_changes(config: TrainConfig, world: World, resumed: Path | None) -> 
             assert config.run.run_dir is not None
             file = config.run.run_dir / CONFIG
             old = load_run_config(config.run.run_dir) if file.is_file() else None
+            done = ckpt.read_manifest(resumed).round
             found = {} if old is None else changes(old, config)
-            check_changes(old, config, ckpt.read_manifest(resumed).round)
+            check_changes(old, config, done)
+            if old is not None:
+                _check_schedule(old, config, done)
         except (ValueError, TypeError, OSError, ckpt.CheckpointError) as error:
             problem = error
     _agree(problem, world, "the configuration")
     return found
+
+
+def _check_schedule(old: TrainConfig, new: TrainConfig, done: int) -> None:
+    """Raises ValueError for a change of the learning rate's course that changes none of what is
+    left of it, after so many rounds."""
+    each = new.run.local_steps
+    first, total = done * each, new.run.resolved_rounds * each
+    left = range(first, total, max(1, (total - first) // _SCHEDULE_POINTS))
+    course = lambda inner: [learning_rate(inner, step, total) for step in left]
+    for name in ("warmup_steps", "schedule", "min_lr_ratio", "inner_lr"):
+        before = dataclasses.replace(new.inner, **{name: getattr(old.inner, name)})
+        if left and before != new.inner and course(before) == course(new.inner):
+            raise ValueError(
+                f"inner.{name} has no effect any more: in the rounds that are left the learning "
+                "rate would be the same"
+            )
 
 
 def _console(unwritten: Unwritten) -> Console | None:
@@ -690,7 +712,10 @@ def _main(args: Sequence[str], unwritten: Unwritten) -> int:
         config = job.config
         world = find_world(config.sites.sites, ranks_per_site=config.sites.ranks_per_site)
         if world.process == 0 and HELD not in os.environ:
-            for line in without_effect(config, args, flag_value(args, "--config")):
+            lines = without_effect(config, args, flag_value(args, "--config"))
+            if config.fault.restarts:
+                lines.append("--restarts has no effect without a launcher, which `fomoe train` is")
+            for line in lines:
                 print(f"fomoe train: {line}", file=sys.stderr, flush=True)
         where = f"fomoe train, site {world.site}"
         if world.ranks > 1:

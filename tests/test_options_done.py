@@ -189,6 +189,8 @@ def test_what_changes_is_told_and_kept(run):
     [
         ("--rounds 3", "rounds must be at least 6, as many as the checkpoint has, got 3"),
         ("--steps 20", "rounds must be at least 6, as many as the checkpoint has, got 5"),
+        ("--batch-size 4", "inner.batch_size has no effect any more: all 6 rounds are done"),
+        ("--rounds 8 --schedule constant --warmup-steps 3", "inner.warmup_steps has no effect any"),
         ("--rounds 8 --placement random", "sites.placement cannot change from cyclic to random"),
     ],
 )
