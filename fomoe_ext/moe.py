@@ -10,7 +10,8 @@ size, G = 2 for gated activations and else 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,10 @@ from fomoe_ext.seeding import fill_normal_
 from fomoe_ext.skipped import SKIPPED_MASS, rescale_skipped
 
 __all__ = ["Experts", "MoELayer", "Router", "SharedExpert"]
+
+
+def _autocasts(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)  # meta knows no autocast
 
 
 class Router(nn.Module):
@@ -71,7 +76,7 @@ class Router(nn.Module):
         at_least(1, num_groups=num_groups, groups_kept=groups_kept)
         at_least(0, layer_index=layer_index)
         an_int(seed=seed)
-        a_bool(renormalize=renormalize, router_bias=bias)
+        a_bool(renormalize=renormalize, bias=bias)
         one_of(("sigmoid", "softmax"), scoring=scoring)
         finite(0.0, scale=scale)
         if top_k > num_experts:
@@ -118,7 +123,8 @@ class Router(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """x [T, D] -> fp32 logits [T, E], computed in fp32 also under autocast."""
-        with torch.autocast(device_type=x.device.type, enabled=False):
+        plain = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+        with plain:
             bias = None if self.bias is None else self.bias.float()
             logits = F.linear(x.float(), self.weight.float(), bias)
         if self.tap is not None:
@@ -191,7 +197,6 @@ class MoELayer(nn.Module):
 
     stats: bal.MoEStats | None
     aux_loss: Tensor
-    allowed: Tensor | None
     load_since_update: Tensor
 
     def __init__(
@@ -268,6 +273,7 @@ class MoELayer(nn.Module):
         at_least(0, shared_expert_size=shared_expert_size, layer_index=layer_index)
         finite(0.0, balance_coef=balance_coef, z_loss_coef=z_loss_coef)
         finite(0.0, bias_update_rate=bias_update_rate)
+        a_bool(router_bias=router_bias)
         dtype = dtype or torch.get_default_dtype()
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
@@ -322,16 +328,11 @@ class MoELayer(nn.Module):
         self.bias_update_rate, self.layer_index, self.seed = bias_update_rate, layer_index, seed
         self.stats = None
         self.aux_loss = torch.zeros((), device="cpu")
-        allowed = torch.empty(num_experts, dtype=torch.bool, device=device)
-        self.register_buffer(
-            "allowed", allowed if router_scope == "resident" else None, persistent=False
-        )
         self.register_buffer(
             "load_since_update",
             torch.zeros(num_experts, dtype=torch.int64, device=device),
             persistent=False,
         )
-        self._reset_buffers()
 
     @classmethod
     def from_dense(
@@ -393,22 +394,43 @@ class MoELayer(nn.Module):
         """Ids of the site's resident experts, ascending; `experts` holds this rank's."""
         return self._site.resident_experts
 
+    @property
+    def allowed(self) -> Tensor | None:
+        """bool [E], the experts among which the router chooses; None = all."""
+        return self._site.resident_mask if self.router_scope == "resident" else None
+
     def make_buffers(self, device: torch.device | str) -> None:
         """Fresh buffers on a device, for a layer of the meta device into which parameters are put;
         the selection bias is 0."""
-        for module in (self, self.router, self.experts, self._site):
+        for module in (self, self.router):
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, torch.zeros_like(buffer, device=device))
-        self.experts.write_resident_tables()
+        for residents in (self.experts, self._site):
+            residents.tables_to(device)
         if self.stale is not None:
             self.stale.to_empty(device=device).reset_parameters()
-        self._reset_buffers()
 
-    def _reset_buffers(self) -> None:
-        self._site.write_resident_tables()
-        if self.allowed is not None and not self.allowed.is_meta:
-            torch.ge(self._site.resident_index, 0, out=self.allowed)
-        self.load_since_update.zero_()
+    def _settle(self, device: torch.device) -> None:
+        """What no state dict holds is on this device, made anew where it has no memory."""
+        self._site.tables_to(device)
+        if self.load_since_update.device != device:
+            counts = self.load_since_update
+            self.load_since_update = (
+                torch.zeros_like(counts, device=device) if counts.is_meta else counts.to(device)
+            )
+        if self.stale is not None:
+            self.stale.tables_to(device)
+            if self.stale.part("expand_weight").is_meta and device.type != "meta":
+                self.stale.to_empty(device=device)  # which fills them
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoELayer:
+        counts = self.load_since_update
+        super()._apply(fn, recurse)
+        if counts.is_meta and not self.load_since_update.is_meta:
+            self.load_since_update.zero_()
+        elif not counts.is_meta and self.load_since_update is not counts:
+            self.load_since_update.copy_(counts)  # also where only memory was asked for
+        return self
 
     def reset_parameters(self) -> None:
         """The initial state again, e.g. after building on the meta device and `to_empty`."""
@@ -418,7 +440,8 @@ class MoELayer(nn.Module):
             self.stale.reset_parameters()
         if isinstance(self.shared_expert, SharedExpert):
             self.shared_expert.reset_parameters()
-        self._reset_buffers()
+        self._site.write_resident_tables()
+        self.load_since_update.zero_()
 
     def set_resident_experts(
         self, resident_experts: Sequence[int], weights: Mapping[int, ExpertWeights] | None = None
@@ -430,10 +453,7 @@ class MoELayer(nn.Module):
             raise RuntimeError("set_resident_experts: not possible in a layer sharded over a mesh")
         if self.stale is not None:
             raise RuntimeError("set_resident_experts: not possible in a layer with stale experts")
-        arrived = self.experts.set_resident_experts(resident_experts, weights)
-        if self.allowed is not None and not self.allowed.is_meta:
-            torch.ge(self.experts.resident_index, 0, out=self.allowed)
-        return arrived
+        return self.experts.set_resident_experts(resident_experts, weights)
 
     @torch.no_grad()
     def update_selection_bias(self, load: Tensor | None = None) -> None:
@@ -451,6 +471,7 @@ class MoELayer(nn.Module):
             raise TypeError(f"load must be a tensor, got {type(load).__name__}")
         if load.shape != (self.num_experts,):
             raise ValueError(f"load must have shape [{self.num_experts}], got {list(load.shape)}")
+        self._settle(self.router.selection_bias.device)
         load = load.to(self.load_since_update.device)
         if self.allowed is None:
             self.router.selection_bias += bal.bias_step(load, self.bias_update_rate)
@@ -471,6 +492,7 @@ class MoELayer(nn.Module):
         if x.dim() == 0 or x.shape[-1] != self.hidden_size:
             raise ValueError(f"x must have shape [..., {self.hidden_size}], got {list(x.shape)}")
         self._check_kind(x)
+        self._settle(x.device)
         tokens = x.reshape(-1, self.hidden_size).contiguous()
         logits = self.router.logits(tokens)
         top_k = self.top_k
@@ -483,7 +505,7 @@ class MoELayer(nn.Module):
                 index = torch.maximum(index, self.stale.resident_index)
             weights = rescale_skipped(weights, experts, index)
         inputs = tokens
-        if torch.is_autocast_enabled(x.device.type):
+        if _autocasts(x):
             inputs = tokens.to(torch.get_autocast_dtype(x.device.type))
         of_shared = lambda: None if self.shared_expert is None else self.shared_expert(tokens)
         if self.dispatch is None:
@@ -509,10 +531,37 @@ class MoELayer(nn.Module):
         weight = self.experts.expand_weight
         if not x.is_floating_point():
             raise ValueError(f"x must have a float dtype, got {x.dtype}")
+        # Torch's own linear layers give memory that nobody has written for weights on meta.
+        missing = [] if x.is_meta else [name for name, t in self._tensors() if t.is_meta]
+        if missing:
+            raise ValueError(
+                f"{missing[0]} must be on the device of x, {x.device}, it is on meta; after "
+                "building there call to_empty(device=...), then reset_parameters() or "
+                "load_state_dict(...)"
+            )
         if x.device != weight.device:
             raise ValueError(f"x must be on the layer's device {weight.device}, got {x.device}")
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != weight.dtype and not _autocasts(x):
             raise ValueError(f"x must have the layer's dtype {weight.dtype}, got {x.dtype}")
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What a pass will read of this layer's modules, by name."""
+        router = self.router
+        for name, tensor in self.experts._parameters.items():
+            if tensor is not None:
+                yield f"experts.{name}", tensor
+        for name in ("weight", "bias", "selection_bias"):
+            tensor = getattr(router, name)
+            if tensor is not None:
+                yield f"router.{name}", tensor
+        if self.shared_expert is None:
+            return
+        for path, module in self.shared_expert.named_modules(prefix="shared_expert"):
+            if hasattr(module, "_hf_hook"):  # accelerate brings its tensors when it runs
+                continue
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    yield f"{path}.{name}", tensor
 
     def _balance(self, logits: Tensor, load: Tensor) -> None:
         """Sets `aux_loss` and counts the load of bias balancing."""
