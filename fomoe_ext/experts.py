@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fomoe_ext import ops
 from fomoe_ext.checks import a_bool, an_int, at_least, one_of
 from fomoe_ext.seeding import fill_normal_
-from fomoe_ext.shapes import on_one_device
+from fomoe_ext.shapes import on_one_device, plain_floats
 
 # Of one expert, in the order of `Experts.parts`: expand [G*N, D], contract [D, N] and, where there
 # are biases, theirs [G*N] and [D].
@@ -250,9 +250,14 @@ class Experts(Residents):
         if isinstance(stored, Tensor) and stored.is_meta:
             return ""
         try:
-            ids = tuple(int(e) for e in (stored.tolist() if isinstance(stored, Tensor) else stored))
-        except (TypeError, ValueError):
+            numbers = stored.tolist() if isinstance(stored, Tensor) else list(stored)
+            ids = tuple(map(round, numbers))
+            # Not of whole numbers: somebody has averaged those of several sites.
+            whole = all(abs(e - number) < 1e-3 for e, number in zip(ids, numbers, strict=True))
+        except (TypeError, ValueError, OverflowError):
             return f"must be ids in a state dict, got {stored!r}"
+        if not whole:
+            return f"must be whole numbers in a state dict, got {numbers}"
         if ids == self.resident_experts:
             return ""
         return (
@@ -352,6 +357,7 @@ class Experts(Residents):
         parts = {name: getattr(self, name) for name in _PARTS}
         given = {name: part for name, part in parts.items() if part is not None}
         on_one_device({"x": x} | given)
+        plain_floats(given)
         table = ops.compact(experts, index, self.num_resident)
         y = ops.moe_experts(
             x,
@@ -428,6 +434,25 @@ class StaleExperts(Experts):
 
 def _same_rows(stored: Any, own: Tensor | None) -> bool:
     return isinstance(stored, Tensor) and own is not None and stored.shape == own.shape
+
+
+def require_plain(path: str, module: nn.Module) -> None:
+    """Raises ValueError unless the router or experts at `path` are what they were made: rows by
+    expert in plain Parameters. What adapters and parametrizations add has none, or others at every
+    site.
+    """
+    parts = getattr(module, "parts", None)
+    if parts is None:
+        raise ValueError(
+            f"{path} must be as MoELayer has made it, it is a {type(module).__name__}; merge and "
+            "unload adapters first"
+        )
+    found = {name for name, _ in module.named_parameters()}
+    if other := sorted(found ^ set(parts)):
+        raise ValueError(
+            f"{path} must have the parameters {', '.join(parts)} and no others, it differs in "
+            f"{', '.join(other)}; remove parametrizations, pruning and adapters first"
+        )
 
 
 def extra_state_names(model: nn.Module) -> set[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +31,23 @@ from fomoe_ext.experts import (
     resident_ids,
 )
 from fomoe_ext.seeding import fill_normal_
+from fomoe_ext.shapes import on_one_device, plain_floats
 from fomoe_ext.skipped import SKIPPED_MASS, rescale_skipped
 
 __all__ = ["Experts", "MoELayer", "Router", "SharedExpert"]
 
+_Module = TypeVar("_Module", bound=nn.Module)
+
 
 def _autocasts(x: Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)  # meta knows no autocast
+
+
+def _within(module: nn.Module, kind: type[_Module]) -> _Module:
+    """The module itself, or the one of this class that an adapter is around."""
+    if isinstance(module, kind):
+        return module
+    return next(inner for inner in module.modules() if isinstance(inner, kind))
 
 
 class Router(nn.Module):
@@ -122,7 +132,13 @@ class Router(nn.Module):
         return ("weight",) if self.bias is None else ("weight", "bias")
 
     def logits(self, x: Tensor) -> Tensor:
-        """x [T, D] -> fp32 logits [T, E], computed in fp32 also under autocast."""
+        """x [T, D] -> fp32 logits [T, E], computed in fp32 also under autocast.
+
+        Raises ValueError for parameters on another device or of no plain float dtype.
+        """
+        of_router = {name: getattr(self, name) for name in (*self.parts, "selection_bias")}
+        on_one_device({"x": x} | of_router)
+        plain_floats(of_router)
         plain = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
         with plain:
             bias = None if self.bias is None else self.bias.float()
@@ -161,9 +177,22 @@ class Router(nn.Module):
             "scale": self.scale,
         }
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, D] -> combine weights fp32 [T, K] and chosen experts int32 [T, K]."""
-        return self.choose(self.logits(x))
+    def forward(
+        self,
+        x: Tensor,
+        allowed: Tensor | None = None,
+        top_k: int | None = None,
+        *,
+        measured: bool = False,
+    ) -> Any:
+        """x [T, D] -> combine weights fp32 [T, K] and chosen experts int32 [T, K], as `choose`.
+
+        With `measured` the logits go before them and the statistics of `choose_and_measure` after.
+        """
+        logits = self.logits(x)
+        if measured:
+            return logits, *self.choose_and_measure(logits, allowed, top_k)
+        return self.choose(logits, allowed, top_k)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         bias = self.selection_bias
@@ -386,8 +415,18 @@ class MoELayer(nn.Module):
         )
 
     @property
+    def _own(self) -> Experts:
+        """The module of the experts themselves, also where an adapter is around it."""
+        return _within(self.experts, Experts)
+
+    @property
+    def _own_router(self) -> Router:
+        """As `_own`."""
+        return _within(self.router, Router)
+
+    @property
     def _site(self) -> Residents:
-        return self.experts if self.dispatch is None else self.dispatch
+        return self._own if self.dispatch is None else self.dispatch
 
     @property
     def site_experts(self) -> tuple[int, ...]:
@@ -402,10 +441,10 @@ class MoELayer(nn.Module):
     def make_buffers(self, device: torch.device | str) -> None:
         """Fresh buffers on a device, for a layer of the meta device into which parameters are put;
         the selection bias is 0."""
-        for module in (self, self.router):
+        for module in (self, self._own_router):
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, torch.zeros_like(buffer, device=device))
-        for residents in (self.experts, self._site):
+        for residents in (self._own, self._site):
             residents.tables_to(device)
         if self.stale is not None:
             self.stale.to_empty(device=device).reset_parameters()
@@ -434,8 +473,8 @@ class MoELayer(nn.Module):
 
     def reset_parameters(self) -> None:
         """The initial state again, e.g. after building on the meta device and `to_empty`."""
-        self.router.reset_parameters()
-        self.experts.reset_parameters()
+        self._own_router.reset_parameters()
+        self._own.reset_parameters()
         if self.stale is not None:
             self.stale.reset_parameters()
         if isinstance(self.shared_expert, SharedExpert):
@@ -453,7 +492,7 @@ class MoELayer(nn.Module):
             raise RuntimeError("set_resident_experts: not possible in a layer sharded over a mesh")
         if self.stale is not None:
             raise RuntimeError("set_resident_experts: not possible in a layer with stale experts")
-        return self.experts.set_resident_experts(resident_experts, weights)
+        return self._own.set_resident_experts(resident_experts, weights)
 
     @torch.no_grad()
     def update_selection_bias(self, load: Tensor | None = None) -> None:
@@ -471,14 +510,14 @@ class MoELayer(nn.Module):
             raise TypeError(f"load must be a tensor, got {type(load).__name__}")
         if load.shape != (self.num_experts,):
             raise ValueError(f"load must have shape [{self.num_experts}], got {list(load.shape)}")
-        self._settle(self.router.selection_bias.device)
+        self._settle(self._own_router.selection_bias.device)
         load = load.to(self.load_since_update.device)
         if self.allowed is None:
-            self.router.selection_bias += bal.bias_step(load, self.bias_update_rate)
+            self._own_router.selection_bias += bal.bias_step(load, self.bias_update_rate)
         else:
             ids = self._site.resident_ids
             step = bal.bias_step(load[ids], self.bias_update_rate)
-            self.router.selection_bias.index_add_(0, ids, step)
+            self._own_router.selection_bias.index_add_(0, ids, step)
         self.load_since_update.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -494,11 +533,10 @@ class MoELayer(nn.Module):
         self._check_kind(x)
         self._settle(x.device)
         tokens = x.reshape(-1, self.hidden_size).contiguous()
-        logits = self.router.logits(tokens)
         top_k = self.top_k
         if self.router_scope == "resident":
             top_k = min(top_k, self._site.num_resident)
-        weights, experts, measured = self.router.choose_and_measure(logits, self.allowed, top_k)
+        logits, weights, experts, measured = self.router(tokens, self.allowed, top_k, measured=True)
         if self.skipped_mass == "rescale":
             index = self._site.resident_index
             if self.stale is not None:
@@ -528,7 +566,7 @@ class MoELayer(nn.Module):
         return y.view(x.shape)
 
     def _check_kind(self, x: Tensor) -> None:
-        weight = self.experts.expand_weight
+        weight = self._own.expand_weight
         if not x.is_floating_point():
             raise ValueError(f"x must have a float dtype, got {x.dtype}")
         # Torch's own linear layers give memory that nobody has written for weights on meta.
@@ -546,14 +584,10 @@ class MoELayer(nn.Module):
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What a pass will read of this layer's modules, by name."""
-        router = self.router
-        for name, tensor in self.experts._parameters.items():
-            if tensor is not None:
-                yield f"experts.{name}", tensor
-        for name in ("weight", "bias", "selection_bias"):
-            tensor = getattr(router, name)
-            if tensor is not None:
-                yield f"router.{name}", tensor
+        for path, module in (("router", self._own_router), ("experts", self._own)):
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    yield f"{path}.{name}", tensor
         if self.shared_expert is None:
             return
         for path, module in self.shared_expert.named_modules(prefix="shared_expert"):
@@ -572,7 +606,7 @@ class MoELayer(nn.Module):
                 logits = logits.index_select(1, self._site.resident_ids)
                 chosen = load.index_select(0, self._site.resident_ids)
             if self.balance == "switch":
-                switch = bal.switch_loss(logits, chosen, self.router.scoring)
+                switch = bal.switch_loss(logits, chosen, self._own_router.scoring)
                 losses.append(self.balance_coef * switch)
             elif self.balance == "entropy":
                 losses.append(self.balance_coef * bal.entropy_loss(logits))

@@ -16,6 +16,8 @@ from torch import Tensor
 
 import fomoe_ext.native  # noqa: F401  (defines the ops)
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def register_shapes(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorates what makes the results of fomoe::`name` from its arguments, as
@@ -50,3 +52,13 @@ def on_one_device(arguments: dict[str, Any]) -> None:
                     f"{name}: is on {tensor.device}, wanted {first[1]} as {first[0]}"
                     + (" (meta tensors have no values)" if tensor.is_meta else "")
                 )
+
+
+def plain_floats(tensors: dict[str, Tensor]) -> None:
+    """ValueError, naming it, for one that is not of a dtype whose values are what it stands for:
+    integers and 8-bit floats need scales, which nobody here knows of.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _FLOATS:
+            kinds = ", ".join(str(kind).removeprefix("torch.") for kind in _FLOATS)
+            raise ValueError(f"{name}: has dtype {tensor.dtype}, wanted one of {kinds}")
