@@ -215,13 +215,14 @@ class Experts(Residents):
             )
         return found
 
-    # Not from a state dict's values: `_load_from_state_dict` has compared them.
     def get_extra_state(self) -> Tensor:
         """The ids of the resident experts for the state dict, int64 [R], on the CPU."""
         return torch.tensor(self.resident_experts, dtype=torch.int64, device="cpu")
 
     def set_extra_state(self, state: Any) -> None:
-        """Nothing: a state dict does not change which experts are resident."""
+        """Changes nothing. ValueError for the ids of other experts than are resident."""
+        if problem := self._other_residents(state):
+            raise ValueError(f"resident_experts: {problem}")
 
     def _load_from_state_dict(
         self,
@@ -239,8 +240,9 @@ class Experts(Residents):
             error_msgs.append(f"{prefix}resident_experts: {problem}")
             if all(_same_rows(state_dict.get(prefix + n), self._parameters[n]) for n in self.parts):
                 return  # nothing else would keep the rows of other experts out
+        rest = {name: value for name, value in state_dict.items() if name != key}
         super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if key in missing_keys:
             missing_keys.remove(key)
