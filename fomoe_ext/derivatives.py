@@ -41,6 +41,11 @@ def refuse_derivative(*names: str) -> None:
 
 def _register(name: str, formula: Formula | None, set_up: SetUp | None) -> None:
     op = getattr(_ops, name).default
+    written = [
+        at
+        for at, argument in enumerate(op._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -51,10 +56,7 @@ def _register(name: str, formula: Formula | None, set_up: SetUp | None) -> None:
 
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         if formula is None:
-            raise NotImplementedError(
-                f"fomoe::{name} has no derivative: second derivatives (create_graph=True, "
-                "torch.autograd.functional.hvp, hessian, gradient penalties) are not implemented"
-            )
+            raise _refusal(name)
         return formula(ctx, *grads)
 
     function: Any = type(
@@ -80,9 +82,18 @@ def _register(name: str, formula: Formula | None, set_up: SetUp | None) -> None:
                 "torch.autograd.grad and backward are "
                 "implemented, also with torch.func.functional_call"
             )
+        if any(arguments[at] is not None for at in written):
+            raise _refusal(name)  # what is written would not know of it
         return function.apply(*arguments)
 
     _library.impl(name, kernel, "Autograd")
+
+
+def _refusal(name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"fomoe::{name} has no derivative: second derivatives (create_graph=True, "
+        "torch.autograd.functional.hvp, hessian, gradient penalties) are not implemented"
+    )
 
 
 def _has_tangent(tensor: Tensor) -> bool:
