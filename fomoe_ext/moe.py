@@ -504,13 +504,13 @@ class MoELayer(nn.Module):
         """
         if self.balance != "bias":
             return
+        self._settle(self._own_router.selection_bias.device)
         if load is None:
             load = self.load_since_update
         if not isinstance(load, Tensor):
             raise TypeError(f"load must be a tensor, got {type(load).__name__}")
         if load.shape != (self.num_experts,):
             raise ValueError(f"load must have shape [{self.num_experts}], got {list(load.shape)}")
-        self._settle(self._own_router.selection_bias.device)
         load = load.to(self.load_since_update.device)
         if self.allowed is None:
             self._own_router.selection_bias += bal.bias_step(load, self.bias_update_rate)
