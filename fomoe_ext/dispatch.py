@@ -162,7 +162,7 @@ class Dispatch(Residents):
         self._places = num_experts
         self.bytes_sent = dict.fromkeys((*DIRECTIONS, "counts"), 0)
 
-    def _places(self) -> Sequence[int]:
+    def _in_order(self) -> Sequence[int]:
         return tuple(chain(*self.rank_experts))
 
     def forward(

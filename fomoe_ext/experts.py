@@ -96,13 +96,13 @@ class Residents(nn.Module):
         """bool [E], which experts have a place."""
         return self._tables.allowed
 
-    def _places(self) -> Sequence[int]:
+    def _in_order(self) -> Sequence[int]:
         """The resident experts in the order of their rows."""
         return self.resident_experts
 
     def _make_tables(self, device: torch.device | str | None) -> _Tables:
         index = [-1] * self.num_experts
-        for row, expert in enumerate(self._places()):
+        for row, expert in enumerate(self._in_order()):
             if expert not in self._skipped:
                 index[expert] = row
         if device is None:
