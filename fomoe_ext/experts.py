@@ -523,5 +523,9 @@ class SharedExpert(nn.Module):
             fill_normal_(linear.weight, std, self.seed, "shared", name, self.layer_index)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., D]."""
+        """x [..., D] -> [..., D]. Raises ValueError for a weight on the meta device and x not."""
+        for name, linear in (("expand", self.expand), ("contract", self.contract)):
+            weight = linear._parameters.get("weight")  # an adapter has others
+            if weight is not None and weight.is_meta and not hasattr(linear, "_hf_hook"):
+                on_one_device({"x": x, f"{name}.weight": weight})
         return self.contract(_activate(self.expand(x), self.activation))
