@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fomoe_ext.experts import extra_state_names
 from fomoe_ext.mesh import SiteRanks, put_whole, whole
 from fomoe_ext.moe import MoELayer
 from fomoe_ext.placement import Placement
@@ -47,8 +48,16 @@ def responsible_site(placement: Placement, layer: int, expert: int) -> int:
 
 
 def local_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and persistent buffers by name, detached (the state dict of the model)."""
-    return {name: value.detach() for name, value in model.state_dict().items()}
+    """All parameters and persistent buffers by name, detached: the state dict of the model, without
+    the ids of resident experts, which are a site's own."""
+    return {name: value.detach() for name, value in _state(model).items()}
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    state = model.state_dict()
+    for name in extra_state_names(model):
+        state.pop(name, None)
+    return state
 
 
 def _share(model: NamedLayer, name: str) -> str:
@@ -135,7 +144,7 @@ def _own_tensors(
 
 def global_names(model: nn.Module) -> set[str]:
     """Names of all tensors of the global model."""
-    names = set(model.state_dict())
+    names = set(_state(model))
     for named in named_moe_layers(model):
         for part in named.layer.experts.parts:
             names.remove(_share(named, f"experts.{part}"))
@@ -150,7 +159,7 @@ def fill_model(model: nn.Module, read: Callable[[str], Tensor]) -> None:
     `read` gives them by name; of experts only the resident ones are asked for. Raises ValueError
     for another shape.
     """
-    targets = dict(model.state_dict())
+    targets = dict(_state(model))
     for named in named_moe_layers(model):
         for part in named.layer.experts.parts:
             stack = targets.pop(_share(named, f"experts.{part}"))

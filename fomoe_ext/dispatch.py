@@ -151,10 +151,10 @@ class Dispatch(Residents):
         Raises ValueError for ids out of range, and where `rank_experts` has not an entry for each
         rank or does not hold each of the site's experts once; TypeError for other than ints.
         """
-        super().__init__(site_experts, num_experts, device)
+        super().__init__(site_experts, num_experts, device, "site_experts")
         self.axis = axis
         self.rank_experts = _checked_ranks(rank_experts, self.resident_experts, axis.size)
-        self.write_resident_tables()
+        self._tables = self._make_tables(device)
         self.own_experts = self.rank_experts[axis.rank]
         sizes = (num_experts, hidden_size, self.resident_experts)
         self._identity = (layer_index, _hash(sizes), _hash(self.rank_experts))
@@ -162,14 +162,8 @@ class Dispatch(Residents):
         self._places = num_experts
         self.bytes_sent = dict.fromkeys((*DIRECTIONS, "counts"), 0)
 
-    def write_resident_tables(self) -> None:
-        """As of `Residents`, with places in the order of the ranks."""
-        super().write_resident_tables()
-        if not self.resident_index.is_meta:
-            index = [-1] * self.num_experts
-            for place, expert in enumerate(chain(*self.rank_experts)):
-                index[expert] = place
-            self.resident_index.copy_(torch.tensor(index, dtype=torch.int32, device="cpu"))
+    def _in_order(self) -> Sequence[int]:
+        return tuple(chain(*self.rank_experts))
 
     def forward(
         self,
@@ -211,6 +205,7 @@ class Dispatch(Residents):
         of_x = torch.is_grad_enabled() and x.requires_grad
         of_experts = any(p.requires_grad for p in experts.parameters())
         traits = (_DTYPES.index(x.dtype), of_x, torch.is_grad_enabled() and of_experts)
+        self.tables_to(x.device)
         table = ops.compact(chosen, self.resident_index, self.num_resident, tile_rows=0)
         return Exchange(self, table, [*self._identity, *map(int, traits)], self._places)
 

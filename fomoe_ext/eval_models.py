@@ -125,10 +125,7 @@ def skip_experts(model: LanguageModel, share: float, seed: int) -> None:
                 f"skip_experts {share} leaves none of {layer.num_experts} experts to choose from"
             )
         order = np.random.default_rng((seed, index)).permutation(layer.num_experts)
-        skipped = torch.from_numpy(order[:count]).to(layer.experts.resident_index.device)
-        layer.experts.resident_index[skipped] = -1
-        if layer.allowed is not None:
-            layer.allowed[skipped] = False
+        layer.experts.skip_experts(order[:count].tolist())
 
 
 def _variant(model: LanguageModel, name: str, skipping: Skipping) -> Variant:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 import fomoe_ext.native  # noqa: F401  (defines the ops)
+from fomoe_ext.derivatives import refuse_derivative, register_derivative
+from fomoe_ext.shapes import register_shapes
 
 if TYPE_CHECKING:
     from fomoe_ext.ops import RowTable
@@ -208,7 +210,7 @@ def _check_total(total: Tensor | None, name: str, weight: Tensor) -> None:
 # ---- shapes for tracing --------------------------------------------------------------------------
 
 
-@torch.library.register_fake("fomoe::expand")
+@register_shapes("expand")
 def _(
     x: Tensor,
     expand_weight: Tensor,
@@ -225,7 +227,7 @@ def _(
     return x.new_empty(slots, width // gates), x.new_empty(slots if save_preact else 0, width)
 
 
-@torch.library.register_fake("fomoe::contract")
+@register_shapes("contract")
 def _(
     act: Tensor,
     contract_weight: Tensor,
@@ -236,7 +238,7 @@ def _(
     return act.new_empty(act.shape[0], contract_weight.shape[1])
 
 
-@torch.library.register_fake("fomoe::moe_experts")
+@register_shapes("moe_experts")
 def _(
     x: Tensor,
     weights: Tensor,
@@ -256,7 +258,7 @@ def _(
     return torch.empty_like(x), x.new_empty(saved, expand_weight.shape[1])
 
 
-@torch.library.register_fake("fomoe::moe_experts_backward")
+@register_shapes("moe_experts_backward")
 def _(
     grad_y: Tensor,
     x: Tensor,
@@ -292,7 +294,7 @@ def _(
     )
 
 
-@torch.library.register_fake("fomoe::contract_backward")
+@register_shapes("contract_backward")
 def _(
     grad_y: Tensor,
     contract_weight: Tensor,
@@ -309,12 +311,12 @@ def _(
     return torch.empty_like(preact), scaled_act, torch.empty_like(weights)
 
 
-@torch.library.register_fake("fomoe::grouped_rows")
+@register_shapes("grouped_rows")
 def _(rows: Tensor, weight: Tensor, offsets: Tensor, tiles: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[2])
 
 
-@torch.library.register_fake("fomoe::weight_grad")
+@register_shapes("weight_grad")
 def _(
     left: Tensor,
     right: Tensor,
@@ -325,7 +327,7 @@ def _(
     return left.new_empty(offsets.shape[0] - 1, left.shape[1], right.shape[1])
 
 
-@torch.library.register_fake("fomoe::weight_grad_add")
+@register_shapes("weight_grad_add")
 def _(
     total: Tensor,
     left: Tensor,
@@ -337,7 +339,7 @@ def _(
     return None
 
 
-@torch.library.register_fake("fomoe::bias_grad")
+@register_shapes("bias_grad")
 def _(
     rows: Tensor,
     index: Tensor | None,
@@ -348,7 +350,7 @@ def _(
     return rows.new_empty(offsets.shape[0] - 1, rows.shape[1])
 
 
-@torch.library.register_fake("fomoe::activation_backward")
+@register_shapes("activation_backward")
 def _(grad_act: Tensor, preact: Tensor, offsets: Tensor, activation: int) -> Tensor:
     return torch.empty_like(preact)
 
@@ -484,8 +486,15 @@ def _require_saved(saved: bool) -> None:
         )
 
 
-torch.library.register_autograd("fomoe::expand", _expand_backward, setup_context=_expand_setup)
-torch.library.register_autograd(
-    "fomoe::contract", _contract_backward, setup_context=_contract_setup
+register_derivative("expand", _expand_backward, _expand_setup)
+register_derivative("contract", _contract_backward, _contract_setup)
+register_derivative("moe_experts", _moe_backward, _moe_setup)
+refuse_derivative(
+    "moe_experts_backward",
+    "contract_backward",
+    "grouped_rows",
+    "weight_grad",
+    "weight_grad_add",
+    "bias_grad",
+    "activation_backward",
 )
-torch.library.register_autograd("fomoe::moe_experts", _moe_backward, setup_context=_moe_setup)

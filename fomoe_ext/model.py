@@ -7,7 +7,7 @@ norm has no bias, so a token whose slots are all skipped gets exactly nothing fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -70,8 +70,9 @@ class Norm(nn.Module):
 
 def rope_table(seq_len: int, head_size: int, base: float) -> Tensor:
     """Cosines and sines of the rotary angles, fp32 [2, seq_len, head_size / 2] (Su et al. 2021)."""
-    frequencies = base ** (-torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
-    angles = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequencies)
+    kind: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    frequencies = base ** (-torch.arange(0, head_size, 2, **kind) / head_size)
+    angles = torch.outer(torch.arange(seq_len, **kind), frequencies)
     return torch.stack((angles.cos(), angles.sin())).float()
 
 
@@ -211,8 +212,27 @@ class LanguageModel(nn.Module):
             for layer in range(config.num_layers)
         )
         self.final_norm = Norm(config.hidden_size, config.norm, device, dtype)
-        rope = rope_table(config.seq_len, config.head_size, config.rope_base)
-        self.register_buffer("rope", rope.to(device or "cpu"), persistent=False)
+        self._rope = self._make_rope(torch.get_default_device() if device is None else device)
+
+    def _make_rope(self, device: torch.device | str) -> Tensor:
+        config = self.config
+        with torch.inference_mode(False):  # it outlives the pass that makes it
+            return rope_table(config.seq_len, config.head_size, config.rope_base).to(device)
+
+    @property
+    def rope(self) -> Tensor:
+        """`rope_table`. No buffer: its values are the configuration's, whatever befalls those."""
+        return self._rope
+
+    def _rope_to(self, device: torch.device) -> Tensor:
+        if self._rope.device != device:
+            self._rope = self._make_rope(device)
+        return self._rope
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LanguageModel:
+        super()._apply(fn, recurse)
+        self._rope_to(fn(torch.empty(0, device=self._rope.device)).device)
+        return self
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits of the next token: int64 [B, L] -> [B, L, vocab_size], L <= config.seq_len.
@@ -222,8 +242,9 @@ class LanguageModel(nn.Module):
         """
         _check_tokens(tokens, self.config.seq_len)
         x = self.embedding_norm(F.embedding(tokens, self.embedding))
+        rope = self._rope_to(tokens.device)
         for block in self.blocks:
-            x = block(x, self.rope)
+            x = block(x, rope)
         return F.linear(self.final_norm(x), self.embedding)
 
     def loss(self, tokens: Tensor) -> Loss:

@@ -10,8 +10,9 @@ size, G = 2 for gated activations and else 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +31,23 @@ from fomoe_ext.experts import (
     resident_ids,
 )
 from fomoe_ext.seeding import fill_normal_
+from fomoe_ext.shapes import on_one_device, plain_floats
 from fomoe_ext.skipped import SKIPPED_MASS, rescale_skipped
 
 __all__ = ["Experts", "MoELayer", "Router", "SharedExpert"]
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def _autocasts(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)  # meta knows no autocast
+
+
+def _within(module: nn.Module, kind: type[_Module]) -> _Module:
+    """The module itself, or the one of this class that an adapter is around."""
+    if isinstance(module, kind):
+        return module
+    return next(inner for inner in module.modules() if isinstance(inner, kind))
 
 
 class Router(nn.Module):
@@ -71,7 +86,7 @@ class Router(nn.Module):
         at_least(1, num_groups=num_groups, groups_kept=groups_kept)
         at_least(0, layer_index=layer_index)
         an_int(seed=seed)
-        a_bool(renormalize=renormalize, router_bias=bias)
+        a_bool(renormalize=renormalize, bias=bias)
         one_of(("sigmoid", "softmax"), scoring=scoring)
         finite(0.0, scale=scale)
         if top_k > num_experts:
@@ -117,8 +132,15 @@ class Router(nn.Module):
         return ("weight",) if self.bias is None else ("weight", "bias")
 
     def logits(self, x: Tensor) -> Tensor:
-        """x [T, D] -> fp32 logits [T, E], computed in fp32 also under autocast."""
-        with torch.autocast(device_type=x.device.type, enabled=False):
+        """x [T, D] -> fp32 logits [T, E], computed in fp32 also under autocast.
+
+        Raises ValueError for parameters on another device or of no plain float dtype.
+        """
+        of_router = {name: getattr(self, name) for name in (*self.parts, "selection_bias")}
+        on_one_device({"x": x} | of_router)
+        plain_floats(of_router)
+        plain = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+        with plain:
             bias = None if self.bias is None else self.bias.float()
             logits = F.linear(x.float(), self.weight.float(), bias)
         if self.tap is not None:
@@ -155,9 +177,22 @@ class Router(nn.Module):
             "scale": self.scale,
         }
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, D] -> combine weights fp32 [T, K] and chosen experts int32 [T, K]."""
-        return self.choose(self.logits(x))
+    def forward(
+        self,
+        x: Tensor,
+        allowed: Tensor | None = None,
+        top_k: int | None = None,
+        *,
+        measured: bool = False,
+    ) -> Any:
+        """x [T, D] -> combine weights fp32 [T, K] and chosen experts int32 [T, K], as `choose`.
+
+        With `measured` the logits go before them and the statistics of `choose_and_measure` after.
+        """
+        logits = self.logits(x)
+        if measured:
+            return logits, *self.choose_and_measure(logits, allowed, top_k)
+        return self.choose(logits, allowed, top_k)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         bias = self.selection_bias
@@ -191,7 +226,6 @@ class MoELayer(nn.Module):
 
     stats: bal.MoEStats | None
     aux_loss: Tensor
-    allowed: Tensor | None
     load_since_update: Tensor
 
     def __init__(
@@ -268,6 +302,7 @@ class MoELayer(nn.Module):
         at_least(0, shared_expert_size=shared_expert_size, layer_index=layer_index)
         finite(0.0, balance_coef=balance_coef, z_loss_coef=z_loss_coef)
         finite(0.0, bias_update_rate=bias_update_rate)
+        a_bool(router_bias=router_bias)
         dtype = dtype or torch.get_default_dtype()
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
@@ -322,16 +357,11 @@ class MoELayer(nn.Module):
         self.bias_update_rate, self.layer_index, self.seed = bias_update_rate, layer_index, seed
         self.stats = None
         self.aux_loss = torch.zeros((), device="cpu")
-        allowed = torch.empty(num_experts, dtype=torch.bool, device=device)
-        self.register_buffer(
-            "allowed", allowed if router_scope == "resident" else None, persistent=False
-        )
         self.register_buffer(
             "load_since_update",
             torch.zeros(num_experts, dtype=torch.int64, device=device),
             persistent=False,
         )
-        self._reset_buffers()
 
     @classmethod
     def from_dense(
@@ -385,40 +415,72 @@ class MoELayer(nn.Module):
         )
 
     @property
+    def _own(self) -> Experts:
+        """The module of the experts themselves, also where an adapter is around it."""
+        return _within(self.experts, Experts)
+
+    @property
+    def _own_router(self) -> Router:
+        """As `_own`."""
+        return _within(self.router, Router)
+
+    @property
     def _site(self) -> Residents:
-        return self.experts if self.dispatch is None else self.dispatch
+        return self._own if self.dispatch is None else self.dispatch
 
     @property
     def site_experts(self) -> tuple[int, ...]:
         """Ids of the site's resident experts, ascending; `experts` holds this rank's."""
         return self._site.resident_experts
 
+    @property
+    def allowed(self) -> Tensor | None:
+        """bool [E], the experts among which the router chooses; None = all."""
+        return self._site.resident_mask if self.router_scope == "resident" else None
+
     def make_buffers(self, device: torch.device | str) -> None:
         """Fresh buffers on a device, for a layer of the meta device into which parameters are put;
         the selection bias is 0."""
-        for module in (self, self.router, self.experts, self._site):
+        for module in (self, self._own_router):
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, torch.zeros_like(buffer, device=device))
-        self.experts.write_resident_tables()
+        for residents in (self._own, self._site):
+            residents.tables_to(device)
         if self.stale is not None:
             self.stale.to_empty(device=device).reset_parameters()
-        self._reset_buffers()
 
-    def _reset_buffers(self) -> None:
-        self._site.write_resident_tables()
-        if self.allowed is not None and not self.allowed.is_meta:
-            torch.ge(self._site.resident_index, 0, out=self.allowed)
-        self.load_since_update.zero_()
+    def _settle(self, device: torch.device) -> None:
+        """What no state dict holds is on this device, made anew where it has no memory."""
+        self._site.tables_to(device)
+        if self.load_since_update.device != device:
+            counts = self.load_since_update
+            self.load_since_update = (
+                torch.zeros_like(counts, device=device) if counts.is_meta else counts.to(device)
+            )
+        if self.stale is not None:
+            self.stale.tables_to(device)
+            if self.stale.part("expand_weight").is_meta and device.type != "meta":
+                self.stale.to_empty(device=device)  # which fills them
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoELayer:
+        counts = self.load_since_update
+        super()._apply(fn, recurse)
+        if counts.is_meta and not self.load_since_update.is_meta:
+            self.load_since_update.zero_()
+        elif not counts.is_meta and self.load_since_update is not counts:
+            self.load_since_update.copy_(counts)  # also where only memory was asked for
+        return self
 
     def reset_parameters(self) -> None:
         """The initial state again, e.g. after building on the meta device and `to_empty`."""
-        self.router.reset_parameters()
-        self.experts.reset_parameters()
+        self._own_router.reset_parameters()
+        self._own.reset_parameters()
         if self.stale is not None:
             self.stale.reset_parameters()
         if isinstance(self.shared_expert, SharedExpert):
             self.shared_expert.reset_parameters()
-        self._reset_buffers()
+        self._site.write_resident_tables()
+        self.load_since_update.zero_()
 
     def set_resident_experts(
         self, resident_experts: Sequence[int], weights: Mapping[int, ExpertWeights] | None = None
@@ -430,10 +492,7 @@ class MoELayer(nn.Module):
             raise RuntimeError("set_resident_experts: not possible in a layer sharded over a mesh")
         if self.stale is not None:
             raise RuntimeError("set_resident_experts: not possible in a layer with stale experts")
-        arrived = self.experts.set_resident_experts(resident_experts, weights)
-        if self.allowed is not None and not self.allowed.is_meta:
-            torch.ge(self.experts.resident_index, 0, out=self.allowed)
-        return arrived
+        return self._own.set_resident_experts(resident_experts, weights)
 
     @torch.no_grad()
     def update_selection_bias(self, load: Tensor | None = None) -> None:
@@ -445,6 +504,7 @@ class MoELayer(nn.Module):
         """
         if self.balance != "bias":
             return
+        self._settle(self._own_router.selection_bias.device)
         if load is None:
             load = self.load_since_update
         if not isinstance(load, Tensor):
@@ -453,11 +513,11 @@ class MoELayer(nn.Module):
             raise ValueError(f"load must have shape [{self.num_experts}], got {list(load.shape)}")
         load = load.to(self.load_since_update.device)
         if self.allowed is None:
-            self.router.selection_bias += bal.bias_step(load, self.bias_update_rate)
+            self._own_router.selection_bias += bal.bias_step(load, self.bias_update_rate)
         else:
             ids = self._site.resident_ids
             step = bal.bias_step(load[ids], self.bias_update_rate)
-            self.router.selection_bias.index_add_(0, ids, step)
+            self._own_router.selection_bias.index_add_(0, ids, step)
         self.load_since_update.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -471,19 +531,19 @@ class MoELayer(nn.Module):
         if x.dim() == 0 or x.shape[-1] != self.hidden_size:
             raise ValueError(f"x must have shape [..., {self.hidden_size}], got {list(x.shape)}")
         self._check_kind(x)
+        self._settle(x.device)
         tokens = x.reshape(-1, self.hidden_size).contiguous()
-        logits = self.router.logits(tokens)
         top_k = self.top_k
         if self.router_scope == "resident":
             top_k = min(top_k, self._site.num_resident)
-        weights, experts, measured = self.router.choose_and_measure(logits, self.allowed, top_k)
+        logits, weights, experts, measured = self.router(tokens, self.allowed, top_k, measured=True)
         if self.skipped_mass == "rescale":
             index = self._site.resident_index
             if self.stale is not None:
                 index = torch.maximum(index, self.stale.resident_index)
             weights = rescale_skipped(weights, experts, index)
         inputs = tokens
-        if torch.is_autocast_enabled(x.device.type):
+        if _autocasts(x):
             inputs = tokens.to(torch.get_autocast_dtype(x.device.type))
         of_shared = lambda: None if self.shared_expert is None else self.shared_expert(tokens)
         if self.dispatch is None:
@@ -506,13 +566,36 @@ class MoELayer(nn.Module):
         return y.view(x.shape)
 
     def _check_kind(self, x: Tensor) -> None:
-        weight = self.experts.expand_weight
+        weight = self._own.expand_weight
         if not x.is_floating_point():
             raise ValueError(f"x must have a float dtype, got {x.dtype}")
+        # Torch's own linear layers give memory that nobody has written for weights on meta.
+        missing = [] if x.is_meta else [name for name, t in self._tensors() if t.is_meta]
+        if missing:
+            raise ValueError(
+                f"{missing[0]} must be on the device of x, {x.device}, it is on meta; after "
+                "building there call to_empty(device=...), then reset_parameters() or "
+                "load_state_dict(...)"
+            )
         if x.device != weight.device:
             raise ValueError(f"x must be on the layer's device {weight.device}, got {x.device}")
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != weight.dtype and not _autocasts(x):
             raise ValueError(f"x must have the layer's dtype {weight.dtype}, got {x.dtype}")
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What a pass will read of this layer's modules, by name."""
+        for path, module in (("router", self._own_router), ("experts", self._own)):
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    yield f"{path}.{name}", tensor
+        if self.shared_expert is None:
+            return
+        for path, module in self.shared_expert.named_modules(prefix="shared_expert"):
+            if hasattr(module, "_hf_hook"):  # accelerate brings its tensors when it runs
+                continue
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    yield f"{path}.{name}", tensor
 
     def _balance(self, logits: Tensor, load: Tensor) -> None:
         """Sets `aux_loss` and counts the load of bias balancing."""
@@ -523,7 +606,7 @@ class MoELayer(nn.Module):
                 logits = logits.index_select(1, self._site.resident_ids)
                 chosen = load.index_select(0, self._site.resident_ids)
             if self.balance == "switch":
-                switch = bal.switch_loss(logits, chosen, self.router.scoring)
+                switch = bal.switch_loss(logits, chosen, self._own_router.scoring)
                 losses.append(self.balance_coef * switch)
             elif self.balance == "entropy":
                 losses.append(self.balance_coef * bal.entropy_loss(logits))

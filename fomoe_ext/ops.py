@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import fomoe_ext.flops
 import fomoe_ext.native  # noqa: F401  (defines the ops)
+from fomoe_ext.derivatives import refuse_derivative, register_derivative
 from fomoe_ext.expert_ops import (
     ACTIVATIONS,
     contract,
@@ -21,6 +23,7 @@ from fomoe_ext.expert_ops import (
     is_gated,
     moe_experts,
 )
+from fomoe_ext.shapes import register_shapes
 
 __all__ = [
     "ACTIVATIONS",
@@ -253,7 +256,7 @@ def combine(rows: Tensor, weights: Tensor | None, table: RowTable) -> Tensor:
 # ---- shapes for tracing --------------------------------------------------------------------------
 
 
-@torch.library.register_fake("fomoe::route")
+@register_shapes("route")
 def _(
     logits: Tensor,
     top_k: int,
@@ -274,7 +277,7 @@ def _(
     )
 
 
-@torch.library.register_fake("fomoe::route_backward")
+@register_shapes("route_backward")
 def _(
     grad_weights: Tensor,
     logits: Tensor,
@@ -287,7 +290,7 @@ def _(
     return torch.empty_like(logits)
 
 
-@torch.library.register_fake("fomoe::compact")
+@register_shapes("compact")
 def _(
     experts: Tensor, resident_index: Tensor, num_resident: int, tile_rows: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -301,17 +304,17 @@ def _(
     )
 
 
-@torch.library.register_fake("fomoe::gather")
+@register_shapes("gather")
 def _(x: Tensor, row_of_slot: Tensor, offsets: Tensor) -> Tensor:
     return x.new_empty(row_of_slot.shape[0] * row_of_slot.shape[1], x.shape[1])
 
 
-@torch.library.register_fake("fomoe::combine")
+@register_shapes("combine")
 def _(rows: Tensor, weights: Tensor | None, row_of_slot: Tensor) -> Tensor:
     return rows.new_empty(row_of_slot.shape[0], rows.shape[1])
 
 
-@torch.library.register_fake("fomoe::combine_backward")
+@register_shapes("combine_backward")
 def _(
     grad_y: Tensor, rows: Tensor | None, weights: Tensor, row_of_slot: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -367,6 +370,7 @@ def _gather_backward(ctx: Any, grad_rows: Tensor) -> tuple:
     return _ops.combine(grad_rows.contiguous(), None, row_of_slot), None, None
 
 
-torch.library.register_autograd("fomoe::gather", _gather_backward, setup_context=_gather_setup)
-torch.library.register_autograd("fomoe::route", _route_backward, setup_context=_route_setup)
-torch.library.register_autograd("fomoe::combine", _combine_backward, setup_context=_combine_setup)
+register_derivative("gather", _gather_backward, _gather_setup)
+register_derivative("route", _route_backward, _route_setup)
+register_derivative("combine", _combine_backward, _combine_setup)
+refuse_derivative("route_backward", "combine_backward")

@@ -76,7 +76,7 @@ def random_model(config: ModelConfig) -> LanguageModel:
     model = LanguageModel(config, seed=5)
     noise = torch.Generator().manual_seed(6)
     for name, tensor in model.state_dict().items():
-        if tensor.dim() == 1 or name.endswith("bias"):
+        if tensor.is_floating_point() and (tensor.dim() == 1 or name.endswith("bias")):
             tensor += 0.2 * torch.randn(tensor.shape, generator=noise)
     return model.eval()
 

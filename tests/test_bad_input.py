@@ -15,6 +15,7 @@ import torch
 
 import fomoe_ext.moe
 from fomoe_ext import ops
+from fomoe_ext.experts import Residents
 from fomoe_ext.moe import Experts, MoELayer, Router, SharedExpert
 
 NAN, INF = math.nan, math.inf
@@ -59,6 +60,8 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str, type[Exception]]] = [
     ({"resident_experts": [], "router_scope": "resident"}, "resident_experts", ValueError),
     ({"shared_expert_size": -1}, "shared_expert_size", ValueError),
     ({"renormalize": "yes"}, "renormalize", TypeError),
+    ({"bias": 1}, "bias", TypeError),
+    ({"router_bias": 1}, "router_bias", TypeError),
     *[({"scale": value}, "scale", ValueError) for value in (NAN, INF, -1.0)],
     ({"scale": "1"}, "scale", TypeError),
     ({"num_groups": 3}, "num_groups", ValueError),
@@ -103,6 +106,9 @@ def test_a_good_layer_is_built() -> None:
         (lambda: Router(8, 4, 2, scoring="x"), "scoring", ValueError),
         (lambda: Router(8, 4, 2, seed=None), "seed", TypeError),
         (lambda: Router(8, 4, 2, layer_index=-1), "layer_index", ValueError),
+        (lambda: Router(8, 4, 2, bias=1), "bias", TypeError),
+        (lambda: Experts(8, 6, 4, bias=1), "bias", TypeError),
+        (lambda: Residents([9], 4, name="site_experts"), "site_experts", ValueError),
         (lambda: Experts(8, 0, 4), "expert_size", ValueError),
         (lambda: Experts(8, 6, 4, activation="x"), "activation", ValueError),
         (lambda: Experts(8, 6, 4, resident_experts=[9]), "resident_experts", ValueError),

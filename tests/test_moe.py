@@ -607,6 +607,7 @@ def test_state_dict_round_trip() -> None:
     layer.router.selection_bias.copy_(tokens(6))
     state = layer.state_dict()
     assert sorted(state) == [
+        "experts._extra_state",
         "experts.contract_weight",
         "experts.expand_weight",
         "router.selection_bias",

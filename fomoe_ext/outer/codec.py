@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fomoe_ext.native  # noqa: F401  (defines the ops)
 from fomoe_ext import wire
+from fomoe_ext.shapes import register_shapes
 
 __all__ = ["Codec", "DeltaPart", "get_codec", "hash_bits"]
 
@@ -211,16 +212,16 @@ def hash_bits(tensors: Sequence[Tensor]) -> list[int]:
     return [h & 0xFFFFFFFFFFFFFFFF for h in _ops.hash_bits(list(tensors)).tolist()]
 
 
-@torch.library.register_fake("fomoe::delta_encode")
+@register_shapes("delta_encode")
 def _(*arguments: object) -> None:
     return None
 
 
-@torch.library.register_fake("fomoe::delta_reduce")
+@register_shapes("delta_reduce")
 def _(*arguments: object) -> None:
     return None
 
 
-@torch.library.register_fake("fomoe::hash_bits")
+@register_shapes("hash_bits")
 def _(tensors: list[Tensor]) -> Tensor:
     return tensors[0].new_empty(len(tensors), dtype=torch.int64)

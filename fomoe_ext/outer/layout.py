@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fomoe_ext import wire
+from fomoe_ext.experts import require_plain
 from fomoe_ext.outer.groups import SiteGroup, SiteGroups
 from fomoe_ext.placement import Owners, Placement
 
@@ -139,6 +140,8 @@ def check_model(model: nn.Module, placement: Placement, site: int, expert_ranks:
             f"{placement.num_layers}"
         )
     for index, (path, layer) in enumerate(layers):
+        for name in ("router", "experts"):
+            require_plain(_join(path, name), layer.get_submodule(name))
         if layer.num_experts != placement.num_experts:
             raise ValueError(
                 f"placement must have the {layer.num_experts} experts of {path}, got "
