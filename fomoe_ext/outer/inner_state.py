@@ -103,7 +103,7 @@ def problem_with_rows(
                     f"{what} {list(value.shape)} of {name} {list(parameter.shape)} in "
                     f"inner_optimizer {kind} cannot be told apart by rows"
                 )
-            if what in _COPIES or _is_near(value, parameter):
+            if what in _COPIES or (what not in _ZEROED and _is_near(value, parameter)):
                 return f"{what} of {name} in inner_optimizer {kind} is a copy of the weights"
     return ""
 
