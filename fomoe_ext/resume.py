@@ -21,6 +21,7 @@ from fomoe_ext.assemble import expert_key, named_moe_layers, responsible_site
 from fomoe_ext.checkpoint import CheckpointError
 from fomoe_ext.mesh import is_sharded, rows_here
 from fomoe_ext.outer.belongings import steps_of
+from fomoe_ext.outer.inner_state import shaped_state
 from fomoe_ext.outer.state import (
     by_parameter,
     from_parameters,
@@ -120,13 +121,8 @@ def _local_entries(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[_Ent
 
 
 def _inner_names(optimizer: torch.optim.Optimizer) -> list[str]:
-    """What the inner optimizer keeps in the shape of its parameters."""
-    names: dict[str, None] = {}
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
-                names[name] = None
-    return list(names)
+    """What the inner optimizer keeps in the shape of its parameters; ValueError for other state."""
+    return list(dict.fromkeys(name for _, name, _ in shaped_state(optimizer)))
 
 
 def _shared_vectors(sync: OuterSync) -> dict[str, list[Tensor]]:

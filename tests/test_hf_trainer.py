@@ -41,11 +41,39 @@ class Texts(Dataset):
         return {"input_ids": self.texts[index], "labels": self.texts[index]}
 
 
+def make_arguments(folder: str, **more: Any) -> Any:
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        **{
+            "output_dir": folder,
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 1,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "optim": "adamw_torch",
+            "save_steps": 4,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            **more,
+        }
+    )
+
+
 def trained(
-    site: int, folder: str, options: dict[str, Any], steps: int, resume: str | None = None
+    site: int,
+    folder: str,
+    options: dict[str, Any],
+    steps: int,
+    resume: str | None = None,
+    **more: Any,
 ) -> tuple[Any, Any]:
-    """A model that a Trainer has trained on a site for some of `STEPS` steps, and its callback."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    """A model that a Trainer has trained on a site for some of `STEPS` steps, and its callback.
+
+    `more`: further TrainingArguments.
+    """
+    from transformers import Trainer, TrainerCallback
 
     from fomoe_ext.hf.trainer import OuterSyncCallback, one_process
 
@@ -64,18 +92,7 @@ def trained(
     os.environ.update(RANK=str(site), WORLD_SIZE="2", LOCAL_RANK=str(site))
     with one_process():
         assert "WORLD_SIZE" not in os.environ
-        arguments = TrainingArguments(
-            output_dir=f"{folder}/site-{site}",
-            max_steps=STEPS,
-            per_device_train_batch_size=1,
-            learning_rate=1e-2,
-            lr_scheduler_type="constant",
-            optim="adamw_torch",
-            save_steps=4,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-        )
+        arguments = make_arguments(f"{folder}/site-{site}", **more)
         trainer = InOrder(
             model=model, args=arguments, train_dataset=Texts(site), callbacks=[meetings, Stop()]
         )
@@ -154,10 +171,129 @@ def test_bad_arguments_are_named(tmp_path):
 
     with pytest.raises(ValueError, match="local_steps must be at least 1, got 0"):
         OuterSyncCallback(PLACEMENT, 0, local_steps=0)
+    with pytest.raises(ValueError, match="site_mean must be equal here, got 'tokens'"):
+        OuterSyncCallback(PLACEMENT, 0, local_steps=2, site_mean="tokens")
     with pytest.raises(
         ValueError, match=r"folder with outer_sync.safetensors, got .*outer_sync.safetensors"
     ):
         OuterSyncCallback(PLACEMENT, 0, local_steps=2, resume_from=tmp_path)
+
+
+# ---- what would part the sites ------------------------------------------------------------------
+
+
+BEST = {
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    "metric_for_best_model": "loss",
+    "load_best_model_at_end": True,
+}
+
+
+def begin(
+    folder: Path,
+    step: int = 0,
+    steps: int = STEPS,
+    stored: int = 0,
+    stateful: tuple[str, ...] = (),
+    options: dict[str, Any] | None = None,
+    **more: Any,
+) -> str:
+    """What is said when training begins so at the only site."""
+    from transformers import TrainerControl, TrainerState
+
+    from fomoe_ext.hf.trainer import OuterSyncCallback
+
+    placement = Placement.cyclic(1, EXPERTS, 3, 1)
+    meetings = OuterSyncCallback(placement, 0, local_steps=LOCAL_STEPS, **(options or {}))
+    if stored:
+        meetings._state = {"steps": stored}
+    state = TrainerState(global_step=step, max_steps=steps)
+    state.stateful_callbacks = dict.fromkeys(stateful)
+    arguments = make_arguments(str(folder), **more)
+    with pytest.raises(ValueError) as caught:
+        meetings.on_train_begin(arguments, state, TrainerControl(), model=None, optimizer=None)
+    assert meetings.sync is None
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (BEST, "load_best_model_at_end must be False: every site would load"),
+        ({"stateful": ("EarlyStoppingCallback",)}, "EarlyStoppingCallback: every site would stop"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size must be False"),
+        ({"steps": 5, "options": {"fragments": 2}}, "max_steps must be a multiple of local_steps"),
+        ({"step": 4}, "the Trainer begins at step 4, the meetings at 0"),
+        ({"stored": 4}, "the Trainer begins at step 0, the meetings at 4"),
+        ({"step": 4, "stored": 2}, "the Trainer begins at step 4, the meetings at 2"),
+        ({"step": 3, "stored": 3}, "of a step at which sites met, a multiple of local_steps = 2"),
+    ],
+)
+def test_what_would_part_the_sites_is_refused(given, words, tmp_path):
+    assert words in begin(tmp_path, **given)
+
+
+def test_a_trainer_of_several_processes_is_refused(tmp_path, monkeypatch):
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda _: 2))
+    assert "must be made inside one_process(), they are of 2 processes" in begin(tmp_path)
+
+
+def parted(site: int, num_sites: int, folder: str, how: str) -> str:
+    from fomoe_ext.outer import MeetingError
+
+    more: dict[str, Any] = {}
+    steps = STEPS
+    if how == "stops in a round":
+        steps = 3 if site else STEPS
+    elif how == "stops after one":
+        steps = 4 if site else STEPS
+    elif how == "fewer steps":
+        more = {"max_steps": STEPS - site}
+    with pytest.raises((MeetingError, ValueError)) as caught:
+        trained(site, folder, {"timeout_s": 10}, steps, **more)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("stops in a round", "site 0 meets after step 4, site 1 has ended training after step 3"),
+        ("stops after one", "site 0 meets after step 6, site 1 has ended training after step 4"),
+        ("fewer steps", "all sites must have the same max_steps: site"),
+    ],
+)
+def test_sites_that_take_other_steps_are_named(how, words, tmp_path):
+    for told in pool().run(2, parted, str(tmp_path), how):
+        assert words in told
+
+
+def otherwise(site: int, num_sites: int, folder: str, options: dict[str, Any]) -> tuple[int, int]:
+    _, meetings = trained(site, folder, options, STEPS)
+    meetings.sync.verify()
+    return meetings.sync.reductions, meetings.sync.steps
+
+
+@pytest.mark.parametrize(
+    ("options", "reductions"), [({"optimizer": "ddp"}, STEPS), ({"fragments": 2}, 0)]
+)
+def test_a_trainer_makes_the_calls_of_its_options(options, reductions, tmp_path):
+    assert pool().run(2, otherwise, str(tmp_path), options) == [(reductions, STEPS)] * 2
+
+
+def left_over(site: int, num_sites: int, folder: str) -> str:
+    from fomoe_ext.outer import MeetingError
+
+    with pytest.raises(MeetingError) as caught:
+        trained(site, folder, {"fragments": 2}, 5)
+    return str(caught.value)
+
+
+def test_steps_that_have_not_met_are_not_dropped(tmp_path):
+    for told in pool().run(2, left_over, str(tmp_path)):
+        assert "training ended after step 5, which is no multiple of local_steps = 2" in told
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from fomoe_ext.hf.convert import (
 )
 from fomoe_ext.hf.quantised import Weights, block_size
 from fomoe_ext.hf.wrappers import plain_name, require_names, skeleton, tied_names, unwrapped
+from fomoe_ext.outer.steps import unmet
 from fomoe_ext.placement import Placement
 from fomoe_ext.tensor_files import TensorFiles, write_tensors
 
@@ -256,10 +257,11 @@ def save_merged(
     generation_config.json; save the tokenizer beside it. The folder is written under a temporary
     name. The model may be in wrappers, of torch.compile or data parallelism.
 
-    Raises ValueError on all sites for a model that is not converted or of another placement, and
-    for what the format has no place for: a selection bias where only DeepSeek-V3 has one, tensors
-    of other names or shapes than the configuration stands for. FileExistsError where the folder is
-    there and not empty, RuntimeError at the other sites where site 0 could not write.
+    Raises ValueError on all sites for a model that is not converted, is of another placement, or has
+    been trained since the sites last met in an OuterSync, and for what the format has no place for:
+    a selection bias where only DeepSeek-V3 has one, tensors of other names or shapes than the
+    configuration stands for. FileExistsError where the folder is there and not empty, RuntimeError
+    at the other sites where site 0 could not write.
     """
     target = Path(folder)
     model = unwrapped(model)
@@ -297,6 +299,8 @@ def _why_not(model: Any, placement: Placement, site: int) -> str:
             )
         if reason := why_no_place(path, layer, model.config):
             return reason
+    if problem := unmet(model):
+        return f"model is not that of all sites: {problem}"
     try:
         if wanted_names := skeleton(model):
             require_names(_plain_tensors(model), wanted_names, _paths(model), "save_merged")

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from safetensors.torch import save_model
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fomoe_ext.files import replace_file
 from fomoe_ext.hf.convert import layers
-from fomoe_ext.outer import OuterSync, RoundReport
+from fomoe_ext.outer import MeetingError, OuterSync, RoundReport
+from fomoe_ext.outer.groups import gather_objects
 from fomoe_ext.placement import Placement
 from fomoe_ext.state_files import read_state, write_state
 from fomoe_ext.tensor_files import INDEX, SINGLE
+from fomoe_ext.wire import is_staggered
 
 STATE_FILE = "outer_sync.safetensors"
 _SHOWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
@@ -36,12 +40,46 @@ def one_process() -> Iterator[None]:
         os.environ.update(hidden)
 
 
+def _refusal(args: TrainingArguments, state: TrainerState, staggered: bool, steps: int) -> str:
+    """What of a Trainer's arguments would part the sites, or change weights that they share, or an
+    empty string. `steps`: local steps of a round."""
+    if args.load_best_model_at_end:
+        return (
+            "load_best_model_at_end must be False: every site would load the one that is best for "
+            "itself, of its own step"
+        )
+    if "EarlyStoppingCallback" in state.stateful_callbacks:
+        return "EarlyStoppingCallback: every site would stop at a step of its own"
+    if args.auto_find_batch_size:
+        return "auto_find_batch_size must be False: one site would begin anew without the others"
+    if args.world_size > 1:
+        return (
+            f"TrainingArguments must be made inside one_process(), they are of {args.world_size} "
+            "processes: the Trainer would make one model of the sites' different ones"
+        )
+    if args.n_gpu > 1:
+        return f"a site's Trainer must use one GPU, got {args.n_gpu} (CUDA_VISIBLE_DEVICES)"
+    for name in ("fsdp", "deepspeed"):
+        if getattr(args, name, None):
+            return f"{name} must not be used: it takes the site's parameters apart"
+    if staggered and state.max_steps % steps:
+        return (
+            f"max_steps must be a multiple of local_steps = {steps} with fragments or overlap, got "
+            f"{state.max_steps}: the last steps would never meet"
+        )
+    return ""
+
+
 class OuterSyncCallback(TrainerCallback):
     """Lets the sites meet after every `local_steps` optimizer steps, and at the end of training.
 
     `sync` is the `OuterSync`, from the start of training; `reports` those of its rounds. A
     checkpoint of the Trainer gets a file more, the state of the meetings; after
     `train(resume_from_checkpoint=folder)` training goes on with it.
+
+    All sites must take the same steps. What would part them is refused when training begins:
+    load_best_model_at_end, early stopping, auto_find_batch_size, other numbers of steps, a Trainer
+    that joins several processes. A site that stops before the others is named at the next meeting.
     """
 
     def __init__(
@@ -55,11 +93,14 @@ class OuterSyncCallback(TrainerCallback):
     ) -> None:
         """placement, site, options: of `OuterSync`. local_steps: optimizer steps of a round.
 
-        resume_from: the Trainer's checkpoint folder that training will go on from. Raises
-        ValueError for local_steps < 1 or a folder without the state of meetings.
+        resume_from: the Trainer's checkpoint folder that training will go on from, of a step at
+        which sites met. Raises ValueError for local_steps < 1, site_mean "tokens" (a Trainer does
+        not count them) or a folder without the state of meetings.
         """
         if local_steps < 1:
             raise ValueError(f"local_steps must be at least 1, got {local_steps}")
+        if options.get("site_mean", "equal") != "equal":
+            raise ValueError(f"site_mean must be equal here, got {options['site_mean']!r}")
         self.placement, self.site, self.local_steps = placement, site, local_steps
         self.options = options
         self.sync: OuterSync | None = None
@@ -74,7 +115,10 @@ class OuterSyncCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Meets the other sites."""
+        """Meets the other sites. Raises ValueError or MeetingError for what would part them."""
+        self._require_alike(args, state)
+        if self.sync is not None:
+            self.sync.close()
         optimizer = given["optimizer"]
         self.sync = OuterSync(
             given["model"],
@@ -86,6 +130,65 @@ class OuterSyncCallback(TrainerCallback):
         )
         if self._state is not None:
             self.sync.load_state_dict(self._state)
+            self._state = None  # another `train` begins anew
+        elsewhere = args.save_strategy == "steps" and args.save_steps % self.local_steps
+        if elsewhere and args.save_steps < state.max_steps:
+            warnings.warn(
+                f"checkpoints of steps that are no multiple of local_steps = {self.local_steps} "
+                f"cannot be resumed: save_steps is {args.save_steps}",
+                stacklevel=2,
+            )
+
+    def _require_alike(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Raises, on all sites, unless training can begin here and everywhere alike."""
+        overlap = self.options.get("overlap", 0)
+        staggered = is_staggered(self.options.get("fragments", 1), overlap)
+        problem = _refusal(args, state, staggered, self.local_steps)
+        stored = 0 if self._state is None else int(self._state["steps"])
+        if not problem and stored != state.global_step:
+            problem = (
+                f"resume_from must be what training goes on from: the Trainer begins at step "
+                f"{state.global_step}, the meetings at {stored}"
+            )
+        if not problem and stored % self.local_steps:
+            problem = (
+                f"resume_from must be of a step at which sites met, a multiple of local_steps = "
+                f"{self.local_steps}, got {stored}"
+            )
+        facts = {"max_steps": state.max_steps, "first step": state.global_step}
+        if overlap:  # fragments are taken in for a checkpoint
+            facts["save_steps"] = f"{args.save_strategy} {args.save_steps}"
+        told = self._tell((problem, facts))
+        if problem:
+            raise ValueError(problem)
+        for site, (text, theirs) in enumerate(told):
+            if text:
+                raise MeetingError(f"site {site}: {text}")
+            for name, value in theirs.items():
+                if facts[name] != value:
+                    raise MeetingError(
+                        f"all sites must have the same {name}: site {self.site} has {facts[name]}, "
+                        f"site {site} {value}"
+                    )
+
+    def _tell(self, value: Any) -> list[Any]:
+        """What all sites say; a collective."""
+        sites = self.placement.num_sites
+        return gather_objects(value, sites) if dist.is_initialized() else [value] * sites
+
+    def _meet(self, state: TrainerState, ends: bool = False) -> None:
+        """A meeting, with others that have taken the same steps; where training `ends` it is one
+        only if there have been steps since the last."""
+        told = self._tell((ends, state.global_step))
+        if len(set(told)) > 1:
+            words = [
+                f"site {site} {'has ended training' if ended else 'meets'} after step {step}"
+                for site, (ended, step) in enumerate(told)
+            ]
+            raise MeetingError(f"all sites must take the same steps: {', '.join(words)}")
+        assert self.sync is not None
+        if not ends or state.global_step % self.local_steps:
+            self.reports.append(self.sync.step())
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -96,7 +199,7 @@ class OuterSyncCallback(TrainerCallback):
             layer.update_selection_bias()
         self.sync.after_step()
         if state.global_step % self.local_steps == 0:
-            self.reports.append(self.sync.step())
+            self._meet(state)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -115,10 +218,17 @@ class OuterSyncCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """A last meeting, if there have been steps since one, so that all sites end with one
-        model. With fragments or overlap steps must be a multiple of local_steps for that."""
+        model. Raises MeetingError where sites have taken different steps, and with fragments or
+        overlap where steps are no multiple of local_steps; then every site keeps its own model."""
         assert self.sync is not None
-        if state.global_step % self.local_steps and not self.sync.options.staggered:
-            self.reports.append(self.sync.step())
+        if not self.sync.options.staggered:
+            self._meet(state, ends=True)
         self.sync.finish()
+        if self.sync.options.staggered and state.global_step % self.local_steps:
+            raise MeetingError(
+                f"training ended after step {state.global_step}, which is no multiple of "
+                f"local_steps = {self.local_steps}: with fragments or overlap the last steps have "
+                "not met, every site has a model of its own"
+            )
         if self.sync.options.apart:
             self.sync.copy_anchor_to_model()

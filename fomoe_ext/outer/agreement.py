@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fomoe_ext.mesh import SiteRanks
 from fomoe_ext.outer.codec import hash_bits
@@ -181,6 +181,8 @@ def agree_on_arguments(sync: OuterSync, problem: Exception | None) -> None:
             (n, p.shape[1:] if id(p) in stacks else p.shape, p.requires_grad)
             for n, p in sync.model.named_parameters()
         ]
+        if sync.ranks.size == 1:
+            mine["frozen parameters"] = _frozen(sync.model, stacks)
         mine |= {
             "placement": sync.placement.to_dict(),
             **sync.options.agreed(),
@@ -200,6 +202,16 @@ def agree_on_arguments(sync: OuterSync, problem: Exception | None) -> None:
                 f"all sites must have the same {differing[0]}; site {sync.site} and site {site} "
                 "differ"
             )
+
+
+def _frozen(model: nn.Module, stacks: Collection[int]) -> int:
+    """A hash of what is neither trained nor an expert's: no meeting makes it alike."""
+    tensors = [
+        p.detach()
+        for p in model.parameters()
+        if not p.requires_grad and id(p) not in stacks and not p.is_meta
+    ]
+    return _fold(hash_bits(tensors)) if tensors else 0
 
 
 def digests(sync: OuterSync) -> dict[str, str]:
@@ -233,8 +245,14 @@ def verify(sync: OuterSync) -> None:
     """`OuterSync.verify`."""
     owners_of = {la.name: la.group.owners for la in sync.site_layouts}
     mine = {name: (owners_of[name], digest) for name, digest in digests(sync).items()}
-    size = sync.ranks.size
-    everyone = gather_objects(mine, sync.placement.num_sites * size)[::size]
+    size, problem = sync.ranks.size, sync.members.change(sync)
+    if sync.under_way:
+        problem = problem or "call finish before verify: a fragment is under way"
+    told = gather_objects((problem, mine), sync.placement.num_sites * size)
+    problems = [f"site {i // size}: {text}" for i, (text, _) in enumerate(told) if text]
+    if problems:
+        raise MeetingError("; ".join(problems))
+    everyone = [of_site for _, of_site in told[::size]]
     for first, theirs in enumerate(everyone):
         for name, (owners, digest) in theirs.items():
             differing = [s for s in owners if everyone[s].get(name, ("", ""))[1] != digest]

@@ -15,6 +15,7 @@ from torch import Tensor
 from fomoe_ext import wire
 from fomoe_ext.outer.codec import hash_bits
 from fomoe_ext.outer.groups import SiteGroup
+from fomoe_ext.outer.inner_state import shaped_state
 from fomoe_ext.outer.layout import Layout, Piece
 from fomoe_ext.outer.reduce import Damaged
 
@@ -63,9 +64,12 @@ class Belongings:
     @classmethod
     @torch.no_grad()
     def of(cls, sync: OuterSync) -> Belongings:
-        """All that a site has; views of its memory."""
+        """All that a site has; views of its memory. Raises ValueError for an inner optimizer whose
+        state is not of its parameters' shapes (`inner_state.shaped_state`)."""
         result = cls()
         kept = result.tensors
+        if sync.inner_optimizer is not None:
+            list(shaped_state(sync.inner_optimizer, list(sync.model.named_parameters())))
         for index, layout in enumerate(sync.layouts):
             error = sync.feedback[index].own
             for piece, place in layout.slices():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,43 @@ if TYPE_CHECKING:
     from fomoe_ext.outer.sync import OuterSync
 
 
+class Reduction:
+    """Of which gradients the mean has been taken, and whose step they have been used for."""
+
+    def __init__(self) -> None:
+        self._stamps: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._used: set[int] = set()
+
+    def made(self, model: nn.Module, anew: bool = True) -> None:
+        """The gradients are the mean now; with `anew` of new ones."""
+        gradients = {id(p): p.grad for p in model.parameters() if p.grad is not None}
+        self._stamps = {
+            key: (weakref.ref(g), local_tensor(g)._version) for key, g in gradients.items()
+        }
+        if anew:
+            self._used.clear()
+
+    def stands(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether these parameters' gradients are as they were then."""
+        for parameter in parameters:
+            stamp, gradient = self._stamps.get(id(parameter)), parameter.grad
+            if gradient is None or stamp is None:
+                return False
+            if stamp[0]() is not gradient or stamp[1] != local_tensor(gradient)._version:
+                return False
+        return True
+
+    def used_by(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
+        """Whether the gradients that an optimizer is about to take its step by are the mean, and
+        it has not taken one by it; it has then."""
+        own = {id(p) for p in model.parameters() if p.requires_grad}
+        held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in own]
+        if id(optimizer) in self._used or not self.stands(held):
+            return False
+        self._used.add(id(optimizer))
+        return True
+
+
 def reduce_gradients(sync: OuterSync) -> None:
     """`OuterSync.reduce_gradients`."""
     if sync.rule.name != "ddp":
@@ -33,7 +71,7 @@ def reduce_gradients(sync: OuterSync) -> None:
             parameter.grad = parameter.grad.contiguous()
     with sync.meeting("the reduction of gradients"):
         gradient, flats = _gradients(sync)
-        problem = bad_tensor(sync.layouts, "gradient", gradient)
+        problem = sync.members.change(sync) or bad_tensor(sync.layouts, "gradient", gradient)
         sync.sent(require_good(sync, meeting_name(sync), problem))
         sync.reductions += 1
         jobs: list[Job] = [
@@ -51,6 +89,7 @@ def reduce_gradients(sync: OuterSync) -> None:
         sync.sent(run_jobs(jobs, sync.options.bucket_bytes, sync.options.in_flight))
         if sync.lane is not None:
             sync.lane.push(0, flats, lambda parameter: parameter.grad)  # type: ignore[arg-type,return-value]
+        sync.reduction.made(sync.model)
 
 
 def _gradients(sync: OuterSync) -> tuple[Callable[[Piece], Tensor], dict[int, Tensor]]:
@@ -67,11 +106,14 @@ def clip_grad_norm(sync: OuterSync, max_norm: float) -> float:
     if max_norm == 0:
         raise ValueError(f"max_norm must be > 0, got {max_norm}")
     parameters = [p for p in sync.model.parameters() if p.grad is not None]
-    ranks = sync.ranks
-    if sync.rule.name != "ddp" and ranks.size == 1:
+    ranks, ddp = sync.ranks, sync.rule.name == "ddp"
+    if ddp and not sync.reduction.stands(p for p in sync.model.parameters() if p.requires_grad):
+        reduce_gradients(sync)
+        parameters = [p for p in sync.model.parameters() if p.grad is not None]
+    if not ddp and ranks.size == 1:
         return float(nn.utils.clip_grad_norm_(parameters, max_norm))
     with sync.meeting("the clipping of gradients"):
-        if sync.rule.name == "ddp":
+        if ddp:
             gradient, _ = _gradients(sync)
             own = sum(
                 float(piece.part_of(gradient(piece)).double().square().sum())
@@ -82,7 +124,7 @@ def clip_grad_norm(sync: OuterSync, max_norm: float) -> float:
         else:
             own = sum(_own_square(sync, parameter) for parameter in parameters)
         total = float(ranks.sum_(torch.tensor(own, dtype=torch.float64)))
-        if sync.rule.name == "ddp":
+        if ddp:
             group = sync.groups.group(sync.groups.everyone)
             total, sent = ranks.tell(lambda: sum_floats(group, total))
             sync.sent(sent if ranks.leads else 0)
@@ -90,6 +132,8 @@ def clip_grad_norm(sync: OuterSync, max_norm: float) -> float:
     local = [local_tensor(p.grad) for p in parameters if p.grad is not None]
     # As torch's clip_grads_with_norm_, which takes no mixture of DTensors and others.
     torch._foreach_mul_(local, min(1.0, max_norm / (norm + 1e-6)))
+    if ddp:
+        sync.reduction.made(sync.model, anew=False)
     return norm
 
 

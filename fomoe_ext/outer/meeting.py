@@ -17,6 +17,7 @@ from fomoe_ext.outer.agreement import Agreement, Held
 from fomoe_ext.outer.averaging import UNTREATED, Averaging, treat
 from fomoe_ext.outer.codec import Codec, get_codec
 from fomoe_ext.outer.groups import share_statuses
+from fomoe_ext.outer.inner_state import reset_bad_state
 from fomoe_ext.outer.jobs import DeltaJob, EqualiseJob, MeanJob, ShiftJob
 from fomoe_ext.outer.layout import Layout, Piece
 from fomoe_ext.outer.options import MeetingError
@@ -69,6 +70,8 @@ def require_good(sync: OuterSync, name: str, problem: str) -> int:
     group, ranks = sync.groups.group(sync.groups.everyone), sync.ranks
     problem = ranks.first(problem, "background")
     texts, sent = ranks.tell(lambda: share_statuses(group, f"{name} {problem}"), "background")
+    if problem:
+        texts[sync.site] = f"{name} {problem}"  # all of it: what travels may be cut short
     number, placement = name.split()
     problems = []
     for site, text in enumerate(texts):
@@ -122,10 +125,12 @@ class Meeting:
     def problem(self) -> str:
         """What speaks against the meeting here, or an empty string."""
         sync, clips = self.sync, self.sync.options.clip_delta > 0
-        problem = ""
+        problem = sync.members.change(sync) or sync.watch.missed() or self._uncounted()
+        if problem and sync.ranks.size == 1:
+            return problem
         if clips:
             self._square = sync.ranks.sum_(self._squared_norm())
-        else:
+        elif not problem:
             problem = bad_tensor(self.layouts, "the value", lambda piece: piece.tensor)
         if not self.moments:
             return problem
@@ -134,7 +139,9 @@ class Meeting:
         missing = opt.missing_moments(sync.inner_optimizer, trained)
         missing = sync.ranks.first(missing)
         if missing:
-            return f"inner_optimizer has no moments of {missing}: no step was taken with it"
+            return (
+                problem or f"inner_optimizer has no moments of {missing}: no step was taken with it"
+            )
         for moment in self.moments:
             if sync.lane is not None:
                 self._pulled[moment] = sync.lane.pull(self.fragment, self._state_of(moment))
@@ -144,6 +151,25 @@ class Meeting:
             elif sync.ranks.first(bad):
                 self._square.fill_(math.nan)
         return problem
+
+    def _uncounted(self) -> str:
+        """Names an expert that has been trained with no tokens counted: with expert_mean "tokens"
+        its delta would weigh nothing, and its training be undone."""
+        sync = self.sync
+        if sync.options.expert_mean != "tokens" or sync.ranks.size > 1:
+            return ""
+        for i, layout in zip(self.members, self.layouts, strict=True):
+            for piece, place in layout.slices():
+                if piece.expert is None or sync.watch.counted[piece.expert[0]]:
+                    continue
+                layer, before = piece.expert[0], sync.anchors[i][place].to(piece.tensor.dtype)
+                here = list(sync.moe_layers[layer].site_experts)
+                if not sync.tokens[layer, here].any() and not before.equal(piece.values()):
+                    return (
+                        f"{piece.key} was trained, but no tokens were counted: train in mode "
+                        "train(), with gradients"
+                    )
+        return ""
 
     def _squared_norm(self) -> Tensor:
         """Of this rank's part of the site's delta, but for experts', fp64; NaN where anything that
@@ -299,6 +325,7 @@ class Meeting:
             layouts = self.layouts
         for expert in {expert for layout in layouts for expert in experts_of(layout)}:
             self.sync.tokens[expert] = 0
+            self.sync.watch.counted[expert[0]] = False
             self.sync.met[expert] = self.sync.round + 1
 
     def _seed(self, what: str, layout: Layout) -> int:
@@ -345,7 +372,7 @@ class Meeting:
                 keep_shares(layout, self.sync.feedback[i], self.sync.options.bucket_bytes)
         self.sync.treatment = self.treatment
         if self.sync.site in self.treatment.left_out and self.sync.inner_optimizer is not None:
-            opt.reset_bad_moments(self.sync.inner_optimizer)
+            reset_bad_state(self.sync.inner_optimizer)
 
     def agreement(self) -> Agreement:
         """What this site holds now of all that was exchanged, hashed; not yet compared."""

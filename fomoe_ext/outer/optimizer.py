@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fomoe_ext.checks import finite, one_of
-from fomoe_ext.mesh import local_tensor
+from fomoe_ext.outer.inner_state import move_state_rows as move_state_rows  # also from here
 from fomoe_ext.wire import OPTIMIZERS
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -87,42 +87,6 @@ def missing_moments(optimizer: torch.optim.Optimizer, tensors: Sequence[tuple[st
         if any(moment not in state for moment in MOMENTS):
             return name
     return ""
-
-
-@torch.no_grad()
-def reset_bad_moments(optimizer: torch.optim.Optimizer) -> int:
-    """Zeroes what an inner optimizer keeps of each parameter in its shape, all of it where any is
-    NaN or infinite; of a DTensor what is here. Returns of how many parameters."""
-    count = 0
-    for parameter, state in optimizer.state.items():
-        tensors = [
-            local_tensor(value)
-            for value in state.values()
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim()
-        ]
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-            count += 1
-            for tensor in tensors:
-                tensor.zero_()
-    return count
-
-
-@torch.no_grad()
-def move_state_rows(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, sources: Sequence[int | None]
-) -> None:
-    """Row i of all of a parameter's state becomes its old row sources[i]; zeros for None.
-
-    State tensors of the parameter's shape have rows; counters and the like stay.
-    """
-    for value in optimizer.state.get(parameter, {}).values():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            old = value.clone()
-            for row, source in enumerate(sources):
-                if source is None:
-                    value[row].zero_()
-                else:
-                    value[row].copy_(old[source])
 
 
 class ArrivalWarmup:

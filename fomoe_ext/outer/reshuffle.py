@@ -12,6 +12,7 @@ from torch import Tensor
 from fomoe_ext.checks import at_least, one_of
 from fomoe_ext.outer import optimizer as opt
 from fomoe_ext.outer.groups import share_statuses
+from fomoe_ext.outer.inner_state import move_state_rows, problem_with_rows
 from fomoe_ext.outer.layout import Layout, Piece, find_moe_layers
 from fomoe_ext.outer.options import MeetingError
 from fomoe_ext.outer.reports import ReshuffleReport
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _ExpertId = tuple[int, int]  # layer, expert
 _LACKING = "no moments: "
+_PROBLEM = "problem: "
 
 
 def reshuffle(
@@ -63,6 +65,18 @@ def _check(sync: OuterSync, new: Placement, warmup_steps: int, moments: str) -> 
             raise ValueError(f"reshuffle cannot move the frozen experts of {path}")
 
 
+def _problem(sync: OuterSync) -> str:
+    """Why experts, or what the inner optimizer keeps of them, cannot be moved here."""
+    assert sync.inner_optimizer is not None
+    named = []
+    for path, layer in find_moe_layers(sync.model):
+        named += [(f"{path}.experts.{n}", layer.experts.part(n)) for n in layer.experts.parts]
+        if layer.router_scope == "resident":
+            parts = layer.router.parts
+            named += [(f"{path}.router.{n}", layer.router.get_parameter(n)) for n in parts]
+    return sync.members.change(sync) or problem_with_rows(sync.inner_optimizer, named)
+
+
 def _agree(sync: OuterSync, new: Placement, moments: str) -> int:
     """Raises MeetingError unless all sites want the same, and can do it; the bytes sent."""
     digest = hashlib.sha256(repr((new.owners_of, moments)).encode()).hexdigest()
@@ -71,9 +85,14 @@ def _agree(sync: OuterSync, new: Placement, moments: str) -> int:
         assert sync.inner_optimizer is not None
         pieces = [p for layout in sync.layouts for p in layout.pieces if p.expert is not None]
         lacking = opt.missing_moments(sync.inner_optimizer, [(p.key, p.tensor) for p in pieces])
-    everyone = sync.groups.group(sync.groups.everyone)
-    texts, sent = share_statuses(everyone, f"{_LACKING}{lacking}" if lacking else digest)
+    everyone, problem = sync.groups.group(sync.groups.everyone), _problem(sync)
+    status = f"{_LACKING}{lacking}" if lacking else digest
+    texts, sent = share_statuses(everyone, f"{_PROBLEM}{problem}" if problem else status)
+    if problem:
+        raise ValueError(f"reshuffle: {problem}")
     for site, text in enumerate(texts):
+        if text.startswith(_PROBLEM):
+            raise MeetingError(f"reshuffle: site {site}: {text.removeprefix(_PROBLEM)}")
         if text.startswith(_LACKING):
             raise MeetingError(
                 "reshuffle with moments 'carry' comes after an optimizer step, but at site "
@@ -252,9 +271,12 @@ def _change_residents(sync: OuterSync, layer: MoELayer, residents: tuple[int, ..
     layer.set_resident_experts(residents, dict.fromkeys(arrived, blank))
     sources = [old.index(e) if e in old else None for e in residents]
     for name in experts.parts:
-        opt.move_state_rows(optimizer, experts.part(name), sources)
+        move_state_rows(optimizer, experts.part(name), sources)
         experts.part(name).grad = None
+        total = getattr(experts.part(name), "main_grad", None)
+        if total is not None:
+            total.zero_()
     if layer.router_scope == "resident":
         rows = [None if e in arrived else e for e in range(layer.num_experts)]
         for part in layer.router.parts:
-            opt.move_state_rows(optimizer, layer.router.get_parameter(part), rows)
+            move_state_rows(optimizer, layer.router.get_parameter(part), rows)

@@ -99,5 +99,5 @@ def settle(sync: OuterSync, apply: bool) -> bool:
     pending.meeting.give_back()
     sync.sent(pending.bytes_sent)
     sync.compared = pending.meeting
-    sync.round += 1
+    sync.count_round()
     return True

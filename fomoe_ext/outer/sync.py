@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -28,7 +29,7 @@ from fomoe_ext.outer import optimizer as opt
 from fomoe_ext.outer.agreement import Agreement
 from fomoe_ext.outer.averaging import UNTREATED
 from fomoe_ext.outer.codec import get_codec
-from fomoe_ext.outer.flight import Background, Flight
+from fomoe_ext.outer.flight import Background, Flight, warn_of_lost
 from fomoe_ext.outer.groups import SiteGroups
 from fomoe_ext.outer.jobs import Feedback
 from fomoe_ext.outer.layout import (
@@ -40,12 +41,14 @@ from fomoe_ext.outer.layout import (
     parameter_pieces,
 )
 from fomoe_ext.outer.meeting import Meeting
+from fomoe_ext.outer.members import Members
 from fomoe_ext.outer.options import MeetingError, OuterOptions
 from fomoe_ext.outer.reduce import buckets_of, exchange, run_jobs
 from fomoe_ext.outer.reports import ReshuffleReport, RoundReport
 from fomoe_ext.outer.shards import Lane
 from fomoe_ext.outer.staged import MeetingLost, Pending
 from fomoe_ext.outer.stale import StaleCopies, check_stale, wanted_by_all
+from fomoe_ext.outer.steps import StepWatch
 from fomoe_ext.placement import Placement
 
 
@@ -60,14 +63,19 @@ class _Check(NamedTuple):
 class OuterSync:
     """Keeps the models of all sites one model; every method but the plain questions is collective.
 
-    With "diloco", "fedavg" and "local-adamw" call `step` after the local steps of a round. With
-    "ddp" call `reduce_gradients` before every optimizer step, `clip_grad_norm` in place of torch's,
-    and `step` at the end of a round, which then only removes differences of rounding. Gradients are
-    averaged like parameters: dense ones over all sites, an expert's over its holders, as if their
-    batches were all there is. With replication = sites that is the gradient of the joined batch.
+    Make one, and call its `step` after the local steps of every round. With "ddp" that only removes
+    differences of rounding: gradients are averaged before every step of an optimizer that holds
+    parameters of the model, unless `reduce_gradients` has just done it; `clip_grad_norm` is to take
+    the place of torch's (else clipped gradients are averaged). Gradients are averaged like
+    parameters: dense ones over all sites, an expert's over its holders, as if their batches were
+    all there is. With replication = sites that is the gradient of the joined batch.
 
-    With `fragments` or `overlap` call `after_step` after every local step, `step` at the end of a
-    round as well, and `finish` before the model is used for anything but local steps.
+    With `fragments` or `overlap` some parts meet during a round. Steps of optimizers of
+    torch.optim's kind are seen; with others `after_step` must be called after each. Call `finish`
+    before the model is used for anything but local steps.
+
+    The model must stay what it was: a meeting refuses, by name, parameters that are trained,
+    frozen, replaced, new or gone since. Make a new OuterSync then; it takes over from this one.
 
     After a `step` all sites hold the same bits of dense parameters and all holders the same bits of
     an expert (with fragments, overlap or expert_turns: of the anchor), which they prove to each
@@ -149,10 +157,11 @@ class OuterSync:
         """Rounds completed."""
         self.bytes_sent = 0
         """Bytes this site has sent in all meetings and reshuffles."""
-        self.steps = 0
-        """Local steps taken, as far as `after_step` was told of them."""
+        self._steps = 0
         self.reductions = 0
         """How often gradients were reduced."""
+        self.reduction = gradients.Reduction()
+        """With "ddp": the gradients that are the mean now."""
         self._broken = ""
         self.round_bytes, self.round_seconds, self._round_exchange_s = 0, 0.0, 0.0
         self._healed: list[str] = []
@@ -160,6 +169,8 @@ class OuterSync:
         """Meetings after which all holders were found to hold the same bits."""
         self._background = Background()
         self._flights: list[Flight] = []
+        if self.options.overlap:
+            weakref.finalize(self, warn_of_lost, self._flights)
         self._meetings: dict[int, Meeting] = {}
         self._checks: list[_Check] = []
         self.pending: Pending | None = None
@@ -185,9 +196,26 @@ class OuterSync:
         if any(experts for layer in self._copied for experts in layer):
             self.copies = StaleCopies(self, self._copied)
         self.adopt_placement(placement)
+        self.watch = StepWatch(self)
+        """Sees the steps of optimizers."""
         if not arriving:
             self._fill_anchor()
             self.verify()
+
+    @property
+    def steps(self) -> int:
+        """Local steps taken, as far as they were seen or `after_step` was called."""
+        return self._steps
+
+    @steps.setter
+    def steps(self, number: int) -> None:
+        self._steps = number
+        self.watch.steps_set()
+
+    def close(self) -> None:
+        """Steps of optimizers are of no more concern, for a model that trains on without meetings.
+        A later OuterSync of the same model closes this one."""
+        self.watch.close()
 
     # ------------------------------------------------------------------------------- agreement
 
@@ -214,6 +242,8 @@ class OuterSync:
         self.groups.create(placement.owner_sets())
         self.site_layouts = make_layouts(pieces, self.groups, self._fragments)
         self.site_biases = make_layouts(biases, self.groups, self._fragments)
+        self.members = Members(self)
+        """What takes part, which must stay the same."""
         self.layouts, self.bias_layouts = self.site_layouts, self.site_biases
         self.lane: Lane | None = None
         if self.ranks.size > 1:
@@ -286,24 +316,26 @@ class OuterSync:
         self.bytes_sent += count
         self.round_bytes += count
 
-    @torch.no_grad()
     def after_step(self) -> None:
-        """Call it after every local step, with fragments, overlap, expert_mean "tokens" or
-        expert_turns in the order of tokens.
+        """May be called after every local step; must be, where no optimizer of torch.optim's kind
+        takes it, with fragments, overlap, expert_mean "tokens" or expert_turns in the order of
+        tokens.
 
         Counts the tokens routed to each expert; sends and takes in the fragments that are due.
-        Raises MeetingError as `step`.
+        Raises MeetingError as `step`, and where `step` was not called at the end of a round.
         """
-        self.steps += 1
-        if self.options.counts_tokens:
-            for row, layer in zip(self.tokens, self.moe_layers, strict=True):
-                if layer.stats is not None:
-                    row += layer.stats.load.to("cpu", torch.float64)
-        if not self.options.staggered:
-            return
+        self.watch.asked()
+
+    def meet_parts(self) -> None:
+        """Takes in and sends off the fragments that are due after a local step."""
         with self.meeting("a fragment's meeting"):
             self._land(self.steps)
             self._meet_where_due(last=False)
+
+    def count_round(self) -> None:
+        """A round is over."""
+        self.round += 1
+        self.watch.round_over()
 
     def _meet_where_due(self, last: bool) -> None:
         """Meetings of this step: the last of a round are `step`'s."""
@@ -416,13 +448,15 @@ class OuterSync:
             if tokens is None or not 0 <= tokens < math.inf:
                 raise ValueError(f"tokens must be >= 0 with site_mean = tokens, got {tokens}")
             self.trained = float(tokens)
+        self.watch.catch_up()
         with self.meeting("the meeting"):
             if self.options.staggered:
                 assert self.options.local_steps is not None
-                if self.steps % self.options.local_steps:
+                steps, since = self.options.local_steps, self.watch.since
+                if since != steps:
                     raise MeetingError(
-                        f"step is due every local_steps = {self.options.local_steps} steps, "
-                        f"after_step was called {self.steps} times"
+                        f"step is due every local_steps = {steps} steps, after_step was called (or "
+                        f"a step seen) {since} times since the last"
                     )
                 self._meet_where_due(last=True)
             elif self.options.staged:
@@ -436,7 +470,7 @@ class OuterSync:
                 if self.copies is not None and stale.is_due(self.round + 1, self.copies.period):
                     self._refresh(self.copies)
             due = wire.moments_due(self.round + 1, self.options.moment_periods)
-            self.round += 1
+            self.count_round()
         return self.report(sum(due) if self.rule.name == "local-adamw" else 0)
 
     def _settled(self, due: Sequence[bool]) -> RoundReport:
@@ -503,8 +537,15 @@ class OuterSync:
         self.take_in()
         return self.report(0)
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a fragment is under way, or due: `finish` must be called."""
+        waiting = self.options.staggered and self.watch.waiting
+        return bool(self._flights or self._checks or waiting)
+
     def take_in(self) -> None:
         """Takes in all fragments that are under way; a collective."""
+        self.watch.catch_up()
         with self.meeting("the last meeting"):
             self._land(None)
             self._look_at_checks()
@@ -620,8 +661,9 @@ class OuterSync:
         """
         from fomoe_ext.outer.state import state_dict
 
-        if self._flights or self._checks:
+        if self.under_way:
             raise RuntimeError("call finish before state_dict: a fragment is under way")
+        self.watch.catch_up()
         return state_dict(self)
 
     @torch.no_grad()

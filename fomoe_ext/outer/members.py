@@ -1,0 +1,108 @@
+"""What of a model takes part in meetings, and that it is still the same when the sites meet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fomoe_ext.mesh import is_sharded
+from fomoe_ext.outer.layout import find_moe_layers
+
+if TYPE_CHECKING:
+    from fomoe_ext.outer.sync import OuterSync
+
+
+class _Tensor(NamedTuple):
+    """A parameter, or a selection bias, as it was when the pieces were laid out."""
+
+    tensor: Tensor
+    trained: bool
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Members:
+    """A model's parameters by name, tied ones by all of theirs, and its layers."""
+
+    def __init__(self, sync: OuterSync) -> None:
+        self._tensors = {
+            name: _Tensor(t, t.requires_grad, t.shape, t.dtype, t.device)
+            for name, t in _tensors(sync.model)
+        }
+        self._layers = {path: _options(layer) for path, layer in find_moe_layers(sync.model)}
+
+    def change(self, sync: OuterSync) -> str:
+        """What is no longer as it was laid out, by name; else an empty string."""
+        now = dict(_tensors(sync.model))
+        for name, before in self._tensors.items():
+            problem = _change(before, now.get(name))
+            if problem:
+                return f"{name} {problem} since OuterSync was made: make a new one then"
+        for name, tensor in now.items():
+            if name not in self._tensors and tensor.requires_grad:
+                return f"{name} is new since OuterSync was made: make a new one then"
+        return self._change_of_layers(sync)
+
+    def _change_of_layers(self, sync: OuterSync) -> str:
+        layers = dict(find_moe_layers(sync.model))
+        if list(layers) != list(self._layers) or [*map(id, layers.values())] != [
+            *map(id, sync.moe_layers)
+        ]:
+            return "other MoE layers are there since OuterSync was made: make a new one then"
+        for path, layer in layers.items():
+            before, after = self._layers[path], _options(layer)
+            if before["experts"] != after["experts"]:
+                return f"{path} holds other experts than placed; let reshuffle move them"
+            for what in before:
+                if before[what] != after[what]:
+                    return (
+                        f"{path}.{what} was {before[what]!r} and is {after[what]!r}: make a new "
+                        "OuterSync then"
+                    )
+        return ""
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and the buffers that are averaged as well."""
+    yield from model.named_parameters(remove_duplicate=False)
+    for path, layer in find_moe_layers(model):
+        if layer.balance == "bias":
+            yield f"{path}.router.selection_bias".lstrip("."), layer.router.selection_bias
+
+
+def _options(layer: Any) -> dict[str, Any]:
+    stale = () if layer.stale is None else layer.stale.resident_experts
+    return {
+        "experts": layer.site_experts,
+        "router_scope": layer.router_scope,
+        "balance": layer.balance,
+        "stale": stale,
+    }
+
+
+def _change(before: _Tensor, now: Tensor | None) -> str:
+    """What has become of a tensor; of what was and is frozen that is of no matter."""
+    if now is None:
+        return "is gone" if before.trained else ""
+    if now.requires_grad and not before.trained:
+        return "is trained, and was not"
+    if before.trained and not now.requires_grad:
+        return "is frozen, and was not"
+    if isinstance(before.tensor, nn.Parameter) and not before.trained:
+        return ""
+    if is_sharded(before.tensor):
+        return ""  # FSDP puts the whole one in its place for a while
+    if now is not before.tensor:
+        return "is another tensor"
+    for what, old, new in (
+        ("shape", list(before.shape), list(now.shape)),
+        ("dtype", before.dtype, now.dtype),
+        ("device", before.device, now.device),
+    ):
+        if old != new:
+            return f"has {what} {new}, not {old},"
+    return "" if now.is_contiguous() else "is not contiguous"

@@ -1,0 +1,88 @@
+"""Tokens routed to each expert in all forward passes that lead to an optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from fomoe_ext.moe import MoELayer
+
+
+class _Count:
+    """A forward hook of one layer. Passes in training mode with gradients count, each once.
+
+    `seen`: of such passes, int64 [E]; `trained`: of those that a backward pass has gone through.
+    It refers to no meeting, so that a model that has it can be copied and stored.
+    """
+
+    def __init__(self, layer: MoELayer) -> None:
+        self.seen = torch.zeros_like(layer.load_since_update)
+        self.trained = torch.zeros_like(self.seen)
+
+    def __call__(self, layer: MoELayer, inputs: Any, output: Any) -> None:
+        if not (layer.training and torch.is_grad_enabled()) or layer.stats is None:
+            return
+        load = layer.stats.load
+        if torch.compiler.is_compiling():
+            self.seen.add_(load)
+            return
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return
+        if self.seen.device != load.device:
+            self.seen, self.trained = self.seen.to(load.device), self.trained.to(load.device)
+        # In a backward pass an activation checkpoint computes a layer again. The result of the
+        # reentrant form gets a gradient, and its first pass had none; that of the other has had
+        # its own already, and gets none.
+        if torch._C._current_graph_task_id() == -1:
+            self.seen.add_(load)
+        y: Tensor = output[0] if isinstance(output, tuple) else output
+        if y.requires_grad:
+            y.register_hook(_Once(self, load))
+
+
+class _Once:
+    """Counts a pass as trained when its output gets a gradient, be it several times."""
+
+    def __init__(self, count: _Count, load: Tensor) -> None:
+        self._count, self._load = count, load
+        self._done = False
+
+    def __call__(self, gradient: Tensor) -> None:
+        if not self._done:
+            self._done = True
+            self._count.trained.add_(self._load)
+
+
+class RoutedTokens:
+    """Counts in the layers of a model, since the last `take`."""
+
+    def __init__(self, layers: Sequence[MoELayer]) -> None:
+        self._counts = [_Count(layer) for layer in layers]
+        self.handles: list[RemovableHandle] = [
+            layer.register_forward_hook(count)
+            for layer, count in zip(layers, self._counts, strict=True)
+        ]
+        """Of the hooks."""
+
+    @torch.no_grad()
+    def take(self) -> Tensor | None:
+        """The slots that chose each expert, fp64 [L, E] on the CPU; counting begins anew. None
+        without layers.
+
+        Of the passes that a backward pass has gone through. Where none has (a graph that is
+        replayed, gradients made by hand), of all passes in training mode with gradients.
+        """
+        if not self._counts:
+            return None
+        both = torch.stack([torch.stack([c.seen, c.trained]).cpu() for c in self._counts])
+        for count in self._counts:
+            count.seen.zero_()
+            count.trained.zero_()
+        seen, trained = both.double().unbind(1)
+        return trained if bool(trained.any()) else seen
