@@ -257,9 +257,9 @@ def save_merged(
     generation_config.json; save the tokenizer beside it. The folder is written under a temporary
     name. The model may be in wrappers, of torch.compile or data parallelism.
 
-    Raises ValueError on all sites for a model that is not converted, is of another placement, or has
-    been trained since the sites last met in an OuterSync, and for what the format has no place for:
-    a selection bias where only DeepSeek-V3 has one, tensors of other names or shapes than the
+    Raises ValueError on all sites for a model that is not converted, is of another placement, or
+    has been trained since the sites last met in an OuterSync, and for what the format has no place
+    for: a selection bias where only DeepSeek-V3 has one, tensors of other names or shapes than the
     configuration stands for. FileExistsError where the folder is there and not empty, RuntimeError
     at the other sites where site 0 could not write.
     """
