@@ -241,6 +241,15 @@ def test_conversions_of_wrapped_models():
     assert len(hf.layers(compiled)) == 3
     hf.restore(compiled)
     assert torch.equal(compiled._orig_mod(text()).logits, wanted)
+    # A compiled block is replaced as a whole: its wrapper would go on calling the block.
+    model = make_model("gpt_oss")
+    expected, layers = model(text()).logits, model.model.layers
+    layers[0].mlp = torch.compile(layers[0].mlp, backend="eager")
+    hf.convert(model)
+    assert relative_error(model(text()).logits, expected) <= 1e-5
+    layers[1].mlp = torch.compile(layers[1].mlp, backend="eager")
+    assert relative_error(model(text()).logits, expected) <= 1e-5
+    assert torch.equal(hf.restore(model)(text()).logits, expected)
     for way in (hf.convert, hf.restore):
         with pytest.raises(ValueError, match="needs the model itself, got a DataParallel around a"):
             way(nn.DataParallel(hf.restore(hf.convert(make_model("olmoe")))))
@@ -308,6 +317,16 @@ def test_a_configuration_says_what_dtype_weights_have(tmp_path):
     model = hf.convert(make_model("olmoe", dtype=torch.bfloat16)).float()
     hf.save_merged(model, ALL, 0, tmp_path / "out")
     assert loaded(tmp_path / "out").dtype == torch.float32
+
+
+def test_how_to_generate_is_kept_though_it_contradicts_itself(tmp_path):
+    make_model("olmoe").save_pretrained(tmp_path / "in")
+    said = {"do_sample": False, "temperature": 0.5, "eos_token_id": [2, 7]}
+    (tmp_path / "in/generation_config.json").write_text(json.dumps(said))
+    found = hf.from_pretrained_resident(tmp_path / "in", ALL, 0).model
+    hf.save_merged(found, ALL, 0, tmp_path / "out")
+    written = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert said.items() <= ({"do_sample": False} | written).items()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

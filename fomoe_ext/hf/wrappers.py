@@ -22,6 +22,16 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _INSIDE)
 
 
+def without_compiled(path: str) -> str:
+    """Where torch.compile's wrapper is, given where the module in it is.
+
+    The wrapper keeps calling what it was made of: who replaces that replaces the wrapper.
+    """
+    while path.endswith("._orig_mod"):
+        path = path.removesuffix("._orig_mod")
+    return path
+
+
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module that torch.compile's wrapper stands for; others are returned as they are."""
     while "_orig_mod" in model._modules:
