@@ -183,6 +183,16 @@ def test_a_sites_part_is_not_taken_for_a_model(tmp_path):
     assert torch.equal(again(text()).logits, model(text()).logits)
 
 
+def test_more_than_the_configuration_says_is_kept_all_the_same(tmp_path):
+    model = hf.convert(make_model("olmoe"))
+    model.extra = nn.Linear(2, 2)
+    with pytest.warns(UserWarning, match="does not read: .*extra.weight nobody would read"):
+        model.save_pretrained(tmp_path / "more")
+    assert load_file(tmp_path / "more/model.safetensors").keys() == model.state_dict().keys()
+    with pytest.raises(ValueError, match="fomoe_converted_olmoe"):
+        loaded(tmp_path / "more")
+
+
 @pytest.mark.parametrize("resident", [None, [1, 2]])
 def test_a_trainers_checkpoint_has_the_names_that_it_reads_again(tmp_path, resident):
     """Mixtral's files call blocks by another name, by which a Trainer would not find them."""
@@ -290,6 +300,18 @@ def test_tensors_of_other_names_are_refused(tmp_path):
             with pytest.raises(ValueError, match=message):
                 way()
     assert not (tmp_path / "out").exists()
+
+
+def test_adapters_are_merged_first(tmp_path):
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(hf.convert(make_model("olmoe")), options).eval()
+    for _, way in all_ways(model, tmp_path / "out", "olmoe")[:2]:
+        with pytest.raises(ValueError, match="must be one of transformers, got a PeftModel"):
+            way()
+    wanted = model(text()).logits
+    hf.save_merged(model.merge_and_unload(), ALL, 0, tmp_path / "out")
+    assert relative_error(loaded(tmp_path / "out")(text()).logits, wanted) <= 1e-5
 
 
 # ---- what stands beside the weights --------------------------------------------------------------

@@ -487,7 +487,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, **options: Any) -> Non
     inside: Any = unwrapped(model)
     whole = _require_whole(inside, "save_pretrained")
     tensors = {plain_name(name): value for name, value in inside.state_dict().items()}
-    if wanted := skeleton(inside):
+    if wanted := skeleton(inside, "save_pretrained"):
         require_names(tensors, wanted, [plain_name(path) for path, _ in whole], "save_pretrained")
     given_back: list[tuple[str, ConvertedMoE]] = []
     try:

@@ -298,7 +298,7 @@ def _why_not(model: Any, placement: Placement, site: int) -> str:
         if reason := why_no_place(path, layer, model.config):
             return reason
     try:
-        if wanted_names := skeleton(model):
+        if wanted_names := skeleton(model, "save_merged"):
             require_names(_plain_tensors(model), wanted_names, _paths(model), "save_merged")
     except ValueError as error:
         return str(error)

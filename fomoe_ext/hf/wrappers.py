@@ -72,19 +72,23 @@ class Skeleton(NamedTuple):
     tied: Mapping[str, str]
 
 
-def skeleton(model: Any) -> Skeleton | None:
+def skeleton(model: Any, what: str) -> Skeleton | None:
     """What transformers makes of the model's class and configuration, without memory.
 
-    None for a model that is none of transformers', or that its configuration alone does not make.
+    None for a class that wants more than a configuration. ValueError for a model that is none of
+    transformers', whose names nobody can know.
     """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        return None
+        raise ValueError(
+            f"{what}: model must be one of transformers, got a {type(model).__name__}: merge "
+            "adapters (merge_and_unload) and give what is inside"
+        )
     try:
         with torch.device("meta"):
             plain = type(model)(copy.deepcopy(model.config))
-    except (TypeError, AttributeError):  # a class that wants more than a configuration
+    except (TypeError, AttributeError):
         return None
     tensors = plain.state_dict()
     return Skeleton(
