@@ -156,9 +156,12 @@ def validation_text(
     dtype = token_dtype(coder.vocab_size)
     pieces, num_bytes = [np.zeros(0, dtype)], 0
     for unit in found.units:
-        for _, chunks in read_texts(unit, text_field):
+        for name, chunks in read_texts(unit, text_field):
             for chunk in chunks:
-                pieces.append(coder.encode(chunk).astype(dtype))
+                try:
+                    pieces.append(coder.encode(chunk).astype(dtype))
+                except ValueError as error:
+                    raise ValueError(f"{unit.path} ({name}): {error}") from None
                 num_bytes += len(chunk.encode())
             pieces.append(coder.separator.astype(dtype))
     tokens = np.concatenate(pieces)

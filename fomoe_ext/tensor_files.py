@@ -121,7 +121,10 @@ class TensorFiles:
         if name not in self._files:
             raise ValueError(f"{self.folder} has no tensor {name}")
         file = self._file(self._files[name])
-        tensor = file.get_tensor(name) if row is None else file.get_slice(name)[row]
+        try:
+            tensor = file.get_tensor(name) if row is None else file.get_slice(name)[row]
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.folder}: cannot read {name} ({error})") from None
         if name in self._digests:
             self._check(name, row, tensor)
         self.bytes_read += tensor.nbytes

@@ -189,10 +189,11 @@ def write_twice(site: int, num_sites: int, folder: str) -> list[str]:
     placement = placement_of("olmoe")
     model = hf.convert(make_model("olmoe"), placement=placement, site=site)
     errors = []
-    for target, where in ((placement, "full"), (Placement.cyclic(2, EXPERTS, 3, 1), "new")):
+    other = Placement.cyclic(2, EXPERTS, 3, 1)
+    for target, where in ((placement, "full"), (other, "new"), (placement, "full/precious/in")):
         try:
             hf.save_merged(model, target, site, f"{folder}/{where}")
-        except (ValueError, FileExistsError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
             errors.append(f"{type(error).__name__} {error}")
     return errors
 
@@ -200,7 +201,10 @@ def write_twice(site: int, num_sites: int, folder: str) -> list[str]:
 def test_what_cannot_be_written_is_said_at_all_sites(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("kept")
-    for full, other in pool().run(SITES, write_twice, str(tmp_path)):
+    for site, said in enumerate(pool().run(SITES, write_twice, str(tmp_path))):
+        full, other, below_a_file = said
+        told = "RuntimeError site 0 could not write" if site else "NotADirectoryError"
+        assert below_a_file.startswith(told) and "Not a directory" in below_a_file
         assert full.startswith("FileExistsError") and "must be new or empty" in full
         assert "must hold the placement's experts of site" in other
     assert [p.name for p in tmp_path.iterdir()] == ["full"]

@@ -183,6 +183,16 @@ def test_a_sites_part_is_not_taken_for_a_model(tmp_path):
     assert torch.equal(again(text()).logits, model(text()).logits)
 
 
+def test_more_than_the_configuration_says_is_kept_all_the_same(tmp_path):
+    model = hf.convert(make_model("olmoe"))
+    model.extra = nn.Linear(2, 2)
+    with pytest.warns(UserWarning, match="does not read: .*extra.weight nobody would read"):
+        model.save_pretrained(tmp_path / "more")
+    assert load_file(tmp_path / "more/model.safetensors").keys() == model.state_dict().keys()
+    with pytest.raises(ValueError, match="fomoe_converted_olmoe"):
+        loaded(tmp_path / "more")
+
+
 @pytest.mark.parametrize("resident", [None, [1, 2]])
 def test_a_trainers_checkpoint_has_the_names_that_it_reads_again(tmp_path, resident):
     """Mixtral's files call blocks by another name, by which a Trainer would not find them."""
@@ -241,6 +251,15 @@ def test_conversions_of_wrapped_models():
     assert len(hf.layers(compiled)) == 3
     hf.restore(compiled)
     assert torch.equal(compiled._orig_mod(text()).logits, wanted)
+    # A compiled block is replaced as a whole: its wrapper would go on calling the block.
+    model = make_model("gpt_oss")
+    expected, layers = model(text()).logits, model.model.layers
+    layers[0].mlp = torch.compile(layers[0].mlp, backend="eager")
+    hf.convert(model)
+    assert relative_error(model(text()).logits, expected) <= 1e-5
+    layers[1].mlp = torch.compile(layers[1].mlp, backend="eager")
+    assert relative_error(model(text()).logits, expected) <= 1e-5
+    assert torch.equal(hf.restore(model)(text()).logits, expected)
     for way in (hf.convert, hf.restore):
         with pytest.raises(ValueError, match="needs the model itself, got a DataParallel around a"):
             way(nn.DataParallel(hf.restore(hf.convert(make_model("olmoe")))))
@@ -283,6 +302,18 @@ def test_tensors_of_other_names_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_adapters_are_merged_first(tmp_path):
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(hf.convert(make_model("olmoe")), options).eval()
+    for _, way in all_ways(model, tmp_path / "out", "olmoe")[:2]:
+        with pytest.raises(ValueError, match="must be one of transformers, got a PeftModel"):
+            way()
+    wanted = model(text()).logits
+    hf.save_merged(model.merge_and_unload(), ALL, 0, tmp_path / "out")
+    assert relative_error(loaded(tmp_path / "out")(text()).logits, wanted) <= 1e-5
+
+
 # ---- what stands beside the weights --------------------------------------------------------------
 
 
@@ -308,6 +339,16 @@ def test_a_configuration_says_what_dtype_weights_have(tmp_path):
     model = hf.convert(make_model("olmoe", dtype=torch.bfloat16)).float()
     hf.save_merged(model, ALL, 0, tmp_path / "out")
     assert loaded(tmp_path / "out").dtype == torch.float32
+
+
+def test_how_to_generate_is_kept_though_it_contradicts_itself(tmp_path):
+    make_model("olmoe").save_pretrained(tmp_path / "in")
+    said = {"do_sample": False, "temperature": 0.5, "eos_token_id": [2, 7]}
+    (tmp_path / "in/generation_config.json").write_text(json.dumps(said))
+    found = hf.from_pretrained_resident(tmp_path / "in", ALL, 0).model
+    hf.save_merged(found, ALL, 0, tmp_path / "out")
+    written = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert said.items() <= ({"do_sample": False} | written).items()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -92,9 +92,15 @@ class SaveConverted:
         given = options.get("state_dict") is not None
         reason = self.why_not(self.model)
         elsewhere = dist.is_initialized() and dist.get_rank() != 0
-        if not (reason or of_trainer or given or args or elsewhere):
-            self.save(self.model, folder, **options)
+        if getattr(self.model, "_hf_peft_config_loaded", False):  # writes adapters alone
+            type(self.model).save_pretrained(self.model, save_directory, *args, **options)
             return
+        if not (reason or of_trainer or given or args or elsewhere):
+            try:
+                self.save(self.model, folder, **options)
+                return
+            except ValueError as error:  # other names, for example: nothing is written yet
+                reason = str(error)
         # Else it renames what it takes for blocks, and a Trainer would not find them again.
         options["save_original_format"] = False
         type(self.model).save_pretrained(self.model, save_directory, *args, **options)

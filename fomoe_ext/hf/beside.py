@@ -48,8 +48,13 @@ def write_configs(model: Any, folder: Path, untied: bool) -> None:
     if type(model).__module__.startswith("transformers.") and hasattr(config, "auto_map"):
         del config.auto_map  # names files that are not there, of code that is transformers' own
     config.save_pretrained(folder)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)
+    generation = getattr(model, "generation_config", None)
+    if generation is None:
+        return
+    try:
+        generation.save_pretrained(folder)
+    except ValueError:  # published ones may contradict themselves, and are kept as they are
+        generation.to_json_file(folder / "generation_config.json")
 
 
 def keep_in_fp32(model: Any, dtype: torch.dtype) -> None:

@@ -22,6 +22,7 @@ from fomoe_ext.hf.wrappers import (
     skeleton,
     uncompiled,
     unwrapped,
+    without_compiled,
 )
 from fomoe_ext.moe import MoELayer
 from fomoe_ext.placement import Placement
@@ -208,7 +209,12 @@ def _find(
         ids = resident
         if placement is not None:
             ids = placement.resident(min(number, placement.num_layers - 1), site)
-        parent, _, name = path.rpartition(".")
+        if config is None:
+            raise ValueError(
+                f"model must be one of transformers, with a config, got {type(model).__name__}"
+            )
+        # What torch.compile has made of a block goes with the block.
+        parent, _, name = without_compiled(path).rpartition(".")
         try:
             layer = _make_layer(family, block, config, ids, number, options)
         except (ValueError, TypeError) as error:
@@ -462,7 +468,7 @@ def restore(model: nn.Module) -> nn.Module:
     """
     inside = require_unwrapped(model, "restore")
     for path, layer in _require_whole(inside, "restore"):
-        _put(inside, path, share_with_block(layer))
+        _put(inside, without_compiled(path), share_with_block(layer))
     detach(inside)
     return model
 
@@ -481,7 +487,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, **options: Any) -> Non
     inside: Any = unwrapped(model)
     whole = _require_whole(inside, "save_pretrained")
     tensors = {plain_name(name): value for name, value in inside.state_dict().items()}
-    if wanted := skeleton(inside):
+    if wanted := skeleton(inside, "save_pretrained"):
         require_names(tensors, wanted, [plain_name(path) for path, _ in whole], "save_pretrained")
     given_back: list[tuple[str, ConvertedMoE]] = []
     try:

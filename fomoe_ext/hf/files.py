@@ -302,7 +302,7 @@ def _why_not(model: Any, placement: Placement, site: int) -> str:
     if problem := unmet(model):
         return f"model is not that of all sites: {problem}"
     try:
-        if wanted_names := skeleton(model):
+        if wanted_names := skeleton(model, "save_merged"):
             require_names(_plain_tensors(model), wanted_names, _paths(model), "save_merged")
     except ValueError as error:
         return str(error)

@@ -22,6 +22,16 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _INSIDE)
 
 
+def without_compiled(path: str) -> str:
+    """Where torch.compile's wrapper is, given where the module in it is.
+
+    The wrapper keeps calling what it was made of: who replaces that replaces the wrapper.
+    """
+    while path.endswith("._orig_mod"):
+        path = path.removesuffix("._orig_mod")
+    return path
+
+
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module that torch.compile's wrapper stands for; others are returned as they are."""
     while "_orig_mod" in model._modules:
@@ -62,19 +72,23 @@ class Skeleton(NamedTuple):
     tied: Mapping[str, str]
 
 
-def skeleton(model: Any) -> Skeleton | None:
+def skeleton(model: Any, what: str) -> Skeleton | None:
     """What transformers makes of the model's class and configuration, without memory.
 
-    None for a model that is none of transformers', or that its configuration alone does not make.
+    None for a class that wants more than a configuration. ValueError for a model that is none of
+    transformers', whose names nobody can know.
     """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        return None
+        raise ValueError(
+            f"{what}: model must be one of transformers, got a {type(model).__name__}: merge "
+            "adapters (merge_and_unload) and give what is inside"
+        )
     try:
         with torch.device("meta"):
             plain = type(model)(copy.deepcopy(model.config))
-    except (TypeError, AttributeError):  # a class that wants more than a configuration
+    except (TypeError, AttributeError):
         return None
     tensors = plain.state_dict()
     return Skeleton(
