@@ -467,10 +467,12 @@ class MoELayer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoELayer:
         counts = self.load_since_update
         super()._apply(fn, recurse)
-        if counts.is_meta and not self.load_since_update.is_meta:
-            self.load_since_update.zero_()
-        elif not counts.is_meta and self.load_since_update is not counts:
-            self.load_since_update.copy_(counts)  # also where only memory was asked for
+        # As they were, also where they were cast, or only memory was asked for.
+        device = self.load_since_update.device
+        known = not counts.is_meta or device.type == "meta"
+        self.load_since_update = (
+            counts.to(device) if known else torch.zeros_like(counts, device=device)
+        )
         return self
 
     def reset_parameters(self) -> None:

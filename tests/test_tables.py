@@ -175,6 +175,15 @@ def test_tables_made_in_inference_mode_serve_training(kind: str, balance: str) -
     check_alike(layer, wanted)
 
 
+@every_kind
+def test_a_cast_of_all_tensors_leaves_numbers_alone(kind: str) -> None:
+    """`Module.type` casts integers, too."""
+    layer, wanted = make(**KINDS[kind]), make(**KINDS[kind])
+    for each in (layer, wanted):
+        each(tokens(300, 24))
+    check_alike(layer.type(torch.bfloat16).type(torch.float32), wanted.bfloat16().float())
+
+
 @pytest.mark.parametrize(
     "way", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["copy", "pickle"]
 )
