@@ -216,8 +216,7 @@ class Dispatch(Residents):
         """The exchange of the rows; y [T, D] and the number computed here. As `forward`."""
         counts = exchange.wait()[:, : len(self.own_experts)]
         received = _ToExperts.apply(x, exchange)
-        # By place among this rank's experts, from tables that are the same on all ranks: DDP may
-        # have made the buffers of `experts` those of its first rank.
+        # By place among this rank's experts, from tables that are the same on all ranks.
         own = torch.arange(counts.shape[1], dtype=torch.int32, device=x.device)
         rows = own.repeat(self.axis.size)
         rows = rows.repeat_interleave(counts.reshape(-1), output_size=received.shape[0])

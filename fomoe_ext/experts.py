@@ -122,6 +122,8 @@ class Residents(nn.Module):
     @torch.no_grad()
     def write_resident_tables(self) -> None:
         """Writes what `resident_experts` says now into the tables, in place."""
+        if self._tables.index.is_meta:
+            return
         for table, values in zip(self._tables, self._make_tables("cpu"), strict=True):
             table.copy_(values)
 

@@ -452,23 +452,27 @@ class MoELayer(nn.Module):
     def _settle(self, device: torch.device) -> None:
         """What no state dict holds is on this device, made anew where it has no memory."""
         self._site.tables_to(device)
-        if self.load_since_update.device != device:
-            counts = self.load_since_update
-            self.load_since_update = (
-                torch.zeros_like(counts, device=device) if counts.is_meta else counts.to(device)
-            )
-        if self.stale is not None:
-            self.stale.tables_to(device)
-            if self.stale.part("expand_weight").is_meta and device.type != "meta":
-                self.stale.to_empty(device=device)  # which fills them
+        counts, stale = self.load_since_update, self.stale
+        if counts.device != device:
+            with torch.inference_mode(False):  # they outlive this pass
+                self.load_since_update = (
+                    torch.zeros_like(counts, device=device) if counts.is_meta else counts.to(device)
+                )
+        if stale is not None:
+            stale.tables_to(device)
+            if stale.part("expand_weight").is_meta and device.type != "meta":
+                with torch.inference_mode(False):
+                    stale.to_empty(device=device)  # which fills them
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoELayer:
         counts = self.load_since_update
         super()._apply(fn, recurse)
-        if counts.is_meta and not self.load_since_update.is_meta:
-            self.load_since_update.zero_()
-        elif not counts.is_meta and self.load_since_update is not counts:
-            self.load_since_update.copy_(counts)  # also where only memory was asked for
+        # As they were, also where they were cast, or only memory was asked for.
+        device = self.load_since_update.device
+        known = not counts.is_meta or device.type == "meta"
+        self.load_since_update = (
+            counts.to(device) if known else torch.zeros_like(counts, device=device)
+        )
         return self
 
     def reset_parameters(self) -> None:
@@ -486,7 +490,8 @@ class MoELayer(nn.Module):
         self, resident_experts: Sequence[int], weights: Mapping[int, ExpertWeights] | None = None
     ) -> tuple[int, ...]:
         """`Experts.set_resident_experts`; in scope "resident" the router chooses among these.
-        RuntimeError for a layer that is sharded over a mesh or has stale experts.
+        A copy that averages this layer must be made anew after it: rows there are of the experts
+        before. RuntimeError for a layer that is sharded over a mesh or has stale experts.
         """
         if self.dispatch is not None:
             raise RuntimeError("set_resident_experts: not possible in a layer sharded over a mesh")

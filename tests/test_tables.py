@@ -162,14 +162,26 @@ def test_a_rotary_table_is_as_exact_after_a_cast() -> None:
     assert torch.equal(model.rope, before)
 
 
-def test_tables_made_in_inference_mode_serve_training() -> None:
+@pytest.mark.parametrize("balance", ["switch", "bias"])
+@every_kind
+def test_tables_made_in_inference_mode_serve_training(kind: str, balance: str) -> None:
     with torch.device("meta"):
-        layer = make(**KINDS["resident"] | {"balance": "switch"})
-    wanted = make(**KINDS["resident"] | {"balance": "switch"})
+        layer = make(**KINDS[kind] | {"balance": balance})
+    wanted = make(**KINDS[kind] | {"balance": balance})
     layer.load_state_dict(copy.deepcopy(wanted.state_dict()), assign=True)
     with torch.inference_mode():
-        layer(tokens(5, 24))
+        layer.eval()(tokens(5, 24))
+    layer.train()
     check_alike(layer, wanted)
+
+
+@every_kind
+def test_a_cast_of_all_tensors_leaves_numbers_alone(kind: str) -> None:
+    """`Module.type` casts integers, too."""
+    layer, wanted = make(**KINDS[kind]), make(**KINDS[kind])
+    for each in (layer, wanted):
+        each(tokens(300, 24))
+    check_alike(layer.type(torch.bfloat16).type(torch.float32), wanted.bfloat16().float())
 
 
 @pytest.mark.parametrize(
