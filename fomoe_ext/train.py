@@ -52,7 +52,7 @@ from fomoe_ext.runs import (
     check_folder,
     claim,
     flag_value,
-    join,
+    join_folder,
     load_run_config,
     run_of,
     settled_job,
@@ -341,10 +341,7 @@ class _Job:
         report = site.report(validation)
         if self.log is not None:
             self.log.flush()
-            try:
-                write_report(site.run_dir, report)
-            except OSError as error:
-                self.unwritten.note(error.filename or site.run_dir / "report.json", error)
+            write_report(site.run_dir, report, self.unwritten)
         # Who leaves before all have what they need would be missed by the others.
         lost = _gather(self.unwritten.entries(), site.world, "the end")
         if self.company is not None:
@@ -353,7 +350,8 @@ class _Job:
             self.log.event("end", step=site.step, wall_s=report["run"]["wall_s"])
             self.log.say("")
             print_report(report, self.log.console)
-            self.log.say(f"report in {site.run_dir / 'report.md'}")
+            if not self.unwritten.has(site.run_dir / "report.md"):
+                self.log.say(f"report in {site.run_dir / 'report.md'}")
         self._tell_lost(lost)
 
     def _tell_lost(self, lost: list[list[str]]) -> None:
@@ -442,7 +440,7 @@ def _hold_folder(job: Job, world: World) -> tuple[TrainConfig, Held]:
                 config, held, _ = claim(job)
             else:
                 assert config.run.run_dir is not None
-                held = join(config.run.run_dir, name)
+                held = join_folder(config.run.run_dir, name)
                 check_folder(config)
         except (ValueError, OSError) as error:
             problem = error
@@ -452,7 +450,7 @@ def _hold_folder(job: Job, world: World) -> tuple[TrainConfig, Held]:
     run_dir = Path(named)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, run_dir=run_dir))
     try:
-        held = held or join(run_dir, name)
+        held = held or join_folder(run_dir, name)
         if world.leads_machine:
             clear_leftovers(run_dir / CHECKPOINTS)
     except (ValueError, OSError) as error:
@@ -577,7 +575,14 @@ def _make_log(site: TrainingSite, resumed: Path | None, unwritten: Unwritten) ->
     return log
 
 
-def run_tolerant_site(job: Job, world: World, stop: StopRequest, unwritten: Unwritten) -> int:
+def run_tolerant_site(
+    config: TrainConfig,
+    world: World,
+    stop: StopRequest,
+    *,
+    unnamed: bool = False,
+    unwritten: Unwritten | None = None,
+) -> int:
     """`run_site` of a job that outlives its sites (`fomoe_ext.fault`).
 
     Raises what `run_site` does, PeerLost when too few sites are left.
@@ -585,7 +590,7 @@ def run_tolerant_site(job: Job, world: World, stop: StopRequest, unwritten: Unwr
     from fomoe_ext.fault.membership import Finished, TooFew, join
     from fomoe_ext.fault.reform import new_default_group
 
-    config = job.config
+    unwritten, job = unwritten or Unwritten(), Job(config, unnamed)
     use_threads(config.sites.threads, world)
     device = choose_device(config.run.device, world)
     end_with_launcher()
@@ -599,7 +604,7 @@ def run_tolerant_site(job: Job, world: World, stop: StopRequest, unwritten: Unwr
             if late:
                 world = dataclasses.replace(world, site=0, num_sites=1, members=(world.site,))
                 assert config.run.run_dir is not None
-                held = join(config.run.run_dir, _job_name(config))
+                held = join_folder(config.run.run_dir, _job_name(config))
                 data, resumed, notes = _open_data(config, World()), None, []
             else:
                 world = world.of_members(view.members)
@@ -670,13 +675,21 @@ def _keep_config(site: TrainingSite) -> None:
         shutil.copyfile(site.run_dir / CONFIG, temporary)
 
 
-def run_site(job: Job, world: World, stop: StopRequest, unwritten: Unwritten) -> int:
+def run_site(
+    config: TrainConfig,
+    world: World,
+    stop: StopRequest,
+    *,
+    unnamed: bool = False,
+    unwritten: Unwritten | None = None,
+) -> int:
     """Runs one site of a job to its end; all sites of the job must. Returns the exit code.
 
-    `job` is as `runs.settled_job` makes it. Raises ValueError, TypeError, FileNotFoundError and
+    `config` and `unnamed` are as `runs.settled_job` makes them, `unwritten` has what could not be
+    written. Raises ValueError, TypeError, FileNotFoundError and
     CheckpointError for what the user can mend, MeetingError and PeerLost when the sites fall apart.
     """
-    config = job.config
+    unwritten, job = unwritten or Unwritten(), Job(config, unnamed)
     use_threads(config.sites.threads, world)
     device = choose_device(config.run.device, world)
     with joined(world, config.outer.timeout_s, device.type):
@@ -708,8 +721,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(args: Sequence[str], unwritten: Unwritten) -> int:
     where, code = "fomoe train", 1
     try:
-        job = settled_job(args, "python -m fomoe_ext.train")
-        config = job.config
+        config, unnamed = settled_job(args, "python -m fomoe_ext.train")
         world = find_world(config.sites.sites, ranks_per_site=config.sites.ranks_per_site)
         if world.process == 0 and HELD not in os.environ:
             lines = without_effect(config, args, flag_value(args, "--config"))
@@ -721,10 +733,12 @@ def _main(args: Sequence[str], unwritten: Unwritten) -> int:
         if world.ranks > 1:
             where += f", rank {world.rank}"
         if config.fault.tolerant:
-            code = run_tolerant_site(job, world, StopRequest(), unwritten)
+            code = run_tolerant_site(
+                config, world, StopRequest(), unnamed=unnamed, unwritten=unwritten
+            )
             end_now(code)  # groups of sites that are gone would be waited for
             return code
-        return run_site(job, world, StopRequest(), unwritten)
+        return run_site(config, world, StopRequest(), unnamed=unnamed, unwritten=unwritten)
     except (PeerLost, _OtherSiteFailed) as error:
         message, code = error, EXIT_PEER_LOST
     except MeetingError as error:
