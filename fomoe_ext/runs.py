@@ -160,8 +160,8 @@ class Claim(NamedTuple):
 def claim(job: Job) -> Claim:
     """Makes the run folder, or another where it is taken and nobody named it, and holds it.
 
-    For the first process of a job, by its launcher or alone; the others `join_folder`. Raises InUse, which
-    names who has the folder, ValueError where it holds another run, and OSError.
+    For the first process of a job, by its launcher or alone; the others `join_folder`. Raises
+    InUse, which names who has the folder, ValueError where it holds another run, and OSError.
     """
     config = job.config
     first, made = config.run.run_dir, False
