@@ -17,6 +17,7 @@ from rich.table import Table
 from fomoe_ext.fault.story import what
 from fomoe_ext.files import sealed, write_text
 from fomoe_ext.metrics import human_bytes, human_count
+from fomoe_ext.unwritten import Unwritten
 
 _MOST_EXPERTS, _MOST_LAYERS = 64, 8
 """Up to so many experts and layers the load of each expert is shown."""
@@ -364,10 +365,17 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     print_tables(report_tables(report), console)
 
 
-def write_report(run_dir: Path, report: Mapping[str, Any]) -> None:
+def write_report(run_dir: Path, report: Mapping[str, Any], unwritten: Unwritten) -> None:
     """Write report.json, sealed, and report.md into the run folder, each whole or not at all.
 
-    Raises OSError naming the file.
+    `unwritten`: notes what cannot be written.
     """
-    write_text(run_dir / "report.json", json.dumps(sealed(report), indent=1) + "\n")
-    write_text(run_dir / "report.md", markdown(report))
+    texts = {
+        "report.json": json.dumps(sealed(report), indent=1) + "\n",
+        "report.md": markdown(report),
+    }
+    for name, text in texts.items():
+        try:
+            write_text(run_dir / name, text)
+        except OSError as error:
+            unwritten.note(run_dir / name, error)

@@ -160,8 +160,8 @@ class Claim(NamedTuple):
 def claim(job: Job) -> Claim:
     """Makes the run folder, or another where it is taken and nobody named it, and holds it.
 
-    For the first process of a job, by its launcher or alone; the others `join`. Raises InUse, which
-    names who has the folder, ValueError where it holds another run, and OSError.
+    For the first process of a job, by its launcher or alone; the others `join_folder`. Raises
+    InUse, which names who has the folder, ValueError where it holds another run, and OSError.
     """
     config = job.config
     first, made = config.run.run_dir, False
@@ -183,7 +183,7 @@ def claim(job: Job) -> Claim:
     return Claim(config, held, made)
 
 
-def join(folder: Path, job: str | None) -> Held:
+def join_folder(folder: Path, job: str | None) -> Held:
     """Holds a run folder as a process of a job. Raises InUse where another job has it."""
     _make(folder)
     return hold(folder, "run_dir", job)

@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ from fomoe_ext.runs import (
     check_folder,
     claim,
     flag_value,
-    join,
+    join_folder,
     load_run_config,
     run_of,
     settled_job,
@@ -341,10 +342,7 @@ class _Job:
         report = site.report(validation)
         if self.log is not None:
             self.log.flush()
-            try:
-                write_report(site.run_dir, report)
-            except OSError as error:
-                self.unwritten.note(error.filename or site.run_dir / "report.json", error)
+            write_report(site.run_dir, report, self.unwritten)
         # Who leaves before all have what they need would be missed by the others.
         lost = _gather(self.unwritten.entries(), site.world, "the end")
         if self.company is not None:
@@ -353,7 +351,8 @@ class _Job:
             self.log.event("end", step=site.step, wall_s=report["run"]["wall_s"])
             self.log.say("")
             print_report(report, self.log.console)
-            self.log.say(f"report in {site.run_dir / 'report.md'}")
+            if not self.unwritten.has(site.run_dir / "report.md"):
+                self.log.say(f"report in {site.run_dir / 'report.md'}")
         self._tell_lost(lost)
 
     def _tell_lost(self, lost: list[list[str]]) -> None:
@@ -416,11 +415,9 @@ def _agree(problem: Exception | None, world: World, what: str) -> None:
 
 
 class _Start(NamedTuple):
-    """The configuration with site 0's run folder, which is held, the checkpoint to continue, and
-    what to say."""
+    """The configuration with site 0's run folder, the checkpoint to continue, and what to say."""
 
     config: TrainConfig
-    held: Held
     resumed: Path | None
     notes: list[str]
 
@@ -431,8 +428,9 @@ def _job_name(config: TrainConfig) -> str | None:
     return os.environ.get(HELD, shared)
 
 
-def _hold_folder(job: Job, world: World) -> tuple[TrainConfig, Held]:
-    """The run folder of site 0, held by all processes; a collective."""
+def _hold_folder(job: Job, world: World, stack: ExitStack) -> TrainConfig:
+    """The configuration with site 0's run folder, which all processes hold until `stack` ends; a
+    collective."""
     config, name = job.config, _job_name(job.config)
     held: Held | None = None
     problem: Exception | None = None
@@ -442,32 +440,35 @@ def _hold_folder(job: Job, world: World) -> tuple[TrainConfig, Held]:
                 config, held, _ = claim(job)
             else:
                 assert config.run.run_dir is not None
-                held = join(config.run.run_dir, name)
+                held = join_folder(config.run.run_dir, name)
                 check_folder(config)
         except (ValueError, OSError) as error:
             problem = error
+    if held is not None:
+        stack.callback(held.release)
     _agree(problem, world, "the run folder")
     told = None if held is None else [str(config.run.run_dir), held.job]
     named, name = _gather(told, world, "the run folder")[0]
     run_dir = Path(named)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, run_dir=run_dir))
     try:
-        held = held or join(run_dir, name)
+        if held is None:
+            stack.callback(join_folder(run_dir, name).release)
         if world.leads_machine:
             clear_leftovers(run_dir / CHECKPOINTS)
     except (ValueError, OSError) as error:
         problem = error
     _agree(problem, world, "the run folder")
-    assert held is not None
-    return config, held
+    return config
 
 
-def _agree_on_run(job: Job, world: World) -> _Start:
-    """From where the job starts, the same on all sites; a collective."""
-    config, held = _hold_folder(job, world)
+def _agree_on_run(job: Job, world: World, stack: ExitStack) -> _Start:
+    """From where the job starts, the same on all sites; a collective. `stack`: the end of which
+    lets go of the run folder."""
+    config = _hold_folder(job, world, stack)
     run_dir = config.run.run_dir
     if config.run.resume is None:
-        return _Start(config, held, None, [])
+        return _Start(config, None, [])
     automatic = config.run.resume == AUTO
     assert run_dir is not None
     target = run_dir if automatic else Path(config.run.resume)
@@ -475,7 +476,7 @@ def _agree_on_run(job: Job, world: World) -> _Start:
     if not automatic and run_of(target) != target:  # a checkpoint by name
         with with_others("the checkpoint", world.site):
             ckpt.require_whole_everywhere(target, world.processes, share)
-        return _Start(config, held, target, [])
+        return _Start(config, target, [])
     with with_others("the checkpoint", world.site):
         found = ckpt.newest_whole(target / CHECKPOINTS, world.processes, share=share)
     notes = [f"skipped: {reason}" for reason in found.skipped]
@@ -486,7 +487,7 @@ def _agree_on_run(job: Job, world: World) -> _Start:
         )
     if found.path is None:
         notes.append(f"no whole checkpoint in {target / CHECKPOINTS}: from the beginning")
-    return _Start(config, held, found.path, notes)
+    return _Start(config, found.path, notes)
 
 
 def _settle_changes(config: TrainConfig, world: World, resumed: Path | None) -> dict[str, Any]:
@@ -577,7 +578,14 @@ def _make_log(site: TrainingSite, resumed: Path | None, unwritten: Unwritten) ->
     return log
 
 
-def run_tolerant_site(job: Job, world: World, stop: StopRequest, unwritten: Unwritten) -> int:
+def run_tolerant_site(
+    config: TrainConfig,
+    world: World,
+    stop: StopRequest,
+    *,
+    unnamed: bool = False,
+    unwritten: Unwritten | None = None,
+) -> int:
     """`run_site` of a job that outlives its sites (`fomoe_ext.fault`).
 
     Raises what `run_site` does, PeerLost when too few sites are left.
@@ -585,7 +593,7 @@ def run_tolerant_site(job: Job, world: World, stop: StopRequest, unwritten: Unwr
     from fomoe_ext.fault.membership import Finished, TooFew, join
     from fomoe_ext.fault.reform import new_default_group
 
-    config = job.config
+    unwritten, job = unwritten or Unwritten(), Job(config, unnamed)
     use_threads(config.sites.threads, world)
     device = choose_device(config.run.device, world)
     end_with_launcher()
@@ -594,18 +602,19 @@ def run_tolerant_site(job: Job, world: World, stop: StopRequest, unwritten: Unwr
         inject.arm(world.site if membership.incarnation == 1 else -1)
         view = membership.begin(config.outer.timeout_s)
         company: Company | None = None
-        with watched(lambda: membership.lost() if company is None else company.lost()):
+        lost = lambda: membership.lost() if company is None else company.lost()
+        with ExitStack() as stack, watched(lost):
             late = view is None
             if late:
                 world = dataclasses.replace(world, site=0, num_sites=1, members=(world.site,))
                 assert config.run.run_dir is not None
-                held = join(config.run.run_dir, _job_name(config))
+                stack.callback(join_folder(config.run.run_dir, _job_name(config)).release)
                 data, resumed, notes = _open_data(config, World()), None, []
             else:
                 world = world.of_members(view.members)
                 with with_others("joining the other sites", world.site):
                     new_default_group(view, world, config.outer.timeout_s)
-                config, held, resumed, notes = _agree_on_run(job, world)
+                config, resumed, notes = _agree_on_run(job, world, stack)
                 data = _open_data(config, world)
             config = config.with_vocab(data.vocab_size)
             changed = {} if late else _settle_changes(config, world, resumed)
@@ -621,9 +630,7 @@ def run_tolerant_site(job: Job, world: World, stop: StopRequest, unwritten: Unwr
                 _save_config(site, unwritten)
                 if world.process == 0:
                     rounds.open_log(resumed)
-            code = rounds.run_to_end()
-            held.release()
-            return code
+            return rounds.run_to_end()
     except Finished:
         print(f"site {world.number}: the job has ended without it", flush=True)
     except TooFew as error:
@@ -670,17 +677,25 @@ def _keep_config(site: TrainingSite) -> None:
         shutil.copyfile(site.run_dir / CONFIG, temporary)
 
 
-def run_site(job: Job, world: World, stop: StopRequest, unwritten: Unwritten) -> int:
+def run_site(
+    config: TrainConfig,
+    world: World,
+    stop: StopRequest,
+    *,
+    unnamed: bool = False,
+    unwritten: Unwritten | None = None,
+) -> int:
     """Runs one site of a job to its end; all sites of the job must. Returns the exit code.
 
-    `job` is as `runs.settled_job` makes it. Raises ValueError, TypeError, FileNotFoundError and
+    `config` and `unnamed` are as `runs.settled_job` makes them, `unwritten` has what could not be
+    written. Raises ValueError, TypeError, FileNotFoundError and
     CheckpointError for what the user can mend, MeetingError and PeerLost when the sites fall apart.
     """
-    config = job.config
+    unwritten, job = unwritten or Unwritten(), Job(config, unnamed)
     use_threads(config.sites.threads, world)
     device = choose_device(config.run.device, world)
-    with joined(world, config.outer.timeout_s, device.type):
-        config, held, resumed, notes = _agree_on_run(job, world)
+    with ExitStack() as stack, joined(world, config.outer.timeout_s, device.type):
+        config, resumed, notes = _agree_on_run(job, world, stack)
         data = _open_data(config, world)
         config = config.with_vocab(data.vocab_size)
         changed = _settle_changes(config, world, resumed)
@@ -692,9 +707,7 @@ def run_site(job: Job, world: World, stop: StopRequest, unwritten: Unwritten) ->
         if world.process == 0:
             rounds.open_log(resumed)
         stop.install()
-        code = rounds.run_to_end()
-    held.release()
-    return code
+        return rounds.run_to_end()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -708,8 +721,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(args: Sequence[str], unwritten: Unwritten) -> int:
     where, code = "fomoe train", 1
     try:
-        job = settled_job(args, "python -m fomoe_ext.train")
-        config = job.config
+        config, unnamed = settled_job(args, "python -m fomoe_ext.train")
         world = find_world(config.sites.sites, ranks_per_site=config.sites.ranks_per_site)
         if world.process == 0 and HELD not in os.environ:
             lines = without_effect(config, args, flag_value(args, "--config"))
@@ -721,10 +733,12 @@ def _main(args: Sequence[str], unwritten: Unwritten) -> int:
         if world.ranks > 1:
             where += f", rank {world.rank}"
         if config.fault.tolerant:
-            code = run_tolerant_site(job, world, StopRequest(), unwritten)
+            code = run_tolerant_site(
+                config, world, StopRequest(), unnamed=unnamed, unwritten=unwritten
+            )
             end_now(code)  # groups of sites that are gone would be waited for
             return code
-        return run_site(job, world, StopRequest(), unwritten)
+        return run_site(config, world, StopRequest(), unnamed=unnamed, unwritten=unwritten)
     except (PeerLost, _OtherSiteFailed) as error:
         message, code = error, EXIT_PEER_LOST
     except MeetingError as error:

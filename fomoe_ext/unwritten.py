@@ -32,15 +32,17 @@ class Unwritten:
         self._found[name] = f"{name}{f' ({much})' if much else ''}: {reason}"
         if first and not quiet:
             with suppress(OSError, ValueError):
-                sys.stderr.write(
-                    f"fomoe train: could not write {name}, training goes on: {reason}\n"
-                )
+                sys.stderr.write(f"fomoe train: could not write {name}, going on: {reason}\n")
                 sys.stderr.flush()
 
     def forget(self, path: Path | str) -> list[str]:
         """The file was written after all, or something in its place; its line, if it had one."""
         line = self._found.pop(str(path), None)
         return [] if line is None else [line]
+
+    def has(self, path: Path | str) -> bool:
+        """Whether a file could not be written."""
+        return str(path) in self._found
 
     def entries(self) -> list[str]:
         """A line for every file."""

@@ -86,7 +86,7 @@ def test_lines_wait_for_room(tmp_path, monkeypatch, capfd, number):
     assert [record["n"] for record in read_metrics(path)] == [1, 2, 3, 4]
     assert lost.entries() == []
     said = capfd.readouterr().err
-    assert said.count(f"could not write {path}, training goes on") == 1  # told once
+    assert said.count(f"could not write {path}, going on") == 1  # told once
     file.close()
 
 
@@ -272,11 +272,14 @@ def test_the_last_checkpoint_and_the_report_are_in_the_way(tmp_path):
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints/.step-00000024.partial").write_text("in the way")
     (run / "report.json").mkdir()
+    (run / "report.md").mkdir()
     result = job(run)
     assert result.returncode == EXIT_UNWRITTEN, result.stdout + result.stderr
     assert f"could not write checkpoint {run}/checkpoints/step-00000024" in result.stderr
     said = result.stderr.partition("could not be written:\n")[2]
-    assert f"{run}/checkpoints/step-00000024: " in said and f"{run}/report.json: " in said
+    for name in ("checkpoints/step-00000024", "report.json", "report.md"):
+        assert f"  {run}/{name}: " in said
+    assert "report in" not in result.stdout
     assert "round    6/6  validation" in result.stdout
     assert "validation bits per byte" in result.stdout
     kinds = [record["kind"] for record in read_metrics(run / "metrics.jsonl")]

@@ -79,6 +79,15 @@ def test_processes_of_one_job_share_it_and_keep_it_for_each_other(tmp_path, hold
     hold(tmp_path, "run_dir").release()
 
 
+@pytest.mark.skipif(folder_lock.fcntl is None, reason="needs flock")
+def test_the_kernel_knows_it_where_the_file_says_nothing(tmp_path, holder):
+    """As on a disk that is full from the start."""
+    holder(tmp_path)
+    (tmp_path / LOCK).write_text("")
+    with pytest.raises(InUse, match="is in use by another process"):
+        hold(tmp_path, "run_dir")
+
+
 @pytest.mark.parametrize("locks", [True, False], ids=["flock", "no flock"])
 def test_a_process_of_another_machine_is_watched_for_signs_of_life(
     tmp_path, monkeypatch, capfd, locks
