@@ -1,8 +1,8 @@
 """Build facts, CPU features and the tiles of grouped GEMMs, told by libfomoe_facts.so.
 
 Plain C functions called through ctypes: neither torch nor a particular Python is needed. Importing
-raises ImportError where the package is not built. In a source tree in which nothing is built, `FOLDER`
-is that of the installed package, if that was made of the same sources.
+raises ImportError where the package is not built. In a source tree in which nothing is built,
+`FOLDER` is that of the installed package, if that was made of the same sources.
 """
 
 from __future__ import annotations
