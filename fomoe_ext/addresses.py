@@ -10,11 +10,13 @@ import os
 import re
 import socket
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 _NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(\.(?!-)[A-Za-z0-9_-]{1,63})*\.?")
 _LAST_PORT = (1 << 16) - 1
 _PAUSE_S = 0.2
+_PATIENCE_S = 5.0
 
 
 class Address(NamedTuple):
@@ -112,23 +114,44 @@ def listen(address: Address, name: str) -> socket.socket:
         raise OSError(f"{name} {address} cannot be listened on: {reason}") from None
 
 
-def require_listener(address: Address, name: str, within_s: float, hint: str) -> None:
+def require_listener(
+    address: Address,
+    name: str,
+    within_s: float,
+    hint: str,
+    say: Callable[[str], object] | None = None,
+) -> None:
     """Raises ConnectionError when nobody accepts a connection within some seconds.
 
-    `hint`: what to look at, the end of the message. Raises OSError for an unknown host.
+    `hint`: what to look at, the end of the message. `say` is told where it takes long.
     """
-    deadline = time.monotonic() + within_s
+    start, told = time.monotonic(), False
     while True:
-        reason: object = ""
-        for numbers in _resolve_all(address, name):
-            left = max(0.1, deadline - time.monotonic())
-            try:
-                socket.create_connection(numbers, timeout=left).close()
-                return
-            except OSError as error:
-                reason = error.strerror or error
-        if time.monotonic() + _PAUSE_S > deadline:
+        reason = _why_silent(address, name, within_s)
+        passed = time.monotonic() - start
+        if not reason:
+            return
+        if passed + _PAUSE_S > within_s:
             raise ConnectionError(
-                f"{name} {address} does not answer ({reason}, tried for {within_s:g} s): {hint}"
+                f"{name} {address} does not answer ({reason}; tried for {within_s:g} s): {hint}"
             )
+        if say is not None and not told and passed > _PATIENCE_S:
+            told = True
+            say(f"{name} {address} does not answer yet ({reason}): {hint}")
         time.sleep(_PAUSE_S)
+
+
+def _why_silent(address: Address, name: str, timeout_s: float) -> str:
+    """Why no connection can be made, or an empty string."""
+    try:
+        found = _resolve_all(address, name)
+    except OSError as error:
+        return str(error).partition(": ")[2]
+    reason = ""
+    for numbers in found:
+        try:
+            socket.create_connection(numbers, timeout=min(timeout_s, _PATIENCE_S)).close()
+            return ""
+        except OSError as error:
+            reason = error.strerror or str(error)
+    return reason

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from fomoe_ext import signals
+from fomoe_ext.extras import NotInstalled
+from fomoe_ext.outputs import named, options_of
 from fomoe_ext.version import VERSION
 
 _USAGE = """usage: fomoe COMMAND [flags]
@@ -27,10 +31,17 @@ def train(arguments: Sequence[str]) -> int:
     from fomoe_ext.config_io import save_config
     from fomoe_ext.launch import launch
     from fomoe_ext.link import parse_link
+    from fomoe_ext.preflight import check_job
     from fomoe_ext.runs import check_folder, job_config
 
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ValueError(
+            "this is a process of torchrun, and `fomoe train` starts all sites itself: with "
+            "torchrun, run -m fomoe_ext.train"
+        )
     config = job_config(arguments)
     check_folder(config)
+    check_job(config)
     run_dir = config.run.run_dir
     assert run_dir is not None
     with tempfile.TemporaryDirectory(prefix="fomoe-") as folder:
@@ -107,10 +118,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fomoe: unknown command {args[0]!r}\n\n{_USAGE}", file=sys.stderr)
         return 2
     try:
-        return command(args[1:])
-    except (ValueError, TypeError, OSError) as error:
-        print(f"fomoe {args[0]}: {error}", file=sys.stderr)
+        with signals.interrupting():
+            return command(args[1:])
+    except signals.Interrupted as stop:
+        print(f"fomoe {args[0]}: ended by {stop.name}", file=sys.stderr)
+        return stop.exit_code
+    except (ValueError, TypeError, OSError, NotInstalled) as error:
+        print(f"fomoe {args[0]}: {named(error, options_of(args[1:]))}", file=sys.stderr)
         return 2
+    except ImportError as error:
+        if not str(error).startswith("fomoe_ext: "):  # ours: the package is not built
+            raise
+        print(f"fomoe {args[0]}: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -25,8 +25,10 @@ from fomoe_ext.checkpoint_publish import clear_leftovers
 from fomoe_ext.checkpoint_writer import Outcome
 from fomoe_ext.config import TrainConfig, count_parameters
 from fomoe_ext.config_io import save_config
+from fomoe_ext.console import outlive_terminal
 from fomoe_ext.data import TextData, open_data
 from fomoe_ext.evaluate import Validation
+from fomoe_ext.extras import NotInstalled
 from fomoe_ext.fault import inject
 from fomoe_ext.fault.company import Company
 from fomoe_ext.fault.story import describe
@@ -36,6 +38,7 @@ from fomoe_ext.metrics import RunLog, rewind_metrics
 from fomoe_ext.outer import MeetingError
 from fomoe_ext.outer.groups import gather_objects
 from fomoe_ext.outer.staged import MeetingLost
+from fomoe_ext.outputs import named, options_of, require_folder
 from fomoe_ext.plan import RoundNote
 from fomoe_ext.report import print_report, write_report
 from fomoe_ext.runs import AUTO, CHECKPOINTS, CONFIG, METRICS, check_folder, job_config, run_of
@@ -369,6 +372,8 @@ def _agree_on_run(config: TrainConfig, world: World) -> _Start:
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, run_dir=run_dir))
     problem: Exception | None = None
     try:
+        if world.leads_machine and run_dir is not None:
+            require_folder("run_dir", run_dir)
         if world.process == 0:
             check_folder(config)
         if world.leads_machine and run_dir is not None:
@@ -519,6 +524,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The process of one site; returns its exit code, or ends the process when a site is lost."""
     args = sys.argv[1:] if arguments is None else arguments
     where, code = "fomoe train", 1
+    outlive_terminal()
     try:
         config = job_config(args, "python -m fomoe_ext.train")
         world = find_world(config.sites.sites, ranks_per_site=config.sites.ranks_per_site)
@@ -535,7 +541,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MeetingError as error:
         lost = error.__cause__ is not None and is_peer_error(error.__cause__)
         message, code = error, EXIT_PEER_LOST if lost else 1
-    except (ValueError, TypeError, OSError, ckpt.CheckpointError) as error:
+    except (ValueError, TypeError, OSError, ckpt.CheckpointError, NotInstalled) as error:
+        message = named(error, options_of(list(args)))
+    except ImportError as error:
+        if not str(error).startswith("fomoe_ext: "):  # ours: the package is not built
+            raise
         message = error
     print(f"{where}: {message}", file=sys.stderr, flush=True)
     end_now(code)

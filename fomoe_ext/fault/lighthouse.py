@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--bind",
         default="127.0.0.1:29600",
-        help="HOST:PORT, [HOST]:PORT with IPv6; port 0: a free one; other than loopback: FOMOE_SECRET",
+        help="HOST:PORT ([HOST]:PORT with IPv6; port 0: any); other than loopback: FOMOE_SECRET",
     )
     parser.add_argument("--quorum", type=int, default=1, help="fewest sites that may go on")
     parser.add_argument("--silent-s", type=float, default=3.0, help="seconds of silence = dead")
