@@ -14,7 +14,7 @@ from pathlib import Path
 def require_folder(name: str, path: Path) -> None:
     """Raises OSError naming the argument unless files can be made in a folder, or in one that is
     yet to be made; nothing is left there."""
-    _require(name, path, path)
+    _require(name, path)
 
 
 def require_new(name: str, path: Path) -> None:
@@ -30,12 +30,20 @@ def require_file(name: str, path: Path) -> None:
     require_new(name, path)
 
 
-def _require(name: str, path: Path, folder: Path) -> None:
-    there = _nearest(name, folder)
+def require_place(name: str, path: Path, folder: Path | None = None) -> Path:
+    """The folder, or the nearest above one that is yet to be made; `folder`: where that is not the
+    path itself. Raises OSError naming the argument where it can be no folder; whether anything can
+    be written there is not tried."""
+    there = _nearest(name, folder or path)
     if not there.is_dir():
         kind = "is a link to nothing" if not there.exists() else "is a file"
-        place = "must be" if folder is path else "must be in"
+        place = "must be in" if folder else "must be"
         raise NotADirectoryError(f"{name} {path} {place} a folder, or a new one: {there} {kind}")
+    return there
+
+
+def _require(name: str, path: Path, folder: Path | None = None) -> None:
+    there = require_place(name, path, folder)
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".fomoe-", dir=there))
     except OSError as error:

@@ -20,7 +20,7 @@ from fomoe_ext.fault import inject
 from fomoe_ext.fault.lighthouse import require_lighthouse, require_secret, torchft
 from fomoe_ext.fault.secret import own_secret
 from fomoe_ext.link import wanted_mode
-from fomoe_ext.outputs import require_folder
+from fomoe_ext.outputs import require_folder, require_place
 from fomoe_ext.runs import AUTO, CHECKPOINTS, run_of
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ def check_job(config: TrainConfig) -> None:
     """
     assert config.run.run_dir is not None
     require_folder("run_dir", config.run.run_dir)
+    if config.data.cache_dir is not None:  # which need not be written where all is there
+        require_place("cache_dir", config.data.cache_dir)
     _check_build()
     if config.run.resume is None:
         _check_tables(config)
