@@ -204,7 +204,6 @@ class TorchftMembership:
         native = torchft()
         self._address, self._name = parse_address(address, name), name
         require_secret(self._address.host)
-        require_lighthouse(self._address, name)
         self._native = native
         self.site, self.all_sites = site, tuple(range(num_sites))
         self.quorum, self.silent_s = quorum, silent_s
@@ -218,6 +217,7 @@ class TorchftMembership:
 
     def connect(self) -> None:
         """Connects to the lighthouse, for the first time or again."""
+        require_lighthouse(self._address, self._name)
         host, port = resolve(self._address, self._name)
         wait = timedelta(seconds=_STORE_S)
         stores = [dist.TCPStore(host, port, wait_for_workers=False, timeout=wait) for _ in range(2)]
