@@ -38,7 +38,7 @@ class _Output:
         if error.errno not in _GONE:
             raise error
         null = os.open(os.devnull, os.O_WRONLY)
-        try:  # what is still in the stream's buffer must go somewhere, at the latest at exit
+        try:  # else what cannot be written piles up in the stream's buffer
             os.dup2(null, self._stream.fileno())
         finally:
             os.close(null)

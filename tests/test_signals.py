@@ -99,14 +99,15 @@ def test_commands_tidy_up(kind, monkeypatch, capsys):
 
 
 TALKS = """
-import sys, time
+import os, sys
 from fomoe_ext.console import outlive_terminal
 outlive_terminal()
 sys.stdin.readline()
 for stream in (sys.stdout, sys.stderr):
     print("nobody hears this", file=stream, flush=True)
     print("nor this", file=stream)
-open(sys.argv[1], "w").write("done")
+gone = [os.path.samestat(os.fstat(fd), os.stat(os.devnull)) for fd in (1, 2)]
+open(sys.argv[1], "w").write(f"done {gone}")
 """
 
 
@@ -125,7 +126,7 @@ def test_a_job_outlives_who_listens(kind, tmp_path):
     os.close(reader)
     process.communicate(b"\n", timeout=30)
     assert process.returncode == 0
-    assert (tmp_path / "file").read_text() == "done"
+    assert (tmp_path / "file").read_text() == "done [True, True]"
 
 
 def test_a_full_disk_is_another_matter():
