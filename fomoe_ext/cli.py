@@ -29,11 +29,13 @@ commands:
 def train(arguments: Sequence[str]) -> int:
     """`fomoe train`: one process per site on this machine; returns the exit code."""
     from fomoe_ext.config_io import save_config
+    from fomoe_ext.console import outlive_terminal
     from fomoe_ext.launch import launch
     from fomoe_ext.link import parse_link
     from fomoe_ext.preflight import check_job
     from fomoe_ext.runs import check_folder, job_config
 
+    outlive_terminal()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise ValueError(
             "this is a process of torchrun, and `fomoe train` starts all sites itself: with "

@@ -21,7 +21,6 @@ from pathlib import Path
 
 from fomoe_ext import signals
 from fomoe_ext.config_fault import FaultConfig
-from fomoe_ext.console import outlive_terminal
 from fomoe_ext.fault.keeper import Keeper
 from fomoe_ext.link import VARIABLE as LINK
 from fomoe_ext.link import describe, link_variable, wanted_mode
@@ -297,7 +296,6 @@ def _run(
     for what, count in (("num_sites", num_sites), ("ranks_per_site", ranks_per_site)):
         if count < 1:
             raise ValueError(f"{what} must be >= 1, got {count}")
-    outlive_terminal()
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fomoe-"))
         received = stack.enter_context(_counted_signals())

@@ -187,6 +187,7 @@ def active_link(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command per site on a link; returns the exit code as `fomoe train` does."""
+    from fomoe_ext.console import outlive_terminal
     from fomoe_ext.launch import run_sites
     from fomoe_ext.outputs import require_folder
 
@@ -200,6 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("command", nargs="+", help="after --: the command and its arguments")
     given = parser.parse_args(arguments)
+    outlive_terminal()
     try:
         link = None if given.link is None else parse_link(given.link)
         if given.log_dir is not None:

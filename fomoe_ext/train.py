@@ -522,9 +522,9 @@ def run_site(config: TrainConfig, world: World, stop: StopRequest) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The process of one site; returns its exit code, or ends the process when a site is lost."""
+    outlive_terminal()
     args = sys.argv[1:] if arguments is None else arguments
     where, code = "fomoe train", 1
-    outlive_terminal()
     try:
         config = job_config(args, "python -m fomoe_ext.train")
         world = find_world(config.sites.sites, ranks_per_site=config.sites.ranks_per_site)
