@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,11 @@ from rich.table import Table
 
 from fomoe_ext import wire
 from fomoe_ext.files import write_text
+
+try:
+    import fcntl
+except ImportError:  # not on this system
+    fcntl = None  # type: ignore[assignment]
 
 CODECS = ("fp32", "bf16", "int8", "int4", "int2", "topk")
 BASE = "fp32"
@@ -114,6 +120,18 @@ def save_runs(path: Path, runs: Sequence[Run]) -> None:
     write_text(path, json.dumps({"runs": list(runs)}, indent=1) + "\n")
 
 
+def add_run(path: Path, run: Run) -> None:
+    """Adds a run to those of the file, also while another series does the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        save_runs(path, [*load_runs(path), run])
+    finally:
+        os.close(folder)
+
+
 def figures(report: Run, codec: str, seed: int, flags: Sequence[str]) -> dict[str, Any]:
     """What is kept of a run's report.json."""
     sites = report["sites"]
@@ -182,7 +200,7 @@ def run_missing(path: Path, codecs: Sequence[str], seeds: int, flags: Sequence[s
             print(f"failed\n{error}", flush=True)
             continue
         # Read again: another process may have added runs meanwhile.
-        save_runs(path, [*load_runs(path), {**run, "machine": facts}])
+        add_run(path, {**run, "machine": facts})
         print(f"loss {run['loss']:.4f} after {run['run']['wall_s']:.0f} s", flush=True)
     return failed
 

@@ -6,7 +6,8 @@ A checkpoint is a folder:
     model.safetensors.index.json           which file holds which tensor
     state-00000.json ...                   one per site: counts, placement, where the data stands
     training/*.safetensors                 tensors of the training state (`training_state`)
-    manifest.json                          written last: round, sizes and SHA-256 of all files
+    manifest.json                          written last: round, sizes and SHA-256 of all files, and
+                                           its own
 
 It is written (`checkpoint_writer`) under a temporary name and renamed when all of it is there and
 synced to disk, so a folder with its final name is whole. Sites need not share a file system: then
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -28,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fomoe_ext.assemble import fill_model, global_names
+from fomoe_ext.files import unsealed
 from fomoe_ext.json_values import from_json, loads
 from fomoe_ext.outer.groups import gather_objects
 from fomoe_ext.tensor_files import INDEX, read_index, require_inside
@@ -120,7 +122,7 @@ def read_manifest(path: Path) -> Manifest:
     if not path.is_dir():
         raise CheckpointError(f"checkpoint {path} does not exist")
     try:
-        raw = loads((path / MANIFEST).read_bytes(), nan=True)
+        raw = unsealed(loads((path / MANIFEST).read_bytes(), nan=True), "it")
         if raw["format"] != FORMAT:
             raise CheckpointError(
                 f"checkpoint {path} has format {raw['format']}, this version reads {FORMAT}"
@@ -146,12 +148,28 @@ def _check_file(path: Path, name: str, entry: FileEntry, content: bool) -> None:
         raise CheckpointError(
             f"checkpoint {path}: {name} has {found.st_size} bytes, wanted {entry.size}"
         )
-    known = (str(file.resolve()), found.st_ino, found.st_mtime_ns, entry.sha256)
-    if not content or known in _checked:
+    if not content or (known := _known(file, entry)) in _checked:
         return
-    if sha256(file) != entry.sha256:
+    try:
+        digest = sha256(file)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path}: cannot read {name} ({error})") from None
+    if digest != entry.sha256:
         raise CheckpointError(f"checkpoint {path}: the content of {name} is damaged")
     _checked.add(known)
+
+
+def _known(file: Path, entry: FileEntry) -> tuple[str, int, int, str]:
+    found = file.stat()
+    return str(file.resolve()), found.st_ino, found.st_mtime_ns, entry.sha256
+
+
+def require_content(path: Path, names: Iterable[str]) -> None:
+    """Raises CheckpointError unless the named files are what was written; each is read once per
+    process."""
+    files = read_manifest(path).files
+    for name in names:
+        _check_file(path, name, files[name], content=True)
 
 
 def require_whole(path: Path, site: int | None = None) -> None:
@@ -196,6 +214,16 @@ class Found(NamedTuple):
     skipped: list[str]
 
 
+def require_whole_everywhere(path: Path, num_processes: int, share: tuple[int, int]) -> None:
+    """Raises CheckpointError on all processes unless every one of them finds a checkpoint whole,
+    with the content of all files; a collective. `share` as for `newest_whole`.
+    """
+    reasons = gather_objects(_what_is_wrong(path, True, share), num_processes)
+    if reason := next(filter(None, reasons), ""):
+        raise CheckpointError(reason)
+    _trust(path)
+
+
 def newest_whole(
     folder: Path, num_processes: int = 1, *, content: bool = True, share: tuple[int, int] = (0, 1)
 ) -> Found:
@@ -210,9 +238,17 @@ def newest_whole(
         reasons = gather_objects(_what_is_wrong(folder / name, content, share), num_processes)
         reason = next(filter(None, reasons), "")
         if not reason:
+            if content:
+                _trust(folder / name)
             return Found(folder / name, skipped)
         skipped.append(reason)
     return Found(None, skipped)
+
+
+def _trust(path: Path) -> None:
+    """All files here have been read, by this process or by others that see them too."""
+    for name, entry in read_manifest(path).files.items():
+        _checked.add(_known(path / name, entry))
 
 
 def load_state(path: Path, site: int) -> dict[str, Any]:
@@ -277,13 +313,16 @@ def load_tensors(path: Path, wanted: Mapping[str, Tensor]) -> None:
 class GlobalModelReader:
     """Reads single tensors of a checkpoint's global model; only what is asked for is read.
 
-    Use as a context manager. Raises CheckpointError for missing or damaged files and unknown names.
+    Of a file from which something is read the SHA-256 is compared, once per process. Use as a
+    context manager. Raises CheckpointError for missing or damaged files and unknown names.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         try:
+            if INDEX in self.manifest.files and (self.path / INDEX).is_file():
+                _check_file(self.path, INDEX, self.manifest.files[INDEX], content=True)
             self._file_of = read_index(self.path / INDEX)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"checkpoint {path}: cannot read {INDEX} ({error})") from None
@@ -306,7 +345,7 @@ class GlobalModelReader:
         file = self._file_of[name]
         try:
             if file not in self._open:
-                _check_file(self.path, file, self.manifest.files[file], content=False)
+                _check_file(self.path, file, self.manifest.files[file], content=True)
                 self._open[file] = safe_open(self.path / file, framework="pt")
             return self._open[file].get_tensor(name)
         except (SafetensorError, OSError, KeyError) as error:

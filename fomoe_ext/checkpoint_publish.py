@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +28,13 @@ from fomoe_ext.checkpoint import (
     read_manifest,
     sha256,
 )
-from fomoe_ext.files import sync_folder
+from fomoe_ext.files import naming, sealed, sync_folder
 from fomoe_ext.tensor_files import INDEX
+
+try:
+    import fcntl
+except ImportError:  # not on this system
+    fcntl = None  # type: ignore[assignment]
 
 _PARTIAL, _OLD, _GOING = ".partial", ".old", ".going"
 
@@ -119,7 +125,7 @@ def publish(
     if training.is_dir() and not any(training.iterdir()):
         training.rmdir()
     text = {"format": FORMAT, **asdict(replace(manifest, files=files))}
-    _write_json(temporary / MANIFEST, text)
+    _write_json(temporary / MANIFEST, sealed(text))
     sync_folder(temporary)
     _give_name(temporary, final)
 
@@ -136,7 +142,7 @@ def _give_name(temporary: Path, final: Path) -> None:
 
 def _write_json(path: Path, value: Any) -> None:
     """Writes a file whose folder nobody reads yet; its content is synced, its name is not."""
-    with path.open("w", encoding="utf-8") as file:
+    with naming(path), path.open("w", encoding="utf-8") as file:
         file.write(json.dumps(value, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -147,16 +153,42 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
+def reading(path: Path) -> Any:
+    """While what this returns is kept, a job that writes beside a checkpoint does not remove it."""
+    file = (path / MANIFEST).open("rb")
+    if fcntl is not None:
+        with suppress(OSError):  # no locks here
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return file
+
+
+def is_read(path: Path) -> bool:
+    """Whether somebody has asked for the checkpoint to stay (`reading`)."""
+    if fcntl is None:
+        return False
+    try:
+        with (path / MANIFEST).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def keep_newest(newest: Path, keep: int, site: int) -> None:
     """Removes checkpoints older than `newest`, which is whole, so that `keep` whole ones are left.
 
     keep 0: none is removed. `site`: whose files must be there; others may be on other machines.
+    One that is being read (`reading`) stays for now.
     """
     if not keep:
         return
     older = [p for p in list_checkpoints(newest.parent) if p.name < newest.name]
     whole = [path for path in older if is_whole(path, site)]
     for path in whole[: max(0, len(whole) - (keep - 1))]:
+        if is_read(path):
+            continue  # another time
         going = path.with_name(f".{path.name}{_GOING}")
         remove_folder(going)
         os.rename(path, going)  # never half removed under its own name

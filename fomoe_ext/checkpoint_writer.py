@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -516,13 +517,25 @@ class CheckpointWriter:
                     publishing.publish(
                         pending.work.temporary, pending.final, manifest, weights, renamed
                     )
-                    publishing.keep_newest(pending.final, self.keep, process.site)
                 except _Problems as error:
                     problem = f"{process}: {error}"
+                else:
+                    self._remove_older(pending.final, process)
             if any(_gather_number(int(bool(problem)))):
                 return self._failed(problem)
         self._pending = None
         return Outcome(pending.final, pending.round, "")
+
+    def _remove_older(self, newest: Path, process: Process) -> None:
+        """The new one is whole, also where an older one cannot be removed."""
+        try:
+            publishing.keep_newest(newest, self.keep, process.site)
+        except OSError as error:
+            print(
+                f"{process}: could not remove a checkpoint older than {newest}: {error}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def save_checkpoint(

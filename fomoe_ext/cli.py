@@ -28,12 +28,14 @@ commands:
 
 def train(arguments: Sequence[str]) -> int:
     """`fomoe train`: one process per site on this machine; returns the exit code."""
+    from fomoe_ext.config_effects import without_effect
     from fomoe_ext.config_io import save_config
     from fomoe_ext.console import outlive_terminal
     from fomoe_ext.launch import launch
     from fomoe_ext.link import parse_link
     from fomoe_ext.preflight import check_job
-    from fomoe_ext.runs import check_folder, job_config
+    from fomoe_ext.runs import claimed, flag_value, settled_job
+    from fomoe_ext.unwritten import Unwritten, tolerant_output
 
     outlive_terminal()
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -41,23 +43,25 @@ def train(arguments: Sequence[str]) -> int:
             "this is a process of torchrun, and `fomoe train` starts all sites itself: with "
             "torchrun, run -m fomoe_ext.train"
         )
-    config = job_config(arguments)
-    check_folder(config)
-    check_job(config)
-    run_dir = config.run.run_dir
-    assert run_dir is not None
-    with tempfile.TemporaryDirectory(prefix="fomoe-") as folder:
+    job = settled_job(arguments)
+    for line in without_effect(job.config, arguments, flag_value(arguments, "--config")):
+        print(f"fomoe train: {line}", file=sys.stderr)
+    check_job(job.config)
+    with claimed(job) as config, tempfile.TemporaryDirectory(prefix="fomoe-") as folder:
+        run_dir = config.run.run_dir
+        assert run_dir is not None
         settled = Path(folder) / "config.toml"
         save_config(config, settled)
         link = None if config.sites.link is None else parse_link(config.sites.link)
-        return launch(
-            ["--config", str(settled)],
-            config.sites.sites,
-            run_dir / "logs",
-            link,
-            config.sites.ranks_per_site,
-            config.fault,
-        )
+        with tolerant_output(Unwritten()):  # or a full disk would end the sites by their launcher
+            return launch(
+                ["--config", str(settled)],
+                config.sites.sites,
+                run_dir / "logs",
+                link,
+                config.sites.ranks_per_site,
+                config.fault,
+            )
 
 
 def plan(arguments: Sequence[str]) -> int:

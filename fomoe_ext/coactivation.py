@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fomoe_ext.files import unsealed
 from fomoe_ext.json_values import loads
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def measured_coactivation(path: Path) -> _Ints:
     except ValueError as error:
         raise ValueError(f"coactivation: {file} is not JSON: {error}") from None
     if path.is_dir():
+        table = unsealed(table, file)
         try:
             table = table["validation"]["coactivation"]
         except (KeyError, TypeError):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fomoe_ext.config import TrainConfig, preset_config
-from fomoe_ext.files import write_text
+from fomoe_ext.files import seal_text, write_text
 
 _SECTIONS = tuple(
     f.name for f in dataclasses.fields(TrainConfig) if f.default_factory is not dataclasses.MISSING
@@ -152,10 +152,11 @@ def dump_config(config: TrainConfig) -> str:
 
 
 def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
-    """Write `dump_config` to a file, whole or not at all; `load_config` gives `config` again."""
+    """Write `dump_config` to a file, whole or not at all, after a line with its hash
+    (`files.check_text_seal`); `load_config` gives `config` again."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, dump_config(config))
+    write_text(path, seal_text(dump_config(config)))
 
 
 def _take_option(args: list[str], flag: str) -> str | None:

@@ -15,18 +15,21 @@ is to resume from.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from fomoe_ext.files import sealed, unsealed
 from fomoe_ext.json_values import loads
 from fomoe_ext.text import FoundTexts, TextUnit, Tokenizer, find_texts, load_tokenizer, read_texts
 
@@ -184,6 +187,10 @@ class TextData:
     """One line for people: where the text comes from and how much there is."""
     skipped_files: int
     """Files below the given folders that are not text."""
+    tokenizer: str = ""
+    """Equal for equal tokenizers, and "byte" for bytes; "" = not known."""
+    uncached: tuple[str, str] | None = None
+    """The cache folder that could not be written, and why; tokens are in memory then."""
 
     def train_batches(
         self, site: int = 0, num_sites: int = 1, batch_size: int = 1, seed: int = 0
@@ -221,24 +228,47 @@ class TextData:
         return nats_per_token / math.log(2) / self.val.bytes_per_token
 
 
-class _SplitWriter:
-    """Appends the tokens of texts to one split's file and counts bytes and tokens."""
+class _Unwritable(Exception):
+    """The cache cannot be written: `path` and, as an OSError, why."""
 
-    def __init__(self, path: Path, dtype: np.dtype) -> None:
-        self.file = path.open("wb")
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(path, error)
+        self.path, self.error = path, error
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Inside, OSErrors are the cache's, not the text's."""
+    try:
+        yield
+    except OSError as error:
+        raise _Unwritable(path, error) from error
+
+
+class _SplitWriter:
+    """Appends the tokens of texts to one split's file (None = in memory) and counts bytes and
+    tokens."""
+
+    def __init__(self, path: Path | None, dtype: np.dtype) -> None:
+        self.path = path or Path()
+        with _writing(self.path):
+            self.file: BinaryIO = io.BytesIO() if path is None else path.open("wb")
         self.dtype = dtype
         self.hash = hashlib.sha256()
         self.tokens = self.bytes = 0
 
     def add(self, tokens: np.ndarray, num_bytes: int) -> None:
         packed = np.ascontiguousarray(tokens, dtype=self.dtype)
-        self.file.write(packed)
+        with _writing(self.path):
+            self.file.write(packed)
         self.hash.update(packed)
         self.tokens += packed.size
         self.bytes += num_bytes
 
     def close(self) -> dict[str, Any]:
-        self.file.close()
+        with _writing(self.path):
+            if not isinstance(self.file, io.BytesIO):
+                self.file.close()
         return {"tokens": self.tokens, "bytes": self.bytes, "hash": self.hash.hexdigest()}
 
 
@@ -247,16 +277,14 @@ def _goes_to_validation(name: str, fraction: float) -> bool:
 
 
 def _encode(
-    folder: Path,
+    writers: dict[str, _SplitWriter],
     units: Sequence[TextUnit],
     tokenizer: Tokenizer,
     text_field: str,
     fraction: float,
     cut_each_text: bool,
 ) -> dict[str, Any]:
-    """Encode all texts into folder/train.bin and folder/val.bin; returns the counts per split."""
-    dtype = np.dtype(token_dtype(tokenizer.vocab_size))
-    writers = {split: _SplitWriter(folder / f"{split}.bin", dtype) for split in _SPLITS}
+    """Encode all texts into both splits; returns the counts per split."""
     for unit in units:
         for name, chunks in read_texts(unit, text_field):
             target = "val" if _goes_to_validation(name, fraction) else "train"
@@ -283,6 +311,32 @@ def _too_short(counts: dict[str, Any], seq_len: int) -> str | None:
     return next((split for split in _SPLITS if counts[split]["tokens"] <= seq_len), None)
 
 
+def _encode_splits(
+    make: Callable[[str], _SplitWriter],
+    found: FoundTexts,
+    tokenizer: Tokenizer,
+    text_field: str,
+    fraction: float,
+    seq_len: int,
+) -> tuple[dict[str, _SplitWriter], dict[str, Any]]:
+    """Encode all texts by writers made for the splits; these, and the counts per split."""
+    writers: dict[str, _SplitWriter] = {}
+    # Few files may leave one side empty: then every text gives its last part to validation.
+    for cut_each_text in (False, True):
+        writers = {split: make(split) for split in _SPLITS}
+        counts = _encode(writers, found.units, tokenizer, text_field, fraction, cut_each_text)
+        if not _too_short(counts, seq_len):
+            return writers, counts
+    short = _too_short(counts, seq_len)
+    total = sum(counts[split]["tokens"] for split in _SPLITS)
+    raise ValueError(
+        f"data is too short: {total} tokens in {len(found.units)} files "
+        f"({found.description}) leave {counts[short]['tokens']} for the "
+        f"{'validation' if short == 'val' else 'training'} split, and one sequence "
+        f"needs seq_len + 1 = {seq_len + 1}"
+    )
+
+
 def _fill_cache(
     target: Path,
     found: FoundTexts,
@@ -291,31 +345,32 @@ def _fill_cache(
     fraction: float,
     seq_len: int,
 ) -> None:
-    """Encode into a temporary folder beside `target`, then rename it."""
-    temporary = Path(tempfile.mkdtemp(prefix=".encoding-", dir=target.parent))
+    """Encode into a temporary folder beside `target`, then rename it. Raises _Unwritable."""
+    with _writing(target.parent):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ValueError(f"cache_dir {target.parent} must be a folder, or a new one") from None
+        temporary = Path(tempfile.mkdtemp(prefix=".encoding-", dir=target.parent))
+    dtype = np.dtype(token_dtype(tokenizer.vocab_size))
+    make = lambda split: _SplitWriter(temporary / f"{split}.bin", dtype)
     try:
-        # Few files may leave one side empty: then every text gives its last part to validation.
-        for cut_each_text in (False, True):
-            counts = _encode(temporary, found.units, tokenizer, text_field, fraction, cut_each_text)
-            if not _too_short(counts, seq_len):
-                break
-        short = _too_short(counts, seq_len)
-        if short:
-            total = sum(counts[split]["tokens"] for split in _SPLITS)
-            raise ValueError(
-                f"data is too short: {total} tokens in {len(found.units)} files "
-                f"({found.description}) leave {counts[short]['tokens']} for the "
-                f"{'validation' if short == 'val' else 'training'} split, and one sequence "
-                f"needs seq_len + 1 = {seq_len + 1}"
-            )
-        (temporary / "meta.json").write_text(json.dumps(counts), encoding="utf-8")
+        _, counts = _encode_splits(make, found, tokenizer, text_field, fraction, seq_len)
+        with _writing(temporary):
+            (temporary / "meta.json").write_text(json.dumps(sealed(counts)), encoding="utf-8")
         try:
             os.rename(temporary, target)
-        except OSError:
-            if not (target / "meta.json").exists():  # else another process was first: use its files
-                raise
+        except OSError as error:
+            if target.is_dir() and not (target / "meta.json").exists():
+                raise _damaged(target, "no meta.json") from None
+            if not target.is_dir():  # else another process was first: use its files
+                raise _Unwritable(target, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _damaged(folder: Path, what: str) -> ValueError:
+    return ValueError(f"token cache {folder} is damaged ({what}): delete it and start again")
 
 
 def _cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
@@ -328,25 +383,27 @@ def _cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
 def _read_counts(folder: Path) -> dict[str, Any]:
     """What `_encode` returned for this cache folder."""
     try:
-        counts = loads((folder / "meta.json").read_bytes())
+        counts = unsealed(loads((folder / "meta.json").read_bytes()), "meta.json")
         for split in _SPLITS:
             for name, kind in (("tokens", int), ("bytes", int), ("hash", str)):
                 if type(counts[split][name]) is not kind:
                     raise ValueError(f"{name} of {split}")
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
-            f"token cache {folder} is damaged (meta.json): delete it and start again"
-        ) from None
+        raise _damaged(folder, "meta.json") from None
     return counts
 
 
-def _map_tokens(folder: Path, split: str, counts: dict[str, Any], dtype: np.dtype) -> np.ndarray:
+def _map_tokens(
+    folder: Path, split: str, counts: dict[str, Any], dtype: np.dtype, check: bool
+) -> np.ndarray:
     path = folder / f"{split}.bin"
     wanted = counts[split]["tokens"] * dtype.itemsize
-    if not path.exists() or path.stat().st_size != wanted:
-        raise ValueError(
-            f"token cache {folder} is damaged ({path.name}): delete it and start again"
-        )
+    whole = path.exists() and path.stat().st_size == wanted
+    if whole and check:
+        with path.open("rb") as file:
+            whole = hashlib.file_digest(file, "sha256").hexdigest() == counts[split]["hash"]
+    if not whole:
+        raise _damaged(folder, path.name)
     return np.memmap(path, dtype=dtype, mode="r")
 
 
@@ -359,6 +416,7 @@ def open_data(
     text_field: str = "text",
     tokenizer: str | os.PathLike[str] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    check: bool = True,
 ) -> TextData:
     """Find, encode (once) and map the text to train on.
 
@@ -369,8 +427,11 @@ def open_data(
     files (lines, rows), chosen by hash, or the end of every text where that leaves a split empty.
     A file in both lists is for validation.
     `tokenizer`: a tokenizer.json of the `tokenizers` library, None = bytes. `cache_dir`: where
-    token files are kept, None = fomoe/tokens in the user's cache folder. Safe to call from several
-    processes at once.
+    token files are kept, None = fomoe/tokens in the user's cache folder; where nothing can be
+    written there (a full disk) tokens are kept in memory, and the result says so in `uncached`.
+    `check`: whether to compare token files with their hashes, which reads all of them; without it
+    another process of this machine must just have done so. Safe to call from several processes at
+    once.
 
     Raises FileNotFoundError for a missing path or an empty glob; ValueError for what is not text, a
     corrupt parquet file, a bad .jsonl line (with its number), a missing field, or too little text
@@ -391,16 +452,22 @@ def open_data(
         key.update(repr(stat.st_mtime_ns).encode())
     key.update(repr((_FORMAT, coder.fingerprint, text_field, validation_fraction)).encode())
     key.update(repr(seq_len).encode())  # decides whether a split is too short
-    root = _cache_root(cache_dir)
-    root.mkdir(parents=True, exist_ok=True)
-    folder = root / key.hexdigest()[:24]
-    if not (folder / "meta.json").exists():
-        _fill_cache(folder, found, coder, text_field, validation_fraction, seq_len)
-    counts = _read_counts(folder)
+    folder = _cache_root(cache_dir) / key.hexdigest()[:24]
     dtype = np.dtype(token_dtype(coder.vocab_size))
+    how = coder, text_field, validation_fraction, seq_len
+    uncached = None
+    try:
+        if not (folder / "meta.json").exists():
+            _fill_cache(folder, found, *how)
+        counts = _read_counts(folder)
+        arrays = [_map_tokens(folder, split, counts, dtype, check) for split in _SPLITS]
+    except _Unwritable as problem:
+        uncached = str(problem.path), str(problem.error.strerror or problem.error)
+        writers, counts = _encode_splits(lambda split: _SplitWriter(None, dtype), found, *how)
+        arrays = [_in_memory(writers[split], dtype) for split in _SPLITS]
     train, val = (
-        TokenArray(_map_tokens(folder, split, counts, dtype), seq_len, counts[split]["bytes"])
-        for split in _SPLITS
+        TokenArray(array, seq_len, counts[split]["bytes"])
+        for split, array in zip(_SPLITS, arrays, strict=True)
     )
     content = hashlib.sha256("".join(counts[split]["hash"] for split in _SPLITS).encode())
     return TextData(
@@ -412,4 +479,11 @@ def open_data(
         f"{train.num_bytes / 1e6:.2f} MB to train on, {val.num_bytes / 1e6:.2f} MB to validate on, "
         f"{coder.name} tokens",
         skipped_files=found.skipped,
+        tokenizer=coder.fingerprint,
+        uncached=uncached,
     )
+
+
+def _in_memory(writer: _SplitWriter, dtype: np.dtype) -> np.ndarray:
+    assert isinstance(writer.file, io.BytesIO)
+    return np.frombuffer(writer.file.getbuffer(), dtype=dtype)

@@ -46,7 +46,7 @@ class EvalOptions:
     """Text, split as in training: files, folders and globs of text, .jsonl or .parquet; none =
     that of the run, or Python's standard library."""
     val_data: tuple[str, ...] = ()
-    """Text to evaluate on, all of it; overrides `data`."""
+    """Text to evaluate on, all of it, instead of `data`; it is kept in memory."""
     text_field: str | None = None
     """Field of a .jsonl line, or column of a parquet file, that holds the text; none = the run's,
     or text."""
@@ -64,8 +64,8 @@ class EvalOptions:
     """Only this site of a run, with the experts it holds; the others are not even read."""
     skip_experts: float | None = None
     """Only with this share of each layer's experts skipped, 0..1, drawn by `seed`."""
-    seed: int = 0
-    """Of the draw of skipped experts."""
+    seed: int | None = None
+    """Of the draw of skipped experts; none = 0."""
     checkpoint: str | None = None
     """Name of a run's checkpoint, such as step-00000640; none = the newest whole one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -84,6 +84,11 @@ class EvalOptions:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         if self.site is not None and self.skip_experts is not None:
             raise ValueError("site and skip_experts cannot be given together")
+        if self.seed is not None and self.skip_experts is None:
+            raise ValueError("seed needs skip_experts, whose draw it is of")
+        for name, value in (("data", self.data), ("cache_dir", self.cache_dir)):
+            if value and self.val_data:
+                raise ValueError(f"{name} has no effect beside val_data, give one of them")
         if self.skip_experts is not None and not 0 <= self.skip_experts <= 1:
             raise ValueError(f"skip_experts must be in [0, 1], got {self.skip_experts}")
 
@@ -215,7 +220,7 @@ def evaluate_model(options: EvalOptions) -> dict[str, Any]:
     """
     subject = find_subject(
         options.model,
-        Skipping(options.site, options.skip_experts, options.seed),
+        Skipping(options.site, options.skip_experts, options.seed or 0),
         checkpoint=options.checkpoint,
         tokenizer=options.tokenizer,
         trust_remote_code=options.trust_remote_code,

@@ -17,7 +17,6 @@ from torch import Tensor
 from fomoe_ext import checkpoint as ckpt
 from fomoe_ext.assemble import fill_model
 from fomoe_ext.config import DataConfig, ModelConfig
-from fomoe_ext.config_io import load_config
 from fomoe_ext.export import (
     TOKENIZER,
     Source,
@@ -25,13 +24,14 @@ from fomoe_ext.export import (
     find_source,
     model_of_config,
 )
+from fomoe_ext.files import unsealed
 from fomoe_ext.json_values import loads
 from fomoe_ext.model import LanguageModel
 from fomoe_ext.moe import MoELayer
 from fomoe_ext.placement import Placement
 from fomoe_ext.plan import job_placement
-from fomoe_ext.runs import CHECKPOINTS, CONFIG
-from fomoe_ext.tensor_files import INDEX, SINGLE, TensorFiles
+from fomoe_ext.runs import CHECKPOINTS, CONFIG, load_run_config
+from fomoe_ext.tensor_files import CHECKSUMS, INDEX, SINGLE, TensorFiles, check_file
 
 TOKENS = 524_288
 """Tokens to evaluate on where no run says how many."""
@@ -145,13 +145,12 @@ def _variant(model: LanguageModel, name: str, skipping: Skipping) -> Variant:
 def placement_of(source: Source) -> Placement:
     """The placement in force at a checkpoint, from a site's state or from the configuration.
 
-    Raises ValueError where it is in neither.
+    Raises ValueError where it is in neither, CheckpointError for a damaged state.
     """
     for site in range(source.manifest.num_sites):
-        try:
-            state = ckpt.load_state(source.checkpoint, site)
-        except ckpt.CheckpointError:  # it may be on another machine
-            continue
+        if not (source.checkpoint / ckpt.state_name(site)).is_file():
+            continue  # it may be on another machine
+        state = ckpt.load_state(source.checkpoint, site)
         if "sync" in state:
             return Placement.from_dict(state["sync"]["placement"])
     if source.config is None or source.config.sites.reshuffle_rounds:
@@ -181,20 +180,18 @@ def _run_variants(source: Source, skipping: Skipping, device: torch.device) -> I
 
 
 def _reported_tokens(source: Source) -> int:
-    """Tokens of the run's last validation, so that figures can be compared with its report."""
-    if source.run is None:
+    """Tokens of the run's last validation, so that figures can be compared with its report.
+
+    Raises ValueError for a damaged report.
+    """
+    file = None if source.run is None else source.run / "report.json"
+    if file is None or not file.is_file():  # a run that has not ended has none
         return TOKENS
     try:
-        report = loads((source.run / "report.json").read_bytes(), nan=True)
+        report = unsealed(loads(file.read_bytes(), nan=True), file)
         return int(report["validation"]["tokens"])
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        OverflowError,
-    ):  # a run that has not ended has none
-        return TOKENS
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise ValueError(f"cannot read {file} ({error})") from None
 
 
 def _run_subject(source: Source, skipping: Skipping, tokenizer: Path | None) -> Subject:
@@ -235,7 +232,7 @@ def _is_transformers_export(folder: Path) -> bool:
 def _exported_config(folder: Path) -> ModelConfig:
     if _is_transformers_export(folder):
         return model_of_config(_read_json(folder / "config.json"))
-    return load_config(folder / CONFIG).model
+    return load_run_config(folder).model
 
 
 def load_exported(folder: Path, device: torch.device | str = "cpu") -> LanguageModel:
@@ -244,6 +241,8 @@ def load_exported(folder: Path, device: torch.device | str = "cpu") -> LanguageM
     Parameters are fp32, whatever the folder's dtype. Raises ValueError or OSError when it is not
     one, or damaged.
     """
+    for name in ("config.json", CONFIG):
+        check_file(folder, name)
     files = TensorFiles(folder)
     name_in = exported_name if _is_transformers_export(folder) else str
     model = LanguageModel(_exported_config(folder), device=device)
@@ -252,6 +251,8 @@ def load_exported(folder: Path, device: torch.device | str = "cpu") -> LanguageM
 
 
 def _exported_subject(folder: Path, skipping: Skipping, tokenizer: Path | None) -> Subject:
+    for name in ("config.json", CONFIG, TOKENIZER):
+        check_file(folder, name)
     model, own = _exported_config(folder), folder / TOKENIZER
     by_name = _is_transformers_export(folder)
     is_bytes = by_name and _read_json(folder / "config.json").get("tokens") == "bytes"
@@ -267,7 +268,7 @@ def _exported_subject(folder: Path, skipping: Skipping, tokenizer: Path | None) 
         seq_len=model.seq_len,
         tokenizer=tokenizer,
         variants=variants,
-        text=DataConfig() if by_name else load_config(folder / CONFIG).data,
+        text=DataConfig() if by_name else load_run_config(folder).data,
     )
 
 
@@ -286,6 +287,11 @@ def _transformers_subject(
             f"{folder} is a transformers model: pip install 'transformers>=5.6' to evaluate it"
         ) from None
     own = folder / TOKENIZER
+    # What `save_merged` has written, of which transformers would notice nothing.
+    if (folder / CHECKSUMS).is_file():
+        files = TensorFiles(folder)
+        for name in files.names():
+            files.read(name)
     if tokenizer is None and not own.is_file():
         raise ValueError(
             f"{folder} has no {TOKENIZER}: give --tokenizer, or write it there by "

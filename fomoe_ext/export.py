@@ -7,13 +7,12 @@ in memory, under a temporary name that is changed when the folder is whole.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -26,14 +25,16 @@ from tyro.conf import Positional
 
 from fomoe_ext import checkpoint as ckpt
 from fomoe_ext.assemble import global_names
+from fomoe_ext.checkpoint_publish import reading
 from fomoe_ext.config import ModelConfig, SitesConfig, TrainConfig, count_parameters
-from fomoe_ext.config_io import dump_config, load_config
+from fomoe_ext.config_io import dump_config
 from fomoe_ext.export_card import model_card
 from fomoe_ext.files import write_text
+from fomoe_ext.folder_lock import hold
 from fomoe_ext.metrics import human_bytes, human_count, read_metrics
 from fomoe_ext.model import LanguageModel
 from fomoe_ext.outputs import require_new
-from fomoe_ext.runs import CHECKPOINTS, CONFIG, METRICS, run_of
+from fomoe_ext.runs import CHECKPOINTS, CONFIG, METRICS, load_run_config, run_of
 from fomoe_ext.tensor_files import write_tensors
 from fomoe_ext.text import Tokenizer, load_tokenizer
 
@@ -96,15 +97,18 @@ class Source:
     run: Path | None
     passed_over: str = ""
     """Why newer checkpoints were not taken; "" = there are none."""
+    lock: Any = field(default=None, repr=False, compare=False)
+    """While it is kept, a job that is running leaves the checkpoint where it is."""
 
     def tokenizer(self, given: Path | None) -> Path | None:
         """The tokenizer's file, `given` or the run's; None = bytes.
 
-        Raises ValueError when it is not known.
+        Raises ValueError when it is not known, or is not what the run was trained with.
         """
         if given is not None:
             return given
         if self.config is not None:
+            self._check_tokenizer(self.config.data.tokenizer)
             return self.config.data.tokenizer
         if self.model.vocab_size > 256:
             raise ValueError(
@@ -112,6 +116,17 @@ class Source:
                 "give --tokenizer"
             )
         return None
+
+    def _check_tokenizer(self, file: Path | None) -> None:
+        wanted = self.manifest.meta.get("tokenizer")  # not in checkpoints of earlier versions
+        if wanted is None or (file is not None and not file.is_file()):
+            return
+        found = "byte" if file is None else ckpt.sha256(file)
+        if found != wanted:
+            raise ValueError(
+                f"tokenizer {file or 'bytes'} is not what the run was trained with: it has been "
+                "changed, or is damaged (--tokenizer takes another all the same)"
+            )
 
 
 # ---------------------------------------------------------------------------------- what to export
@@ -188,17 +203,8 @@ def find_source(path: Path, name: str | None = None) -> Source:
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"checkpoint {chosen} does not say what its model is ({error})") from None
     run = run_of(chosen) if (run_of(chosen) / CONFIG).is_file() else None
-    config = None if run is None else load_config(run / CONFIG)
-    return Source(chosen, manifest, model, config, run, passed_over)
-
-
-def _require_content(source: Source) -> None:
-    """Raises ValueError when a file of the global model is not what its site has written."""
-    for name in model_files(source.manifest):
-        with (source.checkpoint / name).open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != source.manifest.files[name].sha256:
-            raise ValueError(f"checkpoint {source.checkpoint}: the content of {name} is damaged")
+    config = None if run is None else load_run_config(run)
+    return Source(chosen, manifest, model, config, run, passed_over, reading(chosen))
 
 
 def _global_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -394,7 +400,7 @@ def _portable_config(source: Source) -> TrainConfig:
 
 def _write_folder(folder: Path, source: Source, options: ExportOptions) -> tuple[int, int]:
     tokenizer = source.tokenizer(options.tokenizer)
-    _require_content(source)
+    ckpt.require_content(source.checkpoint, model_files(source.manifest))
     if options.format == "transformers":
         end = _write_tokenizer(folder, tokenizer, source.model)
         tokens = "bytes" if tokenizer is None else TOKENIZER
@@ -420,6 +426,7 @@ def _write_folder(folder: Path, source: Source, options: ExportOptions) -> tuple
             _load_tokenizer(tokenizer)
             shutil.copyfile(tokenizer, folder / TOKENIZER)
         write_text(folder / CONFIG, dump_config(_portable_config(source)))
+    # Last: it lists the files that are there.
     return write_tensors(folder, _tensors(source, options), options.shard_bytes)
 
 
@@ -442,18 +449,24 @@ def export(source: Source, options: ExportOptions) -> tuple[Path, int, int]:
     """
     out = _out_folder(source, options)
     partial = out.with_name(f".{out.name}.partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = hold(partial, "out")  # else another export would be cleared away here
     try:
+        for path in partial.iterdir():  # of one that was killed
+            if path != lock.path:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         files, size = _write_folder(partial, source, options)
+        _out_folder(source, options)  # nobody else has made it meanwhile
+        lock.release(remove=True)
         os.rename(partial, out)
     except ckpt.CheckpointError as error:
         raise ValueError(str(error)) from error
     except SafetensorError as error:
         raise OSError(f"could not write {out}: {error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+        lock.release()
     return out, files, size
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from fomoe_ext import signals
 from fomoe_ext.config_fault import FaultConfig
@@ -26,6 +27,7 @@ from fomoe_ext.link import VARIABLE as LINK
 from fomoe_ext.link import describe, link_variable, wanted_mode
 from fomoe_ext.namespace import INTERFACE, NamespaceError, Network
 from fomoe_ext.runs import CHECKPOINTS
+from fomoe_ext.unwritten import EXIT_UNWRITTEN
 from fomoe_ext.wire import Link
 
 EXIT_STOPPED = 130
@@ -139,7 +141,7 @@ class _Start:
         # The first speaks to the user; the others to their log files.
         file = f"{name.replace(', ', '-').replace(' ', '-')}.log"
         log = None if number == 0 or self.log_dir is None else self.log_dir / file
-        output = None if log is None else log.open("ab")
+        output = None if log is None else _open_log(log)
         prefix = [] if self.network is None else self.network.prefix(site)
         passed = [self.alive]
         if CONSOLE_FD in env:
@@ -158,6 +160,15 @@ class _Start:
             if output is not None:
                 output.close()
         return _Site(site, name, process, log)
+
+
+def _open_log(path: Path) -> IO[bytes]:
+    """A site's log, or nothing in its place: a full disk is no reason not to start a site."""
+    try:
+        return path.open("ab")
+    except OSError as error:
+        _say(f"could not write {path}, the site goes on without: {error.strerror}")
+        return open(os.devnull, "wb")
 
 
 def _start(start: _Start) -> list[_Site]:
@@ -249,13 +260,13 @@ def _watch(sites: Sequence[_Site], received: list[int], command: _Command) -> in
             for site in sites:
                 if site.process.poll() is None:
                     site.process.terminate()
-        failed = [s for s, code in zip(sites, codes, strict=True) if code not in (None, 0)]
-        failed = [s for s in failed if s.process.returncode != EXIT_STOPPED]
+        well = (None, 0, EXIT_STOPPED, EXIT_UNWRITTEN)
+        failed = [s for s, code in zip(sites, codes, strict=True) if code not in well]
         if failed:
             time.sleep(2 * _POLL_S)  # let a second failure show, to blame the right one
             for site in sites:
                 site.process.poll()
-            ended = [s for s in sites if s.process.returncode not in (None, 0, EXIT_STOPPED)]
+            ended = [s for s in sites if s.process.returncode not in well]
             culprit = _blame(ended)
             _kill(sites)
             if forwarded and culprit.process.returncode == -signal.SIGTERM:
@@ -265,7 +276,7 @@ def _watch(sites: Sequence[_Site], received: list[int], command: _Command) -> in
             code = culprit.process.returncode
             return code if code > 0 else 128 - code
         if all(code is not None for code in codes):
-            return EXIT_STOPPED if EXIT_STOPPED in codes else 0
+            return next((c for c in (EXIT_UNWRITTEN, EXIT_STOPPED) if c in codes), 0)
         time.sleep(_POLL_S)
 
 
@@ -346,8 +357,10 @@ def _watch_tolerant(sites: list[_Site], received: list[int], start: _Start, keep
         for site in [s for s in sites if s not in running]:
             sites.remove(site)
             code = site.process.returncode
-            if code in (0, EXIT_STOPPED):
-                ended_at, last = ended_at or time.monotonic(), code
+            if code in (0, EXIT_STOPPED, EXIT_UNWRITTEN):
+                if ended_at is None or code == EXIT_UNWRITTEN:
+                    last = code
+                ended_at = ended_at or time.monotonic()
                 continue
             keeper.dead(site.site)
             again = restarts[site.site] > 0 and ended_at is None and not forwarded

@@ -5,9 +5,13 @@ Only site 0 makes a `RunLog`. On a terminal it is one live line; elsewhere one p
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import socket
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,8 +19,9 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fomoe_ext.files import write_text
+from fomoe_ext.files import seal_line, unseal_line, write_text
 from fomoe_ext.json_values import loads
+from fomoe_ext.unwritten import AppendedFile, Unwritten
 
 _REFRESH_S = 0.2
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -39,15 +44,20 @@ def human_count(count: float) -> str:
 
 
 class MetricsFile:
-    """Appends one JSON object per line; every line is complete on disk when `write` returns."""
+    """Appends one JSON object per line; every line is complete when `write` returns.
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A job that was killed may have left half a line.
-        text = path.read_bytes() if path.exists() else b""
-        self._file = path.open("ab")
-        if text and not text.endswith(b"\n"):
-            self._file.truncate(text.rfind(b"\n") + 1)
+    Where the disk is full the lines wait for room, `unwritten` has how many, and nothing raises.
+    """
+
+    def __init__(self, path: Path, unwritten: Unwritten | None = None) -> None:
+        self._unwritten = unwritten or Unwritten()
+        self._file = AppendedFile(path, self._unwritten)
+        try:
+            if path.exists():
+                _cut_torn_line(path)
+            self._file.open()
+        except OSError as error:
+            self._unwritten.note(path, error)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a record. Raises ValueError for values that JSON cannot hold, such as tensors."""
@@ -55,7 +65,10 @@ class MetricsFile:
             line = json.dumps(dict(record), allow_nan=True)
         except TypeError as error:
             raise ValueError(f"record is not JSON: {error}") from None
-        self._file.write(line.encode() + b"\n")
+        self._file.write(seal_line(line).encode() + b"\n")
+
+    def flush(self) -> None:
+        """Tries again to write what is left."""
         self._file.flush()
 
     def close(self) -> None:
@@ -63,12 +76,22 @@ class MetricsFile:
         self._file.close()
 
 
+def _cut_torn_line(path: Path) -> None:
+    """Cuts off half a line, as a job that was killed may have left it."""
+    text = path.read_bytes()
+    if text and not text.endswith(b"\n"):
+        os.truncate(path, text.rfind(b"\n") + 1)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a metrics.jsonl. Raises ValueError naming the line that is no JSON object."""
+    """All records of a metrics.jsonl.
+
+    Raises ValueError naming the line that is no JSON object, or not what was written.
+    """
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            record = loads(line, nan=True)
+            record = loads(unseal_line(line), nan=True)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         if not isinstance(record, dict):
@@ -87,21 +110,66 @@ def _step(record: Mapping[str, Any], path: Path) -> int:
 def rewind_metrics(path: Path, step: int) -> None:
     """Drop the records of later steps than `step`, which a resumed job is going to write again.
 
-    Raises ValueError for a damaged file.
+    Raises ValueError for a damaged file, OSError where it cannot be written.
     """
-    if path.exists():
-        records = [r for r in read_metrics(path) if _step(r, path) <= step]
-        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+    if not path.exists():
+        return
+    _cut_torn_line(path)
+    records = read_metrics(path)
+    kept = [record for record in records if _step(record, path) <= step]
+    if kept == records:
+        return
+    if records[: len(kept)] == kept:
+        # Takes no room on a full disk.
+        lines = path.read_bytes().splitlines(keepends=True)[: len(kept)]
+        os.truncate(path, sum(map(len, lines)))
+        return
+    write_text(path, "".join(seal_line(json.dumps(record)) + "\n" for record in kept))
 
 
-def _tensorboard(folder: Path, first_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise RuntimeError(
-            "TensorBoard is not installed: `pip install tensorboard`, or give --no-tensorboard"
-        ) from error
-    return SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+class _Board:
+    """TensorBoard's events of scalars: one file per start of a job, written at once."""
+
+    def __init__(self, folder: Path, first_step: int, unwritten: Unwritten) -> None:
+        try:
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.record_writer import RecordWriter
+        except ImportError as error:
+            raise RuntimeError(
+                "TensorBoard is not installed: `pip install tensorboard`, or give --no-tensorboard"
+            ) from error
+        self._events, self._summaries, self._records = event_pb2, summary_pb2, RecordWriter
+        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}"
+        while (folder / name).exists():
+            name += ".0"
+        self._file = AppendedFile(folder / name, unwritten, "events")
+        self._write(file_version="brain.Event:2")
+        if first_step:
+            # What an earlier start has told of later steps is not shown any more.
+            log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._write(step=first_step + 1, session_log=log)
+
+    def _write(self, **event: Any) -> None:
+        record = io.BytesIO()
+        made = self._events.Event(wall_time=time.time(), **event)
+        self._records(record).write(made.SerializeToString())
+        self._file.write(record.getvalue())
+
+    def add_scalars(self, scalars: Mapping[str, float], step: int) -> None:
+        """Values by name at a step."""
+        values = [
+            self._summaries.Summary.Value(tag=tag, simple_value=value)
+            for tag, value in scalars.items()
+        ]
+        self._write(step=step, summary=self._summaries.Summary(value=values))
+
+    def flush(self) -> None:
+        """Tries again to write what is left."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 class RunLog:
@@ -116,10 +184,15 @@ class RunLog:
         first_step: int = 0,
         tensorboard: bool = True,
         console: Console | None = None,
+        unwritten: Unwritten | None = None,
     ) -> None:
+        """`unwritten`: where it is noted what could not be written."""
+        unwritten = unwritten or Unwritten()
         self.console = console or Console()
-        self._file = MetricsFile(run_dir / "metrics.jsonl")
-        self._board = _tensorboard(run_dir / "tensorboard", first_step) if tensorboard else None
+        self._file = MetricsFile(run_dir / "metrics.jsonl", unwritten)
+        self._board: _Board | None = None
+        if tensorboard:
+            self._board = _Board(run_dir / "tensorboard", first_step, unwritten)
         self._total_rounds, self._local_steps = total_rounds, local_steps
         self._shown = 0.0
         self._round_note = ""
@@ -150,10 +223,17 @@ class RunLog:
         trace: TracebackType | None,
     ) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with suppress(OSError):
+                self._progress.stop()
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+    def flush(self) -> None:
+        """Tries again to write what the files still lack."""
+        self._file.flush()
+        if self._board is not None:
+            self._board.flush()
 
     def say(self, message: str) -> None:
         """A line for the reader, above the progress line where there is one."""
@@ -197,6 +277,9 @@ class RunLog:
     def _record(self, kind: str, record: Mapping[str, Any]) -> None:
         self._file.write({"kind": kind, "time": round(time.time(), 3), **record})
         if self._board is not None and "step" in record:
-            for key, value in record.items():
-                if isinstance(value, (int, float)) and key != "step":
-                    self._board.add_scalar(f"{kind}/{key}", value, record["step"])
+            scalars = {
+                f"{kind}/{key}": float(value)
+                for key, value in record.items()
+                if isinstance(value, (int, float)) and key != "step"
+            }
+            self._board.add_scalars(scalars, record["step"])

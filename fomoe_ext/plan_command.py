@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from fomoe_ext.config import ModelConfig, TrainConfig
+from fomoe_ext.config_effects import without_effect
 from fomoe_ext.link import parse_link
 from fomoe_ext.plan_args import parse_job, parse_options
 from fomoe_ext.plan_jobs import compared_costs
+from fomoe_ext.runs import flag_value
 from fomoe_ext.wire import Link
 
 DEFAULT_LINK = "1gbit"
@@ -140,6 +142,9 @@ def main(arguments: Sequence[str]) -> int:
     """
     options, rest = parse_options(PlanOptions, arguments)
     config, name = planned_job(options, rest)
+    if options.hf_config is None:
+        for line in without_effect(config, rest, flag_value(rest, "--config")):
+            print(f"fomoe plan: {line}", file=sys.stderr)
     return _show(config, name, options)
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fomoe_ext.fault.story import what
-from fomoe_ext.files import write_text
+from fomoe_ext.files import sealed, write_text
 from fomoe_ext.metrics import human_bytes, human_count
 
 _MOST_EXPERTS, _MOST_LAYERS = 64, 8
@@ -365,6 +365,9 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
 
 
 def write_report(run_dir: Path, report: Mapping[str, Any]) -> None:
-    """Write report.json and report.md into the run folder, each whole or not at all."""
-    write_text(run_dir / "report.json", json.dumps(report, indent=1) + "\n")
+    """Write report.json, sealed, and report.md into the run folder, each whole or not at all.
+
+    Raises OSError naming the file.
+    """
+    write_text(run_dir / "report.json", json.dumps(sealed(report), indent=1) + "\n")
     write_text(run_dir / "report.md", markdown(report))

@@ -14,11 +14,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fomoe_ext.files import write_text
+from fomoe_ext.files import naming, sealed, unsealed, write_text
 from fomoe_ext.json_values import loads
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CHECKSUMS = "checksums.json"
+"""What was written into a folder, for who reads it again: by tensor the SHA-256 of its bytes (of
+one of three dimensions or more that of each row), and by file. Only our own folders have it."""
+_DIGITS = 16
 _CHUNK = 16 << 20
 """Bytes written and hashed at a time."""
 _KINDS = {
@@ -65,13 +69,15 @@ def read_index(path: Path) -> dict[str, str]:
 class TensorFiles:
     """The tensors of a folder by name, on the CPU; opens each file once, counts what is read.
 
-    Raises ValueError, naming the folder, where it has no such files or they cannot be read.
+    Tensors of a folder with CHECKSUMS are compared with it as they are read. Raises ValueError,
+    naming the folder, where it has no such files, they cannot be read or are damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.bytes_read = 0
         self._open: dict[str, Any] = {}
+        self._digests: dict[str, Any] = read_checksums(folder).get("tensors", {})
         index = folder / INDEX
         if index.is_file():
             try:
@@ -106,30 +112,113 @@ class TensorFiles:
         """Whether there is such a tensor."""
         return name in self._files
 
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors."""
+        return tuple(self._files)
+
     def read(self, name: str, row: int | None = None) -> Tensor:
         """A tensor, or one row of it; no other row is read then."""
         if name not in self._files:
             raise ValueError(f"{self.folder} has no tensor {name}")
         file = self._file(self._files[name])
         tensor = file.get_tensor(name) if row is None else file.get_slice(name)[row]
+        if name in self._digests:
+            self._check(name, row, tensor)
         self.bytes_read += tensor.nbytes
         return tensor
+
+    def _check(self, name: str, row: int | None, tensor: Tensor) -> None:
+        wanted = self._digests[name]
+        if isinstance(wanted, str):
+            if row is not None:
+                return  # of two dimensions: nobody reads such rows alone
+            found: Any = _digest(tensor)
+        elif row is None:
+            found = [_digest(part) for part in tensor]
+        else:
+            found, wanted = _digest(tensor), wanted[row] if row < len(wanted) else ""
+        if found != wanted:
+            raise ValueError(
+                f"{self.folder}: the content of {name} is damaged, or was changed since the folder "
+                f"was written: if you changed it, delete {CHECKSUMS}"
+            )
+
+
+def _digest(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    content = flat.view(torch.uint8).numpy() if flat.numel() else b""
+    return hashlib.sha256(content).hexdigest()[:_DIGITS]
+
+
+def _digests(tensor: Tensor) -> str | list[str]:
+    return [_digest(part) for part in tensor] if tensor.dim() > 2 else _digest(tensor)
+
+
+def read_checksums(folder: Path) -> dict[str, Any]:
+    """What CHECKSUMS of a folder says; nothing where it has none. Raises ValueError for a damaged
+    one."""
+    path = folder / CHECKSUMS
+    if not path.is_file():
+        return {}
+    try:
+        found = unsealed(loads(path.read_bytes()), path)
+        if not all(isinstance(found[part], dict) for part in ("tensors", "files")):
+            raise ValueError(f"{path} is damaged")
+        return found
+    except (OSError, KeyError) as error:
+        raise ValueError(f"cannot read {path} ({error})") from None
+
+
+def check_file(folder: Path, name: str) -> None:
+    """Raises ValueError where a file of a folder is not as its CHECKSUMS has it; one that is not
+    there, or not listed, is somebody else's business."""
+    wanted = read_checksums(folder).get("files", {}).get(name)
+    path = folder / name
+    if wanted is None or not path.is_file():
+        return
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != wanted:
+            raise ValueError(
+                f"{path} is damaged, or was changed since the folder was written: if you changed "
+                f"it, delete {CHECKSUMS}"
+            )
+
+
+def write_checksums(folder: Path, tensors: Mapping[str, str | list[str]]) -> None:
+    """Writes CHECKSUMS of these tensors and of all files that are in the folder now, but for those
+    of tensors."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix != ".safetensors" and not path.name.startswith("."):
+            with path.open("rb") as file:
+                files[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    files.pop(CHECKSUMS, None)
+    write_text(
+        folder / CHECKSUMS,
+        json.dumps(sealed({"files": files, "tensors": dict(tensors)})) + "\n",
+    )
 
 
 def write_tensors(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int
 ) -> tuple[int, int]:
     """Writes tensors, which share no memory, to files of at most `limit` bytes (a larger one has
-    its own), and an index where there are several; one file's tensors are in memory at a time.
+    its own), an index where there are several, and CHECKSUMS; one file's tensors are in memory at a
+    time.
 
-    Returns the number of files and the bytes of all tensors.
+    Returns the number of files and the bytes of all tensors. Raises OSError naming the folder.
     """
     parts: list[list[str]] = []
+    digests: dict[str, str | list[str]] = {}
     shard: dict[str, Tensor] = {}
     total = filled = 0
 
     def flush() -> None:
-        save_file(shard, folder / f"part-{len(parts)}", metadata={"format": "pt"})
+        path = folder / f"part-{len(parts)}"
+        try:
+            save_file(shard, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"could not write {path}: {error}") from error
         parts.append(list(shard))
         shard.clear()
 
@@ -138,11 +227,13 @@ def write_tensors(
             flush()
             filled = 0
         shard[name] = tensor.contiguous()
+        digests[name] = _digests(shard[name])
         filled += tensor.nbytes
         total += tensor.nbytes
     flush()
     if len(parts) == 1:
         os.rename(folder / "part-0", folder / SINGLE)
+        write_checksums(folder, digests)
         return 1, total
     weight_map = {}
     for i, names in enumerate(parts):
@@ -151,6 +242,7 @@ def write_tensors(
         weight_map.update(dict.fromkeys(names, final))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_text(folder / INDEX, json.dumps(index, indent=2, ensure_ascii=False) + "\n")
+    write_checksums(folder, digests)
     return len(parts), total
 
 
@@ -190,7 +282,7 @@ def write_synced(
     start = len(text).to_bytes(8, "little") + text
     digest = hashlib.sha256(start)
     header_sha256 = digest.hexdigest()
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(start)
         for name in order:
             flat = tensors[name].detach().cpu().contiguous().view(-1)

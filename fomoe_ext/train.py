@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from fomoe_ext import plan
 from fomoe_ext.checkpoint_publish import clear_leftovers
 from fomoe_ext.checkpoint_writer import Outcome
 from fomoe_ext.config import TrainConfig, count_parameters
+from fomoe_ext.config_effects import changes, check_changes, told, without_effect
 from fomoe_ext.config_io import save_config
 from fomoe_ext.console import outlive_terminal
 from fomoe_ext.data import TextData, open_data
@@ -32,17 +34,34 @@ from fomoe_ext.extras import NotInstalled
 from fomoe_ext.fault import inject
 from fomoe_ext.fault.company import Company
 from fomoe_ext.fault.story import describe
+from fomoe_ext.files import replace_file
+from fomoe_ext.folder_lock import Held
 from fomoe_ext.job import learning_rate
 from fomoe_ext.launch import CONSOLE_FD, EXIT_PEER_LOST, EXIT_STOPPED
 from fomoe_ext.metrics import RunLog, rewind_metrics
 from fomoe_ext.outer import MeetingError
 from fomoe_ext.outer.groups import gather_objects
 from fomoe_ext.outer.staged import MeetingLost
-from fomoe_ext.outputs import named, options_of, require_folder
+from fomoe_ext.outputs import named, options_of
 from fomoe_ext.plan import RoundNote
 from fomoe_ext.report import print_report, write_report
-from fomoe_ext.runs import AUTO, CHECKPOINTS, CONFIG, METRICS, check_folder, job_config, run_of
+from fomoe_ext.runs import (
+    AUTO,
+    CHECKPOINTS,
+    CONFIG,
+    HELD,
+    METRICS,
+    Job,
+    check_folder,
+    claim,
+    flag_value,
+    join,
+    load_run_config,
+    run_of,
+    settled_job,
+)
 from fomoe_ext.trainer import TrainingSite
+from fomoe_ext.unwritten import EXIT_UNWRITTEN, Unwritten, tolerant, tolerant_output
 from fomoe_ext.waiting import watched
 from fomoe_ext.world import (
     PeerLost,
@@ -58,6 +77,8 @@ from fomoe_ext.world import (
     with_others,
 )
 
+_SCHEDULE_POINTS = 1000
+"""At so many steps courses of the learning rate are compared."""
 _FINAL_EVAL = 8
 """The last validation uses so many times the tokens of those before it."""
 
@@ -70,21 +91,39 @@ class _Job:
         site: TrainingSite,
         stop: StopRequest,
         company: Company | None = None,
+        unwritten: Unwritten | None = None,
     ) -> None:
         self.site, self.stop, self.company = site, stop, company
+        self.unwritten = unwritten or Unwritten()
         self.log: RunLog | None = None
         self.run = site.config.run
-        self._renew, self._unsaved, self._came = False, False, False
+        self._renew, self._came = False, False
+        self._due_at_end = False
+        """Whether the last checkpoint is still to be written."""
+        self._unsaved = False
+        """Whether the last one that was waited for could not be."""
+        self._failed: list[Path] = []
+        """Checkpoints that could not be written, since the last that was."""
+        self._made_up_for: list[str] = []
+        """What is told of those before it."""
 
     def run_to_end(self) -> int:
         """What is left of the job, and its report; the exit code."""
         try:
+            code = 0
             if self.train():
-                return EXIT_STOPPED
-            self.finish()
-            return 0
+                code = EXIT_STOPPED
+                self._tell_lost([[] for _ in range(self.site.world.processes)])
+            else:
+                self.finish()
         finally:
             self.close()
+        return EXIT_UNWRITTEN if self._lost_work(code) else code
+
+    def _lost_work(self, code: int) -> bool:
+        """Whether what could not be written is to be the exit code. A job that was stopped says so,
+        unless it has no checkpoint to go on from."""
+        return self._unsaved if code == EXIT_STOPPED else bool(self.unwritten.entries())
 
     def train(self) -> bool:
         """All rounds that are left; True when the job was stopped (a checkpoint is written)."""
@@ -121,7 +160,7 @@ class _Job:
 
     def open_log(self, resumed: Path | None) -> None:
         """Begins to speak for all sites. `resumed`: the checkpoint that the job goes on from."""
-        self.log = _make_log(self.site, resumed).__enter__()
+        self.log = _make_log(self.site, resumed, self.unwritten).__enter__()
 
     def close(self) -> None:
         """Closes the log, where this site keeps it."""
@@ -136,7 +175,7 @@ class _Job:
             return True
         self._tell_saved(site.poll_save())
         if site.round == site.rounds:
-            self._unsaved = True
+            self._due_at_end = True
             return False
         if self.run.eval_rounds and site.round % self.run.eval_rounds == 0:
             self._validate(self.run.eval_tokens)
@@ -253,10 +292,11 @@ class _Job:
         return result
 
     def _save(self, steps: int) -> None:
-        """A checkpoint that is waited for; CheckpointError where it cannot be written."""
+        """A checkpoint that is waited for; where it cannot be written that is told."""
         self._tell_saved(self.site.poll_save(wait=True))
-        path = self.site.save(steps)
-        self._tell_saved(Outcome(path, self.site.round, ""))
+        outcome = self.site.try_save(steps)
+        self._unsaved = bool(outcome.error)
+        self._tell_saved(outcome, "")
 
     def _start_save(self, steps: int) -> None:
         """A checkpoint during the training, which goes on where it cannot be written."""
@@ -266,7 +306,7 @@ class _Job:
         if not behind:
             self._tell_saved(self.site.poll_save(wait=True))
 
-    def _tell_saved(self, outcome: Outcome | None) -> None:
+    def _tell_saved(self, outcome: Outcome | None, goes_on: str = ", training goes on") -> None:
         if outcome is None or self.log is None:
             return
         path, steps = outcome.path, ckpt.steps_of(outcome.path)
@@ -274,13 +314,18 @@ class _Job:
         if not outcome.error:
             self.log.event("checkpoint", **about)
             self.log.say(f"checkpoint {path}")
+            for failed in self._failed:
+                self._made_up_for += self.unwritten.forget(failed)
+            self._failed.clear()
             return
-        self.log.event("checkpoint_failed", **about, error=outcome.error)
         print(
-            f"fomoe train: could not write checkpoint {path}, training goes on: {outcome.error}",
+            f"fomoe train: could not write checkpoint {path}{goes_on}: {outcome.error}",
             file=sys.stderr,
             flush=True,
         )
+        self._failed.append(path)
+        self.unwritten.note(path, outcome.error, quiet=True)
+        self.log.event("checkpoint_failed", **about, error=outcome.error)
 
     def finish(self) -> None:
         """The last checkpoint, the last validation and the report."""
@@ -292,22 +337,38 @@ class _Job:
 
     def _finish(self) -> None:
         site = self.site
-        if self._unsaved:
+        if self._due_at_end:
             self._save(site.step)
         site.finish()
         validation = self._validate(_FINAL_EVAL * self.run.eval_tokens)
         report = site.report(validation)
         if self.log is not None:
-            write_report(site.run_dir, report)
+            self.log.flush()
+            try:
+                write_report(site.run_dir, report)
+            except OSError as error:
+                self.unwritten.note(error.filename or site.run_dir / "report.json", error)
+        # Who leaves before all have what they need would be missed by the others.
+        lost = _gather(self.unwritten.entries(), site.world, "the end")
         if self.company is not None:
-            # Who leaves before all have what they need would be missed by the others.
-            _gather("the report is written", site.world, "the end")
             self.company.membership.finish()
         if self.log is not None:
             self.log.event("end", step=site.step, wall_s=report["run"]["wall_s"])
             self.log.say("")
             print_report(report, self.log.console)
             self.log.say(f"report in {site.run_dir / 'report.md'}")
+        self._tell_lost(lost)
+
+    def _tell_lost(self, lost: list[list[str]]) -> None:
+        """What could not be written, by process."""
+        if self.log is None:
+            return
+        lost[self.site.world.process] = self.unwritten.entries()
+        lines = dict.fromkeys(line for of_process in lost for line in of_process)
+        lines |= dict.fromkeys(f"{line} (but a later one was)" for line in self._made_up_for)
+        if lines:
+            text = "\n".join(f"  {line}" for line in lines)
+            print(f"fomoe train: could not be written:\n{text}", file=sys.stderr, flush=True)
 
 
 def _open_data(config: TrainConfig, world: World) -> TextData:
@@ -323,6 +384,7 @@ def _open_data(config: TrainConfig, world: World) -> TextData:
             text_field=data.text_field,
             tokenizer=data.tokenizer,
             cache_dir=data.cache_dir,
+            check=world.leads_machine,
         )
 
     opened, problem = None, None
@@ -357,42 +419,66 @@ def _agree(problem: Exception | None, world: World, what: str) -> None:
 
 
 class _Start(NamedTuple):
-    """The configuration with site 0's run folder, the checkpoint to continue, and what to say."""
+    """The configuration with site 0's run folder, which is held, the checkpoint to continue, and
+    what to say."""
 
     config: TrainConfig
+    held: Held
     resumed: Path | None
     notes: list[str]
 
 
-def _agree_on_run(config: TrainConfig, world: World) -> _Start:
-    """From where the job starts, the same on all sites; a collective."""
-    folder = config.run.run_dir
-    named = _gather(None if folder is None else str(folder), world, "the run folder")[0]
-    run_dir = None if named is None else Path(named)
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, run_dir=run_dir))
+def _job_name(config: TrainConfig) -> str | None:
+    """What the processes of a job that are started one by one, or by `fomoe train`, call it."""
+    shared = f"lighthouse {config.fault.lighthouse}" if config.fault.lighthouse else None
+    return os.environ.get(HELD, shared)
+
+
+def _hold_folder(job: Job, world: World) -> tuple[TrainConfig, Held]:
+    """The run folder of site 0, held by all processes; a collective."""
+    config, name = job.config, _job_name(job.config)
+    held: Held | None = None
     problem: Exception | None = None
+    if world.process == 0:
+        try:
+            if name is None:
+                config, held, _ = claim(job)
+            else:
+                assert config.run.run_dir is not None
+                held = join(config.run.run_dir, name)
+                check_folder(config)
+        except (ValueError, OSError) as error:
+            problem = error
+    _agree(problem, world, "the run folder")
+    told = None if held is None else [str(config.run.run_dir), held.job]
+    named, name = _gather(told, world, "the run folder")[0]
+    run_dir = Path(named)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, run_dir=run_dir))
     try:
-        if world.leads_machine and run_dir is not None:
-            require_folder("run_dir", run_dir)
-        if world.process == 0:
-            check_folder(config)
-        if world.leads_machine and run_dir is not None:
+        held = held or join(run_dir, name)
+        if world.leads_machine:
             clear_leftovers(run_dir / CHECKPOINTS)
     except (ValueError, OSError) as error:
         problem = error
     _agree(problem, world, "the run folder")
+    assert held is not None
+    return config, held
+
+
+def _agree_on_run(job: Job, world: World) -> _Start:
+    """From where the job starts, the same on all sites; a collective."""
+    config, held = _hold_folder(job, world)
+    run_dir = config.run.run_dir
     if config.run.resume is None:
-        return _Start(config, None, [])
+        return _Start(config, held, None, [])
     automatic = config.run.resume == AUTO
-    target = Path(config.run.resume) if run_dir is None or not automatic else run_dir
-    if not automatic and run_of(target) != target:  # a checkpoint by name
-        try:
-            ckpt.require_whole(target)
-        except ckpt.CheckpointError as error:
-            problem = error
-        _agree(problem, world, "the checkpoint")
-        return _Start(config, target, [])
+    assert run_dir is not None
+    target = run_dir if automatic else Path(config.run.resume)
     share = (world.local_process, world.local_processes)
+    if not automatic and run_of(target) != target:  # a checkpoint by name
+        with with_others("the checkpoint", world.site):
+            ckpt.require_whole_everywhere(target, world.processes, share)
+        return _Start(config, held, target, [])
     with with_others("the checkpoint", world.site):
         found = ckpt.newest_whole(target / CHECKPOINTS, world.processes, share=share)
     notes = [f"skipped: {reason}" for reason in found.skipped]
@@ -403,27 +489,71 @@ def _agree_on_run(config: TrainConfig, world: World) -> _Start:
         )
     if found.path is None:
         notes.append(f"no whole checkpoint in {target / CHECKPOINTS}: from the beginning")
-    return _Start(config, found.path, notes)
+    return _Start(config, held, found.path, notes)
 
 
-def _console() -> Console | None:
+def _settle_changes(config: TrainConfig, world: World, resumed: Path | None) -> dict[str, Any]:
+    """What of a run's configuration is another from now on; a collective.
+
+    Raises ValueError, on all processes something, for what cannot change.
+    """
+    problem: Exception | None = None
+    found: dict[str, Any] = {}
+    if resumed is not None and world.process == 0:
+        try:
+            assert config.run.run_dir is not None
+            file = config.run.run_dir / CONFIG
+            old = load_run_config(config.run.run_dir) if file.is_file() else None
+            done = ckpt.read_manifest(resumed).round
+            found = {} if old is None else changes(old, config)
+            check_changes(old, config, done)
+            if old is not None:
+                _check_schedule(old, config, done)
+        except (ValueError, TypeError, OSError, ckpt.CheckpointError) as error:
+            problem = error
+    _agree(problem, world, "the configuration")
+    return found
+
+
+def _check_schedule(old: TrainConfig, new: TrainConfig, done: int) -> None:
+    """Raises ValueError for a change of the learning rate's course that changes none of what is
+    left of it, after so many rounds."""
+    each = new.run.local_steps
+    first, total = done * each, new.run.resolved_rounds * each
+    left = range(first, total, max(1, (total - first) // _SCHEDULE_POINTS))
+    course = lambda inner: [learning_rate(inner, step, total) for step in left]
+    for name in ("warmup_steps", "schedule", "min_lr_ratio", "inner_lr"):
+        before = dataclasses.replace(new.inner, **{name: getattr(old.inner, name)})
+        if left and before != new.inner and course(before) == course(new.inner):
+            raise ValueError(
+                f"inner.{name} has no effect any more: in the rounds that are left the learning "
+                "rate would be the same"
+            )
+
+
+def _console(unwritten: Unwritten) -> Console | None:
     """The launcher's own, for a site that has not always spoken for all; None = standard output."""
     if CONSOLE_FD not in os.environ:
         return None
-    return Console(file=os.fdopen(os.dup(int(os.environ[CONSOLE_FD])), "w"))
+    file = os.fdopen(os.dup(int(os.environ[CONSOLE_FD])), "w")
+    return Console(file=tolerant(file, unwritten))
 
 
-def _make_log(site: TrainingSite, resumed: Path | None) -> RunLog:
+def _make_log(site: TrainingSite, resumed: Path | None, unwritten: Unwritten) -> RunLog:
     run, step = site.config.run, site.step
     if run.resume is not None:
-        rewind_metrics(site.run_dir / METRICS, step)
+        try:
+            rewind_metrics(site.run_dir / METRICS, step)
+        except OSError as error:
+            unwritten.note(site.run_dir / METRICS, error, "from before")
     log = RunLog(
         site.run_dir,
         total_rounds=site.rounds,
         local_steps=site.local_steps,
         first_step=step,
         tensorboard=run.tensorboard,
-        console=_console(),
+        console=_console(unwritten),
+        unwritten=unwritten,
     )
     config, world = site.config, site.world
     log.say(f"run {site.run_dir}: {site.data.description}")
@@ -442,10 +572,15 @@ def _make_log(site: TrainingSite, resumed: Path | None) -> RunLog:
     if resumed is not None:
         log.say(f"resumed from {resumed}: round {site.round}, step {step}")
         log.event("resumed", round=site.round, step=step, path=str(resumed))
+        for line in told(site.changes):
+            log.say(line)
+        if site.changes:
+            texts = {key: [*map(str, pair)] for key, pair in site.changes.items()}
+            log.event("changed", step=step, options=texts)
     return log
 
 
-def run_tolerant_site(config: TrainConfig, world: World, stop: StopRequest) -> int:
+def run_tolerant_site(job: Job, world: World, stop: StopRequest, unwritten: Unwritten) -> int:
     """`run_site` of a job that outlives its sites (`fomoe_ext.fault`).
 
     Raises what `run_site` does, PeerLost when too few sites are left.
@@ -453,6 +588,7 @@ def run_tolerant_site(config: TrainConfig, world: World, stop: StopRequest) -> i
     from fomoe_ext.fault.membership import Finished, TooFew, join
     from fomoe_ext.fault.reform import new_default_group
 
+    config = job.config
     use_threads(config.sites.threads, world)
     device = choose_device(config.run.device, world)
     end_with_launcher()
@@ -465,26 +601,32 @@ def run_tolerant_site(config: TrainConfig, world: World, stop: StopRequest) -> i
             late = view is None
             if late:
                 world = dataclasses.replace(world, site=0, num_sites=1, members=(world.site,))
+                assert config.run.run_dir is not None
+                held = join(config.run.run_dir, _job_name(config))
                 data, resumed, notes = _open_data(config, World()), None, []
             else:
                 world = world.of_members(view.members)
                 with with_others("joining the other sites", world.site):
                     new_default_group(view, world, config.outer.timeout_s)
-                config, resumed, notes = _agree_on_run(config, world)
+                config, held, resumed, notes = _agree_on_run(job, world)
                 data = _open_data(config, world)
             config = config.with_vocab(data.vocab_size)
+            changed = {} if late else _settle_changes(config, world, resumed)
             site = TrainingSite(config, world, data, device, resumed, late=late)
-            site.notes[:0] = notes
+            site.notes[:0], site.changes = notes, changed
             company = Company(membership, site)
             stop.install()
-            job = _Job(site, stop, company)
+            rounds = _Job(site, stop, company, unwritten)
+            _note_uncached(data, world, unwritten)
             if late:
-                job.tell_of_company(company.join(membership.knock(config.outer.timeout_s)))
+                rounds.tell_of_company(company.join(membership.knock(config.outer.timeout_s)))
             else:
-                _save_config(config, world, site.run_dir)
+                _save_config(site, unwritten)
                 if world.process == 0:
-                    job.open_log(resumed)
-            return job.run_to_end()
+                    rounds.open_log(resumed)
+            code = rounds.run_to_end()
+            held.release()
+            return code
     except Finished:
         print(f"site {world.number}: the job has ended without it", flush=True)
     except TooFew as error:
@@ -492,50 +634,101 @@ def run_tolerant_site(config: TrainConfig, world: World, stop: StopRequest) -> i
     return 0
 
 
-def _save_config(config: TrainConfig, world: World, run_dir: Path) -> None:
-    if world.leads_machine:
+def _note_uncached(data: TextData, world: World, unwritten: Unwritten) -> None:
+    """Tells, for all processes of a machine, of tokens that could not be kept."""
+    if data.uncached is not None and world.leads_machine:
+        unwritten.note(*data.uncached, "tokens are kept in memory")
+
+
+def _save_config(site: TrainingSite, unwritten: Unwritten) -> None:
+    """The configuration in force, and beside it the one of before where that was another.
+
+    Raises OSError where a run that begins cannot be written to; one that goes on does.
+    """
+    if not site.world.leads_machine:
+        return
+    config, file = site.config, site.run_dir / CONFIG
+    try:
+        if site.resumed and file.is_file() and load_run_config(site.run_dir) != config:
+            _keep_config(site)
         saved = dataclasses.replace(config.run, resume=None)
-        save_config(dataclasses.replace(config, run=saved), run_dir / CONFIG)
+        save_config(dataclasses.replace(config, run=saved), file)
+    except OSError as error:
+        if not site.resumed:
+            raise
+        unwritten.note(error.filename or file, error)
 
 
-def run_site(config: TrainConfig, world: World, stop: StopRequest) -> int:
+def _keep_config(site: TrainingSite) -> None:
+    """Keeps the configuration of before beside the one in force, where they differ in more than
+    where the run is and what it goes on from."""
+    if not changes(load_run_config(site.run_dir), site.config):
+        return
+    name = f"config-until-step-{site.step:08d}"
+    kept, number = site.run_dir / f"{name}.toml", 1
+    while kept.exists():
+        number += 1
+        kept = site.run_dir / f"{name}-{number}.toml"
+    with replace_file(kept) as temporary:
+        shutil.copyfile(site.run_dir / CONFIG, temporary)
+
+
+def run_site(job: Job, world: World, stop: StopRequest, unwritten: Unwritten) -> int:
     """Runs one site of a job to its end; all sites of the job must. Returns the exit code.
 
-    `config` is as `runs.job_config` makes it. Raises ValueError, TypeError, FileNotFoundError and
+    `job` is as `runs.settled_job` makes it. Raises ValueError, TypeError, FileNotFoundError and
     CheckpointError for what the user can mend, MeetingError and PeerLost when the sites fall apart.
     """
+    config = job.config
     use_threads(config.sites.threads, world)
     device = choose_device(config.run.device, world)
     with joined(world, config.outer.timeout_s, device.type):
-        config, resumed, notes = _agree_on_run(config, world)
+        config, held, resumed, notes = _agree_on_run(job, world)
         data = _open_data(config, world)
         config = config.with_vocab(data.vocab_size)
+        changed = _settle_changes(config, world, resumed)
         site = TrainingSite(config, world, data, device, resumed)
-        site.notes[:0] = notes
-        _save_config(config, world, site.run_dir)
-        job = _Job(site, stop)
+        site.notes[:0], site.changes = notes, changed
+        _save_config(site, unwritten)
+        rounds = _Job(site, stop, unwritten=unwritten)
+        _note_uncached(data, world, unwritten)
         if world.process == 0:
-            job.open_log(resumed)
+            rounds.open_log(resumed)
         stop.install()
-        return job.run_to_end()
+        code = rounds.run_to_end()
+    held.release()
+    return code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The process of one site; returns its exit code, or ends the process when a site is lost."""
     outlive_terminal()
     args = sys.argv[1:] if arguments is None else arguments
+    unwritten = Unwritten()
+    with tolerant_output(unwritten):
+        return _main(args, unwritten)
+
+
+def _main(args: Sequence[str], unwritten: Unwritten) -> int:
     where, code = "fomoe train", 1
     try:
-        config = job_config(args, "python -m fomoe_ext.train")
+        job = settled_job(args, "python -m fomoe_ext.train")
+        config = job.config
         world = find_world(config.sites.sites, ranks_per_site=config.sites.ranks_per_site)
+        if world.process == 0 and HELD not in os.environ:
+            lines = without_effect(config, args, flag_value(args, "--config"))
+            if config.fault.restarts:
+                lines.append("--restarts has no effect without a launcher, which `fomoe train` is")
+            for line in lines:
+                print(f"fomoe train: {line}", file=sys.stderr, flush=True)
         where = f"fomoe train, site {world.site}"
         if world.ranks > 1:
             where += f", rank {world.rank}"
         if config.fault.tolerant:
-            code = run_tolerant_site(config, world, StopRequest())
+            code = run_tolerant_site(job, world, StopRequest(), unwritten)
             end_now(code)  # groups of sites that are gone would be waited for
             return code
-        return run_site(config, world, StopRequest())
+        return run_site(job, world, StopRequest(), unwritten)
     except (PeerLost, _OtherSiteFailed) as error:
         message, code = error, EXIT_PEER_LOST
     except MeetingError as error:

@@ -109,6 +109,9 @@ class TrainingSite:
         """`routing_probe.figures` of the last meeting, where there is a probe."""
         self.notes: list[str] = []
         """What the user is to be told of the start."""
+        self.resumed = resume is not None
+        self.changes: dict[str, tuple[Any, Any]] = {}
+        """What of the run's configuration is another since the job goes on (`config_effects`)."""
         if resumed is not None:
             assert resume is not None
             load_into(self, resumed, partial(ckpt.load_tensors, resume))
@@ -527,21 +530,24 @@ class TrainingSite:
     # ------------------------------------------------------------------------------ checkpoints
 
     def save(self, steps: int) -> Path:
-        """Writes a checkpoint with all other sites and waits for it; `steps` as for `start_save`.
+        """`try_save`, which raises CheckpointError on all sites when it cannot be written."""
+        outcome = self.try_save(steps)
+        if outcome.error:
+            raise ckpt.CheckpointError(
+                f"could not write checkpoint {outcome.path}: {outcome.error}"
+            )
+        return outcome.path
 
-        Raises CheckpointError on all of them when it cannot be written.
-        """
+    def try_save(self, steps: int) -> Outcome:
+        """Writes a checkpoint with all others and waits for it; `steps` as for `start_save`."""
         waited = self.tally.checkpoint_s
         self.start_save(steps, copy=False)
         with with_others("the checkpoint", self.world.site):
             outcome = self.checkpoints.finish()
         self.tally.checkpoint_s = waited  # with this one the job ends or stops
         assert outcome is not None
-        if outcome.error:
-            raise ckpt.CheckpointError(
-                f"could not write checkpoint {outcome.path}: {outcome.error}"
-            )
-        return outcome.path
+        self.tally.checkpoints_failed += bool(outcome.error)
+        return outcome
 
     @torch.no_grad()
     def start_save(self, steps: int, copy: bool = True) -> None:
@@ -580,7 +586,7 @@ class TrainingSite:
                 rank=ranks.rank,
                 ranks_per_site=ranks.size,
                 round=self.round,
-                meta=job_identity(self.config),
+                meta=job_identity(self.config) | {"tokenizer": self.data.tokenizer},
                 named=tensors_of(self, local),
                 copy=copy,
                 # Several ranks put together what is sharded, and a global model of the site's own

@@ -87,9 +87,10 @@ def untrained_run(
     *,
     config: TrainConfig | None = None,
     state: dict[str, Any] | None = None,
+    meta: dict[str, Any] | None = None,
 ) -> Path:
     """A run folder with one checkpoint of the model, as one site would write it, or (without a
-    TrainConfig) the checkpoint's own folder.
+    TrainConfig) the checkpoint's own folder. `meta`: what else its manifest says.
     """
     sizes = model.config
     whole = Placement.cyclic(1, sizes.num_experts, sizes.num_layers, 1)
@@ -101,7 +102,7 @@ def untrained_run(
         site=0,
         num_sites=1,
         round=2,
-        meta={"model": dataclasses.asdict(sizes)},
+        meta={"model": dataclasses.asdict(sizes)} | (meta or {}),
     )
     if config is None:
         return path

@@ -172,6 +172,8 @@ def test_without_any_state_the_configuration_tells_the_placement(tmp_path, text,
     )
     assert reshuffled != saved
     (run / "config.toml").write_text(reshuffled)
+    assert "changed by hand" in refused(capsys, str(run), "--val-data", str(text))
+    (run / "config.toml").write_text(reshuffled.partition("\n")[2])
     assert "has no state of a site" in refused(capsys, str(run), "--val-data", str(text))
 
 
@@ -326,6 +328,7 @@ def test_damaged_folders_are_refused(tmp_path, text, capsys):
     model = random_model(tiny_config())
     out = write_plain(tmp_path, model)
     given = [str(out), "--val-data", str(text)]
+    (out / "checksums.json").unlink()  # with it see test_damage.py
     config = (out / "config.toml").read_text()
     (out / "config.toml").write_text(config.replace("num_layers = 2", "num_layers = 3"))
     assert "has no tensor blocks.2" in refused(capsys, *given)

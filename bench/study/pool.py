@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fomoe_ext.launch import EXIT_PEER_LOST, process_environment
+from fomoe_ext.metrics import read_metrics
 
 TAIL_LINES = 15
 _PRELOAD = ["fomoe_ext.train"]
@@ -85,8 +86,7 @@ def train(arguments: Sequence[str], num_sites: int) -> dict[str, Any]:
             codes = [processes[site].exitcode for site in failed]
             raise RunFailed(f"sites {failed} ended with {codes}: {' '.join(words)}\n{tail}")
         report = json.loads((run_dir / "report.json").read_text())
-        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-        report["metrics"] = [json.loads(line) for line in lines]
+        report["metrics"] = read_metrics(run_dir / "metrics.jsonl")
         report["job_s"] = time.perf_counter() - start
         return report
 

@@ -14,6 +14,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # not on this system
+    fcntl = None  # type: ignore[assignment]
+
 RUNS = Path(__file__).resolve().parents[1] / "results" / "study" / "runs.jsonl"
 
 
@@ -117,8 +122,10 @@ def load(path: Path = RUNS) -> dict[str, dict[str, Any]]:
 def append(kept: Mapping[str, Any], path: Path = RUNS) -> None:
     """Adds a record; it is on disk when this returns, and a torn line of before is cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    before = path.read_bytes() if path.exists() else b""
     with path.open("ab") as file:
+        if fcntl is not None:  # another study may be about to
+            fcntl.flock(file, fcntl.LOCK_EX)
+        before = path.read_bytes()
         if before and not before.endswith(b"\n"):
             file.truncate(before.rfind(b"\n") + 1)
         file.write(json.dumps(kept).encode() + b"\n")
