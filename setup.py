@@ -1,7 +1,7 @@
 """Builds the native libraries by driving CMake with ninja; CMakeLists.txt is the build description.
 
-Environment: FOMOE_CUDA=on|off|auto, FOMOE_CUDA_ARCHS="80;90a", TORCH_CUDA_ARCH_LIST (cuda_archs.py
-says which is taken and what where none is set), FOMOE_CUDA_FLAGS, MAX_JOBS.
+Environment: FOMOE_CUDA=on|off|auto, FOMOE_CUDA_ARCHS="80;90a", TORCH_CUDA_ARCH_LIST (build_tools/
+cuda_archs.py says which is taken and what where none is set), FOMOE_CUDA_FLAGS, MAX_JOBS.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-sys.path.insert(0, str(ROOT))  # the folder of the sources, which pip does not put there
+sys.path.insert(0, str(ROOT / "build_tools"))
 
 import build_backend  # noqa: E402
 import cuda_archs  # noqa: E402

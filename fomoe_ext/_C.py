@@ -1,21 +1,81 @@
 """Build facts, CPU features and the tiles of grouped GEMMs, told by libfomoe_facts.so.
 
 Plain C functions called through ctypes: neither torch nor a particular Python is needed. Importing
-raises ImportError where the package is not built.
+raises ImportError where the package is not built. In a source tree in which nothing is built,
+`FOLDER` is that of the installed package, if that was made of the same sources.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-_PATH = Path(__file__).parent / "libfomoe_facts.so"
-try:
-    _library = ctypes.CDLL(str(_PATH))
-except OSError as error:
-    raise ImportError(f"fomoe_ext: {_PATH} does not load: {error}") from error
+_HERE = Path(__file__).resolve().parent
+_NAME = "libfomoe_facts.so"
+_HASHED = {".cpp", ".h", ".cu", ".cuh", ".in"}
+
+
+def _open(folder: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(folder / _NAME))
+    except OSError as error:
+        raise ImportError(f"fomoe_ext: {folder / _NAME} does not load: {error}") from error
+
+
+def sources_hash(root: Path) -> str:
+    """The hash of what the libraries of a source tree are made of, as CMakeLists.txt takes it."""
+    found = [path for path in (root / "csrc").rglob("*") if path.suffix in _HASHED]
+    names = ["CMakeLists.txt", *sorted(path.relative_to(root).as_posix() for path in found)]
+    hashes = (hashlib.sha256((root / name).read_bytes()).hexdigest() for name in names)
+    lines = "".join(f"{hash_}  {name}\n" for hash_, name in zip(hashes, names, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _facts_of(library: ctypes.CDLL) -> dict[str, Any]:
+    library.fomoe_build_facts.restype = ctypes.c_char_p
+    facts: dict[str, Any] = json.loads(library.fomoe_build_facts().decode())
+    return facts
+
+
+def _find() -> Path:
+    """The folder of the libraries. Raises ImportError that says how to get there."""
+    if (_HERE / _NAME).exists():
+        return _HERE
+    root = _HERE.parent
+    if not (root / "csrc").is_dir():
+        raise ImportError(
+            f"fomoe_ext: {_HERE / _NAME} is missing, the package is not built. Install it again, "
+            "or run `pip install .` in its source tree."
+        )
+    # Python was started in the source tree, which hides the package that is installed.
+    installed = [Path(entry or ".").resolve() / "fomoe_ext" for entry in sys.path]
+    wanted, other = sources_hash(root), None
+    for folder in (f for f in installed if f != _HERE and (f / _NAME).exists()):
+        facts = _facts_of(_open(folder))
+        if facts.get("sources_hash") == wanted:
+            return folder
+        other = other or f"{folder} (commit {facts['commit']})"
+    if other is not None:
+        raise ImportError(
+            f"fomoe_ext: Python takes the package of the source tree {root}, in which nothing is "
+            f"built, and the one installed in {other} was built from other sources: csrc or "
+            "CMakeLists.txt differs. Run `pip install .` in the source tree to install it as it "
+            "is, or start Python in another folder to use what is installed."
+        )
+    raise ImportError(
+        f"fomoe_ext: the package is not built in the source tree {root}, and it is not installed "
+        f"for this Python ({sys.executable}). Run `pip install .` in the source tree, or "
+        "`python setup.py build_ext --inplace`."
+    )
+
+
+FOLDER = _find()
+"""Where the libraries are: in this package, or in the installed one."""
+_library = _open(FOLDER)
 
 
 def _declare(name: str, result: Any, *arguments: Any) -> Any:
@@ -35,14 +95,20 @@ _tile_at = _declare(
     *(_int32, ctypes.POINTER(_text), ctypes.POINTER(_int32), ctypes.POINTER(_int32)),
 )
 _tile = _declare("fomoe_expert_tile", _text, _text, _text, _int64, _int64, ctypes.c_bool)
-_facts: dict[str, Any] = json.loads(_declare("fomoe_build_facts", _text)().decode())
+_facts = _facts_of(_library)
 
 
 def build_facts() -> dict[str, Any]:
     """torch (version built against), compiler, build_type, cuda (version or None), cuda_archs
     (list, as CMake names them), cuda_archs_from (what chose them, or None), commit."""
-    facts = {key: value for key, value in _facts.items() if not key.endswith("_files")}
+    hidden = ("_files", "_hash")
+    facts = {key: value for key, value in _facts.items() if not key.endswith(hidden)}
     return facts | {key: facts[key] or None for key in ("cuda", "cuda_archs_from")}
+
+
+def built_from() -> str:
+    """`sources_hash` of the tree that the libraries were built from; "" where they do not tell."""
+    return str(_facts.get("sources_hash", ""))
 
 
 def _isa_names() -> list[str]:

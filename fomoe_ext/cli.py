@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from fomoe_ext import signals
+from fomoe_ext.extras import NotInstalled
+from fomoe_ext.outputs import named, options_of
 from fomoe_ext.version import VERSION
 
 _USAGE = """usage: fomoe COMMAND [flags]
@@ -26,14 +30,23 @@ def train(arguments: Sequence[str]) -> int:
     """`fomoe train`: one process per site on this machine; returns the exit code."""
     from fomoe_ext.config_effects import without_effect
     from fomoe_ext.config_io import save_config
+    from fomoe_ext.console import outlive_terminal
     from fomoe_ext.launch import launch
     from fomoe_ext.link import parse_link
+    from fomoe_ext.preflight import check_job
     from fomoe_ext.runs import claimed, flag_value, settled_job
     from fomoe_ext.unwritten import Unwritten, tolerant_output
 
+    outlive_terminal()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ValueError(
+            "this is a process of torchrun, and `fomoe train` starts all sites itself: with "
+            "torchrun, run -m fomoe_ext.train"
+        )
     job = settled_job(arguments)
     for line in without_effect(job.config, arguments, flag_value(arguments, "--config")):
         print(f"fomoe train: {line}", file=sys.stderr)
+    check_job(job.config)
     with claimed(job) as config, tempfile.TemporaryDirectory(prefix="fomoe-") as folder:
         run_dir = config.run.run_dir
         assert run_dir is not None
@@ -111,10 +124,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fomoe: unknown command {args[0]!r}\n\n{_USAGE}", file=sys.stderr)
         return 2
     try:
-        return command(args[1:])
-    except (ValueError, TypeError, OSError) as error:
-        print(f"fomoe {args[0]}: {error}", file=sys.stderr)
+        with signals.interrupting():
+            return command(args[1:])
+    except signals.Interrupted as stop:
+        print(f"fomoe {args[0]}: ended by {stop.name}", file=sys.stderr)
+        return stop.exit_code
+    except (ValueError, TypeError, OSError, NotInstalled) as error:
+        print(f"fomoe {args[0]}: {named(error, options_of(args[1:]))}", file=sys.stderr)
         return 2
+    except ImportError as error:
+        if not str(error).startswith("fomoe_ext: "):  # ours: the package is not built
+            raise
+        print(f"fomoe {args[0]}: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

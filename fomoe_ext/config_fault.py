@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from fomoe_ext.addresses import parse_address
+
 if TYPE_CHECKING:
     from fomoe_ext.config import TrainConfig
 
@@ -17,8 +19,8 @@ class FaultConfig:
     """static: when a site is lost the job ends, with the last checkpoint intact; torchft: it goes
     on with those left, and takes in those that come (needs the extra `fault`)."""
     lighthouse: str | None = None
-    """HOST:PORT of a running `fomoe lighthouse`, which knows who is there; none = the launcher has
-    one of its own."""
+    """HOST:PORT ([HOST]:PORT with IPv6) of a running `fomoe lighthouse`, which knows who is there;
+    none = the launcher has one of its own."""
     quorum: int = 1
     """Fewest sites with which the job goes on."""
     silent_s: float = 3.0
@@ -40,6 +42,8 @@ class FaultConfig:
         for name in ("silent_s", "grace"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"fault.{name} must be > 0, got {getattr(self, name)!r}")
+        if self.lighthouse is not None:
+            parse_address(self.lighthouse, "fault.lighthouse")
         if self.membership == "static" and (self.lighthouse or self.restarts):
             raise ValueError("fault.lighthouse and fault.restarts need fault.membership = torchft")
         if self.membership == "static" and self.shadow_experts:

@@ -25,14 +25,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import torch
 
 from fomoe_ext.files import sealed, unsealed
 from fomoe_ext.json_values import loads
 from fomoe_ext.text import FoundTexts, TextUnit, Tokenizer, find_texts, load_tokenizer, read_texts
+
+if TYPE_CHECKING:
+    import torch
 
 _FORMAT = 1  # of the cache; raise it when the encoding changes
 _SPLITS = ("train", "val")
@@ -77,6 +79,8 @@ class TokenArray:
 
     def windows(self, indices: np.ndarray) -> torch.Tensor:
         """The windows of the given indices [B]: int64 [B, seq_len + 1]."""
+        import torch  # not needed to encode texts
+
         spans = indices.astype(np.int64)[:, None] * self.seq_len + np.arange(self.seq_len + 1)
         return torch.from_numpy(self.tokens[spans].astype(np.int64))
 

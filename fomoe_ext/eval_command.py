@@ -25,6 +25,7 @@ from fomoe_ext.data import TextData, TokenArray, open_data, token_dtype
 from fomoe_ext.eval_models import Skipping, Subject, Variant, find_subject
 from fomoe_ext.files import write_text
 from fomoe_ext.metrics import human_count
+from fomoe_ext.outputs import require_file
 from fomoe_ext.report import ReportTable, print_tables
 from fomoe_ext.text import find_texts, load_tokenizer, read_texts
 from fomoe_ext.world import World, choose_device
@@ -298,6 +299,8 @@ def main(arguments: Sequence[str]) -> int:
     import tyro
 
     options = tyro.cli(EvalOptions, prog="fomoe eval", args=list(arguments))
+    if options.json is not None:
+        require_file("--json", options.json)
     figures = evaluate_model(options)
     console = Console(highlight=False)
     if figures.get("passed_over"):

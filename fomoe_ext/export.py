@@ -33,6 +33,7 @@ from fomoe_ext.files import write_text
 from fomoe_ext.folder_lock import hold
 from fomoe_ext.metrics import human_bytes, human_count, read_metrics
 from fomoe_ext.model import LanguageModel
+from fomoe_ext.outputs import require_new
 from fomoe_ext.runs import CHECKPOINTS, CONFIG, METRICS, load_run_config, run_of
 from fomoe_ext.tensor_files import write_tensors
 from fomoe_ext.text import Tokenizer, load_tokenizer
@@ -469,6 +470,7 @@ def _out_folder(source: Source, options: ExportOptions) -> Path:
         raise FileExistsError(f"out {out} is a file, wanted a new or empty folder")
     if out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"out {out} is not empty: name a new folder, or delete it")
+    require_new("out", out)
     return out
 
 

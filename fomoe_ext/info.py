@@ -69,13 +69,8 @@ def collect_info() -> dict[str, Any]:
     instruction set that is unknown or not there. A library that does not load is told under
     "native".
     """
-    try:
-        from fomoe_ext import _C
-    except ImportError as error:
-        raise ImportError(
-            f"fomoe_ext._C does not load, the package is not built ({error}). Run `pip install .` "
-            "in the source tree, or `python setup.py build_ext --inplace`."
-        ) from error
+    from fomoe_ext import _C
+
     cpu = _C.cpu_features()
 
     import torch
@@ -89,6 +84,7 @@ def collect_info() -> dict[str, Any]:
         native.update(cpu_library=False, error=str(error))
     return {
         "version": VERSION,
+        "libraries": str(_C.FOLDER),
         "build": _C.build_facts(),
         "run": {
             "python": platform.python_version(),
@@ -126,6 +122,7 @@ def _rows(info: dict[str, Any]) -> list[tuple[str, str]]:
     seen = f"CUDA {run['torch_cuda']}" if run["cuda_available"] else "no GPU in use"
     rows = [
         ("fomoe_ext", f"{info['version']}, commit {build['commit']}"),
+        ("libraries", info["libraries"]),
         ("built with", f"torch {build['torch']}, {build['compiler']}, {build['build_type']}"),
         ("built for CUDA", cuda),
         ("running on", f"Python {run['python']}, torch {run['torch']}, {seen}"),

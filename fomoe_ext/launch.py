@@ -18,14 +18,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import IO
 
+from fomoe_ext import signals
 from fomoe_ext.config_fault import FaultConfig
 from fomoe_ext.fault.keeper import Keeper
 from fomoe_ext.link import VARIABLE as LINK
 from fomoe_ext.link import describe, link_variable, wanted_mode
 from fomoe_ext.namespace import INTERFACE, NamespaceError, Network
+from fomoe_ext.runs import CHECKPOINTS
 from fomoe_ext.unwritten import EXIT_UNWRITTEN
 from fomoe_ext.wire import Link
 
@@ -59,8 +60,15 @@ class _Command:
 
     words: Sequence[str]
     on_stop: str = "stopping the sites"
-    on_failure: str = ""
+    checkpoints: Path | None = None
+    """The folder of the job's checkpoints."""
     unsaved: str = ""
+
+    def on_failure(self) -> str:
+        """What is left when the job has failed."""
+        if self.checkpoints is None or not any(self.checkpoints.glob("step-*")):
+            return ""
+        return " The last whole checkpoint, if any, is intact (--resume)."
 
 
 def cores() -> int:
@@ -222,14 +230,14 @@ def _report_failure(culprit: _Site, on_failure: str) -> None:
 
 @contextmanager
 def _counted_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of dying of them."""
+    """Collect signals that ask to stop in a list instead of dying of them."""
     received: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
+    def note(number: int) -> None:
+        if not received or signals.asks_again(number):
+            received.append(number)
 
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    previous = {kind: signal.signal(kind, note) for kind in kinds}
+    previous = signals.listen(note)
     try:
         yield received
     finally:
@@ -264,7 +272,7 @@ def _watch(sites: Sequence[_Site], received: list[int], command: _Command) -> in
             if forwarded and culprit.process.returncode == -signal.SIGTERM:
                 _say(f"stopped before the sites had begun{command.unsaved}")
                 return EXIT_STOPPED
-            _report_failure(culprit, command.on_failure)
+            _report_failure(culprit, command.on_failure())
             code = culprit.process.returncode
             return code if code > 0 else 128 - code
         if all(code is not None for code in codes):
@@ -363,7 +371,7 @@ def _watch_tolerant(sites: list[_Site], received: list[int], start: _Start, keep
                 sites.append(start.process(site.site))
         if not sites:
             if ended_at is None:
-                _say(f"no site is left.{start.command.on_failure}")
+                _say(f"no site is left.{start.command.on_failure()}")
             return last
         if ended_at is not None and time.monotonic() > ended_at + keeper.patience_s:
             return last  # who is left hangs, or knows nothing of the end
@@ -381,8 +389,9 @@ def launch(
     """Run `python -m fomoe_ext.train` with `arguments` as `num_sites` sites; returns the exit code.
 
     The first process writes to this one's stdout, the others to `log_dir`/site-N.log or, where a
-    site has several ranks, site-N-rank-R.log. SIGINT or SIGTERM is
-    passed on (the sites write a checkpoint; the code is 130), a second one kills the sites. If one
+    site has several ranks, site-N-rank-R.log. SIGINT, SIGTERM, SIGHUP
+    or SIGQUIT is passed on as SIGTERM (the sites write a checkpoint; the code is 130), a second one
+    but SIGHUP kills the sites. If one
     dies the others are killed, a message names it, and its exit code (128 + signal) is returned;
     with a `fault` whose membership is not static the others go on, and lost ones are started again.
     With a `link` every site has one of that bandwidth and latency to the others: shaped by the
@@ -394,7 +403,7 @@ def launch(
     command = _Command(
         [sys.executable, "-P", "-m", "fomoe_ext.train", *arguments],
         on_stop="stopping: the sites write a checkpoint",
-        on_failure=" The last whole checkpoint, if any, is intact (--resume).",
+        checkpoints=log_dir.parent / CHECKPOINTS,
         unsaved=", without a new checkpoint",
     )
     return _run(command, num_sites, log_dir, link, ranks_per_site, fault)

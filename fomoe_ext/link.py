@@ -187,7 +187,9 @@ def active_link(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command per site on a link; returns the exit code as `fomoe train` does."""
+    from fomoe_ext.console import outlive_terminal
     from fomoe_ext.launch import run_sites
+    from fomoe_ext.outputs import require_folder
 
     parser = argparse.ArgumentParser(
         prog="python -m fomoe_ext.link", description="Run a command once per site on a slow link."
@@ -199,8 +201,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("command", nargs="+", help="after --: the command and its arguments")
     given = parser.parse_args(arguments)
+    outlive_terminal()
     try:
         link = None if given.link is None else parse_link(given.link)
+        if given.log_dir is not None:
+            require_folder("--log-dir", given.log_dir)
         return run_sites(given.command, given.sites, given.log_dir, link)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

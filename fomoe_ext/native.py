@@ -5,16 +5,14 @@ The CPU library is always loaded, the CUDA library only where torch sees a GPU.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
-_PACKAGE = Path(__file__).parent
+from fomoe_ext._C import FOLDER
 
 
 def _load(library: str) -> bool:
     """Loads a library of the package; False when it was not built."""
-    path = _PACKAGE / library
+    path = FOLDER / library
     if not path.exists():
         return False
     try:
@@ -29,7 +27,7 @@ def _load(library: str) -> bool:
 
 if not _load("libfomoe_cpu.so"):
     raise ImportError(
-        f"fomoe_ext: {_PACKAGE / 'libfomoe_cpu.so'} is missing, the package is not built. "
+        f"fomoe_ext: {FOLDER / 'libfomoe_cpu.so'} is missing, the package is only half built. "
         "Run `pip install .` in the source tree, or `python setup.py build_ext --inplace`."
     )
 

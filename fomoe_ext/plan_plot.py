@@ -9,6 +9,7 @@ from typing import Any
 from fomoe_ext.config import TrainConfig
 from fomoe_ext.files import replace_file
 from fomoe_ext.metrics import human_bytes, human_count
+from fomoe_ext.outputs import require_file
 from fomoe_ext.plan_jobs import (
     JobCost,
     job_cost,
@@ -33,6 +34,7 @@ def check_plot(path: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ValueError("plot needs matplotlib: pip install 'fomoe-ext[plot]'") from None
+    require_file("plot", path)
 
 
 def by_replication(

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fomoe_ext.extras import NotInstalled
+
 _CHUNK = 1 << 20  # characters read and encoded at a time
 _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -184,8 +186,8 @@ def _parquet_texts(path: Path, column: str) -> Iterator[tuple[int, str]]:
     try:
         import pyarrow
         import pyarrow.parquet
-    except ImportError:
-        raise RuntimeError(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from None
+    except ImportError as error:
+        raise NotInstalled(f"reading {path} (parquet)", "pyarrow", "data", error) from None
     try:
         file = pyarrow.parquet.ParquetFile(path)
         names = file.schema_arrow.names
@@ -263,10 +265,8 @@ class FileTokenizer:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         try:
             import tokenizers
-        except ImportError:
-            raise RuntimeError(
-                f"tokenizer {path} needs the tokenizers library (pip install tokenizers)"
-            ) from None
+        except ImportError as error:
+            raise NotInstalled(f"tokenizer {path}", "tokenizers", "data", error) from None
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"tokenizer {path} does not exist")

@@ -28,8 +28,10 @@ from fomoe_ext.checkpoint_writer import Outcome
 from fomoe_ext.config import TrainConfig, count_parameters
 from fomoe_ext.config_effects import changes, check_changes, told, without_effect
 from fomoe_ext.config_io import save_config
+from fomoe_ext.console import outlive_terminal
 from fomoe_ext.data import TextData, open_data
 from fomoe_ext.evaluate import Validation
+from fomoe_ext.extras import NotInstalled
 from fomoe_ext.fault import inject
 from fomoe_ext.fault.company import Company
 from fomoe_ext.fault.story import describe
@@ -41,6 +43,7 @@ from fomoe_ext.metrics import RunLog, rewind_metrics
 from fomoe_ext.outer import MeetingError
 from fomoe_ext.outer.groups import gather_objects
 from fomoe_ext.outer.staged import MeetingLost
+from fomoe_ext.outputs import named, options_of
 from fomoe_ext.plan import RoundNote
 from fomoe_ext.report import print_report, write_report
 from fomoe_ext.runs import (
@@ -712,6 +715,7 @@ def run_site(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The process of one site; returns its exit code, or ends the process when a site is lost."""
+    outlive_terminal()
     args = sys.argv[1:] if arguments is None else arguments
     unwritten = Unwritten()
     with tolerant_output(unwritten):
@@ -744,7 +748,11 @@ def _main(args: Sequence[str], unwritten: Unwritten) -> int:
     except MeetingError as error:
         lost = error.__cause__ is not None and is_peer_error(error.__cause__)
         message, code = error, EXIT_PEER_LOST if lost else 1
-    except (ValueError, TypeError, OSError, ckpt.CheckpointError) as error:
+    except (ValueError, TypeError, OSError, ckpt.CheckpointError, NotInstalled) as error:
+        message = named(error, options_of(list(args)))
+    except ImportError as error:
+        if not str(error).startswith("fomoe_ext: "):  # ours: the package is not built
+            raise
         message = error
     print(f"{where}: {message}", file=sys.stderr, flush=True)
     end_now(code)

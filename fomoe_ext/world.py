@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from types import FrameType
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
+from fomoe_ext import signals
+from fomoe_ext.addresses import Address, require_listener, why_no_host, why_no_port
 from fomoe_ext.launch import EXIT_PEER_LOST, LAUNCHER_FD, RENDEZVOUS, cores
 from fomoe_ext.waiting import GivenUp
 
+_PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_PATIENCE_S = 15.0
 VERBS = ("route", "compact", "expand", "contract", "combine")
 
 
@@ -83,20 +88,16 @@ def find_world(
     words = f"sites is {num_sites}"
     if ranks_per_site > 1:
         words += f" of ranks_per_site = {ranks_per_site}"
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if "RANK" not in environment:
+    found = _process_numbers(environment)
+    require_interfaces(environment)
+    if found is None:
         if wanted == 1:
             return World()
         raise ValueError(
             f"this is one process and {words}: start with `fomoe train --sites "
             f"{num_sites}`, or with torchrun and {wanted} processes"
         )
-    try:
-        process, processes, *local = (int(environment[name]) for name in names)
-    except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"{', '.join(names)} must be numbers as torchrun sets them: {error}"
-        ) from None
+    process, processes, *local = found
     if processes != wanted:
         raise ValueError(
             f"{words}, but there are {processes} processes: start {wanted} (torchrun --nnodes, "
@@ -104,6 +105,69 @@ def find_world(
         )
     site, rank = divmod(process, ranks_per_site)
     return World(site, num_sites, *local, rank, ranks_per_site)
+
+
+def _process_numbers(environment: Mapping[str, str]) -> tuple[int, ...] | None:
+    """The numbers that torchrun's variables hold; None where none of them is set.
+
+    Raises ValueError where they cannot be those of one process of a job.
+    """
+    missing = [name for name in _PROCESS if name not in environment]
+    if len(missing) == len(_PROCESS):
+        return None
+    given = ", ".join(f"{name}={environment[name]}" for name in _PROCESS if name in environment)
+    if missing:
+        raise ValueError(
+            f"{', '.join(_PROCESS)} belong together, as torchrun sets them: "
+            f"{' and '.join(missing)} not set, got {given}"
+        )
+    for name in _PROCESS:
+        text = environment[name]
+        if not (text.isascii() and text.isdecimal() and len(text) < 10):
+            raise ValueError(f"{name} must be a whole number from 0 on, got {text!r}")
+    process, processes, local, locals_ = numbers = tuple(int(environment[n]) for n in _PROCESS)
+    wrong = ""
+    if process >= processes:
+        wrong = "RANK must be less than WORLD_SIZE"
+    elif local >= locals_:
+        wrong = "LOCAL_RANK must be less than LOCAL_WORLD_SIZE"
+    elif locals_ > processes:
+        wrong = "LOCAL_WORLD_SIZE must be at most WORLD_SIZE"
+    elif local > process:
+        wrong = "LOCAL_RANK must be at most RANK"
+    if wrong:
+        raise ValueError(f"{wrong}, got {given}")
+    return numbers
+
+
+def require_interfaces(environment: Mapping[str, str] = os.environ) -> None:
+    """Raises ValueError where GLOO_SOCKET_IFNAME names what is no network interface here."""
+    wanted = environment.get("GLOO_SOCKET_IFNAME", "")
+    there = [name for _, name in socket.if_nameindex()]
+    if unknown := [name for name in filter(None, wanted.split(",")) if name not in there]:
+        raise ValueError(
+            f"GLOO_SOCKET_IFNAME must name network interfaces of this machine, "
+            f"{', '.join(there)}; got {', '.join(unknown)}"
+        )
+
+
+def meeting_point(environment: Mapping[str, str] = os.environ) -> Address:
+    """MASTER_ADDR and MASTER_PORT, where processes without a launcher of ours meet.
+
+    Raises ValueError where they are not set, or are no address.
+    """
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    if missing:
+        raise ValueError(
+            f"{' and '.join(missing)} must be set, to where the process of RANK=0 is: torchrun "
+            "does it, with --master-addr and --master-port or --rdzv-endpoint"
+        )
+    host, port = environment["MASTER_ADDR"], environment["MASTER_PORT"]
+    if wrong := why_no_host(host):
+        raise ValueError(f"MASTER_ADDR must be a host name or an IP address, got {host!r}: {wrong}")
+    if wrong := why_no_port(port):
+        raise ValueError(f"MASTER_PORT is {port!r}: {wrong}")
+    return Address(host, int(port))
 
 
 def use_threads(threads: int, world: World) -> None:
@@ -153,7 +217,9 @@ def joined(world: World, timeout_s: float, device: str = "cpu") -> Iterator[None
         yield
         return
     inside = world.ranks > 1 and device == "cuda"
-    with with_others("joining the other sites", world.site):
+    if RENDEZVOUS not in os.environ:
+        _find_others(world, timeout_s)
+    with with_others("joining the other sites", world.site), _telling(world, timeout_s):
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if inside else "gloo",
             init_method=os.environ.get(RENDEZVOUS, "env://"),
@@ -165,6 +231,32 @@ def joined(world: World, timeout_s: float, device: str = "cpu") -> Iterator[None
     with with_others("leaving the other sites", world.site):
         dist.barrier()
     dist.destroy_process_group()
+
+
+def _find_others(world: World, timeout_s: float) -> None:
+    """Waits until the process listens at which all meet, unless that is this one."""
+    address = meeting_point()
+    if world.process == 0:
+        return
+    hint = "is the process of RANK=0 running there, and can this machine reach it?"
+    say = partial(print, f"fomoe train, site {world.site}:", file=sys.stderr, flush=True)
+    require_listener(address, "MASTER_ADDR:MASTER_PORT", timeout_s, hint, say)
+
+
+@contextmanager
+def _telling(world: World, timeout_s: float) -> Iterator[None]:
+    """Says that the others have not come, where that takes long."""
+    text = (
+        f"fomoe train, site {world.site}: waits for the other processes of {world.processes}, for "
+        f"up to {timeout_s:g} s"
+    )
+    timer = threading.Timer(_PATIENCE_S, print, [text], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager
@@ -187,19 +279,20 @@ def is_peer_error(error: BaseException) -> bool:
 
 
 class StopRequest:
-    """Whether SIGINT or SIGTERM has come. A second one ends the process as it would by default."""
+    """Whether a signal that asks to stop has come. A second one ends the process as it would by
+    default, but for SIGHUP."""
 
     def __init__(self) -> None:
         self.asked = False
 
     def install(self) -> None:
         """Listen to the signals; only in the main thread."""
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(kind, self._note)
+        signals.listen(self._note)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int) -> None:
         self.asked = True
-        signal.signal(number, signal.SIG_DFL)
+        if signals.asks_again(number):
+            signal.signal(number, signal.SIG_DFL)
 
 
 def end_now(code: int) -> None:

@@ -132,7 +132,8 @@ def _redirect(stdout: Any, stderr: int | None, passed: Sequence[int]) -> None:
 
 def _be_a_site(arguments: Sequence[str], env: Mapping[str, str]) -> NoReturn:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(env)
     from fomoe_ext import train as job

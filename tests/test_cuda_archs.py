@@ -170,7 +170,9 @@ def cmake_says(folder: Path, text: str) -> str:
     if shutil.which("cmake") is None:
         pytest.skip("cmake is needed: pip install cmake")
     script = folder / "script.cmake"
-    script.write_text(f'include("{ROOT}/cuda_archs.cmake")\n{text}\nmessage("${{answer}}")\n')
+    script.write_text(
+        f'include("{ROOT}/build_tools/cuda_archs.cmake")\n{text}\nmessage("${{answer}}")\n'
+    )
     return run("cmake", "-P", script).strip()
 
 

@@ -522,7 +522,7 @@ STOPS = """
 """
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGHUP], ids=lambda kind: kind.name)
 def test_signals_are_passed_on(mode, start, kind):
     process, sites = start(STOPS, mode)
     process.send_signal(kind)
@@ -581,7 +581,9 @@ def test_a_killed_launcher_leaves_nothing_behind(mode, start):
 def test_the_sites_of_a_job_get_its_link(monkeypatch, tmp_path):
     got = []
     monkeypatch.setattr("fomoe_ext.launch.launch", lambda *given: got.append(given) or 0)
-    flags = ["--sites", "3", "--replication", "1", "--num-experts", "9"]
+    (tmp_path / "text.txt").write_text("A text that is long enough. " * 1000)
+    flags = ["--sites", "3", "--replication", "1", "--num-experts", "9", "--seq-len", "64"]
+    flags += ["--data", str(tmp_path / "text.txt"), "--cache-dir", str(tmp_path / "cache")]
     for i, link in enumerate([[], ["--link", "200mbit,50ms"]]):
         run_dir = ["--run-dir", str(tmp_path / str(i))]
         assert cli.main(["train", *flags, *link, *run_dir]) == 0

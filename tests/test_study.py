@@ -254,8 +254,8 @@ def of_pool(flags: list[str]) -> list[str]:  # noqa: F811
     return words
 
 
-def test_an_installed_package_is_found_before_the_source_tree(flags, tmp_path):  # noqa: F811
-    """Nothing is built in a clone whose package was installed: what is there cannot train."""
+def test_a_clone_trains_with_the_libraries_of_the_installed_package(flags, tmp_path):  # noqa: F811
+    """Also in the processes that are forked: nothing is built in the clone itself."""
     code = "import sys; from bench.study import pool; print(pool.train(sys.argv[1:], 2)['job_s'])"
     words = [*of_pool(flags), "--rounds", "1", "--replication", "1"]
     result = run_in_clone(tmp_path, "bench/study", "-c", code, *words)

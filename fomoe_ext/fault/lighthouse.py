@@ -13,12 +13,14 @@ import importlib.util
 import ipaddress
 import json
 import signal
-import socket
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+from fomoe_ext.addresses import Address, listen, parse_address, require_listener
+from fomoe_ext.config_fault import FaultConfig
+from fomoe_ext.extras import NotInstalled
 from fomoe_ext.fault.secret import keyed, own_secret
 
 LIGHTHOUSE = "FOMOE_LIGHTHOUSE"
@@ -29,13 +31,15 @@ JOIN_MS = 300
 """How long the lighthouse waits for a site that lives and has not asked; sites have waited before
 (`membership`), so that they ask at the same time."""
 _TICK_MS = 50
+_ANSWER_S = 5.0
+"""How long a lighthouse that is started at the same time may take to listen."""
 
 
 def torchft() -> Any:
     """torchft's native module: LighthouseServer, LighthouseClient.
 
-    Loaded without the package around it, which imports telemetry for seconds. Raises RuntimeError
-    that says what to install where it is missing.
+    Loaded without the package around it, which imports telemetry for seconds. Raises NotInstalled
+    where it is missing.
     """
     package = importlib.util.find_spec("torchft")
     for folder in (package.submodule_search_locations or []) if package else []:
@@ -48,15 +52,13 @@ def torchft() -> Any:
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             return module
-    raise RuntimeError("fault.membership = torchft needs torchft: pip install 'fomoe_ext[fault]'")
+    raise NotInstalled("fault.membership = torchft", "torchft", "fault")
 
 
-def split_address(text: str) -> tuple[str, int]:
-    """HOST:PORT, a port of 0 allowed. Raises ValueError for anything else."""
-    host, colon, port = text.rpartition(":")
-    if not (colon and host and port.isdecimal() and int(port) < 1 << 16):
-        raise ValueError(f"lighthouse address must be HOST:PORT, got {text!r}")
-    return host.strip("[]"), int(port)
+def require_lighthouse(address: Address, name: str) -> None:
+    """Raises OSError when nobody listens there; `name` is the option that the address is from."""
+    hint = "is `fomoe lighthouse` running there, and does its --bind let this machine reach it?"
+    require_listener(address, name, _ANSWER_S, hint)
 
 
 def require_secret(host: str) -> None:
@@ -80,15 +82,15 @@ def _is_loopback(host: str) -> bool:
 class Lighthouse:
     """Both servers, listening; `address` is HOST:PORT of the one that sites are told."""
 
-    def __init__(self, host: str, port: int, quorum: int, silent_s: float) -> None:
-        """Raises RuntimeError without torchft, ValueError without the secret that the interface
+    def __init__(self, bind: Address, quorum: int, silent_s: float) -> None:
+        """Raises NotInstalled without torchft, ValueError without the secret that the interface
         needs, OSError for an address that cannot be bound."""
         native = torchft()
-        require_secret(host)
+        require_secret(bind.host)
         import torch.distributed as dist
 
-        listener = socket.create_server((host, port))
-        bound = listener.getsockname()[1]
+        listener = listen(bind, "--bind")
+        host, bound = listener.getsockname()[:2]  # in numbers: names may stand for several
         store = dist.TCPStore(
             host,
             bound,
@@ -98,7 +100,7 @@ class Lighthouse:
             master_listen_fd=listener.detach(),
         )
         self._server = native.LighthouseServer(
-            bind=f"{host}:0",
+            bind=str(Address(host, 0)),
             min_replicas=quorum,
             join_timeout_ms=JOIN_MS,
             quorum_tick_ms=_TICK_MS,
@@ -106,7 +108,7 @@ class Lighthouse:
         )
         self._keys = dist.PrefixStore(keyed("store"), store)
         self._keys.set(RPC_KEY, self._server.address().rpartition(":")[2])
-        self.address = f"{host}:{bound}"
+        self.address = str(bind._replace(port=bound))
 
     def dead(self, site: str) -> None:
         """Tells the sites at once that the process of one has ended."""
@@ -117,12 +119,12 @@ class Lighthouse:
         self._server.shutdown()
 
 
-def serve(host: str, port: int, quorum: int, silent_s: float, until_eof: bool = False) -> None:
+def serve(bind: Address, quorum: int, silent_s: float, until_eof: bool = False) -> None:
     """Serves for ever or, with `until_eof`, until stdin ends; prints its address as JSON.
 
     A line "dead SITE" on stdin is `Lighthouse.dead`. Raises what `Lighthouse` does.
     """
-    lighthouse = Lighthouse(host, port, quorum, silent_s)
+    lighthouse = Lighthouse(bind, quorum, silent_s)
     print(json.dumps({"lighthouse": lighthouse.address}), flush=True)
     try:
         for line in sys.stdin:
@@ -144,15 +146,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "its address with --lighthouse.",
     )
     parser.add_argument(
-        "--bind", default="127.0.0.1:29600", help="HOST:PORT; other than loopback: FOMOE_SECRET"
+        "--bind",
+        default="127.0.0.1:29600",
+        help="HOST:PORT ([HOST]:PORT with IPv6; port 0: any); other than loopback: FOMOE_SECRET",
     )
     parser.add_argument("--quorum", type=int, default=1, help="fewest sites that may go on")
     parser.add_argument("--silent-s", type=float, default=3.0, help="seconds of silence = dead")
     parser.add_argument("--until-eof", action="store_true", help="end with the standard input")
     given = parser.parse_args(arguments)
-    host, port = split_address(given.bind)
     try:
-        serve(host, port, given.quorum, given.silent_s, given.until_eof)
+        bind = parse_address(given.bind, "--bind", any_port=True)
+        FaultConfig("torchft", quorum=given.quorum, silent_s=given.silent_s)
+        serve(bind, given.quorum, given.silent_s, given.until_eof)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"fomoe lighthouse: {error}", file=sys.stderr)
         return 2

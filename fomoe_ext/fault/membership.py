@@ -19,12 +19,13 @@ from typing import Any, NamedTuple, Protocol
 
 import torch.distributed as dist
 
+from fomoe_ext.addresses import bracketed, parse_address, resolve
 from fomoe_ext.config_fault import FaultConfig
 from fomoe_ext.fault.lighthouse import (
     LIGHTHOUSE,
     RPC_KEY,
+    require_lighthouse,
     require_secret,
-    split_address,
     torchft,
 )
 from fomoe_ext.fault.secret import keyed, matches
@@ -35,6 +36,8 @@ _LOOK_S = 0.05
 _ARRIVAL_S = 10.0
 """How long a late-comer that has knocked is waited for when it is to be taken in."""
 _STORE_S = 30.0
+_KEY_S = 10.0
+"""How long a lighthouse that has just been started may take to tell of itself."""
 _CURRENT_BYTES = 1 << 20
 """The longest text about the view in force that is read."""
 
@@ -183,16 +186,24 @@ class TorchftMembership:
     """`Membership` by torchft's lighthouse; several views in the life of a job."""
 
     def __init__(
-        self, address: str, site: int, num_sites: int, *, quorum: int, silent_s: float
+        self,
+        address: str,
+        site: int,
+        num_sites: int,
+        *,
+        quorum: int,
+        silent_s: float,
+        name: str = LIGHTHOUSE,
     ) -> None:
         """`address`: HOST:PORT of a lighthouse. `site`: the number that this one keeps.
 
-        Raises RuntimeError without torchft, ValueError for an address that needs a secret, and what
-        the connection raises when nobody is there.
+        `name`: of the option that the address is from. Raises NotInstalled without torchft,
+        ValueError for an address that needs a secret, OSError where no lighthouse of this job
+        answers.
         """
         native = torchft()
-        self._address = split_address(address)
-        require_secret(self._address[0])
+        self._address, self._name = parse_address(address, name), name
+        require_secret(self._address.host)
         self._native = native
         self.site, self.all_sites = site, tuple(range(num_sites))
         self.quorum, self.silent_s = quorum, silent_s
@@ -206,11 +217,19 @@ class TorchftMembership:
 
     def connect(self) -> None:
         """Connects to the lighthouse, for the first time or again."""
-        host, port = self._address
+        require_lighthouse(self._address, self._name)
+        host, port = resolve(self._address, self._name)
         wait = timedelta(seconds=_STORE_S)
         stores = [dist.TCPStore(host, port, wait_for_workers=False, timeout=wait) for _ in range(2)]
         store, beat_store = (dist.PrefixStore(keyed("store"), store) for store in stores)
-        rpc = f"http://{host}:{int(store.get(RPC_KEY))}"
+        try:
+            store.wait([RPC_KEY], timedelta(seconds=_KEY_S))
+        except dist.DistStoreError:
+            raise ConnectionError(
+                f"{self._name} {self._address} answers, but knows nothing of this job: it must be "
+                "the address that `fomoe lighthouse` has printed, and FOMOE_SECRET the same there"
+            ) from None
+        rpc = f"http://{bracketed(host)}:{int(store.get(RPC_KEY))}"
         clients = [self._native.LighthouseClient(rpc, wait) for _ in range(2)]
         self.store, self.beat_store = store, beat_store
         self._client, self.beat_client = clients
@@ -397,6 +416,7 @@ def join(fault: FaultConfig, site: int, num_sites: int) -> TorchftMembership:
 
     Raises ValueError where neither does, and what `TorchftMembership` raises.
     """
+    name = "--lighthouse" if fault.lighthouse else LIGHTHOUSE
     address = fault.lighthouse or os.environ.get(LIGHTHOUSE)
     if address is None:
         raise ValueError(
@@ -404,4 +424,4 @@ def join(fault: FaultConfig, site: int, num_sites: int) -> TorchftMembership:
             "`fomoe lighthouse` and give its address with --lighthouse"
         )
     quorum, silent_s = fault.quorum, fault.silent_s
-    return TorchftMembership(address, site, num_sites, quorum=quorum, silent_s=silent_s)
+    return TorchftMembership(address, site, num_sites, quorum=quorum, silent_s=silent_s, name=name)

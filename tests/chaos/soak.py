@@ -7,7 +7,6 @@ seed and the script that it can be repeated with, and the exit code is 1.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import sys
 import tempfile
@@ -16,11 +15,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-if Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parents[2]:
-    # `python -m` puts the source tree before an installed fomoe_ext, with its kernels; here and in
-    # the processes that are forked.
-    sys.path.append(sys.path.pop(0))
-    os.environ["PYTHONSAFEPATH"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
 from chaos_jobs import NUM_SITES, Outcome, run

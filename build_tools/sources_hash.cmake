@@ -1,0 +1,17 @@
+# What the libraries of a source tree are made of, as one hash. fomoe_ext/_C.py takes it of a tree
+# alike, to tell whether libraries that are installed are of that tree.
+function(sources_hash out root)
+  set(patterns "")
+  foreach(ending cpp h cu cuh in)
+    list(APPEND patterns "${root}/csrc/*.${ending}")
+  endforeach()
+  file(GLOB_RECURSE names RELATIVE "${root}" ${patterns})
+  list(SORT names)
+  set(hashes "")
+  foreach(name CMakeLists.txt ${names})
+    file(SHA256 "${root}/${name}" hash)
+    string(APPEND hashes "${hash}  ${name}\n")
+  endforeach()
+  string(SHA256 hash "${hashes}")
+  set(${out} "${hash}" PARENT_SCOPE)
+endfunction()
