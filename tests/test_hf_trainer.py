@@ -266,8 +266,8 @@ def parted(site: int, num_sites: int, folder: str, how: str) -> str:
     ],
 )
 def test_sites_that_take_other_steps_are_named(how, words, tmp_path):
-    for text in pool().run(2, parted, str(tmp_path), how):
-        assert words in text
+    for told in pool().run(2, parted, str(tmp_path), how):
+        assert words in told
 
 
 def otherwise(site: int, num_sites: int, folder: str, options: dict[str, Any]) -> tuple[int, int]:
@@ -292,8 +292,8 @@ def left_over(site: int, num_sites: int, folder: str) -> str:
 
 
 def test_steps_that_have_not_met_are_not_dropped(tmp_path):
-    for text in pool().run(2, left_over, str(tmp_path)):
-        assert "training ended after step 5, which is no multiple of local_steps = 2" in text
+    for told in pool().run(2, left_over, str(tmp_path)):
+        assert "training ended after step 5, which is no multiple of local_steps = 2" in told
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fomoe_ext.files import replace_file
 from fomoe_ext.hf.convert import layers
-from fomoe_ext.outer import MeetingError, OuterOptions, OuterSync, RoundReport
+from fomoe_ext.outer import MeetingError, OuterSync, RoundReport
 from fomoe_ext.outer.groups import gather_objects
 from fomoe_ext.placement import Placement
 from fomoe_ext.state_files import read_state, write_state
 from fomoe_ext.tensor_files import INDEX, SINGLE
+from fomoe_ext.wire import is_staggered
 
 STATE_FILE = "outer_sync.safetensors"
 _SHOWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
@@ -140,8 +141,9 @@ class OuterSyncCallback(TrainerCallback):
 
     def _require_alike(self, args: TrainingArguments, state: TrainerState) -> None:
         """Raises, on all sites, unless training can begin here and everywhere alike."""
-        options = OuterOptions(local_steps=self.local_steps, **self.options)
-        problem = _refusal(args, state, options.staggered, self.local_steps)
+        overlap = self.options.get("overlap", 0)
+        staggered = is_staggered(self.options.get("fragments", 1), overlap)
+        problem = _refusal(args, state, staggered, self.local_steps)
         stored = 0 if self._state is None else int(self._state["steps"])
         if not problem and stored != state.global_step:
             problem = (
@@ -154,7 +156,7 @@ class OuterSyncCallback(TrainerCallback):
                 f"{self.local_steps}, got {stored}"
             )
         facts = {"max_steps": state.max_steps, "first step": state.global_step}
-        if options.overlap:  # fragments are taken in for a checkpoint
+        if overlap:  # fragments are taken in for a checkpoint
             facts["save_steps"] = f"{args.save_strategy} {args.save_steps}"
         told = self._tell((problem, facts))
         if problem:

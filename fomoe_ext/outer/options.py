@@ -36,8 +36,8 @@ class OuterOptions:
     router_mean: Literal["holders", "all"] = "holders"
     """Over which sites a router row is averaged, with router_scope "global"."""
     expert_mean: Literal["equal", "tokens"] = "equal"
-    """tokens: an expert's deltas weigh as many tokens as each holder routed to it. Needs
-    `OuterSync.after_step` after every local step."""
+    """tokens: an expert's deltas weigh as many tokens as each holder routed to it, in all forward
+    passes that lead to its optimizer steps: in training mode, with gradients."""
     site_mean: Literal["equal", "tokens"] = "equal"
     """tokens: a site's values, dense and experts', parameters and moments, weigh as many tokens as
     it has trained on in the round (`OuterSync.step(tokens)`); for sites that take fewer steps than
@@ -59,8 +59,7 @@ class OuterOptions:
     """The model meets in so many parts, at steps spread evenly over a round."""
     expert_turns: int = 1
     """Meetings of which an expert has one: a part of each owner group's experts takes its turn in
-    each (`fomoe_ext.turns`). In the order of tokens it needs `OuterSync.after_step` after every
-    local step. With several turns parameters of experts go on without their anchor, which is then
+    each (`fomoe_ext.turns`). With several turns parameters of experts go on without their anchor, which is then
     the model of all sites (`OuterSync.copy_anchor_to_model`)."""
     turn_order: Literal["least-trained", "most-trained", "numbered"] = "least-trained"
     """With expert_turns: which experts go first, by tokens routed to them."""

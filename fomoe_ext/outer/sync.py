@@ -167,7 +167,6 @@ class OuterSync:
         self.bytes_sent = 0
         """Bytes this site has sent in all meetings and reshuffles."""
         self.steps = 0
-        """Local steps taken, as far as `after_step` was told of them or they were seen."""
         self.reductions = 0
         """How often gradients were reduced."""
         self.reduction = gradients.Reduction()
@@ -219,6 +218,7 @@ class OuterSync:
 
     @property
     def steps(self) -> int:
+        """Local steps taken, as far as they were seen or `after_step` was called."""
         return self._steps
 
     @steps.setter
