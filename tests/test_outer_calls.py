@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fomoe_ext.outer import MeetingError, OuterSync
+from fomoe_ext.outer.flight import warn_of_lost
+from fomoe_ext.outer.steps import unmet
 from fomoe_ext.placement import Placement
 
 STEPS, ROUNDS = 4, 2
@@ -216,6 +218,45 @@ def test_finish_is_named_where_it_was_missed() -> None:
         assert "call finish before verify" in text
 
 
+def saved_early(site: int, num_sites: int, options: dict[str, Any]) -> list[str]:
+    """What speaks against taking the model as that of all sites, as a round goes on."""
+    model, inner, sync = made(site, num_sites, **options)
+    told = [unmet(model)]
+    for _ in range(2):
+        passes(model, site, 0)
+        inner.step()
+    told.append(unmet(model))
+    sync.step()
+    told.append(unmet(model))
+    sync.finish()
+    told.append(unmet(model))
+    sync.copy_anchor_to_model()
+    return [*told, unmet(model)]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, ["", "2 local steps have not met", "", "", ""]),
+        ({"optimizer": "ddp"}, [""] * 5),
+        (
+            {"expert_turns": 2},
+            ["", "2 local steps", "is this site's own", "is this site's own", ""],
+        ),
+        (
+            {"overlap": 1, "local_steps": 2},
+            ["", "call OuterSync.finish", "call OuterSync.finish", "this site's own", ""],
+        ),
+    ],
+)
+def test_a_model_that_has_not_met_is_not_that_of_all_sites(
+    options: dict[str, Any], words: list[str]
+) -> None:
+    for told in pool().run(2, saved_early, options):
+        for text, word in zip(told, words, strict=True):
+            assert word in text and bool(text) == bool(word)
+
+
 def test_fragments_that_never_land_are_told_of() -> None:
     sync = made(0, 1, overlap=1, local_steps=2)[2]
     for step in range(2):
@@ -223,13 +264,11 @@ def test_fragments_that_never_land_are_told_of() -> None:
         sync.after_step()
     sync.step()
     with pytest.warns(UserWarning, match="finish was not called"):
-        from fomoe_ext.outer import sync as module
-
-        module._warn(sync._flights)
+        warn_of_lost(sync._flights)
     sync.finish()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        module._warn(sync._flights)
+        warn_of_lost(sync._flights)
 
 
 # ------------------------------------------------------------------------------- what tokens are
@@ -299,7 +338,7 @@ def test_every_token_that_trains_is_counted_once(one_pass: Pass, told: bool) -> 
     x = noise("tokens", 40, HIDDEN)
     model(x)
     wanted = 2 * torch.stack([layer.stats.load for layer in model.layers]).double()
-    sync._routed.take()
+    sync.watch._routed.take()
     for _ in range(2):
         one_pass(model, x)
         inner.step()
@@ -349,7 +388,7 @@ def test_a_model_can_be_copied_stored_compiled_and_met_anew() -> None:
     for other in (twin, torch.load(io.BytesIO(file.getvalue()), weights_only=False)):
         whole(other, x)
         torch.optim.SGD(other.parameters(), lr=0.1).step()
-    assert sync.steps == 0 and not sync.watch.waiting and not sync._routed.take().any()
+    assert sync.steps == 0 and not sync.watch.waiting and not sync.watch._routed.take().any()
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     later = OuterSync(model, placement, 0, **options)
     whole(model, x)

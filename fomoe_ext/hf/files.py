@@ -17,6 +17,7 @@ from fomoe_ext import messages
 from fomoe_ext.assemble import global_router_tensors, local_tensors, responsible_site
 from fomoe_ext.experts import ExpertWeights
 from fomoe_ext.hf.convert import ConvertedMoE, convert, converted_layers
+from fomoe_ext.outer.steps import unmet
 from fomoe_ext.placement import Placement
 from fomoe_ext.tensor_files import TensorFiles, write_tensors
 
@@ -185,7 +186,8 @@ def save_merged(
     What plain transformers loads is the model that all sites train. The folder is written under a
     temporary name.
 
-    Raises ValueError on all sites for a model that is not converted or of another placement, and
+    Raises ValueError on all sites for a model that is not converted or of another placement, or
+    that has been trained since the sites last met in an OuterSync, and
     FileExistsError where the folder is there and not empty.
     """
     target = Path(folder)
@@ -199,6 +201,8 @@ def save_merged(
             )
     if not layers:
         raise ValueError(f"model must have been converted by fomoe_ext.hf, got {type(model)}")
+    if problem := unmet(model):
+        raise ValueError(f"model is not that of all sites: {problem}")
     _agree_on_folder(target, placement.num_sites, site)
     tensors = _all_tensors(model, placement, site)
     if site != 0:

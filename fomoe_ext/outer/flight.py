@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -49,3 +50,11 @@ class Flight:
                 self.exchange_s = time.perf_counter() - begun
 
         self.arrived = background.submit(timed)
+
+
+def warn_of_lost(flights: Sequence[Flight]) -> None:
+    """Warns of what is still under way when nobody will take it in any more."""
+    if flights:
+        warnings.warn(
+            "the last fragments of an OuterSync are lost: finish was not called", stacklevel=2
+        )

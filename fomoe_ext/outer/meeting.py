@@ -125,7 +125,7 @@ class Meeting:
     def problem(self) -> str:
         """What speaks against the meeting here, or an empty string."""
         sync, clips = self.sync, self.sync.options.clip_delta > 0
-        problem = sync.members.change(sync) or sync.missed_calls() or self._uncounted()
+        problem = sync.members.change(sync) or sync.watch.missed() or self._uncounted()
         if problem and sync.ranks.size == 1:
             return problem
         if clips:
@@ -160,7 +160,7 @@ class Meeting:
             return ""
         for i, layout in zip(self.members, self.layouts, strict=True):
             for piece, place in layout.slices():
-                if piece.expert is None or sync.counted[piece.expert[0]]:
+                if piece.expert is None or sync.watch.counted[piece.expert[0]]:
                     continue
                 layer, before = piece.expert[0], sync.anchors[i][place].to(piece.tensor.dtype)
                 here = list(sync.moe_layers[layer].site_experts)
@@ -325,7 +325,7 @@ class Meeting:
             layouts = self.layouts
         for expert in {expert for layout in layouts for expert in experts_of(layout)}:
             self.sync.tokens[expert] = 0
-            self.sync.counted[expert[0]] = False
+            self.sync.watch.counted[expert[0]] = False
             self.sync.met[expert] = self.sync.round + 1
 
     def _seed(self, what: str, layout: Layout) -> int:

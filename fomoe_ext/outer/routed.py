@@ -71,12 +71,15 @@ class RoutedTokens:
         """Of the hooks."""
 
     @torch.no_grad()
-    def take(self) -> Tensor:
-        """The slots that chose each expert, fp64 [L, E] on the CPU; counting begins anew.
+    def take(self) -> Tensor | None:
+        """The slots that chose each expert, fp64 [L, E] on the CPU; counting begins anew. None
+        without layers.
 
         Of the passes that a backward pass has gone through. Where none has (a graph that is
         replayed, gradients made by hand), of all passes in training mode with gradients.
         """
+        if not self._counts:
+            return None
         both = torch.stack([torch.stack([c.seen, c.trained]).cpu() for c in self._counts])
         for count in self._counts:
             count.seen.zero_()

@@ -19,6 +19,9 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from fomoe_ext.outer.options import MeetingError
+from fomoe_ext.outer.routed import RoutedTokens
+
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
@@ -33,16 +36,23 @@ class StepWatch:
     A later OuterSync of the same model takes over.
     """
 
-    def __init__(self, sync: OuterSync, more: Iterable[RemovableHandle] = ()) -> None:
-        """`more`: handles of other hooks that end with this."""
+    def __init__(self, sync: OuterSync) -> None:
         self._sync = weakref.ref(sync)
         self._stepped: set[int] = set()
         """Optimizers of the step that is not taken note of yet."""
         self._unasked = False
         """Whether the last step was taken note of without `after_step`."""
+        self.since = 0
+        """Steps since the last meeting of a round, as far as that is known."""
+        self._reductions = 0
+        """Reductions of gradients before that."""
+        layers = sync.moe_layers if sync.options.counts_tokens else []
+        self.counted = [False] * len(sync.moe_layers)
+        """By layer, whether any tokens were counted since its last meeting."""
+        self._routed = RoutedTokens(layers)
         before, after = weakref.WeakMethod(self._before), weakref.WeakMethod(self._after)
         handles = [
-            *more,
+            *self._routed.handles,
             register_optimizer_step_pre_hook(_Hook(before)),
             register_optimizer_step_post_hook(_Hook(after)),
         ]
@@ -84,7 +94,7 @@ class StepWatch:
             assert sync is not None
             self._stepped.add(id(optimizer))
             self._unasked = False
-            sync.count_tokens()
+            self._count(sync)
 
     @property
     def waiting(self) -> bool:
@@ -97,14 +107,83 @@ class StepWatch:
         if self._stepped and sync is not None:
             self._stepped.clear()
             self._unasked = True
-            sync.note_step()
+            self._note(sync)
 
-    def asked(self) -> bool:
-        """`after_step` was called: whether there is a step to be taken note of."""
-        late = self._unasked and not self._stepped
+    def asked(self) -> None:
+        """`OuterSync.after_step`: takes note of a step, unless that has been done."""
+        sync, late = self._sync(), self._unasked and not self._stepped
         self._stepped.clear()
         self._unasked = False
-        return not late
+        if not late and sync is not None:
+            self._count(sync)
+            self._note(sync)
+
+    def _count(self, sync: OuterSync) -> None:
+        """Takes note of the tokens routed in the passes that have led to a step."""
+        routed = self._routed.take()
+        if routed is not None:
+            sync.tokens += routed
+            found = routed.any(1).tolist()
+            self.counted = [a or b for a, b in zip(self.counted, found, strict=True)]
+
+    @torch.no_grad()
+    def _note(self, sync: OuterSync) -> None:
+        since, options = self.since, sync.options
+        if options.staggered and since == options.local_steps:
+            raise MeetingError(f"step was not called after local_steps = {since} steps of a round")
+        sync._steps += 1
+        self.since = since + 1
+        if options.staggered:
+            sync.meet_parts()
+
+    def steps_set(self) -> None:
+        """The number of steps is that of a checkpoint, or of others."""
+        sync = self._sync()
+        assert sync is not None
+        staggered = sync.options.staggered and sync.options.local_steps
+        self.since = sync.steps % staggered if staggered else 0
+
+    def missed(self) -> str:
+        """Names a call that was due before a meeting and missed, or is empty."""
+        sync = self._sync()
+        assert sync is not None
+        reduced = sync.reductions - self._reductions
+        if sync.rule.name == "ddp" and reduced < self.since:
+            return (
+                f"reduce_gradients is due before every step, was called {reduced} times in "
+                f"{self.since}"
+            )
+        return ""
+
+    def round_over(self) -> None:
+        """The sites have met at the end of a round."""
+        sync = self._sync()
+        assert sync is not None
+        self.since, self._reductions = 0, sync.reductions
+
+    def unmet(self) -> str:
+        """What of the model the sites have not agreed on, or is empty."""
+        sync = self._sync()
+        if sync is None or not self._end.alive or sync.placement.num_sites == 1:
+            return ""
+        if sync.under_way:
+            return "a fragment is under way: call OuterSync.finish first"
+        steps = self.since + self.waiting
+        if steps and sync.rule.name != "ddp":
+            return f"{steps} local steps have not met: call OuterSync.step first"
+        for layout, anchor in zip(sync.layouts, sync.anchors, strict=False):
+            for piece, place in layout.slices() if sync.options.apart else ():
+                if not anchor[place].to(piece.tensor.dtype).equal(piece.values()):
+                    return (
+                        f"{piece.key} is this site's own: call OuterSync.copy_anchor_to_model first"
+                    )
+        return ""
+
+
+def unmet(model: nn.Module) -> str:
+    """What of a model the sites that train it have not agreed on, or is empty."""
+    watch = _WATCHES.get(model)
+    return "" if watch is None else watch.unmet()
 
 
 class _Hook:

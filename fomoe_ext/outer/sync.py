@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -30,7 +29,7 @@ from fomoe_ext.outer import optimizer as opt
 from fomoe_ext.outer.agreement import Agreement
 from fomoe_ext.outer.averaging import UNTREATED
 from fomoe_ext.outer.codec import get_codec
-from fomoe_ext.outer.flight import Background, Flight
+from fomoe_ext.outer.flight import Background, Flight, warn_of_lost
 from fomoe_ext.outer.groups import SiteGroups
 from fomoe_ext.outer.jobs import Feedback
 from fomoe_ext.outer.layout import (
@@ -46,7 +45,6 @@ from fomoe_ext.outer.members import Members
 from fomoe_ext.outer.options import MeetingError, OuterOptions
 from fomoe_ext.outer.reduce import buckets_of, exchange, run_jobs
 from fomoe_ext.outer.reports import ReshuffleReport, RoundReport
-from fomoe_ext.outer.routed import RoutedTokens
 from fomoe_ext.outer.shards import Lane
 from fomoe_ext.outer.staged import MeetingLost, Pending
 from fomoe_ext.outer.stale import StaleCopies, check_stale, wanted_by_all
@@ -60,13 +58,6 @@ class _Check(NamedTuple):
     step: int
     compared: Agreement
     done: Future[None]
-
-
-def _warn(flights: Sequence[Flight]) -> None:
-    if flights:
-        warnings.warn(
-            "the last fragments of an OuterSync are lost: finish was not called", stacklevel=1
-        )
 
 
 class OuterSync:
@@ -166,12 +157,11 @@ class OuterSync:
         """Rounds completed."""
         self.bytes_sent = 0
         """Bytes this site has sent in all meetings and reshuffles."""
-        self.steps = 0
+        self._steps = 0
         self.reductions = 0
         """How often gradients were reduced."""
         self.reduction = gradients.Reduction()
         """With "ddp": the gradients that are the mean now."""
-        self._reductions_before = 0
         self._broken = ""
         self.round_bytes, self.round_seconds, self._round_exchange_s = 0, 0.0, 0.0
         self._healed: list[str] = []
@@ -180,7 +170,7 @@ class OuterSync:
         self._background = Background()
         self._flights: list[Flight] = []
         if self.options.overlap:
-            weakref.finalize(self, _warn, self._flights)
+            weakref.finalize(self, warn_of_lost, self._flights)
         self._meetings: dict[int, Meeting] = {}
         self._checks: list[_Check] = []
         self.pending: Pending | None = None
@@ -192,8 +182,6 @@ class OuterSync:
         experts = self.moe_layers[0].num_experts if self.moe_layers else 0
         self.tokens = torch.zeros(len(self.moe_layers), experts, dtype=torch.float64)
         """Tokens routed to each expert [L, E] since its last meeting, where they are counted."""
-        self.counted = [False] * len(self.moe_layers)
-        """By layer, whether any were counted since its last meeting."""
         self.met = torch.zeros(len(self.moe_layers), experts, dtype=torch.int64)
         """The round in which each expert that this site holds last met, [L, E]; 0 = none yet."""
         self.trained = 0.0
@@ -208,9 +196,7 @@ class OuterSync:
         if any(experts for layer in self._copied for experts in layer):
             self.copies = StaleCopies(self, self._copied)
         self.adopt_placement(placement)
-        routed = self.options.counts_tokens and bool(self.moe_layers)
-        self._routed = RoutedTokens(self.moe_layers) if routed else None
-        self.watch = StepWatch(self, self._routed.handles if self._routed else ())
+        self.watch = StepWatch(self)
         """Sees the steps of optimizers."""
         if not arriving:
             self._fill_anchor()
@@ -224,9 +210,7 @@ class OuterSync:
     @steps.setter
     def steps(self, number: int) -> None:
         self._steps = number
-        staggered = self.options.staggered and self.options.local_steps
-        self._since = number % staggered if staggered else 0
-        """Of them those since the last meeting of a round, as far as that is known."""
+        self.watch.steps_set()
 
     def close(self) -> None:
         """Steps of optimizers are of no more concern, for a model that trains on without meetings.
@@ -340,46 +324,18 @@ class OuterSync:
         Counts the tokens routed to each expert; sends and takes in the fragments that are due.
         Raises MeetingError as `step`, and where `step` was not called at the end of a round.
         """
-        if self.watch.asked():
-            self.count_tokens()
-            self.note_step()
+        self.watch.asked()
 
-    def count_tokens(self) -> None:
-        """Takes note of the tokens routed in the passes that have led to a step."""
-        if self._routed is not None:
-            routed = self._routed.take()
-            self.tokens += routed
-            found = routed.any(1).tolist()
-            self.counted = [a or b for a, b in zip(self.counted, found, strict=True)]
-
-    @torch.no_grad()
-    def note_step(self) -> None:
-        """Takes note of a local step: what is due meets."""
-        since = self._since
-        if self.options.staggered and since == self.options.local_steps:
-            raise MeetingError(f"step was not called after local_steps = {since} steps of a round")
-        self.steps += 1
-        self._since = since + 1
-        if not self.options.staggered:
-            return
+    def meet_parts(self) -> None:
+        """Takes in and sends off the fragments that are due after a local step."""
         with self.meeting("a fragment's meeting"):
             self._land(self.steps)
             self._meet_where_due(last=False)
 
-    def missed_calls(self) -> str:
-        """Names a call that was due before a meeting and missed, or is empty."""
-        reduced = self.reductions - self._reductions_before
-        if self.rule.name == "ddp" and reduced < self._since:
-            return (
-                f"reduce_gradients is due before every step, was called {reduced} times in "
-                f"{self._since}"
-            )
-        return ""
-
     def count_round(self) -> None:
         """A round is over."""
         self.round += 1
-        self._since, self._reductions_before = 0, self.reductions
+        self.watch.round_over()
 
     def _meet_where_due(self, last: bool) -> None:
         """Meetings of this step: the last of a round are `step`'s."""
@@ -496,10 +452,11 @@ class OuterSync:
         with self.meeting("the meeting"):
             if self.options.staggered:
                 assert self.options.local_steps is not None
-                if self._since != self.options.local_steps:
+                steps, since = self.options.local_steps, self.watch.since
+                if since != steps:
                     raise MeetingError(
-                        f"step is due every local_steps = {self.options.local_steps} steps, "
-                        f"after_step was called (or a step seen) {self._since} times since the last"
+                        f"step is due every local_steps = {steps} steps, after_step was called (or "
+                        f"a step seen) {since} times since the last"
                     )
                 self._meet_where_due(last=True)
             elif self.options.staged:
