@@ -189,6 +189,14 @@ def test_frozen_weights_that_differ_from_the_start_are_refused() -> None:
         assert "all sites must have the same frozen parameters" in text
 
 
+def test_an_optimizer_of_other_parameters_is_refused() -> None:
+    model = Model(placement_of(1), 0)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    replace(model)
+    with pytest.raises(ValueError, match="it lacks dense.weight, and 1 of its 10 are not"):
+        OuterSync(model, placement_of(1), 0, inner_optimizer=inner)
+
+
 def thawed_properly(site: int, num_sites: int) -> bytes:
     placement = placement_of(num_sites)
     model = Model(placement, site)

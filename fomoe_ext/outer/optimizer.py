@@ -80,6 +80,20 @@ def check_adamw(
         raise ValueError(f"{what} is not possible with the state of amsgrad=True")
 
 
+def check_holds(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
+    """Raises ValueError for an optimizer of others in the place of some of a model's parameters."""
+    if optimizer is None:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    own = {id(parameter) for parameter in model.parameters()}
+    left_out = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if left_out and held - own:
+        raise ValueError(
+            f"inner_optimizer must be made of the model's parameters as they are now: it lacks "
+            f"{left_out[0]}, and {len(held - own)} of its {len(held)} are not, or no longer, of it"
+        )
+
+
 def missing_moments(optimizer: torch.optim.Optimizer, tensors: Sequence[tuple[str, Tensor]]) -> str:
     """The name of the first tensor without moments (never stepped), or an empty string."""
     for name, tensor in tensors:

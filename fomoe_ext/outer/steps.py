@@ -7,8 +7,9 @@ next forward pass in training, the next step of the same optimizer, or the meeti
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ from fomoe_ext.outer.routed import RoutedTokens
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
+    from fomoe_ext.moe import MoELayer
     from fomoe_ext.outer.sync import OuterSync
 
 _WATCHES: weakref.WeakKeyDictionary[nn.Module, StepWatch] = weakref.WeakKeyDictionary()
@@ -44,6 +46,7 @@ class StepWatch:
         """Whether the last step was taken note of without `after_step`."""
         self.since = 0
         """Steps since the last meeting of a round, as far as that is known."""
+        self._warned = False
         self._reductions = 0
         """Reductions of gradients before that."""
         layers = sync.moe_layers if sync.options.counts_tokens else []
@@ -159,6 +162,8 @@ class StepWatch:
         """The sites have met at the end of a round."""
         sync = self._sync()
         assert sync is not None
+        if self.since and not self._warned:
+            self._warned = _warn_of_balance(sync.moe_layers)
         self.since, self._reductions = 0, sync.reductions
 
     def unmet(self) -> str:
@@ -178,6 +183,24 @@ class StepWatch:
                         f"{piece.key} is this site's own: call OuterSync.copy_anchor_to_model first"
                     )
         return ""
+
+
+def _warn_of_balance(layers: Sequence[MoELayer]) -> bool:
+    """Warns where routers are to be balanced by bias and nobody does it."""
+    forgotten = [
+        layer
+        for layer in layers
+        if layer.balance == "bias"
+        and bool(layer.load_since_update.any())
+        and not bool(layer.router.selection_bias.any())
+    ]
+    if forgotten:
+        warnings.warn(
+            "balance = 'bias' needs MoELayer.update_selection_bias after every optimizer step; it "
+            f"has not moved the bias of {len(forgotten)} layers",
+            stacklevel=5,
+        )
+    return bool(forgotten)
 
 
 def unmet(model: nn.Module) -> str:

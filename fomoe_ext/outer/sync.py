@@ -137,6 +137,7 @@ class OuterSync:
             if self.options.optimizer == "local-adamw":
                 opt.check_adamw(inner_optimizer)
             check_model(model, placement, site, self.ranks.expert_ranks)
+            opt.check_holds(inner_optimizer, model)
             check_stale(model, self.options, ranks)
             pieces = parameter_pieces(model, placement, site, self.options.router_mean)
             turns.check_experts(pieces, self.options, ranks)
