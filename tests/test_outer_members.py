@@ -193,7 +193,7 @@ def test_an_optimizer_of_other_parameters_is_refused() -> None:
     model = Model(placement_of(1), 0)
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     replace(model)
-    with pytest.raises(ValueError, match="it lacks dense.weight, and 1 of its 10 are not"):
+    with pytest.raises(ValueError, match=r"it lacks dense\.weight, and 1 of its 10 are not"):
         OuterSync(model, placement_of(1), 0, inner_optimizer=inner)
 
 
