@@ -172,6 +172,28 @@ def test_all_sites_hear_of_what_one_does_not_understand() -> None:
     assert "site 1: state1 (torch.uint8) of layers.0" in told and "state1" in own
 
 
+def stepped_by_another(site: int, num_sites: int, optimizer: str) -> str:
+    placement = Placement.cyclic(num_sites, EXPERTS, LAYERS, 1)
+    model = SmallModel(placement, site)
+    inner = torch.optim.AdamW(model.parameters())
+    sync = OuterSync(model, placement, site, inner_optimizer=inner, optimizer=optimizer)
+    for one in (inner, torch.optim.AdamW(model.parameters())):
+        give_gradients(model, site, 0)
+        one.step()
+    with pytest.raises((ValueError, MeetingError)) as caught:
+        sync.step()
+        sync.reshuffle(Placement.random(num_sites, EXPERTS, LAYERS, 1, seed=1))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "name"), [("fedavg", "layers.0.experts.expand_weight"), ("local-adamw", "first")]
+)
+def test_state_is_that_of_the_optimizer_that_trains(optimizer: str, name: str) -> None:
+    for text in pool().run(2, stepped_by_another, optimizer):
+        assert f"{name} was trained by another optimizer than inner_optimizer" in text
+
+
 def test_columns_of_a_matrix_are_of_all_its_rows() -> None:
     """Adafactor factors biases [R, n] over the experts: nobody's own, be n = R or not."""
     for make, name in ((KNOWN["Adafactor"], "col_var"), (hf_adafactor, "exp_avg_sq_col")):

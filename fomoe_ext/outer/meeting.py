@@ -136,6 +136,7 @@ class Meeting:
             return problem
         assert sync.inner_optimizer is not None
         trained = [(n, p) for n, p in sync.model.named_parameters() if p.requires_grad]
+        problem = problem or sync.watch.other_optimizer(trained)
         missing = opt.missing_moments(sync.inner_optimizer, trained)
         missing = sync.ranks.first(missing)
         if missing:

@@ -74,7 +74,8 @@ def _problem(sync: OuterSync) -> str:
         if layer.router_scope == "resident":
             parts = layer.router.parts
             named += [(f"{path}.router.{n}", layer.router.get_parameter(n)) for n in parts]
-    return sync.members.change(sync) or problem_with_rows(sync.inner_optimizer, named)
+    problem = sync.members.change(sync) or sync.watch.other_optimizer(named)
+    return problem or problem_with_rows(sync.inner_optimizer, named)
 
 
 def _agree(sync: OuterSync, new: Placement, moments: str) -> int:

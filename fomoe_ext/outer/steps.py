@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -44,6 +44,7 @@ class StepWatch:
         """Optimizers of the step that is not taken note of yet."""
         self._unasked = False
         """Whether the last step was taken note of without `after_step`."""
+        self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self.since = 0
         """Steps since the last meeting of a round, as far as that is known."""
         self._warned = False
@@ -95,6 +96,7 @@ class StepWatch:
         if self.holds(optimizer):
             sync = self._sync()
             assert sync is not None
+            self._seen.add(optimizer)
             self._stepped.add(id(optimizer))
             self._unasked = False
             self._count(sync)
@@ -138,6 +140,19 @@ class StepWatch:
         self.since = since + 1
         if options.staggered:
             sync.meet_parts()
+
+    def other_optimizer(self, named: Iterable[tuple[str, Tensor]]) -> str:
+        """Names a parameter that another optimizer than the inner one has trained, or is empty."""
+        sync = self._sync()
+        assert sync is not None
+        names = {id(parameter): name for name, parameter in named}
+        for optimizer in self._seen:
+            if optimizer is sync.inner_optimizer:
+                continue
+            held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+            if found := [names[key] for key in held if key in names]:
+                return f"{found[0]} was trained by another optimizer than inner_optimizer"
+        return ""
 
     def steps_set(self) -> None:
         """The number of steps is that of a checkpoint, or of others."""
