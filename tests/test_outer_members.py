@@ -108,16 +108,16 @@ def balance_otherwise(model: Model) -> None:
 
 Change = Callable[[Model], None]
 CHANGES: list[tuple[Change, str]] = [
-    (thaw, "frozen.weight is trained, and was not since OuterSync was made: make a new one"),
-    (freeze, "first is frozen, and was not"),
+    (thaw, "frozen.weight is trained, and was frozen; after such a change make a new OuterSync"),
+    (freeze, "first is frozen, and was trained"),
     (replace, "dense.weight is another tensor"),
     (untie, "tied.weight is another tensor"),
     (parametrize, "dense.weight is gone"),
     (assign, "is another tensor"),
     (add, "adapter.weight is new"),
     (remove, "first is gone"),
-    (cast, "dense.weight has dtype torch.bfloat16, not torch.float32,"),
-    (widen, "dense.weight has shape [3, 4], not [3, 3],"),
+    (cast, "dense.weight has dtype torch.bfloat16, not torch.float32"),
+    (widen, "dense.weight has shape [3, 4], not [3, 3]"),
     (transpose, "dense.weight is not contiguous"),
     (another_bias, "layers.1.router.selection_bias is another tensor"),
     (another_layer, "other MoE layers are there"),
@@ -165,7 +165,7 @@ def test_a_change_is_refused_by_name(change: Change, words: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (thaw, "site 1: frozen.weight is trained, and was not"),
+        (thaw, "site 1: frozen.weight is trained, and was frozen"),
         (move_experts, "site 1: layers.0 holds other experts than placed"),
     ],
 )

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from fomoe_ext.outer.sync import OuterSync
 
 
+_THEN = "; after such a change make a new OuterSync"
+
+
 class _Tensor(NamedTuple):
     """A parameter, or a selection bias, as it was when the pieces were laid out."""
 
@@ -41,10 +44,10 @@ class Members:
         for name, before in self._tensors.items():
             problem = _change(before, now.get(name))
             if problem:
-                return f"{name} {problem} since OuterSync was made: make a new one then"
+                return f"{name} {problem}{_THEN}"
         for name, tensor in now.items():
             if name not in self._tensors and tensor.requires_grad:
-                return f"{name} is new since OuterSync was made: make a new one then"
+                return f"{name} is new{_THEN}"
         return self._change_of_layers(sync)
 
     def _change_of_layers(self, sync: OuterSync) -> str:
@@ -52,17 +55,14 @@ class Members:
         if list(layers) != list(self._layers) or [*map(id, layers.values())] != [
             *map(id, sync.moe_layers)
         ]:
-            return "other MoE layers are there since OuterSync was made: make a new one then"
+            return f"other MoE layers are there{_THEN}"
         for path, layer in layers.items():
             before, after = self._layers[path], _options(layer)
             if before["experts"] != after["experts"]:
                 return f"{path} holds other experts than placed; let reshuffle move them"
             for what in before:
                 if before[what] != after[what]:
-                    return (
-                        f"{path}.{what} was {before[what]!r} and is {after[what]!r}: make a new "
-                        "OuterSync then"
-                    )
+                    return f"{path}.{what} was {before[what]!r} and is {after[what]!r}{_THEN}"
         return ""
 
 
@@ -89,9 +89,9 @@ def _change(before: _Tensor, now: Tensor | None) -> str:
     if now is None:
         return "is gone" if before.trained else ""
     if now.requires_grad and not before.trained:
-        return "is trained, and was not"
+        return "is trained, and was frozen"
     if before.trained and not now.requires_grad:
-        return "is frozen, and was not"
+        return "is frozen, and was trained"
     if isinstance(before.tensor, nn.Parameter) and not before.trained:
         return ""
     if is_sharded(before.tensor):
@@ -104,5 +104,5 @@ def _change(before: _Tensor, now: Tensor | None) -> str:
         ("device", before.device, now.device),
     ):
         if old != new:
-            return f"has {what} {new}, not {old},"
+            return f"has {what} {new}, not {old}"
     return "" if now.is_contiguous() else "is not contiguous"
