@@ -151,7 +151,7 @@ def _in_checkpoint(name: str, read: Callable[[Path], object], listed: bool) -> A
         path, manifest = _checkpoint(), _original(ckpt.MANIFEST)
         (path / name).write_bytes(raw)
         if listed:
-            content = json.loads(manifest)
+            content = _unsealed(manifest)
             header = raw[: 8 + int.from_bytes(raw[:8], "little")]
             content["files"][name] |= {
                 "size": len(raw),
@@ -166,6 +166,12 @@ def _in_checkpoint(name: str, read: Callable[[Path], object], listed: bool) -> A
             (path / ckpt.MANIFEST).write_bytes(manifest)
 
     return of_bytes
+
+
+def _unsealed(manifest: bytes) -> dict[str, Any]:
+    content = json.loads(manifest)
+    del content["sha256"]
+    return content
 
 
 def _read_all(path: Path) -> object:
@@ -196,13 +202,16 @@ def _checkpoints() -> list[Parser]:
         name: str, file: str, read: Any, how: mutate.Mutator, listed: bool, share: float
     ) -> Parser:
         parser = _in_checkpoint(file, read, listed)
-        return Parser(name, parser, refused, [_original(file)], how, share)
+        seed = _original(file)
+        if file == ckpt.MANIFEST:  # else its seal is all that is tried
+            seed = json.dumps(_unsealed(seed)).encode()
+        return Parser(name, parser, refused, [seed], how, share)
 
     safetensors = mutate.of_safetensors
     return [
         of_file("manifest.json", ckpt.MANIFEST, _read_all, mutate.of_json, False, 0.2),
         of_file("site's state", state, lambda p: ckpt.load_state(p, 0), mutate.of_json, True, 0.5),
-        of_file("index", ckpt.INDEX, _read_global, mutate.of_json, False, 0.3),
+        of_file("index", ckpt.INDEX, _read_global, mutate.of_json, True, 0.3),
         of_file("training tensors", training, _read_training, safetensors, True, 0.2),
     ]
 
@@ -241,7 +250,8 @@ def _states() -> Parser:
 
 def _tokens(path: Path) -> object:
     counts = data._read_counts(path.parent)
-    return [data._map_tokens(path.parent, s, counts, np.dtype(np.uint8)) for s in data._SPLITS]
+    kind = np.dtype(np.uint8)
+    return [data._map_tokens(path.parent, s, counts, kind, False) for s in data._SPLITS]
 
 
 def _metrics(path: Path) -> object:
@@ -320,7 +330,7 @@ def _files() -> list[Parser]:
         Parser(
             "report.json: tokens",
             _from_file("run/report.json", lambda path: eval_models._reported_tokens(source)),
-            (),
+            value,
             _json(report),
         ),
         Parser(
