@@ -176,6 +176,7 @@ def convert(
     for one in found:
         _fill(one.layer, one.block)
         setattr(one.parent, one.name, one.layer)
+    _held_between.clear()
     attach(inside, why_not_original, save_pretrained)
     if options.get("balance") == "bias":
         _warn_of_bias({one.layer.origin.family for one in found})
@@ -327,9 +328,23 @@ def _rearranged(
 
 def _reorder(stack: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     new = stack.view(len(stack), *change(stack[0]).shape)
+    between = _between(new[0])
     for source, target in zip(stack, new, strict=True):
-        target.copy_(change(source).clone())
+        target.copy_(between.copy_(change(source)))
     return new
+
+
+def _between(like: Tensor) -> Tensor:
+    """Memory for one expert on its way, whose values do not matter: the same for all layers. Pieces
+    of it that come and go would leave a heap full of holes.
+    """
+    held = _held_between
+    if not held or held[0].device != like.device or held[0].numel() < like.nbytes:
+        held[:] = [torch.empty(like.nbytes, dtype=torch.uint8, device=like.device)]
+    return held[0][: like.nbytes].view(like.dtype).view(like.shape)
+
+
+_held_between: list[Tensor] = []
 
 
 # ---- layers to blocks ----------------------------------------------------------------------------
