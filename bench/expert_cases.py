@@ -256,8 +256,6 @@ def make_layers(inputs: Inputs) -> WholeLayers:
     layer.router.reset_parameters()
     layer.load_since_update = torch.zeros_like(layer.load_since_update, device=device)
     experts = layer.experts
-    experts.resident_index = inputs.resident_index
-    experts.resident_ids = torch.arange(residents, device=device)
     for name in experts.parts:
         setattr(experts, name, nn.Parameter(getattr(inputs, name).detach()))
     with torch.no_grad():

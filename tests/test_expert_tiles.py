@@ -120,8 +120,9 @@ def test_choice():
 
 def test_short_sums_are_stored_behind_the_products_of_others():
     for verb in ("contract", "grouped_rows"):
-        assert _C.expert_tile(verb, "bfloat16", 2048, 128, True) == "ping_pong_128"
-        for terms in (256, 0):
+        for terms in (128, 2048):
+            assert _C.expert_tile(verb, "bfloat16", 2048, terms, True) == "ping_pong_128"
+        for terms in (4096, 0):
             assert _C.expert_tile(verb, "bfloat16", 2048, terms, True) == "cooperative_256"
 
 

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from fomoe_ext import checkpoint as ckpt
 from fomoe_ext import checkpoint_writer, training_state
+from fomoe_ext.files import SEAL
 from fomoe_ext.training_state import (
     CheckpointError,
     read_tensors,
@@ -499,6 +500,7 @@ def test_other_names_shapes_and_types_are_refused(saved):
 
 def test_another_format_is_refused(copied):
     manifest = json.loads((copied / ckpt.MANIFEST).read_text())
+    del manifest[SEAL]  # earlier versions sealed nothing
     (copied / ckpt.MANIFEST).write_text(json.dumps(manifest | {"format": 1}))
     with pytest.raises(CheckpointError, match="has format 1, this version reads 2"):
         ckpt.load_tensors(copied, {})

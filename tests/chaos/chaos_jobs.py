@@ -77,9 +77,11 @@ def _site(arguments: list[str], environment: dict[str, str], log: str) -> None:
 
 def _lighthouse(pipe: Connection) -> None:
     os.environ["RUST_LOG"] = "error"
+    from fomoe_ext.addresses import parse_address
     from fomoe_ext.fault.lighthouse import Lighthouse
 
-    lighthouse = Lighthouse("127.0.0.1", 0, 1, SILENT_S)
+    bind = parse_address("127.0.0.1:0", "--bind", any_port=True)
+    lighthouse = Lighthouse(bind, 1, SILENT_S)
     pipe.send(lighthouse.address)
     while True:
         try:
