@@ -34,6 +34,7 @@ from fomoe_ext.evaluate import Validation
 from fomoe_ext.extras import NotInstalled
 from fomoe_ext.fault import inject
 from fomoe_ext.fault.company import Company
+from fomoe_ext.fault.lighthouse import LIGHTHOUSE
 from fomoe_ext.fault.story import describe
 from fomoe_ext.files import replace_file
 from fomoe_ext.folder_lock import Held
@@ -427,8 +428,10 @@ class _Start(NamedTuple):
 
 def _job_name(config: TrainConfig) -> str | None:
     """What the processes of a job that are started one by one, or by `fomoe train`, call it."""
-    shared = f"lighthouse {config.fault.lighthouse}" if config.fault.lighthouse else None
-    return os.environ.get(HELD, shared)
+    lighthouse = None
+    if config.fault.membership == "torchft":
+        lighthouse = config.fault.lighthouse or os.environ.get(LIGHTHOUSE)
+    return os.environ.get(HELD, f"lighthouse {lighthouse}" if lighthouse else None)
 
 
 def _hold_folder(job: Job, world: World, stack: ExitStack) -> TrainConfig:

@@ -261,15 +261,13 @@ def test_an_outsider_without_the_secret_is_not_let_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It finds none of the run's keys."""
-    import torch.distributed as dist
-
     from fomoe_ext.fault.membership import TorchftMembership
 
     monkeypatch.setenv("FOMOE_SECRET", "a secret of the run, long enough")
     with ChaosJob(tmp_path, flags(2)) as job:
         monkeypatch.setenv("FOMOE_SECRET", "another secret, as long as that")
-        monkeypatch.setattr("fomoe_ext.fault.membership._STORE_S", 1.0)
-        with pytest.raises(dist.DistError):
+        monkeypatch.setattr("fomoe_ext.fault.membership._KEY_S", 1.0)
+        with pytest.raises(ConnectionError, match="knows nothing of this job"):
             TorchftMembership(job.address, 1, NUM_SITES, quorum=1, silent_s=1.0)
         outcome = job.wait()
     assert outcome.codes == {site: [0] for site in range(NUM_SITES)}, outcome.log
