@@ -36,6 +36,8 @@ from fomoe_ext.text import FoundTexts, TextUnit, Tokenizer, find_texts, load_tok
 if TYPE_CHECKING:
     import torch
 
+    from fomoe_ext.config import TrainConfig
+
 _FORMAT = 1  # of the cache; raise it when the encoding changes
 _SPLITS = ("train", "val")
 
@@ -409,6 +411,21 @@ def _map_tokens(
     if not whole:
         raise _damaged(folder, path.name)
     return np.memmap(path, dtype=dtype, mode="r")
+
+
+def open_job_data(config: TrainConfig, *, check: bool = True) -> TextData:
+    """The text of a training job; `check` and errors as in `open_data`."""
+    data = config.data
+    return open_data(
+        data.data,
+        config.model.seq_len,
+        val_paths=data.val_data or None,
+        validation_fraction=data.validation_fraction,
+        text_field=data.text_field,
+        tokenizer=data.tokenizer,
+        cache_dir=data.cache_dir,
+        check=check,
+    )
 
 
 def open_data(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fomoe_ext import plan
 from fomoe_ext.addresses import parse_address
 from fomoe_ext.config import TrainConfig
-from fomoe_ext.data import TextData, open_data
+from fomoe_ext.data import TextData, open_job_data
 from fomoe_ext.extras import NotInstalled
 from fomoe_ext.fault import inject
 from fomoe_ext.fault.lighthouse import require_lighthouse, require_secret, torchft
@@ -47,7 +47,7 @@ def check_job(config: TrainConfig) -> None:
     _check_device(config)
     if config.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise NotInstalled("run.tensorboard (--no-tensorboard does without)", "tensorboard")
-    data = _open(config)
+    data = open_job_data(config, check=False)  # the sites compare hashes, once
     if config.run.resume is not None:
         _check_resume(config.with_vocab(data.vocab_size), data)
 
@@ -89,19 +89,6 @@ def _check_device(config: TrainConfig) -> None:
         from fomoe_ext.world import World, choose_device
 
         choose_device(config.run.device, World())
-
-
-def _open(config: TrainConfig) -> TextData:
-    data = config.data
-    return open_data(
-        data.data,
-        config.model.seq_len,
-        val_paths=data.val_data or None,
-        validation_fraction=data.validation_fraction,
-        text_field=data.text_field,
-        tokenizer=data.tokenizer,
-        cache_dir=data.cache_dir,
-    )
 
 
 def _check_resume(config: TrainConfig, data: TextData) -> None:

@@ -29,7 +29,7 @@ from fomoe_ext.config import TrainConfig, count_parameters
 from fomoe_ext.config_effects import changes, check_changes, told, without_effect
 from fomoe_ext.config_io import save_config
 from fomoe_ext.console import outlive_terminal
-from fomoe_ext.data import TextData, open_data
+from fomoe_ext.data import TextData, open_job_data
 from fomoe_ext.evaluate import Validation
 from fomoe_ext.extras import NotInstalled
 from fomoe_ext.fault import inject
@@ -375,17 +375,7 @@ def _open_data(config: TrainConfig, world: World) -> TextData:
     """The text; the first site of a machine encodes it for the others."""
 
     def read() -> TextData:
-        data = config.data
-        return open_data(
-            data.data,
-            config.model.seq_len,
-            val_paths=data.val_data or None,
-            validation_fraction=data.validation_fraction,
-            text_field=data.text_field,
-            tokenizer=data.tokenizer,
-            cache_dir=data.cache_dir,
-            check=world.leads_machine,
-        )
+        return open_job_data(config, check=world.leads_machine)
 
     opened, problem = None, None
     for turn in (world.leads_machine, not world.leads_machine):
