@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,44 +23,43 @@ from torch import Tensor
 
 from fomoe_ext import checkpoint as ckpt
 from fomoe_ext import plan
-from fomoe_ext.checkpoint_publish import clear_leftovers
 from fomoe_ext.checkpoint_writer import Outcome
 from fomoe_ext.config import TrainConfig, count_parameters
-from fomoe_ext.config_effects import changes, check_changes, told, without_effect
+from fomoe_ext.config_effects import changes, told, without_effect
 from fomoe_ext.config_io import save_config
 from fomoe_ext.console import outlive_terminal
-from fomoe_ext.data import TextData, open_job_data
+from fomoe_ext.data import TextData
 from fomoe_ext.evaluate import Validation
 from fomoe_ext.extras import NotInstalled
 from fomoe_ext.fault import inject
 from fomoe_ext.fault.company import Company
-from fomoe_ext.fault.lighthouse import LIGHTHOUSE
 from fomoe_ext.fault.story import describe
 from fomoe_ext.files import replace_file
-from fomoe_ext.folder_lock import Held
 from fomoe_ext.job import learning_rate
 from fomoe_ext.launch import CONSOLE_FD, EXIT_PEER_LOST, EXIT_STOPPED
 from fomoe_ext.metrics import RunLog, rewind_metrics
 from fomoe_ext.outer import MeetingError
-from fomoe_ext.outer.groups import gather_objects
 from fomoe_ext.outer.staged import MeetingLost
 from fomoe_ext.outputs import named, options_of
 from fomoe_ext.plan import RoundNote
 from fomoe_ext.report import print_report, write_report
 from fomoe_ext.runs import (
-    AUTO,
-    CHECKPOINTS,
     CONFIG,
     HELD,
     METRICS,
     Job,
-    check_folder,
-    claim,
     flag_value,
     join_folder,
     load_run_config,
-    run_of,
     settled_job,
+)
+from fomoe_ext.train_start import (
+    OtherSiteFailed,
+    agree_on_run,
+    gather,
+    job_name,
+    open_text,
+    settle_changes,
 )
 from fomoe_ext.trainer import TrainingSite
 from fomoe_ext.unwritten import EXIT_UNWRITTEN, Unwritten, tolerant, tolerant_output
@@ -79,8 +78,6 @@ from fomoe_ext.world import (
     with_others,
 )
 
-_SCHEDULE_POINTS = 1000
-"""At so many steps courses of the learning rate are compared."""
 _FINAL_EVAL = 8
 """The last validation uses so many times the tokens of those before it."""
 
@@ -348,7 +345,7 @@ class _Job:
             self.log.flush()
             write_report(site.run_dir, report, self.unwritten)
         # Who leaves before all have what they need would be missed by the others.
-        lost = _gather(self.unwritten.entries(), site.world, "the end")
+        lost = gather(self.unwritten.entries(), site.world, "the end")
         if self.company is not None:
             self.company.membership.finish()
         if self.log is not None:
@@ -369,160 +366,6 @@ class _Job:
         if lines:
             text = "\n".join(f"  {line}" for line in lines)
             print(f"fomoe train: could not be written:\n{text}", file=sys.stderr, flush=True)
-
-
-def _open_data(config: TrainConfig, world: World) -> TextData:
-    """The text; the first site of a machine encodes it for the others."""
-
-    def read() -> TextData:
-        return open_job_data(config, check=world.leads_machine)
-
-    opened, problem = None, None
-    for turn in (world.leads_machine, not world.leads_machine):
-        if turn:
-            try:
-                opened = read()
-            except (ValueError, TypeError, OSError, RuntimeError) as error:
-                problem = error
-        _agree(problem, world, "the data")
-    assert opened is not None
-    return opened
-
-
-def _gather(value: Any, world: World, what: str) -> list[Any]:
-    with with_others(what, world.site):
-        return gather_objects(value, world.processes)
-
-
-class _OtherSiteFailed(RuntimeError):
-    """A site could not begin; it says why itself."""
-
-
-def _agree(problem: Exception | None, world: World, what: str) -> None:
-    """Raises this site's problem, or _OtherSiteFailed when another one has one; a collective."""
-    problems = _gather(str(problem) if problem else "", world, what)
-    if problem is not None:
-        raise problem
-    for process, text in enumerate(problems):
-        if text:
-            raise _OtherSiteFailed(f"site {process // world.ranks}: {text}")
-
-
-class _Start(NamedTuple):
-    """The configuration with site 0's run folder, the checkpoint to continue, and what to say."""
-
-    config: TrainConfig
-    resumed: Path | None
-    notes: list[str]
-
-
-def _job_name(config: TrainConfig) -> str | None:
-    """What the processes of a job that are started one by one, or by `fomoe train`, call it."""
-    lighthouse = None
-    if config.fault.membership == "torchft":
-        lighthouse = config.fault.lighthouse or os.environ.get(LIGHTHOUSE)
-    return os.environ.get(HELD, f"lighthouse {lighthouse}" if lighthouse else None)
-
-
-def _hold_folder(job: Job, world: World, stack: ExitStack) -> TrainConfig:
-    """The configuration with site 0's run folder, which all processes hold until `stack` ends; a
-    collective."""
-    config, name = job.config, _job_name(job.config)
-    held: Held | None = None
-    problem: Exception | None = None
-    if world.process == 0:
-        try:
-            if name is None:
-                config, held, _ = claim(job)
-            else:
-                assert config.run.run_dir is not None
-                held = join_folder(config.run.run_dir, name)
-                check_folder(config)
-        except (ValueError, OSError) as error:
-            problem = error
-    if held is not None:
-        stack.callback(held.release)
-    _agree(problem, world, "the run folder")
-    told = None if held is None else [str(config.run.run_dir), held.job]
-    named, name = _gather(told, world, "the run folder")[0]
-    run_dir = Path(named)
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, run_dir=run_dir))
-    try:
-        if held is None:
-            stack.callback(join_folder(run_dir, name).release)
-        if world.leads_machine:
-            clear_leftovers(run_dir / CHECKPOINTS)
-    except (ValueError, OSError) as error:
-        problem = error
-    _agree(problem, world, "the run folder")
-    return config
-
-
-def _agree_on_run(job: Job, world: World, stack: ExitStack) -> _Start:
-    """From where the job starts, the same on all sites; a collective. `stack`: the end of which
-    lets go of the run folder."""
-    config = _hold_folder(job, world, stack)
-    run_dir = config.run.run_dir
-    if config.run.resume is None:
-        return _Start(config, None, [])
-    automatic = config.run.resume == AUTO
-    assert run_dir is not None
-    target = run_dir if automatic else Path(config.run.resume)
-    share = (world.local_process, world.local_processes)
-    if not automatic and run_of(target) != target:  # a checkpoint by name
-        with with_others("the checkpoint", world.site):
-            ckpt.require_whole_everywhere(target, world.processes, share)
-        return _Start(config, target, [])
-    with with_others("the checkpoint", world.site):
-        found = ckpt.newest_whole(target / CHECKPOINTS, world.processes, share=share)
-    notes = [f"skipped: {reason}" for reason in found.skipped]
-    if found.path is None and not automatic:
-        raise ckpt.CheckpointError(
-            f"there is no whole checkpoint to resume in {target / CHECKPOINTS} "
-            f"({'; '.join(found.skipped) or 'it has none'})"
-        )
-    if found.path is None:
-        notes.append(f"no whole checkpoint in {target / CHECKPOINTS}: from the beginning")
-    return _Start(config, found.path, notes)
-
-
-def _settle_changes(config: TrainConfig, world: World, resumed: Path | None) -> dict[str, Any]:
-    """What of a run's configuration is another from now on; a collective.
-
-    Raises ValueError, on all processes something, for what cannot change.
-    """
-    problem: Exception | None = None
-    found: dict[str, Any] = {}
-    if resumed is not None and world.process == 0:
-        try:
-            assert config.run.run_dir is not None
-            file = config.run.run_dir / CONFIG
-            old = load_run_config(config.run.run_dir) if file.is_file() else None
-            done = ckpt.read_manifest(resumed).round
-            found = {} if old is None else changes(old, config)
-            check_changes(old, config, done)
-            if old is not None:
-                _check_schedule(old, config, done)
-        except (ValueError, TypeError, OSError, ckpt.CheckpointError) as error:
-            problem = error
-    _agree(problem, world, "the configuration")
-    return found
-
-
-def _check_schedule(old: TrainConfig, new: TrainConfig, done: int) -> None:
-    """Raises ValueError for a change of the learning rate's course that changes none of what is
-    left of it, after so many rounds."""
-    each = new.run.local_steps
-    first, total = done * each, new.run.resolved_rounds * each
-    left = range(first, total, max(1, (total - first) // _SCHEDULE_POINTS))
-    course = lambda inner: [learning_rate(inner, step, total) for step in left]
-    for name in ("warmup_steps", "schedule", "min_lr_ratio", "inner_lr"):
-        before = dataclasses.replace(new.inner, **{name: getattr(old.inner, name)})
-        if left and before != new.inner and course(before) == course(new.inner):
-            raise ValueError(
-                f"inner.{name} has no effect any more: in the rounds that are left the learning "
-                "rate would be the same"
-            )
 
 
 def _console(unwritten: Unwritten) -> Console | None:
@@ -604,16 +447,16 @@ def run_tolerant_site(
             if late:
                 world = dataclasses.replace(world, site=0, num_sites=1, members=(world.site,))
                 assert config.run.run_dir is not None
-                stack.callback(join_folder(config.run.run_dir, _job_name(config)).release)
-                data, resumed, notes = _open_data(config, World()), None, []
+                stack.callback(join_folder(config.run.run_dir, job_name(config)).release)
+                data, resumed, notes = open_text(config, World()), None, []
             else:
                 world = world.of_members(view.members)
                 with with_others("joining the other sites", world.site):
                     new_default_group(view, world, config.outer.timeout_s)
-                config, resumed, notes = _agree_on_run(job, world, stack)
-                data = _open_data(config, world)
+                config, resumed, notes = agree_on_run(job, world, stack)
+                data = open_text(config, world)
             config = config.with_vocab(data.vocab_size)
-            changed = {} if late else _settle_changes(config, world, resumed)
+            changed = {} if late else settle_changes(config, world, resumed)
             site = TrainingSite(config, world, data, device, resumed, late=late)
             site.notes[:0], site.changes = notes, changed
             company = Company(membership, site)
@@ -691,10 +534,10 @@ def run_site(
     use_threads(config.sites.threads, world)
     device = choose_device(config.run.device, world)
     with ExitStack() as stack, joined(world, config.outer.timeout_s, device.type):
-        config, resumed, notes = _agree_on_run(job, world, stack)
-        data = _open_data(config, world)
+        config, resumed, notes = agree_on_run(job, world, stack)
+        data = open_text(config, world)
         config = config.with_vocab(data.vocab_size)
-        changed = _settle_changes(config, world, resumed)
+        changed = settle_changes(config, world, resumed)
         site = TrainingSite(config, world, data, device, resumed)
         site.notes[:0], site.changes = notes, changed
         _save_config(site, unwritten)
@@ -736,7 +579,7 @@ def _main(args: Sequence[str], unwritten: Unwritten) -> int:
             end_now(code)  # groups of sites that are gone would be waited for
             return code
         return run_site(config, world, StopRequest(), unnamed=unnamed, unwritten=unwritten)
-    except (PeerLost, _OtherSiteFailed) as error:
+    except (PeerLost, OtherSiteFailed) as error:
         message, code = error, EXIT_PEER_LOST
     except MeetingError as error:
         lost = error.__cause__ is not None and is_peer_error(error.__cause__)
