@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from outer_model import EXPERTS, LAYERS, SmallModel, bits, noise, pieces
 from sites import pool
 from torch import Tensor, nn
@@ -189,6 +190,7 @@ def test_no_rank_allocates_experts_of_another() -> None:
 def bad_mesh(process: int, processes: int, what: str) -> str:
     site = process // 2
     mesh = make_mesh(2, 2)
+    dist.barrier()  # nobody leaves while another one still connects
     placement = place(2, 1)
     try:
         if what == "no mesh in the model":
