@@ -160,14 +160,7 @@ def experts_task(inputs: cases.Inputs, backward: bool) -> Task:
     """compact and moe_experts; all, half and a quarter of the experts resident."""
 
     def call(layer: Callable[[cases.Inputs], Tensor], inputs: cases.Inputs = inputs) -> Call:
-        if backward:
-            return lambda: cases.with_gradients(layer, inputs)
-
-        def forward() -> tuple[Tensor, ...]:
-            with torch.no_grad():
-                return (layer(inputs),)
-
-        return forward
+        return cases.with_mode(layer, inputs, backward)
 
     wanted = call(lambda i: cases.torch_experts(i, rivals.loop_experts))()
     ours = call(cases.our_experts)

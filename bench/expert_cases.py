@@ -204,6 +204,20 @@ def with_gradients(layer: Callable[[Inputs], Tensor], inputs: Inputs) -> Outputs
     return y, *torch.autograd.grad(y, inputs.leaves, inputs.grad_y)
 
 
+def with_mode(
+    layer: Callable[[Inputs], Tensor], inputs: Inputs, backward: bool
+) -> Callable[[], tuple[Tensor, ...]]:
+    """A call of the layer: forward alone, or with all gradients."""
+    if backward:
+        return lambda: with_gradients(layer, inputs)
+
+    def forward() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (layer(inputs),)
+
+    return forward
+
+
 @dataclass
 class WholeLayers:
     """MoELayer with the inputs' weights, and the same composed of torch ops; `router` is what

@@ -33,27 +33,13 @@ PREPARE_SECONDS = 45.0  # that one of them may take at one size
 UNREADY = "not prepared: it is for SwiGLU, up to 128 experts, on a GPU"
 
 
-def with_mode(
-    layer: Callable[[cases.Inputs], Tensor], inputs: cases.Inputs, backward: bool
-) -> Call:
-    """Forward alone, or with all gradients."""
-    if backward:
-        return lambda: cases.with_gradients(layer, inputs)
-
-    def forward() -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return (layer(inputs),)
-
-    return forward
-
-
 def experts_task(
     inputs: cases.Inputs, backward: bool, unready: Mapping[str, str]
 ) -> tuple[Task, float]:
     """compact and moe_experts with given routing, its rivals, and the error of ours. `unready`:
     why a rival of COMPILED is left out.
     """
-    call = lambda layer: with_mode(layer, inputs, backward)
+    call = lambda layer: cases.with_mode(layer, inputs, backward)
     loop = call(lambda i: cases.torch_experts(i, rivals.loop_experts))
     wanted, ours = loop(), call(cases.our_experts)
     error = max(common.normalised_error(g, w) for g, w in zip(ours(), wanted, strict=True))
@@ -69,7 +55,9 @@ def experts_task(
     if backward:
         memory = bench_experts.memory_of(ours, call(cases.torch_experts), inputs)
         task.facts["memory"] = memory
-    bench_experts.add_parts(task, inputs, lambda part: with_mode(cases.our_experts, part, backward))
+    bench_experts.add_parts(
+        task, inputs, lambda part: cases.with_mode(cases.our_experts, part, backward)
+    )
     return task, error
 
 
