@@ -26,12 +26,12 @@ from outer_tables import columns, load_line
 from rich.console import Console
 from rich.table import Table
 
-from fomoe_ext import checkpoint as ckpt
-from fomoe_ext import native
-from fomoe_ext.data import open_data
-from fomoe_ext.runs import job_config
-from fomoe_ext.trainer import TrainingSite
-from fomoe_ext.world import StopRequest, World
+from fomoe_ext.checkpoint import manifest as ckpt
+from fomoe_ext.data.sequences import open_data
+from fomoe_ext.launch.world import StopRequest, World
+from fomoe_ext.ops import native
+from fomoe_ext.report.runs import job_config
+from fomoe_ext.train.trainer import TrainingSite
 
 DEVICE = "cuda" if native.cuda_loaded else "cpu"
 ROUNDS = 3

@@ -27,7 +27,8 @@ from bench_token_kernels import copy_bandwidth
 from common import Problem, Shape
 from torch import Tensor
 
-from fomoe_ext import _C, native, ops
+from fomoe_ext import _C, ops
+from fomoe_ext.ops import native
 
 Layer = Callable[..., Tensor]
 RIVALS: dict[str, Layer] = {"loop": rivals.loop_experts, "grouped_mm": rivals.grouped_mm_experts}

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from fomoe_ext import native
+from fomoe_ext.ops import native
 
 pytest.importorskip("transformers")
 

@@ -18,7 +18,7 @@ import torch
 from outer_cases import CODECS, VERBS, Work, least_bytes, mean_errors, rivals_of, site_deltas
 from torch import Tensor
 
-from fomoe_ext import native
+from fomoe_ext.ops import native
 from fomoe_ext.outer.codec import Codec
 
 DEVICE = "cuda" if native.cuda_loaded else "cpu"

@@ -20,7 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fomoe_ext import native, ops
+from fomoe_ext import ops
+from fomoe_ext.ops import native
 
 DEVICE = "cuda" if native.cuda_loaded else "cpu"
 Size = tuple[int, int, int]

@@ -40,10 +40,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fomoe_ext import ops
-from fomoe_ext.dispatch import DIRECTIONS, Dispatch, ExpertAxis, make_dispatch
-from fomoe_ext.experts import Experts
-from fomoe_ext.spread import chunk_sizes, imbalance, spread_experts
-from fomoe_ext.world import find_world, joined, use_threads
+from fomoe_ext.launch.world import find_world, joined, use_threads
+from fomoe_ext.layer.dispatch import DIRECTIONS, Dispatch, ExpertAxis, make_dispatch
+from fomoe_ext.layer.experts import Experts
+from fomoe_ext.placement.spread import chunk_sizes, imbalance, spread_experts
 
 WAYS = ("ours", "unskipped", "padded")
 PARTS = ("exchange", "layer")

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from fomoe_ext import wire
-from fomoe_ext.files import write_text
+from fomoe_ext.files.atomic import write_text
+from fomoe_ext.placement import wire
 
 try:
     import fcntl

@@ -19,8 +19,8 @@ import torch
 from common import normalised_error
 from torch import Tensor
 
-from fomoe_ext import wire
 from fomoe_ext.outer.codec import Codec
+from fomoe_ext.placement import wire
 
 CODECS = ("fp32", "bf16", "int8", "int4", "int2", "topk")
 VERBS = ("encode values", "encode delta", "decode sum", "reduce")

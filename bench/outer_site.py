@@ -22,13 +22,13 @@ import torch.distributed as dist
 from common import normalised_error
 from torch import Tensor
 
-from fomoe_ext import wire
+from fomoe_ext.launch.world import find_world, joined, use_threads
 from fomoe_ext.outer.codec import get_codec, hash_bits
 from fomoe_ext.outer.groups import SiteGroup, SiteGroups
 from fomoe_ext.outer.jobs import Feedback, MeanJob
 from fomoe_ext.outer.layout import Layout, Piece
 from fomoe_ext.outer.reduce import run_jobs
-from fomoe_ext.world import find_world, joined, use_threads
+from fomoe_ext.placement import wire
 
 GLOO = {"gloo fp32": torch.float32, "gloo bf16": torch.bfloat16}
 METHODS = ("gloo fp32", "gloo bf16", "fp32", "bf16", "int8", "int4", "topk")

@@ -10,8 +10,8 @@ import outer_cases
 from rich.console import Console
 from rich.table import Table
 
-from fomoe_ext import launch
-from fomoe_ext.link import parse_link
+from fomoe_ext.config.links import parse_link
+from fomoe_ext.launch import processes as launch
 
 WANTED_FRACTION = {"cpu": 0.60, "cuda": 0.75}  # of the floor, encoding int8
 WANTED_ERROR = {"int8": 0.007}  # of the mean of 8 sites

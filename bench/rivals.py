@@ -1,7 +1,7 @@
 """What a user has without this package: an MoE layer's experts in plain torch, and other packages.
 
 All take the same routing, weights and residency as `fomoe_ext.ops.moe_experts` and drop skipped
-slots before computing anything. Letters as in fomoe_ext/moe.py.
+slots before computing anything. Letters as in fomoe_ext/layer/moe.py.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ from transformers.utils import logging
 
 from fomoe_ext import Placement, hf
 from fomoe_ext.hf.trainer import OuterSyncCallback, one_process
-from fomoe_ext.launch import run_sites
-from fomoe_ext.world import find_world, joined, use_threads
+from fomoe_ext.launch.processes import run_sites
+from fomoe_ext.launch.world import find_world, joined, use_threads
 
 SITES, REPLICATION = 2, 1
 STEPS, LOCAL_STEPS = 80, 8

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
 from fomoe_ext import OuterSync, Placement, hf
-from fomoe_ext.launch import run_sites
-from fomoe_ext.world import find_world, joined, use_threads
+from fomoe_ext.launch.processes import run_sites
+from fomoe_ext.launch.world import find_world, joined, use_threads
 
 SITES, REPLICATION = 2, 1
 ROUNDS, LOCAL_STEPS = 12, 8

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from fomoe_ext.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from fomoe_ext.model import LanguageModel, ModelConfig
-    from fomoe_ext.moe import Experts, MoELayer, Router
+    from fomoe_ext.layer.moe import Experts, MoELayer, Router
+    from fomoe_ext.model.language import LanguageModel, ModelConfig
     from fomoe_ext.outer.sync import OuterSync
-    from fomoe_ext.placement import Placement
+    from fomoe_ext.placement.placement import Placement
 
 __all__ = [
     "Experts",
@@ -30,13 +30,13 @@ __all__ = [
 ]
 
 _HOME_OF = {
-    "Experts": "fomoe_ext.moe",
-    "LanguageModel": "fomoe_ext.model",
-    "MoELayer": "fomoe_ext.moe",
-    "ModelConfig": "fomoe_ext.model",
+    "Experts": "fomoe_ext.layer.moe",
+    "LanguageModel": "fomoe_ext.model.language",
+    "MoELayer": "fomoe_ext.layer.moe",
+    "ModelConfig": "fomoe_ext.config.job",
     "OuterSync": "fomoe_ext.outer.sync",
-    "Placement": "fomoe_ext.placement",
-    "Router": "fomoe_ext.moe",
+    "Placement": "fomoe_ext.placement.placement",
+    "Router": "fomoe_ext.layer.moe",
 }
 
 

@@ -8,9 +8,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from fomoe_ext import signals
 from fomoe_ext.extras import NotInstalled
-from fomoe_ext.outputs import named, options_of
+from fomoe_ext.files.outputs import named, options_of
+from fomoe_ext.launch import signals
 from fomoe_ext.version import VERSION
 
 _USAGE = """usage: fomoe COMMAND [flags]
@@ -28,14 +28,14 @@ commands:
 
 def train(arguments: Sequence[str]) -> int:
     """`fomoe train`: one process per site on this machine; returns the exit code."""
-    from fomoe_ext.config_effects import without_effect
-    from fomoe_ext.config_io import save_config
-    from fomoe_ext.console import outlive_terminal
-    from fomoe_ext.launch import launch
-    from fomoe_ext.link import parse_link
-    from fomoe_ext.preflight import check_job
-    from fomoe_ext.runs import claimed, flag_value, settled_job
-    from fomoe_ext.unwritten import Unwritten, tolerant_output
+    from fomoe_ext.config.effects import without_effect
+    from fomoe_ext.config.io import save_config
+    from fomoe_ext.config.links import parse_link
+    from fomoe_ext.files.unwritten import Unwritten, tolerant_output
+    from fomoe_ext.launch.console import outlive_terminal
+    from fomoe_ext.launch.processes import launch
+    from fomoe_ext.report.runs import claimed, flag_value, settled_job
+    from fomoe_ext.train.preflight import check_job
 
     outlive_terminal()
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -66,21 +66,21 @@ def train(arguments: Sequence[str]) -> int:
 
 def plan(arguments: Sequence[str]) -> int:
     """`fomoe plan`: the cost model of a job; returns the exit code."""
-    from fomoe_ext.plan_command import main as plan_main
+    from fomoe_ext.plan.command import main as plan_main
 
     return plan_main(arguments)
 
 
 def export(arguments: Sequence[str]) -> int:
     """`fomoe export`: a run's global model as one folder; returns the exit code."""
-    from fomoe_ext.export import main as export_main
+    from fomoe_ext.export.command import main as export_main
 
     return export_main(arguments)
 
 
 def evaluate(arguments: Sequence[str]) -> int:
     """`fomoe eval`: validation loss of a model; returns the exit code."""
-    from fomoe_ext.eval_command import main as eval_main
+    from fomoe_ext.eval.command import main as eval_main
 
     return eval_main(arguments)
 

@@ -77,7 +77,7 @@ def collect_info() -> dict[str, Any]:
 
     native: dict[str, Any] = {"cpu_library": True, "cuda_library": False, "error": None}
     try:
-        from fomoe_ext import native as loaded
+        from fomoe_ext.ops import native as loaded
 
         native["cuda_library"] = loaded.cuda_loaded
     except (ImportError, OSError) as error:

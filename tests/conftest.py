@@ -105,7 +105,7 @@ def device(request: pytest.FixtureRequest) -> Device:
     name = request.param
     if name == "emulated":
         return request.getfixturevalue("emulated")
-    from fomoe_ext import native  # here, so that tests without kernels run in an unbuilt tree
+    from fomoe_ext.ops import native  # here, so that tests without kernels run in an unbuilt tree
 
     if name == "cuda" and not native.cuda_loaded:
         pytest.skip("no GPU, or fomoe_ext was built without CUDA")

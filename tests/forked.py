@@ -53,7 +53,8 @@ def _launch(
             os.dup2(file.fileno(), descriptor)
     os.environ.clear()
     os.environ.update(env)
-    from fomoe_ext import cli, launch
+    from fomoe_ext import cli
+    from fomoe_ext.launch import processes as launch
 
     launch.subprocess = SimpleNamespace(  # type: ignore[attr-defined]
         Popen=_popen, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT
@@ -136,7 +137,7 @@ def _be_a_site(arguments: Sequence[str], env: Mapping[str, str]) -> NoReturn:
         signal.signal(number, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(env)
-    from fomoe_ext import train as job
+    from fomoe_ext.train import process as job
 
     try:
         code = job.main(list(arguments))

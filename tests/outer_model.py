@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fomoe_ext.moe import MoELayer
+from fomoe_ext.layer.moe import MoELayer
 from fomoe_ext.placement import Placement
 
 EXPERTS, LAYERS, HIDDEN, SIZE = 12, 2, 7, 5

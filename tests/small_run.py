@@ -18,12 +18,12 @@ from typing import Any
 import forked
 import torch
 
-from fomoe_ext import checkpoint as ckpt
-from fomoe_ext.assemble import local_tensors, own_global_tensors
-from fomoe_ext.checkpoint_writer import save_checkpoint
-from fomoe_ext.config import ModelConfig, TrainConfig
-from fomoe_ext.config_io import save_config
-from fomoe_ext.model import LanguageModel
+from fomoe_ext.checkpoint import manifest as ckpt
+from fomoe_ext.checkpoint.writer import save_checkpoint
+from fomoe_ext.config.io import save_config
+from fomoe_ext.config.job import ModelConfig, TrainConfig
+from fomoe_ext.layer.assemble import local_tensors, own_global_tensors
+from fomoe_ext.model.language import LanguageModel
 from fomoe_ext.placement import Placement
 
 FLAGS = shlex.split("""

@@ -12,7 +12,7 @@ import pytest
 from unbuilt import ROOT, clone, installed, run_in, run_in_clone
 
 from fomoe_ext import _C, cli
-from fomoe_ext.config_io import parse_args
+from fomoe_ext.config.io import parse_args
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

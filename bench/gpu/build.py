@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECK = "from fomoe_ext import _C; _C.build_facts(); print(_C.FOLDER)"
-SEE = "from fomoe_ext import native; assert native.cuda_loaded, 'torch sees no GPU'"
+SEE = "from fomoe_ext.ops import native; assert native.cuda_loaded, 'torch sees no GPU'"
 LIBRARIES = ("libfomoe_facts.so", "libfomoe_cpu.so", "libfomoe_cuda.so")
 
 

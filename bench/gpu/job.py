@@ -39,8 +39,8 @@ def installed(module: str) -> bool:
 
 def write_config(path: Path, folder: Path, device: str, resume: str | None = None) -> Path:
     """The job's configuration, whose run folder is `folder`; returns `path`."""
-    from fomoe_ext.config import preset_config
-    from fomoe_ext.config_io import save_config
+    from fomoe_ext.config.io import save_config
+    from fomoe_ext.config.job import preset_config
 
     base, large = preset_config("tiny"), device == "cuda"
     model = dataclasses.replace(
@@ -81,9 +81,9 @@ def site(config: Path) -> int:
     """A site's process, without the command line."""
     if not installed("rich"):
         sys.modules.update({name: MagicMock() for name in RICH})
-    from fomoe_ext import train
-    from fomoe_ext.config_io import load_config
-    from fomoe_ext.world import StopRequest, find_world
+    from fomoe_ext.config.io import load_config
+    from fomoe_ext.launch.world import StopRequest, find_world
+    from fomoe_ext.train import process as train
 
     loaded = load_config(config)
     return train.run_site(loaded, find_world(loaded.sites.sites), StopRequest())
@@ -95,7 +95,7 @@ def launch(config: Path, run: Path, resume: str | None) -> int:
         more = ["--run-dir", str(run), *(["--resume", resume] if resume else [])]
         command = [sys.executable, "-m", "fomoe_ext.cli", "train", "--config", str(config), *more]
         return subprocess.run(command, check=False).returncode
-    from fomoe_ext.launch import run_sites
+    from fomoe_ext.launch.processes import run_sites
 
     words = [sys.executable, "-m", "bench.gpu.job", SITE, str(config)]
     return run_sites(words, 2, run / "logs")

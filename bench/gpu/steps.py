@@ -22,18 +22,18 @@ IMPORTED_FROM = Path(__file__).absolute().parents[2]
 STANDINS = Path(__file__).parent / "standins"
 CUDA_BIN = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
 KERNEL_TESTS = tuple(
-    str(ROOT / f"tests/test_{name}.py")
+    str(ROOT / f"tests/{name}.py")
     for name in (
-        "route_kernel",
-        "compact_kernel",
-        "rows_kernel",
-        "combine_kernel",
-        "experts_kernel",
-        "expert_tiles",
-        "delta",
-        "delta_kernel",
-        "cuda_graph",
-        "emulator",
+        "ops/test_route_kernel",
+        "ops/test_compact_kernel",
+        "ops/test_rows_kernel",
+        "ops/test_combine_kernel",
+        "ops/test_experts_kernel",
+        "ops/test_expert_tiles",
+        "ops/test_delta",
+        "ops/test_delta_kernel",
+        "ops/test_cuda_graph",
+        "emulator/test_emulator",
     )
 )
 CHECKS = ("memcheck", "racecheck", "synccheck")

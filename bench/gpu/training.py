@@ -16,10 +16,10 @@ import torch
 
 from bench.gpu import measured
 from bench.gpu.measured import Results
-from fomoe_ext.config import InnerConfig, ModelConfig, preset_config
-from fomoe_ext.job import make_optimizer
-from fomoe_ext.model import LanguageModel
-from fomoe_ext.moe import MoELayer
+from fomoe_ext.config.job import InnerConfig, ModelConfig, preset_config
+from fomoe_ext.layer.moe import MoELayer
+from fomoe_ext.model.language import LanguageModel
+from fomoe_ext.train.job import make_optimizer
 
 SHARES = (1.0, 0.5, 0.25, 0.0)
 STEPS, WARM_UP = 5, 2

@@ -15,10 +15,10 @@ from typing import Any
 from bench.study import design, plots, store, tables, throughput
 from bench.study.design import FULL, Size
 from bench.study.tables import Kept, mean_of
-from fomoe_ext import plan_cost
-from fomoe_ext.config import count_parameters, preset_config
-from fomoe_ext.files import write_text
-from fomoe_ext.report import ReportTable, markdown_table
+from fomoe_ext.config.job import count_parameters, preset_config
+from fomoe_ext.files.atomic import write_text
+from fomoe_ext.plan import cost as plan_cost
+from fomoe_ext.report.report import ReportTable, markdown_table
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAPER_LOCAL_STEPS = 32
@@ -251,7 +251,7 @@ def claims_table(kept: Kept, size: Size = FULL) -> ReportTable:
         "The claims",
         ("claimed", "configuration", "planned", "measured here", "command"),
         rows,
-        "Planned: by the paper's formulas (`fomoe_ext/plan_cost.py`). Measured: at the size of "
+        "Planned: by the paper's formulas (`fomoe_ext/plan/cost.py`). Measured: at the size of "
         "the study, below.",
     )
 

@@ -17,7 +17,7 @@ from math import ceil
 from typing import Any
 
 from bench.study.store import Run
-from fomoe_ext.turns import ORDERS
+from fomoe_ext.placement.turns import ORDERS
 
 BASE: dict[str, Any] = {
     "hidden_size": 64,

@@ -1,7 +1,7 @@
 """Many short training jobs on one machine, without importing torch anew for every site.
 
-A job is what `fomoe train` runs, `fomoe_ext.train.main` in a process per site with torchrun's
-variables; here the processes are forked from one that has everything imported.
+A job is what `fomoe train` runs, `fomoe_ext.train.process.main` in a process per site with
+torchrun's variables; here the processes are forked from one that has everything imported.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from fomoe_ext.launch import EXIT_PEER_LOST, process_environment
-from fomoe_ext.metrics import read_metrics
+from fomoe_ext.launch.processes import EXIT_PEER_LOST, process_environment
+from fomoe_ext.report.metrics import read_metrics
 
 TAIL_LINES = 15
-_PRELOAD = ["fomoe_ext.train"]
+_PRELOAD = ["fomoe_ext.train.process"]
 
 
 class RunFailed(RuntimeError):
@@ -36,7 +36,7 @@ def _site(arguments: list[str], environment: dict[str, str], log: str) -> None:
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    from fomoe_ext import train
+    from fomoe_ext.train import process as train
 
     sys.exit(train.main(arguments))
 

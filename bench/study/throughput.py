@@ -14,11 +14,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fomoe_ext import plan_cost
-from fomoe_ext.config import ModelConfig
-from fomoe_ext.files import write_text
-from fomoe_ext.metrics import human_count
-from fomoe_ext.report import ReportTable
+from fomoe_ext.config.job import ModelConfig
+from fomoe_ext.files.atomic import write_text
+from fomoe_ext.plan import cost as plan_cost
+from fomoe_ext.report.metrics import human_count
+from fomoe_ext.report.report import ReportTable
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "study" / "throughput.json"
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -40,9 +40,9 @@ def _steps(device: str) -> dict[str, dict[float, Callable[[], None]]]:
     import torch
 
     from fomoe_ext import MoELayer
-    from fomoe_ext.config import InnerConfig
-    from fomoe_ext.job import make_optimizer
-    from fomoe_ext.model import LanguageModel
+    from fomoe_ext.config.job import InnerConfig
+    from fomoe_ext.model.language import LanguageModel
+    from fomoe_ext.train.job import make_optimizer
 
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else None

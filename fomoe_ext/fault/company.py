@@ -13,10 +13,10 @@ import torch.distributed as dist
 from fomoe_ext.fault import ownership
 from fomoe_ext.fault.membership import NotAMember, TorchftMembership, View
 from fomoe_ext.fault.reform import Reform, Regrouped
-from fomoe_ext.world import PeerLost
+from fomoe_ext.launch.world import PeerLost
 
 if TYPE_CHECKING:
-    from fomoe_ext.trainer import TrainingSite
+    from fomoe_ext.train.trainer import TrainingSite
 
 LATE = "a site is late"
 _ATTEMPTS = 12

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from fomoe_ext.config_fault import FaultConfig
+from fomoe_ext.config.fault import FaultConfig
 
 _GOODBYE_S = 15.0
 

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-from fomoe_ext.addresses import Address, listen, parse_address, require_listener
-from fomoe_ext.config_fault import FaultConfig
+from fomoe_ext.config.addresses import Address, listen, parse_address, require_listener
+from fomoe_ext.config.fault import FaultConfig
 from fomoe_ext.extras import NotInstalled
 from fomoe_ext.fault.secret import keyed, own_secret
 

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch.distributed as dist
 
-from fomoe_ext.addresses import bracketed, parse_address, resolve
-from fomoe_ext.config_fault import FaultConfig
+from fomoe_ext.config.addresses import bracketed, parse_address, resolve
+from fomoe_ext.config.fault import FaultConfig
 from fomoe_ext.fault.lighthouse import (
     LIGHTHOUSE,
     RPC_KEY,
@@ -29,7 +29,7 @@ from fomoe_ext.fault.lighthouse import (
     torchft,
 )
 from fomoe_ext.fault.secret import keyed, matches
-from fomoe_ext.json_values import loads
+from fomoe_ext.files.json_values import loads
 
 _BEAT_S = 0.5
 _LOOK_S = 0.05

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from fomoe_ext.placement import Placement
+from fomoe_ext.placement.placement import Placement
 
 Holdings = Sequence[Sequence[Sequence[int]]]
 """[site][layer] -> the experts that the site holds."""

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fomoe_ext import checkpoint as ckpt
-from fomoe_ext.assemble import expert_key, named_moe_layers
-from fomoe_ext.checkpoint import CheckpointError
+from fomoe_ext.checkpoint import manifest as ckpt
+from fomoe_ext.checkpoint.manifest import CheckpointError
+from fomoe_ext.layer.assemble import expert_key, named_moe_layers
 from fomoe_ext.outer.belongings import steps_of
-from fomoe_ext.plan import NOTE_BYTES
-from fomoe_ext.runs import CHECKPOINTS
-from fomoe_ext.tally import Tally
+from fomoe_ext.plan.traffic import NOTE_BYTES
+from fomoe_ext.report.runs import CHECKPOINTS
+from fomoe_ext.train.tally import Tally
 
 if TYPE_CHECKING:
     from fomoe_ext.fault.reform import Formed
-    from fomoe_ext.model import LanguageModel
+    from fomoe_ext.model.language import LanguageModel
     from fomoe_ext.outer import OuterSync
     from fomoe_ext.outer.layout import Layout
-    from fomoe_ext.trainer import TrainingSite
+    from fomoe_ext.train.trainer import TrainingSite
 
 
 def progress(site: TrainingSite) -> dict[str, Any]:

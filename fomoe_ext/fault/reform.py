@@ -20,26 +20,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from fomoe_ext.fault import inject, ownership, recovery
+from fomoe_ext.fault import ownership, recovery
 from fomoe_ext.fault.membership import View
-from fomoe_ext.messages import MessageError
+from fomoe_ext.launch import inject
+from fomoe_ext.launch.messages import MessageError
+from fomoe_ext.launch.world import PeerLost, World, with_others
 from fomoe_ext.outer import OuterSync, SiteGroups
-from fomoe_ext.outer.belongings import (
-    Belongings,
-    Item,
-    biases_of,
-    elements_of,
-    items_of,
-    ship,
-)
+from fomoe_ext.outer.belongings import Belongings, Item, biases_of, elements_of, items_of, ship
 from fomoe_ext.outer.groups import gather_objects
 from fomoe_ext.outer.reduce import Damaged
-from fomoe_ext.placement import Placement
-from fomoe_ext.world import PeerLost, World, with_others
+from fomoe_ext.placement.placement import Placement
 
 if TYPE_CHECKING:
-    from fomoe_ext.model import LanguageModel
-    from fomoe_ext.trainer import TrainingSite
+    from fomoe_ext.model.language import LanguageModel
+    from fomoe_ext.train.trainer import TrainingSite
 
 _CONNECT_S = 30.0
 _BURIAL_S = 5.0

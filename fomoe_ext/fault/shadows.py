@@ -13,15 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fomoe_ext import wire
-from fomoe_ext.outer.belongings import (
-    Belongings,
-    Item,
-    biases_of,
-    elements_of,
-    items_of,
-    ship,
-)
+from fomoe_ext.outer.belongings import Belongings, Item, biases_of, elements_of, items_of, ship
+from fomoe_ext.placement import wire
 
 if TYPE_CHECKING:
     from fomoe_ext.outer import OuterSync

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fomoe_ext.files import write_text
-from fomoe_ext.moe import MoELayer
+from fomoe_ext.files.atomic import write_text
+from fomoe_ext.layer.moe import MoELayer
 
 _MARK = "fomoe_converted_"
 """Before a configuration's model_type: transformers refuses it by name."""

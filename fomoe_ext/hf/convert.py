@@ -24,8 +24,8 @@ from fomoe_ext.hf.wrappers import (
     unwrapped,
     without_compiled,
 )
-from fomoe_ext.moe import MoELayer
-from fomoe_ext.placement import Placement
+from fomoe_ext.layer.moe import MoELayer
+from fomoe_ext.placement.placement import Placement
 
 _OF_ROUTER = {
     "scoring": "sigmoid",

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from fomoe_ext.experts import ExpertWeights
+from fomoe_ext.layer.experts import ExpertWeights
 
 # `Experts.parts` and what transformers calls them.
 PARTS = {

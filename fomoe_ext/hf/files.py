@@ -14,15 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fomoe_ext import messages
-from fomoe_ext.assemble import global_router_tensors, local_tensors, responsible_site
-from fomoe_ext.experts import ExpertWeights
-from fomoe_ext.hf.beside import (
-    ignored_names,
-    keep_in_fp32,
-    read_generation_config,
-    write_configs,
-)
+from fomoe_ext.files.tensors import TensorFiles, write_tensors
+from fomoe_ext.hf.beside import ignored_names, keep_in_fp32, read_generation_config, write_configs
 from fomoe_ext.hf.convert import (
     ConvertedMoE,
     convert,
@@ -32,9 +25,11 @@ from fomoe_ext.hf.convert import (
 )
 from fomoe_ext.hf.quantised import Weights, block_size
 from fomoe_ext.hf.wrappers import plain_name, require_names, skeleton, tied_names, unwrapped
+from fomoe_ext.launch import messages
+from fomoe_ext.layer.assemble import global_router_tensors, local_tensors, responsible_site
+from fomoe_ext.layer.experts import ExpertWeights
 from fomoe_ext.outer.steps import unmet
-from fomoe_ext.placement import Placement
-from fomoe_ext.tensor_files import TensorFiles, write_tensors
+from fomoe_ext.placement.placement import Placement
 
 
 class Loaded(NamedTuple):

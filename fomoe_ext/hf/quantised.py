@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fomoe_ext.tensor_files import TensorFiles
+from fomoe_ext.files.tensors import TensorFiles
 
 _PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SCALE_DTYPES = (*_PLAIN, getattr(torch, "float8_e8m0fnu", torch.float32))

@@ -13,14 +13,14 @@ import torch.distributed as dist
 from safetensors.torch import save_model
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fomoe_ext.files import replace_file
+from fomoe_ext.files.atomic import replace_file
+from fomoe_ext.files.states import read_state, write_state
+from fomoe_ext.files.tensors import INDEX, SINGLE
 from fomoe_ext.hf.convert import layers
 from fomoe_ext.outer import MeetingError, OuterSync, RoundReport
 from fomoe_ext.outer.groups import gather_objects
-from fomoe_ext.placement import Placement
-from fomoe_ext.state_files import read_state, write_state
-from fomoe_ext.tensor_files import INDEX, SINGLE
-from fomoe_ext.wire import is_staggered
+from fomoe_ext.placement.placement import Placement
+from fomoe_ext.placement.wire import is_staggered
 
 STATE_FILE = "outer_sync.safetensors"
 _SHOWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")

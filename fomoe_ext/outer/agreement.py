@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fomoe_ext.mesh import SiteRanks
+from fomoe_ext.layer.mesh import SiteRanks
 from fomoe_ext.outer.codec import hash_bits
 from fomoe_ext.outer.groups import Handle, SiteGroup, SiteGroups, gather_objects
 from fomoe_ext.outer.options import MeetingError
-from fomoe_ext.placement import Owners
+from fomoe_ext.placement.placement import Owners
 
 if TYPE_CHECKING:
     from fomoe_ext.outer.sync import OuterSync

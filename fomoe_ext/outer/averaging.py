@@ -14,7 +14,7 @@ from statistics import median
 from typing import NamedTuple
 
 from fomoe_ext.outer.layout import Piece
-from fomoe_ext.placement import Owners
+from fomoe_ext.placement.placement import Owners
 
 
 class Treatment(NamedTuple):

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fomoe_ext import wire
 from fomoe_ext.outer.codec import hash_bits
 from fomoe_ext.outer.groups import SiteGroup
 from fomoe_ext.outer.inner_state import shaped_state
 from fomoe_ext.outer.layout import Layout, Piece
 from fomoe_ext.outer.reduce import Damaged
+from fomoe_ext.placement import wire
 
 if TYPE_CHECKING:
     from fomoe_ext.outer.sync import OuterSync

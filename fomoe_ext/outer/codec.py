@@ -13,9 +13,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-import fomoe_ext.native  # noqa: F401  (defines the ops)
-from fomoe_ext import wire
-from fomoe_ext.shapes import register_shapes
+import fomoe_ext.ops.native  # noqa: F401  (defines the ops)
+from fomoe_ext.ops.shapes import register_shapes
+from fomoe_ext.placement import wire
 
 __all__ = ["Codec", "DeltaPart", "get_codec", "hash_bits"]
 
@@ -44,7 +44,8 @@ class Codec:
     they make the same bytes.
 
     Args:
-        name: one of `fomoe_ext.wire.CODECS`. "fp32", "bf16": the values, rounded to nearest even.
+        name: one of `fomoe_ext.placement.wire.CODECS`. "fp32", "bf16": the values, rounded to
+        nearest even.
             "int8", "int4", "int2": blocks of 64 values (with "-128" of 128) that share a step.
             "topk": of every 4096 values the 64 largest, as one of two magnitudes with a sign.
         rounding: of the codes of int8, int4 and int2: to nearest, or "stochastic", right on
@@ -194,7 +195,7 @@ class Codec:
 
 
 def get_codec(name: str | Codec, rounding: Rounding = "nearest") -> Codec:
-    """The codec of a name in `fomoe_ext.wire.CODECS`, or the codec given, as it is.
+    """The codec of a name in `fomoe_ext.placement.wire.CODECS`, or the codec given, as it is.
 
     ValueError for an unknown name.
     """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fomoe_ext.checks import finite
-from fomoe_ext.mesh import is_sharded, local_tensor
+from fomoe_ext.layer.mesh import is_sharded, local_tensor
 from fomoe_ext.outer.groups import sum_floats
 from fomoe_ext.outer.jobs import MeanJob
 from fomoe_ext.outer.layout import Piece

@@ -22,10 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fomoe_ext import messages, wire
-from fomoe_ext.link import CountedLink, active_link
-from fomoe_ext.placement import Owners
-from fomoe_ext.waiting import wait_for
+from fomoe_ext.launch import messages
+from fomoe_ext.launch.link import CountedLink, active_link
+from fomoe_ext.launch.waiting import wait_for
+from fomoe_ext.placement import wire
+from fomoe_ext.placement.placement import Owners
 
 _THREADS = 16
 """Exchanges of one kind that a group has under way at once; a slow link needs several."""
@@ -133,7 +134,7 @@ class SiteGroups:
 
     Site numbers are ranks of torch.distributed's default group, which must be initialised when
     there is more than one site. `link`: a slow link to imitate, where the launcher has not made one
-    (`fomoe_ext.link`). With `ranks` processes per site, process `rank` of a site is rank
+    (`fomoe_ext.launch.link`). With `ranks` processes per site, process `rank` of a site is rank
     site * ranks + rank of the default group, and its groups are of the processes `rank` of the
     sites. Raises ValueError for a wrong site or rank, RuntimeError when the default group is
     missing or of another size or rank.

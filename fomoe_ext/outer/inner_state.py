@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fomoe_ext.mesh import is_sharded, local_tensor
+from fomoe_ext.layer.mesh import is_sharded, local_tensor
 
 _ZEROED = frozenset(
     (

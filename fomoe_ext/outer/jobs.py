@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fomoe_ext import wire
 from fomoe_ext.outer.averaging import Averaging
 from fomoe_ext.outer.codec import Codec, DeltaPart
 from fomoe_ext.outer.layout import Layout, Part, Piece
 from fomoe_ext.outer.optimizer import OuterRule
+from fomoe_ext.placement import wire
 
 
 class Feedback:

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fomoe_ext import wire
-from fomoe_ext.experts import require_plain
+from fomoe_ext.layer.experts import require_plain
 from fomoe_ext.outer.groups import SiteGroup, SiteGroups
-from fomoe_ext.placement import Owners, Placement
+from fomoe_ext.placement import wire
+from fomoe_ext.placement.placement import Owners, Placement
 
 if TYPE_CHECKING:
-    from fomoe_ext.moe import MoELayer
-    from fomoe_ext.stale import Wanted
+    from fomoe_ext.layer.moe import MoELayer
+    from fomoe_ext.placement.stale import Wanted
 
 
 class Home(NamedTuple):
@@ -125,7 +125,7 @@ class Layout:
 
 def find_moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
     """The MoE layers and their paths in order of appearance."""
-    from fomoe_ext.moe import MoELayer
+    from fomoe_ext.layer.moe import MoELayer
 
     return [(name, m) for name, m in model.named_modules() if isinstance(m, MoELayer)]
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fomoe_ext import wire
 from fomoe_ext.outer import optimizer as opt
 from fomoe_ext.outer.agreement import Agreement, Held
 from fomoe_ext.outer.averaging import UNTREATED, Averaging, treat
@@ -23,6 +22,7 @@ from fomoe_ext.outer.layout import Layout, Piece
 from fomoe_ext.outer.options import MeetingError
 from fomoe_ext.outer.reduce import Job
 from fomoe_ext.outer.turns import experts_of, keep_shares, layouts_of_turn
+from fomoe_ext.placement import wire
 
 if TYPE_CHECKING:
     from fomoe_ext.outer.sync import OuterSync

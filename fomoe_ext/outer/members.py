@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fomoe_ext.mesh import is_sharded
+from fomoe_ext.layer.mesh import is_sharded
 from fomoe_ext.outer.layout import find_moe_layers
 
 if TYPE_CHECKING:

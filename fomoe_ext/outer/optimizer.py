@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fomoe_ext.checks import finite, one_of
-from fomoe_ext.outer.inner_state import move_state_rows as move_state_rows  # also from here
-from fomoe_ext.wire import OPTIMIZERS
+from fomoe_ext.placement.wire import OPTIMIZERS
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """The names of AdamW's moments in torch.optim's state."""

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from fomoe_ext import stale, wire
 from fomoe_ext.checks import a_bool, at_least, one_of
 from fomoe_ext.outer.codec import Codec, get_codec
 from fomoe_ext.outer.optimizer import OuterRule
-from fomoe_ext.turns import check_turns, counts_tokens
+from fomoe_ext.placement import stale, wire
+from fomoe_ext.placement.turns import check_turns, counts_tokens
 
 
 class MeetingError(RuntimeError):
@@ -59,8 +59,8 @@ class OuterOptions:
     """The model meets in so many parts, at steps spread evenly over a round."""
     expert_turns: int = 1
     """Meetings of which an expert has one: a part of each owner group's experts takes its turn in
-    each (`fomoe_ext.turns`). With several turns parameters of experts go on without their anchor,
-    which is then the model of all sites (`OuterSync.copy_anchor_to_model`)."""
+    each (`fomoe_ext.placement.turns`). With several turns parameters of experts go on without
+    their anchor, which is then the model of all sites (`OuterSync.copy_anchor_to_model`)."""
     turn_order: Literal["least-trained", "most-trained", "numbered"] = "least-trained"
     """With expert_turns: which experts go first, by tokens routed to them."""
     overlap: int = 0

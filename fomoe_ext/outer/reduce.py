@@ -4,7 +4,7 @@ Per bucket: reduce-scatter (every member sends each other one its share, encoded
 up its own share - its own values as they are - and encodes the sum, and an all-gather gives that to
 all. What all members decode are the same bytes. Sparse payloads (topk) are not summed on the way,
 where most of the sum would be dropped: all members get all of them and add them up, in rank order,
-themselves. `fomoe_ext.wire` tells the number of bytes.
+themselves. `fomoe_ext.placement.wire` tells the number of bytes.
 
 Behind every payload travels a 64-bit hash of it: what was damaged on the way is refused.
 """
@@ -19,10 +19,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fomoe_ext import wire
-from fomoe_ext.fault import inject
+from fomoe_ext.launch import inject
 from fomoe_ext.outer.codec import Codec, hash_bits
 from fomoe_ext.outer.groups import Handle, SiteGroup
+from fomoe_ext.placement import wire
 
 
 class Damaged(RuntimeError):

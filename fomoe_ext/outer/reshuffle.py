@@ -16,10 +16,10 @@ from fomoe_ext.outer.inner_state import move_state_rows, problem_with_rows
 from fomoe_ext.outer.layout import Layout, Piece, find_moe_layers
 from fomoe_ext.outer.options import MeetingError
 from fomoe_ext.outer.reports import ReshuffleReport
-from fomoe_ext.placement import Placement, Transfer
+from fomoe_ext.placement.placement import Placement, Transfer
 
 if TYPE_CHECKING:
-    from fomoe_ext.moe import MoELayer
+    from fomoe_ext.layer.moe import MoELayer
     from fomoe_ext.outer.sync import OuterSync
 
 _ExpertId = tuple[int, int]  # layer, expert

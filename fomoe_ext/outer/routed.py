@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-    from fomoe_ext.moe import MoELayer
+    from fomoe_ext.layer.moe import MoELayer
 
 
 class _Count:

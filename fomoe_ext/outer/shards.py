@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fomoe_ext import wire
-from fomoe_ext.mesh import SiteRanks, is_sharded, local_tensor
+from fomoe_ext.layer.mesh import SiteRanks, is_sharded, local_tensor
 from fomoe_ext.outer.layout import Layout, Piece
-from fomoe_ext.placement import Owners
+from fomoe_ext.placement import wire
+from fomoe_ext.placement.placement import Owners
 
 _AT_ONCE = 1 << 24
 """Elements that the ranks of a site exchange at a time."""

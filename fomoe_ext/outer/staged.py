@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fomoe_ext.fault import inject
+from fomoe_ext.launch import inject
 from fomoe_ext.outer.meeting import Meeting
 from fomoe_ext.outer.options import MeetingError
 from fomoe_ext.outer.reduce import Bucket, buckets_of, exchange

@@ -1,4 +1,5 @@
-"""Refreshing the frozen copies of absent experts that sites compute (`fomoe_ext.stale`)."""
+"""Refreshing the frozen copies of absent experts that sites compute
+(`fomoe_ext.placement.stale`)."""
 
 from __future__ import annotations
 
@@ -8,14 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fomoe_ext import stale
-from fomoe_ext.assemble import expert_key
-from fomoe_ext.experts import Experts
+from fomoe_ext.layer.assemble import expert_key
+from fomoe_ext.layer.experts import Experts
 from fomoe_ext.outer.codec import DeltaPart, get_codec
 from fomoe_ext.outer.groups import gather_objects
 from fomoe_ext.outer.layout import find_moe_layers
 from fomoe_ext.outer.reduce import Damaged, broken_seals, seal
-from fomoe_ext.placement import Transfer
+from fomoe_ext.placement import stale
+from fomoe_ext.placement.placement import Transfer
 
 if TYPE_CHECKING:
     from torch import nn

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fomoe_ext import wire
-from fomoe_ext.placement import Placement
+from fomoe_ext.placement import wire
+from fomoe_ext.placement.placement import Placement
 
 if TYPE_CHECKING:
     from fomoe_ext.outer.sync import OuterSync

@@ -26,7 +26,7 @@ from fomoe_ext.outer.routed import RoutedTokens
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-    from fomoe_ext.moe import MoELayer
+    from fomoe_ext.layer.moe import MoELayer
     from fomoe_ext.outer.sync import OuterSync
 
 _WATCHES: weakref.WeakKeyDictionary[nn.Module, StepWatch] = weakref.WeakKeyDictionary()

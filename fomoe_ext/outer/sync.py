@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from fomoe_ext import stale, wire
-from fomoe_ext.mesh import SiteRanks
+from fomoe_ext.layer.mesh import SiteRanks
 from fomoe_ext.outer import agreement, gradients, staged, turns
 from fomoe_ext.outer import optimizer as opt
 from fomoe_ext.outer.agreement import Agreement
@@ -49,7 +48,8 @@ from fomoe_ext.outer.shards import Lane
 from fomoe_ext.outer.staged import MeetingLost, Pending
 from fomoe_ext.outer.stale import StaleCopies, check_stale, wanted_by_all
 from fomoe_ext.outer.steps import StepWatch
-from fomoe_ext.placement import Placement
+from fomoe_ext.placement import stale, wire
+from fomoe_ext.placement.placement import Placement
 
 
 class _Check(NamedTuple):

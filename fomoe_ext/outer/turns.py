@@ -1,4 +1,5 @@
-"""The experts whose turn it is in a meeting (`fomoe_ext.turns`), and what is kept for all of them.
+"""The experts whose turn it is in a meeting (`fomoe_ext.placement.turns`), and what is kept for
+all of them.
 
 A meeting goes through a layout of the pieces that travel. Anchor, momentum and error feedback stay
 vectors of the whole layout, of which its jobs take the places of those pieces and put them back.
@@ -15,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fomoe_ext import wire
 from fomoe_ext.outer.jobs import Feedback
 from fomoe_ext.outer.layout import Layout, Piece
-from fomoe_ext.turns import Expert, GroupExperts, experts_of_turn
+from fomoe_ext.placement import wire
+from fomoe_ext.placement.turns import Expert, GroupExperts, experts_of_turn
 
 if TYPE_CHECKING:
     from fomoe_ext.outer.options import OuterOptions

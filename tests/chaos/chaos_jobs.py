@@ -25,8 +25,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from fomoe_ext.fault.inject import VARIABLE, parse
-from fomoe_ext.launch import process_environment
+from fomoe_ext.launch.inject import VARIABLE, parse
+from fomoe_ext.launch.processes import process_environment
 
 NUM_SITES = 4
 SILENT_S = 3.0
@@ -70,14 +70,14 @@ def _site(arguments: list[str], environment: dict[str, str], log: str) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     faulthandler.register(signal.SIGUSR1)  # where it hangs, if it does
-    from fomoe_ext import train
+    from fomoe_ext.train import process as train
 
     sys.exit(train.main(arguments))
 
 
 def _lighthouse(pipe: Connection) -> None:
     os.environ["RUST_LOG"] = "error"
-    from fomoe_ext.addresses import parse_address
+    from fomoe_ext.config.addresses import parse_address
     from fomoe_ext.fault.lighthouse import Lighthouse
 
     bind = parse_address("127.0.0.1:0", "--bind", any_port=True)
@@ -109,7 +109,9 @@ class ChaosJob:
         self._restarts = dict.fromkeys(range(NUM_SITES), restarts)
         self.codes: dict[int, list[int]] = {site: [] for site in range(NUM_SITES)}
         self._context = mp.get_context("forkserver")
-        self._context.set_forkserver_preload(["fomoe_ext.train", "fomoe_ext.fault.lighthouse"])
+        self._context.set_forkserver_preload(
+            ["fomoe_ext.train.process", "fomoe_ext.fault.lighthouse"]
+        )
         self._faults = faults
         self._start = time.monotonic()
 

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from chaos_jobs import NUM_SITES, Outcome, run
 
-from fomoe_ext.fault.inject import Fault
-from fomoe_ext.fault.story import describe
-from fomoe_ext.files import write_text
+from fomoe_ext.files.atomic import write_text
+from fomoe_ext.launch.inject import Fault
+from fomoe_ext.report.story import describe
 
 ROUNDS = 16
 PHASES = ("local", "notes", "encode", "reduce", "gather", "apply", "reform", "checkpoint")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from chaos_jobs import FLAGS, _text
 
-from fomoe_ext.launch import process_environment
+from fomoe_ext.launch.processes import process_environment
 
 pytest.importorskip("torchft", reason="the extra `fault` is not installed")
 

@@ -19,27 +19,31 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from fomoe_ext import checkpoint as ckpt
-from fomoe_ext import data, eval_models, export, messages, metrics, wire
-from fomoe_ext.checkpoint_writer import save_checkpoint
-from fomoe_ext.coactivation import measured_coactivation
-from fomoe_ext.config import TrainConfig
-from fomoe_ext.config_io import dump_config, load_config
+from fomoe_ext.checkpoint import manifest as ckpt
+from fomoe_ext.checkpoint.writer import save_checkpoint
+from fomoe_ext.config.io import dump_config, load_config
+from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.data import sequences as data
+from fomoe_ext.data.text import TextUnit, read_texts
+from fomoe_ext.eval import models as eval_models
+from fomoe_ext.export import command as export
 from fomoe_ext.fault.membership import read_current
-from fomoe_ext.json_values import from_json, loads, to_json
-from fomoe_ext.mesh import SiteRanks
+from fomoe_ext.files.json_values import from_json, loads, to_json
+from fomoe_ext.files.states import read_state, write_state
+from fomoe_ext.files.tensors import INDEX, SINGLE, TensorFiles
+from fomoe_ext.launch import messages
+from fomoe_ext.layer.mesh import SiteRanks
 from fomoe_ext.outer.codec import get_codec
 from fomoe_ext.outer.meeting import require_good
 from fomoe_ext.outer.options import MeetingError
 from fomoe_ext.outer.reduce import broken_seals, seal
-from fomoe_ext.placement import Placement
-from fomoe_ext.plan import read_placement
-from fomoe_ext.plan_hf import read_hf_config
-from fomoe_ext.spread import measured_load
-from fomoe_ext.state_files import read_state, write_state
-from fomoe_ext.tally import Tally
-from fomoe_ext.tensor_files import INDEX, SINGLE, TensorFiles
-from fomoe_ext.text import TextUnit, read_texts
+from fomoe_ext.placement import Placement, wire
+from fomoe_ext.placement.coactivation import measured_coactivation
+from fomoe_ext.placement.spread import measured_load
+from fomoe_ext.plan.hf import read_hf_config
+from fomoe_ext.plan.traffic import read_placement
+from fomoe_ext.report import metrics
+from fomoe_ext.train.tally import Tally
 
 from . import mutate
 

@@ -1,6 +1,6 @@
 // The delta codecs of every instruction set against the scalar ones, bit for bit, in buffers that end
 // where the data end and begin at odd addresses: under sanitizers a byte too far is seen.
-// That the scalar ones are right is shown in tests/test_delta.py.   test_delta [rounds] [seed]
+// That the scalar ones are right is shown in tests/ops/test_delta.py.   test_delta [rounds] [seed]
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

@@ -1,0 +1,209 @@
+"""Reading and writing a `TrainConfig`: TOML files and the command line. Needs no torch.
+
+Precedence: preset < TOML file < command line. The saved file holds every resolved value, so that
+reading it back gives the same configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fomoe_ext.config.job import TrainConfig, preset_config
+from fomoe_ext.files.atomic import seal_text, write_text
+
+_SECTIONS = tuple(
+    f.name for f in dataclasses.fields(TrainConfig) if f.default_factory is not dataclasses.MISSING
+)
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(repr(choice) for choice in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return "a list of " + _type_name(typing.get_args(kind)[0])
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+    return names.get(kind, "a path as a string" if kind is Path else str(kind))
+
+
+def _convert(key: str, kind: Any, value: Any) -> Any:
+    """The TOML value as the field's type. Raises TypeError or ValueError naming the key."""
+    origin, choices = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _convert(key, next(c for c in choices if c is not type(None)), value)
+    if origin is typing.Literal:
+        if value not in choices or type(value) is not type(choices[0]):
+            raise ValueError(f"{key} must be {_type_name(kind)}, got {value!r}")
+        return value
+    if origin is tuple and isinstance(value, list):
+        return tuple(_convert(f"{key}[{i}]", choices[0], item) for i, item in enumerate(value))
+    if kind is float and type(value) in (int, float):
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{key} must be a number that fits, got {value!r:.60}") from None
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind in (int, bool, str) and type(value) is kind:
+        return value
+    raise TypeError(f"{key} must be {_type_name(kind)}, got {value!r}")
+
+
+def _unknown_key(path: Path, key: str, section: str | None) -> ValueError:
+    """The error for a key that is not ours, with the nearest ones that are."""
+    where = {name: part for part in _SECTIONS for name in _hints(_hints(TrainConfig)[part]) if name}
+    full = key if section is None else f"{section}.{key}"
+    if section is None and key in where:
+        return ValueError(f"{path}: key {key!r} belongs into section [{where[key]}]")
+    if key in where:
+        return ValueError(f"{path}: unknown key {full!r}; it belongs into section [{where[key]}]")
+    known = [*where, "preset", *_SECTIONS]
+    nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    named = [f"{where[name]}.{name}" if name in where else name for name in nearest]
+    hint = f"; did you mean {' or '.join(named)}?" if named else ""
+    return ValueError(f"{path}: unknown key {full!r}{hint}")
+
+
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The type-checked content of a TOML configuration: {"preset": str, section: {key: value}}.
+
+    Raises FileNotFoundError for a missing file, ValueError for bad TOML and for unknown keys
+    (naming the nearest known ones) and TypeError for a value of the wrong type.
+    """
+    path = Path(path)
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"configuration file {path} does not exist") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ValueError(f"{path} is not a TOML file: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not a TOML file: nested too deeply") from None
+    result: dict[str, Any] = {}
+    kinds = _hints(TrainConfig)
+    for name, value in tables.items():
+        if name == "preset":
+            result[name] = _convert("preset", str, value)
+        elif name not in _SECTIONS:
+            raise _unknown_key(path, name, None)
+        elif not isinstance(value, dict):
+            raise TypeError(f"{path}: {name} must be a section [{name}], got {value!r}")
+        else:
+            fields = _hints(kinds[name])
+            for key in value:
+                if key not in fields:
+                    raise _unknown_key(path, key, name)
+            result[name] = {
+                key: _convert(f"{name}.{key}", fields[key], item) for key, item in value.items()
+            }
+    return result
+
+
+def _apply(base: TrainConfig, tables: dict[str, Any]) -> TrainConfig:
+    changes = {
+        name: dataclasses.replace(getattr(base, name), **values)
+        for name, values in tables.items()
+        if name != "preset"
+    }
+    return dataclasses.replace(base, **changes)
+
+
+def load_config(path: str | os.PathLike[str], preset: str | None = None) -> TrainConfig:
+    """The configuration in a TOML file on top of its preset, or of `preset` where that is given.
+
+    Errors as in `read_toml`, and ValueError for values out of range.
+    """
+    tables = read_toml(path)
+    return _apply(preset_config(preset or tables.get("preset", "tiny")), tables)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)  # repr of a float is its shortest exact form, legal in TOML
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    # A JSON string is a TOML basic string, but for DEL, which TOML wants escaped.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def dump_config(config: TrainConfig) -> str:
+    """The whole configuration as TOML text; fields that are None are left out."""
+    lines = [f"preset = {_toml_value(config.preset)}"]
+    for section in _SECTIONS:
+        lines += ["", f"[{section}]"]
+        for key, value in dataclasses.asdict(getattr(config, section)).items():
+            if value is not None:
+                lines.append(f"{key} = {_toml_value(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
+    """Write `dump_config` to a file, whole or not at all, after a line with its hash
+    (`files.check_text_seal`); `load_config` gives `config` again."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, seal_text(dump_config(config)))
+
+
+def _take_option(args: list[str], flag: str) -> str | None:
+    """Remove `flag VALUE` or `flag=VALUE` from the arguments and return the last value."""
+    value = None
+    i = 0
+    while i < len(args):
+        if args[i] == flag:
+            if i + 1 == len(args) or args[i + 1].startswith("--"):
+                raise ValueError(f"{flag} needs a value")
+            value = args[i + 1]
+            del args[i : i + 2]
+        elif args[i].startswith(flag + "="):
+            value = args[i].partition("=")[2]
+            del args[i]
+        else:
+            i += 1
+    return value
+
+
+def parse_args(args: Sequence[str], prog: str = "fomoe train") -> TrainConfig:
+    """The configuration that the arguments of `fomoe train` ask for.
+
+    Besides the flags of every field: `--preset NAME`, `--config FILE.toml`, and `--resume` may
+    stand without a value (= auto). Raises SystemExit (0 after --help, 2 after a bad flag or a value
+    out of range, with the reason on stderr), and the errors of `load_config` for a bad preset or
+    file.
+    """
+    import tyro  # not needed by those who only read configurations
+
+    rest = list(args)
+    for i, arg in enumerate(rest):
+        bare = i + 1 == len(rest) or rest[i + 1].startswith("--")
+        if arg == "--resume" and bare:
+            rest[i] = "--resume=auto"
+    preset = _take_option(rest, "--preset")
+    file = _take_option(rest, "--config")
+    base = load_config(file, preset) if file else preset_config(preset or "tiny")
+    description = (
+        "Train a FoMoE language model across sites. Values come from --preset NAME, "
+        "then --config FILE.toml, then the flags below."
+    )
+    return tyro.cli(
+        TrainConfig,
+        prog=prog,
+        description=description,
+        args=rest,
+        default=base,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
+    )

@@ -1,0 +1,130 @@
+"""The README.md of an exported model: what it is, where it comes from, how to use it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fomoe_ext.checkpoint.manifest import Manifest
+from fomoe_ext.config.job import ModelConfig, TrainConfig, count_parameters
+from fomoe_ext.report.metrics import human_count
+
+_BYTES = """## Tokens are bytes
+
+The ids are the UTF-8 bytes of a text, 0..255, and id 0 (NUL) ends a text. Without a tokenizer:
+
+```python
+ids = torch.tensor([list("Hello".encode())])
+text = bytes(ids[0].tolist()).decode(errors="replace")
+```
+
+`tokenizer.json` does the same for tools that want one."""
+
+
+def _facts(
+    model: ModelConfig,
+    config: TrainConfig | None,
+    manifest: Manifest,
+    validation: dict[str, Any] | None,
+    dtype: str,
+) -> list[tuple[str, str]]:
+    counts = count_parameters(model)
+    meta = manifest.meta
+    rows = [
+        ("parameters", f"{human_count(counts.total)}, {counts.sparse_share:.0%} in experts"),
+        ("layers x width", f"{model.num_layers} x {model.hidden_size}"),
+        (
+            "experts per layer",
+            f"{model.num_experts} of size {model.expert_size}, {model.top_k} per token",
+        ),
+        ("longest training sequence", f"{model.seq_len} tokens"),
+        ("tensors", dtype),
+        ("sites", str(manifest.num_sites)),
+    ]
+    if "replication" in meta:
+        rows.append(("replication", f"every expert on {meta['replication']} of the sites"))
+    local = f" of {meta['local_steps']} local steps" if "local_steps" in meta else ""
+    rows.append(("rounds", f"{manifest.round}{local}"))
+    if config is not None:
+        tokens = (
+            manifest.round
+            * config.run.local_steps
+            * config.sites.sites
+            * config.inner.batch_size
+            * model.seq_len
+        )
+        outer = config.outer
+        rows.append(("training tokens, all sites", human_count(tokens)))
+        rows.append(("meetings", f"{outer.optimizer}, {outer.codec} on the wire"))
+        rows.append(("router scope in training", model.router_scope))
+        rows.append(("seed", str(config.run.seed)))
+    measured = "not measured at this round"
+    if validation is not None:
+        measured = (
+            f"{validation['loss']:.4f} nats/token, {validation['bits_per_byte']:.3f} bits/byte "
+            f"({human_count(validation['tokens'])} tokens, every expert present)"
+        )
+    return [*rows, ("validation loss", measured)]
+
+
+def model_card(
+    model: ModelConfig,
+    config: TrainConfig | None,
+    manifest: Manifest,
+    validation: dict[str, Any] | None,
+    *,
+    tokens: str,
+    end: int | None,
+    dtype: str,
+) -> str:
+    """The text of README.md. `validation` is a record of metrics.jsonl, `tokens` and `end` as in
+    config.json."""
+    table = [
+        f"| {key} | {value} |" for key, value in _facts(model, config, manifest, validation, dtype)
+    ]
+    ends = "no id ends a text" if end is None else f"id {end} ends a text"
+    padding = ""
+    if end is not None:
+        padding = (
+            " To generate from several prompts at once pad them on the left: "
+            '`tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")`.'
+        )
+    about_tokens = _BYTES
+    if tokens != "bytes":
+        about_tokens = f"## Tokens\n\n`{tokens}` is the tokenizer it was trained with; {ends}."
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "pipeline_tag: text-generation",
+            "tags: [mixture-of-experts, fomoe]",
+            "---",
+            "",
+            "# A FoMoE language model",
+            "",
+            "A decoder with a Mixture of Experts in every block, trained by `fomoe train` across "
+            "sites of which none held all experts, and put together by `fomoe export`.",
+            "",
+            "| | |",
+            "|---|---|",
+            *table,
+            "",
+            "## Use",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'folder = "path/of/this/folder"',
+            "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
+            "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)",
+            'prompt = tokenizer("Hello", return_tensors="pt")',
+            "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))",
+            "```",
+            "",
+            "`trust_remote_code=True`: the model's code is `modeling_fomoe.py` in this folder. "
+            "With `labels` the model returns the cross entropy, without a loss that balances "
+            f"experts.{padding}",
+            "",
+            about_tokens,
+            "",
+        ]
+    )

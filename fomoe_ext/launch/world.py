@@ -1,0 +1,302 @@
+"""A process of a job: its site, its rank there, threads, device, signals and errors.
+
+It is started by `fomoe train` (see `fomoe_ext.launch`) or by torchrun; both say by the same
+environment variables which one it is: process site * ranks_per_site + rank. Without them the job is
+one site, this process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from fomoe_ext.config.addresses import Address, require_listener, why_no_host, why_no_port
+from fomoe_ext.launch import signals
+from fomoe_ext.launch.processes import EXIT_PEER_LOST, LAUNCHER_FD, RENDEZVOUS, cores
+from fomoe_ext.launch.waiting import GivenUp
+
+_PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_PATIENCE_S = 15.0
+VERBS = ("route", "compact", "expand", "contract", "combine")
+
+
+class PeerLost(RuntimeError):
+    """Another site has gone away, or did not answer in time."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Which site this is, of how many; which rank in it; which process of this machine."""
+
+    site: int = 0
+    num_sites: int = 1
+    local_process: int = 0
+    local_processes: int = 1
+    rank: int = 0
+    ranks: int = 1
+    members: tuple[int, ...] = ()
+    """Where sites come and go: the number that each of them keeps, ascending."""
+
+    @property
+    def number(self) -> int:
+        """The number that this site keeps, whichever others there are."""
+        return self.members[self.site] if self.members else self.site
+
+    def of_members(self, members: tuple[int, ...]) -> World:
+        """This site among others. Raises ValueError where it is none of them."""
+        if self.number not in members:
+            raise ValueError(f"members must hold site {self.number}, got {members}")
+        place = members.index(self.number)
+        return replace(self, site=place, num_sites=len(members), members=members)
+
+    @property
+    def process(self) -> int:
+        """This process's rank in torch.distributed's default group."""
+        return self.site * self.ranks + self.rank
+
+    @property
+    def processes(self) -> int:
+        """All processes of the job."""
+        return self.num_sites * self.ranks
+
+    @property
+    def leads_machine(self) -> bool:
+        """Whether this is the first process of its machine."""
+        return self.local_process == 0
+
+
+def find_world(
+    num_sites: int, environment: Mapping[str, str] = os.environ, ranks_per_site: int = 1
+) -> World:
+    """The world that the launcher or torchrun describes in the environment.
+
+    With torchrun a site is a run of `ranks_per_site` processes: on one machine a site, --node-rank
+    is the site. Raises ValueError when it is not one of num_sites * ranks_per_site processes.
+    """
+    wanted = num_sites * ranks_per_site
+    words = f"sites is {num_sites}"
+    if ranks_per_site > 1:
+        words += f" of ranks_per_site = {ranks_per_site}"
+    found = _process_numbers(environment)
+    require_interfaces(environment)
+    if found is None:
+        if wanted == 1:
+            return World()
+        raise ValueError(
+            f"this is one process and {words}: start with `fomoe train --sites "
+            f"{num_sites}`, or with torchrun and {wanted} processes"
+        )
+    process, processes, *local = found
+    if processes != wanted:
+        raise ValueError(
+            f"{words}, but there are {processes} processes: start {wanted} (torchrun --nnodes, "
+            "--nproc-per-node), or give --sites or --ranks-per-site; all sites have as many ranks"
+        )
+    site, rank = divmod(process, ranks_per_site)
+    return World(site, num_sites, *local, rank, ranks_per_site)
+
+
+def _process_numbers(environment: Mapping[str, str]) -> tuple[int, ...] | None:
+    """The numbers that torchrun's variables hold; None where none of them is set.
+
+    Raises ValueError where they cannot be those of one process of a job.
+    """
+    missing = [name for name in _PROCESS if name not in environment]
+    if len(missing) == len(_PROCESS):
+        return None
+    given = ", ".join(f"{name}={environment[name]}" for name in _PROCESS if name in environment)
+    if missing:
+        raise ValueError(
+            f"{', '.join(_PROCESS)} belong together, as torchrun sets them: "
+            f"{' and '.join(missing)} not set, got {given}"
+        )
+    for name in _PROCESS:
+        text = environment[name]
+        if not (text.isascii() and text.isdecimal() and len(text) < 10):
+            raise ValueError(f"{name} must be a whole number from 0 on, got {text!r}")
+    process, processes, local, locals_ = numbers = tuple(int(environment[n]) for n in _PROCESS)
+    wrong = ""
+    if process >= processes:
+        wrong = "RANK must be less than WORLD_SIZE"
+    elif local >= locals_:
+        wrong = "LOCAL_RANK must be less than LOCAL_WORLD_SIZE"
+    elif locals_ > processes:
+        wrong = "LOCAL_WORLD_SIZE must be at most WORLD_SIZE"
+    elif local > process:
+        wrong = "LOCAL_RANK must be at most RANK"
+    if wrong:
+        raise ValueError(f"{wrong}, got {given}")
+    return numbers
+
+
+def require_interfaces(environment: Mapping[str, str] = os.environ) -> None:
+    """Raises ValueError where GLOO_SOCKET_IFNAME names what is no network interface here."""
+    wanted = environment.get("GLOO_SOCKET_IFNAME", "")
+    there = [name for _, name in socket.if_nameindex()]
+    if unknown := [name for name in filter(None, wanted.split(",")) if name not in there]:
+        raise ValueError(
+            f"GLOO_SOCKET_IFNAME must name network interfaces of this machine, "
+            f"{', '.join(there)}; got {', '.join(unknown)}"
+        )
+
+
+def meeting_point(environment: Mapping[str, str] = os.environ) -> Address:
+    """MASTER_ADDR and MASTER_PORT, where processes without a launcher of ours meet.
+
+    Raises ValueError where they are not set, or are no address.
+    """
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    if missing:
+        raise ValueError(
+            f"{' and '.join(missing)} must be set, to where the process of RANK=0 is: torchrun "
+            "does it, with --master-addr and --master-port or --rdzv-endpoint"
+        )
+    host, port = environment["MASTER_ADDR"], environment["MASTER_PORT"]
+    if wrong := why_no_host(host):
+        raise ValueError(f"MASTER_ADDR must be a host name or an IP address, got {host!r}: {wrong}")
+    if wrong := why_no_port(port):
+        raise ValueError(f"MASTER_PORT is {port!r}: {wrong}")
+    return Address(host, int(port))
+
+
+def use_threads(threads: int, world: World) -> None:
+    """Sets torch's threads; 0 = this machine's cores shared among its processes."""
+    torch.set_num_threads(threads or max(1, cores() // world.local_processes))
+
+
+def choose_device(wanted: str, world: World) -> torch.device:
+    """The device of a site: "cpu", "cuda" or "auto" = cuda where all verbs have kernels for it.
+
+    Raises ValueError for "cuda" where there is no GPU or no kernel.
+    """
+    from fomoe_ext import ops  # noqa: F401  loads the kernels
+
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    missing = [verb for verb in VERBS if not has(f"fomoe::{verb}", "CUDA")]
+    if wanted == "cpu" or (wanted == "auto" and (missing or not torch.cuda.is_available())):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("device is cuda, but torch sees no GPU")
+    if missing:
+        raise ValueError(f"device is cuda, but there are no CUDA kernels for {', '.join(missing)}")
+    return torch.device("cuda", world.local_process % torch.cuda.device_count())
+
+
+def end_with_launcher() -> None:
+    """Ends this process when the launcher, where there is one, is gone: the pipe's other end."""
+    if LAUNCHER_FD not in os.environ:
+        return
+    descriptor = int(os.environ[LAUNCHER_FD])
+
+    def wait() -> None:
+        os.read(descriptor, 1)  # returns at the end of the file: nobody writes
+        os._exit(EXIT_PEER_LOST)
+
+    threading.Thread(target=wait, name="launcher-watch", daemon=True).start()
+
+
+@contextmanager
+def joined(world: World, timeout_s: float, device: str = "cpu") -> Iterator[None]:
+    """Inside, torch.distributed's default group is that of all processes (none for a single one).
+
+    `device`: the type on which the ranks of a site exchange rows and dense parameters.
+    """
+    end_with_launcher()
+    if world.processes == 1:
+        yield
+        return
+    inside = world.ranks > 1 and device == "cuda"
+    if RENDEZVOUS not in os.environ:
+        _find_others(world, timeout_s)
+    with with_others("joining the other sites", world.site), _telling(world, timeout_s):
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if inside else "gloo",
+            init_method=os.environ.get(RENDEZVOUS, "env://"),
+            rank=world.process,
+            world_size=world.processes,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    yield
+    with with_others("leaving the other sites", world.site):
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def _find_others(world: World, timeout_s: float) -> None:
+    """Waits until the process listens at which all meet, unless that is this one."""
+    address = meeting_point()
+    if world.process == 0:
+        return
+    hint = "is the process of RANK=0 running there, and can this machine reach it?"
+    say = partial(print, f"fomoe train, site {world.site}:", file=sys.stderr, flush=True)
+    require_listener(address, "MASTER_ADDR:MASTER_PORT", timeout_s, hint, say)
+
+
+@contextmanager
+def _telling(world: World, timeout_s: float) -> Iterator[None]:
+    """Says that the others have not come, where that takes long."""
+    text = (
+        f"fomoe train, site {world.site}: waits for the other processes of {world.processes}, for "
+        f"up to {timeout_s:g} s"
+    )
+    timer = threading.Timer(_PATIENCE_S, print, [text], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def with_others(what: str, site: int) -> Iterator[None]:
+    """Turns a failed collective inside into PeerLost, which says what broke off."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, PeerLost) or not is_peer_error(error):
+            raise
+        raise PeerLost(f"{what}: site {site} lost another site ({error})") from error
+
+
+def is_peer_error(error: BaseException) -> bool:
+    """Whether an error is that of a collective whose other end is gone."""
+    if isinstance(error, dist.DistError | GivenUp):
+        return True
+    text = str(error).lower()
+    return any(sign in text for sign in ("gloo", "connection", "timed out", "nccl"))
+
+
+class StopRequest:
+    """Whether a signal that asks to stop has come. A second one ends the process as it would by
+    default, but for SIGHUP."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def install(self) -> None:
+        """Listen to the signals; only in the main thread."""
+        signals.listen(self._note)
+
+    def _note(self, number: int) -> None:
+        self.asked = True
+        if signals.asks_again(number):
+            signal.signal(number, signal.SIG_DFL)
+
+
+def end_now(code: int) -> None:
+    """Ends the process at once: after a lost peer, clean ends of its connections may never come."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,309 @@
+"""Experts made from a dense MLP: sparse upcycling, the start of an MoE from a dense checkpoint.
+
+Every expert begins as a copy of the MLP and the router as ever, after Komatsuzaki et al.
+(arXiv 2212.05055); noise makes the copies differ, so that they part sooner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fomoe_ext import ops
+from fomoe_ext.checks import finite, one_of
+from fomoe_ext.layer.experts import Experts, SharedExpert, _activate
+from fomoe_ext.layer.seeding import fill_normal_, stable_generator
+
+if TYPE_CHECKING:
+    from fomoe_ext.layer.moe import MoELayer
+
+_GATED_NAMES = ("gate_proj", "up_proj", "down_proj")
+_PLAIN_NAMES = (("up_proj", "down_proj"), ("fc1", "fc2"))
+_ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
+_GATED_OF = {"silu": "swiglu", "gelu": "geglu"}
+_WANTED = (
+    "a module with the linear layers gate_proj, up_proj and down_proj, or up_proj and down_proj, "
+    "or fc1 and fc2, a Sequential of Linear, activation, Linear, or a SharedExpert"
+)
+
+
+class DenseMLP(NamedTuple):
+    """A dense MLP read as one expert: what `read_mlp` returns. Tensors are the module's own.
+
+    expand: [N, D] each, gate and up, or up alone; contract: [D, N]. expand_biases: a [N] or None
+    for each of `expand`; contract_bias: [D] or None. activation: a key of `ops.ACTIVATIONS`.
+    """
+
+    expand: tuple[Tensor, ...]
+    contract: Tensor
+    expand_biases: tuple[Tensor | None, ...]
+    contract_bias: Tensor | None
+    activation: str
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether any of the linear layers has one."""
+        return any(bias is not None for bias in (*self.expand_biases, self.contract_bias))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, D] -> what the expert makes of it, [T, D]."""
+        sides = [F.linear(x, w, b) for w, b in zip(self.expand, self.expand_biases, strict=True)]
+        act = _activate(torch.cat(sides, dim=-1), self.activation)
+        return F.linear(act, self.contract, self.contract_bias)
+
+
+def read_mlp(mlp: nn.Module, activation: str | None = None) -> DenseMLP:
+    """The weights and the activation of a dense MLP of a known layout.
+
+    Args:
+        mlp: gated with linear layers `gate_proj`, `up_proj` and `down_proj` (Llama, Mistral, Qwen,
+            Gemma ... of transformers), plain with `up_proj` and `down_proj` or `fc1` and `fc2`, an
+            `nn.Sequential` of Linear, activation, Linear, or a `SharedExpert`. Weights of any one
+            float dtype, biases where it has them.
+        activation: a key of `ops.ACTIVATIONS`; None = as the module's `act_fn`, `activation_fn`,
+            `act` or `activation` computes, which is tried out on some numbers.
+
+    Raises TypeError for a module of another layout, ValueError for sizes that do not fit, for an
+    activation that is unknown or not the module's, and where the module computes something else
+    than its layers tell, e.g. with a factor or dropout.
+    """
+    if activation is not None:
+        one_of(tuple(ops.ACTIVATIONS), activation=activation)
+    if not isinstance(mlp, nn.Module):
+        raise TypeError(f"mlp must be {_WANTED}, got {type(mlp).__name__}")
+    if isinstance(mlp, SharedExpert):
+        found = _of_shared_expert(mlp, activation)
+    else:
+        found = _of_linears(mlp, activation)
+    _check_sizes(found)
+    _check_function(mlp, found)
+    return found
+
+
+def from_dense(
+    layer_class: type[MoELayer],
+    mlp: nn.Module,
+    num_experts: int,
+    *,
+    top_k: int,
+    noise: float = 0.0,
+    seed: int = 0,
+    resident_experts: Sequence[int] | None = None,
+    activation: str | None = None,
+    **layer_options: Any,
+) -> MoELayer:
+    """What `MoELayer.from_dense` does."""
+    finite(0.0, noise=noise)
+    taken = {"hidden_size", "expert_size"} & layer_options.keys()
+    if taken:
+        raise TypeError(f"{sorted(taken)[0]} must not be given: mlp has it")
+    dense = read_mlp(mlp, activation)
+    if dense.has_bias and layer_options.get("bias") is False:
+        raise ValueError("bias must be True or left out: mlp has biases, got False")
+    first = dense.expand[0]
+    options = {
+        "bias": dense.has_bias,
+        "scoring": "softmax",
+        "renormalize": True,
+        "dtype": first.dtype,
+    } | layer_options
+    device = options.pop("device", None) or first.device
+    # On the meta device first: initial weights of the experts would be drawn in vain.
+    layer = layer_class(
+        first.shape[1],
+        first.shape[0],
+        num_experts,
+        top_k,
+        activation=dense.activation,
+        seed=seed,
+        resident_experts=resident_experts,
+        device="meta",
+        **options,
+    )
+    layer.to_empty(device=device)
+    layer.make_buffers(device)
+    layer.router.reset_parameters()
+    if layer.shared_expert is not None:
+        layer.shared_expert.reset_parameters()
+    fill_experts(layer.experts, dense, noise)
+    return layer.train(mlp.training)
+
+
+@torch.no_grad()
+def fill_experts(experts: Experts, dense: DenseMLP, noise: float = 0.0) -> None:
+    """Makes every resident expert a copy of `dense`, plus noise.
+
+    noise: standard deviation of what is added to each weight matrix, over the root mean square of
+    that matrix. It depends only on the experts' (seed, layer), the expert and the matrix, so sites
+    that hold the same expert start it alike. Biases get none.
+    """
+    sources = (*dense.expand, dense.contract)
+    names = ("gate", "up", "down")[-len(sources) :]
+    deviations = [noise * _scale(source) if noise else 0.0 for source in sources]
+    for row, expert in enumerate(experts.resident_experts):
+        targets = (
+            *experts.expand_weight[row].chunk(len(dense.expand)),
+            experts.contract_weight[row],
+        )
+        for target, source, std, name in zip(targets, sources, deviations, names, strict=True):
+            target.copy_(source)
+            if std:
+                drawn = torch.empty(target.shape, dtype=torch.float32, device=target.device)
+                fill_normal_(drawn, std, experts.seed, "upcycle", name, experts.layer_index, expert)
+                target.copy_(drawn.add_(source.to(target.device)))
+        if experts.expand_bias is not None and experts.contract_bias is not None:
+            of_row = experts.expand_bias[row].chunk(len(dense.expand))
+            for target, bias in zip(of_row, dense.expand_biases, strict=True):
+                _copy_bias(target, bias)
+            _copy_bias(experts.contract_bias[row], dense.contract_bias)
+
+
+def _scale(weight: Tensor) -> float:
+    """Root mean square, rounded to bf16: sites may add up in another order."""
+    return float(weight.double().square().mean().sqrt().to(torch.bfloat16))
+
+
+def _copy_bias(target: Tensor, bias: Tensor | None) -> None:
+    if bias is None:
+        target.zero_()
+    else:
+        target.copy_(bias)
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def _of_shared_expert(mlp: SharedExpert, activation: str | None) -> DenseMLP:
+    if activation not in (None, mlp.activation):
+        raise ValueError(f"activation must be mlp's own, {mlp.activation!r}, got {activation!r}")
+    sides = 2 if ops.is_gated(mlp.activation) else 1
+    expand = mlp.expand.weight.detach().chunk(sides)
+    return DenseMLP(expand, mlp.contract.weight.detach(), (None,) * sides, None, mlp.activation)
+
+
+def _of_linears(mlp: nn.Module, activation: str | None) -> DenseMLP:
+    if isinstance(mlp, nn.Sequential):
+        if len(mlp) != 3:
+            raise TypeError(f"mlp must be {_WANTED}, got a Sequential of {len(mlp)}")
+        layers, function = {"0": mlp[0], "2": mlp[2]}, mlp[1]
+    else:
+        names = _layout(mlp)
+        layers = {name: getattr(mlp, name) for name in names}
+        found = (getattr(mlp, name, None) for name in _ACTIVATION_NAMES)
+        function = next((each for each in found if callable(each)), None)
+    for name, layer in layers.items():
+        if not isinstance(layer, nn.Linear):
+            raise TypeError(f"mlp.{name} must be an nn.Linear, got {type(layer).__name__}")
+    *expand, contract = layers.values()
+    return DenseMLP(
+        tuple(layer.weight.detach() for layer in expand),
+        contract.weight.detach(),
+        tuple(_bias_of(layer) for layer in expand),
+        _bias_of(contract),
+        _choose_activation(function, activation, gated=len(expand) == 2),
+    )
+
+
+def _layout(mlp: nn.Module) -> tuple[str, ...]:
+    for names in (_GATED_NAMES, *_PLAIN_NAMES):
+        if all(isinstance(getattr(mlp, name, None), nn.Module) for name in names):
+            return names
+    children = ", ".join(name for name, _ in mlp.named_children()) or "no modules"
+    raise TypeError(f"mlp must be {_WANTED}, got {type(mlp).__name__} with {children}")
+
+
+def _bias_of(layer: nn.Linear) -> Tensor | None:
+    return None if layer.bias is None else layer.bias.detach()
+
+
+def _choose_activation(
+    function: Callable[[Tensor], Tensor] | None, activation: str | None, gated: bool
+) -> str:
+    """The name of the MLP's activation: what `function` computes, else as the argument says."""
+    name = _recognise(function)
+    told = _GATED_OF.get(name, name) if gated and name is not None else name
+    if activation is None:
+        if told is None or ops.is_gated(told) != gated:
+            kind = "gated" if gated else "not gated"
+            known = ", ".join(a for a in ops.ACTIVATIONS if ops.is_gated(a) == gated)
+            raise ValueError(
+                f"activation must be given: mlp ({kind}) has {_describe(function)}, "
+                f"known are {known}"
+            )
+        return told
+    if ops.is_gated(activation) != gated:
+        raise ValueError(
+            f"activation must be one {'with' if gated else 'without'} a gate, as mlp has "
+            f"{'one' if gated else 'none'}, got {activation!r}"
+        )
+    if told is not None and told != activation:
+        raise ValueError(f"activation must be mlp's own, {told!r}, got {activation!r}")
+    return activation
+
+
+def _describe(function: Callable[[Tensor], Tensor] | None) -> str:
+    if function is None:
+        return "no attribute " + ", ".join(_ACTIVATION_NAMES)
+    name = repr(function) if isinstance(function, nn.Module) else getattr(function, "__name__", "")
+    return f"the activation {name or type(function).__name__}"
+
+
+def _recognise(function: Callable[[Tensor], Tensor] | None) -> str | None:
+    """Which of silu, gelu (in tanh form) and relu2 a function computes; None = neither."""
+    if function is None:
+        return None
+    if isinstance(function, nn.Module) and next(function.parameters(), None) is not None:
+        return None  # one that is learnt
+    numbers = torch.linspace(-8, 8, 257, device="cpu")
+    try:
+        with torch.no_grad():
+            values = function(numbers.clone())
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    if not isinstance(values, Tensor) or values.shape != numbers.shape:
+        return None
+    for name in ("silu", "gelu", "relu2"):
+        # The error function instead of tanh differs by up to 5e-4.
+        if torch.allclose(values.float(), _activate(numbers, name), rtol=0, atol=2e-5):
+            return name
+    return None
+
+
+def _check_sizes(dense: DenseMLP) -> None:
+    weights = (*dense.expand, dense.contract)
+    kinds = {(weight.dtype, weight.device) for weight in weights}
+    first = dense.expand[0]
+    if len(kinds) > 1 or not first.is_floating_point():
+        raise ValueError(f"mlp must have weights of one float dtype on one device, got {kinds}")
+    if first.is_meta:
+        raise ValueError("mlp must have its weights in memory, got the meta device")
+    inner, hidden = first.shape
+    wanted = [[inner, hidden]] * len(dense.expand) + [[hidden, inner]]
+    shapes = [list(weight.shape) for weight in weights]
+    if shapes != wanted:
+        raise ValueError(f"mlp must have weights of the shapes {wanted}, got {shapes}")
+
+
+@torch.no_grad()
+def _check_function(mlp: nn.Module, dense: DenseMLP) -> None:
+    """The module must compute what was read: a factor, a norm or a clamp in it would be lost."""
+    weight = dense.contract
+    generator = stable_generator(0, "upcycle probe")
+    x = torch.randn(16, weight.shape[0], generator=generator, device="cpu").to(weight)
+    with torch.autocast(weight.device.type, enabled=False):
+        wanted, got = mlp(x), dense(x)
+    if not isinstance(wanted, Tensor) or wanted.shape != got.shape:
+        raise ValueError("mlp must return one tensor of its input's shape")
+    error = (got.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30)
+    # Room for rounding and for the two forms of GELU.
+    limit = 5e-3 if weight.dtype in (torch.float32, torch.float64) else 0.05
+    if not error < limit:
+        raise ValueError(
+            f"mlp must compute what its layers and the activation {dense.activation} do, but its "
+            f"output differs by {error:.2g} of its norm: is there dropout, a factor or a norm in "
+            "it, or another activation?"
+        )

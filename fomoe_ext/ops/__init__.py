@@ -1,0 +1,43 @@
+"""The verbs on tensors: route, compact, gather, expand, contract, combine, as torch ops.
+
+Importing it makes the native ops (`torch.ops.fomoe.*`) known to torch, with their fake kernels and
+derivatives. Stands on the ground: it knows tensors alone, neither layers nor sites.
+"""
+
+from fomoe_ext.ops.experts import (
+    ACTIVATIONS,
+    contract,
+    expand,
+    expand_rows_computed,
+    is_gated,
+    moe_experts,
+)
+from fomoe_ext.ops.rows import RowTable
+from fomoe_ext.ops.tokens import (
+    SCORINGS,
+    TILE_ROWS,
+    RouterStatistics,
+    combine,
+    compact,
+    gather,
+    measured_route,
+    route,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "SCORINGS",
+    "TILE_ROWS",
+    "RouterStatistics",
+    "RowTable",
+    "combine",
+    "compact",
+    "contract",
+    "expand",
+    "expand_rows_computed",
+    "gather",
+    "is_gated",
+    "measured_route",
+    "moe_experts",
+    "route",
+]

@@ -1,0 +1,216 @@
+"""Which rank of a site holds which of its resident experts. Needs no torch.
+
+Memory is even, so every rank holds the same number of experts, or one more. The load is not: an
+expert's rows follow the router, and all ranks wait for the one with most. `spread_experts` keeps
+hot experts apart, by a load that was measured before.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from fomoe_ext.files.json_values import loads
+
+Groups = tuple[tuple[int, ...], ...]
+
+
+def chunk_sizes(count: int, ranks: int) -> list[int]:
+    """`count` cut into `ranks` parts that differ by at most one, larger ones first."""
+    return [count // ranks + (rank < count % ranks) for rank in range(ranks)]
+
+
+def spread_experts(
+    experts: Sequence[int], ranks: int, load: Sequence[float] | None = None
+) -> Groups:
+    """By rank the experts that it shall hold, ascending; the same on every call.
+
+    The numbers of experts of two ranks differ by at most one. With a load the largest sum of a rank
+    is small: the smaller of two local optima, where no move and no swap of two experts makes it
+    smaller. One begins with the heaviest experts first, each to the rank that has least so far
+    (longest processing time first, Graham 1969, with room for so many experts only), the other with
+    chunks; so it is never larger than with chunks.
+
+    Args:
+        experts: ids, in any order.
+        ranks: how many ranks share them.
+        load: of all experts by id, e.g. slots or shares of slots, finite and not negative; None =
+            chunks ascending by id, larger ones first.
+
+    Raises ValueError or TypeError naming the argument.
+    """
+    ids = sorted(_indices("experts", experts))
+    if len(set(ids)) < len(ids) or (ids and ids[0] < 0):
+        raise ValueError(f"experts must be distinct and not negative, got {ids}")
+    (ranks,) = _indices("ranks", [ranks])
+    if ranks < 1:
+        raise ValueError(f"ranks must be at least 1, got {ranks}")
+    chunks = _chunks(ids, ranks)
+    if load is None:
+        return chunks
+    weights = _checked(load, ids)
+    cuts = [_Cut(start, weights) for start in (chunks, _heaviest_first(ids, ranks, weights))]
+    for cut in cuts:
+        while cut.improve():
+            pass
+    best = min(cuts, key=lambda cut: sorted(cut.totals, reverse=True))
+    return tuple(map(tuple, best.groups))
+
+
+def imbalance(groups: Sequence[Sequence[int]], load: Sequence[float]) -> float:
+    """The largest load of a rank over the mean of all: 1 = even, also where nothing is loaded.
+
+    `groups`: by rank its experts; `load` as of `spread_experts`. Raises as that does.
+    """
+    if not groups:
+        raise ValueError("groups must hold at least one rank's experts, got none")
+    parts = [_indices("groups", group) for group in groups]
+    weights = _checked(load, [expert for part in parts for expert in part])
+    totals = [sum(weights[expert] for expert in part) for part in parts]
+    return float(Fraction(max(totals) * len(totals), sum(totals))) if any(totals) else 1.0
+
+
+def measured_load(path: Path) -> list[list[float]]:
+    """Load by layer and expert, for `spread_experts`: what the validation text has shown.
+
+    `path`: a run folder, whose last validation is taken, or a JSON file that holds the table
+    [layer][expert]. Raises FileNotFoundError where there is none, ValueError naming the file for
+    anything else than such a table.
+    """
+    # Here, not above: a layer needs nothing of a job.
+    from fomoe_ext.report.metrics import read_metrics
+    from fomoe_ext.report.runs import METRICS
+
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"load: {path} does not exist, name a run folder or a JSON file")
+    if not path.is_dir():
+        try:
+            table = loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"load: {path} is not JSON: {error}") from None
+        return _table(table, str(path))
+    file = path / METRICS
+    if not file.is_file():
+        raise FileNotFoundError(f"load: {path} is no run folder, it has no {METRICS}")
+    found = [
+        record["load"]
+        for record in read_metrics(file)
+        if isinstance(record, dict) and record.get("kind") == "validation" and "load" in record
+    ]
+    if not found:
+        raise ValueError(f"load: {file} has no validation with a load yet")
+    return _table(found[-1], str(file))
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def _indices(name: str, values: Iterable[Any]) -> list[int]:
+    values = list(values)
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError:
+        raise TypeError(f"{name} must be ints, got {values!r}") from None
+
+
+def _is_load(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 <= value <= sys.float_info.max
+
+
+def _checked(load: Sequence[float], experts: Sequence[int]) -> list[int]:
+    """The load as exact multiples of one unit: a sum does not depend on its order."""
+    load = list(load)
+    for expert, value in enumerate(load):
+        if not _is_load(value):
+            raise ValueError(f"load[{expert}] must be a finite number of at least 0, got {value!r}")
+    if experts and not 0 <= min(experts) <= max(experts) < len(load):
+        raise ValueError(
+            f"load must hold a number of each expert up to {max(experts)}, got {len(load)} numbers"
+        )
+    exact = [Fraction(value) for value in load]
+    unit = max((value.denominator for value in exact), default=1)  # all are powers of two
+    return [int(value * unit) for value in exact]
+
+
+def _table(table: Any, source: str) -> list[list[float]]:
+    good = isinstance(table, list) and table and all(isinstance(row, list) for row in table)
+    if not good or not table[0] or len({len(row) for row in table}) > 1:
+        raise ValueError(
+            f"load: {source} must hold a table [layer][expert] with rows of one length"
+        )
+    for layer, row in enumerate(table):
+        for expert, value in enumerate(row):
+            if not _is_load(value):
+                raise ValueError(
+                    f"load: {source}, layer {layer}, expert {expert} must be a finite number of at "
+                    f"least 0, got {value!r}"
+                )
+    return [[float(value) for value in row] for row in table]
+
+
+# ---- the search ----------------------------------------------------------------------------------
+
+
+def _chunks(ids: Sequence[int], ranks: int) -> Groups:
+    groups, first = [], 0
+    for size in chunk_sizes(len(ids), ranks):
+        groups.append(tuple(ids[first : first + size]))
+        first += size
+    return tuple(groups)
+
+
+def _heaviest_first(ids: Sequence[int], ranks: int, weights: Sequence[int]) -> Groups:
+    groups: list[list[int]] = [[] for _ in range(ranks)]
+    totals = [0] * ranks
+    small, larger = divmod(len(ids), ranks)  # so many ranks may hold small + 1
+    for expert in sorted(ids, key=lambda e: (-weights[e], e)):
+        full = small + (sum(len(group) > small for group in groups) < larger)
+        open_ranks = [rank for rank in range(ranks) if len(groups[rank]) < full]
+        rank = min(open_ranks, key=lambda r: (totals[r], len(groups[r]), r))
+        groups[rank].append(expert)
+        totals[rank] += weights[expert]
+    return tuple(map(tuple, groups))
+
+
+class _Cut:
+    """Experts by rank, ascending, and what each rank has to bear."""
+
+    def __init__(self, groups: Groups, weights: Sequence[int]) -> None:
+        self.weights = weights
+        self.groups = [sorted(group) for group in groups]
+        self.totals = [sum(weights[expert] for expert in group) for group in groups]
+
+    def improve(self) -> bool:
+        """The move or swap that relieves the heaviest rank most; False where none does."""
+        rank = max(range(len(self.totals)), key=lambda r: (self.totals[r], -r))
+        larger, out, into, other = min(self._swap(rank, r) for r in range(len(self.groups)))
+        if larger >= self.totals[rank]:
+            return False
+        for here, there, expert in ((rank, other, out), (other, rank, into)):
+            if expert >= 0:
+                self.groups[here].remove(expert)
+                self.groups[there] = sorted([*self.groups[there], expert])
+                self.totals[here] -= self.weights[expert]
+                self.totals[there] += self.weights[expert]
+        return True
+
+    def _swap(self, rank: int, other: int) -> tuple[int, int, int, int]:
+        """The best between two ranks: larger sum of both afterwards, expert that leaves `rank`,
+        expert that comes (-1 = none, which only a rank with one more can do), `other`.
+        """
+        mine, theirs = self.totals[rank], self.totals[other]
+        coming = [(self.weights[expert], expert) for expert in self.groups[other]]
+        if len(self.groups[rank]) > len(self.groups[other]):
+            coming.append((0, -1))
+        found = []
+        for out in self.groups[rank]:
+            for comes, into in coming:
+                gain = self.weights[out] - comes
+                found.append((max(mine - gain, theirs + gain), out, into, other))
+        return min(found, default=(mine, -1, -1, other))

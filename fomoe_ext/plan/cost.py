@@ -1,0 +1,274 @@
+"""Arithmetic, time and bandwidth of a job's rounds, and the paper's own formulas. Needs no torch.
+
+Time is a model: a link of a bandwidth and a latency, a site of so many FLOP/s. The formulas of the
+FoMoE paper (arXiv 2606.19025, section on cost models) are the functions that begin with `paper_`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fomoe_ext.config.job import ModelConfig, TrainConfig
+from fomoe_ext.placement import stale, wire
+from fomoe_ext.placement.placement import Placement
+from fomoe_ext.placement.wire import Link
+from fomoe_ext.plan.memory import job_memory
+from fomoe_ext.plan.sizes import ModelSizes, sizes_of
+from fomoe_ext.plan.traffic import (
+    copied_bytes,
+    copies_per_layer,
+    job_placement,
+    meeting_bytes,
+    moved_bytes,
+    shadow_bytes,
+    site_elements,
+    stale_share,
+)
+
+
+class TokenFlops(NamedTuple):
+    """Floating-point operations of a forward pass per token (a multiply-add is two)."""
+
+    attention: float
+    router: float
+    experts: float
+    shared_experts: float
+    unembedding: float
+    stale_experts: float = 0.0
+
+    @property
+    def forward(self) -> float:
+        """All of the forward pass."""
+        return sum(self)
+
+    @property
+    def training(self) -> float:
+        """Forward and backward: three times the forward pass; of frozen copies, whose weights get
+        no gradient, twice."""
+        return 3 * sum(self) - self.stale_experts
+
+
+def flops_per_token(
+    model: ModelConfig | ModelSizes, resident_share: float = 1.0, stale_share: float = 0.0
+) -> TokenFlops:
+    """FLOPs per token of a sequence of `model.seq_len`; norms and other vector work are left out.
+
+    The paper's Eq. 3, with matrix products written out: sigma = `resident_share` on the experts'
+    work where slots are skipped, min(k, N_local) / k of it where they are not. Other than there the
+    router is computed whole, as `MoELayer` does. MLPs of dense blocks count as shared experts.
+    `resident_share` in 0..1 is the share of experts a site holds. With router_scope "global" slots
+    on the others are skipped: with an even load the experts' work is times that share. With
+    "resident" a token still has min(top_k, residents) experts. `stale_share`: of experts of which
+    it computes frozen copies. Attention counts the causal half.
+    """
+    if not 0 < resident_share <= 1:
+        raise ValueError(f"resident_share must be in (0, 1], got {resident_share}")
+    if not 0 <= stale_share <= 1 - resident_share + 1e-9:
+        raise ValueError(
+            f"stale_share must be in [0, 1 - resident_share = {1 - resident_share}], got "
+            f"{stale_share}"
+        )
+    sizes = sizes_of(model)
+    layers, top_k = sizes.num_layers, sizes.top_k
+    if sizes.router_scope == "global":
+        slots = top_k * resident_share
+    else:
+        slots = min(top_k, sizes.num_experts * resident_share)
+    return TokenFlops(
+        attention=2.0 * sizes.elements_of("attention") + sizes.attention_scores,
+        router=layers * 2.0 * sizes.num_experts * sizes.hidden_size,
+        experts=layers * slots * 2.0 * sizes.expert_matrices,
+        shared_experts=2.0 * sizes.elements_of("shared"),
+        unembedding=2.0 * sizes.elements_of("unembedding"),
+        stale_experts=layers * top_k * stale_share * 2.0 * sizes.expert_matrices,
+    )
+
+
+# ------------------------------------------------------------------------------------------ time
+
+
+class RoundCost(NamedTuple):
+    """What a round costs a site.
+
+    local_s: seconds of arithmetic. meeting_s: seconds of sending, of which `hidden_s` pass while
+    local steps go on (`hideable_s` could). bytes_sent. memory: bytes, as `SiteMemory.total`. flops:
+    of all local steps. waits: exchanges one after the other, each of which costs a latency. waves:
+    times that `in_flight` buckets travel; a latency each at the least.
+    """
+
+    local_s: float
+    meeting_s: float
+    bytes_sent: int
+    memory: int
+    flops: float
+    waits: int
+    waves: int
+    hideable_s: float
+
+    @property
+    def hidden_s(self) -> float:
+        """Seconds of meetings behind local steps."""
+        return min(self.meeting_s, self.hideable_s)
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole round."""
+        return self.local_s + self.meeting_s - self.hidden_s
+
+    @property
+    def utilization(self) -> float:
+        """Share of the time in local steps, 0..1."""
+        return self.local_s / self.seconds
+
+    def over(self, link: Link) -> RoundCost:
+        """The same round over another link."""
+        sending_s = max(8 * self.bytes_sent / link.bandwidth, self.waves * link.latency)
+        return self._replace(meeting_s=self.waits * link.latency + sending_s)
+
+
+def meeting_waits(config: TrainConfig, placement: Placement, site: int) -> tuple[int, int]:
+    """Exchanges of a round that a site waits for one after the other, and waves of its buckets.
+
+    A note, then for every fragment a status, the first share, the last sum and the hashes. Between
+    these, `in_flight` buckets are under way at once. ddp has a status and buckets in every step.
+    Frozen copies of experts are exchanged after that; of several rounds' exchanges, the mean.
+    """
+    size, in_flight = wire.bucket_elements(config.outer.bucket_bytes), config.outer.in_flight
+    waits, waves = 1 + _copy_waits(config, placement), 0
+    for of_model in site_elements(config, placement, site):
+        fragment = of_model.of_round(config.outer.expert_turns, config.outer.expert_turns)
+        groups = fragment.parameters.items()
+        buckets = sum(-(-n // size) for owners, n in groups if len(owners) > 1)
+        of_fragment = -(-buckets // in_flight)
+        pipe = 2 if buckets else 0
+        waits += pipe + 2 + _tells_numbers(config)
+        waves += of_fragment
+        if config.outer.optimizer == "ddp":
+            steps = config.run.local_steps
+            waits += steps * (1 + (config.inner.grad_clip > 0) + pipe)
+            waves += steps * of_fragment
+    return waits, waves
+
+
+def _tells_numbers(config: TrainConfig) -> bool:
+    """Whether sites tell each other numbers before a meeting, besides their statuses."""
+    by_tokens = config.outer.counts_tokens or config.inner.uneven_steps
+    return by_tokens or config.outer.clip_delta > 0
+
+
+def _copy_waits(config: TrainConfig, placement: Placement) -> int:
+    outer, count = config.outer, copies_per_layer(config)
+    if not count:
+        return 0
+    wanted = [(tuple(range(count)),)] * placement.num_layers  # every site as many of each layer
+    sizes = [sizes_of(config.model).expert] * placement.num_layers
+    most_bytes = outer.bucket_bytes * outer.in_flight
+    waits = len(stale.copy_waves(wanted, sizes, outer.stale_codec, most_bytes))
+    return -(-waits // outer.stale_period)
+
+
+def sent_bytes(config: TrainConfig, placement: Placement, site: int) -> int:
+    """Bytes a site sends in a round; what happens only every few rounds is spread over them."""
+    cycle = config.outer.expert_turns
+    rounds = [meeting_bytes(config, placement, site, index + 1) for index in range(cycle)]
+    sent = sum(rounds) // cycle + shadow_bytes(config, placement, site)
+    if config.outer.stale_period > 1:
+        sent += copied_bytes(config, placement, site) // config.outer.stale_period
+    every = config.sites.reshuffle_rounds
+    if every:
+        new = job_placement(config, 1)
+        sent += moved_bytes(config, placement, new, site) // every
+    return sent
+
+
+def round_cost(
+    config: TrainConfig, placement: Placement, link: Link, flops_per_s: float, site: int = 0
+) -> RoundCost:
+    """The cost of a round of a job: local steps and meetings.
+
+    With overlap, of each fragment's exchange as much is hidden as its `overlap` steps take.
+    `flops_per_s`: what a site reaches in training. With `reshuffle_rounds` the experts moved by one
+    reshuffle are spread over its rounds. Raises ValueError unless bandwidth and `flops_per_s` are
+    positive and the latency is not negative.
+    """
+    if not (link.bandwidth > 0 and link.latency >= 0 and flops_per_s > 0):
+        raise ValueError(
+            f"bandwidth and flops_per_s must be > 0 and latency >= 0, got {link.bandwidth}, "
+            f"{flops_per_s} and {link.latency}"
+        )
+    sent = sent_bytes(config, placement, site)
+    waits, waves = meeting_waits(config, placement, site)
+    share = placement.replication / placement.num_sites
+    tokens = config.inner.batch_size * config.model.seq_len * config.run.local_steps
+    flops = tokens * flops_per_token(config.model, share, stale_share(config)).training
+    local_s = flops / flops_per_s
+    sending_s = max(8 * sent / link.bandwidth, waves * link.latency)
+    behind = config.outer.overlap * config.outer.fragments / config.run.local_steps
+    return RoundCost(
+        local_s=local_s,
+        meeting_s=waits * link.latency + sending_s,
+        bytes_sent=sent,
+        memory=job_memory(config, placement, site).total,
+        flops=flops,
+        waits=waits,
+        waves=waves,
+        hideable_s=behind * local_s,
+    )
+
+
+def bandwidth_needed(cost: RoundCost, utilization: float, latency: float) -> float | None:
+    """Bits per second for a share `utilization` of the time in local steps; None = not by any.
+
+    Raises ValueError unless 0 < utilization < 1.
+    """
+    if not 0 < utilization < 1:
+        raise ValueError(f"utilization must be in (0, 1), got {utilization}")
+    left = cost.local_s * (1 - utilization) / utilization + cost.hideable_s - cost.waits * latency
+    if left <= 0 or left < cost.waves * latency:
+        return None
+    return 8 * cost.bytes_sent / left
+
+
+# ------------------------------------------------------------------------------ the paper's model
+
+
+def paper_ring_bytes(payload: float, members: int) -> float:
+    """Bytes each of n `members` sends in a ring all-reduce of `payload` bytes: 2 (n - 1) / n."""
+    return 2.0 * (members - 1) / members * payload
+
+
+def paper_round_bytes(
+    dense: float,
+    sparse: float,
+    num_sites: int,
+    replication: int,
+    *,
+    bytes_per_parameter: float = 2.0,
+    reshuffles_per_round: float = 0.0,
+    moments: bool = False,
+) -> float:
+    """Bytes a site sends per round by the paper's formula, for numbers of parameters of the model.
+
+    The sum of its dense and sparse traffic:
+    B = 2(M-1)/M S_dense + (2(O-1)/O + gamma (1 - O/M)) (O/M) S_sparse, times 3 for LocalAdamW
+    (`moments`), with M sites, O = replication and gamma = `reshuffles_per_round`. Their payload is
+    bf16.
+    """
+    if not 1 <= replication <= num_sites:
+        raise ValueError(f"replication must be in [1, num_sites = {num_sites}], got {replication}")
+    held = replication / num_sites
+    ring = 2.0 * (replication - 1) / replication
+    moved = reshuffles_per_round * (1.0 - held)
+    total = paper_ring_bytes(dense, num_sites) + (ring + moved) * held * sparse
+    return total * bytes_per_parameter * (3 if moments else 1)
+
+
+def paper_memory_bytes(dense: float, sparse: float, num_sites: int, replication: int) -> float:
+    """Bytes per site by the paper: 18 per parameter (fp16 and fp32 weight, moments, gradient)."""
+    return 18.0 * (dense + sparse * replication / num_sites)
+
+
+def paper_cumulative_bytes(round_bytes: float, rounds: int) -> float:
+    """Bytes a site has sent after `rounds` rounds as the paper's figures 5 and 6 count them: the
+    last round of a job has no meeting."""
+    return (rounds - 1) * round_bytes

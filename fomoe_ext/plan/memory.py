@@ -1,0 +1,192 @@
+"""What a site of a job holds in memory: the cost model's part on it. Needs no torch.
+
+Parameters, gradients, optimizer and outer state are counted, activations and buffers are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fomoe_ext.config.job import ModelConfig, ParameterCounts, TrainConfig
+from fomoe_ext.placement import wire
+from fomoe_ext.placement.placement import Placement
+from fomoe_ext.placement.spread import chunk_sizes
+from fomoe_ext.plan.sizes import ModelSizes, sizes_of
+from fomoe_ext.plan.traffic import (
+    copies_per_layer,
+    full_replica,
+    job_placement,
+    model_sizes,
+    rank_experts,
+    shadow_memory,
+    site_elements,
+)
+
+FLOAT_BYTES = 4
+"""Parameters, gradients, moments, anchor and momentum are fp32."""
+
+
+class SiteMemory(NamedTuple):
+    """Bytes that one site holds, without activations and buffers of a meeting."""
+
+    parameters: int
+    gradients: int
+    inner_state: int
+    anchor: int
+    outer_state: int
+    error_feedback: int
+    stale_copies: int = 0
+    shadow_copies: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self)
+
+
+def site_parameters(
+    model: ModelConfig | ModelSizes, placement: Placement | None, site: int
+) -> ParameterCounts:
+    """Parameters that a site holds by kind; `placement` None = a full replica."""
+    whole = sizes_of(model).counts
+    if placement is None:
+        return whole
+    return whole._replace(sparse=placement.held(site) * sizes_of(model).expert)
+
+
+def site_memory(
+    model: ModelConfig | ModelSizes,
+    placement: Placement | None,
+    site: int = 0,
+    *,
+    optimizer: str = "diloco",
+    inner_optimizer: str = "adamw",
+    outer_momentum: float | None = None,
+    error_feedback: int = 0,
+    stale_experts: int = 0,
+) -> SiteMemory:
+    """Bytes of parameters and state on a site; `placement` None = a full replica.
+
+    `optimizer` as in `OuterConfig`: ddp needs no anchor; with outer momentum (None = the default,
+    diloco alone has it) the others keep that too. `inner_optimizer` adamw keeps two moments, sgd
+    one. `error_feedback`: elements of it. `stale_experts`: frozen copies, in all layers. With
+    router_scope "resident" router rows of absent experts do not meet: they have no anchor.
+    """
+    _one_of("optimizer", optimizer, ("diloco", "fedavg", "local-adamw", "ddp"))
+    _one_of("inner_optimizer", inner_optimizer, ("adamw", "sgd"))
+    momentum = optimizer == "diloco" if outer_momentum is None else outer_momentum > 0
+    held = site_parameters(model, placement, site)
+    unit = met = FLOAT_BYTES * held.total
+    if model.router_scope == "resident" and placement is not None:
+        experts = held.sparse // sizes_of(model).expert
+        absent = model.num_layers * placement.num_experts - experts
+        met -= FLOAT_BYTES * absent * model_sizes(model).router_row
+    return SiteMemory(
+        parameters=unit,
+        gradients=unit,
+        inner_state=unit * (2 if inner_optimizer == "adamw" else 1),
+        anchor=0 if optimizer == "ddp" else met,
+        outer_state=met if momentum and optimizer != "ddp" else 0,
+        error_feedback=FLOAT_BYTES * error_feedback,
+        stale_copies=FLOAT_BYTES * stale_experts * sizes_of(model).expert,
+    )
+
+
+def job_memory(config: TrainConfig, placement: Placement | None, site: int = 0) -> SiteMemory:
+    """`site_memory` of a job's model with its optimizers and codec, of all ranks of the site."""
+    of_job = placement or job_placement(full_replica(config))
+    if config.sites.ranks_per_site > 1:
+        ranks = rank_memories(config, of_job, site)
+        return SiteMemory(*(sum(parts) for parts in zip(*ranks, strict=True)))
+    feedback = 0
+    if _feeds_back(config):
+        feedback = sum(
+            n + wire.own_elements(n, len(owners), config.outer.codec, config.outer.bucket_bytes)
+            for fragment in site_elements(config, of_job, site)
+            for owners, n in fragment.parameters.items()
+            if len(owners) > 1
+        )
+    own = site_memory(
+        config.model,
+        placement,
+        site,
+        optimizer=config.outer.optimizer,
+        inner_optimizer=config.inner.inner_optimizer,
+        outer_momentum=config.outer.resolved_momentum,
+        error_feedback=feedback,
+        stale_experts=0 if placement is None else _copies_held(config, placement),
+    )
+    return own._replace(shadow_copies=shadow_memory(config, of_job, site))
+
+
+def _copies_held(config: TrainConfig, placement: Placement) -> int:
+    return copies_per_layer(config) * placement.num_layers
+
+
+def rank_memories(config: TrainConfig, placement: Placement, site: int) -> list[SiteMemory]:
+    """Bytes on each rank of a site: experts as they are shared out (once per replica), dense
+    parameters by rows, what the outer optimizer keeps by buckets.
+    """
+    sites, model, outer = config.sites, config.model, config.outer
+    sharing = sites.ranks_per_site // sites.replicas
+    cuts = rank_experts(config, placement, site)
+    if cuts is None:
+        chunks = chunk_sizes(placement.experts_per_site, sharing)
+        held = [placement.num_layers * chunk for chunk in chunks]
+    else:
+        held = [sum(len(cut[rank]) for cut in cuts) for rank in range(sharing)]
+    sets = wire.owner_sets(placement)
+    shared = [
+        (owners, numel, sets.index(owners) + number)
+        for number, fragment in enumerate(site_elements(config, placement, site))
+        for owners, numel in fragment.parameters.items()
+    ]
+    anchors = 0 if outer.optimizer == "ddp" else 1
+    momenta = anchors if outer.resolved_momentum > 0 else 0
+    result = []
+    for rank in range(sites.ranks_per_site):
+        experts = held[rank % sharing] * sizes_of(model).expert
+        unit = FLOAT_BYTES * (experts + _dense_share(model, rank, sites.ranks_per_site))
+        kept = lost = 0
+        for owners, numel, turn in shared:
+            mine = wire.lane_elements(numel, turn, rank, sites.ranks_per_site, outer.bucket_bytes)
+            kept += mine
+            if len(owners) > 1 and _feeds_back(config):
+                codec, size = outer.codec, outer.bucket_bytes
+                lost += mine + wire.own_elements(mine, len(owners), codec, size)
+        result.append(
+            SiteMemory(
+                parameters=unit,
+                gradients=unit,
+                inner_state=unit * (2 if config.inner.inner_optimizer == "adamw" else 1),
+                anchor=FLOAT_BYTES * anchors * kept,
+                outer_state=FLOAT_BYTES * momenta * kept,
+                error_feedback=FLOAT_BYTES * lost,
+                stale_copies=FLOAT_BYTES * _copies_held(config, placement) * sizes_of(model).expert,
+            )
+        )
+    return result
+
+
+def _dense_share(model: ModelConfig | ModelSizes, rank: int, ranks: int) -> int:
+    """Elements of dense parameters and routers that a rank holds: of each, rows in equal runs."""
+    sizes = sizes_of(model)
+    tensors = [(weight.rows, weight.row_size, weight.times) for weight in sizes.dense]
+    # A router may have biases, one per row, which are a tensor with the same cut.
+    tensors.append((sizes.num_experts, sizes.router_row, sizes.num_layers))
+
+    def held(rows: int) -> int:
+        each = -(-rows // ranks)
+        return min(rows, each * (rank + 1)) - min(rows, each * rank)
+
+    return sum(held(rows) * size * times for rows, size, times in tensors)
+
+
+def _feeds_back(config: TrainConfig) -> bool:
+    return config.outer.codec != "fp32" and config.outer.error_feedback
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,303 @@
+"""A job's placement, and the bytes that each of its sites sends. Needs no torch.
+
+Bytes are exact: `meeting_bytes` and `moved_bytes` are what the training job counts where it sends.
+The rest of the cost model is in `plan_memory` and `plan_cost`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from fomoe_ext.config.job import ModelConfig, TrainConfig
+from fomoe_ext.files.json_values import loads
+from fomoe_ext.placement import stale, wire
+from fomoe_ext.placement.placement import Placement
+from fomoe_ext.placement.spread import measured_load, spread_experts
+from fomoe_ext.plan.sizes import ModelSizes, sizes_of
+
+
+class RoundNote(NamedTuple):
+    """What every site tells every other one before a meeting, a fp64 each.
+
+    stop: 1 when it was asked to stop. steps: local steps it has taken in all. loss: its sum over
+    the round's steps, nats per token. rows and slots: of the round. knocks: 1 where it knows of a
+    site that wants to join. taken and left: steps of the round that it has taken and will not have
+    taken before the meeting, unless it was asked to stop, 0. pace: seconds that a local step takes
+    there, 0 = not known.
+    """
+
+    stop: float
+    steps: float
+    loss: float
+    rows: float
+    slots: float
+    knocks: float = 0.0
+    taken: float = 0.0
+    left: float = 0.0
+    pace: float = 0.0
+
+
+NOTE_BYTES = 8 * len(RoundNote._fields)
+
+
+# ------------------------------------------------------------------------------------- placement
+
+
+def read_placement(path: Path, num_sites: int) -> Placement:
+    """The placement in a JSON file, a table [layer][expert] -> list of sites.
+
+    Raises FileNotFoundError for a missing file, ValueError for what is no valid table.
+    """
+    try:
+        table = loads(path.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"placement_file {path} does not exist") from None
+    except (ValueError, IsADirectoryError) as error:
+        raise ValueError(f"placement_file {path} is not a JSON file: {error}") from None
+    try:
+        return Placement.from_table(table, num_sites)
+    except ValueError as error:
+        raise ValueError(f"placement_file {path}: {error}") from None
+
+
+def job_placement(config: TrainConfig, epoch: int = 0) -> Placement:
+    """The placement a job begins with, or a random one after `epoch` reshuffles.
+
+    Raises ValueError for an impossible one, or a table that is not of the model's layers and
+    experts; FileNotFoundError for a missing table.
+    """
+    sites, model = config.sites, config.model
+    sizes = (sites.sites, model.num_experts, model.num_layers, sites.replication)
+    if sites.placement_file is not None:
+        placement = read_placement(sites.placement_file, sites.sites)
+        wanted = (model.num_layers, model.num_experts, sites.replication)
+        found = (placement.num_layers, placement.num_experts, placement.replication)
+        if wanted != found:
+            raise ValueError(
+                f"placement_file {sites.placement_file} must have (num_layers, num_experts, "
+                f"replication) = {wanted}, got {found}"
+            )
+        return placement
+    if sites.placement_by is not None:
+        from fomoe_ext.placement.coactivation import measured_coactivation  # loads numpy
+
+        counts = measured_coactivation(sites.placement_by)
+        if counts.shape[:2] != (model.num_layers, model.num_experts):
+            raise ValueError(
+                f"placement_by {sites.placement_by} must have the counts of {model.num_layers} "
+                f"layers of {model.num_experts} experts, got {counts.shape[0]} of {counts.shape[1]}"
+            )
+        together = sites.placement == "together"
+        return Placement.from_coactivation(
+            counts, sites.sites, sites.replication, together=together
+        )
+    seed = config.run.seed if sites.placement == "random" else None
+    return _made(*sizes, seed, epoch)
+
+
+@lru_cache(maxsize=8)
+def _made(
+    sites: int, experts: int, layers: int, replication: int, seed: int | None, epoch: int
+) -> Placement:
+    """A placement, made once for all jobs of a plan that have it."""
+    sizes = sites, experts, layers, replication
+    if seed is None:
+        return Placement.cyclic(*sizes)
+    return Placement.random(*sizes, seed=seed, epoch=epoch)
+
+
+def rank_experts(
+    config: TrainConfig, placement: Placement, site: int
+) -> list[tuple[tuple[int, ...], ...]] | None:
+    """By layer and rank, the experts of a site that each rank holds; None = ascending by id.
+
+    Raises ValueError or FileNotFoundError for a load that is not of this model.
+    """
+    sites = config.sites
+    if sites.spread_by is None:
+        return None
+    load = _load_of("spread_by", sites.spread_by, placement)
+    ranks = sites.ranks_per_site // sites.replicas
+    return [
+        spread_experts(placement.resident(layer, site), ranks, load[layer])
+        for layer in range(placement.num_layers)
+    ]
+
+
+def _load_of(name: str, path: Path, placement: Placement) -> list[list[float]]:
+    """The load that a file has of a placement's experts; `name`: of the argument, for an error."""
+    load = measured_load(path)
+    if [len(row) for row in load] != [placement.num_experts] * placement.num_layers:
+        raise ValueError(
+            f"{name} {path} must have the load of {placement.num_layers} layers of "
+            f"{placement.num_experts} experts, got {len(load)} layers"
+        )
+    return load
+
+
+def full_replica(config: TrainConfig) -> TrainConfig:
+    """The same job with every expert on every site."""
+    sites = dataclasses.replace(
+        config.sites,
+        replication=config.sites.sites,
+        placement="cyclic",
+        placement_by=None,
+        placement_file=None,
+        reshuffle_rounds=0,
+        stale_experts=0,
+        stale_by=None,
+    )
+    return dataclasses.replace(config, sites=sites)
+
+
+# ----------------------------------------------------------------------------------------- bytes
+
+
+def model_sizes(model: ModelConfig | ModelSizes) -> wire.Sizes:
+    """Elements outside of the blocks (also of blocks without experts), of a block, of one expert
+    and of one router row."""
+    sizes = sizes_of(model)
+    outside = sizes.counts.dense - sizes.num_layers * sizes.block
+    return wire.Sizes(outside, sizes.block, sizes.expert, sizes.router_row)
+
+
+def site_elements(
+    config: TrainConfig, placement: Placement, site: int
+) -> tuple[wire.GroupElements, ...]:
+    """What a site of a job shares with which owner group, by fragment."""
+    return wire.group_elements(
+        placement,
+        site,
+        model_sizes(config.model),
+        router_scope=config.model.router_scope,
+        selection_bias=config.model.balance == "bias",
+        fragments=config.outer.fragments,
+    )
+
+
+def meeting_bytes(
+    config: TrainConfig, placement: Placement, site: int, round_index: int = 1
+) -> int:
+    """Bytes a site sends in a round, in its meetings (with ddp: in all its steps) and before them.
+
+    `round_index` counts from 1; it matters where moments have periods or experts take turns.
+    """
+    experts = placement.num_layers * placement.num_experts
+    besides = (placement.num_sites - 1) * NOTE_BYTES
+    if stale.is_due(round_index, config.outer.stale_period):
+        besides += copied_bytes(config, placement, site)
+    return besides + wire.round_bytes(
+        site_elements(config, placement, site),
+        placement.num_sites,
+        optimizer=config.outer.optimizer,
+        codec=config.outer.codec,
+        bucket_bytes=config.outer.bucket_bytes,
+        local_steps=config.run.local_steps,
+        clip=config.inner.grad_clip > 0,
+        round_index=round_index,
+        moment_periods=config.outer.moment_periods,
+        moment_codecs=config.outer.resolved_moment_codecs,
+        counted_experts=experts if config.outer.counts_tokens else 0,
+        numbers=wire.site_numbers(config.inner.uneven_steps, config.outer.clip_delta),
+        staged=config.fault.tolerant,
+        expert_turns=config.outer.expert_turns,
+    )
+
+
+def copied_bytes(config: TrainConfig, placement: Placement, site: int) -> int:
+    """Bytes a site sends to refresh the frozen copies of experts that others keep."""
+    count, expert = copies_per_layer(config), sizes_of(config.model).expert
+    if not count:
+        return 0
+    if placement.replication == 1 and count == placement.num_experts - placement.experts_per_site:
+        # Everyone gets everything from the only one that has it.
+        sends = (placement.num_sites - 1) * placement.experts_per_site * placement.num_layers
+        return sends * stale.copy_bytes(config.outer.stale_codec, expert)
+    wanted = wanted_copies(config, placement)
+    sizes = [expert] * placement.num_layers
+    return stale.refresh_bytes(placement, wanted, site, sizes, config.outer.stale_codec)
+
+
+def wanted_copies(config: TrainConfig, placement: Placement) -> stale.Wanted:
+    """By layer and site, the absent experts of which it computes frozen copies.
+
+    A file of loads is read once: what is written to it later is of no account to this process.
+    Raises ValueError or FileNotFoundError for a load that is not of this model.
+    """
+    sites = config.sites
+    load = None if sites.stale_by is None else _stale_load(sites.stale_by, placement)
+    return stale.wanted_copies(placement, sites.stale_experts, load)
+
+
+@lru_cache(maxsize=8)
+def _stale_load(path: Path, placement: Placement) -> list[list[float]]:
+    return _load_of("stale_by", path, placement)
+
+
+def copies_per_layer(config: TrainConfig) -> int:
+    """Experts of a layer of which a site computes frozen copies."""
+    sites, experts = config.sites, config.model.num_experts
+    if sites.stale_experts < 0:
+        return experts - experts * sites.replication // sites.sites
+    return sites.stale_experts
+
+
+def stale_share(config: TrainConfig) -> float:
+    """Share of a layer's experts, 0..1, of which a site computes frozen copies."""
+    return copies_per_layer(config) / config.model.num_experts
+
+
+def moved_bytes(config: TrainConfig, placement: Placement, new: Placement, site: int) -> int:
+    """Bytes a site sends when a new placement comes into force."""
+    return wire.reshuffle_bytes(
+        placement,
+        new,
+        site,
+        model_sizes(config.model),
+        optimizer=config.outer.optimizer,
+        router_scope=config.model.router_scope,
+        selection_bias=config.model.balance == "bias",
+        outer_momentum=config.outer.resolved_momentum > 0,
+        inner_moments=2 if config.sites.reshuffle_moments == "carry" else 0,
+    )
+
+
+def shadow_bytes(config: TrainConfig, placement: Placement, site: int) -> int:
+    """Bytes a site sends in a round to refresh shadow copies; 0 where there are none."""
+    if not config.fault.shadow_experts:
+        return 0
+    return wire.shadow_bytes(placement, site, _shadow_elements(config))
+
+
+def shadow_memory(config: TrainConfig, placement: Placement, site: int) -> int:
+    """Bytes of the shadow copies that a site keeps, in host memory; 0 where there are none."""
+    if not config.fault.shadow_experts:
+        return 0
+    return wire.shadow_memory(placement, site, _shadow_elements(config))
+
+
+def _shadow_elements(config: TrainConfig) -> int:
+    return wire.shadow_elements(
+        model_sizes(config.model),
+        router_scope=config.model.router_scope,
+        selection_bias=config.model.balance == "bias",
+        outer_momentum=config.outer.resolved_momentum > 0,
+    )
+
+
+def full_replica_bytes(config: TrainConfig, rounds: int, first: int = 0) -> int:
+    """Bytes a site would send in `rounds` rounds of the same job with all experts everywhere, but
+    for the `first` of them."""
+    replica = full_replica(config)
+    placement = job_placement(replica)
+    return sum(meeting_bytes(replica, placement, 0, index + 1) for index in range(first, rounds))
+
+
+def ddp_bytes(config: TrainConfig, steps: int) -> int:
+    """Bytes a site would send in `steps` steps of plain DDP: all gradients, fp32, every step."""
+    total = sizes_of(config.model).counts.total
+    sites, bucket = config.sites.sites, config.outer.bucket_bytes
+    return steps * wire.all_reduce_bytes(total, sites, "fp32", bucket)

@@ -1,0 +1,381 @@
+"""The report at the end of a run: report.json for machines, report.md and the terminal for people.
+
+Both renderings are made of the same tables, and the tables of nothing but report.json's content.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from fomoe_ext.files.atomic import sealed, write_text
+from fomoe_ext.files.unwritten import Unwritten
+from fomoe_ext.report.metrics import human_bytes, human_count
+from fomoe_ext.report.story import what
+
+_MOST_EXPERTS, _MOST_LAYERS = 64, 8
+"""Up to so many experts and layers the load of each expert is shown."""
+
+
+class ReportTable(NamedTuple):
+    """A titled table of text, with a note below; the first column is text, the others numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+def _ratio(whole: float, part: float) -> str:
+    if not part:
+        return "-" if not whole else "all saved"
+    return f"{whole / part:.2f}x"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s"
+
+
+def _result(report: Mapping[str, Any]) -> ReportTable:
+    validation, run = report["validation"], report["run"]
+    first = report.get("first_validation")
+    rows = [
+        ("validation loss", f"{validation['loss']:.4f} nats/token"),
+        ("validation bits per byte", f"{validation['bits_per_byte']:.3f}"),
+        ("validation tokens", human_count(validation["tokens"])),
+        ("training tokens, all sites", human_count(run["tokens"])),
+        ("rounds x local steps", f"{run['rounds']} x {run['local_steps']}"),
+        ("time, from start to report", _seconds(run["wall_s"])),
+    ]
+    if run["sites"] > 1:
+        healed = sum(site["healed"] for site in report["sites"])
+        rows.append(("same bits on all holders", f"after {run['agreements']} meetings"))
+        if healed:
+            rows.append(("tensors restored from a majority", str(healed)))
+    rows += _checkpoints(report)
+    if first is not None:
+        text = f"{first['bits_per_byte']:.3f} after round {first['round']}"
+        rows.insert(2, ("earliest bits per byte", text))
+    ranks = f" of {run['ranks_per_site']} ranks" if run.get("ranks_per_site", 1) > 1 else ""
+    note = f"{run['sites']} sites{ranks}, replication {run['replication']}, {run['data']}"
+    if run.get("from_round"):
+        note += (
+            f". Bytes, tokens and times are since round {run['from_round']}, when the job was "
+            "resumed with other sites or another placement"
+        )
+    return ReportTable("Result", ("", ""), tuple(rows), note)
+
+
+def _checkpoints(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What checkpoints during the training cost it, where there were some."""
+    sites = report["sites"]
+    failed = max(site.get("checkpoints_failed", 0) for site in sites)
+    rows = [("checkpoints that could not be written", str(failed))] if failed else []
+    during = max(site.get("checkpoints", 0) for site in sites)
+    slowest = max(sites, key=lambda site: site.get("checkpoint_s", 0.0))
+    rounds = report["run"]["rounds"] - report["run"].get("from_round", 0)
+    training = slowest["local_s"] + slowest["meeting_s"]
+    if during and rounds and training:
+        each = slowest["checkpoint_s"] / during
+        share = each / (training / rounds)
+        text = f"{each * 1e3:.1f} ms each, {share:.1%} of a round ({during} checkpoints)"
+        rows.append(("training waited for checkpoints", text))
+    return rows
+
+
+def _time(report: Mapping[str, Any]) -> ReportTable:
+    rows, uneven = [], report["run"].get("uneven_steps", False)
+    for site in report["sites"]:
+        busy = site["local_s"] + site["meeting_s"]
+        rows.append(
+            (
+                f"site {site['site']}",
+                _seconds(site["local_s"]),
+                _seconds(site["meeting_s"]),
+                f"{site['local_s'] / busy:.1%}" if busy else "-",
+                _seconds(site["exchange_s"]),
+                _hidden(site),
+                _seconds(site["validation_s"]),
+                human_count(site["tokens"] / site["local_s"]) if site["local_s"] else "-",
+                f"{site['skipped_share']:.1%}",
+                *([str(site["steps"] - site["from_step"])] if uneven else []),
+            )
+        )
+    return ReportTable(
+        "Time and skipping",
+        (
+            "",
+            "local steps",
+            "meetings",
+            "training share",
+            "exchange",
+            "hidden",
+            "validation",
+            "tokens/s",
+            "skipped slots",
+            *(["steps taken"] if uneven else []),
+        ),
+        tuple(rows),
+        "A meeting includes waiting for the slowest site. Exchange: from the first byte to the "
+        "last; hidden: the share of it that passed during local steps"
+        f"{_spread(report['run'])}.{_link(report['run'])} Skipped slots cost no arithmetic."
+        f"{_UNEVEN if uneven else ''}{_turns(report['run'])}",
+    )
+
+
+_UNEVEN = (
+    " Slower sites took fewer local steps, and their deltas weighed as many tokens as they had "
+    "trained on."
+)
+
+
+def _turns(run: Mapping[str, Any]) -> str:
+    turns = run.get("expert_turns", 1)
+    if turns == 1:
+        return ""
+    return f" Experts took turns: each met in one of {turns} meetings, {run['turn_order']} first."
+
+
+def _hidden(site: Mapping[str, Any]) -> str:
+    """The share of exchanges during which the site went on."""
+    whole = site["exchange_s"]
+    return f"{max(0.0, 1 - site['meeting_s'] / whole):.1%}" if whole else "-"
+
+
+def _spread(run: Mapping[str, Any]) -> str:
+    if not run["overlap"] and run["fragments"] == 1:
+        return " (none without overlap)"
+    return f" ({run['fragments']} fragments, {run['overlap']} steps of overlap)"
+
+
+def _link(run: Mapping[str, Any]) -> str:
+    return f" Link: {run['link']}." if run["link"] else ""
+
+
+def _bytes(report: Mapping[str, Any]) -> ReportTable:
+    rows = []
+    for site in report["sites"]:
+        sent, plan = site["bytes_sent"], site["planned"]
+        rows.append(
+            (
+                f"site {site['site']}",
+                human_bytes(sent),
+                human_bytes(plan["bytes"]),
+                human_bytes(plan["full_replica_bytes"]),
+                human_bytes(plan["ddp_bytes"]),
+                _ratio(plan["full_replica_bytes"], sent),
+                _ratio(plan["ddp_bytes"], sent),
+            )
+        )
+    difference = sum(s["bytes_sent"] - s["planned"]["bytes"] for s in report["sites"])
+    agree = "equal" if not difference else f"differ by {difference} bytes over all sites"
+    moved = sum(site["moved_bytes"] for site in report["sites"])
+    validating = sum(site["validation_bytes"] for site in report["sites"])
+    return ReportTable(
+        "Bytes sent by each site in meetings",
+        ("", "counted", "predicted", "full replica", "DDP", "vs full replica", "vs DDP"),
+        tuple(rows),
+        f"Counted and predicted {agree}. Full replica and DDP: the same tokens and steps. "
+        f"Besides, all sites sent {human_bytes(moved)} for experts that moved and "
+        f"{human_bytes(validating)} to validate.",
+    )
+
+
+def shown_parts(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    """Columns of a table of these rows; what only jobs with frozen or shadow copies have, only with
+    them."""
+    special = ("stale_copies", "stale_experts", "shadow_copies")
+    return [part for part in rows[0] if part not in special or any(row[part] for row in rows)]
+
+
+def _memory(report: Mapping[str, Any]) -> ReportTable:
+    whole = report["full_replica_memory"]
+    parts = shown_parts([whole, *(site["memory"] for site in report["sites"])])
+    full = {part: whole[part] for part in parts}
+    rows = [
+        (f"site {site['site']}", *(human_bytes(site["memory"][part]) for part in full))
+        for site in report["sites"]
+    ]
+    rows.append(("full replica", *(human_bytes(size) for size in full.values())))
+    mean = [sum(s["memory"][p] for s in report["sites"]) / len(report["sites"]) for p in full]
+    shares = (
+        f"{size / whole:.1%}" if whole else "-"
+        for size, whole in zip(mean, full.values(), strict=True)
+    )
+    rows.append(("site / full", *shares))
+    names = (part.replace("_", " ") for part in full)
+    counts = report["model_parameters"]
+    return ReportTable(
+        "Parameter and optimizer memory",
+        ("", *names),
+        tuple(rows),
+        f"The model has {human_count(counts['total'])} parameters, "
+        f"{counts['sparse'] / counts['total']:.0%} of them in experts. Counted from tensors held"
+        f"{_of_ranks(report)}.",
+    )
+
+
+def _of_ranks(report: Mapping[str, Any]) -> str:
+    if report["run"].get("ranks_per_site", 1) == 1:
+        return ""
+    largest = max(site["rank_memory"] for site in report["sites"])
+    return f", by all ranks of a site; no rank holds more than {human_bytes(largest)}"
+
+
+def _load(report: Mapping[str, Any]) -> ReportTable:
+    loads: Sequence[Sequence[int]] = report["validation"]["load"]
+    num_experts = len(loads[0])
+    shares = []
+    for load in loads:
+        mean = sum(load) / num_experts or 1.0
+        shares.append([count / mean for count in load])
+    spreads = [math.sqrt(sum((s - 1) ** 2 for s in row) / num_experts) for row in shares]
+    title = "Load per expert on validation text"
+    note = "Slots that chose an expert, 1 = an even share. Spread: standard deviation over experts."
+    cell = "{:.2f}".format
+    if num_experts <= _MOST_EXPERTS and len(loads) <= _MOST_LAYERS:
+        rows = [(f"expert {e}", *(cell(row[e]) for row in shares)) for e in range(num_experts)]
+        rows.append(("spread", *map(cell, spreads)))
+        return ReportTable(
+            title, ("", *(f"layer {n}" for n in range(len(loads)))), tuple(rows), note
+        )
+    rows = [
+        (f"layer {n}", cell(min(row)), cell(max(row)), cell(spread))
+        for n, (row, spread) in enumerate(zip(shares, spreads, strict=True))
+    ]
+    return ReportTable(title, ("", "least", "most", "spread"), tuple(rows), note)
+
+
+def _clipped(report: Mapping[str, Any]) -> ReportTable:
+    rows = [
+        (
+            f"site {site['site']}",
+            str(site["clipped"]),
+            f"{site['least_factor']:.3g}" if site["clipped"] else "-",
+            str(site["left_out"]),
+        )
+        for site in report["sites"]
+    ]
+    limit = report["run"]["clip_delta"]
+    return ReportTable(
+        "Deltas that were scaled down or left out",
+        ("", "scaled down", "smallest factor", "left out"),
+        tuple(rows),
+        f"In so many meetings: scaled down where longer than {limit:g} times the median of all "
+        "sites', left out where NaN or infinite. This helps against accidents, not against a site "
+        "that wants to do harm.",
+    )
+
+
+def _routing(report: Mapping[str, Any]) -> ReportTable:
+    routing = report["routing"]
+    share = lambda value: "-" if value is None else f"{value:.1%}"
+    return ReportTable(
+        "Routing of the probe at the last meeting",
+        ("", ""),
+        (
+            ("same choices on two sites, before the meeting", share(routing["between_sites"])),
+            ("same choices as a meeting ago", share(routing["between_rounds"])),
+            ("entropy of a token's scores", f"{routing['entropy']:.3f} nats"),
+            ("load, standard deviation / mean", f"{routing['load_variation']:.2f}"),
+            ("experts that no token chose", str(routing["dead_experts"])),
+        ),
+    )
+
+
+def arithmetic_table(flops: Mapping[str, Mapping[str, float]]) -> ReportTable:
+    """FLOPs per token by kind of job and part of the model."""
+    parts = shown_parts(list(flops.values()))
+    rows = [(kind, *(f"{human_count(row[part])}" for part in parts)) for kind, row in flops.items()]
+    names = (part.replace("_", " ") for part in parts)
+    return ReportTable("FLOPs per token (model)", ("", *names), tuple(rows))
+
+
+def report_tables(report: Mapping[str, Any]) -> list[ReportTable]:
+    """The tables of a report."""
+    makers = (_result, _bytes, _memory, _time)
+    tables = [make(report) for make in makers]
+    if report["run"].get("clip_delta"):
+        tables.append(_clipped(report))
+    tables += [arithmetic_table(report["flops_per_token"]), _load(report)]
+    if report.get("story"):
+        tables.insert(1, _story(report))
+    return [*tables, _routing(report)] if report.get("routing") else tables
+
+
+def _story(report: Mapping[str, Any]) -> ReportTable:
+    """Which sites were lost and came, and what it cost."""
+    rows = [
+        (
+            what(event),
+            str(event["round"]),
+            ", ".join(map(str, event["members"])),
+            _seconds(event["seconds"]),
+        )
+        for event in report["story"]
+    ]
+    sites, run = report["sites"], report["run"]
+    slowest = max(site.get("recovery_s", 0.0) for site in sites)
+    moved = sum(site.get("recovery_bytes", 0) for site in sites)
+    busy = max(site["local_s"] + site["meeting_s"] for site in sites)
+    note = f"All sites sent {human_bytes(moved)} to share out experts anew."
+    if busy + slowest:
+        note += f" Training was {busy / (busy + slowest):.1%} of training and recovery"
+        note += f" ({run['rounds']} rounds)."
+    columns = ("What happened to the sites", "after round", "goes on with", "after")
+    return ReportTable("Sites that were lost and came", columns, tuple(rows), note)
+
+
+def markdown_table(table: ReportTable) -> str:
+    """A table as Markdown, with its title as a heading."""
+    lines = [f"## {table.title}", "", "| " + " | ".join(table.columns) + " |"]
+    lines.append("|" + "|".join(["---"] + ["---:"] * (len(table.columns) - 1)) + "|")
+    lines += ["| " + " | ".join(row) + " |" for row in table.rows]
+    if table.note:
+        lines += ["", table.note]
+    return "\n".join(lines)
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as Markdown."""
+    tables = "\n\n".join(markdown_table(table) for table in report_tables(report))
+    return f"# Run {report['run']['name']}\n\n{tables}\n"
+
+
+def print_tables(tables: Sequence[ReportTable], console: Console) -> None:
+    """Tables on a terminal, or as plain text where there is none."""
+    for table in tables:
+        shown = Table(title=table.title, caption=table.note or None, title_justify="left")
+        shown.caption_justify = "left"
+        for i, column in enumerate(table.columns):
+            shown.add_column(column, justify="right" if i else "left")
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown)
+
+
+def print_report(report: Mapping[str, Any], console: Console) -> None:
+    """The report on a terminal, or as plain text where there is none."""
+    print_tables(report_tables(report), console)
+
+
+def write_report(run_dir: Path, report: Mapping[str, Any], unwritten: Unwritten) -> None:
+    """Write report.json, sealed, and report.md into the run folder, each whole or not at all.
+
+    `unwritten`: notes what cannot be written.
+    """
+    texts = {
+        "report.json": json.dumps(sealed(report), indent=1) + "\n",
+        "report.md": markdown(report),
+    }
+    for name, text in texts.items():
+        try:
+            write_text(run_dir / name, text)
+        except OSError as error:
+            unwritten.note(run_dir / name, error)

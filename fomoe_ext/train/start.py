@@ -1,0 +1,192 @@
+"""How the processes of a job agree where it starts: the run folder, the checkpoint, the text, and
+what of the configuration is another than before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fomoe_ext.checkpoint import manifest as ckpt
+from fomoe_ext.checkpoint.publish import clear_leftovers
+from fomoe_ext.config.effects import changes, check_changes
+from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.data.sequences import TextData, open_job_data
+from fomoe_ext.fault.lighthouse import LIGHTHOUSE
+from fomoe_ext.files.folder_lock import Held
+from fomoe_ext.launch.world import World, with_others
+from fomoe_ext.outer.groups import gather_objects
+from fomoe_ext.report.runs import (
+    AUTO,
+    CHECKPOINTS,
+    CONFIG,
+    HELD,
+    Job,
+    check_folder,
+    claim,
+    join_folder,
+    load_run_config,
+    run_of,
+)
+from fomoe_ext.train.job import learning_rate
+
+_SCHEDULE_POINTS = 1000
+"""At so many steps courses of the learning rate are compared."""
+
+
+def open_text(config: TrainConfig, world: World) -> TextData:
+    """The text; the first site of a machine encodes it for the others."""
+
+    def read() -> TextData:
+        return open_job_data(config, check=world.leads_machine)
+
+    opened, problem = None, None
+    for turn in (world.leads_machine, not world.leads_machine):
+        if turn:
+            try:
+                opened = read()
+            except (ValueError, TypeError, OSError, RuntimeError) as error:
+                problem = error
+        agree(problem, world, "the data")
+    assert opened is not None
+    return opened
+
+
+def gather(value: Any, world: World, what: str) -> list[Any]:
+    """Everyone's value, by process; `what` is waited for if one is lost."""
+    with with_others(what, world.site):
+        return gather_objects(value, world.processes)
+
+
+class OtherSiteFailed(RuntimeError):
+    """A site could not begin; it says why itself."""
+
+
+def agree(problem: Exception | None, world: World, what: str) -> None:
+    """Raises this site's problem, or OtherSiteFailed when another one has one; a collective."""
+    problems = gather(str(problem) if problem else "", world, what)
+    if problem is not None:
+        raise problem
+    for process, text in enumerate(problems):
+        if text:
+            raise OtherSiteFailed(f"site {process // world.ranks}: {text}")
+
+
+class Start(NamedTuple):
+    """The configuration with site 0's run folder, the checkpoint to continue, and what to say."""
+
+    config: TrainConfig
+    resumed: Path | None
+    notes: list[str]
+
+
+def job_name(config: TrainConfig) -> str | None:
+    """What the processes of a job that are started one by one, or by `fomoe train`, call it."""
+    lighthouse = None
+    if config.fault.membership == "torchft":
+        lighthouse = config.fault.lighthouse or os.environ.get(LIGHTHOUSE)
+    return os.environ.get(HELD, f"lighthouse {lighthouse}" if lighthouse else None)
+
+
+def _hold_folder(job: Job, world: World, stack: ExitStack) -> TrainConfig:
+    """The configuration with site 0's run folder, which all processes hold until `stack` ends; a
+    collective."""
+    config, name = job.config, job_name(job.config)
+    held: Held | None = None
+    problem: Exception | None = None
+    if world.process == 0:
+        try:
+            if name is None:
+                config, held, _ = claim(job)
+            else:
+                assert config.run.run_dir is not None
+                held = join_folder(config.run.run_dir, name)
+                check_folder(config)
+        except (ValueError, OSError) as error:
+            problem = error
+    if held is not None:
+        stack.callback(held.release)
+    agree(problem, world, "the run folder")
+    told = None if held is None else [str(config.run.run_dir), held.job]
+    named, name = gather(told, world, "the run folder")[0]
+    run_dir = Path(named)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, run_dir=run_dir))
+    try:
+        if held is None:
+            stack.callback(join_folder(run_dir, name).release)
+        if world.leads_machine:
+            clear_leftovers(run_dir / CHECKPOINTS)
+    except (ValueError, OSError) as error:
+        problem = error
+    agree(problem, world, "the run folder")
+    return config
+
+
+def agree_on_run(job: Job, world: World, stack: ExitStack) -> Start:
+    """From where the job starts, the same on all sites; a collective. `stack`: the end of which
+    lets go of the run folder."""
+    config = _hold_folder(job, world, stack)
+    run_dir = config.run.run_dir
+    if config.run.resume is None:
+        return Start(config, None, [])
+    automatic = config.run.resume == AUTO
+    assert run_dir is not None
+    target = run_dir if automatic else Path(config.run.resume)
+    share = (world.local_process, world.local_processes)
+    if not automatic and run_of(target) != target:  # a checkpoint by name
+        with with_others("the checkpoint", world.site):
+            ckpt.require_whole_everywhere(target, world.processes, share)
+        return Start(config, target, [])
+    with with_others("the checkpoint", world.site):
+        found = ckpt.newest_whole(target / CHECKPOINTS, world.processes, share=share)
+    notes = [f"skipped: {reason}" for reason in found.skipped]
+    if found.path is None and not automatic:
+        raise ckpt.CheckpointError(
+            f"there is no whole checkpoint to resume in {target / CHECKPOINTS} "
+            f"({'; '.join(found.skipped) or 'it has none'})"
+        )
+    if found.path is None:
+        notes.append(f"no whole checkpoint in {target / CHECKPOINTS}: from the beginning")
+    return Start(config, found.path, notes)
+
+
+def settle_changes(config: TrainConfig, world: World, resumed: Path | None) -> dict[str, Any]:
+    """What of a run's configuration is another from now on; a collective.
+
+    Raises ValueError, on all processes something, for what cannot change.
+    """
+    problem: Exception | None = None
+    found: dict[str, Any] = {}
+    if resumed is not None and world.process == 0:
+        try:
+            assert config.run.run_dir is not None
+            file = config.run.run_dir / CONFIG
+            old = load_run_config(config.run.run_dir) if file.is_file() else None
+            done = ckpt.read_manifest(resumed).round
+            found = {} if old is None else changes(old, config)
+            check_changes(old, config, done)
+            if old is not None:
+                _check_schedule(old, config, done)
+        except (ValueError, TypeError, OSError, ckpt.CheckpointError) as error:
+            problem = error
+    agree(problem, world, "the configuration")
+    return found
+
+
+def _check_schedule(old: TrainConfig, new: TrainConfig, done: int) -> None:
+    """Raises ValueError for a change of the learning rate's course that changes none of what is
+    left of it, after so many rounds."""
+    each = new.run.local_steps
+    first, total = done * each, new.run.resolved_rounds * each
+    left = range(first, total, max(1, (total - first) // _SCHEDULE_POINTS))
+    course = lambda inner: [learning_rate(inner, step, total) for step in left]
+    for name in ("warmup_steps", "schedule", "min_lr_ratio", "inner_lr"):
+        before = dataclasses.replace(new.inner, **{name: getattr(old.inner, name)})
+        if left and before != new.inner and course(before) == course(new.inner):
+            raise ValueError(
+                f"inner.{name} has no effect any more: in the rounds that are left the learning "
+                "rate would be the same"
+            )

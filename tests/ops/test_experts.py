@@ -1,0 +1,667 @@
+"""The expert verbs against their fp64 definitions: expand, contract, moe_experts and gradients."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import pytest
+import reference
+import torch
+from torch import Tensor
+
+from fomoe_ext import _C, ops
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+fomoe = torch.ops.fomoe
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Normalised error allowed: a few roundings of the storage type.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+class Sizes(NamedTuple):
+    """Tokens, hidden size, expert size, experts, resident experts, slots per token."""
+
+    tokens: int
+    hidden: int
+    expert: int
+    experts: int
+    residents: int
+    top_k: int
+
+
+SIZES = {
+    "odd": Sizes(53, 37, 21, 5, 3, 3),
+    "one of each": Sizes(1, 1, 1, 1, 1, 1),
+    "vector ends": Sizes(40, 33, 17, 4, 4, 2),
+    "more than one block": Sizes(110, 270, 530, 3, 2, 2),
+    "more than one item": Sizes(900, 20, 9, 3, 2, 2),
+    "more experts than slots": Sizes(3, 24, 16, 40, 30, 2),
+    "no tokens": Sizes(0, 24, 16, 4, 4, 2),
+    "no residents": Sizes(9, 24, 16, 4, 0, 2),
+}
+
+
+class Inputs(NamedTuple):
+    x: Tensor
+    weights: Tensor
+    table: ops.RowTable
+    expand_weight: Tensor
+    contract_weight: Tensor
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def chosen_experts(sizes: Sizes, routing: str, seed: int = 0) -> Tensor:
+    """Experts [T, K], distinct per token: evenly drawn, or all tokens on expert 0 first."""
+    scores = draw(sizes.tokens, sizes.experts, seed=seed)
+    if routing == "one hot expert" and sizes.experts:
+        scores[:, 0] += 100.0
+        scores[:, -1] -= 100.0  # an expert without rows
+    return scores.argsort(1, descending=True)[:, : sizes.top_k].int()
+
+
+def make(
+    sizes: Sizes,
+    activation: str = "swiglu",
+    dtype: torch.dtype = torch.float32,
+    routing: str = "even",
+) -> Inputs:
+    """Random inputs; the first resident experts of `sizes` are resident."""
+    gates = 2 if ops.is_gated(activation) else 1
+    index = torch.full((sizes.experts,), -1, dtype=torch.int32)
+    index[: sizes.residents] = torch.arange(sizes.residents, dtype=torch.int32)
+    expand = draw(sizes.residents, gates * sizes.expert, sizes.hidden, seed=1)
+    contract = draw(sizes.residents, sizes.hidden, sizes.expert, seed=2)
+    return Inputs(
+        draw(sizes.tokens, sizes.hidden, seed=3).to(dtype),
+        draw(sizes.tokens, sizes.top_k, seed=4),
+        ops.compact(chosen_experts(sizes, routing), index, sizes.residents),
+        (expand * sizes.hidden**-0.5).to(dtype),
+        (contract * sizes.expert**-0.5).to(dtype),
+    )
+
+
+def rows_of(inputs: Inputs) -> int:
+    return int(inputs.table.offsets[-1])
+
+
+def exact(*tensors: Tensor) -> list[Tensor]:
+    """Leaves of the same values in fp64."""
+    return [t.detach().double().requires_grad_() for t in tensors]
+
+
+def leaves(*tensors: Tensor) -> list[Tensor]:
+    return [t.detach().clone().requires_grad_() for t in tensors]
+
+
+def assert_near(got: Tensor, wanted: Tensor, tolerance: float, what: str = "") -> None:
+    """The root mean square of the difference is within tolerance of that of what is wanted."""
+    assert got.shape == wanted.shape, what
+    assert got.isfinite().all(), what
+    if got.numel() == 1:  # no average over roundings
+        tolerance *= 3
+    difference = (got.detach().double() - wanted.detach()).norm()
+    assert difference <= tolerance * wanted.detach().norm() + 1e-30, what
+
+
+def poison_memory() -> None:
+    """Leaves NaN where the next outputs are likely to be allocated."""
+    for size in (1 << 8, 1 << 12, 1 << 16, 1 << 20):
+        _ = [torch.full((size,), torch.nan) for _ in range(4)]
+
+
+# ---- values and gradients ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("routing", ["even", "one hot expert"])
+@pytest.mark.parametrize("name", SIZES)
+def test_moe_experts_matches_fp64(
+    name: str, routing: str, activation: str, dtype: torch.dtype
+) -> None:
+    inputs = make(SIZES[name], activation, dtype, routing)
+    check_moe_experts(inputs, activation)
+
+
+def check_moe_experts(inputs: Inputs, activation: str) -> None:
+    """Value and all gradients of moe_experts."""
+    dtype, table = inputs.x.dtype, inputs.table
+    tensors = (inputs.x, inputs.weights, inputs.expand_weight, inputs.contract_weight)
+    mine, theirs = leaves(*tensors), exact(*tensors)
+    grad_y = draw(*inputs.x.shape, seed=5).to(dtype)
+    poison_memory()
+    y = ops.moe_experts(*mine[:2], table, *mine[2:], activation)
+    grads = torch.autograd.grad(y, mine, grad_y)
+    wanted = reference.moe_experts(*theirs[:2], table, *theirs[2:], activation)
+    wanted_grads = torch.autograd.grad(wanted, theirs, grad_y.double(), materialize_grads=True)
+    assert y.dtype == dtype
+    assert_near(y, wanted, TOLERANCE[dtype], "y")
+    names = ("x", "weights", "expand_weight", "contract_weight")
+    for what, leaf, got, exact_grad in zip(names, mine, grads, wanted_grads, strict=True):
+        assert got.dtype == leaf.dtype
+        assert_near(got, exact_grad, 2 * TOLERANCE[dtype], what)
+    skipped = table.row_of_slot < 0
+    assert (grads[1][skipped] == 0).all()
+    assert (y[skipped.all(1)] == 0).all() and (grads[0][skipped.all(1)] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("name", SIZES)
+def test_single_verbs_match_fp64(name: str, activation: str, dtype: torch.dtype) -> None:
+    """expand and contract by themselves; no undefined rows in values or gradients."""
+    inputs = make(SIZES[name], activation, dtype)
+    table, slots = inputs.table, inputs.table.token_of_row.shape[0]
+    act_in = draw(slots, SIZES[name].expert, seed=6).to(dtype)
+    cases: list[tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, Tensor]]] = [
+        (
+            lambda x, w: ops.expand(x, w, table, activation),
+            lambda x, w: reference.expand(x, w, table, activation),
+            (inputs.x, inputs.expand_weight),
+        ),
+        (
+            lambda act, w: ops.contract(act, w, table),
+            lambda act, w: reference.contract(act, w, table),
+            (act_in, inputs.contract_weight),
+        ),
+    ]
+    for ours, definition, tensors in cases:
+        mine, theirs = leaves(*tensors), exact(*tensors)
+        poison_memory()
+        got = ours(*mine)
+        wanted = definition(*theirs) + 0 * theirs[1].sum()  # differentiable without rows, too
+        assert got.dtype == dtype
+        assert_near(got, wanted, TOLERANCE[dtype])
+        assert (got[rows_of(inputs) :] == 0).all()
+        grad = draw(*got.shape, seed=7).to(dtype)
+        grads = torch.autograd.grad(got, mine, grad)
+        exact_grads = torch.autograd.grad(wanted, theirs, grad.double(), materialize_grads=True)
+        for mine_grad, exact_grad in zip(grads, exact_grads, strict=True):
+            assert_near(mine_grad, exact_grad, 2 * TOLERANCE[dtype])
+
+
+def test_the_three_verbs_in_a_row_equal_the_fused_one() -> None:
+    inputs = make(SIZES["odd"])
+    act = ops.expand(inputs.x, inputs.expand_weight, inputs.table)
+    rows = ops.contract(act, inputs.contract_weight, inputs.table)
+    y = ops.combine(rows, inputs.weights, inputs.table)
+    assert torch.equal(y, ops.moe_experts(*inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_grouped_rows_and_weight_grad_match_fp64(dtype: torch.dtype) -> None:
+    inputs = make(SIZES["odd"], dtype=dtype, routing="one hot expert")
+    table, rows = inputs.table, rows_of(inputs)
+    offsets, slots = table.offsets.tolist(), table.token_of_row.shape[0]
+    left, right = draw(slots, 37, seed=8).to(dtype), draw(slots, 21, seed=9).to(dtype)
+    left[rows:], right[rows:] = torch.nan, torch.nan  # rows that do not exist
+    weight = draw(3, 37, 19, seed=10).to(dtype)
+
+    got = fomoe.grouped_rows(left, weight, table.offsets, table.tiles)[:rows]
+    parts = [
+        left[begin:end].double() @ weight[e].double()
+        for e, (begin, end) in enumerate(pairwise(offsets))
+    ]
+    assert_near(got, torch.cat(parts), TOLERANCE[dtype])
+
+    tokens = table.token_of_row[:rows].long()
+    for left_index, right_index in ((False, False), (True, False), (False, True), (True, True)):
+        lines = [
+            side[tokens] if gathered else side[:rows]
+            for side, gathered in ((left, left_index), (right, right_index))
+        ]
+        parts = [
+            lines[0][begin:end].double().T @ lines[1][begin:end].double()
+            for begin, end in pairwise(offsets)
+        ]
+        poison_memory()
+        got = fomoe.weight_grad(
+            left,
+            right,
+            table.token_of_row if left_index else None,
+            table.token_of_row if right_index else None,
+            table.offsets,
+        )
+        assert_near(got, torch.stack(parts), TOLERANCE[dtype])
+        assert [begin == end for begin, end in pairwise(offsets)] == [
+            bool((part == 0).all()) for part in got
+        ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("name", ["odd", "more than one block"])
+def test_contract_backward_matches_fp64(name: str, activation: str, dtype: torch.dtype) -> None:
+    inputs = make(SIZES[name], activation, dtype)
+    table, rows = inputs.table, rows_of(inputs)
+    grad_y = draw(*inputs.x.shape, seed=11).to(dtype)
+    _, preact = fomoe.expand(
+        inputs.x,
+        inputs.expand_weight,
+        None,
+        table.token_of_row,
+        table.row_of_slot,
+        table.offsets,
+        table.tiles,
+        ops.ACTIVATIONS[activation],
+        True,
+    )
+    grad_preact, scaled_act, grad_weights = fomoe.contract_backward(
+        grad_y,
+        inputs.contract_weight,
+        None,
+        preact,
+        inputs.weights,
+        table.token_of_row,
+        table.slot_of_row,
+        table.offsets,
+        table.tiles,
+        ops.ACTIVATIONS[activation],
+    )
+    exact_preact, exact_weights = exact(preact, inputs.weights)
+    act = reference.activate(exact_preact, activation)
+    y = reference.combine(
+        reference.contract(act, inputs.contract_weight.double(), table), exact_weights, table
+    )
+    wanted = torch.autograd.grad(y, (exact_preact, exact_weights), grad_y.double())
+    of_row = exact_weights.flatten()[table.slot_of_row[:rows].long(), None]
+    assert_near(grad_preact[:rows], wanted[0][:rows], 2 * TOLERANCE[dtype])
+    assert_near(grad_weights, wanted[1], 2 * TOLERANCE[dtype])
+    assert_near(scaled_act[:rows], of_row * act[:rows], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+def test_activation_backward_matches_fp64(activation: str, dtype: torch.dtype) -> None:
+    width = 19 * (2 if ops.is_gated(activation) else 1)
+    preact = (4 * draw(70, width, seed=12)).to(dtype)
+    grad_act = draw(70, 19, seed=13).to(dtype)
+    offsets = torch.tensor([0, 20, 20, 61], dtype=torch.int32)
+    number = ops.ACTIVATIONS[activation]
+    got = fomoe.activation_backward(grad_act, preact, offsets, number)[:61]
+    (exact_preact,) = exact(preact)
+    act = reference.activate(exact_preact, activation)
+    (wanted,) = torch.autograd.grad(act, exact_preact, grad_act.double())
+    assert_near(got, wanted[:61], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+def test_activations_at_their_ends(activation: str) -> None:
+    """Large pre-activations neither overflow nor lose the slope."""
+    values = torch.tensor([-1e4, -120.0, -88.0, -20.0, -1e-6, 0.0, 1e-6, 20.0, 88.0, 120.0, 1e4])
+    preact = values[:, None]
+    if ops.is_gated(activation):
+        preact = torch.cat([preact, torch.full_like(preact, 0.5)], 1)
+    rows = preact.shape[0]
+    weight = torch.ones(1, 1, 1)
+    table = ops.compact(
+        torch.zeros(rows, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32), 1
+    )
+    got = fomoe.activation_backward(
+        torch.ones(rows, 1), preact, table.offsets, ops.ACTIVATIONS[activation]
+    )
+    (exact_preact,) = exact(preact)
+    act = reference.activate(exact_preact, activation)
+    wanted = torch.autograd.grad(act.sum(), exact_preact)[0]
+    torch.testing.assert_close(got.double(), wanted, rtol=2e-6, atol=1e-7)
+    if not ops.is_gated(activation):
+        value = ops.expand(values[:, None], weight, table, activation)
+        torch.testing.assert_close(value.double(), act.detach(), rtol=2e-6, atol=1e-7)
+
+
+def test_reference_gradient() -> None:
+    """The reference that gradients are compared with, against finite differences."""
+    for activation in ops.ACTIVATIONS:
+        inputs = make(Sizes(5, 3, 2, 4, 2, 2), activation)
+        tensors = exact(inputs.x, inputs.weights, inputs.expand_weight, inputs.contract_weight)
+        run = lambda x, w, we, wc, a=activation, t=inputs.table: reference.moe_experts(
+            x, w, t, we, wc, a
+        )
+        assert torch.autograd.gradcheck(run, tensors)
+
+
+@pytest.mark.parametrize("wanted", range(4))
+def test_a_gradient_to_one_argument_only(wanted: int) -> None:
+    inputs = make(SIZES["odd"])
+    tensors = [inputs.x, inputs.weights, inputs.expand_weight, inputs.contract_weight]
+    full = leaves(*tensors)
+    y = ops.moe_experts(*full[:2], inputs.table, *full[2:])
+    grads = torch.autograd.grad(y, full, torch.ones_like(y))
+    alone = [t.clone().requires_grad_(at == wanted) for at, t in enumerate(tensors)]
+    y = ops.moe_experts(*alone[:2], inputs.table, *alone[2:])
+    y.backward(torch.ones_like(y))
+    for at, tensor in enumerate(alone):
+        assert (tensor.grad is not None) == (at == wanted)
+    assert torch.equal(alone[wanted].grad, grads[wanted])
+
+
+def test_what_autograd_keeps_is_the_pre_activations() -> None:
+    """Beside inputs and row tables nothing but [S, G*N] is saved: no gathered x, no rows."""
+    inputs = make(SIZES["more than one block"])
+    mine = leaves(inputs.x, inputs.weights, inputs.expand_weight, inputs.contract_weight)
+    known = {t.data_ptr() for t in (*mine, *inputs.table)}
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ops.moe_experts(*mine[:2], inputs.table, *mine[2:])
+    extra = {tuple(t.shape) for t in saved if t.data_ptr() not in known}
+    slots, size = inputs.table.token_of_row.shape[0], SIZES["more than one block"]
+    assert extra == {(slots, 2 * size.expert)}
+
+
+# ---- cost ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_skipped_slot_costs_no_row(name: str) -> None:
+    """The rows that the kernel says it multiplied are the slots on resident experts."""
+    sizes = SIZES[name]
+    inputs = make(sizes)
+    on_residents = int((chosen_experts(sizes, "even") < sizes.residents).sum())
+    for run in (
+        lambda: ops.expand(inputs.x, inputs.expand_weight, inputs.table),
+        lambda: ops.moe_experts(*inputs),
+    ):
+        before = ops.expand_rows_computed()
+        run()
+        assert ops.expand_rows_computed() - before == on_residents == rows_of(inputs)
+
+
+# ---- the same bits -------------------------------------------------------------------------------
+
+
+def all_results(inputs: Inputs, activation: str) -> list[Tensor]:
+    """Of moe_experts and of expand and contract, forward and backward."""
+    mine = leaves(inputs.x, inputs.weights, inputs.expand_weight, inputs.contract_weight)
+    y = ops.moe_experts(*mine[:2], inputs.table, *mine[2:], activation)
+    act = ops.expand(mine[0], mine[2], inputs.table, activation)
+    rows = ops.contract(act, mine[3], inputs.table)
+    poison_memory()
+    return [
+        y.detach(),
+        rows.detach(),
+        *torch.autograd.grad(y, mine, draw(*y.shape, seed=14).to(y.dtype)),
+        *torch.autograd.grad(rows, (mine[0], mine[2], mine[3]), torch.ones_like(rows)),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("routing", ["even", "one hot expert"])
+def test_same_bits_for_any_number_of_threads(routing: str, dtype: torch.dtype) -> None:
+    # Rows are split differently for different numbers of threads, columns are in several ranges.
+    inputs = make(Sizes(1500, 40, 530, 4, 3, 2), dtype=dtype, routing=routing)
+    alone = all_results(inputs, "swiglu")
+    for number in (2, 3, 1):
+        torch.set_num_threads(number)
+        for mine, wanted in zip(all_results(inputs, "swiglu"), alone, strict=True):
+            assert torch.equal(mine, wanted)
+
+
+def test_calls_at_the_same_time_do_not_share_temporaries() -> None:
+    """Python threads that run the layer at once each get their own result."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    many = [make(Sizes(200 + 40 * i, 48, 40, 4, 3, 2)) for i in range(4)]
+    wanted = [ops.moe_experts(*inputs) for inputs in many]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for got, right in zip(
+                pool.map(lambda i: ops.moe_experts(*i), many), wanted, strict=True
+            ):
+                assert torch.equal(got, right)
+
+
+# ---- instruction sets ----------------------------------------------------------------------------
+
+ISAS = _C.cpu_features()["available"]
+
+
+@pytest.mark.parametrize("isa", [name for name in ISAS if name != _C.cpu_features()["chosen"]])
+def test_every_instruction_set_matches_fp64(isa: str) -> None:
+    """Runs the comparison of this file in a process that is made to use `isa`."""
+    code = f"""
+import sys
+sys.path[:0] = {[os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]!r}
+import test_experts as t
+assert t._C.cpu_features()["chosen"] == {isa!r}, t._C.cpu_features()
+t.torch.set_num_threads(1)
+for name in ("odd", "vector ends", "more than one block"):
+    for dtype in t.DTYPES:
+        for activation in t.ops.ACTIVATIONS:
+            t.check_moe_experts(t.make(t.SIZES[name], activation, dtype), activation)
+print("compared")
+"""
+    environment = os.environ | {"FOMOE_CPU_ISA": isa}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "compared"
+
+
+# ---- what torch may do to the ops ----------------------------------------------------------------
+
+
+def op_arguments(
+    inputs: Inputs, activation: str, grad: bool
+) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Name -> op and arguments, of every op of this file."""
+    table, number = inputs.table, ops.ACTIVATIONS[activation]
+    x, weights, expand_weight, contract_weight = (
+        t.clone().requires_grad_(grad)
+        for t in (inputs.x, inputs.weights, inputs.expand_weight, inputs.contract_weight)
+    )
+    slots, expert = table.token_of_row.shape[0], contract_weight.shape[2]
+    width = expand_weight.shape[1]
+    act = draw(slots, expert, seed=15).to(x.dtype).requires_grad_(grad)
+    preact, grad_y = (
+        draw(slots, width, seed=16).to(x.dtype),
+        torch.ones_like(x, requires_grad=False),
+    )
+    constants = [t.detach() for t in (x, weights, expand_weight, contract_weight)]
+    left = (preact, constants[0], None, table.token_of_row, table.offsets)
+    forward = (x, weights, *table, expand_weight, None, contract_weight, None, number, True)
+    backward = (*constants[:2], *table, constants[2], None, constants[3], None, preact, number)
+    of_row = (table.token_of_row, table.slot_of_row)
+    of_slot = (table.token_of_row, table.row_of_slot)
+    ends = (table.offsets, table.tiles)
+    return {
+        "expand": (fomoe.expand, (x, expand_weight, None, *of_slot, *ends, number, True)),
+        "contract": (fomoe.contract, (act, contract_weight, None, *ends)),
+        "moe_experts": (fomoe.moe_experts, forward),
+        "moe_experts_backward": (
+            fomoe.moe_experts_backward,
+            (grad_y, *backward, True, True, False, None, None),
+        ),
+        "contract_backward": (
+            fomoe.contract_backward,
+            (grad_y, constants[3], None, preact, constants[1], *of_row, *ends, number),
+        ),
+        "grouped_rows": (fomoe.grouped_rows, (preact, constants[2], *ends)),
+        "weight_grad": (fomoe.weight_grad, left),
+        "activation_backward": (
+            fomoe.activation_backward,
+            (act.detach(), preact, table.offsets, number),
+        ),
+    }
+
+
+OP_NAMES = tuple(op_arguments(make(SIZES["odd"]), "swiglu", False))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["clamped_swiglu", "relu2"])
+@pytest.mark.parametrize("name", OP_NAMES)
+def test_opcheck(name: str, activation: str, dtype: torch.dtype) -> None:
+    # Rows past the last one may be undefined, which opcheck's comparisons would trip over.
+    inputs = make(Sizes(12, 9, 7, 3, 3, 2), activation, dtype)
+    op, arguments = op_arguments(inputs, activation, grad=True)[name]
+    torch.library.opcheck(op, arguments)
+
+
+def test_compiles_without_graph_breaks() -> None:
+    inputs = make(SIZES["odd"])
+
+    def run(x: Tensor, weights: Tensor, expand_weight: Tensor, contract_weight: Tensor) -> Tensor:
+        act = ops.expand(x, expand_weight, inputs.table, "geglu")
+        rows = ops.contract(act, contract_weight, inputs.table)
+        one = ops.combine(rows, weights, inputs.table)
+        return one + ops.moe_experts(x, weights, inputs.table, expand_weight, contract_weight)
+
+    tensors = (inputs.x, inputs.weights, inputs.expand_weight, inputs.contract_weight)
+    eager, traced = leaves(*tensors), leaves(*tensors)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    y, z = run(*eager), compiled(*traced)
+    torch.testing.assert_close(z, y, rtol=0, atol=0)
+    for mine, wanted in zip(
+        torch.autograd.grad(z.sum(), traced), torch.autograd.grad(y.sum(), eager), strict=True
+    ):
+        torch.testing.assert_close(mine, wanted)
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+def changed_table(inputs: Inputs, **changes: Any) -> ops.RowTable:
+    """A copy of the row table with some entries overwritten: name=(position, value)."""
+    copies = {name: tensor.clone() for name, tensor in inputs.table._asdict().items()}
+    for name, (position, value) in changes.items():
+        copies[name].view(-1)[position] = value
+    return ops.RowTable(**copies)
+
+
+BAD = [
+    ("x", lambda i: i.x[0], r"x: has shape \[37\], wanted \[\*, \*\]"),
+    ("x", lambda i: i.x[:, :30], "expand_weight: has shape"),
+    ("x", lambda i: i.x.double(), "x: has dtype float64, wanted float32 or bfloat16 or float16"),
+    ("x", lambda i: i.x.long(), "x: has dtype int64"),
+    ("x", lambda i: i.x[:50], "weights: has shape"),
+    ("x", lambda i: i.x.bfloat16(), "expand_weight: has dtype float32, wanted bfloat16 as x"),
+    ("weights", lambda i: i.weights.half(), "weights: has dtype float16, wanted float32"),
+    ("weights", lambda i: i.weights[:, :2], "token_of_row: has 159 rows, wanted tokens"),
+    ("weights", lambda i: i.weights[0], r"weights: has shape \[3\]"),
+    ("expand_weight", lambda i: i.expand_weight[:, :41], "expand_weight: .* wanted an even size"),
+    ("expand_weight", lambda i: i.expand_weight[0], "expand_weight: has shape"),
+    ("expand_weight", lambda i: i.expand_weight.bfloat16(), "expand_weight: has dtype bfloat16"),
+    ("expand_weight", lambda i: i.expand_weight[:2], "contract_weight: has shape"),
+    ("contract_weight", lambda i: i.contract_weight[:, :, :5], "contract_weight: has shape"),
+    ("contract_weight", lambda i: i.contract_weight.half(), "contract_weight: has dtype float16"),
+    ("activation", lambda i: "tanh", "activation: got 'tanh', wanted one of swiglu"),
+    (
+        "table",
+        lambda i: changed_table(i, offsets=(0, 1)),
+        "offsets: starts at 1, wanted 0",
+    ),
+    ("table", lambda i: changed_table(i, offsets=(1, 1000)), "offsets: falls from 1000"),
+    ("table", lambda i: changed_table(i, offsets=(3, 160)), "offsets: ends at 160"),
+    ("table", lambda i: changed_table(i, token_of_row=(2, 53)), "token_of_row: has 53 at row 2"),
+    ("table", lambda i: changed_table(i, token_of_row=(2, -1)), "token_of_row: has -1 at row 2"),
+    ("table", lambda i: changed_table(i, slot_of_row=(0, 159)), "slot_of_row: has 159 at row 0"),
+    ("table", lambda i: changed_table(i, row_of_slot=(7, 159)), "row_of_slot: has 159 at slot 7"),
+    ("table", lambda i: changed_table(i, row_of_slot=(7, -2)), "row_of_slot: has -2 at slot 7"),
+    (
+        "table",
+        lambda i: i.table._replace(offsets=i.table.offsets.long()),
+        "offsets: has dtype int64, wanted int32",
+    ),
+    (
+        "table",
+        lambda i: i.table._replace(token_of_row=i.table.token_of_row.float()),
+        "token_of_row: has dtype float32",
+    ),
+    ("table", lambda i: i.table._replace(offsets=i.table.offsets[:3]), "offsets: has shape"),
+    ("table", lambda i: i.table._replace(tiles=i.table.tiles.long()), "tiles: has dtype int64"),
+    ("table", lambda i: i.table._replace(tiles=i.table.offsets), "tiles: has shape"),
+    ("table", lambda i: i.table._replace(slot_of_row=i.table.slot_of_row[:9]), "slot_of_row: has"),
+    ("table", lambda i: i.table._replace(row_of_slot=i.table.row_of_slot[:9]), "row_of_slot: has"),
+]
+
+
+@pytest.mark.parametrize("argument, change, message", BAD, ids=[f"{b[0]}: {b[2]}" for b in BAD])
+def test_bad_input_of_moe_experts(
+    argument: str, change: Callable[[Inputs], Any], message: str
+) -> None:
+    inputs = make(SIZES["odd"])
+    arguments = inputs._asdict() | {"activation": "swiglu"}
+    ops.moe_experts(**arguments)
+    arguments[argument] = change(inputs)
+    with pytest.raises(ValueError, match=message):
+        ops.moe_experts(**arguments)
+
+
+def test_bad_input_of_single_verbs() -> None:
+    inputs = make(SIZES["odd"])
+    x, table = inputs.x, inputs.table
+    act = torch.zeros(table.token_of_row.shape[0], 21)
+    wrong = [
+        (lambda: ops.expand(x[0], inputs.expand_weight, table), "x: has shape"),
+        (lambda: ops.expand(x.int(), inputs.expand_weight, table), "x: has dtype int32"),
+        (lambda: ops.expand(x, inputs.expand_weight[:2], table), "offsets: has shape"),
+        (lambda: ops.expand(x, inputs.expand_weight.half(), table), "expand_weight: has dtype"),
+        (lambda: ops.expand(x[:40], inputs.expand_weight, table), "row_of_slot: has shape"),
+        (lambda: ops.expand(x, inputs.expand_weight, table, "relu"), "activation: got 'relu'"),
+        (lambda: ops.contract(act[0], inputs.contract_weight, table), "act: has shape"),
+        (lambda: ops.contract(act.double(), inputs.contract_weight, table), "act: has dtype"),
+        (lambda: ops.contract(act[:9], inputs.contract_weight, table), "offsets: ends at"),
+        (lambda: ops.contract(act, inputs.contract_weight[0], table), "contract_weight: has"),
+        (lambda: ops.contract(act, inputs.contract_weight[:1], table), "offsets: has shape"),
+        (lambda: ops.is_gated("relu"), "activation: got 'relu'"),
+    ]
+    for call, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_bad_input_of_backward_ops() -> None:
+    inputs = make(SIZES["odd"])
+    arguments = op_arguments(inputs, "swiglu", grad=False)
+
+    def call(name: str, at: int, change: Callable[[Tensor], Any]) -> None:
+        op, given = arguments[name]
+        op(*given[:at], change(given[at]), *given[at + 1 :])
+
+    wrong = [
+        ("moe_experts_backward", 0, lambda t: t[:, :5].contiguous(), "grad_y: has shape"),
+        ("moe_experts_backward", 0, lambda t: t.half(), "grad_y: has dtype float16"),
+        ("moe_experts_backward", 0, lambda t: t.T.contiguous().T, "grad_y: is not contiguous"),
+        ("moe_experts_backward", 12, lambda t: t[:4], "preact: has shape"),
+        ("moe_experts_backward", 12, lambda t: t.double(), "preact: has dtype float64"),
+        ("moe_experts_backward", 13, lambda t: 6, "activation: got 6, wanted 0 .. 5"),
+        ("contract_backward", 0, lambda t: t[:, :5].contiguous(), "contract_weight: has shape"),
+        ("contract_backward", 3, lambda t: t[:, :5].contiguous(), "preact: has shape"),
+        ("contract_backward", 4, lambda t: t[:3], "weights: has shape"),
+        ("contract_backward", 5, lambda t: t.long(), "token_of_row: has dtype int64"),
+        ("grouped_rows", 0, lambda t: t[0], "rows: has shape"),
+        ("grouped_rows", 1, lambda t: t[:, :3].contiguous(), "weight: has shape"),
+        ("grouped_rows", 2, lambda t: t[:2], "offsets: has shape"),
+        ("grouped_rows", 3, lambda t: t.long(), "tiles: has dtype int64, wanted int32"),
+        ("grouped_rows", 3, lambda t: t.view(-1), "tiles: has shape"),
+        ("weight_grad", 0, lambda t: t[0], "left: has shape"),
+        ("weight_grad", 0, lambda t: t[:5], "offsets: ends at|left: has 5 rows"),
+        ("weight_grad", 1, lambda t: t.half(), "right: has dtype float16"),
+        ("weight_grad", 1, lambda t: t[:5], "right_index: has"),
+        ("weight_grad", 4, lambda t: t[:0], "offsets: is empty"),
+        ("activation_backward", 0, lambda t: t[0], "grad_act: has shape"),
+        ("activation_backward", 1, lambda t: t[:, :9].contiguous(), "preact: has shape"),
+        ("activation_backward", 2, lambda t: t[:0], "offsets: is empty"),
+        ("activation_backward", 3, lambda t: -1, "activation: got -1"),
+    ]
+    for name, at, change, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            call(name, at, change)
+
+
+def test_a_backward_without_saved_pre_activations_says_so() -> None:
+    inputs = make(SIZES["odd"])
+    for name in ("expand", "moe_experts"):
+        op, arguments = op_arguments(inputs, "swiglu", grad=True)[name]
+        y, _ = op(*arguments[:-1], False)
+        with pytest.raises(RuntimeError, match="save_preact: was False"):
+            y.sum().backward()

@@ -1,0 +1,306 @@
+"""The cost model against counting by hand; the report and `fomoe plan` made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from fomoe_ext import cli
+from fomoe_ext.config.job import TrainConfig, count_parameters, preset_config
+from fomoe_ext.placement import wire
+from fomoe_ext.plan import cost as plan_cost
+from fomoe_ext.plan import memory as plan_memory
+from fomoe_ext.plan import traffic as plan
+from fomoe_ext.report.report import markdown, report_tables
+
+
+def config_of(preset: str = "tiny", **sections: dict) -> TrainConfig:
+    """The dataclasses' own defaults, or a preset of the paper."""
+    config = TrainConfig() if preset == "tiny" else preset_config(preset)
+    changes = {
+        name: dataclasses.replace(getattr(config, name), **values)
+        for name, values in sections.items()
+    }
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.mark.parametrize("replication", [1, 2, 4])
+@pytest.mark.parametrize("scope", ["global", "resident"])
+def test_a_meeting_by_hand(replication, scope):
+    """Every owner group, bucket and share of one site, one after the other."""
+    config = config_of(
+        sites={"sites": 4, "replication": replication},
+        model={"router_scope": scope},
+        outer={"bucket_bytes": 40_000, "codec": "bf16"},
+    )
+    model, placement = config.model, plan.job_placement(config)
+    site = 2
+    dense = model.vocab_size * model.hidden_size + 2 * model.hidden_size
+    dense += model.num_layers * (4 * model.hidden_size**2 + 4 * model.hidden_size)
+    elements, biases = {(0, 1, 2, 3): dense}, {}
+    for layer in range(model.num_layers):
+        for expert in range(model.num_experts):
+            owners = placement.owners(layer, expert)
+            router = (0, 1, 2, 3) if scope == "global" else owners
+            for group, count in (
+                (owners, 3 * model.expert_size * model.hidden_size),
+                (router, model.hidden_size),
+            ):
+                if site in group:
+                    elements[group] = elements.get(group, 0) + count
+            if site in router:
+                biases[router] = biases.get(router, 0) + 1
+    sent = 3 * (72 + 128)  # a note of nine numbers and a status to every other site
+    sent += sum(8 * (len(group) - 1) for group in elements.keys() | biases.keys())
+    for counts, width in ((elements, 2), (biases, 4)):  # bf16, but biases in fp32
+        for group, count in counts.items():
+            while count:
+                bucket = min(count, 10_000)
+                share = -(-bucket // len(group))
+                sent += 2 * (len(group) - 1) * (share * width + 8)  # two stages, hashed
+                count -= bucket
+    assert config.model.balance == "bias"
+    assert plan.meeting_bytes(config, placement, site) == sent
+
+
+def test_more_replication_costs_more_and_a_full_replica_most():
+    sent, held = [], []
+    for replication in (1, 2, 4):
+        config = config_of(sites={"replication": replication})
+        placement = plan.job_placement(config)
+        sent.append(plan.meeting_bytes(config, placement, 0))
+        held.append(plan_memory.site_memory(config.model, placement, 0).total)
+    assert sent == sorted(sent) and held == sorted(held) and sent[0] < sent[1] < sent[2]
+    assert sent[2] == plan.full_replica_bytes(config, 1)
+    full = plan_memory.site_memory(config.model, None).total
+    assert held[2] == full
+    sparse = count_parameters(config.model).sparse
+    assert held[1] == full - sparse // 2 * 4 * 6  # half of the experts, six fp32 copies
+
+
+def test_ring_formula_is_the_limit_of_large_buckets():
+    """Up to padding and hashes, 2 (n - 1) / n of the payload, as a ring all-reduce sends."""
+    for members in (2, 3, 5, 8):
+        exact = wire.all_reduce_bytes(1_000_003, members, "fp32", 1 << 30)
+        assert exact == pytest.approx(plan_cost.paper_ring_bytes(4 * 1_000_003, members), rel=3e-5)
+
+
+def test_flops_by_hand():
+    model = config_of().model
+    flops = plan_cost.flops_per_token(model, 0.5)
+    width, layers = model.hidden_size, model.num_layers
+    assert flops.router == layers * 2 * model.num_experts * width
+    one_expert = 2 * 3 * width * model.expert_size
+    assert flops.experts == layers * model.top_k * 0.5 * one_expert
+    assert flops.unembedding == 2 * model.vocab_size * width
+    causal = sum(2 * 2 * width * (t + 1) for t in range(model.seq_len)) / model.seq_len
+    assert flops.attention == pytest.approx(layers * (4 * 2 * width**2 + causal))
+    assert flops.training == 3 * flops.forward
+    resident = dataclasses.replace(model, router_scope="resident")
+    assert plan_cost.flops_per_token(resident, 0.5).experts == layers * model.top_k * one_expert
+    with pytest.raises(ValueError, match="resident_share"):
+        plan_cost.flops_per_token(model, 0)
+
+
+def test_times_and_bandwidth_agree():
+    """At the bandwidth that is said to be needed the utilization is the one asked for."""
+    config = config_of("153m")
+    placement = plan.job_placement(config)
+    cost = plan_cost.round_cost(config, placement, wire.Link(1e9, 0.01), 1e13)
+    assert cost.meeting_s == pytest.approx(8 * cost.bytes_sent / 1e9 + cost.waits * 0.01)
+    assert cost.waits == 1 + 1 + 2 + 1  # note, status, first share, last sum, hashes
+    far = plan_cost.round_cost(config, placement, wire.Link(1e15, 0.01), 1e13)
+    assert far.meeting_s == pytest.approx((far.waits + far.waves) * 0.01)
+    needed = plan_cost.bandwidth_needed(cost, 0.8, 0.01)
+    again = plan_cost.round_cost(config, placement, wire.Link(needed, 0.01), 1e13)
+    assert again.utilization == pytest.approx(0.8)
+    assert plan_cost.bandwidth_needed(cost, 0.999999, 1.0) is None
+    for link, speed in ((wire.Link(0, 0), 1), (wire.Link(1, -1), 1), (wire.Link(1, 0), 0)):
+        with pytest.raises(ValueError, match="bandwidth and flops_per_s must be > 0"):
+            plan_cost.round_cost(config, placement, link, speed)
+    with pytest.raises(ValueError, match="utilization"):
+        plan_cost.bandwidth_needed(cost, 1.0, 0)
+
+
+def test_unknown_commands_are_refused(capsys):
+    assert cli.main(["fly"]) == 2
+    assert "unknown command 'fly'" in capsys.readouterr().err
+    assert cli.main([]) == 2
+    assert cli.main(["--help"]) == 0 and "plan" in capsys.readouterr().out
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+
+def sample_report(num_experts: int = 4, num_layers: int = 2) -> dict:
+    memory = {"parameters": 40, "gradients": 40, "anchor": 0, "total": 80}
+    site = {
+        "site": 0,
+        "local_s": 9.0,
+        "meeting_s": 1.0,
+        "exchange_s": 4.0,
+        "healed": 0,
+        "validation_s": 0.5,
+        "tokens": 900,
+        "skipped_share": 0.25,
+        "bytes_sent": 1000,
+        "moved_bytes": 0,
+        "validation_bytes": 5,
+        "planned": {"bytes": 1000, "full_replica_bytes": 2500, "ddp_bytes": 40_000},
+        "memory": memory,
+    }
+    load = [[10 * (e + layer) for e in range(num_experts)] for layer in range(num_layers)]
+    return {
+        "run": {
+            "name": "x",
+            "sites": 1,
+            "replication": 1,
+            "rounds": 3,
+            "local_steps": 2,
+            "tokens": 900,
+            "wall_s": 12.0,
+            "data": "text",
+            "link": "",
+            "fragments": 1,
+            "overlap": 0,
+            "agreements": 3,
+        },
+        "validation": {"loss": 1.5, "bits_per_byte": 2.16, "tokens": 100, "load": load},
+        "first_validation": None,
+        "sites": [site],
+        "full_replica_memory": {part: 2 * size for part, size in memory.items()},
+        "model_parameters": {"total": 10, "sparse": 9},
+        "flops_per_token": {"this run": {"attention": 5.0, "forward": 5.0, "training": 15.0}},
+    }
+
+
+def test_report_says_what_was_counted():
+    text = markdown(sample_report())
+    for line in (
+        "| validation bits per byte | 2.160 |",
+        "| site 0 | 1 kB | 1 kB | 2.5 kB | 40 kB | 2.50x | 40.00x |",
+        "| site / full | 50.0% | 50.0% | - | 50.0% |",
+        "| site 0 | 9.0 s | 1.0 s | 90.0% | 4.0 s | 75.0% | 0.5 s | 100 | 25.0% |",
+        "| expert 3 | 2.00 | 1.60 |",
+        "Counted and predicted equal.",
+    ):
+        assert line in text, text
+    assert "(none without overlap)" in text and "Link:" not in text and "restored" not in text
+    report = sample_report()
+    report["run"] |= {"sites": 2, "link": "1 Mbit/s: counted delays", "overlap": 4}
+    report["sites"][0] |= {"bytes_sent": 1024, "healed": 2}
+    text = markdown(report)
+    assert "Counted and predicted differ by 24 bytes" in text and "| 1.02 kB | 1 kB |" in text
+    assert "| same bits on all holders | after 3 meetings |" in text
+    assert "| tensors restored from a majority | 2 |" in text
+    assert "(1 fragments, 4 steps of overlap). Link: 1 Mbit/s: counted delays." in text
+
+
+def test_loads_of_many_layers_are_summed_up():
+    table = report_tables(sample_report(num_experts=4, num_layers=30))[-1]
+    assert table.columns == ("", "least", "most", "spread") and len(table.rows) == 30
+    assert table.rows[0] == ("layer 0", "0.00", "2.00", "0.75")
+
+
+def test_overlap_hides_meetings():
+    config = config_of(outer={"overlap": 4, "fragments": 2}, run={"local_steps": 16})
+    placement, link = plan.job_placement(config), wire.Link(1e8, 0.01)
+    cost = plan_cost.round_cost(config, placement, link, 1e10)
+    assert cost.hideable_s == pytest.approx(cost.local_s * 2 * 4 / 16)
+    alone = dataclasses.replace(config, outer=dataclasses.replace(config.outer, overlap=0))
+    bare = plan_cost.round_cost(alone, placement, link, 1e10)
+    assert bare.hidden_s == 0 and bare.meeting_s == cost.meeting_s
+    shown = cost.meeting_s - cost.hideable_s
+    assert cost.utilization == pytest.approx(cost.local_s / (cost.local_s + max(0, shown)))
+    needed = plan_cost.bandwidth_needed(cost, 0.95, 0.01)
+    assert needed < plan_cost.bandwidth_needed(bare, 0.95, 0.01)
+
+
+# ---- a site of several ranks ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["global", "resident"])
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_ranks_share_a_site_of_the_same_memory_and_bytes(codec, ranks, scope):
+    sites = {"sites": 2, "replication": 1}
+    options = {"inner": {"batch_size": 12}, "outer": {"codec": codec, "bucket_bytes": 4096}}
+    options["model"] = {"router_scope": scope}
+    one = config_of(sites=sites, **options)
+    many = config_of(sites=sites | {"ranks_per_site": ranks}, **options)
+    placement = plan.job_placement(one)
+    for site in range(2):
+        of_ranks = plan_memory.rank_memories(many, placement, site)
+        whole = plan_memory.job_memory(one, placement, site)
+        assert len(of_ranks) == ranks
+        assert [sum(parts) for parts in zip(*of_ranks, strict=True)] == list(whole)
+        assert max(m.total for m in of_ranks) < 1.1 * whole.total / ranks
+        assert plan_memory.job_memory(many, placement, site) == whole
+        assert plan.meeting_bytes(many, placement, site) == plan.meeting_bytes(one, placement, site)
+
+
+def test_replicas_hold_experts_again():
+    sites = {"sites": 2, "replication": 1, "ranks_per_site": 4}
+    options = {"inner": {"batch_size": 4}}
+    once, twice = (config_of(sites=sites | {"replicas": n}, **options) for n in (1, 2))
+    placement = plan.job_placement(once)
+    more = [
+        b - a
+        for a, b in zip(
+            plan_memory.job_memory(once, placement),
+            plan_memory.job_memory(twice, placement),
+            strict=True,
+        )
+    ]
+    experts = 4 * plan_memory.site_parameters(once.model, placement, 0).sparse
+    assert more[:3] == [experts, experts, 2 * experts] and not any(more[3:])
+
+
+def test_ranks_hold_the_experts_that_a_load_says(tmp_path):
+    model = config_of().model
+    load = [[float(e == 0 or e == 1) for e in range(model.num_experts)]] * model.num_layers
+    (tmp_path / "load.json").write_text(json.dumps(load))
+    sites = {"sites": 1, "replication": 1, "ranks_per_site": 2}
+    options = {"inner": {"batch_size": 2}}
+    config = config_of(sites=sites | {"spread_by": tmp_path / "load.json"}, **options)
+    placement = plan.job_placement(config)
+    for first, second in plan.rank_experts(config, placement, 0):
+        assert (0 in first) != (1 in first)
+        assert sorted(first + second) == list(range(model.num_experts))
+    assert plan.rank_experts(config_of(sites=sites, **options), placement, 0) is None
+    (tmp_path / "load.json").write_text(json.dumps(load[1:]))
+    with pytest.raises(ValueError, match="spread_by"):
+        plan.rank_experts(config, placement, 0)
+
+
+@pytest.mark.parametrize("scope", ["global", "resident"])
+def test_experts_in_turns_are_spread_over_their_cycle(scope):
+    """All rounds of a cycle together send every expert once and all else every time; a round of the
+    plan is a third of that, and what it waits for are the buckets of the fullest."""
+    shared = {"bucket_bytes": 40_000, "optimizer": "fedavg"}
+    of = lambda **outer: config_of(
+        sites={"sites": 4, "replication": 2},
+        model={"router_scope": scope},
+        outer={**shared, **outer},
+    )
+    every, turns = of(), of(expert_turns=3, turn_order="numbered")
+    placement = plan.job_placement(every)
+    rounds = [plan.meeting_bytes(turns, placement, 1, index) for index in (1, 2, 3)]
+    assert rounds == [plan.meeting_bytes(turns, placement, 1, index) for index in (4, 5, 6)]
+    assert plan_cost.sent_bytes(turns, placement, 1) == sum(rounds) // 3
+    (elements,) = plan.site_elements(every, placement, 1)
+    experts = {g: of_group.count * of_group.elements for g, of_group in elements.experts.items()}
+    dense = elements._replace(parameters={(0, 1, 2, 3): elements.parameters[0, 1, 2, 3]})
+    sent = lambda what: wire.round_bytes([what], 4, optimizer="fedavg", bucket_bytes=40_000)
+    without = sum(n for g, n in elements.parameters.items() if g != (0, 1, 2, 3))
+    assert sum(experts.values()) == without
+    once = sent(elements) - sent(dense)
+    note = plan.meeting_bytes(every, placement, 1) - sent(elements)
+    # Hashes of buckets, and of groups, once per round instead of once.
+    assert 0 <= sum(rounds) - 3 * (sent(dense) + note) - once < 0.01 * once
+    waits = plan_cost.meeting_waits(turns, placement, 1)
+    assert waits[0] == plan_cost.meeting_waits(every, placement, 1)[0] and waits[1] > 0
+    counting = plan_cost.meeting_waits(of(expert_turns=3), placement, 1)
+    assert counting == (waits[0] + 1, waits[1])
