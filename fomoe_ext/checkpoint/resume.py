@@ -22,14 +22,8 @@ from fomoe_ext.layer.assemble import expert_key, named_moe_layers, responsible_s
 from fomoe_ext.layer.mesh import is_sharded, rows_here
 from fomoe_ext.outer.belongings import steps_of
 from fomoe_ext.outer.inner_state import shaped_state
-from fomoe_ext.outer.state import (
-    by_parameter,
-    from_parameters,
-    load_met,
-    pieces_of,
-    require_rules,
-    share_errors,
-)
+from fomoe_ext.outer.state import by_parameter, from_parameters, pieces_of, share_errors
+from fomoe_ext.outer.state_dict import load_met, require_rules
 from fomoe_ext.placement.placement import Placement
 from fomoe_ext.train.tally import Tally
 
@@ -163,7 +157,10 @@ def state_of(site: TrainingSite, has_local: bool) -> dict[str, Any] | None:
         return None
     state = {
         "sync": numbers,
-        "inner": {"names": _inner_names(site.optimizer), "steps": steps_of(sync)},
+        "inner": {
+            "names": _inner_names(site.optimizer),
+            "steps": steps_of(sync.model, sync.inner_optimizer),
+        },
         "data": site.batches.state_dict(),
         "tally": Tally.of_ranks([Tally.from_state(t) for _, t, _ in parts]).state_dict(),
         "steps_in_round": site.steps_in_round,
@@ -200,14 +197,14 @@ def _tensors_of(
         entries = _entries(site.model, lambda p, name=name: kept.get(p, {}).get(name))
         yield from _written_here(site, f"{own}/{name}", entries)
     for what, vectors in _shared_vectors(sync).items():
-        pieces = pieces_of(sync, vectors)
+        pieces = pieces_of(sync.layout, vectors)
         entries = _entries(site.model, lambda p, found=pieces: found.get(id(p)))
         yield from _written_here(site, what, _shared_out(site, entries))
     for what, vectors in _own_vectors(sync).items():
-        pieces = pieces_of(sync, vectors)
+        pieces = pieces_of(sync.layout, vectors)
         entries = _entries(site.model, lambda p, found=pieces: found.get(id(p)))
         yield from _written_here(site, f"{own}/{what}", entries)
-    for name, tensor in share_errors(sync).items():
+    for name, tensor in share_errors(sync.state).items():
         yield f"{own}/share/{name}", tensor
     if local is not None:
         yield from _written_here(site, f"{own}/local", _local_entries(site.model, local))
@@ -297,7 +294,7 @@ def load_into(
     vectors = _shared_vectors(sync)
     if resumed.same:
         vectors |= {f"{own}/{what}": found for what, found in _own_vectors(sync).items()}
-        wanted |= {f"{own}/share/{n}": tensor for n, tensor in share_errors(sync).items()}
+        wanted |= {f"{own}/share/{n}": tensor for n, tensor in share_errors(sync.state).items()}
         if state["local"]:
             entries = _local_entries(site.model, site.local_tensors())
             wanted |= {f"{own}/local/{entry.name}": entry.tensor for entry in entries}
@@ -306,14 +303,14 @@ def load_into(
             wanted |= {f"{own}/stale/{name}": tensor for name, tensor in copies.items()}
         if sync.ranks.leads:
             wanted[f"{own}/tokens"] = sync.tokens
-    shaped = {what: by_parameter(sync, found) for what, found in vectors.items()}
+    shaped = {what: by_parameter(sync.layout, found) for what, found in vectors.items()}
     for what, tensors in shaped.items():
         for entry in _entries(site.model, lambda p, found=tensors: found.get(id(p))):
             wanted[f"{what}/{entry.name}"] = entry.tensor
-    require_rules(sync, state["sync"])
+    require_rules(sync.rule, sync.codec, state["sync"])
     read(wanted)
     for what, found in vectors.items():
-        from_parameters(sync, shaped[what], found)
+        from_parameters(sync.layout, shaped[what], found)
     _load_numbers(site, resumed)
 
 
@@ -368,7 +365,7 @@ def _load_numbers(site: TrainingSite, resumed: Resumed) -> None:
     if not resumed.same:
         site.tally = Tally(steps=tally.steps, from_round=sync.round, from_step=tally.steps)
         return
-    load_met(sync, numbers)
+    load_met(sync.counts.met, numbers)
     sync.agreements = int(numbers["agreements"])
     # Sums of a site are its first rank's from here on.
     sync.bytes_sent = int(numbers["bytes_sent"]) if leads else 0

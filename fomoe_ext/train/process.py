@@ -51,7 +51,7 @@ from fomoe_ext.launch.world import (
 )
 from fomoe_ext.model.evaluate import Validation
 from fomoe_ext.outer import MeetingError
-from fomoe_ext.outer.staged import MeetingLost
+from fomoe_ext.outer.errors import MeetingLost
 from fomoe_ext.plan import traffic as plan
 from fomoe_ext.plan.traffic import RoundNote
 from fomoe_ext.report.metrics import RunLog, rewind_metrics

@@ -23,8 +23,9 @@ from fomoe_ext.launch.inject import Fault
 from fomoe_ext.launch.waiting import GivenUp, wait_for, watched
 from fomoe_ext.outer import MeetingError, OuterSync, staged
 from fomoe_ext.outer.belongings import Belongings, biases_of, items_of, ship
+from fomoe_ext.outer.errors import MeetingLost
 from fomoe_ext.outer.reduce import Damaged
-from fomoe_ext.outer.staged import MeetingLost
+from fomoe_ext.outer.staged import Staged
 from fomoe_ext.placement import Placement, wire
 from fomoe_ext.plan.memory import job_memory
 
@@ -52,7 +53,7 @@ def all_bits(sync: OuterSync) -> list[bytes]:
     tensors = [p.detach() for p in sync.model.parameters()]
     tensors += sync.anchors + sync.momenta
     tensors += [v for f in sync.feedback for v in (f.own, f.shares) if v is not None]
-    tensors += [piece.values() for layout in sync.bias_layouts for piece in layout.pieces]
+    tensors += [piece.values() for layout in sync.layout.bias_layouts for piece in layout.pieces]
     return [bits(tensor.clone()) for tensor in tensors]
 
 
@@ -90,7 +91,7 @@ def broken_off(site: int, num_sites: int, where: str) -> list[bytes]:
     take_steps(model, inner, site, 1)
     before, sent = all_bits(sync), sync.bytes_sent
     if where:
-        module, name = {"exchange": (staged, "exchange"), "settle": (staged, "settle")}[where]
+        module, name = {"exchange": (staged, "exchange"), "settle": (Staged, "settle")}[where]
         right = getattr(module, name)
 
         def wrong(*args: Any, **more: Any) -> Any:
@@ -123,18 +124,18 @@ def applied_by_some(site: int, num_sites: int) -> list[bytes]:
     """Site 0 has applied; the others have heard of a failure after everything had arrived."""
     model, inner, sync = make(site, num_sites, codec="int4", staged=True)
     take_steps(model, inner, site, 0)
-    right = staged.settle
+    right = Staged.settle
     if site:
-        staged.settle = lambda *args, **more: (_ for _ in ()).throw(RuntimeError("gloo"))
+        Staged.settle = lambda *args, **more: (_ for _ in ()).throw(RuntimeError("gloo"))
     try:
         if site:
             with pytest.raises(MeetingLost):
                 sync.step()
         else:
-            sync._settled = lambda due: None  # the others do not come to compare
+            sync._driver.compare = lambda: None  # the others do not come to compare
             sync.step()
     finally:
-        staged.settle = right
+        Staged.settle = right
     if site:
         assert sync.pending is not None and sync.pending.arrived
         report = sync.settle(apply=True)
@@ -295,8 +296,8 @@ def moved_over(site: int, num_sites: int) -> None:
     old = sync.placement
     item = (0, old.resident(0, 0)[0])
     target = next(s for s in range(num_sites) if s not in old.owners(*item))
-    mine, here = Belongings.of(sync), items_of(sync)
-    biases = biases_of(sync)
+    mine, here = Belongings.of(sync.state), items_of(sync.layout)
+    biases = biases_of(sync.layout)
     assert mine.names() == ["anchor", "exp_avg", "exp_avg_sq", "momentum"]
     some = next(iter(item_ for item_ in here if item_ and item_[0] == 0))
     length = 4 * sum(p.numel for p in here[some]) + sum(p.numel for p in biases[some])
@@ -314,13 +315,13 @@ def moved_over(site: int, num_sites: int) -> None:
     sync2 = OuterSync(
         model2, new, site, inner_optimizer=inner2, groups=sync.groups, arriving=True, codec="int4"
     )
-    wanted = items_of(sync2)
+    wanted = items_of(sync2.layout)
     for found, vector in arrived.items():
-        mine.take(vector, wanted[found], biases_of(sync2)[found], mine.names())
-    mine.fill(sync2)
+        mine.take(vector, wanted[found], biases_of(sync2.layout)[found], mine.names())
+    mine.fill(sync2.state)
     sync2.round = sync.round
     sync2.verify()  # all holders, the new one too, have the same bits
-    own, before = Belongings.of(sync2), Belongings.of(sync)
+    own, before = Belongings.of(sync2.state), Belongings.of(sync.state)
     for what, tensors in before.tensors.items():
         for key, value in tensors.items():
             assert bits(own.tensors[what][key]) == bits(value), (what, key)
@@ -366,7 +367,7 @@ def kept_shadows(site: int, num_sites: int, scope: str, optimizer: str) -> dict[
     sync.step()
     shadows = Shadows()
     sent = shadows.refresh(sync)
-    expert = sum(p.numel for p in items_of(sync)[0, placement.resident(0, site)[0]])
+    expert = sum(p.numel for p in items_of(sync.layout)[0, placement.resident(0, site)[0]])
     row = model.layers[0].router.weight.shape[1]
     sizes = wire.Sizes(0, 0, expert - (row if scope == "resident" else 0), row)
     elements = wire.shadow_elements(
@@ -375,7 +376,7 @@ def kept_shadows(site: int, num_sites: int, scope: str, optimizer: str) -> dict[
     assert sent == wire.shadow_bytes(placement, site, elements)
     assert shadows.round == 1
     assert shadows.nbytes == wire.shadow_memory(placement, site, elements) > 0
-    mine, here, biases = Belongings.of(sync), items_of(sync), biases_of(sync)
+    mine, here, biases = Belongings.of(sync.state), items_of(sync.layout), biases_of(sync.layout)
     mine.tensors = {k: v for k, v in mine.tensors.items() if k in ("anchor", "momentum", "bias")}
     held = {i: bits(mine.vector(here[i], biases.get(i, []))) for i in here if i is not None}
     kept = {key: bits(shadows._vectors[key]) for key in shadows.experts}
