@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 
 class TurnLayout(Layout):
-    """The pieces of a layout that are of no expert or of one of `experts`."""
+    """A layout of some of another's pieces, whose vectors stay those of the whole: the pieces that
+    are of no expert or of one of `experts`."""
 
     def __init__(self, whole: Layout, experts: Collection[Expert]) -> None:
         kept = [
