@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import re
@@ -12,10 +11,9 @@ import sys
 import venv
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-from test_native import ROOT, configure, run
+from native_build import ROOT, configure, module, run
 
 import fomoe_ext
 from fomoe_ext import _C
@@ -196,16 +194,6 @@ def test_one_build_runs_on_another_torch(tmp_path, version):
     assert f"fomoe-ext: building with torch {version}" in said
     said = run(python, "-P", "-c", SMOKE, PYTHONPATH="")
     assert said.startswith(version) and str(tmp_path / "env") in said
-
-
-def module(name: str) -> ModuleType:
-    """A Python file of build_tools."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "build_tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[name] = found  # as dataclasses want it
-    spec.loader.exec_module(found)
-    return found
 
 
 def fake_torch(site: Path, version: str, headers: bool = True) -> Path:
