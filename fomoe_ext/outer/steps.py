@@ -1,5 +1,4 @@
-"""Local steps: how many there were (`LocalSteps`), and that they are taken note of by hooks of
-optimizers, where nobody calls `after_step` (`StepWatch`).
+"""Local steps that are taken note of by hooks of optimizers, where nobody calls `after_step`.
 
 A step may be that of several optimizers, and other things may belong to it (a step of bias
 balancing). So it is taken note of as late as can be: when `after_step` is called, else before the

@@ -164,7 +164,9 @@ class OuterSync:
             self.state.fill()
             self.verify()
 
-    def _assemble(self, me: Site, placement: Placement, frag: Fragments, copied: Wanted) -> None:
+    def _assemble(
+        self, me: Site, placement: Placement, fragments: Fragments, copied: Wanted
+    ) -> None:
         """Makes the parts. `copied`: the frozen copies that all sites keep."""
         self.rule, self.codec, self.moe_layers = me.rule, me.codec, me.moe_layers
         self.log, self.counts = MeetingLog(me), TokenCounts(me.moe_layers)
@@ -175,7 +177,7 @@ class OuterSync:
         self.copies: StaleCopies | None = None
         if any(experts for layer in copied for experts in layer):
             self.copies = StaleCopies(me, placement, self.log, copied)
-        self.layout = ModelLayout(me, frag, placement, copied)
+        self.layout = ModelLayout(me, fragments, placement, copied)
         self.state = OuterState(self.layout)
         self._gradients = Gradients(self.state, self._steps, self.log)
         drive = InFlight if me.options.overlap else Staged if me.options.staged else Driver
@@ -305,8 +307,6 @@ class OuterSync:
         return reshuffle.reshuffle(
             self.state, self._steps, self.log, self.warmup, new, warmup_steps, moments
         )
-
-    # --------------------------------------------------------------------------- anchor and model
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of what all its holders hold alike, by name of a fragment and owner set.
