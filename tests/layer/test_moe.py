@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from fomoe_ext import ops
 from fomoe_ext.layer import balance
-from fomoe_ext.layer.moe import Experts, MoELayer, Router
+from fomoe_ext.layer.experts import Experts
+from fomoe_ext.layer.moe import MoELayer
+from fomoe_ext.layer.router import Router
 from fomoe_ext.layer.seeding import fill_normal_
 
 ACTIVATIONS = ("swiglu", "geglu", "silu", "relu2", "gelu", "clamped_swiglu")

@@ -30,7 +30,8 @@ from test_experts import (
 from torch import Tensor
 
 from fomoe_ext import _C, ops
-from fomoe_ext.layer.experts import Experts, SharedExpert
+from fomoe_ext.layer.experts import Experts
+from fomoe_ext.layer.shared import SharedExpert
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 fomoe = torch.ops.fomoe
@@ -216,7 +217,7 @@ ISAS = _C.cpu_features()["available"]
 def test_every_instruction_set_matches_fp64(isa: str) -> None:
     code = f"""
 import sys
-sys.path[:0] = {[os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]!r}
+sys.path.insert(0, {os.path.dirname(os.path.dirname(__file__))!r})
 import test_expert_bias as t
 assert t._C.cpu_features()["chosen"] == {isa!r}, t._C.cpu_features()
 t.torch.set_num_threads(1)
