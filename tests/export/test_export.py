@@ -23,7 +23,8 @@ from fomoe_ext import cli
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.config.io import load_config
 from fomoe_ext.config.job import DataConfig, SitesConfig, TrainConfig
-from fomoe_ext.export import command as export
+from fomoe_ext.export.format import exported_name, model_of_config, transformers_config
+from fomoe_ext.export.source import find_source
 from fomoe_ext.files import tensors as tensor_files
 from fomoe_ext.model.language import LanguageModel
 
@@ -49,7 +50,7 @@ def tokens_of(config, *shape: int) -> torch.Tensor:
 
 def global_model(checkpoint: Path) -> LanguageModel:
     """The global model of a checkpoint, on fomoe_ext's kernels."""
-    model = LanguageModel(export.find_source(checkpoint).model)
+    model = LanguageModel(find_source(checkpoint).model)
     ckpt.load_global_model(checkpoint, model)
     return model.eval()
 
@@ -116,12 +117,12 @@ def test_gradients_are_the_same(tmp_path):
     compared = 0
     for name, parameter in model.named_parameters():
         if ".experts." not in name:
-            assert relative_error(found[export.exported_name(name)], parameter.grad) <= 1e-5
+            assert relative_error(found[exported_name(name)], parameter.grad) <= 1e-5
             compared += 1
     for expert in range(8):
         for part in ("expand_weight", "contract_bias"):
             wanted = model.blocks[1].moe.experts.part(part).grad[expert]
-            name = export.exported_name(f"blocks.1.moe.experts.{expert}.{part}")
+            name = exported_name(f"blocks.1.moe.experts.{expert}.{part}")
             if name in found:
                 assert relative_error(found[name], wanted) <= 1e-5
                 compared += 1
@@ -567,8 +568,8 @@ def test_help_needs_no_torch():
 def test_every_field_of_the_model_has_a_place():
     """A new field of ModelConfig must be exported, or said to matter in training only."""
     config = tiny_config(top_k=3, num_groups=2, groups_kept=2, norm="rms", rope_base=77.0)
-    written = export.transformers_config(config, "bytes", 0, "float32")
-    assert export.model_of_config(written) == dataclasses.replace(config, balance="none")
+    written = transformers_config(config, "bytes", 0, "float32")
+    assert model_of_config(written) == dataclasses.replace(config, balance="none")
     from fomoe_ext.export.exported.configuration_fomoe import FomoeConfig
 
     fields = inspect.signature(FomoeConfig).parameters

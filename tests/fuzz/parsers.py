@@ -26,7 +26,7 @@ from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.data import sequences as data
 from fomoe_ext.data.text import TextUnit, read_texts
 from fomoe_ext.eval import models as eval_models
-from fomoe_ext.export import command as export
+from fomoe_ext.export.format import model_of_config, transformers_config
 from fomoe_ext.fault.membership import read_current
 from fomoe_ext.files.json_values import from_json, loads, to_json
 from fomoe_ext.files.states import read_state, write_state
@@ -303,7 +303,7 @@ def _files() -> list[Parser]:
     report = {"validation": {"coactivation": [[[0, 2], [2, 1]]] * 2, "tokens": 256}}
     source: Any = SimpleNamespace(run=run)
     model = TrainConfig().model
-    exported = export.transformers_config(model, "byte", 0, "float32")
+    exported = transformers_config(model, "byte", 0, "float32")
     words = [{"text": "Hello"}, {"text": "a\nb", "more": 1}]
     jsonl = "\n".join(map(json.dumps, words)).encode()
     value, wrong = (ValueError,), (ValueError, TypeError)
@@ -367,7 +367,7 @@ def _files() -> list[Parser]:
         ),
         Parser(
             "exported config.json",
-            _from_file("fomoe.json", lambda p: export.model_of_config(eval_models._read_json(p))),
+            _from_file("fomoe.json", lambda p: model_of_config(eval_models._read_json(p))),
             value,
             _json(exported),
         ),
