@@ -23,7 +23,8 @@ from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.writer import save_checkpoint
 from fomoe_ext.config.io import dump_config, load_config
 from fomoe_ext.config.job import TrainConfig
-from fomoe_ext.data import sequences as data
+from fomoe_ext.data import cache
+from fomoe_ext.data.sequences import BatchIterator, TokenArray
 from fomoe_ext.data.text import TextUnit, read_texts
 from fomoe_ext.eval import models as eval_models
 from fomoe_ext.export.format import model_of_config, transformers_config
@@ -253,9 +254,9 @@ def _states() -> Parser:
 
 
 def _tokens(path: Path) -> object:
-    counts = data._read_counts(path.parent)
+    counts = cache._read_counts(path.parent)
     kind = np.dtype(np.uint8)
-    return [data._map_tokens(path.parent, s, counts, kind, False) for s in data._SPLITS]
+    return [cache._map_tokens(path.parent, s, counts, kind, False) for s in cache.SPLITS]
 
 
 def _metrics(path: Path) -> object:
@@ -268,9 +269,9 @@ def _batches(raw: bytes) -> object:
 
 
 @lru_cache(maxsize=1)
-def _stream() -> data.BatchIterator:
-    tokens = data.TokenArray(np.arange(90, dtype=np.uint8), 8, 90)
-    return data.BatchIterator(tokens, "hash", 0, 2, 1, 0)
+def _stream() -> BatchIterator:
+    tokens = TokenArray(np.arange(90, dtype=np.uint8), 8, 90)
+    return BatchIterator(tokens, "hash", 0, 2, 1, 0)
 
 
 _SIZES = {
