@@ -12,9 +12,11 @@ Known are Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V3 and gpt-oss; `regist
 Needs transformers 5.6 or later.
 """
 
-from fomoe_ext.hf.convert import convert, layers, restore, save_pretrained
+from fomoe_ext.hf.convert import convert
+from fomoe_ext.hf.converted import layers
 from fomoe_ext.hf.families import Family, families, register
 from fomoe_ext.hf.files import Loaded, from_pretrained_resident, save_merged
+from fomoe_ext.hf.restore import restore, save_pretrained
 
 __all__ = [
     "Family",

@@ -16,14 +16,10 @@ from torch import Tensor, nn
 
 from fomoe_ext.files.tensors import TensorFiles, write_tensors
 from fomoe_ext.hf.beside import ignored_names, keep_in_fp32, read_generation_config, write_configs
-from fomoe_ext.hf.convert import (
-    ConvertedMoE,
-    convert,
-    converted_layers,
-    shared_modules,
-    why_no_place,
-)
+from fomoe_ext.hf.convert import convert
+from fomoe_ext.hf.converted import ConvertedMoE, converted_layers, shared_modules
 from fomoe_ext.hf.quantised import Weights, block_size
+from fomoe_ext.hf.restore import why_no_place
 from fomoe_ext.hf.wrappers import plain_name, require_names, skeleton, tied_names, unwrapped
 from fomoe_ext.launch import messages
 from fomoe_ext.layer.assemble import global_router_tensors, local_tensors, responsible_site
@@ -108,12 +104,7 @@ def from_pretrained_resident(
     of_layers = (name for layer_path, layer in layers for name in _names(reader, layer_path, layer))
     ignored = ignored_names(model, files.names())
     reader.require_only({*of_layers, *others.values()}, ignored)
-    if more := sorted(name for name in ignored if not name.endswith("inv_freq")):
-        warnings.warn(
-            f"{folder}: {more[0]} and {len(more) - 1} other tensors are of layers that predict "
-            "further tokens, which transformers' model has not: they are left out",
-            stacklevel=2,
-        )
+    _warn_of_ignored(folder, ignored)
     with torch.no_grad():
         for layer_path, layer in layers:
             _read_layer(reader, layer_path, layer, device)
@@ -122,6 +113,15 @@ def from_pretrained_resident(
         model.tie_weights()
     read_generation_config(model, folder)
     return Loaded(model.eval(), files.bytes_read, files.bytes_total)
+
+
+def _warn_of_ignored(folder: Path, ignored: set[str]) -> None:
+    if more := sorted(name for name in ignored if not name.endswith("inv_freq")):
+        warnings.warn(
+            f"{folder}: {more[0]} and {len(more) - 1} other tensors are of layers that predict "
+            "further tokens, which transformers' model has not: they are left out",
+            stacklevel=3,
+        )
 
 
 def _set(module: nn.Module, name: str, values: Tensor, device: torch.device | str) -> None:

@@ -15,6 +15,15 @@ from fomoe_ext.checks import a_bool, an_int, at_least, finite, one_of
 from fomoe_ext.layer.seeding import fill_normal_
 from fomoe_ext.ops.shapes import on_one_device, plain_floats
 
+CHOICE_OPTIONS: dict[str, Any] = {
+    "scoring": "sigmoid",
+    "renormalize": False,
+    "scale": 1.0,
+    "num_groups": 1,
+    "groups_kept": 1,
+}
+"""Options of a router that say how it chooses and weighs, and what they are unless given."""
+
 
 class Router(nn.Module):
     """Scores all experts and chooses `top_k` of them per token.
@@ -134,14 +143,8 @@ class Router(nn.Module):
         )
 
     def _options(self) -> dict[str, Any]:
-        return {
-            "scoring": self.scoring,
-            "selection_bias": self.selection_bias,
-            "num_groups": self.num_groups,
-            "groups_kept": self.groups_kept,
-            "renormalize": self.renormalize,
-            "scale": self.scale,
-        }
+        own = {name: getattr(self, name) for name in CHOICE_OPTIONS}
+        return own | {"selection_bias": self.selection_bias}
 
     def forward(
         self,
