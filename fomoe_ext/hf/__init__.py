@@ -9,7 +9,8 @@
     hf.save_merged(model, placement, site, folder)       # of all sites' experts, one model
 
 Known are Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V3 and gpt-oss; `register` adds a family.
-Needs transformers 5.6 or later.
+Needs transformers 5.6 or later. May import outer, layer and what is below. Knows nothing of
+`fomoe train`: its model, jobs and checkpoints.
 """
 
 from fomoe_ext.hf.convert import convert

@@ -15,12 +15,13 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from fomoe_ext.checks import a_bool, at_least, finite, one_of
 from fomoe_ext.layer import upcycle
 from fomoe_ext.layer.balance import Balanced, measure
 from fomoe_ext.layer.compute import Compute, compute_here
-from fomoe_ext.layer.dispatch import DeviceMesh, make_dispatch
+from fomoe_ext.layer.dispatch import make_dispatch
 from fomoe_ext.layer.experts import Experts, ExpertWeights
 from fomoe_ext.layer.inputs import (
     all_tensors_of,
@@ -339,6 +340,7 @@ class MoELayer(Balanced):
 
     @property
     def _compute(self) -> Compute:
+        """Who computes the slots of a pass."""
         if self.dispatch is not None:
             return self.dispatch
         return compute_here if self.stale is None else self.stale.compute_too
