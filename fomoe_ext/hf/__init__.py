@@ -16,7 +16,8 @@ Needs transformers 5.6 or later. May import outer, layer and what is below. Know
 from fomoe_ext.hf.convert import convert
 from fomoe_ext.hf.converted import layers
 from fomoe_ext.hf.families import Family, families, register
-from fomoe_ext.hf.files import Loaded, from_pretrained_resident, save_merged
+from fomoe_ext.hf.load import Loaded, from_pretrained_resident
+from fomoe_ext.hf.merge import save_merged
 from fomoe_ext.hf.restore import restore, save_pretrained
 
 __all__ = [
