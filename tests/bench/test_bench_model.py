@@ -47,8 +47,8 @@ def free(monkeypatch):
 def test_constants_are_those_of_the_sources():
     source = "".join(
         (ROOT / "csrc" / name).read_text()
-        for name in ("kernels.h", "cuda/warp_specialized_shape.cuh", "cuda/scheduler.cuh",
-                     "cuda/window.cuh")
+        for name in ("kernels.h", "cuda/gemm/warp_specialized_shape.cuh", "cuda/gemm/scheduler.cuh",
+                     "cuda/gemm/window.cuh")
     )  # fmt: skip
 
     def constant(name: str) -> int:

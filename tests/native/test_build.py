@@ -235,7 +235,7 @@ def test_editable_build_and_rebuild(tmp_path):
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
     environment = {**os.environ, "FOMOE_CUDA": "off"}
     subprocess.run(build, cwd=source, check=True, env=environment, capture_output=True)
-    kernel = source / "csrc/cpu/compact.cpp"
+    kernel = source / "csrc/cpu/rows/compact.cpp"
     kernel.write_text(kernel.read_text() + "// touched\n")
     again = subprocess.run(
         build, cwd=source, check=True, env=environment, capture_output=True, text=True
