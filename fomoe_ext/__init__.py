@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from fomoe_ext.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from fomoe_ext.layer.moe import Experts, MoELayer, Router
+    from fomoe_ext.layer.experts import Experts
+    from fomoe_ext.layer.moe import MoELayer
+    from fomoe_ext.layer.router import Router
     from fomoe_ext.model.language import LanguageModel, ModelConfig
     from fomoe_ext.outer.sync import OuterSync
     from fomoe_ext.placement.placement import Placement
@@ -30,13 +32,13 @@ __all__ = [
 ]
 
 _HOME_OF = {
-    "Experts": "fomoe_ext.layer.moe",
+    "Experts": "fomoe_ext.layer.experts",
     "LanguageModel": "fomoe_ext.model.language",
     "MoELayer": "fomoe_ext.layer.moe",
     "ModelConfig": "fomoe_ext.config.job",
     "OuterSync": "fomoe_ext.outer.sync",
     "Placement": "fomoe_ext.placement.placement",
-    "Router": "fomoe_ext.layer.moe",
+    "Router": "fomoe_ext.layer.router",
 }
 
 

@@ -21,7 +21,8 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from fomoe_ext.checkpoint.manifest import CheckpointError
-from fomoe_ext.data.sequences import TextData, TokenArray, open_data, token_dtype
+from fomoe_ext.data.cache import token_dtype
+from fomoe_ext.data.sequences import TextData, TokenArray, open_data
 from fomoe_ext.data.text import find_texts, load_tokenizer, read_texts
 from fomoe_ext.eval.models import Skipping, Subject, Variant, find_subject
 from fomoe_ext.files.atomic import write_text

@@ -18,7 +18,8 @@ from fomoe_ext.config.job import DataConfig, TrainConfig
 from fomoe_ext.data.sequences import open_data
 from fomoe_ext.eval.command import EvalOptions, evaluate_model
 from fomoe_ext.eval.models import load_exported
-from fomoe_ext.export.command import ExportOptions, export, find_source
+from fomoe_ext.export.command import ExportOptions, export
+from fomoe_ext.export.source import find_source
 from fomoe_ext.files.atomic import seal_line, sealed, unseal_line, unsealed
 from fomoe_ext.files.states import read_state, write_state
 from fomoe_ext.files.tensors import CHECKSUMS, TensorFiles, write_tensors

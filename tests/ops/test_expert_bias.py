@@ -30,7 +30,8 @@ from new_process import environment
 from torch import Tensor
 
 from fomoe_ext import _C, ops
-from fomoe_ext.layer.experts import Experts, SharedExpert
+from fomoe_ext.layer.experts import Experts
+from fomoe_ext.layer.shared import SharedExpert
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 fomoe = torch.ops.fomoe
@@ -373,7 +374,7 @@ def test_bad_input_of_bias_grad() -> None:
 
 
 def layer_with_biases(**changes: Any) -> Any:
-    """A layer of test_moe with biases that are not zero."""
+    """A small layer with biases that are not zero."""
     layer = small_layer.make(bias=True, **changes)
     with torch.no_grad():
         for at, bias in enumerate((layer.experts.expand_bias, layer.experts.contract_bias)):
