@@ -33,7 +33,7 @@ _HOME_OF = {
     "Experts": "fomoe_ext.layer.moe",
     "LanguageModel": "fomoe_ext.model.language",
     "MoELayer": "fomoe_ext.layer.moe",
-    "ModelConfig": "fomoe_ext.config.job",
+    "ModelConfig": "fomoe_ext.config.model",
     "OuterSync": "fomoe_ext.outer.sync",
     "Placement": "fomoe_ext.placement.placement",
     "Router": "fomoe_ext.layer.moe",

@@ -15,7 +15,8 @@ from typing import Any
 from bench.study import design, plots, store, tables, throughput
 from bench.study.design import FULL, Size
 from bench.study.tables import Kept, mean_of
-from fomoe_ext.config.job import count_parameters, preset_config
+from fomoe_ext.config.job import preset_config
+from fomoe_ext.config.model import count_parameters
 from fomoe_ext.files.atomic import write_text
 from fomoe_ext.plan import cost as plan_cost
 from fomoe_ext.report.report import ReportTable, markdown_table

@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fomoe_ext.config.io import read_toml
-from fomoe_ext.config.job import TrainConfig, preset_config
+from fomoe_ext.config.job import SECTIONS, TrainConfig, preset_config
 
-_SECTIONS = tuple(
-    f.name for f in dataclasses.fields(TrainConfig) if f.default_factory is not dataclasses.MISSING
-)
 _TABLES = (".jsonl", ".ndjson", ".parquet")
 
 
@@ -159,7 +156,7 @@ def _fields() -> dict[str, str]:
     default = preset_config("tiny")
     return {
         field.name: section
-        for section in _SECTIONS
+        for section in SECTIONS
         for field in dataclasses.fields(getattr(default, section))
     }
 
@@ -180,7 +177,7 @@ def _named_in_file(path: str, config: TrainConfig) -> set[str]:
     plain, tables = preset_config(config.preset), read_toml(path)
     return {
         name
-        for section in _SECTIONS
+        for section in SECTIONS
         for name, value in tables.get(section, {}).items()
         if value != getattr(getattr(plain, section), name)
     }
@@ -207,7 +204,7 @@ _OWN_BUSINESS = {"run.run_dir", "run.resume"}
 def changes(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """What a run's configuration was and is to be, by section.option, where that differs."""
     found = {}
-    for section in _SECTIONS:
+    for section in SECTIONS:
         before, after = getattr(old, section), getattr(new, section)
         for field in dataclasses.fields(before):
             key = f"{section}.{field.name}"

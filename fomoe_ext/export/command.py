@@ -26,7 +26,9 @@ from tyro.conf import Positional
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.publish import reading
 from fomoe_ext.config.io import dump_config
-from fomoe_ext.config.job import ModelConfig, SitesConfig, TrainConfig, count_parameters
+from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.config.model import ModelConfig, count_parameters
+from fomoe_ext.config.sites import SitesConfig
 from fomoe_ext.data.text import Tokenizer, load_tokenizer
 from fomoe_ext.export.card import model_card
 from fomoe_ext.files.atomic import write_text

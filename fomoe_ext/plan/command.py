@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fomoe_ext.config.effects import without_effect
-from fomoe_ext.config.job import ModelConfig, TrainConfig
+from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.config.links import parse_link
+from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.placement.wire import Link
 from fomoe_ext.plan.args import parse_job, parse_options
 from fomoe_ext.plan.jobs import compared_costs

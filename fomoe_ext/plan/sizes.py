@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
 
-from fomoe_ext.config.job import ModelConfig, ParameterCounts, expert_matrices, expert_parameters
+from fomoe_ext.config.model import ModelConfig, ParameterCounts, expert_matrices, expert_parameters
 
 Part = Literal["attention", "shared", "unembedding", "other"]
 """What a dense tensor is for: matrices of attention, of MLPs that every token goes through (shared

@@ -25,7 +25,8 @@ from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.writer import Outcome
 from fomoe_ext.config.effects import changes, told, without_effect
 from fomoe_ext.config.io import save_config
-from fomoe_ext.config.job import TrainConfig, count_parameters
+from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.config.model import count_parameters
 from fomoe_ext.data.sequences import TextData
 from fomoe_ext.extras import NotInstalled
 from fomoe_ext.fault.company import Company

@@ -21,8 +21,10 @@ from small_run import finished_run, random_model, relative_error, tiny_config, u
 import fomoe_ext.export.exported
 from fomoe_ext import cli
 from fomoe_ext.checkpoint import manifest as ckpt
+from fomoe_ext.config.data import DataConfig
 from fomoe_ext.config.io import load_config
-from fomoe_ext.config.job import DataConfig, SitesConfig, TrainConfig
+from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.config.sites import SitesConfig
 from fomoe_ext.export import command as export
 from fomoe_ext.files import tensors as tensor_files
 from fomoe_ext.model.language import LanguageModel

@@ -13,8 +13,9 @@ import torch
 from small_run import finished_run, random_model, tiny_config, untrained_run
 
 from fomoe_ext.checkpoint import manifest as ckpt
+from fomoe_ext.config.data import DataConfig
 from fomoe_ext.config.io import dump_config, load_config
-from fomoe_ext.config.job import DataConfig, TrainConfig
+from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.data.sequences import open_data
 from fomoe_ext.eval.command import EvalOptions, evaluate_model
 from fomoe_ext.eval.models import load_exported

@@ -19,7 +19,7 @@ from small_run import finished_run
 from test_placement import check_load
 
 from fomoe_ext.config.io import parse_args
-from fomoe_ext.config.job import SitesConfig
+from fomoe_ext.config.sites import SitesConfig
 from fomoe_ext.model.evaluate import pair_counts
 from fomoe_ext.placement import Placement, coactivation
 from fomoe_ext.placement.coactivation import is_small, measured_coactivation, pairs_together

@@ -8,7 +8,8 @@ import json
 import pytest
 
 from fomoe_ext import cli
-from fomoe_ext.config.job import TrainConfig, count_parameters, preset_config
+from fomoe_ext.config.job import TrainConfig, preset_config
+from fomoe_ext.config.model import count_parameters
 from fomoe_ext.placement import wire
 from fomoe_ext.plan import cost as plan_cost
 from fomoe_ext.plan import memory as plan_memory
