@@ -1,4 +1,4 @@
-"""The typed configuration of a job: a file per section, presets, TOML and flags, what has no effect.
+"""The typed configuration of a job: a file per section, presets, TOML and flags, idle ones.
 
 Also values as text: links and addresses. May import placement and files; starts and trains nothing,
 and needs no torch. These names are for users; the package imports the module that defines a name.

@@ -16,8 +16,9 @@ from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.files.json_values import loads
 from fomoe_ext.placement import stale, wire
 from fomoe_ext.placement.placement import Placement
-from fomoe_ext.placement.spread import measured_load, spread_experts
+from fomoe_ext.placement.spread import spread_experts
 from fomoe_ext.plan.sizes import ModelSizes, sizes_of
+from fomoe_ext.report.measured import measured_coactivation, measured_load
 
 
 class RoundNote(NamedTuple):
@@ -83,8 +84,6 @@ def job_placement(config: TrainConfig, epoch: int = 0) -> Placement:
             )
         return placement
     if sites.placement_by is not None:
-        from fomoe_ext.placement.coactivation import measured_coactivation  # loads numpy
-
         counts = measured_coactivation(sites.placement_by)
         if counts.shape[:2] != (model.num_layers, model.num_experts):
             raise ValueError(

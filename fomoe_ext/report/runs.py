@@ -29,6 +29,7 @@ from fomoe_ext.files.folder_lock import Held, hold
 CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
+REPORT = "report.json"
 RUNS = Path("runs")
 
 

@@ -24,8 +24,7 @@ from fomoe_ext.files.atomic import seal_line, sealed, unseal_line, unsealed
 from fomoe_ext.files.states import read_state, write_state
 from fomoe_ext.files.tensors import CHECKSUMS, TensorFiles, write_tensors
 from fomoe_ext.model.language import LanguageModel
-from fomoe_ext.placement.coactivation import measured_coactivation
-from fomoe_ext.placement.spread import measured_load
+from fomoe_ext.report.measured import measured_coactivation, measured_load
 from fomoe_ext.report.metrics import read_metrics
 from fomoe_ext.report.runs import load_run_config, settled_job
 

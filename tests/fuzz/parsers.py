@@ -38,11 +38,10 @@ from fomoe_ext.outer.meeting import require_good
 from fomoe_ext.outer.options import MeetingError
 from fomoe_ext.outer.reduce import broken_seals, seal
 from fomoe_ext.placement import Placement, wire
-from fomoe_ext.placement.coactivation import measured_coactivation
-from fomoe_ext.placement.spread import measured_load
 from fomoe_ext.plan.hf import read_hf_config
 from fomoe_ext.plan.traffic import read_placement
 from fomoe_ext.report import metrics
+from fomoe_ext.report.measured import measured_coactivation, measured_load
 from fomoe_ext.train.tally import Tally
 
 from . import mutate
