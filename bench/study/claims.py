@@ -19,7 +19,7 @@ from fomoe_ext.config.job import preset_config
 from fomoe_ext.config.model import count_parameters
 from fomoe_ext.files.atomic import write_text
 from fomoe_ext.plan import cost as plan_cost
-from fomoe_ext.report.report import ReportTable, markdown_table
+from fomoe_ext.report.tables import ReportTable, markdown_table
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAPER_LOCAL_STEPS = 32

@@ -17,8 +17,8 @@ from typing import Any
 from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.files.atomic import write_text
 from fomoe_ext.plan import cost as plan_cost
-from fomoe_ext.report.metrics import human_count
-from fomoe_ext.report.report import ReportTable
+from fomoe_ext.report.tables import ReportTable
+from fomoe_ext.report.units import human_count
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "study" / "throughput.json"
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)

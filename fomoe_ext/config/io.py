@@ -149,10 +149,22 @@ def dump_config(config: TrainConfig) -> str:
 
 def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
     """Write `dump_config` to a file, whole or not at all, after a line with its hash
-    (`files.check_text_seal`); `load_config` gives `config` again."""
+    (`atomic.check_text_seal`); `load_config` gives `config` again."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, seal_text(dump_config(config)))
+
+
+def flag_value(args: Sequence[str], flag: str) -> str | None:
+    """The last value of `--flag VALUE` or `--flag=VALUE`; "" where the flag stands alone."""
+    value = None
+    for i, arg in enumerate(args):
+        if arg == flag:
+            bare = i + 1 == len(args) or args[i + 1].startswith("--")
+            value = "" if bare else args[i + 1]
+        elif arg.startswith(flag + "="):
+            value = arg.partition("=")[2]
+    return value
 
 
 def _take_option(args: list[str], flag: str) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 from fomoe_ext.checkpoint.manifest import Manifest
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.config.model import ModelConfig, count_parameters
-from fomoe_ext.report.metrics import human_count
+from fomoe_ext.report.units import human_count
 
 _BYTES = """## Tokens are bytes
 

@@ -37,8 +37,9 @@ from fomoe_ext.files.outputs import require_new
 from fomoe_ext.files.tensors import write_tensors
 from fomoe_ext.layer.assemble import global_names
 from fomoe_ext.model.language import LanguageModel
-from fomoe_ext.report.metrics import human_bytes, human_count, read_metrics
+from fomoe_ext.report.metrics import read_metrics
 from fomoe_ext.report.runs import CHECKPOINTS, CONFIG, METRICS, load_run_config, run_of
+from fomoe_ext.report.units import human_bytes, human_count
 
 TOKENIZER = "tokenizer.json"
 _NUL = "\0"

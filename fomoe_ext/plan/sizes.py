@@ -81,7 +81,7 @@ def sizes_of(model: ModelConfig | ModelSizes) -> ModelSizes:
     """The sizes of the model that `fomoe train` makes of a `ModelConfig`; others as they are.
 
     Attention of 4 D^2 and a tied embedding, as in the FoMoE paper (arXiv 2606.19025), whose sizes
-    `config.count_parameters` reproduces. Of attention the causal half is counted.
+    `count_parameters` reproduces. Of attention the causal half is counted.
     """
     if isinstance(model, ModelSizes):
         return model

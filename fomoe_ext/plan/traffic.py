@@ -1,7 +1,7 @@
 """A job's placement, and the bytes that each of its sites sends. Needs no torch.
 
 Bytes are exact: `meeting_bytes` and `moved_bytes` are what the training job counts where it sends.
-The rest of the cost model is in `plan_memory` and `plan_cost`.
+The rest of the cost model is in `fomoe_ext.plan.memory` and `fomoe_ext.plan.cost`.
 """
 
 from __future__ import annotations
