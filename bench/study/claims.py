@@ -154,7 +154,7 @@ def _speed(share: float) -> str:
 
 
 def claims_table(kept: Kept, size: Size = FULL) -> ReportTable:
-    """A row per claim: claimed, configuration, planned, measured here, command."""
+    """A row per claim: claimed, configuration, planned, measured here, command. Long: a table."""
     replica, ddp = _communication(kept, size)
     equal_replica, equal_ddp = _equal_loss(kept, size)
     plain, best = _quality(kept, size)
