@@ -23,7 +23,8 @@ from torch import Tensor
 
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.writer import Outcome
-from fomoe_ext.config.effects import changes, told, without_effect
+from fomoe_ext.config.changes import changes, told
+from fomoe_ext.config.effects import without_effect
 from fomoe_ext.config.io import flag_value, save_config
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.config.model import count_parameters
