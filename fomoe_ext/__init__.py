@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from fomoe_ext.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from fomoe_ext.config.model import ModelConfig
     from fomoe_ext.layer.moe import Experts, MoELayer, Router
-    from fomoe_ext.model.language import LanguageModel, ModelConfig
+    from fomoe_ext.model.language import LanguageModel
     from fomoe_ext.outer.sync import OuterSync
     from fomoe_ext.placement.placement import Placement
 
