@@ -20,7 +20,6 @@ from fomoe_ext.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
     TRAINING,
-    CheckpointError,
     FileEntry,
     Manifest,
     is_whole,
@@ -28,6 +27,7 @@ from fomoe_ext.checkpoint.manifest import (
     read_manifest,
     sha256,
 )
+from fomoe_ext.checkpoint.training_state import CheckpointError
 from fomoe_ext.files.atomic import naming, sealed, sync_folder
 from fomoe_ext.files.tensors import INDEX
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fomoe_ext.checkpoint.manifest import CheckpointError
+from fomoe_ext.checkpoint.training_state import CheckpointError
 from fomoe_ext.layer.assemble import expert_key, named_moe_layers, responsible_site
 from fomoe_ext.layer.mesh import is_sharded, rows_here
 from fomoe_ext.outer.belongings import steps_of

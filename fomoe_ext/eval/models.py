@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fomoe_ext.checkpoint import manifest as ckpt
-from fomoe_ext.config.job import DataConfig, ModelConfig
+from fomoe_ext.config.data import DataConfig
+from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.export.format import exported_name, model_of_config
 from fomoe_ext.export.source import Source, find_source
 from fomoe_ext.export.tokenizer import TOKENIZER

@@ -24,7 +24,9 @@ from tyro.conf import Positional
 
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.config.io import dump_config
-from fomoe_ext.config.job import ModelConfig, SitesConfig, TrainConfig, count_parameters
+from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.config.model import ModelConfig, count_parameters
+from fomoe_ext.config.sites import SitesConfig
 from fomoe_ext.export.card import model_card
 from fomoe_ext.export.format import exported_name, transformers_config, write_json
 from fomoe_ext.export.source import Source, find_source, model_files
@@ -35,8 +37,9 @@ from fomoe_ext.files.outputs import require_new
 from fomoe_ext.files.tensors import write_tensors
 from fomoe_ext.layer.assemble import global_names
 from fomoe_ext.model.language import LanguageModel
-from fomoe_ext.report.metrics import human_bytes, human_count, read_metrics
+from fomoe_ext.report.metrics import read_metrics
 from fomoe_ext.report.runs import CONFIG, METRICS
+from fomoe_ext.report.units import human_bytes, human_count
 
 _CODE = ("configuration_fomoe.py", "modeling_fomoe.py")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fomoe_ext.checkpoint import manifest as ckpt
-from fomoe_ext.checkpoint.manifest import CheckpointError
+from fomoe_ext.checkpoint.training_state import CheckpointError
 from fomoe_ext.layer.assemble import expert_key, named_moe_layers
 from fomoe_ext.outer.belongings import steps_of
 from fomoe_ext.plan.traffic import NOTE_BYTES

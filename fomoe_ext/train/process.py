@@ -23,9 +23,11 @@ from torch import Tensor
 
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.writer import Outcome
-from fomoe_ext.config.effects import changes, told, without_effect
-from fomoe_ext.config.io import save_config
-from fomoe_ext.config.job import TrainConfig, count_parameters
+from fomoe_ext.config.changes import changes, told
+from fomoe_ext.config.effects import without_effect
+from fomoe_ext.config.io import flag_value, save_config
+from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.config.model import count_parameters
 from fomoe_ext.data.sequences import TextData
 from fomoe_ext.extras import NotInstalled
 from fomoe_ext.fault.company import Company
@@ -54,14 +56,14 @@ from fomoe_ext.outer import MeetingError
 from fomoe_ext.outer.staged import MeetingLost
 from fomoe_ext.plan import traffic as plan
 from fomoe_ext.plan.traffic import RoundNote
-from fomoe_ext.report.metrics import RunLog, rewind_metrics
+from fomoe_ext.report.metrics import rewind_metrics
 from fomoe_ext.report.report import print_report, write_report
+from fomoe_ext.report.run_log import RunLog
 from fomoe_ext.report.runs import (
     CONFIG,
     HELD,
     METRICS,
     Job,
-    flag_value,
     join_folder,
     load_run_config,
     settled_job,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.publish import clear_leftovers
-from fomoe_ext.config.effects import changes, check_changes
+from fomoe_ext.config.changes import changes, check_changes
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.data.sequences import TextData, open_job_data
 from fomoe_ext.fault.lighthouse import LIGHTHOUSE

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fomoe_ext.config.job import TrainConfig, count_parameters
+from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.config.model import count_parameters
 from fomoe_ext.placement.placement import Placement
 from fomoe_ext.plan import cost as plan_cost
 from fomoe_ext.plan import memory as plan_memory

@@ -15,7 +15,7 @@ from sites import pool
 
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint import writer
-from fomoe_ext.config.job import ModelConfig
+from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.data.sequences import open_data
 from fomoe_ext.layer.assemble import local_tensors, own_global_tensors
 from fomoe_ext.model.evaluate import evaluate, global_experts

@@ -14,7 +14,9 @@ from small_run import finished_run, random_model, tiny_config, untrained_run
 
 from fomoe_ext import cli
 from fomoe_ext.checkpoint import manifest as ckpt
-from fomoe_ext.config.job import DataConfig, SitesConfig, TrainConfig
+from fomoe_ext.config.data import DataConfig
+from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.config.sites import SitesConfig
 from fomoe_ext.eval.models import load_exported
 from fomoe_ext.export import tokenizer as of_exports
 from fomoe_ext.export.source import find_source
