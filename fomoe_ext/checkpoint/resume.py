@@ -31,7 +31,7 @@ from fomoe_ext.outer.state import (
     share_errors,
 )
 from fomoe_ext.placement.placement import Placement
-from fomoe_ext.train.tally import Tally
+from fomoe_ext.report.tally import Tally
 
 if TYPE_CHECKING:
     from fomoe_ext.outer import OuterSync

@@ -14,7 +14,7 @@ from fomoe_ext.layer.assemble import expert_key, named_moe_layers
 from fomoe_ext.outer.belongings import steps_of
 from fomoe_ext.plan.traffic import NOTE_BYTES
 from fomoe_ext.report.runs import CHECKPOINTS
-from fomoe_ext.train.tally import Tally
+from fomoe_ext.report.tally import Tally
 
 if TYPE_CHECKING:
     from fomoe_ext.fault.reform import Formed

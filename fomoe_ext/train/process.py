@@ -1,7 +1,7 @@
 """A process of the training job: `python -m fomoe_ext.train`, by `fomoe train` or torchrun.
 
 A round: local steps; a note to all others; the meeting (`fomoe_ext.outer`), or a checkpoint when a
-site was asked to stop. Every site counts what it does (`fomoe_ext.train.tally`); site 0 speaks.
+site was asked to stop. Every site counts what it does (`fomoe_ext.report.tally`); site 0 speaks.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ from fomoe_ext.placement.placement import Placement
 from fomoe_ext.plan import traffic as plan
 from fomoe_ext.plan.traffic import RoundNote
 from fomoe_ext.report.runs import CHECKPOINTS
+from fomoe_ext.report.tally import Tally
 from fomoe_ext.train.job import (
     find_state,
     job_identity,
@@ -49,8 +50,8 @@ from fomoe_ext.train.job import (
     make_optimizer,
     outer_options,
 )
+from fomoe_ext.train.job_report import build_report, site_part
 from fomoe_ext.train.pace import Pace, steps_of_round
-from fomoe_ext.train.tally import Tally, build_report, site_part
 
 
 class TrainingSite:

@@ -43,7 +43,7 @@ from fomoe_ext.placement.spread import measured_load
 from fomoe_ext.plan.hf import read_hf_config
 from fomoe_ext.plan.traffic import read_placement
 from fomoe_ext.report import metrics
-from fomoe_ext.train.tally import Tally
+from fomoe_ext.report.tally import Tally
 
 from . import mutate
 
