@@ -31,7 +31,7 @@ from fomoe_ext.data.sequences import open_data
 from fomoe_ext.launch.world import StopRequest, World
 from fomoe_ext.ops import native
 from fomoe_ext.report.runs import job_config
-from fomoe_ext.train.trainer import TrainingSite
+from fomoe_ext.train.site import TrainingSite
 
 DEVICE = "cuda" if native.cuda_loaded else "cpu"
 ROUNDS = 3
@@ -66,9 +66,9 @@ def seconds_of(call: Callable[[], Any]) -> float:
 
 
 def train_a_round(site: TrainingSite) -> None:
-    site.take_local_steps(StopRequest(), lambda loss: None)
-    site.exchange_notes(stop=False)
-    site.meet()
+    site.steps.take(StopRequest(), lambda loss: None)
+    site.notes.exchange(stop=False)
+    site.meetings.meet()
 
 
 def write_one_file(path: Path, content: bytes) -> None:

@@ -35,7 +35,7 @@ from fomoe_ext.report.tally import Tally
 
 if TYPE_CHECKING:
     from fomoe_ext.outer import OuterSync
-    from fomoe_ext.train.trainer import TrainingSite
+    from fomoe_ext.train.site import TrainingSite
 
 Rows = dict[int | None, Tensor]
 """Parts of a tensor of a parameter's shape: some of its rows by number, or by None all of it."""

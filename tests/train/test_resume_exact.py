@@ -24,7 +24,8 @@ from fomoe_ext.data.sequences import open_data
 from fomoe_ext.launch.world import StopRequest, World
 from fomoe_ext.report.metrics import read_metrics
 from fomoe_ext.report.runs import job_config
-from fomoe_ext.train.trainer import TrainingSite
+from fomoe_ext.train.job_report import model_hash
+from fomoe_ext.train.site import TrainingSite
 
 
 class Watched:
@@ -40,14 +41,15 @@ class Watched:
             self.windows += [hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in batch]
             return batch
 
-        site._share = lambda _, share=site._share: share(watched())  # type: ignore[method-assign]
+        share = site.steps.share
+        site.steps.share = lambda _: share(watched())  # type: ignore[method-assign]
         site.batches = _Standing(batches)  # type: ignore[assignment]
 
     def rounds(self, count: int) -> None:
         for _ in range(count):
-            self.site.take_local_steps(StopRequest(), lambda loss: self.losses.append(float(loss)))
-            self.site.exchange_notes(stop=False)
-            self.site.meet()
+            self.site.steps.take(StopRequest(), lambda loss: self.losses.append(float(loss)))
+            self.site.notes.exchange(stop=False)
+            self.site.meetings.meet()
 
 
 class _Standing:
@@ -89,7 +91,7 @@ def outcome(watched: Watched) -> dict[str, Any]:
     }
     loss = site.validate(512).loss
     data = site.batches.state_dict()
-    return {"model": site.model_hash(), "state": state, "loss": loss, "data": data}
+    return {"model": model_hash(site), "state": state, "loss": loss, "data": data}
 
 
 def interrupted(site: int, num_sites: int, arguments: list[str]) -> list[Any]:

@@ -63,12 +63,14 @@ class Result(NamedTuple):
 
 def watch(site: Any) -> dict[str, Any]:
     """What is seen of a rank of a job at its end."""
+    from fomoe_ext.train.job_report import memory_of
+
     layers = site.model.moe_layers()
     return {
         "experts": [layer.experts.resident_experts for layer in layers],
         "shapes": [tuple(layer.experts.expand_weight.shape) for layer in layers],
         "site": [layer.site_experts for layer in layers],
-        "memory": site.memory(),
+        "memory": memory_of(site),
     }
 
 
@@ -79,7 +81,7 @@ def process_of_job(
     from fomoe_ext.launch import processes as launch
     from fomoe_ext.launch.world import StopRequest, World
     from fomoe_ext.train import process as job
-    from fomoe_ext.train import trainer
+    from fomoe_ext.train.site import TrainingSite
 
     if dist.is_initialized():
         dist.barrier()  # one that is gone would disturb those that are still connecting
@@ -101,7 +103,7 @@ def process_of_job(
         if plant:
             PLANTS[plant](patch)
 
-        class Seen(trainer.TrainingSite):
+        class Seen(TrainingSite):
             def __init__(self, *given: Any) -> None:
                 super().__init__(*given)
                 made.append(self)
@@ -324,18 +326,18 @@ CYCLIC = Placement.cyclic(2, 8, 2, 1)
 
 def _double_experts(patch: pytest.MonkeyPatch) -> None:
     from fomoe_ext.layer import dense
-    from fomoe_ext.train import trainer
+    from fomoe_ext.train import local_steps
 
     def doubled(model: nn.Module, mesh: Any) -> None:
         for parameter in dense.expert_parameters(model).values():
             parameter.grad.mul_(2)
 
-    patch.setattr(trainer, "average_experts", doubled)
+    patch.setattr(local_steps, "average_experts", doubled)
 
 
 def _sum_dense(patch: pytest.MonkeyPatch) -> None:
     from fomoe_ext.layer import dense
-    from fomoe_ext.train import trainer
+    from fomoe_ext.train import local_steps
 
     def summed(model: nn.Module, mesh: Any) -> None:
         experts = {id(p) for p in dense.expert_parameters(model).values()}
@@ -343,7 +345,7 @@ def _sum_dense(patch: pytest.MonkeyPatch) -> None:
             if id(parameter) not in experts:
                 parameter.grad.mul_(mesh.size() // mesh.size(0))
 
-    patch.setattr(trainer, "average_experts", summed)
+    patch.setattr(local_steps, "average_experts", summed)
 
 
 def _own_load(patch: pytest.MonkeyPatch) -> None:
@@ -368,26 +370,26 @@ def _own_norm(patch: pytest.MonkeyPatch) -> None:
 
 
 def _forget_replicas(patch: pytest.MonkeyPatch) -> None:
-    from fomoe_ext.train import trainer
+    from fomoe_ext.train import local_steps
 
-    patch.setattr(trainer, "average_experts", lambda model, mesh: None)
+    patch.setattr(local_steps, "average_experts", lambda model, mesh: None)
 
 
 def _same_batch(patch: pytest.MonkeyPatch) -> None:
-    from fomoe_ext.train.trainer import TrainingSite
+    from fomoe_ext.train.local_steps import LocalSteps
 
-    patch.setattr(TrainingSite, "_share", lambda site, batch: batch.chunk(site.world.ranks)[0])
+    patch.setattr(LocalSteps, "share", lambda steps, batch: batch.chunk(steps._site.world.ranks)[0])
 
 
 def _save_and_stop(patch: pytest.MonkeyPatch) -> None:
     """No bug: what was read is written again, and the job is over."""
-    from fomoe_ext.train import process as job
+    from fomoe_ext.train.trainer import Trainer
 
     def save(rounds: Any) -> bool:
         rounds._save(rounds.site.tally.steps + 1000)
         return True
 
-    patch.setattr(job._Job, "train", save)
+    patch.setattr(Trainer, "train", save)
 
 
 PLANTS = {

@@ -250,18 +250,18 @@ def test_ctrl_c_writes_a_checkpoint_and_the_job_goes_on(flags, tmp_path):
 def stop_unevenly(site: int, num_sites: int, arguments: list[str]) -> list[str]:
     """Saves where one site has begun a round and the other has not; what differs when resumed."""
     from fomoe_ext.launch.world import StopRequest, World
-    from fomoe_ext.train.trainer import TrainingSite
+    from fomoe_ext.train.site import TrainingSite
 
     config = job_config(arguments)
     files = config.data
     data = open_data(files.data, config.model.seq_len, cache_dir=files.cache_dir)
     given = config, World(site, num_sites), data, torch.device("cpu")
     job = TrainingSite(*given, None)
-    job.take_local_steps(StopRequest(), lambda loss: None)
-    job.exchange_notes(stop=False)
-    job.meet()
+    job.steps.take(StopRequest(), lambda loss: None)
+    job.notes.exchange(stop=False)
+    job.meetings.meet()
     if site == 0:
-        job._local_step()
+        job.steps.step()
     path = job.save(config.run.local_steps + 1)
     resumed = TrainingSite(*given, path)
     assert resumed.steps_in_round == (1 if site == 0 else 0)
