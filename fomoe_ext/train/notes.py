@@ -30,7 +30,7 @@ class Notes:
         """
         site, ranks = self._site, self._site.sync.ranks
         with with_others(f"the notes of round {site.round + 1}", site.world.site):
-            parts = ranks.gather((stop, site.round_counts(), site.pace.seconds))
+            parts = ranks.gather((stop, site.progress.counts(), site.pace.seconds))
             loss, rows, slots = of_site([counts for _, counts, _ in parts])
             note = RoundNote(
                 stop=float(any(asked for asked, _, _ in parts)),
