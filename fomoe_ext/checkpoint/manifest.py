@@ -33,8 +33,8 @@ from fomoe_ext.checkpoint.training_state import tensor_names as names_in_folder
 from fomoe_ext.files.atomic import unsealed
 from fomoe_ext.files.json_values import from_json, loads
 from fomoe_ext.files.tensors import INDEX, read_index, require_inside
+from fomoe_ext.launch.messages import gather_objects
 from fomoe_ext.layer.assemble import fill_model, global_names
-from fomoe_ext.outer.groups import gather_objects
 
 FORMAT = 2
 MANIFEST = "manifest.json"

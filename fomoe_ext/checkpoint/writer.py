@@ -39,8 +39,8 @@ from fomoe_ext.files.atomic import sync_folder, write_text
 from fomoe_ext.files.json_values import to_json
 from fomoe_ext.files.tensors import WrittenFile, write_synced
 from fomoe_ext.launch import inject
+from fomoe_ext.launch.messages import gather_objects
 from fomoe_ext.launch.waiting import wait_for
-from fomoe_ext.outer.groups import gather_objects
 
 SHARD_BYTES = 4 << 30
 """Bytes of the global model in a file."""

@@ -27,6 +27,7 @@ from fomoe_ext.config.links import parse_link
 from fomoe_ext.data.sequences import TextData
 from fomoe_ext.fault.shadows import Shadows
 from fomoe_ext.launch import inject
+from fomoe_ext.launch.messages import gather_objects
 from fomoe_ext.launch.world import StopRequest, World, with_others
 from fomoe_ext.layer.assemble import local_tensors, own_global_tensors
 from fomoe_ext.layer.dense import average_experts, shard_dense
@@ -36,7 +37,7 @@ from fomoe_ext.model.evaluate import Validation, evaluate
 from fomoe_ext.model.language import LanguageModel
 from fomoe_ext.outer import OuterSync, RoundReport, SiteGroups
 from fomoe_ext.outer.averaging import Treatment
-from fomoe_ext.outer.groups import Handle, gather_objects
+from fomoe_ext.outer.groups import Handle
 from fomoe_ext.placement.coactivation import is_small
 from fomoe_ext.placement.placement import Placement
 from fomoe_ext.plan import traffic as plan
