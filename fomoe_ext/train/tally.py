@@ -104,6 +104,12 @@ _OF_RANKS = (
 _SECONDS = ("local_s", "meeting_s", "exchange_s", "validation_s", "checkpoint_s", "wall_s")
 
 
+def of_site(counts: list[tuple[float, int, int]]) -> tuple[float, int, int]:
+    """Loss, rows and slots of a round of a site from those of its ranks."""
+    losses, rows, slots = zip(*counts, strict=True)
+    return sum(losses) / len(losses), sum(rows), sum(slots)
+
+
 def site_part(
     site: int, tally: Tally, memory: Mapping[str, int], config: TrainConfig, rounds: int
 ) -> dict[str, Any]:

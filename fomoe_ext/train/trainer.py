@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from fomoe_ext.checkpoint import manifest as ckpt
-from fomoe_ext.checkpoint.resume import fill_copies, load_into, of_site, state_of, tensors_of
+from fomoe_ext.checkpoint.resume import fill_copies, load_into
+from fomoe_ext.checkpoint.state import state_of, tensors_of
 from fomoe_ext.checkpoint.writer import CheckpointWriter, Outcome
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.config.links import parse_link
@@ -51,7 +52,7 @@ from fomoe_ext.train.job import (
     outer_options,
 )
 from fomoe_ext.train.pace import Pace, steps_of_round
-from fomoe_ext.train.tally import Tally, build_report, site_part
+from fomoe_ext.train.tally import Tally, build_report, of_site, site_part
 
 
 class TrainingSite:
@@ -382,10 +383,6 @@ class TrainingSite:
         self._round_tokens = int(state["tokens"]) // self.world.ranks
         self.pace = Pace(float(state["pace"]))
 
-    def local_tensors(self) -> dict[str, Tensor]:
-        """This rank's parameters and persistent buffers by name."""
-        return local_tensors(self.model)
-
     # --------------------------------------------------------------------------------- meetings
 
     def meet(self) -> float:
@@ -535,6 +532,41 @@ class TrainingSite:
         return result
 
     # ------------------------------------------------------------------------------ checkpoints
+
+    def counts(self) -> tuple[dict[str, Any], tuple[float, int, int]]:
+        """What this rank has counted, since the job began and in the round."""
+        return self.tally.state_dict(), self.round_counts()
+
+    def progress_state(
+        self, counts: Sequence[tuple[dict[str, Any], tuple[float, int, int]]]
+    ) -> dict[str, Any]:
+        """How far this site is, for a checkpoint; `counts` are those of its ranks."""
+        return {
+            "data": self.batches.state_dict(),
+            "tally": Tally.of_ranks([Tally.from_state(tally) for tally, _ in counts]).state_dict(),
+            "steps_in_round": self.steps_in_round,
+            "uneven": self.uneven_state(),
+            "round_counts": of_site([of_round for _, of_round in counts]),
+        }
+
+    def load_progress_state(self, state: Mapping[str, Any], same: bool) -> None:
+        """Goes on from `progress_state`; counts begin anew unless it is of the `same` sites.
+
+        The outer sync has its round already. Raises ValueError for what is no such state.
+        """
+        self.batches.load_state_dict(state["data"])
+        tally = Tally.from_state(state["tally"])
+        loss, rows, slots = state["round_counts"]
+        if not same:
+            self.tally = Tally(steps=tally.steps, from_round=self.round, from_step=tally.steps)
+            return
+        # Sums of a site are its first rank's from here on.
+        leads = self.world.rank == 0
+        self.tally = tally if leads else tally.without_counts()
+        self.steps_in_round = state["steps_in_round"]
+        if "uneven" in state:  # not in checkpoints of earlier versions
+            self.set_uneven_state(state["uneven"])
+        self.set_round_counts((loss, rows, slots) if leads else (loss, 0, 0))
 
     def save(self, steps: int) -> Path:
         """`try_save`, which raises CheckpointError on all sites when it cannot be written."""

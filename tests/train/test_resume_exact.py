@@ -18,7 +18,7 @@ from sites import pool
 from test_train import SMALL, finish, flags, text, train  # noqa: F401  two of them are fixtures
 
 from fomoe_ext.checkpoint import manifest as ckpt
-from fomoe_ext.checkpoint.resume import tensors_of
+from fomoe_ext.checkpoint.state import tensors_of
 from fomoe_ext.checkpoint.writer import _Buffers
 from fomoe_ext.data.sequences import open_data
 from fomoe_ext.launch.world import StopRequest, World
