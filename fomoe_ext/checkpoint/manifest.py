@@ -82,6 +82,37 @@ class Manifest:
     ranks_per_site: int = 1
 
 
+@dataclass(frozen=True)
+class Process:
+    """A process of the job, as it was when a checkpoint began."""
+
+    site: int
+    num_sites: int
+    rank: int = 0
+    ranks_per_site: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value, end in (
+            ("site", self.site, self.num_sites),
+            ("rank", self.rank, self.ranks_per_site),
+        ):
+            if not 0 <= value < end:
+                raise ValueError(f"{name} must be in [0, {end}), got {value}")
+
+    @property
+    def number(self) -> int:
+        """Its rank among all processes."""
+        return self.site * self.ranks_per_site + self.rank
+
+    @property
+    def count(self) -> int:
+        """All processes."""
+        return self.num_sites * self.ranks_per_site
+
+    def __str__(self) -> str:
+        return f"site {self.site}" + (f", rank {self.rank}" if self.ranks_per_site > 1 else "")
+
+
 def checkpoint_name(steps: int) -> str:
     """Folder name of a checkpoint after so many local steps."""
     return f"step-{steps:08d}"

@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fomoe_ext.checkpoint import manifest as ckpt
-from fomoe_ext.checkpoint.writer import Outcome
+from fomoe_ext.checkpoint.pending import Outcome
 from fomoe_ext.config.effects import changes, told, without_effect
 from fomoe_ext.config.io import save_config
 from fomoe_ext.config.job import TrainConfig, count_parameters
@@ -172,7 +172,7 @@ class _Job:
         site = self.site
         if self._round():
             return True
-        self._tell_saved(site.poll_save())
+        self._tell_saved(site.checkpoints.poll())
         if site.round == site.rounds:
             self._due_at_end = True
             return False
@@ -292,18 +292,18 @@ class _Job:
 
     def _save(self, steps: int) -> None:
         """A checkpoint that is waited for; where it cannot be written that is told."""
-        self._tell_saved(self.site.poll_save(wait=True))
-        outcome = self.site.try_save(steps)
+        self._tell_saved(self.site.checkpoints.poll(wait=True))
+        outcome = self.site.checkpoints.save(steps)
         self._unsaved = bool(outcome.error)
         self._tell_saved(outcome, "")
 
     def _start_save(self, steps: int) -> None:
         """A checkpoint during the training, which goes on where it cannot be written."""
-        self._tell_saved(self.site.poll_save(wait=True))  # of the one before, if that still lasts
-        behind = self.run.async_checkpoints
-        self.site.start_save(steps, copy=behind)
+        checkpoints, behind = self.site.checkpoints, self.run.async_checkpoints
+        self._tell_saved(checkpoints.poll(wait=True))  # of the one before, if that still lasts
+        checkpoints.start(steps, copy=behind)
         if not behind:
-            self._tell_saved(self.site.poll_save(wait=True))
+            self._tell_saved(checkpoints.poll(wait=True))
 
     def _tell_saved(self, outcome: Outcome | None, goes_on: str = ", training goes on") -> None:
         if outcome is None or self.log is None:

@@ -21,8 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.resume import fill_copies, load_into
-from fomoe_ext.checkpoint.state import state_of, tensors_of
-from fomoe_ext.checkpoint.writer import CheckpointWriter, Outcome
+from fomoe_ext.checkpoint.writer import CheckpointWriter
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.config.links import parse_link
 from fomoe_ext.data.sequences import TextData
@@ -30,7 +29,7 @@ from fomoe_ext.fault.shadows import Shadows
 from fomoe_ext.launch import inject
 from fomoe_ext.launch.messages import gather_objects
 from fomoe_ext.launch.world import StopRequest, World, with_others
-from fomoe_ext.layer.assemble import local_tensors, own_global_tensors
+from fomoe_ext.layer.assemble import local_tensors
 from fomoe_ext.layer.dense import average_experts, shard_dense
 from fomoe_ext.layer.mesh import local_tensor, make_mesh
 from fomoe_ext.layer.routing_probe import RoutingProbe, figures, pack, unpack
@@ -52,6 +51,7 @@ from fomoe_ext.train.job import (
     outer_options,
 )
 from fomoe_ext.train.pace import Pace, steps_of_round
+from fomoe_ext.train.saving import Checkpoints
 from fomoe_ext.train.tally import Tally, build_report, of_site, site_part
 
 
@@ -132,8 +132,12 @@ class TrainingSite:
                     "another placement"
                 )
         self._before_s = self.tally.wall_s
-        self.checkpoints = CheckpointWriter(self.run_dir / CHECKPOINTS, config.run.keep_checkpoints)
-        """Writes this job's checkpoints; see `start_save`."""
+        self.checkpoints = Checkpoints(
+            self,
+            CheckpointWriter(self.run_dir / CHECKPOINTS, config.run.keep_checkpoints),
+            self.local_steps,
+            job_identity(config) | {"tokenizer": data.tokenizer},
+        )
 
     def make_groups(self, world: World) -> SiteGroups:
         """The connections of all sites; a collective."""
@@ -229,7 +233,7 @@ class TrainingSite:
         ):
             loss = self.model.loss(tokens)
         loss.total.backward()
-        self._settle_save()
+        self.checkpoints.settle()
         if self.mesh is not None:
             average_experts(self.model, self.mesh)
         if ddp:
@@ -390,7 +394,7 @@ class TrainingSite:
 
         Returns the seconds it took; with ddp those of all reductions of the round.
         """
-        self._settle_save()
+        self.checkpoints.settle()
         if self._probe is not None:
             with self._validating():
                 self._probe.before_meeting()
@@ -486,13 +490,13 @@ class TrainingSite:
 
     def finish(self) -> None:
         """Takes in what is under way, after the last round; a collective."""
-        self._settle_save()
+        self.checkpoints.settle()
         outcome = self.sync.finish()
         self.tally.meeting_s += outcome.seconds
         self._tell_of(outcome)
 
     @contextmanager
-    def _global_model(self) -> Iterator[dict[str, Tensor] | None]:
+    def global_model(self) -> Iterator[dict[str, Tensor] | None]:
         """Inside, the model is that of the last meeting; gives this site's where that differs."""
         if not (self.steps_in_round or self.config.outer.apart):
             yield None
@@ -510,7 +514,7 @@ class TrainingSite:
     def validate(self, max_tokens: int) -> Validation:
         """Validation of the global model, counted; a collective."""
         what = f"the validation after round {self.round}"
-        with self._global_model(), with_others(what, self.world.site):
+        with self.global_model(), with_others(what, self.world.site):
             result = evaluate(
                 self.model,
                 self.data,
@@ -535,6 +539,7 @@ class TrainingSite:
 
     def counts(self) -> tuple[dict[str, Any], tuple[float, int, int]]:
         """What this rank has counted, since the job began and in the round."""
+        self.tally.wall_s = self._before_s + time.perf_counter() - self.started
         return self.tally.state_dict(), self.round_counts()
 
     def progress_state(
@@ -567,93 +572,6 @@ class TrainingSite:
         if "uneven" in state:  # not in checkpoints of earlier versions
             self.set_uneven_state(state["uneven"])
         self.set_round_counts((loss, rows, slots) if leads else (loss, 0, 0))
-
-    def save(self, steps: int) -> Path:
-        """`try_save`, which raises CheckpointError on all sites when it cannot be written."""
-        outcome = self.try_save(steps)
-        if outcome.error:
-            raise ckpt.CheckpointError(
-                f"could not write checkpoint {outcome.path}: {outcome.error}"
-            )
-        return outcome.path
-
-    def try_save(self, steps: int) -> Outcome:
-        """Writes a checkpoint with all others and waits for it; `steps` as for `start_save`."""
-        waited = self.tally.checkpoint_s
-        self.start_save(steps, copy=False)
-        with with_others("the checkpoint", self.world.site):
-            outcome = self.checkpoints.finish()
-        self.tally.checkpoint_s = waited  # with this one the job ends or stops
-        assert outcome is not None
-        self.tally.checkpoints_failed += bool(outcome.error)
-        return outcome
-
-    @torch.no_grad()
-    def start_save(self, steps: int, copy: bool = True) -> None:
-        """Begins a checkpoint with all other sites; `steps` is the most that a site has taken.
-
-        With `copy` it is written while training goes on, and `poll_save` tells when it is there.
-        Where that needs no other process it is copied while training goes on as well, until the
-        next backward pass at the latest. The one before must have ended. The global model is that
-        of the last meeting; where a site's own may differ (in the middle of a round, with
-        fragments, overlap or expert_turns) its state holds that too. Fragments under way are taken
-        in before.
-        """
-        self.finish()
-        start = time.perf_counter()
-        with self._global_model() as local:
-            if local is None and steps > self.round * self.local_steps:
-                # Others are in the middle of the round, and some of the global model is from them:
-                # selection biases, which have moved on there.
-                local = {name: value.clone() for name, value in local_tensors(self.model).items()}
-            # Without copying, the model must stay as it is until all is written.
-            self._start_save(steps, local, copy or local is not None)
-        self.tally.checkpoint_s += time.perf_counter() - start
-
-    def _start_save(self, steps: int, local: dict[str, Tensor] | None, copy: bool) -> None:
-        self.tally.wall_s = self._before_s + time.perf_counter() - self.started
-        with with_others("the checkpoint", self.world.site):
-            ranks = self.sync.ranks
-            self.checkpoints.start(
-                ckpt.checkpoint_name(steps),
-                own_global_tensors(
-                    self.model, self.placement, self.world.site, local_tensors(self.model), ranks
-                ),
-                state_of(self, local is not None),
-                site=self.world.site,
-                num_sites=self.world.num_sites,
-                rank=ranks.rank,
-                ranks_per_site=ranks.size,
-                round=self.round,
-                meta=job_identity(self.config) | {"tokenizer": self.data.tokenizer},
-                named=tensors_of(self, local),
-                copy=copy,
-                # Several ranks put together what is sharded, and a global model of the site's own
-                # making is about to go.
-                beside=copy and local is None and ranks.size == 1,
-            )
-
-    def _settle_save(self) -> None:
-        """Waits until all of a checkpoint is copied, before it changes."""
-        start = time.perf_counter()
-        self.checkpoints.settle()
-        self.tally.checkpoint_s += time.perf_counter() - start
-
-    def poll_save(self, wait: bool = False) -> Outcome | None:
-        """How the checkpoint under way has ended, if it has; all sites must ask.
-
-        Quick, unless it is to `wait` for the end. None where there is none under way.
-        """
-        if not self.checkpoints.under_way:
-            return None
-        start = time.perf_counter()
-        with with_others("the checkpoint", self.world.site):
-            outcome = self.checkpoints.finish() if wait else self.checkpoints.poll()
-        self.tally.checkpoint_s += time.perf_counter() - start
-        if outcome is not None:
-            self.tally.checkpoints += 1
-            self.tally.checkpoints_failed += bool(outcome.error)
-        return outcome
 
     @torch.no_grad()
     def _restore(self, tensors: dict[str, Tensor]) -> None:
