@@ -11,7 +11,7 @@
 
 #include "build_facts.h"
 #include "cpu/features.h"
-#include "cuda/experts_choice.h"
+#include "cuda/gemm/experts_choice.h"
 
 #define FOMOE_EXPORT extern "C" __attribute__((visibility("default")))
 

@@ -1,13 +1,13 @@
-"""What all tests share: the devices that kernels run on."""
+"""What all tests share: the devices that kernels run on, the flags of a small job."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 # Processes that share the processors (pytest -n) do not each take all of them, nor do theirs.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -16,8 +16,16 @@ if WORKERS > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (PROCESSORS or 1) // WORKERS)))
 
 import pytest  # noqa: E402
+
+# An assert that fails in a helper module shows its values, as one of a test module does.
+pytest.register_assert_rewrite(
+    *(path.stem for path in Path(__file__).parent.glob("**/*.py") if path.stem != "conftest")
+)
+
+import small_job  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from kernel_device import Device  # noqa: E402
 
 # The same examples in every run, however slow the machine.
 settings.register_profile("fixed", derandomize=True, deadline=None)
@@ -69,22 +77,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@dataclass(frozen=True)
-class Device:
-    """A place that runs kernels, all of them through torch's dispatcher. `emulated` runs the CUDA
-    kernels' source, and the ops around them, on CPU tensors.
-    """
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of real text, and a cache of tokens of their own."""
+    folder = tmp_path_factory.mktemp("text")
+    for module in ("argparse", "ast", "calendar", "cmd", "copy", "csv"):
+        shutil.copy(sys.modules["os"].__file__.replace("os.py", f"{module}.py"), folder)
+    return folder
 
-    name: str
-    tensors: str  # torch device of the tensors
-    namespace: str = "fomoe"
 
-    def op(self, verb: str) -> Callable[..., Any]:
-        """The op `verb` on this device; skips the test where it has no such kernel."""
-        key = "CUDA" if self.tensors == "cuda" else "CPU"
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{self.namespace}::{verb}", key):
-            pytest.skip(f"{self.name} has no kernel '{verb}'")
-        return getattr(getattr(torch.ops, self.namespace), verb)
+@pytest.fixture
+def flags(text: Path, tmp_path: Path) -> list[str]:
+    """Flags of a small job of two sites, each of which holds half of the experts."""
+    cache = ["--cache-dir", str(text / "cache")]
+    sites = ["--sites", "2", "--replication", "1", "--run-dir", str(tmp_path / "run")]
+    return [*small_job.SMALL, *sites, "--data", str(text / "*.py"), *cache]
 
 
 @pytest.fixture(scope="session")

@@ -205,3 +205,26 @@ def hash_bits(data: bytes) -> int:
             x = ((x ^ (x >> 32)) * 0xD6E8FEB86659FD93) % 2**64
         total += x ^ (x >> 32)
     return total % 2**64
+
+
+KINDS = ("normal", "outliers", "zeros", "tiny", "huge", "ties", "mixed")
+
+
+def make_values(numel: int, kind: str, seed: int) -> np.ndarray:
+    """fp32 values of a kind that deltas are known for, or that is hard."""
+    rng = np.random.default_rng(seed)
+    v = rng.standard_normal(numel)
+    if kind == "outliers":
+        v = rng.standard_cauchy(numel) * 1e-3
+    elif kind == "zeros":  # runs, and zeros of both signs
+        v *= np.repeat(rng.random(numel // 40 + 1) < 0.5, 40)[:numel]
+        v[rng.random(numel) < 0.3] = -0.0
+    elif kind == "tiny":  # around 2^-90, under which blocks are dropped, and subnormal
+        v *= 2.0 ** rng.choice([-149, -140, -130, -91, -90, -89], numel)
+    elif kind == "huge":
+        v = rng.choice([3.4e38, 3e38, 1e38, 1.0], numel) * np.sign(v)
+    elif kind == "ties":
+        v = rng.integers(-3, 4, numel) * 0.5
+    elif kind == "mixed":  # another scale in every block
+        v *= np.repeat(10.0 ** rng.uniform(-20, 20, numel // 64 + 1), 64)[:numel]
+    return v.astype(np.float32)

@@ -2,7 +2,7 @@
 
 All is as on the command line, launcher and sites, but for the seconds in which each of them imports
 torch. What depends on how processes start (signals, torchrun, namespaces, restarts) is tested with
-real ones (`test_train.command`, `chaos/test_launching.py`).
+real ones (`small_job.command`, `chaos/test_launching.py`).
 """
 
 from __future__ import annotations

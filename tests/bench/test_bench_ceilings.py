@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import re
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 import bench_token_kernels
 import common
+import pytest
+import torch
+from bench_command import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fomoe_ext.ops import native
 
-BENCH = Path(__file__).parents[2] / "bench"
+BENCH = ROOT / "bench"
 COPIES = ("copy", "clone")  # in the names of operators that may become a memcpy
 # Files that copy between two tensors for another reason than to measure a device's bandwidth.
 OTHER_COPIES = {"bench_checkpoint.py"}  # CPU memory, which copy_ is right for

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 import bench_experts as bench
 import common
 import expert_cases as cases
 import expert_work as work
+import pytest
 import report
 import rivals
+import torch
+from bench_command import run_python
 from expert_work import Kernel, Load, Model
 
-ROOT = Path(__file__).parents[2]
 MODELS = (
     Model("gated", 32, 16, 8, 2),
     Model("biases", 24, 40, 8, 2, "clamped_swiglu", bias=True),
@@ -299,17 +293,6 @@ def test_cases_are_collected_with_inputs_made_once():
     inputs = [line.split("[")[1].rsplit("-", 1)[0] for line in cases_found]
     changes = sum(a != b for a, b in itertools.pairwise(inputs))
     assert changes == len(set(inputs)) - 1 == 6 * 3 * 2 - 1
-
-
-def run_python(*arguments: str) -> str:
-    """Output of Python in the repository's root. Scripts find their neighbours, as for users."""
-    dropped = {"FOMOE_EXPERTS_TILE"} | (set() if arguments[0] == "-m" else {"PYTHONSAFEPATH"})
-    environment = {k: v for k, v in os.environ.items() if k not in dropped}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 # ---- tables of results ---------------------------------------------------------------------------

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
 import machine
+import pytest
 from machine import GpuState, suspicions
 
 OWN = 41

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import replace
-from pathlib import Path
-
-import numpy as np
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 import expert_work as work
 import experts_inputs as inputs
 import experts_model as model_of
 import experts_predict as predict_of
+import numpy as np
+import pytest
+from bench_command import ROOT, run_python
 from expert_work import Gemm, Load, Model
 from experts_inputs import MAIN, SKETCH, Chip, Epilogue
 from experts_predict import TILES
-from test_bench_experts import ROOT, run_python
 
 PING_PONG, COOPERATIVE = TILES["ping_pong_128"], TILES["cooperative_256"]
 # Nothing but the tensor cores takes time, and the clock stays as it is.
@@ -52,8 +47,8 @@ def free(monkeypatch):
 def test_constants_are_those_of_the_sources():
     source = "".join(
         (ROOT / "csrc" / name).read_text()
-        for name in ("kernels.h", "cuda/warp_specialized_shape.cuh", "cuda/scheduler.cuh",
-                     "cuda/window.cuh")
+        for name in ("kernels.h", "cuda/gemm/warp_specialized_shape.cuh", "cuda/gemm/scheduler.cuh",
+                     "cuda/gemm/window.cuh")
     )  # fmt: skip
 
     def constant(name: str) -> int:

@@ -10,21 +10,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from rich.console import Console
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
 import loss_vs_bits
 import outer_cases
 import outer_tables
+import pytest
+import torch
+from bench_command import ROOT
+from rich.console import Console
 
 import fomoe_ext
 from fomoe_ext.outer.codec import Codec
 from fomoe_ext.placement import wire
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
+BENCH = ROOT / "bench"
 HOME = str(Path(fomoe_ext.__file__).parent.parent)  # where the built package is, tree or not
 
 # ---- errors, floors, crossovers ------------------------------------------------------------------

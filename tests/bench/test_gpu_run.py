@@ -11,13 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_command import ROOT
 
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT))  # for bench; at the end, where the source tree hides nothing
-
-from bench.gpu import __main__ as command  # noqa: E402
-from bench.gpu import measured, profile, runner, steps, summary  # noqa: E402
-from bench.gpu.runner import FAILED, LEFT_OUT, OK, TIMED_OUT, Outcome, Runner, Step  # noqa: E402
+from bench.gpu import __main__ as command
+from bench.gpu import measured, profile, runner, steps, summary
+from bench.gpu.runner import FAILED, LEFT_OUT, OK, TIMED_OUT, Outcome, Runner, Step
 
 
 def python(name: str, code: str, limit: float = 20.0, **more: object) -> Step:

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_train import finish, flags, started, text  # noqa: F401  two of them are fixtures
+from bench_command import ROOT
+from small_job import finish, started
 from unbuilt import run_in_clone
 
+from bench.study import __main__ as main
+from bench.study import claims, design, pool, store, tables, throughput
+from bench.study import run as study_run
+from bench.study.store import Run
 from fomoe_ext.config.io import parse_args
 from fomoe_ext.config.job import TrainConfig
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT))  # for bench; at the end, where the source tree hides nothing
-
-from bench.study import __main__ as main  # noqa: E402
-from bench.study import claims, design, pool, store, tables, throughput  # noqa: E402
-from bench.study import run as study_run  # noqa: E402
-from bench.study.store import Run  # noqa: E402
 
 SMALL = design.Size(32, (0, 1), (2, 4), (16,), ("diloco",))
 
@@ -245,7 +241,7 @@ def test_the_committed_page_is_of_the_committed_runs():
 # ------------------------------------------------------------------------------------ the jobs
 
 
-def of_pool(flags: list[str]) -> list[str]:  # noqa: F811
+def of_pool(flags: list[str]) -> list[str]:
     """Flags of a job but for those that the pool sets itself."""
     words = [word for word in flags if word != "--no-tensorboard"]
     for flag in ("--run-dir", "--sites"):
@@ -254,7 +250,7 @@ def of_pool(flags: list[str]) -> list[str]:  # noqa: F811
     return words
 
 
-def test_a_clone_trains_with_the_libraries_of_the_installed_package(flags, tmp_path):  # noqa: F811
+def test_a_clone_trains_with_the_libraries_of_the_installed_package(flags, tmp_path):
     """Also in the processes that are forked: nothing is built in the clone itself."""
     code = "import sys; from bench.study import pool; print(pool.train(sys.argv[1:], 2)['job_s'])"
     words = [*of_pool(flags), "--rounds", "1", "--replication", "1"]
@@ -263,7 +259,7 @@ def test_a_clone_trains_with_the_libraries_of_the_installed_package(flags, tmp_p
     assert float(result.stdout) > 0
 
 
-def test_a_job_of_the_pool_is_that_of_the_command_line(flags, tmp_path):  # noqa: F811
+def test_a_job_of_the_pool_is_that_of_the_command_line(flags, tmp_path):
     report = finish(tmp_path / "run", started(*flags, "--threads", "1"))
     sites = report["run"]["sites"]
     pooled = pool.train(of_pool(flags), sites)

@@ -1,6 +1,6 @@
 """Runs the CUDA kernels' own source on the CPU (README.md).
 
-`load` builds csrc/cuda/*.cu and the ops around them (csrc/ops/*_cuda.cpp) into a library that
+`load` builds csrc/cuda/**/*.cu and the ops around them (csrc/ops/*_cuda.cpp) into a library that
 registers the same ops for CPU tensors under a namespace of their own; `build_driver` builds them
 into a program without Python, for sanitizers.
 """
@@ -15,8 +15,8 @@ from .build import HERE, ROOT, Builder, compiler, in_parallel, runtime_objects
 __all__ = ["NAMESPACE", "build_driver", "compiler", "driver_builder", "load"]
 
 NAMESPACE = "fomoe_emulated"
-CPU_KERNELS = ["route", "combine", "compact", "experts", "gemm", "delta", "hash"]
-CPU_KERNELS += ["parallel", "features"]
+CPU_KERNELS = ["route/route", "rows/combine", "rows/compact", "gemm/experts", "gemm/gemm"]
+CPU_KERNELS += ["delta/delta", "delta/hash", "parallel", "features"]
 
 
 # Launches of the driver have few blocks, so that small inputs make blocks go around. It has few
@@ -26,7 +26,7 @@ DRIVER_DEFINES = ("FOMOE_FEW_BLOCKS=3", "FOMOE_FEW_KERNELS")
 
 def kernel_sources() -> list[Path]:
     """All CUDA sources of the package."""
-    return sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    return sorted((ROOT / "csrc/cuda").rglob("*.cu"))
 
 
 def load() -> None:
@@ -84,7 +84,8 @@ def driver_references() -> list[Path]:
     compares with, for the plainest instruction set.
     """
     isas = ("FOMOE_HAVE_AVX2=0", "FOMOE_HAVE_AVX512=0", "FOMOE_HAVE_AVX512_BF16=0")
-    scalar = [f"{name}_scalar" for name in ("route", "combine", "gemm", "delta")]
+    verbs = ("route/route", "rows/combine", "gemm/gemm", "delta/delta")
+    scalar = [f"{name}_scalar" for name in verbs]
     names = [*CPU_KERNELS, *scalar]
     plain = Builder()
     kernels = [(plain.compile_plain, ROOT / f"csrc/cpu/{name}.cpp", isas) for name in names]

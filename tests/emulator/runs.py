@@ -11,22 +11,13 @@ from pathlib import Path
 
 TIMEOUT_SECONDS = 300
 
-# Which of the driver's parts a source file matters to.
-PART_OF = {
-    "route": ["route.cu", "route_backward.cu", "router.cuh"],
-    "compact": ["compact.cu"],
-    "rows": ["combine.cu", "combine_backward.cu", "gather.cu", "scatter.cuh"],
-    "experts": [
-        "contract_backward.cu",
-        *("experts.cu", "experts_f32.cu", "experts_bf16_sm80.cu", "experts_bf16_sm90.cu"),
-        *("experts_choice.h", "slices.cuh", "scheduler.cuh", "grouped.cuh"),
-        *("activation.cuh", "epilogue.cuh", "window.cuh", "multistage.cuh"),
-        *("warp_specialized.cuh", "warp_specialized_producer.cuh", "warp_specialized_shape.cuh"),
-    ],
-    "delta": [
-        *("delta.cuh", "delta_blocks.cuh", "delta_topk.cuh"),
-        *("delta_encode.cu", "delta_reduce.cu", "hash.cu"),
-    ],
+# Which files and folders of csrc/cuda each of the driver's parts runs.
+PARTS = {
+    "route": ("route",),
+    "compact": ("rows/compact.cu",),
+    "rows": ("rows/combine.cu", "rows/combine_backward.cu", "rows/gather.cu", "rows/scatter.cuh"),
+    "experts": ("gemm",),
+    "delta": ("delta",),
 }
 
 

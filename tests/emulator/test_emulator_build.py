@@ -164,13 +164,13 @@ def mutants() -> ModuleType:
 
 
 def test_what_caught_a_bug_is_tried_first(mutants):
-    mutant = mutants.Mutant("name", "scheduler.cuh", "a", "b")
+    mutant = mutants.Mutant("name", "gemm/scheduler.cuh", "a", "b")
     everything = mutant.trials({})
     sources = everything[0].sources
-    assert "experts_f32.cu" in sources and len(sources) > 2
+    assert "gemm/experts_f32.cu" in sources and len(sources) > 2
     assert [trial.sources for trial in everything] == [sources] * len(everything)
-    first, second, *rest = mutant.trials({"by": "thread, priority 1", "in": "experts_f32.cu"})
-    assert first.sources == ("experts_f32.cu",) and second.sources == sources
+    first, second, *rest = mutant.trials({"by": "thread, priority 1", "in": "gemm/experts_f32.cu"})
+    assert first.sources == ("gemm/experts_f32.cu",) and second.sources == sources
     assert {str(first), str(second)} == {"thread, priority 1"}
     # Nothing is left out, and none is tried twice.
     assert sorted(map(str, [second, *rest])) == sorted(map(str, everything))
@@ -178,7 +178,7 @@ def test_what_caught_a_bug_is_tried_first(mutants):
 
 
 def test_what_is_no_longer_there_is_not_tried(mutants):
-    mutant = mutants.Mutant("name", "scheduler.cuh", "a", "b")
+    mutant = mutants.Mutant("name", "gemm/scheduler.cuh", "a", "b")
     assert mutant.trials({"by": "plain, sideways 1", "in": "gone.cu"}) == mutant.trials({})
 
 

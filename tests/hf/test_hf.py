@@ -9,11 +9,11 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from new_process import environment
 from torch import Tensor, nn
 
 pytest.importorskip("transformers")
@@ -29,7 +29,6 @@ from hf_models import (
     text,
 )
 
-import fomoe_ext
 from fomoe_ext import MoELayer, Placement, hf
 from fomoe_ext.hf.convert import ConvertedMoE, converted_layers
 from fomoe_ext.hf.families import PARTS, Family, InterleavedExperts, softmax_options
@@ -280,9 +279,8 @@ def test_copies_and_pickles(name):
 
 def test_conversion_takes_no_second_copy(tmp_path):
     """The process's peak, before and after, of models whose experts are nearly all of them."""
-    code = f"""
+    code = """
         import sys, torch
-        sys.path.insert(0, {str(Path(__file__).parents[1])!r})
         from hf_models import make_config
         from transformers import AutoModelForCausalLM
         from fomoe_ext import hf
@@ -303,8 +301,9 @@ def test_conversion_takes_no_second_copy(tmp_path):
     """
     for name, resident in (("olmoe", None), ("gpt_oss", None), ("gpt_oss", [1, 5])):
         command = [sys.executable, "-P", "-c", textwrap.dedent(code), name, repr(resident)]
-        env = {"PYTHONPATH": ":".join([str(Path(fomoe_ext.__file__).parents[1]), *sys.path])}
-        result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        result = subprocess.run(
+            command, env=environment(), capture_output=True, text=True, timeout=120
+        )
         assert result.returncode == 0, result.stderr
         size, peak, kept = map(int, result.stdout.split())
         assert size > 300e6 and peak <= 0.1 * size, name

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from new_process import environment
 from torch.utils.data import Dataset
 
 pytest.importorskip("transformers")
@@ -19,10 +20,8 @@ pytest.importorskip("accelerate")
 from hf_models import EXPERTS, make_model, relative_error, text
 from sites import pool
 
-import fomoe_ext
 from fomoe_ext import OuterSync, Placement, hf
 
-HOME = Path(fomoe_ext.__file__).parents[1]
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PLACEMENT = Placement.cyclic(2, EXPERTS, 3, 1)
 STEPS, LOCAL_STEPS = 6, 2
@@ -300,10 +299,9 @@ def test_steps_that_have_not_met_are_not_dropped(tmp_path):
     "name", ["own_loop", pytest.param("finetune_trainer", marks=pytest.mark.slow)]
 )
 def test_examples_train_to_a_falling_loss(name):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HOME), *filter(None, sys.path)])}
     result = subprocess.run(
         [sys.executable, str(EXAMPLES / f"{name}.py")],
-        env=env,
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hf_models import make_model
 from hf_models import text as hf_text
-from test_moe import make, tokens
+from small_layer import make, tokens
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 

@@ -9,53 +9,30 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from test_model import small
-from test_model import tokens as text
-from test_moe import make, normalised_error, tokens
+from layer_kinds import (
+    EXACT,
+    KINDS,
+    assert_same,
+    assert_same_gradients,
+    every_kind,
+    language_model,
+    layer_of,
+    outcome,
+)
+from small_layer import normalised_error, tokens
+from small_model import tokens as text
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from fomoe_ext import ops
-from fomoe_ext.layer.moe import MoELayer
-from fomoe_ext.model.language import LanguageModel
-from fomoe_ext.placement import Placement
 
 pytestmark = pytest.mark.usefixtures("one_thread", "nothing_compiled")
 fomoe = torch.ops.fomoe
-
-KINDS: dict[str, dict[str, Any]] = {
-    "skipping": {
-        "resident_experts": [0, 2, 3],
-        "bias": True,
-        "balance": "bias",
-        "z_loss_coef": 0.1,
-        "shared_expert_size": 8,
-    },
-    "resident": {
-        "router_scope": "resident",
-        "resident_experts": [5, 1, 2, 4],
-        "scoring": "softmax",
-        "renormalize": True,
-        "balance": "switch",
-        "activation": "clamped_swiglu",
-        "bias": True,
-    },
-    "groups": {
-        "num_groups": 3,
-        "groups_kept": 2,
-        "scale": 2.5,
-        "balance": "bias",
-        "router_bias": True,
-    },
-    "empty": {"resident_experts": [], "shared_expert_size": 8, "z_loss_coef": 0.1},
-}
-every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture
@@ -65,44 +42,6 @@ def nothing_compiled() -> Any:
     yield
     torch._dynamo.reset()
 
-
-def layer_of(kind: str, **changes: Any) -> MoELayer:
-    """A layer with biases of experts and of the choice that are not zero."""
-    layer = make(**(KINDS.get(kind, {"balance": kind}) | changes))
-    with torch.no_grad():
-        for at, name in enumerate(layer.experts.parts[2:]):
-            bias = layer.experts.part(name)
-            bias.copy_(tokens(*bias.shape, seed=20 + at))
-        layer.router.selection_bias.copy_(0.1 * tokens(6, seed=22))
-        if layer.router.bias is not None:
-            layer.router.bias.copy_(tokens(6, seed=23))
-    return layer
-
-
-Outcome = dict[str, Tensor]
-
-
-def outcome(layer: MoELayer, x: Tensor, run: Callable[[Tensor], Tensor] | None = None) -> Outcome:
-    """All that a training pass over x [T, D] leaves, by name."""
-    leaf = x.clone().requires_grad_()
-    layer.zero_grad()
-    y = (layer if run is None else run)(leaf)
-    (y.float().square().sum() + layer.aux_loss).backward()
-    found = {"y": y.detach(), "x.grad": leaf.grad, "aux_loss": layer.aux_loss.detach()}
-    found |= {f"{name}.grad": p.grad for name, p in layer.named_parameters()}
-    assert all(value is not None for value in found.values())
-    return found | dict(layer.stats._asdict())
-
-
-def assert_same(got: Outcome, wanted: Outcome, **tolerance: float) -> None:
-    assert got.keys() == wanted.keys()
-    for name, value in wanted.items():
-        torch.testing.assert_close(
-            got[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance
-        )
-
-
-EXACT = {"rtol": 0.0, "atol": 0.0}
 
 # ---- torch.compile -------------------------------------------------------------------------------
 
@@ -189,21 +128,6 @@ def test_compiled_under_autocast() -> None:
         got, wanted = outcome(traced, tokens(33, 24), compiled), outcome(eager, tokens(33, 24))
     assert got["y"].dtype == torch.bfloat16
     assert_same(got, wanted)
-
-
-def language_model(**changes: Any) -> LanguageModel:
-    """A model of which this site holds half of the experts."""
-    options: dict[str, Any] = {"shared_expert_size": 8, "expert_bias": True, "z_loss_coef": 0.1}
-    config = small(**(options | changes))
-    return LanguageModel(config, Placement.cyclic(2, 8, config.num_layers, 1), 1, seed=3)
-
-
-def assert_same_gradients(got: nn.Module, wanted: nn.Module, **tolerance: float) -> None:
-    for (name, mine), theirs in zip(got.named_parameters(), wanted.parameters(), strict=True):
-        assert mine.grad is not None and theirs.grad is not None, name
-        torch.testing.assert_close(
-            mine.grad, theirs.grad, msg=lambda text, name=name: f"{name}: {text}", **tolerance
-        )
 
 
 def test_compiled_language_model() -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from layer_kinds import KINDS, language_model, layer_of
 from sites import pool
-from test_frameworks import KINDS, language_model, layer_of
-from test_model import tokens as text
-from test_moe import make, normalised_error, tokens
+from small_layer import make, normalised_error, tokens
+from small_model import tokens as text
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,

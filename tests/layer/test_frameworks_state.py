@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_frameworks import (
+from layer_kinds import (
     EXACT,
     KINDS,
     assert_same,
@@ -20,9 +20,9 @@ from test_frameworks import (
     layer_of,
     outcome,
 )
-from test_model import small
-from test_model import tokens as text
-from test_moe import make, tokens
+from small_layer import make, tokens
+from small_model import small
+from small_model import tokens as text
 from torch import nn
 
 from fomoe_ext.model.language import LanguageModel

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
+from small_job import finish, train
 from small_run import tiny_config
-from test_train import finish, flags, text, train  # noqa: F401  two of them are fixtures
 
 from fomoe_ext import MoELayer
 from fomoe_ext.launch.messages import decode, encode
@@ -94,7 +94,7 @@ def test_figures_of_rounds():
     assert (told["load_variation"], told["dead_experts"]) == load_figures(both, 8)
 
 
-def test_a_job_measures_and_trains_the_same(flags, tmp_path):  # noqa: F811
+def test_a_job_measures_and_trains_the_same(flags, tmp_path):
     reports = {}
     for tokens in ("0", "200"):
         run = tmp_path / tokens

@@ -5,16 +5,25 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from sharded_layer import (
+    HIDDEN,
+    Options,
+    assert_as_alone,
+    gradients,
+    mesh_of,
+    message,
+    on_a_rank,
+    own_loss,
+    parts,
+)
 from sites import pool
-from test_moe import make, normalised_error, tokens
+from small_layer import make, normalised_error, tokens
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -29,94 +38,10 @@ from fomoe_ext.layer.dispatch import (
 from fomoe_ext.layer.moe import MoELayer
 from fomoe_ext.placement.spread import chunk_sizes
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-HIDDEN = 24
-# fp32: another order of sums. bf16: roundings of outputs and gradients.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
-Options = dict[str, Any]
-
-
-def mesh_of(*shape: int) -> DeviceMesh:
-    return init_device_mesh("cpu", shape, mesh_dim_names=("replica", "expert")[-len(shape) :])
-
-
-def parts(sizes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Tokens of each rank."""
-    return [tokens(size, HIDDEN, seed=rank, dtype=dtype) for rank, size in enumerate(sizes)]
-
-
-def own_loss(y: Tensor, rank: int) -> Tensor:
-    """Of one rank: another one on each, 0 for no tokens."""
-    return (y.float() * tokens(*y.shape, seed=100 + rank)).sum()
-
-
-def gradients(layer: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
 
 
 # ---- against one process -------------------------------------------------------------------------
-
-
-def on_a_rank(
-    rank: int, ranks: int, sizes: tuple[int, ...], options: Options, shape: tuple[int, ...]
-) -> dict[str, Any]:
-    """Forward and backward of one rank's tokens; dense gradients averaged as DDP would."""
-    # Memory that nothing has written is NaN: none of it may matter.
-    torch.use_deterministic_algorithms(True)
-    mesh = mesh_of(*shape)
-    layer = make(mesh=mesh, **options)
-    assert layer.dispatch is not None
-    x = parts(sizes, options.get("dtype", torch.float32))[rank].requires_grad_()
-    y = layer(x)
-    own_loss(y, rank).backward()
-    average_dense(layer, mesh)
-    if "replica" in mesh.mesh_dim_names:
-        average_replicas(layer, mesh)
-    torch.use_deterministic_algorithms(False)
-    return {
-        "y": y.detach().float(),
-        "x.grad": x.grad.float(),
-        "gradients": {name: grad.float() for name, grad in gradients(layer).items()},
-        "experts": layer.experts.resident_experts,
-        "site_experts": layer.site_experts,
-        "stats": layer.stats,
-        "bytes_sent": layer.dispatch.bytes_sent,
-        "rank": mesh.get_local_rank("expert"),
-    }
-
-
-def alone(sizes: tuple[int, ...], options: Options) -> tuple[MoELayer, Tensor, list[Tensor]]:
-    """One process on the tokens of all ranks, with the mean of their losses: the layer, the
-    gradient of x times the number of ranks, and y by rank.
-    """
-    layer = make(**options)
-    x = torch.cat(parts(sizes, options.get("dtype", torch.float32))).requires_grad_()
-    ys = layer(x).split(sizes)
-    sum(own_loss(y, rank) for rank, y in enumerate(ys)).div(len(sizes)).backward()
-    return layer, x.grad * len(sizes), [y.detach() for y in ys]
-
-
-def assert_as_alone(
-    answers: list[dict[str, Any]], sizes: tuple[int, ...], options: Options
-) -> None:
-    layer, x_grad, ys = alone(sizes, options)
-    limit = TOLERANCE[options.get("dtype", torch.float32)]
-    wanted = gradients(layer)
-    site = layer.experts.resident_experts
-    for answer, y, grad in zip(answers, ys, x_grad.split(sizes), strict=True):
-        assert answer["site_experts"] == site
-        assert normalised_error(answer["y"], y) < limit
-        assert normalised_error(answer["x.grad"], grad) < limit
-        assert answer["gradients"].keys() == wanted.keys()
-        rows = [site.index(expert) for expert in answer["experts"]]
-        for name, got in answer["gradients"].items():
-            whole = wanted[name]
-            if name.startswith("experts."):
-                whole = whole[rows]
-            assert normalised_error(got, whole) < limit, name
 
 
 EVEN, UNEVEN, IDLE = (12, 12), (3, 17), (0, 9)
@@ -412,14 +337,6 @@ def test_sharded_layer_under_autocast() -> None:
 # ---- errors --------------------------------------------------------------------------------------
 
 
-def message(call: Any) -> str:
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
-
-
 def bad_calls(rank: int, ranks: int) -> dict[str, str]:
     mesh = mesh_of(ranks)
     other = init_device_mesh("cpu", (ranks,), mesh_dim_names=("model",))
@@ -496,34 +413,3 @@ def test_sharded_over_one_rank_is_not_sharded() -> None:
     for name, grad in first.items():
         assert torch.equal(grad, second[name])
         assert normalised_error(grad, (own[name] + other[name]) / 2) < 1e-6
-
-
-# ---- the benchmark's ways to dispatch ------------------------------------------------------------
-
-
-def benchmarked(rank: int, ranks: int, skipped: float) -> dict[str, Any]:
-    from common import Shape
-    from dispatch_site import Work
-
-    work = Work(mesh_of(ranks), Shape(24, 16, 8, 8, 2), skipped)
-    work.check()  # padded, in plain torch, with places for all: forward and backward
-    index = work.dispatches["ours"].resident_index[work.chosen.long()]
-    found = {way: work.bytes_sent(way) for way in ("ours", "unskipped", "padded")}
-    work.padded.capacity = 1
-    work.forward("padded", "layer")
-    kept = index[index >= 0].unique().numel()
-    wanted = 1 - kept / (index >= 0).sum().item()
-    return found | {"dropped": work.padded.dropped, "wanted": wanted}
-
-
-@pytest.mark.parametrize("skipped", [0.0, 0.5, 0.75])
-def test_sharded_benchmark_compares_layers_that_agree(skipped: float) -> None:
-    residents = round(8 * (1 - skipped))
-    for found in pool().run(2, benchmarked, skipped):
-        # 1.25 times 6 slots an expert, rounded up; to one other rank, four times, in fp32.
-        assert found["padded"] == 4 * (residents // 2) * 8 * 16 * 4
-        assert found["dropped"] == pytest.approx(found["wanted"])
-        if skipped:
-            assert 0 < found["ours"] < found["unskipped"]
-        else:
-            assert found["ours"] == found["unskipped"] > 0

@@ -14,17 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from sharded_layer import HIDDEN, Options, assert_as_alone, mesh_of, message, on_a_rank, parts
 from sites import pool
-from test_moe import make, tokens
-from test_sharded_dispatch import (
-    HIDDEN,
-    Options,
-    assert_as_alone,
-    mesh_of,
-    message,
-    on_a_rank,
-    parts,
-)
+from small_layer import make, tokens
 
 from fomoe_ext.layer.dispatch import DIRECTIONS
 from fomoe_ext.placement.spread import chunk_sizes, imbalance, measured_load, spread_experts

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from layer_kinds import EXACT, assert_same, outcome
+from sharded_layer import assert_as_alone, on_a_rank
 from sites import pool
-from test_frameworks import EXACT, assert_same, outcome
-from test_moe import check_against_dense, make, normalised_error, tokens
-from test_sharded_dispatch import assert_as_alone, on_a_rank
+from small_layer import check_against_dense, make, normalised_error, tokens
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 

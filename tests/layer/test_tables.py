@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from test_frameworks import language_model
-from test_model import small
-from test_model import tokens as text
-from test_moe import make, tokens
+from layer_kinds import language_model
+from small_layer import make, tokens
+from small_model import small
+from small_model import tokens as text
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from small_model import SMALL, small, tokens
 from torch import Tensor
 
 from fomoe_ext.config.job import PRESETS, ModelConfig, count_parameters, expert_parameters
@@ -21,26 +21,6 @@ from fomoe_ext.model.language import (
     rotate,
 )
 from fomoe_ext.placement import Placement
-
-# Uneven sizes, so that a mixed-up dimension shows.
-SMALL = ModelConfig(
-    vocab_size=50,
-    seq_len=19,
-    hidden_size=24,
-    num_layers=2,
-    num_heads=3,
-    num_experts=8,
-    expert_size=20,
-    top_k=3,
-)
-
-
-def small(**changes: Any) -> ModelConfig:
-    return dataclasses.replace(SMALL, **changes)
-
-
-def tokens(*shape: int, seed: int = 0, vocab_size: int = 50) -> Tensor:
-    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def bits(tensor: Tensor) -> bytes:

@@ -3,4 +3,4 @@
 #define FOMOE_VECTOR_BYTES 64
 #define FOMOE_TILE_ROWS 14
 #define FOMOE_TILE_VECTORS 2
-#include "../../csrc/cpu/gemm_impl.h"
+#include "../../csrc/cpu/gemm/gemm_impl.h"

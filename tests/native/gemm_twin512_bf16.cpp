@@ -4,4 +4,4 @@
 #define FOMOE_TILE_ROWS 14
 #define FOMOE_TILE_VECTORS 2
 #define FOMOE_BF16_DOT
-#include "../../csrc/cpu/gemm_impl.h"
+#include "../../csrc/cpu/gemm/gemm_impl.h"

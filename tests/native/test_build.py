@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import re
@@ -12,10 +11,9 @@ import sys
 import venv
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-from test_native import ROOT, configure, run
+from native_build import ROOT, configure, module, run
 
 import fomoe_ext
 from fomoe_ext import _C
@@ -198,16 +196,6 @@ def test_one_build_runs_on_another_torch(tmp_path, version):
     assert said.startswith(version) and str(tmp_path / "env") in said
 
 
-def module(name: str) -> ModuleType:
-    """A Python file of build_tools."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "build_tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[name] = found  # as dataclasses want it
-    spec.loader.exec_module(found)
-    return found
-
-
 def fake_torch(site: Path, version: str, headers: bool = True) -> Path:
     """An installed torch as far as its build finds it; returns its package folder."""
     (site / f"torch-{version}.dist-info").mkdir(parents=True)
@@ -247,7 +235,7 @@ def test_editable_build_and_rebuild(tmp_path):
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
     environment = {**os.environ, "FOMOE_CUDA": "off"}
     subprocess.run(build, cwd=source, check=True, env=environment, capture_output=True)
-    kernel = source / "csrc/cpu/compact.cpp"
+    kernel = source / "csrc/cpu/rows/compact.cpp"
     kernel.write_text(kernel.read_text() + "// touched\n")
     again = subprocess.run(
         build, cwd=source, check=True, env=environment, capture_output=True, text=True

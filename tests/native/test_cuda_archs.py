@@ -9,8 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_build import module
-from test_native import ROOT, configure, run
+from native_build import ROOT, configure, module, run
 
 cuda_archs = module("cuda_archs")
 DEFAULT = cuda_archs.DEFAULT

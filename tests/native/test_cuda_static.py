@@ -270,7 +270,7 @@ def complaints_about_warpgroups(words: str) -> list[str]:
 def test_the_assembler_has_no_words_about_hopper_gemms(tmp_path):
     """CI reads the same in what its own build says."""
     # One of the 16-bit formats, whose kernels differ in the name of an instruction.
-    source = emulator.ROOT / "csrc/cuda/experts_bf16_sm90.cu"
+    source = emulator.ROOT / "csrc/cuda/gemm/experts_bf16_sm90.cu"
     words = words_of_the_assembler(source, tmp_path / "cubin")
     assert "Used 168 registers" in words
     assert complaints_about_warpgroups(words) == []

@@ -11,7 +11,7 @@
 #include <random>
 #include <vector>
 
-#include "../../csrc/cpu/delta.h"
+#include "../../csrc/cpu/delta/delta.h"
 
 namespace fomoe::cpu::twin512 {
 extern const DeltaKernels delta_table;

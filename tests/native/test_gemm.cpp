@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cpu/gemm.h"
+#include "../../csrc/cpu/gemm/gemm.h"
 
 namespace fomoe::cpu {
 

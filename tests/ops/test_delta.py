@@ -9,7 +9,7 @@ import delta_reference as ref
 import numpy as np
 import pytest
 import torch
-from delta_reference import Format
+from delta_reference import KINDS, Format, make_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,7 +19,6 @@ FORMS = [Format(n, b) for n in ref.CODES for b in (64, 128)] + [
 ]
 IDS = [f"{form.name}-{form.block}" for form in FORMS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-KINDS = ("normal", "outliers", "zeros", "tiny", "huge", "ties", "mixed")
 POISON = 0xA5
 
 lengths = st.one_of(
@@ -27,26 +26,6 @@ lengths = st.one_of(
     st.integers(0, 700),
     st.integers(0, 9000),
 )
-
-
-def make_values(numel: int, kind: str, seed: int) -> np.ndarray:
-    """fp32 values of a kind that deltas are known for, or that is hard."""
-    rng = np.random.default_rng(seed)
-    v = rng.standard_normal(numel)
-    if kind == "outliers":
-        v = rng.standard_cauchy(numel) * 1e-3
-    elif kind == "zeros":  # runs, and zeros of both signs
-        v *= np.repeat(rng.random(numel // 40 + 1) < 0.5, 40)[:numel]
-        v[rng.random(numel) < 0.3] = -0.0
-    elif kind == "tiny":  # around 2^-90, under which blocks are dropped, and subnormal
-        v *= 2.0 ** rng.choice([-149, -140, -130, -91, -90, -89], numel)
-    elif kind == "huge":
-        v = rng.choice([3.4e38, 3e38, 1e38, 1.0], numel) * np.sign(v)
-    elif kind == "ties":
-        v = rng.integers(-3, 4, numel) * 0.5
-    elif kind == "mixed":  # another scale in every block
-        v *= np.repeat(10.0 ** rng.uniform(-20, 20, numel // 64 + 1), 64)[:numel]
-    return v.astype(np.float32)
 
 
 class Buffer:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from test_experts import OP_NAMES, SIZES, Sizes, op_arguments
-from test_experts import make as make_inputs
-from test_moe import make, tokens
+from expert_inputs import OP_NAMES, SIZES, Sizes, op_arguments
+from expert_inputs import make as make_inputs
+from small_layer import make, tokens
 from torch import Tensor
 
 from fomoe_ext import ops

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_experts import OP_NAMES, Sizes, op_arguments
-from test_experts import make as make_inputs
-from test_moe import make, tokens
+from expert_inputs import OP_NAMES, Sizes, op_arguments
+from expert_inputs import make as make_inputs
+from small_layer import make, tokens
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,9 +10,9 @@ from typing import Any
 
 import pytest
 import reference
-import test_moe
+import small_layer
 import torch
-from test_experts import (
+from expert_inputs import (
     DTYPES,
     SIZES,
     TOLERANCE,
@@ -27,6 +26,7 @@ from test_experts import (
     poison_memory,
     rows_of,
 )
+from new_process import environment
 from torch import Tensor
 
 from fomoe_ext import _C, ops
@@ -215,8 +215,6 @@ ISAS = _C.cpu_features()["available"]
 @pytest.mark.parametrize("isa", [name for name in ISAS if name != _C.cpu_features()["chosen"]])
 def test_every_instruction_set_matches_fp64(isa: str) -> None:
     code = f"""
-import sys
-sys.path[:0] = {[os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]!r}
 import test_expert_bias as t
 assert t._C.cpu_features()["chosen"] == {isa!r}, t._C.cpu_features()
 t.torch.set_num_threads(1)
@@ -228,7 +226,7 @@ print("compared")
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"FOMOE_CPU_ISA": isa},
+        env=environment(FOMOE_CPU_ISA=isa),
         capture_output=True,
         text=True,
         check=False,
@@ -376,14 +374,14 @@ def test_bad_input_of_bias_grad() -> None:
 
 def layer_with_biases(**changes: Any) -> Any:
     """A layer of test_moe with biases that are not zero."""
-    layer = test_moe.make(bias=True, **changes)
+    layer = small_layer.make(bias=True, **changes)
     with torch.no_grad():
         for at, bias in enumerate((layer.experts.expand_bias, layer.experts.contract_bias)):
             bias.copy_(draw(*bias.shape, seed=30 + at))
     return layer
 
 
-@pytest.mark.parametrize("dtype", test_moe.TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", small_layer.TOLERANCE, ids=str)
 @pytest.mark.parametrize("router_scope", ["global", "resident"])
 @pytest.mark.parametrize("activation", ["clamped_swiglu", "gelu"])
 @pytest.mark.parametrize("shared", [0, 28])
@@ -397,12 +395,12 @@ def test_layer_matches_fp64(
         shared_expert_size=shared,
         dtype=dtype,
     )
-    test_moe.check_against_dense(layer, test_moe.tokens(3, 17, 24, dtype=dtype))
+    small_layer.check_against_dense(layer, small_layer.tokens(3, 17, 24, dtype=dtype))
 
 
 def test_biases_start_at_zero_and_are_parameters() -> None:
-    plain, biased = test_moe.make(), test_moe.make(bias=True)
-    x = test_moe.tokens(40, 24)
+    plain, biased = small_layer.make(), small_layer.make(bias=True)
+    x = small_layer.tokens(40, 24)
     assert torch.equal(plain(x), biased(x))
     added = biased.state_dict().keys() - plain.state_dict().keys()
     assert added == {"experts.expand_bias", "experts.contract_bias"}
@@ -411,7 +409,7 @@ def test_biases_start_at_zero_and_are_parameters() -> None:
     assert plain.experts.expand_bias is None and plain.experts.contract_bias is None
     assert "bias=True" in repr(biased) and "bias" not in repr(plain.experts)
     with torch.device("meta"):
-        empty = test_moe.make(bias=True)
+        empty = small_layer.make(bias=True)
     late = empty.to_empty(device="cpu")
     late.reset_parameters()
     for name, value in biased.state_dict().items():
@@ -423,7 +421,7 @@ def test_biases_start_at_zero_and_are_parameters() -> None:
 
 def test_biases_move_with_their_experts() -> None:
     full = layer_with_biases()
-    layer = test_moe.make(bias=True, resident_experts=[1, 3, 4])
+    layer = small_layer.make(bias=True, resident_experts=[1, 3, 4])
     residents = {e: full.experts.expert_weights(e) for e in (1, 3, 4)}
     layer.set_resident_experts([1, 3, 4], residents)
     arrivals = {e: full.experts.expert_weights(e) for e in (0, 5)}
@@ -431,11 +429,11 @@ def test_biases_move_with_their_experts() -> None:
     for row, expert in enumerate((0, 3, 5)):
         for name in layer.experts.parts:
             assert torch.equal(layer.experts.part(name)[row], full.experts.part(name)[expert])
-    sites = [test_moe.make(bias=True, resident_experts=ids) for ids in ([0, 4], [5, 1], [2, 3])]
+    sites = [small_layer.make(bias=True, resident_experts=ids) for ids in ([0, 4], [5, 1], [2, 3])]
     for site in sites:
         held = site.experts.resident_experts
         site.set_resident_experts(held, {e: full.experts.expert_weights(e) for e in held})
-    x = test_moe.tokens(150, 24)
+    x = small_layer.tokens(150, 24)
     torch.testing.assert_close(sum(site(x) for site in sites), full(x), rtol=1e-5, atol=1e-5)
     for given, error, message in (
         (arrivals[0][:2], TypeError, "must be four tensors"),
@@ -448,7 +446,7 @@ def test_biases_move_with_their_experts() -> None:
 def test_autocast_takes_biases_along() -> None:
     layer = layer_with_biases()
     low = layer_with_biases(dtype=torch.bfloat16)
-    x = test_moe.tokens(40, 24)
+    x = small_layer.tokens(40, 24)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
     y.sum().backward()

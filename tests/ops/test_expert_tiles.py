@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import Device
-from test_experts_kernel import Inputs, make, moe_arguments
+from grouped_gemms import Inputs, make, moe_arguments
+from kernel_device import Device
 
 from fomoe_ext import _C, ops
 

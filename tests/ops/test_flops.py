@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_moe import make, tokens
+from small_layer import make, tokens
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import reference
-import test_moe
+import small_layer
 import torch
-from test_experts import DTYPES, SIZES, Inputs, Sizes, assert_near, draw, exact, leaves, make
+from expert_inputs import DTYPES, SIZES, Inputs, Sizes, assert_near, draw, exact, leaves, make
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -200,10 +200,10 @@ def set_main_grads(layer: Any) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_layer_fills_main_grad(bias: bool) -> None:
     """All other gradients as ever, of every pass; `grad` of the weights stays None."""
-    plain, layer = (test_moe.make(bias=bias, resident_experts=[0, 2, 5]) for _ in range(2))
+    plain, layer = (small_layer.make(bias=bias, resident_experts=[0, 2, 5]) for _ in range(2))
     set_main_grads(layer)
     for step in range(3):
-        x = test_moe.tokens(40, 24, seed=step)
+        x = small_layer.tokens(40, 24, seed=step)
         for each in (plain, layer):
             each(x).sum().backward()
     of_plain = dict(plain.named_parameters())
@@ -218,16 +218,16 @@ def test_a_layer_fills_main_grad(bias: bool) -> None:
 
 def test_many_small_passes_lose_nothing_in_bf16() -> None:
     """256 passes: bf16 gradients stop growing long before, main_grad goes on."""
-    layer = test_moe.make(dtype=torch.bfloat16)
-    plain = test_moe.make(dtype=torch.bfloat16)
+    layer = small_layer.make(dtype=torch.bfloat16)
+    plain = small_layer.make(dtype=torch.bfloat16)
     set_main_grads(layer)
-    x = test_moe.tokens(16, 24, dtype=torch.bfloat16)
+    x = small_layer.tokens(16, 24, dtype=torch.bfloat16)
     passes = 256
     for _ in range(passes):
         for each in (layer, plain):
             each(x).sum().backward()
     for name in ("expand_weight", "contract_weight"):
-        one = test_moe.make(dtype=torch.bfloat16)
+        one = small_layer.make(dtype=torch.bfloat16)
         set_main_grads(one)
         one(x).sum().backward()
         wanted = passes * getattr(one.experts, name).main_grad.double()
@@ -237,9 +237,9 @@ def test_many_small_passes_lose_nothing_in_bf16() -> None:
 
 
 def test_main_grad_under_autocast() -> None:
-    layer, plain = test_moe.make(), test_moe.make()
+    layer, plain = small_layer.make(), small_layer.make()
     set_main_grads(layer)
-    x = test_moe.tokens(40, 24)
+    x = small_layer.tokens(40, 24)
     for each in (layer, plain):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y = each(x)
@@ -251,13 +251,13 @@ def test_main_grad_under_autocast() -> None:
 
 
 def test_a_compiled_layer_fills_main_grad() -> None:
-    eager, traced = test_moe.make(bias=True), test_moe.make(bias=True)
+    eager, traced = small_layer.make(bias=True), small_layer.make(bias=True)
     compiled = torch.compile(traced, backend="aot_eager")
     for layer in (eager, traced):
         set_main_grads(layer)
     for step in range(2):
         for run in (eager, compiled):
-            run(test_moe.tokens(40, 24, seed=step)).sum().backward()
+            run(small_layer.tokens(40, 24, seed=step)).sum().backward()
     for name in ("expand_weight", "contract_weight"):
         got, wanted = getattr(traced.experts, name), getattr(eager.experts, name)
         assert got.grad is None

@@ -6,16 +6,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from delta_reference import Format
+from delta_reference import KINDS, Format, make_values
 from delta_reference import encode as reference_encode
-from test_delta import KINDS, make_values
+from new_process import environment
 from torch import Tensor
 
 from fomoe_ext import _C
@@ -275,15 +274,16 @@ def test_threads_do_not_show() -> None:
 @pytest.mark.parametrize("isa", [i for i in FEATURES["available"] if i != FEATURES["chosen"]])
 def test_instruction_sets_do_not_show(isa: str) -> None:
     code = f"""
-import sys
-sys.path[:0] = {[os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]!r}
 import test_codec as t
 assert t.FEATURES["chosen"] == {isa!r}
 print(t.digest())
 """
-    environment = os.environ | {"FOMOE_CPU_ISA": isa}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env=environment(FOMOE_CPU_ISA=isa),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == digest()

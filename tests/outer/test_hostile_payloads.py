@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 from sites import pool
-from test_outer_reduce import VectorJob, contribution
 from torch import Tensor
+from vector_job import VectorJob, contribution
 
 from fomoe_ext.outer.groups import SiteGroups
 from fomoe_ext.outer.reduce import Damaged, run_jobs

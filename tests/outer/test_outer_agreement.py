@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from new_process import environment
 from outer_model import EXPERTS, LAYERS, SmallModel, bits, give_gradients, pieces
 from sites import pool
 
@@ -200,7 +199,6 @@ def test_sites_of_different_rounds_or_placements_do_not_meet() -> None:
 LOST = """
 import os, signal, sys, time, torch, torch.distributed as dist
 from datetime import timedelta
-sys.path[:0] = sys.argv[4].split(":")
 from test_outer_agreement import *
 site, store, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group("gloo", init_method="file://" + store, rank=site, world_size=3,
@@ -244,15 +242,11 @@ os._exit(0)
 
 def run_lost(how: str) -> list[str]:
     """What the two sites that are left say when site 2 is killed or stopped."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             subprocess.Popen(
-                [
-                    *(sys.executable, "-c", LOST, str(site), f"{folder}/store", how),
-                    ":".join(map(str, Path(__file__).parents[:2])),
-                ],
-                env=environment,
+                [sys.executable, "-c", LOST, str(site), f"{folder}/store", how],
+                env=environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo"),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

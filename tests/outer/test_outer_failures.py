@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from new_process import environment
 from outer_model import EXPERTS, HIDDEN, LAYERS, SmallModel, bits, give_gradients, pieces
 from sites import pool
 from torch import nn
@@ -310,7 +309,6 @@ def test_large_finite_values_are_not_refused() -> None:
 LOST = """
 import sys, torch, torch.distributed as dist
 from datetime import timedelta
-sys.path.insert(0, sys.argv[3])
 from outer_model import *
 from fomoe_ext.outer import MeetingError, OuterSync
 site, store = int(sys.argv[1]), sys.argv[2]
@@ -338,19 +336,11 @@ os._exit(0)
 
 
 def test_a_lost_site_is_an_error_in_time() -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    LOST,
-                    str(site),
-                    f"{folder}/store",
-                    Path(__file__).parents[1],
-                ],
-                env=environment,
+                [sys.executable, "-c", LOST, str(site), f"{folder}/store"],
+                env=environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo"),
                 stderr=subprocess.PIPE,
                 text=True,
             )

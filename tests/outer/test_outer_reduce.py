@@ -6,47 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from outer_model import bits, noise
+from outer_model import bits
 from sites import pool
 from torch import Tensor
+from vector_job import VectorJob, contribution
 
-from fomoe_ext.outer.codec import get_codec
 from fomoe_ext.outer.groups import SiteGroups, share_statuses, sum_floats
 from fomoe_ext.outer.reduce import run_jobs
 from fomoe_ext.placement import Placement, wire
 
 # ------------------------------------------------------------------------------------------- sums
-
-
-class VectorJob:
-    """A job that sums a vector and marks what it has read and written."""
-
-    def __init__(self, group: Any, codec: str, vector: Tensor, summed: bool = True) -> None:
-        self.group, self.codec, self.summed = group, get_codec(codec), summed
-        self.vector, self.numel = vector, vector.numel()
-        self.device, self.seed, self.share_error = vector.device, 0, None
-        self.result = torch.full_like(vector, float("nan"))
-        self.reads, self.writes = torch.zeros(self.numel), torch.zeros(self.numel)
-
-    def position(self, element: int) -> int:
-        return element
-
-    def encode(self, start: int, stop: int, payload: Tensor) -> None:
-        payload.copy_(self.codec.encode(self.vector[start:stop]))
-        self.reads[start:stop] += 1
-
-    def values(self, start: int, stop: int) -> Tensor:
-        self.reads[start:stop] += 1
-        return self.vector[start:stop].clone()
-
-    def write(self, start: int, stop: int, total: Tensor) -> None:
-        assert total.shape == (stop - start,)
-        self.result[start:stop] = total
-        self.writes[start:stop] += 1
-
-
-def contribution(owners: tuple[int, ...], site: int, numel: int) -> Tensor:
-    return noise(("vector", owners, site), numel)
 
 
 def sum_everything(

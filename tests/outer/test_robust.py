@@ -18,7 +18,7 @@ from outer_model import (
     pieces,
 )
 from sites import pool
-from test_train import SMALL, text  # noqa: F401  one of them is a fixture
+from small_job import SMALL
 from torch import Tensor
 
 from fomoe_ext.outer import MeetingError, OuterSync
@@ -327,7 +327,7 @@ def run_job(site: int, num_sites: int, arguments: list[str]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("replication", [1, 2])
 @pytest.mark.parametrize("scope", ["global", "resident"])
-def test_a_job_outlives_nan_at_one_site(text, tmp_path, replication, scope) -> None:  # noqa: F811
+def test_a_job_outlives_nan_at_one_site(text, tmp_path, replication, scope) -> None:
     """Routers refuse NaN, so that it has no more steps in that round; one meeting goes without it;
     then it trains on as the others do, and the report tells."""
     from fomoe_ext.data.sequences import open_data

@@ -23,7 +23,7 @@ from outer_model import (
     pieces,
 )
 from sites import pool
-from test_train import SMALL, finish, flags, text, train  # noqa: F401  two of them are fixtures
+from small_job import SMALL, finish, train
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -456,7 +456,7 @@ def test_the_cost_model_by_hand():
 # ---- jobs ----------------------------------------------------------------------------------------
 
 
-def test_a_job_with_copies_of_all_absent_experts_skips_nothing(flags, tmp_path):  # noqa: F811
+def test_a_job_with_copies_of_all_absent_experts_skips_nothing(flags, tmp_path):
     result = train(*flags, "--stale-experts", "-1", "--stale-codec", "fp32")
     report = finish(tmp_path / "run", result)
     for site in report["sites"]:
@@ -469,7 +469,7 @@ def test_a_job_with_copies_of_all_absent_experts_skips_nothing(flags, tmp_path):
     assert "stale copies" in (tmp_path / "run" / "report.md").read_text()
 
 
-def test_copies_of_the_most_chosen_experts_skip_fewer_slots(flags, tmp_path):  # noqa: F811
+def test_copies_of_the_most_chosen_experts_skip_fewer_slots(flags, tmp_path):
     """By the load of an earlier run; bytes are as planned though some are sent more often."""
     first, changes = tmp_path / "run", ["--stale-experts", "2", "--inner-lr", "0.001"]
     evenly = finish(first, train(*flags, *changes))
@@ -486,7 +486,7 @@ def test_copies_of_the_most_chosen_experts_skip_fewer_slots(flags, tmp_path):  #
     assert "stale_by" in result.stderr and "of 1 layers of 8 experts" in result.stderr
 
 
-def test_resuming_gives_the_same_bits(flags, tmp_path):  # noqa: F811
+def test_resuming_gives_the_same_bits(flags, tmp_path):
     """Copies are refreshed after rounds 2 and 4: made from the checkpoint of round 2, and of rounds
     1 and 3 kept in it."""
     run_dir = tmp_path / "run"
@@ -507,7 +507,7 @@ def test_resuming_gives_the_same_bits(flags, tmp_path):  # noqa: F811
             assert site["skipped_share"] == before["skipped_share"]
 
 
-def test_a_job_goes_on_at_other_sites_with_other_copies(flags, tmp_path):  # noqa: F811
+def test_a_job_goes_on_at_other_sites_with_other_copies(flags, tmp_path):
     run_dir = tmp_path / "run"
     finish(run_dir, train(*flags, "--stale-experts", "2", "--rounds", "1"))
     changes = ["--rounds", "2", "--sites", "4", "--stale-experts", "-1", "--batch-size", "1"]

@@ -19,7 +19,7 @@ from outer_model import (
     pieces,
 )
 from sites import pool
-from test_train import SMALL, text  # noqa: F401  one of them is a fixture
+from small_job import SMALL
 
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.data.sequences import open_data
@@ -240,7 +240,7 @@ def run_job(
 
 
 @pytest.fixture
-def arguments(text, tmp_path):  # noqa: F811
+def arguments(text, tmp_path):
     """A job of three sites that differ in speed."""
     open_data([str(text / "*.py")], 32, cache_dir=text / "cache")  # encoded once, for all sites
     return [
@@ -334,7 +334,7 @@ def test_resuming_gives_the_same_bits(arguments: list[str], tmp_path: Path, when
     shutil.rmtree(tmp_path / "again")
 
 
-def test_skipped_batches_are_checked(text) -> None:  # noqa: F811
+def test_skipped_batches_are_checked(text) -> None:
     data = open_data([str(text / "*.py")], 32, cache_dir=text / "cache")
     batches = data.train_batches(1, 3, 2)
     with pytest.raises(ValueError, match="batches must be >= 0, got -1"):

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from balanced_load import check_load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_run import finished_run
-from test_placement import check_load
 
 from fomoe_ext.config.io import parse_args
 from fomoe_ext.config.job import SitesConfig

@@ -10,6 +10,7 @@ from itertools import combinations
 from typing import Any
 
 import pytest
+from balanced_load import check_load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,17 +24,6 @@ def pair_counts(placement: Placement, layers: range) -> list[int]:
         for owners in placement.owners_of[layer]:
             counts.update(combinations(owners, 2))
     return list(counts.values())
-
-
-def check_load(placement: Placement) -> None:
-    """The definition: sizes, distinct sites, the same number of experts for every site."""
-    assert len(placement.owners_of) == placement.num_layers
-    for experts in placement.owners_of:
-        assert len(experts) == placement.num_experts
-        held = Counter(site for owners in experts for site in owners)
-        assert all(len(set(owners)) == placement.replication for owners in experts)
-        expected = placement.num_experts * placement.replication // placement.num_sites
-        assert held == dict.fromkeys(range(placement.num_sites), expected)
 
 
 @st.composite

@@ -6,24 +6,15 @@ import dataclasses
 import json
 
 import pytest
+from planned_job import config_of
 
 from fomoe_ext import cli
-from fomoe_ext.config.job import TrainConfig, count_parameters, preset_config
+from fomoe_ext.config.job import count_parameters
 from fomoe_ext.placement import wire
 from fomoe_ext.plan import cost as plan_cost
 from fomoe_ext.plan import memory as plan_memory
 from fomoe_ext.plan import traffic as plan
 from fomoe_ext.report.report import markdown, report_tables
-
-
-def config_of(preset: str = "tiny", **sections: dict) -> TrainConfig:
-    """The dataclasses' own defaults, or a preset of the paper."""
-    config = TrainConfig() if preset == "tiny" else preset_config(preset)
-    changes = {
-        name: dataclasses.replace(getattr(config, name), **values)
-        for name, values in sections.items()
-    }
-    return dataclasses.replace(config, **changes)
 
 
 @pytest.mark.parametrize("replication", [1, 2, 4])

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_plan import config_of
+from planned_job import config_of
 
 import fomoe_ext
 from fomoe_ext import cli

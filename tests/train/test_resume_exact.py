@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from sites import pool
-from test_train import SMALL, finish, flags, text, train  # noqa: F401  two of them are fixtures
+from small_job import SMALL, finish, train
 
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.staging import Buffers
@@ -119,7 +119,7 @@ def interrupted(site: int, num_sites: int, arguments: list[str]) -> list[Any]:
 @pytest.mark.parametrize("scope", ["resident", "global"])
 @pytest.mark.parametrize("codec", ["fp32", "int4"])
 @pytest.mark.parametrize("optimizer", ["diloco", "local-adamw"])
-def test_an_interrupted_job_is_an_undisturbed_one(flags, text, optimizer, codec, scope):  # noqa: F811
+def test_an_interrupted_job_is_an_undisturbed_one(flags, text, optimizer, codec, scope):
     """With anchors, momenta, AdamW's moments, errors of encoding and data of every site.
 
     The two sites that hold an expert also write different parts of what they have alike.
@@ -144,7 +144,7 @@ def test_an_interrupted_job_is_an_undisturbed_one(flags, text, optimizer, codec,
     assert set(taken.values()) == {1} and len(taken) == 3 * 4 * 3 * 2
 
 
-def test_one_command_line_for_ever(flags, tmp_path):  # noqa: F811
+def test_one_command_line_for_ever(flags, tmp_path):
     """From nothing; from the newest whole checkpoint, with what was skipped; at the end."""
     run = tmp_path / "run"
     # The learning rate must not depend on the number of rounds, which changes.
@@ -177,7 +177,7 @@ def test_one_command_line_for_ever(flags, tmp_path):  # noqa: F811
     assert report["validation"] == again["validation"]
 
 
-def test_a_checkpoint_that_cannot_be_written_does_not_end_the_job(flags, tmp_path):  # noqa: F811
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_job(flags, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints/.step-00000006.partial").write_text("in the way")
@@ -198,7 +198,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_job(flags, tmp_pat
     assert "of a round (3 checkpoints)" in shown
 
 
-def test_the_last_checkpoint_must_be_written(flags, tmp_path):  # noqa: F811
+def test_the_last_checkpoint_must_be_written(flags, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints/.step-00000003.partial").write_text("in the way")

@@ -14,16 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_sharded_train import (
-    SMALL,
-    TWO,
-    flags,  # noqa: F401  a fixture
-    model_of,
-    run_job,
-    state_of,
-    text,  # noqa: F401  a fixture
-)
-from test_train import environment, require_gone, start_and_wait_for
+from rank_jobs import SMALL, TWO, model_of, run_job, state_of
+from small_job import environment, require_gone, start_and_wait_for
 from torch import Tensor
 
 from fomoe_ext.checkpoint import manifest as ckpt
@@ -35,10 +27,10 @@ JOB = [*TWO.split(), "--codec", "int8", "--rounds", "4", "--checkpoint-rounds", 
 
 
 @pytest.fixture(scope="module")
-def whole(flags, tmp_path_factory):  # noqa: F811
+def whole(rank_flags, tmp_path_factory):
     """A job of 2 x 2 that was never interrupted: checkpoints after rounds 2 and 4."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    return run_job([*flags, *JOB, "--run-dir", str(run)])
+    return run_job([*rank_flags, *JOB, "--run-dir", str(run)])
 
 
 def halfway(whole: Any, folder: Path) -> Path:
@@ -51,6 +43,17 @@ def halfway(whole: Any, folder: Path) -> Path:
 
 def resumed(run: Path, *changes: str) -> Any:
     return run_job(["--resume", str(run), *changes])
+
+
+def save_and_stop(patch: pytest.MonkeyPatch) -> None:
+    """What was read is written again, and the job is over."""
+    from fomoe_ext.train import process as job
+
+    def save(rounds: Any) -> bool:
+        rounds._save(rounds.site.tally.steps + 1000)
+        return True
+
+    patch.setattr(job._Job, "train", save)
 
 
 def same(mine: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -90,7 +93,7 @@ def test_other_ranks_have_all_of_the_state(whole, tmp_path, ranks):
 
 def read_back(run: Path, *changes: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """State and model as a job with other ranks writes them after it has read them."""
-    result = run_job(["--resume", str(run), *changes], "save and stop")
+    result = run_job(["--resume", str(run), *changes], save_and_stop)
     # Saved as if in the middle of a round: with the site's own parameters beside the global model.
     state = {n: t for n, t in state_of(result.checkpoint).items() if "/local/" not in n}
     return state, model_of(result.checkpoint)
@@ -136,10 +139,10 @@ def test_other_sites_go_on(whole, tmp_path, changes):
     assert result.rounds("loss")[-1] < result.rounds("loss")[0]
 
 
-def test_a_stop_in_the_middle_of_a_round(flags, tmp_path):  # noqa: F811
+def test_a_stop_in_the_middle_of_a_round(rank_flags, tmp_path):
     """Ctrl+C in a job of 2 x 2: goes on at other ranks, not at other sites."""
     run = tmp_path / "run"
-    command = [sys.executable, "-P", "-m", "fomoe_ext.cli", "train", *flags, *TWO.split()]
+    command = [sys.executable, "-P", "-m", "fomoe_ext.cli", "train", *rank_flags, *TWO.split()]
     command += ["--run-dir", str(run), "--local-steps", "200", "--rounds", "2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
@@ -159,8 +162,8 @@ def test_a_stop_in_the_middle_of_a_round(flags, tmp_path):  # noqa: F811
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
-def test_the_death_of_a_rank_ends_the_job(flags, tmp_path):  # noqa: F811
-    arguments = [*flags, *TWO.split(), "--run-dir", str(tmp_path / "run"), "--rounds", "4000"]
+def test_the_death_of_a_rank_ends_the_job(rank_flags, tmp_path):
+    arguments = [*rank_flags, *TWO.split(), "--run-dir", str(tmp_path / "run"), "--rounds", "4000"]
     process, ranks = start_and_wait_for("round    2/", *arguments)
     assert len(ranks) == 4
     environments = {pid: b"\0" + Path(f"/proc/{pid}/environ").read_bytes() for pid in ranks}
@@ -179,12 +182,12 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_torchrun_on_two_machines(flags, whole, tmp_path):  # noqa: F811
+def test_torchrun_on_two_machines(rank_flags, whole, tmp_path):
     """A node per site; the numbers are those of `fomoe train`."""
     run, port = tmp_path / "run", str(free_port())
     words = [sys.executable, "-P", "-m", "torch.distributed.run", "--nnodes", "2"]
     words += ["--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", port]
-    job = ["-m", "fomoe_ext.train", *flags, *JOB, "--run-dir", str(run)]
+    job = ["-m", "fomoe_ext.train", *rank_flags, *JOB, "--run-dir", str(run)]
     nodes = [
         subprocess.Popen(
             [*words, "--node-rank", str(node), *job],

@@ -2,165 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import os
-import shlex
-import tempfile
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from sites import pool
-from test_train import text  # noqa: F401  a fixture
+from rank_jobs import TWO, Plant, Result, model_of, run_job, state_of
 from torch import Tensor, nn
 
-from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.config.io import load_config
-from fomoe_ext.config.job import TrainConfig
-from fomoe_ext.data.sequences import open_data
 from fomoe_ext.placement import Placement
 from fomoe_ext.plan import memory as plan_memory
 from fomoe_ext.plan import traffic as plan
-from fomoe_ext.report.metrics import read_metrics
-from fomoe_ext.report.runs import job_config
-
-SMALL = shlex.split("""
---hidden-size 32 --num-layers 2 --num-heads 2 --num-experts 8 --expert-size 16 --top-k 2
---seq-len 32 --batch-size 4 --local-steps 2 --rounds 3 --eval-rounds 0 --eval-tokens 128
---threads 1 --warmup-steps 2 --sites 2 --replication 1 --bucket-bytes 8192 --no-tensorboard
---grad-clip 0.5 --timeout-s 30 --router-scope global --codec fp32
-""")
-
-
-class Result(NamedTuple):
-    """A job's exit code, what its first process said, and by process what `watch` returned."""
-
-    run: Path
-    code: int
-    said: str
-    seen: list[Any]
-
-    @property
-    def report(self) -> dict[str, Any]:
-        return json.loads((self.run / "report.json").read_text())
-
-    def rounds(self, what: str) -> list[Any]:
-        records = read_metrics(self.run / "metrics.jsonl")
-        return [record[what] for record in records if record["kind"] == "round"]
-
-    @property
-    def checkpoint(self) -> Path:
-        return ckpt.list_checkpoints(self.run / "checkpoints")[-1]
-
-
-# ---- a job in the processes of the pool ----------------------------------------------------------
-
-
-def watch(site: Any) -> dict[str, Any]:
-    """What is seen of a rank of a job at its end."""
-    layers = site.model.moe_layers()
-    return {
-        "experts": [layer.experts.resident_experts for layer in layers],
-        "shapes": [tuple(layer.experts.expand_weight.shape) for layer in layers],
-        "site": [layer.site_experts for layer in layers],
-        "memory": site.memory(),
-    }
-
-
-def process_of_job(
-    process: int, processes: int, config: TrainConfig, store: str, plant: str
-) -> tuple[int, str, Any]:
-    """`python -m fomoe_ext.train` in a process of the pool, whose own group makes way."""
-    from fomoe_ext.launch import processes as launch
-    from fomoe_ext.launch.world import StopRequest, World
-    from fomoe_ext.train import process as job
-    from fomoe_ext.train import trainer
-
-    if dist.is_initialized():
-        dist.barrier()  # one that is gone would disturb those that are still connecting
-        dist.destroy_process_group()
-    ranks = config.sites.ranks_per_site
-    assert processes == config.sites.sites * ranks
-    site, rank = divmod(process, ranks)
-    world = World(site, config.sites.sites, process, processes, rank, ranks)
-
-    class NoSignals(StopRequest):
-        def install(self) -> None:
-            """The pool's processes keep their own."""
-
-    made: list[Any] = []
-    said = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
-        patch.setenv(launch.RENDEZVOUS, f"file://{store}")
-        patch.setenv("COLUMNS", "200")
-        if plant:
-            PLANTS[plant](patch)
-
-        class Seen(trainer.TrainingSite):
-            def __init__(self, *given: Any) -> None:
-                super().__init__(*given)
-                made.append(self)
-
-        patch.setattr(job, "TrainingSite", Seen)
-        code = job.run_site(config, world, NoSignals())
-    return code, said.getvalue(), watch(made[0])
-
-
-def run_job(arguments: list[str], plant: str = "") -> Result:
-    """A job; arguments name the run folder. Raises AssertionError where a process raises."""
-    config = job_config(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        processes = config.sites.sites * config.sites.ranks_per_site
-        store = os.path.join(folder, "store")
-        answers = pool().run(processes, process_of_job, config, store, plant)
-    codes, said, seen = zip(*answers, strict=True)
-    assert len(set(codes)) == 1
-    assert config.run.run_dir is not None
-    return Result(config.run.run_dir, codes[0], said[0], list(seen))
 
 
 @pytest.fixture(scope="module")
-def flags(text):  # noqa: F811
-    """Flags of a small job of two sites, but for its run folder."""
-    open_data([str(text / "*.py")], 32, cache_dir=text / "cache")  # encoded once, for all
-    return [*SMALL, "--data", str(text / "*.py"), "--cache-dir", str(text / "cache")]
-
-
-@pytest.fixture(scope="module")
-def job(flags, tmp_path_factory):
+def job(rank_flags, tmp_path_factory):
     """job(changes, plant): the result of a job, each run once."""
     folder = tmp_path_factory.mktemp("jobs")
 
     @lru_cache
-    def run(changes: str, plant: str = "") -> Result:
+    def run(changes: str, plant: Plant | None = None) -> Result:
         name = str(len(list(folder.iterdir())))
-        return run_job([*flags, *changes.split(), "--run-dir", str(folder / name)], plant)
+        return run_job([*rank_flags, *changes.split(), "--run-dir", str(folder / name)], plant)
 
     return run
 
 
 # ---- what is compared ----------------------------------------------------------------------------
-
-
-def model_of(path: Path) -> dict[str, Tensor]:
-    """The global model of a checkpoint."""
-    with ckpt.GlobalModelReader(path) as reader:
-        return {name: reader.tensor(name) for name in reader.names()}
-
-
-def state_of(path: Path) -> dict[str, Tensor]:
-    """All tensors of the training state of a checkpoint."""
-    wanted = {
-        name: torch.empty(shape, dtype=torch.float64 if name.endswith("/tokens") else torch.float32)
-        for name, shape in ckpt.tensor_names(path).items()
-    }
-    ckpt.load_tensors(path, wanted)
-    return wanted
 
 
 def distance(mine: Tensor, other: Tensor) -> float:
@@ -265,8 +135,6 @@ def require_own_experts(of_site: list[Any], replicas: int) -> None:
 
 
 # ---- equal ---------------------------------------------------------------------------------------
-
-TWO = "--ranks-per-site 2"
 
 
 @pytest.mark.parametrize(
@@ -379,17 +247,6 @@ def _same_batch(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(TrainingSite, "_share", lambda site, batch: batch.chunk(site.world.ranks)[0])
 
 
-def _save_and_stop(patch: pytest.MonkeyPatch) -> None:
-    """No bug: what was read is written again, and the job is over."""
-    from fomoe_ext.train import process as job
-
-    def save(rounds: Any) -> bool:
-        rounds._save(rounds.site.tally.steps + 1000)
-        return True
-
-    patch.setattr(job._Job, "train", save)
-
-
 PLANTS = {
     "gradients of experts doubled": _double_experts,
     "gradients of dense parameters summed": _sum_dense,
@@ -398,15 +255,13 @@ PLANTS = {
     "experts of replicas not averaged": _forget_replicas,
     "all ranks with the same sequences": _same_batch,
 }
-BUGS = tuple(PLANTS)
-PLANTS["save and stop"] = _save_and_stop
 
 
 @pytest.mark.parametrize("changes", ["", "--replication 2 --codec int8"], ids=["fp32", "int8"])
-@pytest.mark.parametrize("plant", BUGS)
+@pytest.mark.parametrize("plant", PLANTS)
 def test_what_is_wrong_is_seen(job, plant, changes):
     """The comparison is no empty one."""
     ranks = f"{TWO} --replicas 2" if "replicas" in plant else TWO
-    wrong = far(job(f"{changes} {ranks}", plant), job(changes))
+    wrong = far(job(f"{changes} {ranks}", PLANTS[plant]), job(changes))
     print(plant, changes, {k: f"{v:.1e}" for k, v in wrong.items()})
     assert max(wrong.values(), default=0.0) > 0.1

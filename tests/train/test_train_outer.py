@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from test_train import SMALL, finish, flags, text, train  # noqa: F401  two of them are fixtures
+from small_job import SMALL, finish, train
 
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.report.metrics import read_metrics
@@ -23,7 +23,7 @@ from fomoe_ext.report.runs import job_config
     ],
     ids=["tokens", "overlap", "local-adamw", "ddp", "turns"],
 )
-def test_bytes_are_as_predicted_and_holders_agree(flags, tmp_path, changes):  # noqa: F811
+def test_bytes_are_as_predicted_and_holders_agree(flags, tmp_path, changes):
     shared = ["--replication", "2", *changes.split()]
     result = train(*flags, *shared)
     report = finish(tmp_path / "run", result)
@@ -43,7 +43,7 @@ def test_bytes_are_as_predicted_and_holders_agree(flags, tmp_path, changes):  # 
     assert told == ("turns" in changes)
 
 
-def test_a_slow_link_is_counted_and_hidden(flags, tmp_path, monkeypatch):  # noqa: F811
+def test_a_slow_link_is_counted_and_hidden(flags, tmp_path, monkeypatch):
     """With overlap the result is the same on any link, and the report says over which it went."""
     monkeypatch.setenv("FOMOE_LINK_MODE", "counted")
     hashes = set()
@@ -69,7 +69,7 @@ def test_a_slow_link_is_counted_and_hidden(flags, tmp_path, monkeypatch):  # noq
         "--codec int4 --expert-turns 3",
     ],
 )
-def test_resuming_gives_the_same_bits(flags, tmp_path, changes):  # noqa: F811
+def test_resuming_gives_the_same_bits(flags, tmp_path, changes):
     run = tmp_path / "run"
     arguments = [*flags, "--replication", "2", *changes.split(), "--checkpoint-rounds", "1"]
     whole = finish(run, train(*arguments))

@@ -35,7 +35,7 @@ sys.path.insert(0, str(HERE.parent.parent))
 
 import emulator  # noqa: E402
 from emulator.build import digest, in_parallel  # noqa: E402
-from emulator.runs import PART_OF, RUNS, Run, failure_of, first_failure  # noqa: E402
+from emulator.runs import PARTS, RUNS, Run, failure_of, first_failure  # noqa: E402
 
 KERNELS = emulator.ROOT / "csrc/cuda"
 CAUGHT = HERE / "caught.toml"
@@ -89,7 +89,9 @@ class Mutant:
         around = [*KERNELS.parent.glob("*.h"), *(f for d in folders for f in d.rglob("*"))]
         kinds = (".cpp", ".h", ".cuh", ".cu", ".py")
         files = sorted(
-            f for f in {*own, *around} if f.is_file() and f.suffix in kinds and f.parent != HERE
+            f
+            for f in {*own, *around}
+            if f.is_file() and f.suffix in kinds and f.parent != HERE and f.name[:5] != "test_"
         )
         bug = (self.name, self.file, self.find, self.replace)
         names = (f.relative_to(emulator.ROOT).as_posix() for f in files)
@@ -97,11 +99,11 @@ class Mutant:
 
     def parts(self) -> list[str]:
         """The driver's parts that run the code."""
-        return [part for part, files in PART_OF.items() if self.file in files]
+        return [part for part, of in PARTS.items() if {self.file, self.file.split("/")[0]} & {*of}]
 
     def trials(self, caught: dict[str, str]) -> list[Trial]:
         """All that is tried, in order. caught: of the last time, as `record` writes it."""
-        sources = [source.name for source in self.sources()]
+        sources = [name_of(source) for source in self.sources()]
         trials = [Trial(b, run, tuple(sources)) for b in BUILDS for run in RUNS[b]]
         before = [t for t in trials if str(t) == caught.get("by")]
         # A bug in a header need not be compiled into every kernel to be seen.
@@ -109,16 +111,22 @@ class Mutant:
         return [*alone, *before, *(t for t in trials if t not in before)]
 
 
+def name_of(source: Path) -> str:
+    """A kernel's file as mutants.toml names it, below csrc/cuda; of the driver's own, its name."""
+    inside = source.is_relative_to(KERNELS)
+    return source.relative_to(KERNELS).as_posix() if inside else source.name
+
+
 def included(source: Path) -> set[str]:
-    """Names of a file and of those beside it that it includes, also through others."""
+    """Names of a file and of those in csrc/cuda that it includes, also through others."""
     names, waiting = set(), [source]
     while waiting:
         file = waiting.pop()
-        if file.name in names or not file.exists():
+        if name_of(file) in names or not (file == source or file.is_relative_to(KERNELS)):
             continue
-        names.add(file.name)
-        quoted = re.findall(r'#include "([^"/]+)"', file.read_text())
-        waiting += [file.parent / name for name in quoted]
+        names.add(name_of(file))
+        quoted = re.findall(r'#include "([^"]+)"', file.read_text())
+        waiting += [path for name in quoted if (path := (file.parent / name).resolve()).exists()]
     return names
 
 
@@ -167,7 +175,7 @@ class Laboratory:
         """Of the driver without a bug."""
         sources, compile_one = emulator.driver_sources(), BUILDS[build].compile
         made = in_parallel([(compile_one, source) for source in sources])
-        return dict(zip((source.name for source in sources), made, strict=True))
+        return dict(zip(map(name_of, sources), made, strict=True))
 
     def healthy(self, builds: Iterable[str]) -> str | None:
         """What the kernels without a bug fail at in these builds; None when nothing."""
@@ -209,7 +217,10 @@ class Laboratory:
         healthy = self.objects(trial.build)
         # First, so that of what several files define the linker takes what has the bug.
         changed = [
-            builder.compile_changed(folder / "csrc/cuda" / name, folder / f"{trial.build}-{name}.o")
+            builder.compile_changed(
+                folder / "csrc/cuda" / name,
+                folder / f"{trial.build}-{name.replace('/', '-')}.o",
+            )
             for name in trial.sources
         ]
         rest = [made for name, made in healthy.items() if name not in trial.sources]

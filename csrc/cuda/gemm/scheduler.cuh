@@ -1,0 +1,136 @@
+// Which tile of which expert is next. Every block of a grouped GEMM walks the tiles by itself: it
+// takes every gridDim.x-th item of a list that all blocks know, since the list follows from what
+// compact left in device memory. No counters, nothing to reset, the same order every time.
+//
+// Items are ordered in bands of kBand row tiles. Within a band the row tiles of one column tile come
+// first, so that blocks that run together share both: kBand row tiles of A, and of B as many column
+// tiles as blocks / kBand. Both stay in L2 then, whatever the sizes.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../../kernels.h"
+#include "../formats.cuh"
+
+namespace fomoe::cuda {
+
+constexpr int kBand = 8;
+
+struct TilePosition {
+  int32_t row, column;  // tiles
+};
+
+// In 32 bits, as all of a schedule is: 2^31 tiles would be terabytes of results. Divided without signs,
+// which takes fewer instructions.
+__device__ inline int32_t divided(int32_t number, int32_t by) {
+  return int32_t(uint32_t(number) / uint32_t(by));
+}
+__device__ inline TilePosition in_bands(int32_t item, int32_t row_tiles, int32_t column_tiles) {
+  const int32_t band = divided(item, kBand * column_tiles);
+  const int32_t height = min(kBand, row_tiles - band * kBand);
+  const int32_t within = item - band * kBand * column_tiles;
+  const int32_t column = divided(within, height);
+  return {band * kBand + within - column * height, column};
+}
+__device__ inline int32_t tiles_of(int64_t size, int32_t tile) {
+  return divided(int32_t(size) + tile - 1, tile);
+}
+
+// A tile of C and what is summed: rows [row, row_end) of operand A, columns from `column` on.
+struct Work {
+  int32_t resident;
+  int32_t row, row_end;
+  int32_t column;
+  int32_t sum_begin, sum_end;  // along the sum
+};
+
+// ---- GEMMs whose sums run over columns: the rows of a group are rows of C ------------------------
+
+class RowSchedule {
+ public:
+  struct Shared {
+    int32_t tiles;  // in use
+  };
+
+  // All threads of the block.
+  __device__ void prepare(Shared& shared) {
+    if (threadIdx.x == 0) shared.tiles = 0;
+    __syncthreads();
+    int count = 0;
+    for (int r = threadIdx.x; r < residents; r += blockDim.x)
+      count += (offsets[r + 1] - offsets[r] + kTileRows - 1) / kTileRows;
+    if (count != 0) atomicAdd(&shared.tiles, count);
+    __syncthreads();
+    shared_ = &shared;
+  }
+  // False behind the last item.
+  __device__ bool get(int32_t item, int tile_columns, Work& work) const {
+    const int32_t column_tiles = tiles_of(columns, tile_columns);
+    const int32_t row_tiles = shared_->tiles;  // read anew: registers are dearer
+    if (item >= row_tiles * column_tiles) return false;
+    const TilePosition at = in_bands(item, row_tiles, column_tiles);
+    const int2 tile = reinterpret_cast<const int2*>(tiles)[at.row];
+    work.resident = tile.x;
+    work.row = tile.y;
+    work.row_end = min(tile.y + kTileRows, offsets[tile.x + 1]);
+    work.column = at.column * tile_columns;
+    work.sum_begin = 0;
+    work.sum_end = int32_t(depth);
+    return true;
+  }
+
+  const int32_t* offsets;
+  const int32_t* tiles;
+  int32_t residents;
+  int64_t columns, depth;
+
+  const Shared* shared_;
+};
+
+// ---- GEMMs whose sums run over the rows of a group: gradients of weights ------------------------
+
+class WeightSchedule {
+ public:
+  struct Shared {
+    uint16_t order[kMaxResidents];  // residents with more rows first
+  };
+
+  __device__ void prepare(Shared& shared) {
+    for (int r = threadIdx.x; r < residents; r += blockDim.x) {
+      const int rows = offsets[r + 1] - offsets[r];
+      int before = 0;
+      for (int other = 0; other < residents; ++other) {
+        const int theirs = offsets[other + 1] - offsets[other];
+        before += theirs > rows || (theirs == rows && other < r);
+      }
+      shared.order[before] = static_cast<uint16_t>(r);
+    }
+    __syncthreads();
+    order_ = shared.order;
+  }
+  __device__ bool get(int32_t item, int tile_columns, Work& work) const {
+    const int32_t row_tiles = tiles_of(lines, kTileRows);
+    const int32_t column_tiles = tiles_of(columns, tile_columns);
+    const int32_t rank = divided(item, row_tiles * column_tiles);
+    if (rank >= residents) return false;
+    const TilePosition at =
+        in_bands(item - rank * row_tiles * column_tiles, row_tiles, column_tiles);
+    work.resident = order_[rank];
+    work.row = at.row * kTileRows;
+    work.row_end = min(work.row + kTileRows, int32_t(lines));
+    work.column = at.column * tile_columns;
+    work.sum_begin = offsets[work.resident];
+    work.sum_end = offsets[work.resident + 1];
+    return true;
+  }
+
+  const int32_t* offsets;
+  int32_t residents;
+  int64_t lines, columns;  // of a gradient: lines of the left operand, columns of the right
+
+  const uint16_t* order_;
+};
+
+}  // namespace fomoe::cuda
