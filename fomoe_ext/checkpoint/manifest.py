@@ -33,8 +33,8 @@ from fomoe_ext.checkpoint.training_state import tensor_names as names_in_folder
 from fomoe_ext.files.atomic import unsealed
 from fomoe_ext.files.json_values import from_json, loads
 from fomoe_ext.files.tensors import INDEX, read_index, require_inside
+from fomoe_ext.launch.messages import gather_objects
 from fomoe_ext.layer.assemble import fill_model, global_names
-from fomoe_ext.outer.groups import gather_objects
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -80,6 +80,37 @@ class Manifest:
     files: dict[str, FileEntry]
     meta: dict[str, Any] = field(default_factory=dict)
     ranks_per_site: int = 1
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process of the job, as it was when a checkpoint began."""
+
+    site: int
+    num_sites: int
+    rank: int = 0
+    ranks_per_site: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value, end in (
+            ("site", self.site, self.num_sites),
+            ("rank", self.rank, self.ranks_per_site),
+        ):
+            if not 0 <= value < end:
+                raise ValueError(f"{name} must be in [0, {end}), got {value}")
+
+    @property
+    def number(self) -> int:
+        """Its rank among all processes."""
+        return self.site * self.ranks_per_site + self.rank
+
+    @property
+    def count(self) -> int:
+        """All processes."""
+        return self.num_sites * self.ranks_per_site
+
+    def __str__(self) -> str:
+        return f"site {self.site}" + (f", rank {self.rank}" if self.ranks_per_site > 1 else "")
 
 
 def checkpoint_name(steps: int) -> str:

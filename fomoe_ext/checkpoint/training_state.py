@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from fomoe_ext.files.tensors import WrittenFile, write_synced
-from fomoe_ext.outer.groups import gather_objects
+from fomoe_ext.launch.messages import gather_objects
 
 FILE_BYTES = 1 << 30
 """Bytes of tensors in a file."""

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import torch
 
-from fomoe_ext.checkpoint.writer import CheckpointWriter
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.data.sequences import BatchIterator
 from fomoe_ext.fault.shadows import Shadows
@@ -17,6 +16,14 @@ from fomoe_ext.model.language import LanguageModel
 from fomoe_ext.outer import OuterSync, RoundReport, SiteGroups
 from fomoe_ext.placement.placement import Placement
 from fomoe_ext.report.tally import Tally
+
+
+class Abandonable(Protocol):
+    """What may be under way when a site is lost."""
+
+    def abandon(self) -> None:
+        """Gives it up; nothing is waited for."""
+        ...
 
 
 class Site(Protocol):
@@ -36,7 +43,6 @@ class Site(Protocol):
     batches: BatchIterator
     tally: Tally
     shadows: Shadows
-    checkpoints: CheckpointWriter
     story: list[dict[str, Any]]
     """What happened to the sites, for the report."""
     steps_in_round: int
@@ -60,6 +66,11 @@ class Site(Protocol):
     @property
     def placement(self) -> Placement:
         """The placement in force."""
+        ...
+
+    @property
+    def checkpoints(self) -> Abandonable:
+        """What writes its checkpoints."""
         ...
 
     def make_groups(self, world: World) -> SiteGroups:

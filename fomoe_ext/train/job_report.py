@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from fomoe_ext.config.job import count_parameters
+from fomoe_ext.launch.messages import gather_objects
 from fomoe_ext.launch.world import with_others
 from fomoe_ext.layer.mesh import local_tensor
 from fomoe_ext.model.evaluate import Validation
-from fomoe_ext.outer.groups import gather_objects
 from fomoe_ext.plan import cost as plan_cost
 from fomoe_ext.plan import memory as plan_memory
 from fomoe_ext.plan import traffic as plan

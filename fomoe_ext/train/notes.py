@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fomoe_ext.checkpoint.resume import of_site
 from fomoe_ext.launch.world import with_others
 from fomoe_ext.outer.groups import Handle
 from fomoe_ext.plan.traffic import RoundNote
 from fomoe_ext.train.pace import steps_of_round
+from fomoe_ext.train.round_progress import of_site
 from fomoe_ext.train.state import SiteState
 
 

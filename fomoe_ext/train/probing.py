@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from fomoe_ext.launch.messages import gather_objects
 from fomoe_ext.launch.world import with_others
 from fomoe_ext.layer.routing_probe import RoutingProbe, figures, pack, unpack
-from fomoe_ext.outer.groups import gather_objects
 from fomoe_ext.train.state import SiteState
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -56,3 +58,9 @@ class RoundProgress:
         self.slots, self.tokens = 0, 0
         self.loss.zero_()
         self.rows.zero_()
+
+
+def of_site(counts: Sequence[tuple[float, int, int]]) -> tuple[float, int, int]:
+    """Loss, rows and slots of a round of a site from `RoundProgress.counts` of its ranks."""
+    losses, rows, slots = zip(*counts, strict=True)
+    return sum(losses) / len(losses), sum(rows), sum(slots)

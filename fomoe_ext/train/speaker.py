@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fomoe_ext.checkpoint import manifest as ckpt
-from fomoe_ext.checkpoint.writer import Outcome
+from fomoe_ext.checkpoint.pending import Outcome
 from fomoe_ext.config.effects import told
 from fomoe_ext.config.job import count_parameters
 from fomoe_ext.files.unwritten import Unwritten, tolerant

@@ -23,8 +23,8 @@ from fomoe_ext.fault.lighthouse import LIGHTHOUSE
 from fomoe_ext.files.atomic import replace_file
 from fomoe_ext.files.folder_lock import Held
 from fomoe_ext.files.unwritten import Unwritten
+from fomoe_ext.launch.messages import gather_objects
 from fomoe_ext.launch.world import World, with_others
-from fomoe_ext.outer.groups import gather_objects
 from fomoe_ext.report.runs import (
     AUTO,
     CHECKPOINTS,

@@ -5,7 +5,8 @@ becomes another when sites come or go.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from fomoe_ext.outer import OuterSync
 from fomoe_ext.placement.placement import Placement
 from fomoe_ext.report.tally import Tally
 from fomoe_ext.train.pace import Pace
-from fomoe_ext.train.round_progress import RoundProgress
+from fomoe_ext.train.round_progress import RoundProgress, of_site
 
 
 class SiteState:
@@ -107,34 +108,70 @@ class SiteState:
         """The dtype that the model computes in; None = that of its parameters."""
         return torch.bfloat16 if self.config.run.dtype == "bfloat16" else None
 
-    def local_tensors(self) -> dict[str, Tensor]:
-        """This rank's parameters and persistent buffers by name."""
-        return local_tensors(self.model)
-
     def count_wall(self) -> None:
         """Brings the tally's seconds since the job began up to now."""
         self.tally.wall_s = self._before_s + time.perf_counter() - self.started
 
-    # ------------------------------------------------------------- of the round, for a checkpoint
+    @contextmanager
+    def global_model(self) -> Iterator[dict[str, Tensor] | None]:
+        """Inside, the model is that of the last meeting; gives this site's where that differs.
 
-    def round_counts(self) -> tuple[float, int, int]:
-        """Sum of this rank's losses, rows and slots of the round so far."""
-        return self.progress.counts()
+        Only where torch records no gradients.
+        """
+        if not (self.progress.steps or self.config.outer.apart):
+            yield None
+            return
+        local = {name: value.clone() for name, value in local_tensors(self.model).items()}
+        self.sync.copy_anchor_to_model()
+        yield local
+        for name, target in local_tensors(self.model).items():
+            target.copy_(local[name])
 
-    def set_round_counts(self, counts: tuple[float, int, int]) -> None:
-        """Goes on from what `round_counts` said."""
-        self.progress.set_counts(counts)
+    # ------------------------------------------------------------------------- for a checkpoint
 
-    def uneven_state(self) -> dict[str, float]:
-        """What of its steps is this site's own: those due, tokens of the round, the pace."""
+    def counts(self) -> tuple[dict[str, Any], tuple[float, int, int]]:
+        """What this rank has counted, since the job began and in the round."""
+        self.count_wall()
+        return self.tally.state_dict(), self.progress.counts()
+
+    def progress_state(
+        self, counts: Sequence[tuple[dict[str, Any], tuple[float, int, int]]]
+    ) -> dict[str, Any]:
+        """How far this site is; `counts` are those of its ranks."""
         return {
-            "due": self.progress.due,
-            "tokens": self.progress.tokens * self.world.ranks,
-            "pace": self.pace.seconds,
+            "data": self.batches.state_dict(),
+            "tally": Tally.of_ranks([Tally.from_state(tally) for tally, _ in counts]).state_dict(),
+            "steps_in_round": self.progress.steps,
+            "uneven": {
+                "due": self.progress.due,
+                "tokens": self.progress.tokens * self.world.ranks,
+                "pace": self.pace.seconds,
+            },
+            "round_counts": of_site([of_round for _, of_round in counts]),
         }
 
-    def set_uneven_state(self, state: Mapping[str, float]) -> None:
-        """Goes on from what `uneven_state` said. Raises ValueError for steps that no site takes."""
+    def load_progress_state(self, state: Mapping[str, Any], same: bool) -> None:
+        """Goes on from `progress_state`; counts begin anew unless it is of the `same` sites.
+
+        The outer sync has its round already. Raises ValueError for what is no such state.
+        """
+        self.batches.load_state_dict(state["data"])
+        tally = Tally.from_state(state["tally"])
+        loss, rows, slots = state["round_counts"]
+        if not same:
+            self.tally = Tally(steps=tally.steps, from_round=self.round, from_step=tally.steps)
+            return
+        # Sums of a site are its first rank's from here on.
+        leads = self.world.rank == 0
+        self.tally = tally if leads else tally.without_counts()
+        self.progress.steps = state["steps_in_round"]
+        if "uneven" in state:  # not in checkpoints of earlier versions
+            self._load_uneven(state["uneven"])
+        self.progress.set_counts((loss, rows, slots) if leads else (loss, 0, 0))
+
+    def _load_uneven(self, state: Mapping[str, float]) -> None:
+        """What of its steps is this site's own: those due, tokens of the round, the pace. Raises
+        ValueError for steps that no site takes."""
         due = int(state["due"])
         if not 1 <= due <= self.local_steps:
             raise ValueError(f"steps due must be in [1, {self.local_steps}], got {due}")

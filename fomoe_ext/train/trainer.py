@@ -26,6 +26,7 @@ from fomoe_ext.train.job_report import job_report
 from fomoe_ext.train.site import TrainingSite
 from fomoe_ext.train.speaker import Speaker
 from fomoe_ext.train.start import Start, gather
+from fomoe_ext.train.validation import validate
 
 _FINAL_EVAL = 8
 """The last validation uses so many times the tokens of those before it."""
@@ -147,7 +148,7 @@ class Trainer:
     def _after_round(self) -> None:
         """What is due after a round."""
         site = self.site
-        self.speaker.saved(site.poll_save())
+        self.speaker.saved(site.checkpoints.poll())
         if site.round == site.rounds:
             self._due_at_end = True
             return
@@ -159,7 +160,7 @@ class Trainer:
         self._start_save_if_due()
 
     def _validate(self, max_tokens: int) -> Validation:
-        result = self.site.validate(max_tokens)
+        result = validate(self.site, max_tokens)
         self.speaker.validation(result)
         return result
 
@@ -202,8 +203,8 @@ class Trainer:
 
     def _save(self, steps: int) -> None:
         """A checkpoint that is waited for; where it cannot be written that is told."""
-        self.speaker.saved(self.site.poll_save(wait=True))
-        outcome = self.site.try_save(steps)
+        self.speaker.saved(self.site.checkpoints.poll(wait=True))
+        outcome = self.site.checkpoints.save(steps)
         self._unsaved = bool(outcome.error)
         self.speaker.saved(outcome, "")
 
@@ -212,8 +213,8 @@ class Trainer:
         every, site = self.run.checkpoint_rounds, self.site
         if not (every and site.round and site.round % every == 0):
             return
-        self.speaker.saved(site.poll_save(wait=True))  # of the one before, if that still lasts
-        behind = self.run.async_checkpoints
-        site.start_save(site.step, copy=behind)
+        checkpoints, behind = site.checkpoints, self.run.async_checkpoints
+        self.speaker.saved(checkpoints.poll(wait=True))  # of the one before, if that still lasts
+        checkpoints.start(site.step, copy=behind)
         if not behind:
-            self.speaker.saved(site.poll_save(wait=True))
+            self.speaker.saved(checkpoints.poll(wait=True))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import torch
+
 from fomoe_ext.launch.world import with_others
 from fomoe_ext.model.evaluate import Validation, evaluate
 from fomoe_ext.placement.coactivation import is_small
 from fomoe_ext.train.state import SiteState
 
 
+@torch.no_grad()
 def validate(site: SiteState, max_tokens: int) -> Validation:
-    """Validation, counted, of a model that is the global one at every site; a collective."""
+    """Validation of the global model, counted; a collective."""
     model, tally = site.config.model, site.tally
-    with with_others(f"the validation after round {site.round}", site.world.site):
+    what = f"the validation after round {site.round}"
+    with site.global_model(), with_others(what, site.world.site):
         result = evaluate(
             site.model,
             site.data,

@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from sites import pool
 
+from fomoe_ext.checkpoint import file_writer, writer
 from fomoe_ext.checkpoint import manifest as ckpt
-from fomoe_ext.checkpoint import writer
 from fomoe_ext.config.job import ModelConfig
 from fomoe_ext.data.sequences import open_data
 from fomoe_ext.layer.assemble import local_tensors, own_global_tensors
@@ -71,7 +71,7 @@ def save(
     """Writes a checkpoint; `failing` is a site whose state cannot be written."""
     model, placement = site_model(num_sites, replication, site), place(num_sites, replication)
     if site == failing:
-        writer.write_text = lambda *a, **k: (_ for _ in ()).throw(OSError("no space left"))
+        file_writer.write_text = lambda *a, **k: (_ for _ in ()).throw(OSError("no space left"))
     try:
         path = writer.save_checkpoint(
             folder,
@@ -91,7 +91,7 @@ def save(
         if site == failing:
             from fomoe_ext.files.atomic import write_text
 
-            writer.write_text = write_text
+            file_writer.write_text = write_text
     return path.name
 
 

@@ -293,6 +293,7 @@ def run_job(site: int, num_sites: int, arguments: list[str]) -> dict[str, Any]:
     from fomoe_ext.train.job_report import job_report, model_hash
     from fomoe_ext.train.site import TrainingSite
     from fomoe_ext.train.trainer import Trainer
+    from fomoe_ext.train.validation import validate
 
     config = job_config(arguments)
     files = config.data
@@ -314,7 +315,7 @@ def run_job(site: int, num_sites: int, arguments: list[str]) -> dict[str, Any]:
     job.steps.step, job.meetings.meet = step, met  # type: ignore[method-assign]
     Trainer(job, StopRequest(), None).train()
     job.finish()
-    validation = job.validate(256)
+    validation = validate(job, 256)
     report = job_report(job, validation)
     return {
         "taken": taken,

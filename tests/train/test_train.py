@@ -173,8 +173,9 @@ def stop_unevenly(site: int, num_sites: int, arguments: list[str]) -> list[str]:
     job.meetings.meet()
     if site == 0:
         job.steps.step()
-    path = job.save(config.run.local_steps + 1)
-    resumed = TrainingSite(*given, path)
+    saved = job.checkpoints.save(config.run.local_steps + 1)
+    assert not saved.error
+    resumed = TrainingSite(*given, saved.path)
     assert resumed.steps_in_round == (1 if site == 0 else 0)
     wanted = job.model.state_dict()
     return [n for n, v in resumed.model.state_dict().items() if not torch.equal(v, wanted[n])]
