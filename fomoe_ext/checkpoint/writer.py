@@ -16,10 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from fomoe_ext.checkpoint.file_writer import FileWriter
-from fomoe_ext.checkpoint.manifest import Process
+from fomoe_ext.checkpoint.manifest import CheckpointError, Process
 from fomoe_ext.checkpoint.pending import PendingCheckpoint
 from fomoe_ext.checkpoint.staging import PROBLEMS, Buffers, Source
-from fomoe_ext.checkpoint.training_state import CheckpointError, only_once
+from fomoe_ext.checkpoint.training_state import only_once
 from fomoe_ext.files.json_values import to_json
 from fomoe_ext.launch import inject
 

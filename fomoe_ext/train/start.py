@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.publish import clear_leftovers
+from fomoe_ext.checkpoint.whole import newest_whole, require_whole_everywhere
 from fomoe_ext.config.effects import changes, check_changes
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.data.sequences import TextData, open_job_data
@@ -138,10 +139,10 @@ def agree_on_run(job: Job, world: World, stack: ExitStack) -> Start:
     share = (world.local_process, world.local_processes)
     if not automatic and run_of(target) != target:  # a checkpoint by name
         with with_others("the checkpoint", world.site):
-            ckpt.require_whole_everywhere(target, world.processes, share)
+            require_whole_everywhere(target, world.processes, share)
         return Start(config, target, [])
     with with_others("the checkpoint", world.site):
-        found = ckpt.newest_whole(target / CHECKPOINTS, world.processes, share=share)
+        found = newest_whole(target / CHECKPOINTS, world.processes, share=share)
     notes = [f"skipped: {reason}" for reason in found.skipped]
     if found.path is None and not automatic:
         raise ckpt.CheckpointError(

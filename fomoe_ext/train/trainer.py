@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from fomoe_ext.checkpoint import manifest as ckpt
+from fomoe_ext.checkpoint.reader import GlobalModelReader, load_global_model, load_tensors
 from fomoe_ext.checkpoint.resume import fill_copies, load_into
 from fomoe_ext.checkpoint.writer import CheckpointWriter
 from fomoe_ext.config.job import TrainConfig
@@ -122,9 +122,9 @@ class TrainingSite:
         """What of the run's configuration is another since the job goes on (`config_effects`)."""
         if resumed is not None:
             assert resume is not None
-            load_into(self, resumed, partial(ckpt.load_tensors, resume))
+            load_into(self, resumed, partial(load_tensors, resume))
             if self.sync.copies is not None:
-                with ckpt.GlobalModelReader(resume) as reader:
+                with GlobalModelReader(resume) as reader:
                     fill_copies(self, resumed, reader.tensor)
             if not resumed.same:
                 self.notes.append(
@@ -180,7 +180,7 @@ class TrainingSite:
         if world.ranks > 1:
             shard_dense(model, model.blocks, world.num_sites, world.ranks)
         if resume is not None:
-            ckpt.load_global_model(resume, model)
+            load_global_model(resume, model)
         optimizer = make_optimizer(model, config.inner)
         with with_others("the first meeting", world.site):
             sync = OuterSync(
