@@ -5,7 +5,7 @@ It is a folder of safetensors and JSON:
     model-00001-of-00004.safetensors ...   the global model; every tensor written by one process
     model.safetensors.index.json           which file holds which tensor
     state-00000.json ...                   one per site: counts, placement, where the data stands
-    training/*.safetensors                 tensors of the training state (`training_state`)
+    training/*.safetensors                 tensors of the training state (`shards`)
     manifest.json                          written last: round, sizes and SHA-256 of all files, and
                                            its own
 

@@ -20,8 +20,8 @@ from fomoe_ext.checkpoint.manifest import (
     read_manifest,
     state_name,
 )
-from fomoe_ext.checkpoint.training_state import read_tensors
-from fomoe_ext.checkpoint.training_state import tensor_names as names_in_folder
+from fomoe_ext.checkpoint.shards import read_tensors
+from fomoe_ext.checkpoint.shards import tensor_names as names_in_folder
 from fomoe_ext.checkpoint.whole import require_file
 from fomoe_ext.files.json_values import from_json, loads
 from fomoe_ext.files.tensors import INDEX, read_index
@@ -53,7 +53,7 @@ def tensor_names(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def load_tensors(path: Path, wanted: Mapping[str, Tensor]) -> None:
-    """Fill tensors of the training state in place, as `training_state.read_tensors` does.
+    """Fill tensors of the training state in place, as `shards.read_tensors` does.
 
     Plain or DTensors, in whatever sharding and by however many processes they were written; nothing
     is sent. Raises CheckpointError when files are missing or damaged (of those that are read the

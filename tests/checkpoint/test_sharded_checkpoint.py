@@ -22,11 +22,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fomoe_ext.checkpoint import manifest as ckpt
-from fomoe_ext.checkpoint import training_state
+from fomoe_ext.checkpoint import shards
 from fomoe_ext.checkpoint import writer as checkpoint_writer
 from fomoe_ext.checkpoint.reader import GlobalModelReader, load_state, load_tensors
 from fomoe_ext.checkpoint.reader import tensor_names as names_in_checkpoint
-from fomoe_ext.checkpoint.training_state import (
+from fomoe_ext.checkpoint.shards import (
     CheckpointError,
     read_tensors,
     tensor_names,
@@ -134,7 +134,7 @@ def save(
         "named": tensors_of_rank(process),
         "tensors": [(f"model.{process}", value(f"model.{process}", (3, 2)))],
     }
-    write = training_state.write_synced
+    write = shards.write_synced
     try:
         arguments |= break_it(process) if break_it is not None else {}
         path = checkpoint_writer.save_checkpoint(
@@ -153,7 +153,7 @@ def save(
     except ckpt.CheckpointError as error:
         return str(error)
     finally:
-        training_state.write_synced = write
+        shards.write_synced = write
         os.environ.pop("LOCAL_RANK", None)
     return path.name
 
@@ -364,7 +364,7 @@ def full_disk(process: int) -> dict[str, Any]:
         raise OSError("no space left")
 
     if process == 3:
-        training_state.write_synced = refused
+        shards.write_synced = refused
     return {}
 
 

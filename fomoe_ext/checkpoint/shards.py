@@ -1,4 +1,4 @@
-"""The training state of all processes: named tensors in one folder, read back in any sharding.
+"""Named tensors of all processes in one folder, written in shards, read back in any sharding.
 
 Tensors are plain or DTensors. Every process writes its own shards to safetensors files in the form
 that torch.distributed.checkpoint reads: nothing on disk is a pickle, and nothing is sent to write.
