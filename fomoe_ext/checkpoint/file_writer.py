@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fomoe_ext.checkpoint.manifest import TRAINING, FileEntry, Process, state_name
 from fomoe_ext.checkpoint.publish import Part, place_of, size_and_hash
+from fomoe_ext.checkpoint.shards import FILE_BYTES, write_shards
 from fomoe_ext.checkpoint.staging import Content, Gpu, Source, beside, stage
-from fomoe_ext.checkpoint.training_state import FILE_BYTES, write_shards
 from fomoe_ext.files.atomic import sync_folder, write_text
 from fomoe_ext.files.tensors import WrittenFile, write_synced
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fomoe_ext.checkpoint.training_state import TensorPart, shard_of
+from fomoe_ext.checkpoint.shards import TensorPart, shard_of
 
 PROBLEMS = (OSError, TypeError, ValueError, RuntimeError)
 """What may go wrong in one process, and is told to the others."""

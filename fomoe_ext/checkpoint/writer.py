@@ -16,10 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from fomoe_ext.checkpoint.file_writer import FileWriter
-from fomoe_ext.checkpoint.manifest import Process
+from fomoe_ext.checkpoint.manifest import CheckpointError, Process
 from fomoe_ext.checkpoint.pending import PendingCheckpoint
+from fomoe_ext.checkpoint.shards import only_once
 from fomoe_ext.checkpoint.staging import PROBLEMS, Buffers, Source
-from fomoe_ext.checkpoint.training_state import CheckpointError, only_once
 from fomoe_ext.files.json_values import to_json
 from fomoe_ext.launch import inject
 
@@ -82,7 +82,7 @@ class CheckpointWriter:
         `state`: what a site needs to go on and is no tensor, as `to_json` takes it, from rank 0 of
         the site; None from the others. `named`: of the training state what this process has to
         write, any tensor by one process only, but of DTensors their shards by all
-        (`training_state.shard_of`). Raises RuntimeError while another checkpoint is under way.
+        (`shards.shard_of`). Raises RuntimeError while another checkpoint is under way.
         """
         if self._last is not None:
             if self._last.under_way:

@@ -10,6 +10,8 @@ import torch
 
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.manifest import CheckpointError
+from fomoe_ext.checkpoint.reader import GlobalModelReader
+from fomoe_ext.checkpoint.whole import require_whole
 from fomoe_ext.fault.site import Formed, Site
 from fomoe_ext.layer.assemble import expert_key, named_moe_layers
 from fomoe_ext.model.language import LanguageModel
@@ -136,9 +138,9 @@ def _read_experts(
     experts: Sequence[tuple[int, int]],
     path: Path,
 ) -> None:
-    ckpt.require_whole(path)
+    require_whole(path)
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
-    with ckpt.GlobalModelReader(path) as reader:
+    with GlobalModelReader(path) as reader:
         for named in named_moe_layers(model):
             layer = named.layer
             rows = {e: row for row, e in enumerate(layer.experts.resident_experts)}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from fomoe_ext.checkpoint import manifest as ckpt
+from fomoe_ext.checkpoint.reader import load_global_model
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.config.links import parse_link
 from fomoe_ext.launch.world import World, with_others
@@ -71,7 +71,7 @@ def make_training(
     if world.ranks > 1:
         shard_dense(model, model.blocks, world.num_sites, world.ranks)
     if resume is not None:
-        ckpt.load_global_model(resume, model)
+        load_global_model(resume, model)
     optimizer = make_optimizer(model, config.inner)
     with with_others("the first meeting", world.site):
         sync = OuterSync(

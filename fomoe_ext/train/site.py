@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fomoe_ext.checkpoint import manifest as ckpt
+from fomoe_ext.checkpoint.reader import GlobalModelReader, load_tensors
 from fomoe_ext.checkpoint.resume import Resumed, fill_copies, load_into
 from fomoe_ext.checkpoint.writer import CheckpointWriter
 from fomoe_ext.config.job import TrainConfig
@@ -89,9 +89,9 @@ class TrainingSite(SiteState):
 
     def _load(self, resumed: Resumed, path: Path) -> None:
         """Goes on from a checkpoint, of which the weights have been loaded."""
-        load_into(self, resumed, partial(ckpt.load_tensors, path))
+        load_into(self, resumed, partial(load_tensors, path))
         if self.sync.copies is not None:
-            with ckpt.GlobalModelReader(path) as reader:
+            with GlobalModelReader(path) as reader:
                 fill_copies(self, resumed, reader.tensor)
         if not resumed.same:
             self.remarks.append(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.publish import clear_leftovers
+from fomoe_ext.checkpoint.whole import newest_whole, require_whole_everywhere
 from fomoe_ext.config.effects import changes, check_changes
 from fomoe_ext.config.io import save_config
 from fomoe_ext.config.job import TrainConfig
@@ -167,10 +168,10 @@ def _checkpoint_of(config: TrainConfig, world: World) -> tuple[Path | None, list
     share = (world.local_process, world.local_processes)
     if not automatic and run_of(target) != target:  # a checkpoint by name
         with with_others("the checkpoint", world.site):
-            ckpt.require_whole_everywhere(target, world.processes, share)
+            require_whole_everywhere(target, world.processes, share)
         return target, []
     with with_others("the checkpoint", world.site):
-        found = ckpt.newest_whole(target / CHECKPOINTS, world.processes, share=share)
+        found = newest_whole(target / CHECKPOINTS, world.processes, share=share)
     notes = [f"skipped: {reason}" for reason in found.skipped]
     if found.path is None and not automatic:
         raise ckpt.CheckpointError(

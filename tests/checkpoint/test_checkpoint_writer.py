@@ -20,6 +20,8 @@ from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint import pending as pending_checkpoint
 from fomoe_ext.checkpoint.pending import Outcome, PendingCheckpoint
 from fomoe_ext.checkpoint.publish import clear_leftovers
+from fomoe_ext.checkpoint.reader import GlobalModelReader, load_tensors
+from fomoe_ext.checkpoint.whole import is_whole, newest_whole
 from fomoe_ext.checkpoint.writer import CheckpointWriter
 
 NAME = ckpt.checkpoint_name(5)
@@ -77,8 +79,8 @@ def start(
 def content(path: Path, site: int) -> list[float]:
     """The first element of each of a site's tensors."""
     state = torch.empty(4, dtype=torch.int64)
-    ckpt.load_tensors(path, {f"site{site}/x": state})
-    with ckpt.GlobalModelReader(path) as reader:
+    load_tensors(path, {f"site{site}/x": state})
+    with GlobalModelReader(path) as reader:
         return [float(reader.tensor(f"model.{site}")[0, 0]), int(state[0])]
 
 
@@ -110,7 +112,7 @@ def test_training_goes_on_and_the_checkpoint_has_what_was(tmp_path):
         go_on.set()
         assert until_done(pending) == Outcome(tmp_path / NAME, 2, "")
     assert writer.pending is None and pending.poll() is None and pending.wait() is None
-    assert ckpt.newest_whole(tmp_path) == (tmp_path / NAME, [])
+    assert newest_whole(tmp_path) == (tmp_path / NAME, [])
     assert content(tmp_path / NAME, 0) == [1.0, 0]
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
@@ -177,7 +179,7 @@ def slow_site(site: int, num_sites: int, folder: Path) -> list[Any]:
 
 def test_it_is_whole_when_all_sites_have_written(tmp_path):
     assert pool().run(3, slow_site, tmp_path) == [[[None] * 3, ""]] * 3
-    path, _ = ckpt.newest_whole(tmp_path)
+    path, _ = newest_whole(tmp_path)
     assert [content(path, site) for site in range(3)] == [[1.0, 0], [2.0, 10], [3.0, 20]]
 
 
@@ -204,7 +206,7 @@ def full_disk(site: int, num_sites: int, folder: Path) -> list[str]:
 def test_a_full_disk_is_told_everywhere_and_leaves_nothing(tmp_path):
     answers = pool().run(2, full_disk, tmp_path)
     assert answers == [["site 1: [Errno 28] No space left on device", "", ""]] * 2
-    assert ckpt.newest_whole(tmp_path).path == tmp_path / NAME
+    assert newest_whole(tmp_path).path == tmp_path / NAME
 
 
 def lost_site(site: int, num_sites: int, folder: Path) -> str:
@@ -225,7 +227,7 @@ def lost_site(site: int, num_sites: int, folder: Path) -> str:
 
 def test_an_abandoned_checkpoint_does_not_disturb_the_next(tmp_path):
     assert pool().run(3, lost_site, tmp_path) == ["", "", ""]
-    path, _ = ckpt.newest_whole(tmp_path)
+    path, _ = newest_whole(tmp_path)
     assert [content(path, site) for site in range(3)] == [[1.0, 0], [2.0, 10], [3.0, 20]]
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
@@ -301,5 +303,5 @@ def test_what_a_killed_job_left_is_cleared_away(tmp_path):
     shutil.copytree(three, tmp_path / f".{ckpt.checkpoint_name(0)}.going")
     clear_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [one.name, two.name, three.name]
-    assert all(map(ckpt.is_whole, (one, two, three)))
+    assert all(map(is_whole, (one, two, three)))
     clear_leftovers(tmp_path / "nothing")

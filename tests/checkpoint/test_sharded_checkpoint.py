@@ -22,15 +22,19 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fomoe_ext.checkpoint import manifest as ckpt
-from fomoe_ext.checkpoint import training_state
+from fomoe_ext.checkpoint import shards
 from fomoe_ext.checkpoint import writer as checkpoint_writer
-from fomoe_ext.checkpoint.training_state import (
+from fomoe_ext.checkpoint.reader import GlobalModelReader, load_state, load_tensors
+from fomoe_ext.checkpoint.reader import tensor_names as names_in_checkpoint
+from fomoe_ext.checkpoint.shards import (
     CheckpointError,
     read_tensors,
     tensor_names,
     write_tensors,
 )
+from fomoe_ext.checkpoint.whole import newest_whole, require_whole
 from fomoe_ext.files.atomic import SEAL
+from fomoe_ext.files.tensors import INDEX
 
 NAME = ckpt.checkpoint_name(7)
 SHARED = {
@@ -130,7 +134,7 @@ def save(
         "named": tensors_of_rank(process),
         "tensors": [(f"model.{process}", value(f"model.{process}", (3, 2)))],
     }
-    write = training_state.write_synced
+    write = shards.write_synced
     try:
         arguments |= break_it(process) if break_it is not None else {}
         path = checkpoint_writer.save_checkpoint(
@@ -149,7 +153,7 @@ def save(
     except ckpt.CheckpointError as error:
         return str(error)
     finally:
-        training_state.write_synced = write
+        shards.write_synced = write
         os.environ.pop("LOCAL_RANK", None)
     return path.name
 
@@ -174,7 +178,7 @@ def copied(saved, tmp_path) -> Path:
 def test_one_process_reads_what_four_wrote(saved):
     """Names, shapes, bits; the bits of tensors that share memory or are not contiguous too."""
     whole = whole_tensors()
-    names = ckpt.tensor_names(saved)
+    names = names_in_checkpoint(saved)
     assert {n: s for n, s in names.items() if n in whole} == {
         name: tuple(on_disk(tensor).shape) for name, tensor in whole.items()
     }
@@ -182,15 +186,15 @@ def test_one_process_reads_what_four_wrote(saved):
     assert names.keys() - whole.keys() == extra
     wanted = {name: torch.empty_like(tensor) for name, tensor in whole.items()}
     more = {name: torch.empty(6, 4) for name in extra}
-    ckpt.load_tensors(saved, wanted | more)
+    load_tensors(saved, wanted | more)
     for name, tensor in whole.items():
         assert torch.equal(wanted[name], tensor), name
     for name, tensor in more.items():
         assert torch.equal(tensor, whole["momentum/a"] + name.endswith("b")), name
-    assert [ckpt.load_state(saved, i) for i in range(2)] == [
+    assert [load_state(saved, i) for i in range(2)] == [
         {"site": i, "loss": math.inf} for i in range(2)
     ]
-    with ckpt.GlobalModelReader(saved) as reader:
+    with GlobalModelReader(saved) as reader:
         assert reader.names() == [f"model.{i}" for i in range(4)]
         for name in reader.names():
             assert torch.equal(reader.tensor(name), value(name, (3, 2)))
@@ -222,11 +226,11 @@ def read_sharded(process: int, num_processes: int, path: Path, num_sites: int, d
             wanted[name] = distribute_tensor(torch.full_like(tensor, -1.0), mesh, [Shard(0)])
     if process % 2 == 0:  # nothing is sent: the others need not take part
         with no_unpickling():
-            ckpt.load_tensors(path, wanted)
+            load_tensors(path, wanted)
     dist.barrier()
     if process % 2:
         with no_unpickling():
-            ckpt.load_tensors(path, wanted)
+            load_tensors(path, wanted)
     for name, tensor in wanted.items():
         found = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         assert torch.equal(found, whole[name]), name
@@ -279,10 +283,10 @@ def test_nothing_at_all_is_a_checkpoint_too(tmp_path):
     path = checkpoint_writer.save_checkpoint(
         tmp_path, NAME, [("a", torch.ones(2))], {}, site=0, num_sites=1, round=0
     )
-    assert ckpt.tensor_names(path) == {} and ckpt.load_state(path, 0) == {}
-    ckpt.load_tensors(path, {})
+    assert names_in_checkpoint(path) == {} and load_state(path, 0) == {}
+    load_tensors(path, {})
     with pytest.raises(CheckpointError, match=r"lacks \['b'\], it has no training"):
-        ckpt.load_tensors(path, {"b": torch.ones(2)})
+        load_tensors(path, {"b": torch.ones(2)})
 
 
 def write_nothing(process: int, num_processes: int, folder: Path) -> list[str]:
@@ -294,10 +298,10 @@ def write_nothing(process: int, num_processes: int, folder: Path) -> list[str]:
 
 def test_no_pickle_is_read_and_none_is_there(saved):
     with no_unpickling():
-        ckpt.require_whole(saved)
-        assert ckpt.load_state(saved, 1)["site"] == 1
-        assert ckpt.tensor_names(saved)
-        ckpt.load_tensors(saved, {"site0/step": torch.zeros(())})
+        require_whole(saved)
+        assert load_state(saved, 1)["site"] == 1
+        assert names_in_checkpoint(saved)
+        load_tensors(saved, {"site0/step": torch.zeros(())})
     files = {str(p.relative_to(saved)) for p in saved.rglob("*") if p.is_file()}
     assert {Path(file).suffix for file in files} == {".json", ".safetensors"}
     assert files - {ckpt.MANIFEST} == set(ckpt.read_manifest(saved).files)
@@ -308,7 +312,7 @@ def test_the_manifest_tells_who_wrote_a_file(saved):
     assert (manifest.num_sites, manifest.ranks_per_site, manifest.round) == (2, 2, 3)
     writers = {}
     for name, entry in manifest.files.items():
-        if name == ckpt.INDEX:
+        if name == INDEX:
             continue
         writers.setdefault(name.split("-")[0], set()).add((entry.site, entry.rank))
         if name.startswith("training/"):
@@ -328,7 +332,7 @@ def test_files_are_small(tmp_path):
         sizes.append(sum(parts))
     assert len(sizes) > 12
     wanted = {name: torch.empty_like(tensor) for name, tensor in whole_tensors().items()}
-    ckpt.load_tensors(tmp_path / NAME, wanted)
+    load_tensors(tmp_path / NAME, wanted)
     for name, tensor in whole_tensors().items():
         assert torch.equal(wanted[name], tensor), name
 
@@ -338,15 +342,15 @@ def test_machines_that_share_no_folder_have_their_own_files(tmp_path):
     here, there = (tmp_path / f"machine-{i}" / NAME for i in range(2))
     for site, path in enumerate((here, there)):
         assert [p.name for p in path.parent.iterdir()] == [NAME]
-        ckpt.require_whole(path, site)
+        require_whole(path, site)
         with pytest.raises(CheckpointError, match="lacks"):
-            ckpt.require_whole(path)
+            require_whole(path)
     assert (here / ckpt.MANIFEST).read_bytes() == (there / ckpt.MANIFEST).read_bytes()
     with pytest.raises(CheckpointError, match="lacks training/shard-0000"):
-        ckpt.load_tensors(here, {"site0/step": torch.zeros(())})
+        load_tensors(here, {"site0/step": torch.zeros(())})
     shutil.copytree(there, here, dirs_exist_ok=True)
-    ckpt.require_whole(here)
-    ckpt.load_tensors(here, {"site1/step": (step := torch.zeros(()))})
+    require_whole(here)
+    load_tensors(here, {"site1/step": (step := torch.zeros(()))})
     assert step == 12
 
 
@@ -360,7 +364,7 @@ def full_disk(process: int) -> dict[str, Any]:
         raise OSError("no space left")
 
     if process == 3:
-        training_state.write_synced = refused
+        shards.write_synced = refused
     return {}
 
 
@@ -447,27 +451,27 @@ def add_stray(file: Path) -> None:
 )
 def test_damage_is_found_and_named(copied, damage, message, process):
     wanted = {name: torch.empty_like(tensor) for name, tensor in whole_tensors().items()}
-    ckpt.load_tensors(copied, wanted)
+    load_tensors(copied, wanted)
     (file,) = (copied / "training").glob(f"shard-{process:05d}*")
     damage(file)
     with pytest.raises(CheckpointError, match=message):
-        ckpt.load_tensors(copied, wanted)
+        load_tensors(copied, wanted)
 
 
 def test_a_file_that_is_not_read_may_be_damaged(copied):
     """What is read decides, not the whole checkpoint; the list of names is in the headers."""
-    names = ckpt.tensor_names(copied)
+    names = names_in_checkpoint(copied)
     (file,) = (copied / "training").glob("shard-00004*")
     flip(file)
     own = "site0/exp_avg/blocks.0.attention.qkv_weight"
-    ckpt.load_tensors(copied, {own: (found := torch.empty(8, 6))})
+    load_tensors(copied, {own: (found := torch.empty(8, 6))})
     assert torch.equal(found, value(own, (8, 6)))
-    assert ckpt.tensor_names(copied) == names
+    assert names_in_checkpoint(copied) == names
     with pytest.raises(CheckpointError, match=r"shard-00004.* is damaged"):
-        ckpt.load_tensors(copied, {"site1/exp_avg/final_norm.weight": torch.empty(9)})
+        load_tensors(copied, {"site1/exp_avg/final_norm.weight": torch.empty(9)})
     flip_header(file)
     with pytest.raises(CheckpointError, match=r"the header of .*shard-00004.* is damaged"):
-        ckpt.tensor_names(copied)
+        names_in_checkpoint(copied)
 
 
 def test_without_a_manifest_holes_are_found(copied):
@@ -492,7 +496,7 @@ def test_other_names_shapes_and_types_are_refused(saved):
         ({"momentum/a": torch.zeros(6, 4).bfloat16()}, "is torch.float32 .* wanted torch.bfloat16"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            ckpt.load_tensors(saved, wanted)
+            load_tensors(saved, wanted)
     with pytest.raises(ValueError, match=r"rank must be in \[0, 2\), got 2"):
         checkpoint_writer.save_checkpoint(
             saved.parent, NAME, [], {}, site=0, num_sites=1, rank=2, ranks_per_site=2, round=1
@@ -504,7 +508,7 @@ def test_another_format_is_refused(copied):
     del manifest[SEAL]  # earlier versions sealed nothing
     (copied / ckpt.MANIFEST).write_text(json.dumps(manifest | {"format": 1}))
     with pytest.raises(CheckpointError, match="has format 1, this version reads 2"):
-        ckpt.load_tensors(copied, {})
+        load_tensors(copied, {})
 
 
 def newest(process: int, num_processes: int, folder: Path, torn: str) -> list[Any]:
@@ -514,7 +518,7 @@ def newest(process: int, num_processes: int, folder: Path, torn: str) -> list[An
         folder = other
         truncate(folder / torn)
     dist.barrier()
-    found = ckpt.newest_whole(folder, num_processes)
+    found = newest_whole(folder, num_processes)
     return [found.path.name if found.path else None, found.skipped]
 
 
@@ -526,4 +530,4 @@ def test_the_newest_is_one_that_all_processes_find_whole(copied):
     for name, (reason,) in answers:
         assert name == NAME
         assert f"{newer.name}: training/{file.name} has" in reason
-    assert ckpt.newest_whole(copied.parent).path == newer
+    assert newest_whole(copied.parent).path == newer

@@ -21,6 +21,7 @@ from small_run import finished_run, random_model, relative_error, tiny_config, u
 import fomoe_ext.export.exported
 from fomoe_ext import cli
 from fomoe_ext.checkpoint import manifest as ckpt
+from fomoe_ext.checkpoint.reader import GlobalModelReader, load_global_model
 from fomoe_ext.config.io import load_config
 from fomoe_ext.config.job import DataConfig, SitesConfig, TrainConfig
 from fomoe_ext.export import command as export
@@ -50,7 +51,7 @@ def tokens_of(config, *shape: int) -> torch.Tensor:
 def global_model(checkpoint: Path) -> LanguageModel:
     """The global model of a checkpoint, on fomoe_ext's kernels."""
     model = LanguageModel(export.find_source(checkpoint).model)
-    ckpt.load_global_model(checkpoint, model)
+    load_global_model(checkpoint, model)
     return model.eval()
 
 
@@ -395,7 +396,7 @@ def test_tensors_are_read_one_by_one(tmp_path, monkeypatch):
     """What is in memory at any time is what the shard under way holds."""
     source = untrained_run(tmp_path, random_model(tiny_config()))
     alive, most = 0, 0
-    read, save = ckpt.GlobalModelReader.tensor, tensor_files.save_file
+    read, save = GlobalModelReader.tensor, tensor_files.save_file
 
     def counted(self, name):
         nonlocal alive, most
@@ -409,7 +410,7 @@ def test_tensors_are_read_one_by_one(tmp_path, monkeypatch):
         save(tensors, *arguments, **options)
         alive -= sum(value.nbytes for value in tensors.values())
 
-    monkeypatch.setattr(ckpt.GlobalModelReader, "tensor", counted)
+    monkeypatch.setattr(GlobalModelReader, "tensor", counted)
     monkeypatch.setattr(tensor_files, "save_file", saved)
     write(source, tmp_path / "out", "--shard-bytes", "4000")
     largest = 256 * 16 * 4  # the embedding
@@ -420,7 +421,7 @@ def test_plain_safetensors_hold_the_bits_of_the_checkpoint(tmp_path):
     run = finished_run()
     out = write(run, tmp_path / "out", "--format", "safetensors")
     tensors = load_file(out / "model.safetensors")
-    with ckpt.GlobalModelReader(ckpt.list_checkpoints(run / "checkpoints")[-1]) as reader:
+    with GlobalModelReader(ckpt.list_checkpoints(run / "checkpoints")[-1]) as reader:
         assert set(reader.names()) == tensors.keys()
         assert all(torch.equal(reader.tensor(name), value) for name, value in tensors.items())
     config = load_config(out / "config.toml")

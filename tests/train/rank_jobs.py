@@ -19,6 +19,7 @@ from sites import pool
 from torch import Tensor
 
 from fomoe_ext.checkpoint import manifest as ckpt
+from fomoe_ext.checkpoint.reader import GlobalModelReader, load_tensors, tensor_names
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.report.metrics import read_metrics
 from fomoe_ext.report.runs import job_config
@@ -124,7 +125,7 @@ def run_job(arguments: list[str], plant: Plant | None = None) -> Result:
 
 def model_of(path: Path) -> dict[str, Tensor]:
     """The global model of a checkpoint."""
-    with ckpt.GlobalModelReader(path) as reader:
+    with GlobalModelReader(path) as reader:
         return {name: reader.tensor(name) for name in reader.names()}
 
 
@@ -132,7 +133,7 @@ def state_of(path: Path) -> dict[str, Tensor]:
     """All tensors of the training state of a checkpoint."""
     wanted = {
         name: torch.empty(shape, dtype=torch.float64 if name.endswith("/tokens") else torch.float32)
-        for name, shape in ckpt.tensor_names(path).items()
+        for name, shape in tensor_names(path).items()
     }
-    ckpt.load_tensors(path, wanted)
+    load_tensors(path, wanted)
     return wanted

@@ -15,6 +15,8 @@ from sites import pool
 from small_job import SMALL, environment, finish, require_gone, start_and_wait_for, started, train
 
 from fomoe_ext.checkpoint import manifest as ckpt
+from fomoe_ext.checkpoint.reader import GlobalModelReader
+from fomoe_ext.checkpoint.whole import is_whole
 from fomoe_ext.config.io import load_config
 from fomoe_ext.data.sequences import open_data
 from fomoe_ext.report.metrics import read_metrics
@@ -57,8 +59,8 @@ def test_a_job_from_start_to_report(flags, tmp_path):
     saved = load_config(run / "config.toml")
     assert saved.model.hidden_size == 16 and saved.sites.replication == 1
     (checkpoint,) = ckpt.list_checkpoints(run / "checkpoints")
-    assert ckpt.is_whole(checkpoint)
-    with ckpt.GlobalModelReader(checkpoint) as reader:
+    assert is_whole(checkpoint)
+    with GlobalModelReader(checkpoint) as reader:
         counted = sum(reader.tensor(name).numel() for name in reader.names())
     assert counted >= report["model_parameters"]["total"]  # and buffers
 
@@ -150,7 +152,7 @@ def test_ctrl_c_writes_a_checkpoint_and_the_job_goes_on(flags, tmp_path):
     assert process.returncode == 130, out + err
     require_gone(sites)
     (checkpoint,) = ckpt.list_checkpoints(run / "checkpoints")
-    assert ckpt.is_whole(checkpoint)
+    assert is_whole(checkpoint)
     assert not list((run / "checkpoints").glob(".*"))
 
     resumed = finish(run, train("--resume", str(run)))
