@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -76,18 +76,6 @@ class TooFew(RuntimeError):
 
 class Finished(RuntimeError):
     """The job has come to its end without this site."""
-
-
-class Membership(Protocol):
-    """What a job needs to know of who is there."""
-
-    def agree(self, round_index: int, *, between_rounds: bool, patience_s: float) -> View:
-        """The next view; a collective of all sites that live."""
-        ...
-
-    def lost(self) -> str:
-        """Why the present view cannot go on, in words, or an empty string. Quick."""
-        ...
 
 
 class _Beats:
@@ -183,7 +171,7 @@ class _Beats:
 
 
 class TorchftMembership:
-    """`Membership` by torchft's lighthouse; several views in the life of a job."""
+    """Who takes part, by torchft's lighthouse; several views in the life of a job."""
 
     def __init__(
         self,
@@ -234,10 +222,10 @@ class TorchftMembership:
         self.store, self.beat_store = store, beat_store
         self._client, self.beat_client = clients
 
-    # ------------------------------------------------------------------------------ the two
+    # ---------------------------------------------------------------------- while the job goes on
 
     def agree(self, round_index: int, *, between_rounds: bool, patience_s: float) -> View:
-        """The next view: of the sites that live and come within `patience_s`.
+        """The next view: of the sites that live and come within `patience_s`; a collective of them.
 
         `between_rounds`: take in who has knocked. Raises NotAMember when the others have gone on
         already, TooFew below the quorum.
@@ -253,9 +241,10 @@ class TorchftMembership:
         return self._ask(round_index, self.quorum)
 
     def lost(self) -> str:
+        """Why the present view cannot go on, in words, or an empty string. Quick."""
         return self._beats.reason
 
-    # -------------------------------------------------------------------------------- the rest
+    # ----------------------------------------------------------------------------- coming, leaving
 
     def begin(self, timeout_s: float) -> View | None:
         """The first view, of all sites; None when the job is under way already.
