@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from tyro.conf import Positional
 
-from fomoe_ext.checkpoint.training_state import CheckpointError
+from fomoe_ext.checkpoint.manifest import CheckpointError
 from fomoe_ext.data.cache import token_dtype
 from fomoe_ext.data.sequences import TextData, TokenArray, open_data
 from fomoe_ext.data.text import find_texts, load_tokenizer, read_texts

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fomoe_ext.launch.messages import gather_objects
 from fomoe_ext.layer.mesh import SiteRanks
 from fomoe_ext.outer.codec import hash_bits
-from fomoe_ext.outer.groups import Handle, SiteGroup, SiteGroups, gather_objects
+from fomoe_ext.outer.groups import Handle, SiteGroup, SiteGroups
 from fomoe_ext.outer.options import MeetingError
 from fomoe_ext.placement.placement import Owners
 

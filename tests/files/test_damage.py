@@ -13,6 +13,7 @@ import torch
 from small_run import finished_run, random_model, tiny_config, untrained_run
 
 from fomoe_ext.checkpoint import manifest as ckpt
+from fomoe_ext.checkpoint.reader import load_global_model
 from fomoe_ext.config.data import DataConfig
 from fomoe_ext.config.io import dump_config, load_config
 from fomoe_ext.config.job import TrainConfig
@@ -90,7 +91,7 @@ def test_damaged_weights(run, file, change, door):
         "eval": lambda: evaluate(run),
         "eval a site": lambda: evaluate(run / NEWEST, site=1),
         "export": lambda: export(find_source(run), ExportOptions(run, format="safetensors")),
-        "model": lambda: ckpt.load_global_model(
+        "model": lambda: load_global_model(
             run / NEWEST, LanguageModel(load_config(run / "config.toml").model)
         ),
     }

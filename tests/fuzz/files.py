@@ -23,7 +23,7 @@ from fomoe_ext.plan.hf import read_hf_config
 from fomoe_ext.plan.traffic import read_placement
 from fomoe_ext.report import metrics
 from fomoe_ext.report.measured import measured_coactivation, measured_load
-from fomoe_ext.train.tally import Tally
+from fomoe_ext.report.tally import Tally
 
 from . import mutate
 from .parser import Parser, as_json, from_file, work_folder

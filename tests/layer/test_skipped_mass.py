@@ -16,7 +16,7 @@ from small_layer import check_against_dense, make, normalised_error, tokens
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fomoe_ext.checkpoint.training_state import CheckpointError
+from fomoe_ext.checkpoint.manifest import CheckpointError
 from fomoe_ext.config.io import parse_args
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.config.model import ModelConfig
