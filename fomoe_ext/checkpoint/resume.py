@@ -26,10 +26,9 @@ from fomoe_ext.layer.assemble import local_tensors
 from fomoe_ext.outer.state import (
     by_parameter,
     from_parameters,
-    load_met,
-    require_rules,
     share_errors,
 )
+from fomoe_ext.outer.state_dict import load_met, require_rules
 from fomoe_ext.placement.placement import Placement
 
 SourceOf = Callable[[tuple[int, int] | None], int]
@@ -81,7 +80,7 @@ def load_into(
     vectors = shared_vectors(sync)
     if resumed.same:
         vectors |= {f"{own}/{what}": found for what, found in own_vectors(sync).items()}
-        wanted |= {f"{own}/share/{n}": tensor for n, tensor in share_errors(sync).items()}
+        wanted |= {f"{own}/share/{n}": tensor for n, tensor in share_errors(sync.state).items()}
         if state["local"]:
             entries = local_entries(training.model, local_tensors(training.model))
             wanted |= {f"{own}/local/{entry.name}": entry.tensor for entry in entries}
@@ -90,14 +89,14 @@ def load_into(
             wanted |= {f"{own}/stale/{name}": tensor for name, tensor in copies.items()}
         if sync.ranks.leads:
             wanted[f"{own}/tokens"] = sync.tokens
-    shaped = {what: by_parameter(sync, found) for what, found in vectors.items()}
+    shaped = {what: by_parameter(sync.layout, found) for what, found in vectors.items()}
     for what, tensors in shaped.items():
         for entry in entries_of(training.model, lambda p, found=tensors: found.get(id(p))):
             wanted[f"{what}/{entry.name}"] = entry.tensor
-    require_rules(sync, state["sync"])
+    require_rules(sync.rule, sync.codec, state["sync"])
     read(wanted)
     for what, found in vectors.items():
-        from_parameters(sync, shaped[what], found)
+        from_parameters(sync.layout, shaped[what], found)
     _load_numbers(training, resumed)
 
 
@@ -149,7 +148,7 @@ def _load_numbers(training: TrainingRank, resumed: Resumed) -> None:
     training.load_progress_state(state, resumed.same)
     if not resumed.same:
         return
-    load_met(sync, numbers)
+    load_met(sync.counts.met, numbers)
     sync.agreements = int(numbers["agreements"])
     # Sums of a site are its first rank's from here on.
     sync.bytes_sent = int(numbers["bytes_sent"]) if sync.ranks.leads else 0

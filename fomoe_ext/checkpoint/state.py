@@ -177,7 +177,10 @@ def state_of(training: TrainingRank, has_local: bool) -> dict[str, Any] | None:
         return None
     state = {
         "sync": numbers,
-        "inner": {"names": inner_names(training.optimizer), "steps": steps_of(sync)},
+        "inner": {
+            "names": inner_names(training.optimizer),
+            "steps": steps_of(sync.model, sync.inner_optimizer),
+        },
         **training.progress_state([counts for _, counts in parts]),
         "local": has_local,
     }
@@ -210,14 +213,14 @@ def _tensors_of(
         entries = entries_of(training.model, lambda p, name=name: kept.get(p, {}).get(name))
         yield from _written_here(training, f"{own}/{name}", entries)
     for what, vectors in shared_vectors(sync).items():
-        pieces = pieces_of(sync, vectors)
+        pieces = pieces_of(sync.layout, vectors)
         entries = entries_of(training.model, lambda p, found=pieces: found.get(id(p)))
         yield from _written_here(training, what, _shared_out(training, entries))
     for what, vectors in own_vectors(sync).items():
-        pieces = pieces_of(sync, vectors)
+        pieces = pieces_of(sync.layout, vectors)
         entries = entries_of(training.model, lambda p, found=pieces: found.get(id(p)))
         yield from _written_here(training, f"{own}/{what}", entries)
-    for name, tensor in share_errors(sync).items():
+    for name, tensor in share_errors(sync.state).items():
         yield f"{own}/share/{name}", tensor
     if local is not None:
         yield from _written_here(training, f"{own}/local", local_entries(training.model, local))

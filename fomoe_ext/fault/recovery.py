@@ -27,7 +27,7 @@ def progress(site: Site) -> dict[str, Any]:
     """How far a site is, as one that comes late goes on from it."""
     sync = site.sync
     return {
-        "steps": steps_of(sync),
+        "steps": steps_of(sync.model, sync.inner_optimizer),
         "step": site.tally.steps,
         "steps_in_round": site.steps_in_round,
         "data": site.batches.state_dict(),
@@ -107,9 +107,7 @@ def become(site: Site, formed: Formed) -> None:
     site.world, site.late = formed.world, False
     site.model, site.optimizer, site.sync = formed.model, formed.optimizer, sync
     if old is not None:
-        # Whatever still refers to it must not keep its connections, or be the last to.
-        del old.groups
-        old.layouts, old.bias_layouts, old.site_layouts, old.site_biases = [], [], [], []
+        old.disconnect()
 
 
 @torch.no_grad()

@@ -167,7 +167,7 @@ class Reform:
             "between": site.steps_in_round == 0,
             "shadows": [site.shadows.round, [list(key) for key in site.shadows.experts]],
             "holds": [list(layer.site_experts) for layer in sync.moe_layers],
-            "names": Belongings.of(sync).names(),
+            "names": Belongings.of(sync.state).names(),
             **recovery.progress(site),
         }
 
@@ -218,14 +218,14 @@ class Reform:
         old = [s for s in standing if not s["fresh"]]
         names = sorted(set.intersection(*(set(s["names"]) for s in old)))
         parcels = _parcels(standing, formed.placement)
-        mine = Belongings() if site.late else Belongings.of(site.sync)
+        mine = Belongings() if site.late else Belongings.of(site.sync.state)
         mine.tensors = {
             k: v for k, v in mine.tensors.items() if k in ("value", "error", "bias", *names)
         }
         mine.steps = dict(formed.donor["steps"])
-        here = {} if site.late else items_of(site.sync)
-        here_biases = {} if site.late else biases_of(site.sync)
-        wanted, wanted_biases = items_of(formed.sync), biases_of(formed.sync)
+        here = {} if site.late else items_of(site.sync.layout)
+        here_biases = {} if site.late else biases_of(site.sync.layout)
+        wanted, wanted_biases = items_of(formed.sync.layout), biases_of(formed.sync.layout)
         everyone = formed.sync.groups.group(formed.sync.groups.everyone)
         sent = 0
         # Layer by layer, so that not all of them lie in memory twice.
@@ -244,7 +244,7 @@ class Reform:
             for item, vector in arrived.items():
                 mine.take(vector, wanted[item], wanted_biases.get(item, []), names)
         self._restore(formed, mine, standing)
-        mine.fill(formed.sync)
+        mine.fill(formed.sync.state)
         if not site.late:
             recovery.carry_share_errors(
                 site.sync, site.world.members, formed.sync, formed.world.members

@@ -44,9 +44,9 @@ class Shadows:
         """
         placement, me = sync.placement, sync.site
         names = ["anchor", "momentum"] if sync.momenta else ["anchor"]
-        mine = Belongings.of(sync)
+        mine = Belongings.of(sync.state)
         mine.tensors = {k: v for k, v in mine.tensors.items() if k in (*names, "bias")}
-        here, biases = items_of(sync), biases_of(sync)
+        here, biases = items_of(sync.layout), biases_of(sync.layout)
         # An expert's vector is as long as any other's of its layer, and a site holds one at least.
         length = {
             item[0]: elements_of(here[item], biases.get(item, []), names) for item in here if item
@@ -73,5 +73,5 @@ class Shadows:
 
     def fill(self, mine: Belongings, sync: OuterSync, expert: tuple[int, int]) -> None:
         """Adds an expert's shadow to what this site has, for a model that is to hold it."""
-        pieces, biases = items_of(sync)[expert], biases_of(sync).get(expert, [])
+        pieces, biases = items_of(sync.layout)[expert], biases_of(sync.layout).get(expert, [])
         mine.take(self._vectors[expert], pieces, biases, self._names)

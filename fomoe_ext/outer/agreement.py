@@ -1,4 +1,4 @@
-"""That all sites agree: about arguments and initial values, and on the bits after a meeting.
+"""That all sites agree on the bits after a meeting.
 
 After a meeting the first exchange is one number per owner group. Only where that differs do its
 members exchange one per piece, so that the error can name the pieces, or the majority's can be
@@ -7,23 +7,18 @@ restored.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fomoe_ext.launch.messages import gather_objects
 from fomoe_ext.layer.mesh import SiteRanks
 from fomoe_ext.outer.codec import hash_bits
+from fomoe_ext.outer.errors import MeetingError
 from fomoe_ext.outer.groups import Handle, SiteGroup, SiteGroups
-from fomoe_ext.outer.options import MeetingError
 from fomoe_ext.placement.placement import Owners
-
-if TYPE_CHECKING:
-    from fomoe_ext.outer.sync import OuterSync
 
 _BITS = 1 << 64
 
@@ -36,7 +31,8 @@ class Held(NamedTuple):
     tensors: tuple[Tensor, ...]
 
 
-def _fold(hashes: Iterable[int]) -> int:
+def fold(hashes: Iterable[int]) -> int:
+    """One number of 64 bits for several, in their order."""
     return sum(h * (2 * i + 1) for i, h in enumerate(hashes)) % _BITS
 
 
@@ -50,7 +46,7 @@ def piece_hashes(held: Sequence[Held]) -> dict[Owners, dict[str, int]]:
     values = iter(hash_bits(flat))
     result: dict[Owners, dict[str, int]] = {}
     for piece in held:
-        result.setdefault(piece.owners, {})[piece.key] = _fold(next(values) for _ in piece.tensors)
+        result.setdefault(piece.owners, {})[piece.key] = fold(next(values) for _ in piece.tensors)
     return result
 
 
@@ -74,7 +70,7 @@ class Agreement:
 
     def exchange(self) -> None:
         """Finds out what differs; all members of the groups must call it."""
-        own = {owners: _fold(pieces.values()) for owners, pieces in self._hashes.items()}
+        own = {owners: fold(pieces.values()) for owners, pieces in self._hashes.items()}
         by_rank = self._ranks.gather(own, "background")
         differing, sent = self._ranks.tell(lambda: self._compare(by_rank), "background")
         self.bytes_sent += sent if self._ranks.leads else 0
@@ -91,7 +87,7 @@ class Agreement:
         for owners in sorted(set().union(*by_rank)):
             group = self._groups.group(owners)
             of_site = [hashes.get(owners, 0) for hashes in by_rank]
-            own = torch.tensor([_signed(of_site[0] if len(of_site) == 1 else _fold(of_site))])
+            own = torch.tensor([_signed(of_site[0] if len(of_site) == 1 else fold(of_site))])
             own = own.to(group.device)
             gathered = own.new_empty(group.size)
             handle, sent = group.gather(gathered, own)
@@ -170,96 +166,3 @@ def _majority(column: Sequence[int]) -> int | None:
 
 def _words(sites: Iterable[int]) -> str:
     return ", ".join(map(str, sites))
-
-
-def agree_on_arguments(sync: OuterSync, problem: Exception | None) -> None:
-    """Raises this site's problem; MeetingError for another site's, or when arguments differ."""
-    mine: dict[str, Any] = {"problem": str(problem or "")}
-    if problem is None:
-        # Of stacks without their number of rows: a rank of a site may hold more than another's.
-        stacks = {id(p) for layer in sync.moe_layers for p in layer.experts.parameters()}
-        shapes = [
-            (n, p.shape[1:] if id(p) in stacks else p.shape, p.requires_grad)
-            for n, p in sync.model.named_parameters()
-        ]
-        if sync.ranks.size == 1:
-            mine["frozen parameters"] = _frozen(sync.model, stacks)
-        mine |= {
-            "placement": sync.placement.to_dict(),
-            **sync.options.agreed(),
-            "parameters": hashlib.sha256(repr(shapes).encode()).hexdigest(),
-        }
-    size = sync.ranks.size
-    everyone = gather_objects(mine, sync.placement.num_sites * size)
-    if problem is not None:
-        raise problem
-    for process, other in enumerate(everyone):
-        site = process // size
-        if other["problem"]:
-            raise MeetingError(f"site {site}: {other['problem']}")
-        differing = [name for name in mine if mine[name] != other[name]]
-        if differing:
-            raise MeetingError(
-                f"all sites must have the same {differing[0]}; site {sync.site} and site {site} "
-                "differ"
-            )
-
-
-def _frozen(model: nn.Module, stacks: Collection[int]) -> int:
-    """A hash of what is neither trained nor an expert's: no meeting makes it alike."""
-    tensors = [
-        p.detach()
-        for p in model.parameters()
-        if not p.requires_grad and id(p) not in stacks and not p.is_meta
-    ]
-    return _fold(hash_bits(tensors)) if tensors else 0
-
-
-def digests(sync: OuterSync) -> dict[str, str]:
-    """`OuterSync.hashes`."""
-    with sync.held(wanted=not sync.options.apart):
-        mine = _own_digests(sync)
-    if sync.ranks.size == 1:
-        return mine
-    by_rank = sync.ranks.gather(mine)
-    return {
-        layout.name: hashlib.sha256(
-            repr([own.get(layout.name) for own in by_rank]).encode()
-        ).hexdigest()
-        for layout in sync.site_layouts
-    }
-
-
-def _own_digests(sync: OuterSync) -> dict[str, str]:
-    result = {}
-    for i, layout in enumerate(sync.layouts):
-        digest = hashlib.sha256()
-        for piece, place in layout.slices():
-            values = sync.anchors[i][place] if sync.options.apart else piece.values()
-            # A copy: memory that numpy has seen cannot be given back and taken again.
-            digest.update(values.cpu().clone().view(torch.uint8).numpy())
-        result[layout.name] = digest.hexdigest()
-    return result
-
-
-def verify(sync: OuterSync) -> None:
-    """`OuterSync.verify`."""
-    owners_of = {la.name: la.group.owners for la in sync.site_layouts}
-    mine = {name: (owners_of[name], digest) for name, digest in digests(sync).items()}
-    size, problem = sync.ranks.size, sync.members.change(sync)
-    if sync.under_way:
-        problem = problem or "call finish before verify: a fragment is under way"
-    told = gather_objects((problem, mine), sync.placement.num_sites * size)
-    problems = [f"site {i // size}: {text}" for i, (text, _) in enumerate(told) if text]
-    if problems:
-        raise MeetingError("; ".join(problems))
-    everyone = [of_site for _, of_site in told[::size]]
-    for first, theirs in enumerate(everyone):
-        for name, (owners, digest) in theirs.items():
-            differing = [s for s in owners if everyone[s].get(name, ("", ""))[1] != digest]
-            if differing:
-                raise MeetingError(
-                    f"the sites {owners} must hold the same bits of what they share, but site "
-                    f"{differing[0]} differs from site {first} (another seed, or not the same "
-                    "checkpoint?)"
-                )

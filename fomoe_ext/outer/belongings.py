@@ -1,4 +1,4 @@
-"""What a site has of its model's pieces, taken out of one OuterSync and put into another.
+"""What a site has of its model's pieces, taken out of one outer state and put into another.
 
 When sites go or come, every one makes its model anew for what it is to hold, and fills it with what
 it had and what others send. Until that is done nothing of the old one has changed.
@@ -7,20 +7,23 @@ it had and what others send. Until that is done nothing of the old one has chang
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fomoe_ext.outer.codec import hash_bits
 from fomoe_ext.outer.groups import SiteGroup
 from fomoe_ext.outer.inner_state import shaped_state
 from fomoe_ext.outer.layout import Layout, Piece
+from fomoe_ext.outer.model_layout import ModelLayout
 from fomoe_ext.outer.reduce import Damaged
+from fomoe_ext.outer.site import Site
+from fomoe_ext.outer.state import OuterState
 from fomoe_ext.placement import wire
 
-if TYPE_CHECKING:
-    from fomoe_ext.outer.sync import OuterSync
+Inner = torch.optim.Optimizer | None
+"""The optimizer of the local steps, which is needed here."""
 
 Item = tuple[int, int] | None
 """An expert (layer, expert), or all that is no expert's (None)."""
@@ -30,14 +33,14 @@ _STAYS = ("value", "error", "bias")
 encoding has lost stays where it is, biases have pieces of their own."""
 
 
-def items_of(sync: OuterSync) -> dict[Item, list[Piece]]:
+def items_of(layout: ModelLayout) -> dict[Item, list[Piece]]:
     """The pieces of every item, in order of their keys; what an item's vector is made of."""
-    return _by_item(sync.layouts)
+    return _by_item(layout.layouts)
 
 
-def biases_of(sync: OuterSync) -> dict[Item, list[Piece]]:
+def biases_of(layout: ModelLayout) -> dict[Item, list[Piece]]:
     """The same of selection biases, which have no anchor."""
-    return _by_item(sync.bias_layouts)
+    return _by_item(layout.bias_layouts)
 
 
 def _by_item(layouts: Sequence[Layout]) -> dict[Item, list[Piece]]:
@@ -63,28 +66,28 @@ class Belongings:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, sync: OuterSync) -> Belongings:
+    def of(cls, state: OuterState) -> Belongings:
         """All that a site has; views of its memory. Raises ValueError for an inner optimizer whose
         state is not of its parameters' shapes (`inner_state.shaped_state`)."""
-        result = cls()
+        result, site = cls(), state.layout.site
         kept = result.tensors
-        if sync.inner_optimizer is not None:
-            list(shaped_state(sync.inner_optimizer, list(sync.model.named_parameters())))
-        for index, layout in enumerate(sync.layouts):
-            error = sync.feedback[index].own
+        if site.inner_optimizer is not None:
+            list(shaped_state(site.inner_optimizer, list(site.model.named_parameters())))
+        for index, layout in enumerate(state.layout.layouts):
+            error = state.feedback[index].own
             for piece, place in layout.slices():
                 kept.setdefault("value", {})[piece.key] = piece.values()
-                kept.setdefault("anchor", {})[piece.key] = sync.anchors[index][place]
-                if sync.momenta:
-                    kept.setdefault("momentum", {})[piece.key] = sync.momenta[index][place]
+                kept.setdefault("anchor", {})[piece.key] = state.anchors[index][place]
+                if state.momenta:
+                    kept.setdefault("momentum", {})[piece.key] = state.momenta[index][place]
                 if error is not None:
                     kept.setdefault("error", {})[piece.key] = error[place]
-                for moment, tensor in _moments(sync, piece):
+                for moment, tensor in _moments(site.inner_optimizer, piece):
                     kept.setdefault(moment, {})[piece.key] = tensor
-        for layout in sync.bias_layouts:
+        for layout in state.layout.bias_layouts:
             for piece in layout.pieces:
                 kept.setdefault("bias", {})[piece.key] = piece.values()
-        result.steps = steps_of(sync)
+        result.steps = steps_of(site.model, site.inner_optimizer)
         return result
 
     def names(self) -> list[str]:
@@ -116,16 +119,17 @@ class Belongings:
             self.tensors.setdefault("value", {})[piece.key] = self.tensors["anchor"][piece.key]
 
     @torch.no_grad()
-    def fill(self, sync: OuterSync) -> None:
-        """Puts all of it into an `arriving` OuterSync; what is not there begins at zero, and a
-        parameter whose value is not there stays as it is."""
+    def fill(self, state: OuterState) -> None:
+        """Puts all of it into the state of an `arriving` OuterSync; what is not there begins at
+        zero, and a parameter whose value is not there stays as it is."""
+        site = state.layout.site
         moments = [name for name in self.names() if name not in ("anchor", "momentum")]
-        _make_moments(sync, moments, self.steps)
-        for index, layout in enumerate(sync.layouts):
+        _make_moments(site, moments, self.steps)
+        for index, layout in enumerate(state.layout.layouts):
             device = layout.pieces[0].tensor.device
             anchor = torch.zeros(layout.numel, device=device)
-            momentum = torch.zeros(layout.numel, device=device) if sync.rule.momentum else None
-            error = sync.feedback[index].own
+            momentum = torch.zeros(layout.numel, device=device) if site.rule.momentum else None
+            error = state.feedback[index].own
             for piece, place in layout.slices():
                 value = self._find("value", piece)
                 if value is not None:
@@ -136,14 +140,14 @@ class Belongings:
                     found = self._find(what, piece)
                     if vector is not None and found is not None:
                         vector[place].copy_(found)
-                for moment, tensor in _moments(sync, piece):
+                for moment, tensor in _moments(site.inner_optimizer, piece):
                     found = self._find(moment, piece)
                     if found is not None:
                         tensor.copy_(found)
-            sync.anchors.append(anchor)
+            state.anchors.append(anchor)
             if momentum is not None:
-                sync.momenta.append(momentum)
-        for layout in sync.bias_layouts:
+                state.momenta.append(momentum)
+        for layout in state.layout.bias_layouts:
             for piece in layout.pieces:
                 found = self._find("bias", piece)
                 if found is not None:
@@ -153,39 +157,39 @@ class Belongings:
         return self.tensors.get(what, {}).get(piece.key)
 
 
-def _moments(sync: OuterSync, piece: Piece) -> Iterator[tuple[str, Tensor]]:
+def _moments(inner: Inner, piece: Piece) -> Iterator[tuple[str, Tensor]]:
     """Flat views of what the inner optimizer keeps of a piece."""
-    assert sync.inner_optimizer is not None
-    state = sync.inner_optimizer.state.get(piece.tensor, {})
+    assert inner is not None
+    state = inner.state.get(piece.tensor, {})
     for name, value in state.items():
         if name != "step" and isinstance(value, Tensor) and value.shape == piece.tensor.shape:
             yield name, piece.part_of(value)
 
 
-def steps_of(sync: OuterSync) -> dict[str, float]:
+def steps_of(model: nn.Module, inner: Inner) -> dict[str, float]:
     """The inner optimizer's step of each parameter that it keeps one for."""
-    assert sync.inner_optimizer is not None
-    state = sync.inner_optimizer.state
+    assert inner is not None
+    state = inner.state
     return {
         name: float(state[p]["step"])
-        for name, p in sync.model.named_parameters()
+        for name, p in model.named_parameters()
         if "step" in state.get(p, {})
     }
 
 
-def _make_moments(sync: OuterSync, names: Sequence[str], steps: Mapping[str, float]) -> None:
+def _make_moments(site: Site, names: Sequence[str], steps: Mapping[str, float]) -> None:
     """The inner optimizer's state, all zero, as it would be after so many steps."""
     if not names:
         return
     usual = max(steps.values(), default=0.0)
-    assert sync.inner_optimizer is not None
-    for name, parameter in sync.model.named_parameters():
+    assert site.inner_optimizer is not None
+    for name, parameter in site.model.named_parameters():
         if parameter.requires_grad:
             entry: dict[str, Any] = {what: torch.zeros_like(parameter) for what in names}
             if steps:
                 step = torch.tensor(steps.get(name, usual), dtype=torch.float32)
                 entry = {"step": step.to(parameter.device), **entry}
-            sync.inner_optimizer.state[parameter] = entry
+            site.inner_optimizer.state[parameter] = entry
 
 
 def ship(

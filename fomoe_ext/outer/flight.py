@@ -1,39 +1,27 @@
-"""Fragments under way while local steps go on: a thread that exchanges what has been encoded."""
+"""Fragments in flight: encoded at one local step, taken in at a later one, exchanged meanwhile."""
 
 from __future__ import annotations
 
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from concurrent.futures import Future
+from typing import Any, NamedTuple
 
-from fomoe_ext.outer.reduce import Bucket
-
-_T = TypeVar("_T")
-
-
-class Background:
-    """One thread that does exchanges in the order in which they were handed in.
-
-    All sites hand in the same exchanges in the same order, so that they cannot wait in a circle.
-    """
-
-    def __init__(self) -> None:
-        self._pool: ThreadPoolExecutor | None = None
-
-    def submit(self, work: Callable[[], _T]) -> Future[_T]:
-        """Does `work` after all that was handed in before."""
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="fomoe-exchange")
-        return self._pool.submit(work)
+from fomoe_ext.outer.agreement import Agreement
+from fomoe_ext.outer.background import Background
+from fomoe_ext.outer.driver import Driver
+from fomoe_ext.outer.errors import MeetingError
+from fomoe_ext.outer.meeting import Meeting
+from fomoe_ext.outer.reduce import Bucket, exchange
 
 
 class Flight:
-    """A fragment on its way: what has been encoded, and the exchange of it."""
+    """A meeting on its way: what has been encoded, and the exchange of it."""
 
-    def __init__(self, fragment: int, due: int, buckets: Sequence[Bucket]) -> None:
-        self.fragment, self.due, self.buckets = fragment, due, list(buckets)
+    def __init__(self, meeting: Meeting, due: int, buckets: Sequence[Bucket]) -> None:
+        self.meeting, self.due, self.buckets = meeting, due, list(buckets)
         """`due`: the local step, counted since the start, after which it lands."""
         self.exchange_s = 0.0
         self.bytes_sent = 0
@@ -50,6 +38,87 @@ class Flight:
                 self.exchange_s = time.perf_counter() - begun
 
         self.arrived = background.submit(timed)
+
+
+class _Check(NamedTuple):
+    """A comparison under way: the local step at which it began, and when it is done."""
+
+    step: int
+    compared: Agreement
+    done: Future[None]
+
+
+class InFlight(Driver):
+    """With `overlap`: local steps go on while a fragment is under way.
+
+    flights: those under way, in the order in which they land.
+    """
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.flights: list[Flight] = []
+        self._checks: list[_Check] = []
+        weakref.finalize(self, warn_of_lost, self.flights)
+
+    @property
+    def under_way(self) -> bool:
+        return bool(self.flights or self._checks)
+
+    def meet(self, fragment: int) -> None:
+        """Sends a fragment off."""
+        # What has just landed is still being compared; to wait for that is to wait for all sites.
+        self._settle_checks(before=self._steps.taken)
+        meeting = self._begin(fragment)
+        problem = meeting.check()
+        buckets = [] if problem else meeting.buckets()
+        for bucket in buckets:
+            bucket.encode()
+        self._state.layout.release(fragment)
+        meeting.forget_tokens()
+        in_flight = self._options.in_flight
+
+        def fly(flight: Flight) -> None:
+            flight.bytes_sent += meeting.announce(problem)
+            flight.bytes_sent += exchange(buckets, in_flight, encode=False, apply=False)
+
+        flight = Flight(meeting, self._steps.taken + self._options.overlap, buckets)
+        flight.start(self._background, fly)
+        self.flights.append(flight)
+
+    def land(self, step: int | None) -> None:
+        while self.flights and (step is None or self.flights[0].due <= step):
+            self._take_in(self.flights.pop(0))
+        if step is None:
+            self._settle_checks()
+
+    def _take_in(self, flight: Flight) -> None:
+        assert flight.arrived is not None
+        try:
+            flight.arrived.result()
+        except MeetingError as error:
+            # What has been encoded is not sent again.
+            self._log.broken = str(error)
+            raise
+        finally:
+            self._log.sent(flight.bytes_sent)
+            self._log.exchange_s += flight.exchange_s
+        self._state.layout.hold(flight.meeting.fragment)
+        for bucket in flight.buckets:
+            bucket.apply()
+        self._give_back(flight.meeting)
+        compared = flight.meeting.agreement()
+        done = self._background.submit(compared.exchange)
+        self._checks.append(_Check(self._steps.taken, compared, done))
+
+    def _settle_checks(self, before: int | None = None) -> None:
+        """Settles what is compared in the background: what landed before a step, or all of it.
+
+        At the same steps at all sites: what heals is an exchange too.
+        """
+        while self._checks and (before is None or self._checks[0].step < before):
+            check = self._checks.pop(0)
+            check.done.result()
+            self._settle(check.compared)
 
 
 def warn_of_lost(flights: Sequence[Flight]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,12 @@ from fomoe_ext.outer.codec import Codec, DeltaPart
 from fomoe_ext.outer.layout import Layout, Part, Piece
 from fomoe_ext.outer.optimizer import OuterRule
 from fomoe_ext.placement import wire
+
+
+def random_seed(*name: object) -> int:
+    """A seed of 63 bits that depends on the name alone."""
+    digest = hashlib.blake2b(repr(name).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 class Feedback:

@@ -4,6 +4,19 @@ A piece is a whole dense tensor, a router row, or one expert's part of a stacked
 pieces of one owner set form one flat vector; every member has the same pieces at the same places in
 it, whatever rows of its stacked weights they are. The outer optimizer works on that vector, so that
 the members get the same bits even where vector and scalar instructions round differently.
+
+What there is of ranges, from large to small:
+
+    ModelLayout    model_layout.py: all of a site's vectors under one placement
+      Layout       one vector: an owner group's pieces of one fragment
+      TurnLayout   turns.py: a layout without the experts whose turn it is not; anchor, momentum and
+                   error stay vectors of the whole layout
+      Lane         shards.py: with several ranks per site, the buckets for which this rank meets;
+                   they form layouts of their own
+        Piece      what is named and averaged as one, somewhere in a vector
+          Part     what of a piece a range (a bucket, a share of one) of a layout has
+          Span     shards.py: what of a piece some ranks of the site hold, and where in their memory
+          _Move    shards.py: where a part and a span overlap, copied between vector and memory
 """
 
 from __future__ import annotations
@@ -16,7 +29,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from fomoe_ext.layer.experts import require_plain
@@ -29,21 +41,15 @@ if TYPE_CHECKING:
     from fomoe_ext.placement.stale import Wanted
 
 
-class Home(NamedTuple):
-    """Where a piece is in a site of many ranks: row `row` (None = all) of a parameter; of a stack
-    of experts on rank `expert_rank` of the axis "expert" alone."""
-
-    parameter: Tensor
-    row: int | None
-    expert_rank: int | None = None
-
-
 @dataclass(frozen=True)
 class Piece:
-    """A tensor, or row `row` of it. Only the values of `contributors` are averaged; all of the
-    owner group, of which they are members, get the mean. `expert` is (layer, expert) for what
-    belongs to an expert: its weights and its router row. With several ranks per site `home` tells
-    where it is kept, and a piece of another rank's expert has a tensor of the meta device."""
+    """What travels and is named as one: a tensor, or row `row` of it.
+
+    Only the values of `contributors` are averaged; all of the owner group, of which they are
+    members, get the mean. `expert` is (layer, expert) for what belongs to an expert: its weights
+    and its router row. In a site of several ranks an expert's weights are a row of the stack of
+    those of rank `expert_rank` of the axis "expert" alone, be it this one or another.
+    """
 
     key: str
     tensor: Tensor
@@ -51,7 +57,7 @@ class Piece:
     owners: Owners
     contributors: Owners
     expert: tuple[int, int] | None = None
-    home: Home | None = None
+    expert_rank: int | None = None
 
     @property
     def numel(self) -> int:
@@ -70,7 +76,8 @@ class Piece:
 
 
 class Part(NamedTuple):
-    """Elements lo..hi-1 of a piece, which are elements at..at+hi-lo-1 of a range of the layout."""
+    """What of one piece a range of a layout has: elements lo..hi-1 of the piece are elements
+    at..at+hi-lo-1 of the range."""
 
     piece: Piece
     lo: int
@@ -84,7 +91,8 @@ class Part(NamedTuple):
 
 
 class Layout:
-    """The pieces of a fragment that travel in one owner group: a flat vector, `numel` elements."""
+    """A flat vector, `numel` elements: the pieces of a fragment that travel in one owner group, one
+    after the other."""
 
     def __init__(self, group: SiteGroup, pieces: Sequence[Piece], fragment: int = 0) -> None:
         self.group, self.pieces, self.fragment = group, tuple(pieces), fragment
@@ -192,7 +200,7 @@ def parameter_pieces(
         for parameter in module.parameters(recurse=False)
     }
     pieces = [
-        Piece(name, p, None, everyone, everyone, home=Home(p, None))
+        Piece(name, p, None, everyone, everyone)
         for name, p in model.named_parameters()
         if p.requires_grad and id(p) not in special
     ]
@@ -205,16 +213,12 @@ def parameter_pieces(
                 pieces += _rows(key, rows, placement, index, site, everywhere, router_mean, copies)
     for index, (path, layer) in enumerate(layers):
         stacks = {name: layer.experts.part(name) for name in layer.experts.parts}
-        shapes = {name: torch.empty(p.shape[1:], device="meta") for name, p in stacks.items()}
-        here = layer.experts.resident_experts
         for expert, (rank, row) in _places(layer).items():
             owners = placement.owners(index, expert)
             for part, stack in stacks.items():
                 if stack.requires_grad:
                     key = _join(path, f"experts.{expert}.{part}")
-                    tensor, at = (stack, row) if expert in here else (shapes[part], None)
-                    home = Home(stack, row, rank)
-                    pieces.append(Piece(key, tensor, at, owners, owners, (index, expert), home))
+                    pieces.append(Piece(key, stack, row, owners, owners, (index, expert), rank))
     return pieces
 
 
@@ -257,11 +261,9 @@ def _rows(
             of_sites = copies[layer] if copies else ()
             more = [s for s, experts in enumerate(of_sites) if expert in experts]
             contributors = tuple(sorted({*owners, *more})) if mean == "holders" else everyone
-            home = Home(tensor, expert)
-            yield Piece(f"{key}.{expert}", tensor, expert, everyone, contributors, home=home)
+            yield Piece(f"{key}.{expert}", tensor, expert, everyone, contributors)
         elif site in owners:
-            home = Home(tensor, expert)
-            yield Piece(f"{key}.{expert}", tensor, expert, owners, owners, (layer, expert), home)
+            yield Piece(f"{key}.{expert}", tensor, expert, owners, owners, (layer, expert))
 
 
 def block_of(key: str) -> str | None:

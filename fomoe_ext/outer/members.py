@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fomoe_ext.layer.mesh import is_sharded
 from fomoe_ext.outer.layout import find_moe_layers
-
-if TYPE_CHECKING:
-    from fomoe_ext.outer.sync import OuterSync
-
 
 _THEN = "; after such a change make a new OuterSync"
 
@@ -31,16 +27,18 @@ class _Tensor(NamedTuple):
 class Members:
     """A model's parameters by name, tied ones by all of theirs, and its layers."""
 
-    def __init__(self, sync: OuterSync) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._tensors = {
             name: _Tensor(t, t.requires_grad, t.shape, t.dtype, t.device)
-            for name, t in _tensors(sync.model)
+            for name, t in _tensors(model)
         }
-        self._layers = {path: _options(layer) for path, layer in find_moe_layers(sync.model)}
+        self._layers = dict(find_moe_layers(model))
+        self._options = {path: _options(layer) for path, layer in self._layers.items()}
 
-    def change(self, sync: OuterSync) -> str:
+    def change(self) -> str:
         """What is no longer as it was laid out, by name; else an empty string."""
-        now = dict(_tensors(sync.model))
+        now = dict(_tensors(self._model))
         for name, before in self._tensors.items():
             problem = _change(before, now.get(name))
             if problem:
@@ -48,16 +46,14 @@ class Members:
         for name, tensor in now.items():
             if name not in self._tensors and tensor.requires_grad:
                 return f"{name} is new{_THEN}"
-        return self._change_of_layers(sync)
+        return self._change_of_layers()
 
-    def _change_of_layers(self, sync: OuterSync) -> str:
-        layers = dict(find_moe_layers(sync.model))
-        if list(layers) != list(self._layers) or [*map(id, layers.values())] != [
-            *map(id, sync.moe_layers)
-        ]:
+    def _change_of_layers(self) -> str:
+        layers = dict(find_moe_layers(self._model))
+        if list(layers.items()) != list(self._layers.items()):
             return f"other MoE layers are there{_THEN}"
         for path, layer in layers.items():
-            before, after = self._layers[path], _options(layer)
+            before, after = self._options[path], _options(layer)
             if before["experts"] != after["experts"]:
                 return f"{path} holds other experts than placed; let reshuffle move them"
             for what in before:

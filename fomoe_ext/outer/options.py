@@ -13,10 +13,6 @@ from fomoe_ext.placement import stale, wire
 from fomoe_ext.placement.turns import check_turns, counts_tokens
 
 
-class MeetingError(RuntimeError):
-    """A meeting that did not come about, or broke off."""
-
-
 @dataclass(frozen=True)
 class OuterOptions:
     """The keywords of `OuterSync`, the same on all sites; ValueError or TypeError for a bad one."""

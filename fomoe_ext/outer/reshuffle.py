@@ -11,16 +11,20 @@ from torch import Tensor
 
 from fomoe_ext.checks import at_least, one_of
 from fomoe_ext.outer import optimizer as opt
+from fomoe_ext.outer.errors import MeetingError
 from fomoe_ext.outer.groups import share_statuses
 from fomoe_ext.outer.inner_state import move_state_rows, problem_with_rows
 from fomoe_ext.outer.layout import Layout, Piece, find_moe_layers
-from fomoe_ext.outer.options import MeetingError
+from fomoe_ext.outer.local_steps import LocalSteps
+from fomoe_ext.outer.log import MeetingLog
+from fomoe_ext.outer.model_layout import ModelLayout
 from fomoe_ext.outer.reports import ReshuffleReport
+from fomoe_ext.outer.site import Site
+from fomoe_ext.outer.state import OuterState
 from fomoe_ext.placement.placement import Placement, Transfer
 
 if TYPE_CHECKING:
     from fomoe_ext.layer.moe import MoELayer
-    from fomoe_ext.outer.sync import OuterSync
 
 _ExpertId = tuple[int, int]  # layer, expert
 _LACKING = "no moments: "
@@ -28,65 +32,70 @@ _PROBLEM = "problem: "
 
 
 def reshuffle(
-    sync: OuterSync, new: Placement, warmup_steps: int, moments: Literal["reset", "carry"]
+    state: OuterState,
+    steps: LocalSteps,
+    log: MeetingLog,
+    warmup: opt.ArrivalWarmup,
+    new: Placement,
+    warmup_steps: int,
+    moments: Literal["reset", "carry"],
 ) -> ReshuffleReport:
-    """`OuterSync.reshuffle`."""
-    _check(sync, new, warmup_steps, moments)
-    assert sync.warmup is not None
-    sync.take_in()
-    before = sync.round_bytes, sync.round_seconds
-    with sync.meeting("the reshuffle"):
-        sent = _agree(sync, new, moments)
-        arrived, moved = move_experts(sync, new, moments == "carry")
-        sync.sent(sent + moved)
-        sync.warmup.start(arrived, warmup_steps)
-    bytes_sent, seconds = sync.round_bytes - before[0], sync.round_seconds - before[1]
-    sync.round_bytes, sync.round_seconds = before
-    return ReshuffleReport(arrived, bytes_sent, seconds)
+    """`OuterSync.reshuffle`, after `check`, and when no fragment is under way."""
+    before = log.round_bytes, log.seconds
+    with log.meeting("the reshuffle"):
+        sent = _agree(state.layout, steps, new, moments)
+        arrived, moved = move_experts(state, new, moments == "carry")
+        log.sent(sent + moved)
+        warmup.start(arrived, warmup_steps)
+    return ReshuffleReport(arrived, *log.take_since(*before))
 
 
-def _check(sync: OuterSync, new: Placement, warmup_steps: int, moments: str) -> None:
-    """Refuses what cannot be done here."""
+def check(
+    layout: ModelLayout, new: Placement, warmup_steps: int, moments: str, copies: bool
+) -> None:
+    """Refuses what cannot be done here: ValueError. `copies`: whether there are stale experts."""
     at_least(0, warmup_steps=warmup_steps)
     one_of(("reset", "carry"), moments=moments)
-    if sync.inner_optimizer is None or sync.warmup is None:
+    site = layout.site
+    if site.inner_optimizer is None:
         raise ValueError("reshuffle needs the inner_optimizer, whose state moves with experts")
     if moments == "carry":
-        opt.check_adamw(sync.inner_optimizer, "reshuffle with moments 'carry'")
-    if sync.lane is not None:
+        opt.check_adamw(site.inner_optimizer, "reshuffle with moments 'carry'")
+    if layout.lane is not None:
         raise ValueError("reshuffle: not possible with sites of several ranks")
-    if sync.copies is not None:
+    if copies:
         raise ValueError("reshuffle: not possible with stale experts")
-    if sync.options.expert_turns > 1:
+    if site.options.expert_turns > 1:
         raise ValueError("reshuffle: not possible with expert_turns > 1")
-    sync.placement.transfers(new)  # refuses other sizes
-    for path, layer in find_moe_layers(sync.model):
+    layout.placement.transfers(new)  # refuses other sizes
+    for path, layer in find_moe_layers(site.model):
         if not all(p.requires_grad for p in layer.experts.parameters()):
             raise ValueError(f"reshuffle cannot move the frozen experts of {path}")
 
 
-def _problem(sync: OuterSync) -> str:
+def _problem(layout: ModelLayout, steps: LocalSteps) -> str:
     """Why experts, or what the inner optimizer keeps of them, cannot be moved here."""
-    assert sync.inner_optimizer is not None
+    inner = layout.site.inner_optimizer
+    assert inner is not None
     named = []
-    for path, layer in find_moe_layers(sync.model):
+    for path, layer in find_moe_layers(layout.site.model):
         named += [(f"{path}.experts.{n}", layer.experts.part(n)) for n in layer.experts.parts]
         if layer.router_scope == "resident":
             parts = layer.router.parts
             named += [(f"{path}.router.{n}", layer.router.get_parameter(n)) for n in parts]
-    problem = sync.members.change(sync) or sync.watch.other_optimizer(named)
-    return problem or problem_with_rows(sync.inner_optimizer, named)
+    problem = layout.members.change() or steps.other_optimizer(named, inner)
+    return problem or problem_with_rows(inner, named)
 
 
-def _agree(sync: OuterSync, new: Placement, moments: str) -> int:
+def _agree(layout: ModelLayout, steps: LocalSteps, new: Placement, moments: str) -> int:
     """Raises MeetingError unless all sites want the same, and can do it; the bytes sent."""
     digest = hashlib.sha256(repr((new.owners_of, moments)).encode()).hexdigest()
-    lacking = ""
+    lacking, inner = "", layout.site.inner_optimizer
     if moments == "carry":
-        assert sync.inner_optimizer is not None
-        pieces = [p for layout in sync.layouts for p in layout.pieces if p.expert is not None]
-        lacking = opt.missing_moments(sync.inner_optimizer, [(p.key, p.tensor) for p in pieces])
-    everyone, problem = sync.groups.group(sync.groups.everyone), _problem(sync)
+        assert inner is not None
+        pieces = [p for flat in layout.layouts for p in flat.pieces if p.expert is not None]
+        lacking = opt.missing_moments(inner, [(p.key, p.tensor) for p in pieces])
+    everyone, problem = layout.site.everyone, _problem(layout, steps)
     status = f"{_LACKING}{lacking}" if lacking else digest
     texts, sent = share_statuses(everyone, f"{_PROBLEM}{problem}" if problem else status)
     if problem:
@@ -108,28 +117,29 @@ def _agree(sync: OuterSync, new: Placement, moments: str) -> int:
 
 @torch.no_grad()
 def move_experts(
-    sync: OuterSync, new: Placement, carry: bool = False
+    state: OuterState, new: Placement, carry: bool = False
 ) -> tuple[tuple[_ExpertId, ...], int]:
-    """Sends and receives experts, layer by layer, and lays `sync` out anew; a collective.
+    """Sends and receives experts, layer by layer, and lays the model out anew; a collective.
 
     Returns the experts that arrived at this site, as (layer, expert), and the bytes it sent. An
     expert travels as one fp32 vector: the anchor of its pieces, their outer momentum, with `carry`
     both moments of the inner optimizer, its bias.
     """
-    transfers = sync.placement.transfers(new)
-    before = _Before(sync, opt.MOMENTS if carry else ())
+    site = state.layout.site
+    transfers = state.layout.placement.transfers(new)
+    before = _Before(state, opt.MOMENTS if carry else ())
     arrived: dict[_ExpertId, Tensor] = {}
     sent = 0
     for layer in range(new.num_layers):
         of_layer = [t for t in transfers if t.layer == layer]
         if of_layer:
-            vectors, count = _exchange(sync, of_layer, before)
+            vectors, count = _exchange(state.layout, of_layer, before)
             arrived |= vectors
             sent += count
-    for index, (_, module) in enumerate(find_moe_layers(sync.model)):
-        _change_residents(sync, module, new.resident(index, sync.site))
-    sync.adopt_placement(new)
-    before.restore(sync, arrived)
+    for index, (_, module) in enumerate(find_moe_layers(site.model)):
+        _change_residents(site, module, new.resident(index, site.index))
+    state.adopt(new)
+    before.restore(state, arrived)
     return tuple(sorted(arrived)), sent
 
 
@@ -139,29 +149,30 @@ class _Before:
     `moments`: names of the inner optimizer's state that goes along with an expert.
     """
 
-    def __init__(self, sync: OuterSync, moments: tuple[str, ...] = ()) -> None:
-        self.inner, self.moments = sync.inner_optimizer, moments
+    def __init__(self, state: OuterState, moments: tuple[str, ...] = ()) -> None:
+        layouts = state.layout.layouts
+        self.inner, self.moments = state.layout.site.inner_optimizer, moments
         self.anchor: dict[str, Tensor] = {}
         self.momentum: dict[str, Tensor] = {}
         self.error: dict[str, Tensor] = {}
         self.shares = {
             _shape(layout): feedback.shares
-            for layout, feedback in zip(sync.layouts, sync.feedback, strict=True)
+            for layout, feedback in zip(layouts, state.feedback, strict=True)
         }
         self.pieces: dict[_ExpertId, list[Piece]] = {}
         self.biases: dict[_ExpertId, Piece] = {}
-        for index, layout in enumerate(sync.layouts):
+        for index, layout in enumerate(layouts):
             for piece, place in layout.slices():
-                if sync.anchors:
-                    self.anchor[piece.key] = sync.anchors[index][place]
-                if sync.momenta:
-                    self.momentum[piece.key] = sync.momenta[index][place]
-                error = sync.feedback[index].own
+                if state.anchors:
+                    self.anchor[piece.key] = state.anchors[index][place]
+                if state.momenta:
+                    self.momentum[piece.key] = state.momenta[index][place]
+                error = state.feedback[index].own
                 if error is not None:
                     self.error[piece.key] = error[place]
                 if piece.expert is not None:
                     self.pieces.setdefault(piece.expert, []).append(piece)
-        for layout in sync.bias_layouts:
+        for layout in state.layout.bias_layouts:
             for piece in layout.pieces:
                 if piece.expert is not None:
                     self.biases[piece.expert] = piece
@@ -181,16 +192,16 @@ class _Before:
         assert self.inner is not None
         return piece.part_of(self.inner.state[piece.tensor][name])
 
-    def restore(self, sync: OuterSync, arrived: Mapping[_ExpertId, Tensor]) -> None:
+    def restore(self, state: OuterState, arrived: Mapping[_ExpertId, Tensor]) -> None:
         """Fills parameters, moments and biases that arrived, and the anchor and momentum of all
         pieces."""
         anchor, momentum = dict(self.anchor), dict(self.momentum)
         here: dict[_ExpertId, list[Piece]] = {}
-        for piece in (p for layout in sync.layouts for p in layout.pieces):
+        for piece in (p for layout in state.layout.layouts for p in layout.pieces):
             if piece.expert in arrived:
                 here.setdefault(piece.expert, []).append(piece)
         for expert, pieces in here.items():
-            parts = list(arrived[expert].split(self._sizes(pieces, sync)))
+            parts = list(arrived[expert].split(self._sizes(pieces)))
             for piece in pieces:
                 anchor[piece.key] = parts.pop(0)
                 piece.values().copy_(anchor[piece.key])
@@ -200,22 +211,22 @@ class _Before:
             for name in self.moments:
                 for piece in pieces:
                     self._moment(name, piece).copy_(parts.pop(0))
-        for piece in (p for layout in sync.bias_layouts for p in layout.pieces):
+        for piece in (p for layout in state.layout.bias_layouts for p in layout.pieces):
             if piece.expert in arrived:
                 piece.values().copy_(arrived[piece.expert][-1:])
-        self._restore_feedback(sync, arrived)
-        if sync.rule.name == "ddp":
+        self._restore_feedback(state, arrived)
+        if state.layout.site.rule.name == "ddp":
             return
-        for layout in sync.layouts:
+        for layout in state.layout.layouts:
             device = layout.pieces[0].tensor.device
-            for target, source in ((sync.anchors, anchor), (sync.momenta, momentum)):
+            for target, source in ((state.anchors, anchor), (state.momenta, momentum)):
                 if source:
                     values = [source[piece.key].to(device) for piece in layout.pieces]
                     target.append(torch.cat(values))
 
-    def _restore_feedback(self, sync: OuterSync, arrived: Mapping[_ExpertId, Tensor]) -> None:
+    def _restore_feedback(self, state: OuterState, arrived: Mapping[_ExpertId, Tensor]) -> None:
         """What encoding lost of pieces that stay; a new holder, and other sums, start from zero."""
-        for layout, feedback in zip(sync.layouts, sync.feedback, strict=True):
+        for layout, feedback in zip(state.layout.layouts, state.feedback, strict=True):
             if feedback.own is None:
                 continue
             for piece, place in layout.slices():
@@ -225,7 +236,7 @@ class _Before:
             if shares is not None and feedback.shares is not None:
                 feedback.shares.copy_(shares)
 
-    def _sizes(self, pieces: list[Piece], sync: OuterSync) -> list[int]:
+    def _sizes(self, pieces: list[Piece]) -> list[int]:
         """Lengths of the parts of an expert's vector, of which the bias is the last."""
         copies = (2 if self.momentum else 1) + len(self.moments)
         numels = [piece.numel for piece in pieces] * copies
@@ -238,14 +249,14 @@ def _shape(layout: Layout) -> tuple[str, ...]:
 
 
 def _exchange(
-    sync: OuterSync, transfers: list[Transfer], before: _Before
+    layout: ModelLayout, transfers: list[Transfer], before: _Before
 ) -> tuple[dict[_ExpertId, Tensor], int]:
     """One layer's experts on their way: what arrives here, and the bytes sent."""
-    group, sites = sync.groups.group(sync.groups.everyone), range(sync.placement.num_sites)
-    outgoing = [[t for t in transfers if (t.source, t.target) == (sync.site, s)] for s in sites]
-    incoming = [[t for t in transfers if (t.source, t.target) == (s, sync.site)] for s in sites]
+    group, sites, here = layout.site.everyone, range(layout.site.num_sites), layout.site.index
+    outgoing = [[t for t in transfers if (t.source, t.target) == (here, s)] for s in sites]
+    incoming = [[t for t in transfers if (t.source, t.target) == (s, here)] for s in sites]
     layer = transfers[0].layer
-    size = before.vector((layer, sync.placement.resident(layer, sync.site)[0])).numel()
+    size = before.vector((layer, layout.placement.resident(layer, here)[0])).numel()
     vectors = [before.vector((t.layer, t.expert)) for to_site in outgoing for t in to_site]
     sent = torch.cat(vectors) if vectors else torch.empty(0)
     sent = sent.to(group.device)
@@ -260,9 +271,9 @@ def _exchange(
     return dict(zip(order, received.split(size) if order else (), strict=True)), count
 
 
-def _change_residents(sync: OuterSync, layer: MoELayer, residents: tuple[int, ...]) -> None:
+def _change_residents(site: Site, layer: MoELayer, residents: tuple[int, ...]) -> None:
     """The layer's rows and their inner optimizer state move; those of arrivals become zeros."""
-    experts, optimizer = layer.experts, sync.inner_optimizer
+    experts, optimizer = layer.experts, site.inner_optimizer
     assert optimizer is not None
     old = experts.resident_experts
     if residents == old:

@@ -1,8 +1,11 @@
-"""Tokens routed to each expert in all forward passes that lead to an optimizer step."""
+"""Tokens routed to each expert in all forward passes that lead to an optimizer step.
+
+`RoutedTokens` counts them by hooks, `TokenCounts` sums them up until the expert meets.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,3 +89,33 @@ class RoutedTokens:
             count.trained.zero_()
         seen, trained = both.double().unbind(1)
         return trained if bool(trained.any()) else seen
+
+
+class TokenCounts:
+    """The tokens of a site since its last meetings.
+
+    tokens: routed to each expert since that met last, fp64 [L, E], where they are counted. met: the
+    round in which each expert that this site holds last met, int64 [L, E]; 0 = none yet. counted:
+    by layer, whether any tokens were counted since its last meeting. trained: what this rank has
+    trained on in the round, with site_mean "tokens".
+    """
+
+    def __init__(self, layers: Sequence[MoELayer]) -> None:
+        shape = len(layers), layers[0].num_experts if layers else 0
+        self.tokens = torch.zeros(shape, dtype=torch.float64)
+        self.met = torch.zeros(shape, dtype=torch.int64)
+        self.counted = [False] * len(layers)
+        self.trained = 0.0
+
+    def add(self, routed: Tensor) -> None:
+        """Takes note of the tokens routed in the passes that have led to a step, fp64 [L, E]."""
+        self.tokens += routed
+        found = routed.any(1).tolist()
+        self.counted = [a or b for a, b in zip(self.counted, found, strict=True)]
+
+    def forget(self, experts: Iterable[tuple[int, int]], round_index: int) -> None:
+        """These experts (layer, expert) meet in this round: counting begins anew."""
+        for expert in experts:
+            self.tokens[expert] = 0
+            self.counted[expert[0]] = False
+            self.met[expert] = round_index

@@ -30,7 +30,8 @@ TensorOf = Callable[[Tensor], Tensor]
 
 
 class Span(NamedTuple):
-    """Elements lo..hi-1 of a piece: the ranks that hold them, and where in their flat tensor."""
+    """What of one piece some ranks of the site hold: elements lo..hi-1, at `at` in the flat tensor
+    of each of `ranks`."""
 
     lo: int
     hi: int
@@ -41,8 +42,7 @@ class Span(NamedTuple):
 def spans_of(piece: Piece, ranks: SiteRanks) -> list[Span]:
     """Where a piece is held in the site. Raises ValueError for a DTensor that is not sharded by
     rows (or replicated) over all ranks of the site in order."""
-    assert piece.home is not None
-    parameter, row, expert_rank = piece.home
+    parameter, row, expert_rank = piece.tensor, piece.row, piece.expert_rank
     everyone = tuple(range(ranks.size))
     count = piece.numel
     if expert_rank is not None:
@@ -68,8 +68,9 @@ def spans_of(piece: Piece, ranks: SiteRanks) -> list[Span]:
 
 
 class _Move(NamedTuple):
-    """Elements that rank `lane` meets with and `ranks` hold: where in the lane's vector of layout
-    `index`, where in the flat tensor of the parameter."""
+    """A copy of `count` elements between the vector with which rank `lane` meets for layout `index`
+    and the flat tensor of a parameter, which all of `ranks` hold; where in the one, in the other.
+    """
 
     lane: int
     index: int
@@ -117,14 +118,13 @@ class Lane:
             lane = wire.lane_of(number, turn, ranks.size)
             for part in layout.parts(start, min(start + size, layout.numel)):
                 piece = part.piece
-                assert piece.home is not None
                 for span in spans[piece.key]:
                     lo, hi = max(part.lo, span.lo), min(part.hi, span.hi)
                     if lo < hi:
                         at = span.at + lo - span.lo
                         place = length[lane] + lo - part.lo
-                        home = piece.home.parameter
-                        move = _Move(lane, index, place, hi - lo, span.ranks, home, at)
+                        held = piece.tensor
+                        move = _Move(lane, index, place, hi - lo, span.ranks, held, at)
                         moves.append(move)
                 if lane == ranks.rank:
                     mine.append(part)

@@ -11,93 +11,89 @@ It takes the memory of all payloads, where an ordinary meeting holds a few bucke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import time
+from contextlib import suppress
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from fomoe_ext.launch import inject
+from fomoe_ext.outer.driver import Driver, Pending
+from fomoe_ext.outer.errors import MeetingError, MeetingLost
 from fomoe_ext.outer.meeting import Meeting
-from fomoe_ext.outer.options import MeetingError
-from fomoe_ext.outer.reduce import Bucket, buckets_of, exchange
-
-if TYPE_CHECKING:
-    from fomoe_ext.outer.sync import OuterSync
+from fomoe_ext.outer.reduce import exchange
 
 
-class MeetingLost(MeetingError):
-    """A meeting that broke off because a site is lost; nothing was applied, it can be held again.
+class Staged(Driver):
+    """With `staged`: the model meets as a whole, and nothing is applied that has not arrived
+    everywhere."""
 
-    Call `settle` first.
-    """
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self._applied: Meeting | None = None
+        """What was applied and has not been compared yet."""
 
+    def hold_round(self) -> None:
+        begun = time.perf_counter()
+        self.meet(0)
+        self._log.exchange_s += time.perf_counter() - begun
 
-@dataclass
-class Pending:
-    """A meeting that has been encoded and is not yet applied.
+    @torch.no_grad()
+    def meet(self, fragment: int) -> None:
+        """The meeting, up to and with its application; not yet compared.
 
-    `errors`: the error feedback as it was before. `arrived`: whether all of it is here.
-    """
+        Raises MeetingError as `OuterSync.step`, with everything as it was, and what the transport
+        raises when a site is lost: then `settle` is to be called.
+        """
+        meeting = self._begin(fragment)
+        problem = meeting.check()
+        vectors = [v for f in self._state.feedback for v in (f.own, f.shares) if v is not None]
+        pending = Pending(meeting, [], [(vector, vector.clone()) for vector in vectors])
+        self.pending = pending
+        try:
+            pending.bytes_sent += meeting.announce(problem)
+        except MeetingError:
+            self.settle(apply=False)
+            raise
+        pending.buckets = meeting.buckets()
+        inject.point("encode")
+        exchange(pending.buckets, self._options.in_flight, apply=False)  # encodes each
+        pending.bytes_sent += sum(bucket.bytes_sent for bucket in pending.buckets)
+        pending.arrived = True
+        inject.point("apply")
+        # wire.COMMIT_BYTES
+        _, sent = self._site.everyone.gather_now(torch.ones(1, dtype=torch.int64))
+        pending.bytes_sent += sent
+        self.settle(apply=True)
+        self._applied = meeting
 
-    meeting: Meeting
-    buckets: list[Bucket]
-    errors: list[tuple[Tensor, Tensor]]
-    arrived: bool = False
-    bytes_sent: int = 0
-
-
-@torch.no_grad()
-def meet(sync: OuterSync) -> None:
-    """The meeting of the whole model, up to and with its application; not yet compared.
-
-    Raises MeetingError as `OuterSync.step`, with everything as it was, and what the transport
-    raises when a site is lost: then `sync.pending` is to be settled.
-    """
-    meeting = Meeting(sync, 0)
-    problem = meeting.problem()
-    vectors = [v for f in sync.feedback for v in (f.own, f.shares) if v is not None]
-    pending = Pending(meeting, [], [(vector, vector.clone()) for vector in vectors])
-    sync.pending = pending
-    try:
-        pending.bytes_sent += meeting.announce(problem)
-    except MeetingError:
-        settle(sync, apply=False)
-        raise
-    pending.buckets = buckets_of(meeting.jobs(), sync.options.bucket_bytes)
-    inject.point("encode")
-    exchange(pending.buckets, sync.options.in_flight, apply=False)
-    pending.bytes_sent += sum(bucket.bytes_sent for bucket in pending.buckets)
-    pending.arrived = True
-    inject.point("apply")
-    everyone = sync.groups.group(sync.groups.everyone)
-    _, sent = everyone.gather_now(torch.ones(1, dtype=torch.int64))  # wire.COMMIT_BYTES
-    pending.bytes_sent += sent
-    settle(sync, apply=True)
-
-
-@torch.no_grad()
-def settle(sync: OuterSync, apply: bool) -> bool:
-    """Ends a pending meeting: applies it, or makes everything as it was before.
-
-    Returns whether there was one. Raises ValueError when something to be applied has not arrived.
-    """
-    pending, sync.pending = sync.pending, None
-    if pending is None:
-        return False
-    if apply and not pending.arrived:
-        sync.pending = pending
-        raise ValueError("apply: not all of the pending meeting has arrived at this site")
-    if not apply:
-        for vector, before in pending.errors:
-            vector.copy_(before)
-        sync.lost_bytes += pending.bytes_sent
+    @torch.no_grad()
+    def settle(self, apply: bool) -> bool:
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return False
+        if apply and not pending.arrived:
+            self.pending = pending
+            raise ValueError("apply: not all of the pending meeting has arrived at this site")
+        if not apply:
+            for vector, before in pending.errors:
+                vector.copy_(before)
+            self._log.lost_bytes += pending.bytes_sent
+            return True
+        for bucket in pending.buckets:
+            bucket.apply()
+        pending.meeting.forget_tokens()
+        self._give_back(pending.meeting)
+        self._log.sent(pending.bytes_sent)
+        self.end_round()
         return True
-    for bucket in pending.buckets:
-        bucket.apply()
-    pending.meeting.forget_tokens()
-    pending.meeting.give_back()
-    sync.sent(pending.bytes_sent)
-    sync.compared = pending.meeting
-    sync.count_round()
-    return True
+
+    def compare(self) -> None:
+        """Verifies what was applied; where a site is lost meanwhile the next meeting will tell."""
+        applied, self._applied = self._applied, None
+        if applied is None:
+            return
+        with suppress(MeetingLost), self._log.meeting("the comparison"):
+            compared = applied.agreement()
+            compared.exchange()
+            self._settle(compared)

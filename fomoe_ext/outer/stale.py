@@ -14,15 +14,16 @@ from fomoe_ext.layer.assemble import expert_key
 from fomoe_ext.layer.experts import Experts
 from fomoe_ext.outer.codec import DeltaPart, get_codec
 from fomoe_ext.outer.layout import find_moe_layers
+from fomoe_ext.outer.log import MeetingLog
 from fomoe_ext.outer.reduce import Damaged, broken_seals, seal
+from fomoe_ext.outer.site import Site
 from fomoe_ext.placement import stale
-from fomoe_ext.placement.placement import Transfer
+from fomoe_ext.placement.placement import Placement, Transfer
 
 if TYPE_CHECKING:
     from torch import nn
 
     from fomoe_ext.outer.options import OuterOptions
-    from fomoe_ext.outer.sync import OuterSync
 
 
 def check_stale(model: nn.Module, options: OuterOptions, ranks: int) -> None:
@@ -39,38 +40,42 @@ def check_stale(model: nn.Module, options: OuterOptions, ranks: int) -> None:
         raise ValueError(f"stale_experts need one rank per site, got {ranks}")
 
 
-def wanted_by_all(sync: OuterSync) -> stale.Wanted:
+def wanted_by_all(site: Site) -> stale.Wanted:
     """The copies that all sites keep, by layer and site; a collective."""
-    mine = [() if la.stale is None else la.stale.resident_experts for la in sync.moe_layers]
-    size = sync.ranks.size
-    everyone = gather_objects(mine, sync.placement.num_sites * size)[::size]
+    mine = [() if la.stale is None else la.stale.resident_experts for la in site.moe_layers]
+    size = site.ranks.size
+    everyone = gather_objects(mine, site.num_sites * size)[::size]
     return tuple(tuple(of_site[layer] for of_site in everyone) for layer in range(len(mine)))
 
 
 class StaleCopies:
     """The copies of all sites: what each one sends and receives when they are refreshed."""
 
-    def __init__(self, sync: OuterSync, wanted: stale.Wanted) -> None:
-        """`wanted`: of all sites, as `wanted_by_all` returns it."""
-        self._sync, self.wanted, self.codec = sync, wanted, get_codec(sync.options.stale_codec)
-        self.period = sync.options.stale_period
-        layers = [layer.experts for layer in sync.moe_layers]
+    def __init__(
+        self, site: Site, placement: Placement, log: MeetingLog, wanted: stale.Wanted
+    ) -> None:
+        """`wanted`: of all sites, as `wanted_by_all` returns it. `log`: tells the round."""
+        options = site.options
+        self._site, self._placement, self._log = site, placement, log
+        self.wanted, self.codec = wanted, get_codec(options.stale_codec)
+        self.period = options.stale_period
+        layers = [layer.experts for layer in site.moe_layers]
         self._elements = [sum(e.part(n).shape[1:].numel() for n in e.parts) for e in layers]
-        self._transfers = stale.copy_transfers(sync.placement, wanted)
-        most_bytes = sync.options.bucket_bytes * sync.options.in_flight
+        self._transfers = stale.copy_transfers(placement, wanted)
+        most_bytes = options.bucket_bytes * options.in_flight
         self._waves = stale.copy_waves(wanted, self._elements, self.codec.name, most_bytes)
 
     @property
     def nbytes(self) -> int:
         """Bytes of this site's copies."""
-        return sum(la.stale.nbytes for la in self._sync.moe_layers if la.stale is not None)
+        return sum(la.stale.nbytes for la in self._site.moe_layers if la.stale is not None)
 
     def predicted_bytes(self, round_index: int) -> int:
         """Bytes that this site will send at the end of a round."""
         if not stale.is_due(round_index, self.period):
             return 0
-        placement, site = self._sync.placement, self._sync.site
-        return stale.refresh_bytes(placement, self.wanted, site, self._elements, self.codec.name)
+        site, codec = self._site.index, self.codec.name
+        return stale.refresh_bytes(self._placement, self.wanted, site, self._elements, codec)
 
     def refresh(self) -> int:
         """Makes all copies those of the holders' parameters; a collective. Returns the bytes sent.
@@ -80,15 +85,14 @@ class StaleCopies:
         return sum(self._exchange(layers) for layers in self._waves)
 
     def _exchange(self, layers: list[int]) -> int:
-        sync, site = self._sync, self._sync.site
-        group, sites = sync.groups.group(sync.groups.everyone), range(sync.placement.num_sites)
+        site, group, sites = self._site.index, self._site.everyone, range(self._site.num_sites)
         travelling = [t for t in self._transfers if t.layer in layers]
         to_sites = [[t for t in travelling if (t.source, t.target) == (site, s)] for s in sites]
         from_sites = [[t for t in travelling if (t.source, t.target) == (s, site)] for s in sites]
         payloads: dict[tuple[int, int], Tensor] = {}
         for t in (t for to_site in to_sites for t in to_site):
             if (t.layer, t.expert) not in payloads:
-                own = sync.moe_layers[t.layer].experts
+                own = self._site.moe_layers[t.layer].experts
                 payload = self._encode(t.layer, own.expert_weights(t.expert))
                 payloads[t.layer, t.expert] = payload.to(group.device)
         parts = [payloads[t.layer, t.expert] for to_site in to_sites for t in to_site]
@@ -129,7 +133,7 @@ class StaleCopies:
         return payload
 
     def _decode(self, layer: int, expert: int, payload: Tensor) -> None:
-        copies = self._sync.moe_layers[layer].stale
+        copies = self._site.moe_layers[layer].stale
         assert copies is not None
         targets, numel = copies.expert_weights(expert), self._elements[layer]
         payload = payload[: self.codec.wire_bytes(numel)].to(targets[0].device)
@@ -143,17 +147,17 @@ class StaleCopies:
     @property
     def fresh(self) -> bool:
         """Whether the copies are of the last meeting (or, before the first, as at the start)."""
-        return stale.is_due(self._sync.round, self.period)
+        return stale.is_due(self._log.round, self.period)
 
     def description(self) -> dict[str, object]:
         """What this site's copies are, as plain data."""
-        ids = [list(of_sites[self._sync.site]) for of_sites in self.wanted]
+        ids = [list(of_sites[self._site.index]) for of_sites in self.wanted]
         return {"codec": self.codec.name, "experts": ids}
 
     def tensors(self) -> dict[str, Tensor]:
         """Views of this site's copies by the names that experts have in the global model."""
         result = {}
-        for path, layer in find_moe_layers(self._sync.model):
+        for path, layer in find_moe_layers(self._site.model):
             copies: Experts | None = layer.stale
             for expert in () if copies is None else copies.resident_experts:
                 for part, tensor in zip(copies.parts, copies.expert_weights(expert), strict=True):
@@ -163,7 +167,7 @@ class StaleCopies:
     @torch.no_grad()
     def fill(self, read: Callable[[str], Tensor]) -> None:
         """What `refresh` would make of the global model whose tensors `read` gives by name."""
-        for index, (path, layer) in enumerate(find_moe_layers(self._sync.model)):
+        for index, (path, layer) in enumerate(find_moe_layers(self._site.model)):
             copies: Experts | None = layer.stale
             for expert in () if copies is None else copies.resident_experts:
                 like = copies.expert_weights(expert)

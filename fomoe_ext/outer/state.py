@@ -1,144 +1,118 @@
-"""What a resumed run needs of an OuterSync."""
+"""What the outer optimizer keeps at a site: anchor, momentum and error feedback; and the same by
+parameter, as it is stored."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fomoe_ext.outer.jobs import Feedback
+from fomoe_ext.outer.model_layout import ModelLayout
 from fomoe_ext.placement import wire
 from fomoe_ext.placement.placement import Placement
 
-if TYPE_CHECKING:
-    from fomoe_ext.outer.sync import OuterSync
 
-_NUMBERS = ("round", "bytes_sent", "steps", "reductions", "agreements")
-_TENSORS = {
-    "anchor": "outer anchor",
-    "momentum": "outer momentum",
-    "error": "error feedback (codec, error_feedback)",
-    "share_error": "error feedback of sums (codec, error_feedback, bucket_bytes)",
-}
+class OuterState:
+    """Vectors of the layouts that this rank meets for, in the order of `layout.layouts`.
 
+    anchors: what all holders have agreed on last, fp32; none with "ddp". momenta: of the outer
+    optimizer, fp32; none without momentum. feedback: what encoding has lost (`jobs.Feedback`).
+    """
 
-def state_dict(sync: OuterSync) -> dict[str, Any]:
-    """`OuterSync.state_dict`."""
-    warming = sync.warmup.progress if sync.warmup else {}
-    return {
-        "round": sync.round,
-        "bytes_sent": sync.bytes_sent,
-        "steps": sync.steps,
-        "reductions": sync.reductions,
-        "agreements": sync.agreements,
-        "optimizer": sync.rule.name,
-        "codec": sync.codec.name,
-        "placement": sync.placement.to_dict(),
-        "tokens": sync.tokens,
-        "met": sync.met.tolist() if sync.options.expert_turns > 1 else [],
-        **_tensors(sync),
-        "warmup": [[*key, *steps] for key, steps in warming.items()],
-    }
+    def __init__(self, layout: ModelLayout) -> None:
+        """No anchor and momentum yet: `fill` makes them, or who knows them appends them."""
+        self.layout = layout
+        self._reset()
 
+    def _reset(self) -> None:
+        site, options = self.layout.site, self.layout.site.options
+        self.anchors: list[Tensor] = []
+        self.momenta: list[Tensor] = []
+        self.feedback = [
+            Feedback(layout, site.codec, options.bucket_bytes, options.error_feedback)
+            for layout in self.layout.layouts
+        ]
 
-def _tensors(sync: OuterSync) -> dict[str, dict[str, Tensor]]:
-    names = [layout.name for layout in sync.layouts]
-    feedback = list(zip(names, sync.feedback, strict=True))
-    return {
-        "anchor": dict(zip(names, sync.anchors, strict=False)),
-        "momentum": dict(zip(names, sync.momenta, strict=False)),
-        "error": {name: f.own for name, f in feedback if f.own is not None},
-        "share_error": {name: f.shares for name, f in feedback if f.shares is not None},
-    }
+    def adopt(self, placement: Placement) -> None:
+        """Lays the model out anew (`ModelLayout.adopt`); anchor and momentum are none, and no error
+        is left."""
+        self.layout.adopt(placement)
+        self._reset()
 
+    def fill(self) -> None:
+        """The anchor is what the parameters are; the momentum is zero. "ddp" has neither."""
+        rule = self.layout.site.rule
+        if rule.name == "ddp":
+            return
+        with self.layout.held():
+            for layout in self.layout.layouts:
+                device = layout.pieces[0].tensor.device
+                anchor = torch.empty(layout.numel, dtype=torch.float32, device=device)
+                for piece, place in layout.slices():
+                    anchor[place].copy_(piece.values())
+                self.anchors.append(anchor)
+                if rule.momentum:
+                    self.momenta.append(torch.zeros_like(anchor))
 
-def require_rules(sync: OuterSync, state: Mapping[str, Any]) -> None:
-    """Raises ValueError unless a state is of the same outer optimizer and codec."""
-    for what, mine in (("optimizer", sync.rule.name), ("codec", sync.codec.name)):
-        if what not in state:
-            raise ValueError(f"state must be as OuterSync.state_dict makes it (no {what})")
-        if state[what] != mine:
-            raise ValueError(f"state is of {what} {state[what]!r}, this is {mine!r}")
+    def copy_anchor_to_model(self) -> None:
+        """Sets the parameters to the anchor; a collective of the site's ranks."""
+        layout, lane = self.layout, self.layout.lane
+        if lane is not None and self.anchors:
+            for fragment in lane.fragments:
+                lane.push(fragment, lane.numbered(self.anchors), lambda p: p)
+            return
+        for flat, anchor in zip(layout.layouts, self.anchors, strict=False):
+            for piece, place in flat.slices():
+                piece.values().copy_(anchor[place])
 
-
-def load_met(sync: OuterSync, state: Mapping[str, Any]) -> None:
-    """When experts last met, with turns. A state without that is of none, or of earlier versions:
-    then all wait alike."""
-    met = torch.tensor(state.get("met", []), dtype=torch.int64)
-    if met.shape == sync.met.shape:
-        sync.met.copy_(met)
-
-
-def load_state_dict(sync: OuterSync, state: Mapping[str, Any]) -> None:
-    """`OuterSync.load_state_dict`."""
-    try:
-        placement = Placement.from_dict(state["placement"])
-        stored = {what: dict(state[what]) for what in _TENSORS}
-        numbers = {name: int(state[name]) for name in _NUMBERS}
-        warming = {(a, b): (c, d) for a, b, c, d in state["warmup"]}
-        tokens: Tensor = state["tokens"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"state must be as OuterSync.state_dict makes it ({error!r})") from None
-    require_rules(sync, state)
-    if placement != sync.placement:
-        raise ValueError("state is of another placement than this OuterSync")
-    mine = _tensors(sync)
-    mine["tokens"], stored["tokens"] = {"": sync.tokens}, {"": tokens}
-    for what, tensors in stored.items():
-        wanted = {name: tuple(t.shape) for name, t in mine[what].items()}
-        found = {name: tuple(t.shape) for name, t in tensors.items()}
-        if wanted != found:
-            raise ValueError(
-                f"state has an {_TENSORS.get(what, what)} of the sizes {found}, this model wants "
-                f"{wanted}"
-            )
-    for what, tensors in stored.items():
-        for name, tensor in tensors.items():
-            mine[what][name].copy_(tensor)
-    for name, number in numbers.items():
-        setattr(sync, name, number)
-    load_met(sync, state)
-    if sync.warmup is not None:
-        sync.warmup.progress = warming
+    @property
+    def nbytes(self) -> tuple[int, int, int]:
+        """Bytes of anchor, of outer momentum and of error feedback in this process."""
+        return (
+            sum(a.nbytes for a in self.anchors),
+            sum(m.nbytes for m in self.momenta),
+            sum(f.nbytes for f in self.feedback),
+        )
 
 
 # ---- by parameter: for checkpoints that other sites, ranks or placements read -------------------
 
 
 @torch.no_grad()
-def by_parameter(sync: OuterSync, vectors: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Vectors of all `sync.layouts` as fp32 tensors of the parameters' shapes, by parameter's id.
+def by_parameter(layout: ModelLayout, vectors: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Vectors of all `layout.layouts` as fp32 tensors of the parameters' shapes, by parameter's id.
 
     Every rank gets what it holds of the parameters; a collective of the site's ranks.
     """
     result = {
         id(p): torch.zeros_like(p, dtype=torch.float32)
-        for p in sync.model.parameters()
+        for p in layout.site.model.parameters()
         if p.requires_grad
     }
-    if sync.lane is not None:
-        flats = sync.lane.numbered(vectors)
-        for fragment in sync.lane.fragments:
-            sync.lane.push(fragment, flats, lambda parameter: result[id(parameter)])
+    if layout.lane is not None:
+        flats = layout.lane.numbered(vectors)
+        for fragment in layout.lane.fragments:
+            layout.lane.push(fragment, flats, lambda parameter: result[id(parameter)])
         return result
-    for layout, vector in zip(sync.layouts, vectors, strict=True):
-        for piece, place in layout.slices():
+    for flat, vector in zip(layout.layouts, vectors, strict=True):
+        for piece, place in flat.slices():
             piece.part_of(result[id(piece.tensor)]).copy_(vector[place])
     return result
 
 
 def pieces_of(
-    sync: OuterSync, vectors: Sequence[Tensor]
+    layout: ModelLayout, vectors: Sequence[Tensor]
 ) -> Mapping[int, Tensor | dict[int | None, Tensor]]:
     """As `by_parameter`, but with one rank per site nothing is copied: views of the vectors, by
     rows of the parameter, or with None all of it.
     """
-    if sync.lane is not None:
-        return by_parameter(sync, vectors)
+    if layout.lane is not None:
+        return by_parameter(layout, vectors)
     result: dict[int, dict[int | None, Tensor]] = {}
-    for layout, vector in zip(sync.layouts, vectors, strict=True):
-        for piece, place in layout.slices():
+    for flat, vector in zip(layout.layouts, vectors, strict=True):
+        for piece, place in flat.slices():
             shape = piece.tensor.shape if piece.row is None else piece.tensor.shape[1:]
             result.setdefault(id(piece.tensor), {})[piece.row] = vector[place].view(shape)
     return result
@@ -146,29 +120,29 @@ def pieces_of(
 
 @torch.no_grad()
 def from_parameters(
-    sync: OuterSync, tensors: Mapping[int, Tensor], vectors: Sequence[Tensor]
+    layout: ModelLayout, tensors: Mapping[int, Tensor], vectors: Sequence[Tensor]
 ) -> None:
-    """Fills vectors of all `sync.layouts` with what `by_parameter` returned; a collective."""
-    if sync.lane is not None:
-        targets = sync.lane.numbered(vectors)
-        for fragment in sync.lane.fragments:
-            found = sync.lane.pull(fragment, lambda parameter: tensors[id(parameter)])
+    """Fills vectors of all `layout.layouts` with what `by_parameter` returned; a collective."""
+    if layout.lane is not None:
+        targets = layout.lane.numbered(vectors)
+        for fragment in layout.lane.fragments:
+            found = layout.lane.pull(fragment, lambda parameter: tensors[id(parameter)])
             for number, flat in found.items():
                 targets[number].copy_(flat)
         return
-    for layout, vector in zip(sync.layouts, vectors, strict=True):
-        for piece, place in layout.slices():
+    for flat, vector in zip(layout.layouts, vectors, strict=True):
+        for piece, place in flat.slices():
             vector[place].copy_(piece.part_of(tensors[id(piece.tensor)]))
 
 
-def share_errors(sync: OuterSync) -> dict[str, Tensor]:
+def share_errors(state: OuterState) -> dict[str, Tensor]:
     """Error feedback of the sums that this rank encodes, by layout and bucket of the site: views.
 
     The same names and sizes with any number of ranks per site.
     """
-    size = wire.bucket_elements(sync.options.bucket_bytes)
+    size = wire.bucket_elements(state.layout.site.options.bucket_bytes)
     result = {}
-    for layout, feedback in zip(sync.layouts, sync.feedback, strict=True):
+    for layout, feedback in zip(state.layout.layouts, state.feedback, strict=True):
         if feedback.shares is None:
             continue
         at = 0

@@ -7,67 +7,68 @@ next forward pass in training, the next step of the same optimizer, or the meeti
 
 from __future__ import annotations
 
-import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 
-from fomoe_ext.outer.options import MeetingError
-from fomoe_ext.outer.routed import RoutedTokens
+from fomoe_ext.outer.driver import Driver
+from fomoe_ext.outer.errors import MeetingError
+from fomoe_ext.outer.gradients import Gradients
+from fomoe_ext.outer.local_steps import LocalSteps
+from fomoe_ext.outer.routed import RoutedTokens, TokenCounts
+from fomoe_ext.outer.state import OuterState
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-    from fomoe_ext.layer.moe import MoELayer
-    from fomoe_ext.outer.sync import OuterSync
-
-_WATCHES: weakref.WeakKeyDictionary[nn.Module, StepWatch] = weakref.WeakKeyDictionary()
+_WATCHES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[StepWatch]] = weakref.WeakKeyDictionary()
 
 
 class StepWatch:
-    """Watches the optimizers that hold parameters of an OuterSync's model, while that is there.
+    """Watches the optimizers that hold parameters of a model, while an OuterSync of it is there.
 
-    A later OuterSync of the same model takes over.
+    A later one of the same model takes over. Only its OuterSync keeps it: hooks refer to it weakly.
     """
 
-    def __init__(self, sync: OuterSync) -> None:
-        self._sync = weakref.ref(sync)
+    def __init__(
+        self,
+        state: OuterState,
+        steps: LocalSteps,
+        counts: TokenCounts,
+        gradients: Gradients,
+        driver: Driver,
+    ) -> None:
+        """`gradients`: reduces them before a step, with "ddp". `driver`: meets during a round."""
+        self._state, self._site, self._steps = state, state.layout.site, steps
+        self._counts, self._gradients, self._driver = counts, gradients, driver
         self._stepped: set[int] = set()
         """Optimizers of the step that is not taken note of yet."""
         self._unasked = False
         """Whether the last step was taken note of without `after_step`."""
-        self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self.since = 0
-        """Steps since the last meeting of a round, as far as that is known."""
-        self._warned = False
-        self._reductions = 0
-        """Reductions of gradients before that."""
-        layers = sync.moe_layers if sync.options.counts_tokens else []
-        self.counted = [False] * len(sync.moe_layers)
-        """By layer, whether any tokens were counted since its last meeting."""
-        self._routed = RoutedTokens(layers)
+        site = self._site
+        self._routed = RoutedTokens(site.moe_layers if site.options.counts_tokens else [])
         before, after = weakref.WeakMethod(self._before), weakref.WeakMethod(self._after)
         handles = [
             *self._routed.handles,
             register_optimizer_step_pre_hook(_Hook(before)),
             register_optimizer_step_post_hook(_Hook(after)),
         ]
-        if sync.options.staggered:
-            handles.append(sync.model.register_forward_pre_hook(_BeforePass(self)))
-        self._end = weakref.finalize(sync, _remove, handles)
+        if site.options.staggered:
+            handles.append(site.model.register_forward_pre_hook(_BeforePass(self)))
+        self._end = weakref.finalize(self, _remove, handles)
         self._end.atexit = False
-        earlier = _WATCHES.get(sync.model)
+        earlier = _watch_of(site.model)
         if earlier is not None:
             earlier.close()
-        _WATCHES[sync.model] = self
+        _WATCHES[site.model] = weakref.ref(self)
 
     def close(self) -> None:
         """Removes all hooks."""
@@ -75,10 +76,9 @@ class StepWatch:
 
     def holds(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer has parameters of the model."""
-        sync = self._sync()
-        if sync is None or not self._end.alive:
+        if not self._end.alive:
             return False
-        own = {id(parameter) for parameter in sync.model.parameters()}
+        own = {id(parameter) for parameter in self._site.model.parameters()}
         return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
 
     def _before(self, optimizer: Optimizer) -> None:
@@ -86,113 +86,76 @@ class StepWatch:
             return
         if id(optimizer) in self._stepped:
             self.catch_up()
-        sync = self._sync()
-        assert sync is not None
-        if sync.rule.name == "ddp" and not sync.reduction.used_by(optimizer, sync.model):
-            sync.reduce_gradients()
-            sync.reduction.used_by(optimizer, sync.model)
+        if self._site.rule.name == "ddp" and not self._gradients.used_by(optimizer):
+            self._gradients.reduce()
+            self._gradients.used_by(optimizer)
 
     def _after(self, optimizer: Optimizer) -> None:
         if self.holds(optimizer):
-            sync = self._sync()
-            assert sync is not None
-            self._seen.add(optimizer)
+            self._steps.optimizers.add(optimizer)
             self._stepped.add(id(optimizer))
             self._unasked = False
-            self._count(sync)
+            self._count()
 
     @property
     def waiting(self) -> bool:
         """Whether a step has not been taken note of yet."""
         return bool(self._stepped)
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a fragment is under way, or due."""
+        return self._driver.under_way or (self._site.options.staggered and self.waiting)
+
     def catch_up(self) -> None:
         """Takes note of a step for which `after_step` was not called."""
-        sync = self._sync()
-        if self._stepped and sync is not None:
+        if self._stepped:
             self._stepped.clear()
             self._unasked = True
-            self._note(sync)
+            self._note()
+
+    def take_in(self) -> None:
+        """Takes in all fragments that are under way, or due; a collective."""
+        self.catch_up()
+        self._driver.finish()
 
     def asked(self) -> None:
         """`OuterSync.after_step`: takes note of a step, unless that has been done."""
-        sync, late = self._sync(), self._unasked and not self._stepped
+        late = self._unasked and not self._stepped
         self._stepped.clear()
         self._unasked = False
-        if not late and sync is not None:
-            self._count(sync)
-            self._note(sync)
+        if not late:
+            self._count()
+            self._note()
 
-    def _count(self, sync: OuterSync) -> None:
-        """Takes note of the tokens routed in the passes that have led to a step."""
+    def _count(self) -> None:
         routed = self._routed.take()
         if routed is not None:
-            sync.tokens += routed
-            found = routed.any(1).tolist()
-            self.counted = [a or b for a, b in zip(self.counted, found, strict=True)]
+            self._counts.add(routed)
 
     @torch.no_grad()
-    def _note(self, sync: OuterSync) -> None:
-        since, options = self.since, sync.options
-        if options.staggered and since == options.local_steps:
-            raise MeetingError(f"step was not called after local_steps = {since} steps of a round")
-        sync._steps += 1
-        self.since = since + 1
-        if options.staggered:
-            sync.meet_parts()
-
-    def other_optimizer(self, named: Iterable[tuple[str, Tensor]]) -> str:
-        """Names a parameter that another optimizer than the inner one has trained, or is empty."""
-        sync = self._sync()
-        assert sync is not None
-        names = {id(parameter): name for name, parameter in named}
-        for optimizer in self._seen:
-            if optimizer is sync.inner_optimizer:
-                continue
-            held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-            if found := [names[key] for key in held if key in names]:
-                return f"{found[0]} was trained by another optimizer than inner_optimizer"
-        return ""
-
-    def steps_set(self) -> None:
-        """The number of steps is that of a checkpoint, or of others."""
-        sync = self._sync()
-        assert sync is not None
-        staggered = sync.options.staggered and sync.options.local_steps
-        self.since = sync.steps % staggered if staggered else 0
-
-    def missed(self) -> str:
-        """Names a call that was due before a meeting and missed, or is empty."""
-        sync = self._sync()
-        assert sync is not None
-        reduced = sync.reductions - self._reductions
-        if sync.rule.name == "ddp" and reduced < self.since:
-            return (
-                f"reduce_gradients is due before every step, was called {reduced} times in "
-                f"{self.since}"
+    def _note(self) -> None:
+        steps, options = self._steps, self._site.options
+        if options.staggered and steps.since == options.local_steps:
+            raise MeetingError(
+                f"step was not called after local_steps = {steps.since} steps of a round"
             )
-        return ""
-
-    def round_over(self) -> None:
-        """The sites have met at the end of a round."""
-        sync = self._sync()
-        assert sync is not None
-        if self.since and not self._warned:
-            self._warned = _warn_of_balance(sync.moe_layers)
-        self.since, self._reductions = 0, sync.reductions
+        steps.take()
+        if options.staggered:
+            self._driver.after_step()
 
     def unmet(self) -> str:
         """What of the model the sites have not agreed on, or is empty."""
-        sync = self._sync()
-        if sync is None or not self._end.alive or sync.placement.num_sites == 1:
+        site, layout = self._site, self._state.layout
+        if not self._end.alive or site.num_sites == 1:
             return ""
-        if sync.under_way:
+        if self.under_way:
             return "a fragment is under way: call OuterSync.finish first"
-        steps = self.since + self.waiting
-        if steps and sync.rule.name != "ddp":
+        steps = self._steps.since + self.waiting
+        if steps and site.rule.name != "ddp":
             return f"{steps} local steps have not met: call OuterSync.step first"
-        for layout, anchor in zip(sync.layouts, sync.anchors, strict=False):
-            for piece, place in layout.slices() if sync.options.apart else ():
+        for flat, anchor in zip(layout.layouts, self._state.anchors, strict=False):
+            for piece, place in flat.slices() if site.options.apart else ():
                 if not anchor[place].to(piece.tensor.dtype).equal(piece.values()):
                     return (
                         f"{piece.key} is this site's own: call OuterSync.copy_anchor_to_model first"
@@ -200,27 +163,15 @@ class StepWatch:
         return ""
 
 
-def _warn_of_balance(layers: Sequence[MoELayer]) -> bool:
-    """Warns where routers are to be balanced by bias and nobody does it."""
-    forgotten = [
-        layer
-        for layer in layers
-        if layer.balance == "bias"
-        and bool(layer.load_since_update.any())
-        and not bool(layer.router.selection_bias.any())
-    ]
-    if forgotten:
-        warnings.warn(
-            "balance = 'bias' needs MoELayer.update_selection_bias after every optimizer step; it "
-            f"has not moved the bias of {len(forgotten)} layers",
-            stacklevel=5,
-        )
-    return bool(forgotten)
+def _watch_of(model: nn.Module) -> StepWatch | None:
+    """That of a model's last OuterSync, where it is still there."""
+    found = _WATCHES.get(model)
+    return None if found is None else found()
 
 
 def unmet(model: nn.Module) -> str:
     """What of a model the sites that train it have not agreed on, or is empty."""
-    watch = _WATCHES.get(model)
+    watch = _watch_of(model)
     return "" if watch is None else watch.unmet()
 
 

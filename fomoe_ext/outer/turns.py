@@ -23,11 +23,11 @@ from fomoe_ext.placement.turns import Expert, GroupExperts, experts_of_turn
 
 if TYPE_CHECKING:
     from fomoe_ext.outer.options import OuterOptions
-    from fomoe_ext.outer.sync import OuterSync
 
 
 class TurnLayout(Layout):
-    """The pieces of a layout that are of no expert or of one of `experts`."""
+    """A layout of some of another's pieces, whose vectors stay those of the whole: the pieces that
+    are of no expert or of one of `experts`."""
 
     def __init__(self, whole: Layout, experts: Collection[Expert]) -> None:
         kept = [
@@ -99,11 +99,15 @@ def check_experts(pieces: Sequence[Piece], options: OuterOptions, ranks: int) ->
 
 
 def layouts_of_turn(
-    sync: OuterSync, layouts: Sequence[Layout], tokens: Tensor | None
+    layouts: Sequence[Layout],
+    options: OuterOptions,
+    round_index: int,
+    met: Tensor,
+    tokens: Tensor | None,
 ) -> list[Layout]:
-    """What of the layouts meets in the coming round. What one site alone holds costs nothing, and
-    meets every time. `tokens` [num_sites, L, E]: as all sites have counted them."""
-    options, met = sync.options, sync.met
+    """What of the layouts meets in a round. What one site alone holds costs nothing, and meets
+    every time. `met` [L, E]: when experts last did. `tokens` [num_sites, L, E]: as all sites have
+    counted them."""
 
     def chosen(layout: Layout) -> Layout:
         experts, owners = experts_of(layout), list(layout.group.owners)
@@ -112,7 +116,7 @@ def layouts_of_turn(
         trained = torch.zeros(met.shape) if tokens is None else tokens[owners].sum(0)
         of_turn = experts_of_turn(
             experts,
-            sync.round + 1,
+            round_index,
             options.expert_turns,
             options.turn_order,
             lambda expert: int(met[expert]),

@@ -19,7 +19,7 @@ from fomoe_ext.launch import inject
 from fomoe_ext.launch.processes import EXIT_STOPPED
 from fomoe_ext.launch.world import PeerLost, StopRequest
 from fomoe_ext.model.evaluate import Validation
-from fomoe_ext.outer.staged import MeetingLost
+from fomoe_ext.outer.errors import MeetingLost
 from fomoe_ext.plan import traffic as plan
 from fomoe_ext.plan.traffic import RoundNote
 from fomoe_ext.train.job_report import job_report

@@ -115,8 +115,8 @@ def moved_over(site: int, num_sites: int) -> None:
     old = sync.placement
     item = (0, old.resident(0, 0)[0])
     target = next(s for s in range(num_sites) if s not in old.owners(*item))
-    mine, here = Belongings.of(sync), items_of(sync)
-    biases = biases_of(sync)
+    mine, here = Belongings.of(sync.state), items_of(sync.layout)
+    biases = biases_of(sync.layout)
     assert mine.names() == ["anchor", "exp_avg", "exp_avg_sq", "momentum"]
     some = next(iter(item_ for item_ in here if item_ and item_[0] == 0))
     length = 4 * sum(p.numel for p in here[some]) + sum(p.numel for p in biases[some])
@@ -134,13 +134,13 @@ def moved_over(site: int, num_sites: int) -> None:
     sync2 = OuterSync(
         model2, new, site, inner_optimizer=inner2, groups=sync.groups, arriving=True, codec="int4"
     )
-    wanted = items_of(sync2)
+    wanted = items_of(sync2.layout)
     for found, vector in arrived.items():
-        mine.take(vector, wanted[found], biases_of(sync2)[found], mine.names())
-    mine.fill(sync2)
+        mine.take(vector, wanted[found], biases_of(sync2.layout)[found], mine.names())
+    mine.fill(sync2.state)
     sync2.round = sync.round
     sync2.verify()  # all holders, the new one too, have the same bits
-    own, before = Belongings.of(sync2), Belongings.of(sync)
+    own, before = Belongings.of(sync2.state), Belongings.of(sync.state)
     for what, tensors in before.tensors.items():
         for key, value in tensors.items():
             assert bits(own.tensors[what][key]) == bits(value), (what, key)
@@ -186,7 +186,7 @@ def kept_shadows(site: int, num_sites: int, scope: str, optimizer: str) -> dict[
     sync.step()
     shadows = Shadows()
     sent = shadows.refresh(sync)
-    expert = sum(p.numel for p in items_of(sync)[0, placement.resident(0, site)[0]])
+    expert = sum(p.numel for p in items_of(sync.layout)[0, placement.resident(0, site)[0]])
     row = model.layers[0].router.weight.shape[1]
     sizes = wire.Sizes(0, 0, expert - (row if scope == "resident" else 0), row)
     elements = wire.shadow_elements(
@@ -195,7 +195,7 @@ def kept_shadows(site: int, num_sites: int, scope: str, optimizer: str) -> dict[
     assert sent == wire.shadow_bytes(placement, site, elements)
     assert shadows.round == 1
     assert shadows.nbytes == wire.shadow_memory(placement, site, elements) > 0
-    mine, here, biases = Belongings.of(sync), items_of(sync), biases_of(sync)
+    mine, here, biases = Belongings.of(sync.state), items_of(sync.layout), biases_of(sync.layout)
     mine.tensors = {k: v for k, v in mine.tensors.items() if k in ("anchor", "momentum", "bias")}
     held = {i: bits(mine.vector(here[i], biases.get(i, []))) for i in here if i is not None}
     kept = {key: bits(shadows._vectors[key]) for key in shadows.experts}

@@ -11,7 +11,8 @@ from sites import pool
 from small_sync import make, take_steps
 
 from fomoe_ext.outer import MeetingError, OuterSync, staged
-from fomoe_ext.outer.staged import MeetingLost
+from fomoe_ext.outer.errors import MeetingLost
+from fomoe_ext.outer.staged import Staged
 from fomoe_ext.placement import Placement, wire
 
 
@@ -20,7 +21,7 @@ def all_bits(sync: OuterSync) -> list[bytes]:
     tensors = [p.detach() for p in sync.model.parameters()]
     tensors += sync.anchors + sync.momenta
     tensors += [v for f in sync.feedback for v in (f.own, f.shares) if v is not None]
-    tensors += [piece.values() for layout in sync.bias_layouts for piece in layout.pieces]
+    tensors += [piece.values() for layout in sync.layout.bias_layouts for piece in layout.pieces]
     return [bits(tensor.clone()) for tensor in tensors]
 
 
@@ -58,7 +59,7 @@ def broken_off(site: int, num_sites: int, where: str) -> list[bytes]:
     take_steps(model, inner, site, 1)
     before, sent = all_bits(sync), sync.bytes_sent
     if where:
-        module, name = {"exchange": (staged, "exchange"), "settle": (staged, "settle")}[where]
+        module, name = {"exchange": (staged, "exchange"), "settle": (Staged, "settle")}[where]
         right = getattr(module, name)
 
         def wrong(*args: Any, **more: Any) -> Any:
@@ -91,18 +92,18 @@ def applied_by_some(site: int, num_sites: int) -> list[bytes]:
     """Site 0 has applied; the others have heard of a failure after everything had arrived."""
     model, inner, sync = make(site, num_sites, codec="int4", staged=True)
     take_steps(model, inner, site, 0)
-    right = staged.settle
+    right = Staged.settle
     if site:
-        staged.settle = lambda *args, **more: (_ for _ in ()).throw(RuntimeError("gloo"))
+        Staged.settle = lambda *args, **more: (_ for _ in ()).throw(RuntimeError("gloo"))
     try:
         if site:
             with pytest.raises(MeetingLost):
                 sync.step()
         else:
-            sync._settled = lambda due: None  # the others do not come to compare
+            sync._driver.compare = lambda: None  # the others do not come to compare
             sync.step()
     finally:
-        staged.settle = right
+        Staged.settle = right
     if site:
         assert sync.pending is not None and sync.pending.arrived
         report = sync.settle(apply=True)

@@ -12,9 +12,9 @@ from fomoe_ext.fault.membership import read_current
 from fomoe_ext.files.json_values import from_json, loads
 from fomoe_ext.launch import messages
 from fomoe_ext.layer.mesh import SiteRanks
+from fomoe_ext.outer.announce import require_good
 from fomoe_ext.outer.codec import get_codec
-from fomoe_ext.outer.meeting import require_good
-from fomoe_ext.outer.options import MeetingError
+from fomoe_ext.outer.errors import MeetingError
 from fomoe_ext.outer.reduce import broken_seals, seal
 from fomoe_ext.placement import Placement, wire
 
@@ -28,9 +28,8 @@ def _status(raw: bytes) -> object:
     cut = raw[: wire.STATUS_BYTES]
     row[: len(cut)] = torch.frombuffer(bytearray(cut), dtype=torch.uint8) if cut else 0
     group = SimpleNamespace(size=2, gather_now=lambda own: (torch.stack([own, row]), 0))
-    groups = SimpleNamespace(everyone=(0, 1), group=lambda owners: group)
-    sync: Any = SimpleNamespace(groups=groups, ranks=SiteRanks(), site=0)
-    return require_good(sync, _MEETING, "")
+    site: Any = SimpleNamespace(everyone=group, ranks=SiteRanks(), index=0)
+    return require_good(site, _MEETING, "")
 
 
 _MEETING = "3.0 0123abcd"

@@ -210,11 +210,11 @@ def test_state_that_cannot_travel_is_refused() -> None:
     model = SmallModel(placement, 0)
     inner = torch.optim.Adafactor(model.parameters())
     sync = OuterSync(model, placement, 0, inner_optimizer=inner)
-    Belongings.of(sync)
+    Belongings.of(sync.state)
     give_gradients(model, 0, 0)
     inner.step()
     with pytest.raises(ValueError, match="but Adafactor keeps row_var of first"):
-        Belongings.of(sync)
+        Belongings.of(sync.state)
 
 
 @pytest.mark.parametrize("kind", ["Adafactor", "transformers' Adafactor", "AdamW", "Adagrad"])

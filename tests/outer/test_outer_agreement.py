@@ -173,9 +173,9 @@ def out_of_step(site: int, num_sites: int) -> tuple[str, str, int]:
     sync.round = 1
     placement = sync.placement
     if site == 0:
-        sync.placement = Placement.random(num_sites, EXPERTS, LAYERS, 2, seed=7)
+        sync.layout.placement = Placement.random(num_sites, EXPERTS, LAYERS, 2, seed=7)
     placements = refused(sync.step)
-    sync.placement = placement
+    sync.layout.placement = placement
     unchanged = all(bits(v) == bits(before[key]) for key, v in pieces(sync.model).items())
     assert unchanged
     return rounds, placements, sync.step().round  # nothing is broken

@@ -276,11 +276,11 @@ def test_fragments_that_never_land_are_told_of() -> None:
         sync.after_step()
     sync.step()
     with pytest.warns(UserWarning, match="finish was not called"):
-        warn_of_lost(sync._flights)
+        warn_of_lost(sync._driver.flights)
     sync.finish()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_lost(sync._flights)
+        warn_of_lost(sync._driver.flights)
 
 
 # ------------------------------------------------------------------------------- what tokens are

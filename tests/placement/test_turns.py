@@ -336,7 +336,7 @@ def resumed(site: int, num_sites: int, codec: str) -> Any:
             inner.step()
             sync.after_step()
             sync.step()
-        return sync.hashes(), sync.met.tolist(), [bits(p) for p in model.parameters()]
+        return sync.hashes(), sync.counts.met.tolist(), [bits(p) for p in model.parameters()]
 
     model, inner, sync = make()
     go_on(model, inner, sync, 0, 2)

@@ -223,16 +223,16 @@ def _own_load(patch: pytest.MonkeyPatch) -> None:
 
 def _own_norm(patch: pytest.MonkeyPatch) -> None:
     from fomoe_ext.layer.mesh import SiteRanks
-    from fomoe_ext.outer import gradients
+    from fomoe_ext.outer.gradients import Gradients
 
-    clip = gradients.clip_grad_norm
+    clip = Gradients.clip
 
-    def alone(sync: Any, max_norm: float) -> float:
+    def alone(gradients: Any, max_norm: float) -> float:
         with pytest.MonkeyPatch.context() as inside:
             inside.setattr(SiteRanks, "sum_", lambda ranks, tensor: tensor)
-            return clip(sync, max_norm)
+            return clip(gradients, max_norm)
 
-    patch.setattr(gradients, "clip_grad_norm", alone)
+    patch.setattr(Gradients, "clip", alone)
 
 
 def _forget_replicas(patch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,69 @@
+"""This site in meetings: what it trains, who it is, and by which rules it meets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fomoe_ext.layer.mesh import SiteRanks
+from fomoe_ext.outer.codec import get_codec
+from fomoe_ext.outer.groups import SiteGroup, SiteGroups
+from fomoe_ext.outer.layout import find_moe_layers
+from fomoe_ext.outer.optimizer import OuterRule
+from fomoe_ext.outer.options import OuterOptions
+
+
+@dataclass(eq=False)
+class Site:
+    """What stays the same from meeting to meeting.
+
+    model, inner_optimizer: what the local steps train, and how (None = unknown). ranks: the
+    processes of the site. groups: connections to the other sites. rule and codec: those that the
+    options name. moe_layers: the model's, in order.
+    """
+
+    model: nn.Module
+    inner_optimizer: torch.optim.Optimizer | None
+    ranks: SiteRanks
+    groups: SiteGroups
+    options: OuterOptions
+
+    def __post_init__(self) -> None:
+        options = self.options
+        self.rule = OuterRule.make(options.optimizer, options.outer_lr, options.outer_momentum)
+        self.codec = get_codec(options.codec, options.rounding)
+        self.moe_layers = [layer for _, layer in find_moe_layers(self.model)]
+
+    @property
+    def index(self) -> int:
+        """Which site this is."""
+        return self.ranks.site
+
+    @property
+    def num_sites(self) -> int:
+        """How many there are."""
+        return self.ranks.num_sites
+
+    @property
+    def everyone(self) -> SiteGroup:
+        """The group of all sites."""
+        return self.groups.group(self.groups.everyone)
+
+
+def connect(given: SiteGroups | None, ranks: SiteRanks, timeout_s: float) -> SiteGroups:
+    """New connections of a site, or those given. Raises ValueError where they are of another."""
+    num_sites, site, rank, size = ranks.num_sites, ranks.site, ranks.rank, ranks.size
+    groups = given or SiteGroups(num_sites, site, timeout_s, rank=rank, ranks=size)
+    if (groups.num_sites, groups.site) != (num_sites, site):
+        raise ValueError(
+            f"groups must be of site {site} of {num_sites}, got those of site "
+            f"{groups.site} of {groups.num_sites}"
+        )
+    if (groups.rank, groups.ranks) != (rank, size):
+        raise ValueError(
+            f"groups must be of rank {rank} of {size} of the site, got those of rank "
+            f"{groups.rank} of {groups.ranks}"
+        )
+    return groups
