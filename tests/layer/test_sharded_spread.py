@@ -365,29 +365,6 @@ def test_sharded_layer_tells_its_cut() -> None:
         assert found["allowed"] and found["aux"] and found["again"] and found["keys"]
 
 
-# ---- the benchmark of hot experts ----------------------------------------------------------------
-
-
-def benchmarked(rank: int, ranks: int) -> dict[str, Any]:
-    from common import Shape
-    from dispatch_site import Skewed
-
-    work = Skewed(mesh_of(ranks), Shape(24, 16, 8, 8, 2))
-    work.check()  # both cuts, forward and backward
-    cuts = {cut: dispatch.rank_experts for cut, dispatch in work.dispatches.items()}
-    return {"load": work.load, "sent": {cut: work.bytes_sent(cut) for cut in cuts}, **cuts}
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_sharded_benchmark_compares_cuts_of_one_load(ranks: int) -> None:
-    first, *others = pool().run(ranks, benchmarked)
-    assert all(found == first for found in others)
-    assert sum(first["load"]) == ranks * 24 * 2
-    assert first["chunks"] == spread_experts(range(8), ranks)
-    assert imbalance(first["spread"], first["load"]) < imbalance(first["chunks"], first["load"])
-    assert all(sent > 0 for sent in first["sent"].values())
-
-
 # ---- errors --------------------------------------------------------------------------------------
 
 
