@@ -18,9 +18,9 @@ if WORKERS > 1:
 import pytest  # noqa: E402
 
 # An assert that fails in a helper module shows its values, as one of a test module does.
-pytest.register_assert_rewrite(
-    *(path.stem for path in Path(__file__).parent.glob("**/*.py") if path.stem != "conftest")
-)
+_here = Path(__file__).parent
+_modules = {path.stem for path in (*_here.glob("*.py"), *_here.glob("*/*.py"))}
+pytest.register_assert_rewrite(*_modules - {"conftest", "__init__"})
 
 import small_job  # noqa: E402
 import torch  # noqa: E402

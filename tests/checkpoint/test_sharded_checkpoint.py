@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import pickle
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,159 +12,19 @@ import torch.distributed as dist
 from safetensors import safe_open
 from sites import pool
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from two_by_two import NAME, SHARED, no_unpickling, on_disk, rank_mesh, save, value, whole_tensors
 
 from fomoe_ext.checkpoint import manifest as ckpt
-from fomoe_ext.checkpoint import shards
 from fomoe_ext.checkpoint import writer as checkpoint_writer
-from fomoe_ext.checkpoint.reader import GlobalModelReader, load_state, load_tensors
-from fomoe_ext.checkpoint.reader import tensor_names as names_in_checkpoint
+from fomoe_ext.checkpoint.reader import GlobalModelReader, load_state, load_tensors, tensor_names
 from fomoe_ext.checkpoint.shards import (
     CheckpointError,
     read_tensors,
-    tensor_names,
     write_tensors,
 )
-from fomoe_ext.checkpoint.whole import newest_whole, require_whole
-from fomoe_ext.files.atomic import SEAL
+from fomoe_ext.checkpoint.whole import require_whole
 from fomoe_ext.files.tensors import INDEX
-
-NAME = ckpt.checkpoint_name(7)
-SHARED = {
-    "exp_avg/blocks.0.attention.qkv_weight": (8, 6),
-    "exp_avg/blocks.0.attention.out_weight": (7, 3),  # uneven shards
-    "exp_avg/blocks.0.norm.weight": (1, 5),  # an empty shard
-    "exp_avg/final_norm.weight": (9,),
-}
-"""Names after "site<s>/" and shapes of tensors that are sharded over a site's ranks."""
-
-
-def value(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """What a tensor of this name holds, the same in every process."""
-    seed = sum((i + 1) * ord(letter) for i, letter in enumerate(name))
-    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 1000
-    return numbers.to(dtype)
-
-
-def whole_tensors() -> dict[str, Tensor]:
-    """All tensors of two sites' training state, whole; one expert is on each rank."""
-    found = {}
-    for site in range(2):
-        for name, shape in SHARED.items():
-            found[f"site{site}/{name}"] = value(f"site{site}/{name}", shape)
-        for expert in range(2):
-            name = f"site{site}/exp_avg/blocks.0.moe.experts.{2 * site + expert}.expand_weight"
-            found[name] = value(name, (4, 6))
-        found[f"site{site}/step"] = torch.tensor(float(11 + site))
-        found[f"site{site}/tokens"] = value(f"site{site}/tokens", (2, 3), torch.int64)
-    for name, dtype in (("a", torch.float32), ("b", torch.bfloat16), ("c", torch.bool)):
-        found[f"momentum/{name}"] = value(f"momentum/{name}", (6, 4), dtype)
-    found["momentum/empty"] = torch.zeros(0, 4)
-    return found
-
-
-def on_disk(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dim() else tensor.view(1)
-
-
-def rank_mesh(num_sites: int) -> DeviceMesh:
-    """The ranks of this process's site, a part of the world."""
-    ranks = dist.get_world_size() // num_sites
-    mesh = init_device_mesh("cpu", (num_sites, ranks), mesh_dim_names=("site", "rank"))
-    return mesh["rank"]
-
-
-def tensors_of_rank(process: int) -> dict[str, Tensor]:
-    """What process site * 2 + rank of 2 x 2 gives to `write_tensors`."""
-    mesh, site, whole = rank_mesh(2), process // 2, whole_tensors()
-    own: dict[str, Tensor] = {}
-    for name, tensor in whole.items():
-        if name.partition("/")[2] in SHARED:
-            if name.startswith(f"site{site}/"):
-                own[name] = distribute_tensor(tensor, mesh, [Shard(0)])
-        elif "experts" in name:
-            if f"experts.{process}." in name:
-                own[name] = tensor.t().contiguous().t()  # not contiguous
-        elif name.startswith((f"site{site}/", "momentum/")):
-            own[name] = tensor
-    tied = whole["momentum/a"]
-    own["momentum/a"], own[f"tied/{process}"] = tied, tied  # one memory under two names
-    both = torch.stack([tied, tied + 1])
-    own[f"part/{process}"], own[f"part/{process}b"] = both[0], both[1]  # parts of one memory
-    return own
-
-
-@contextmanager
-def no_unpickling() -> Iterator[None]:
-    """Inside, whatever reads a pickle raises."""
-
-    def refused(*_: Any, **__: Any) -> Any:
-        raise AssertionError("a pickle is read")
-
-    kept = pickle.load, pickle.loads, pickle.Unpickler, torch.load
-    pickle.load = pickle.loads = pickle.Unpickler = torch.load = refused
-    try:
-        yield
-    finally:
-        pickle.load, pickle.loads, pickle.Unpickler, torch.load = kept
-
-
-def save(
-    process: int,
-    num_processes: int,
-    folder: Path,
-    shard_bytes: int = 1 << 30,
-    break_it: Callable[[int], dict[str, Any]] | None = None,
-    machines: bool = False,
-) -> str:
-    """A checkpoint of two sites of two ranks. `break_it` may change arguments, or torch."""
-    site, rank = divmod(process, 2)
-    if machines:
-        folder = folder / f"machine-{site}"
-        os.environ["LOCAL_RANK"] = str(rank)
-    arguments: dict[str, Any] = {
-        "state": {"site": site, "loss": math.inf} if rank == 0 else None,
-        "named": tensors_of_rank(process),
-        "tensors": [(f"model.{process}", value(f"model.{process}", (3, 2)))],
-    }
-    write = shards.write_synced
-    try:
-        arguments |= break_it(process) if break_it is not None else {}
-        path = checkpoint_writer.save_checkpoint(
-            folder,
-            NAME,
-            arguments["tensors"],
-            arguments["state"],
-            named=arguments["named"],
-            site=site,
-            num_sites=2,
-            rank=rank,
-            ranks_per_site=2,
-            round=3,
-            shard_bytes=shard_bytes,
-        )
-    except ckpt.CheckpointError as error:
-        return str(error)
-    finally:
-        shards.write_synced = write
-        os.environ.pop("LOCAL_RANK", None)
-    return path.name
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    """A checkpoint of 2 x 2 processes. Not to be changed."""
-    folder = tmp_path_factory.mktemp("saved")
-    assert pool().run(4, save, folder) == [NAME] * 4
-    return folder / NAME
-
-
-@pytest.fixture
-def copied(saved, tmp_path) -> Path:
-    shutil.copytree(saved, tmp_path / NAME)
-    return tmp_path / NAME
-
 
 # ---- resharding ----------------------------------------------------------------------------------
 
@@ -178,7 +32,7 @@ def copied(saved, tmp_path) -> Path:
 def test_one_process_reads_what_four_wrote(saved):
     """Names, shapes, bits; the bits of tensors that share memory or are not contiguous too."""
     whole = whole_tensors()
-    names = names_in_checkpoint(saved)
+    names = tensor_names(saved)
     assert {n: s for n, s in names.items() if n in whole} == {
         name: tuple(on_disk(tensor).shape) for name, tensor in whole.items()
     }
@@ -283,7 +137,7 @@ def test_nothing_at_all_is_a_checkpoint_too(tmp_path):
     path = checkpoint_writer.save_checkpoint(
         tmp_path, NAME, [("a", torch.ones(2))], {}, site=0, num_sites=1, round=0
     )
-    assert names_in_checkpoint(path) == {} and load_state(path, 0) == {}
+    assert tensor_names(path) == {} and load_state(path, 0) == {}
     load_tensors(path, {})
     with pytest.raises(CheckpointError, match=r"lacks \['b'\], it has no training"):
         load_tensors(path, {"b": torch.ones(2)})
@@ -300,7 +154,7 @@ def test_no_pickle_is_read_and_none_is_there(saved):
     with no_unpickling():
         require_whole(saved)
         assert load_state(saved, 1)["site"] == 1
-        assert names_in_checkpoint(saved)
+        assert tensor_names(saved)
         load_tensors(saved, {"site0/step": torch.zeros(())})
     files = {str(p.relative_to(saved)) for p in saved.rglob("*") if p.is_file()}
     assert {Path(file).suffix for file in files} == {".json", ".safetensors"}
@@ -352,182 +206,3 @@ def test_machines_that_share_no_folder_have_their_own_files(tmp_path):
     require_whole(here)
     load_tensors(here, {"site1/step": (step := torch.zeros(()))})
     assert step == 12
-
-
-# ---- failures ------------------------------------------------------------------------------------
-
-
-def full_disk(process: int) -> dict[str, Any]:
-    """Process 3 cannot write its tensors."""
-
-    def refused(*_: Any) -> Any:
-        raise OSError("no space left")
-
-    if process == 3:
-        shards.write_synced = refused
-    return {}
-
-
-def no_number(process: int) -> dict[str, Any]:
-    return {"state": {"a": [{1, 2}]}} if process == 2 else {}
-
-
-def no_state(process: int) -> dict[str, Any]:
-    return {"state": None} if process == 2 else {}
-
-
-def no_tensor(process: int) -> dict[str, Any]:
-    return {"named": {"a": 1.5}} if process == 1 else {}
-
-
-def partial_sum(process: int) -> dict[str, Any]:
-    from torch.distributed.tensor import Partial
-
-    mesh = rank_mesh(2)
-    return {"named": {"a": DTensor.from_local(torch.ones(3), mesh, [Partial()])}}
-
-
-def other_shape(process: int) -> dict[str, Any]:
-    """The processes do not agree on a tensor that all of them give."""
-    return {"named": {"a": torch.ones(3 + process)}}
-
-
-@pytest.mark.parametrize(
-    "break_it, message",
-    [
-        (full_disk, "site 1, rank 1: no space left"),
-        (no_number, r"site 1, rank 0: state\['a'\]\[0\] must be of numbers"),
-        (no_state, "site 1, rank 0: state must be given by rank 0"),
-        (no_tensor, "process 1: tensor a must be a Tensor, got float"),
-        (partial_sum, "process 2: tensor a is a partial sum"),
-        (other_shape, r"process 1 has a as torch.float32 of shape \[4\], process 0 as .*\[3\]"),
-    ],
-)
-def test_a_process_that_fails_leaves_nothing_new(copied, break_it, message):
-    """All processes say the same, and the checkpoint of that name that was there stays."""
-    before = {p: p.read_bytes() for p in copied.rglob("*") if p.is_file()}
-    answers = pool().run(4, save, copied.parent, 1 << 30, break_it)
-    for answer in answers:
-        assert answer.startswith("could not write checkpoint")
-        with pytest.raises(AssertionError, match=message):
-            raise AssertionError(answer)
-    assert [p.name for p in copied.parent.iterdir()] == [NAME]
-    assert {p: p.read_bytes() for p in copied.rglob("*") if p.is_file()} == before
-
-
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-8])
-
-
-def flip(file: Path, at: int = -3) -> None:
-    data = bytearray(file.read_bytes())
-    data[at] ^= 1
-    file.write_bytes(data)
-
-
-def flip_header(file: Path) -> None:
-    flip(file, 9)
-
-
-def long_header(file: Path) -> None:
-    flip(file, 6)
-
-
-def add_stray(file: Path) -> None:
-    shutil.copy(file, file.with_name("shard-00009-model-00001-of-00001.safetensors"))
-
-
-@pytest.mark.parametrize("process", [1, 4])
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (Path.unlink, "lacks training/shard-0000"),
-        (truncate, "training/shard-.* has .* bytes, wanted"),
-        (flip, "the content of training/shard-.* is damaged"),
-        (flip_header, "the header of training/shard-.* is damaged"),
-        (long_header, "the header of training/shard-.* is damaged"),
-        (add_stray, "shard-00009-model-00001-of-00001.safetensors in training is not its own"),
-    ],
-)
-def test_damage_is_found_and_named(copied, damage, message, process):
-    wanted = {name: torch.empty_like(tensor) for name, tensor in whole_tensors().items()}
-    load_tensors(copied, wanted)
-    (file,) = (copied / "training").glob(f"shard-{process:05d}*")
-    damage(file)
-    with pytest.raises(CheckpointError, match=message):
-        load_tensors(copied, wanted)
-
-
-def test_a_file_that_is_not_read_may_be_damaged(copied):
-    """What is read decides, not the whole checkpoint; the list of names is in the headers."""
-    names = names_in_checkpoint(copied)
-    (file,) = (copied / "training").glob("shard-00004*")
-    flip(file)
-    own = "site0/exp_avg/blocks.0.attention.qkv_weight"
-    load_tensors(copied, {own: (found := torch.empty(8, 6))})
-    assert torch.equal(found, value(own, (8, 6)))
-    assert names_in_checkpoint(copied) == names
-    with pytest.raises(CheckpointError, match=r"shard-00004.* is damaged"):
-        load_tensors(copied, {"site1/exp_avg/final_norm.weight": torch.empty(9)})
-    flip_header(file)
-    with pytest.raises(CheckpointError, match=r"the header of .*shard-00004.* is damaged"):
-        names_in_checkpoint(copied)
-
-
-def test_without_a_manifest_holes_are_found(copied):
-    folder = copied / "training"
-    wanted = {"site1/exp_avg/final_norm.weight": torch.empty(9)}
-    for file in folder.glob("shard-00003*"):
-        file.unlink()
-    with pytest.raises(CheckpointError, match=r"has not all of 1 tensors, \['site1/exp_avg/final"):
-        read_tensors(folder, wanted)
-    for file in folder.iterdir():
-        truncate(file)
-    with pytest.raises(CheckpointError, match=r"cannot read .*shard-00001.*it is damaged"):
-        tensor_names(folder)
-    with pytest.raises(CheckpointError, match="cannot read the tensors in"):
-        read_tensors(folder / "nothing", wanted)
-
-
-def test_other_names_shapes_and_types_are_refused(saved):
-    for wanted, message in (
-        ({"site2/step": torch.zeros(()), "x": torch.zeros(1)}, r"lacks 2 tensors, \['site2/step'"),
-        ({"momentum/a": torch.zeros(4, 6)}, r"momentum/a is .*\[6, 4\], wanted .*\[4, 6\]"),
-        ({"momentum/a": torch.zeros(6, 4).bfloat16()}, "is torch.float32 .* wanted torch.bfloat16"),
-    ):
-        with pytest.raises(CheckpointError, match=message):
-            load_tensors(saved, wanted)
-    with pytest.raises(ValueError, match=r"rank must be in \[0, 2\), got 2"):
-        checkpoint_writer.save_checkpoint(
-            saved.parent, NAME, [], {}, site=0, num_sites=1, rank=2, ranks_per_site=2, round=1
-        )
-
-
-def test_another_format_is_refused(copied):
-    manifest = json.loads((copied / ckpt.MANIFEST).read_text())
-    del manifest[SEAL]  # earlier versions sealed nothing
-    (copied / ckpt.MANIFEST).write_text(json.dumps(manifest | {"format": 1}))
-    with pytest.raises(CheckpointError, match="has format 1, this version reads 2"):
-        load_tensors(copied, {})
-
-
-def newest(process: int, num_processes: int, folder: Path, torn: str) -> list[Any]:
-    """With a copy of the newer checkpoint whose file is torn on the last process's machine."""
-    if process == num_processes - 1:
-        shutil.copytree(folder, other := folder.with_name("other"))
-        folder = other
-        truncate(folder / torn)
-    dist.barrier()
-    found = newest_whole(folder, num_processes)
-    return [found.path.name if found.path else None, found.skipped]
-
-
-def test_the_newest_is_one_that_all_processes_find_whole(copied):
-    newer = copied.with_name(ckpt.checkpoint_name(9))
-    shutil.copytree(copied, newer)
-    (file,) = (newer / "training").glob("shard-00004*")
-    answers = pool().run(4, newest, copied.parent, f"{newer.name}/training/{file.name}")
-    for name, (reason,) in answers:
-        assert name == NAME
-        assert f"{newer.name}: training/{file.name} has" in reason
-    assert newest_whole(copied.parent).path == newer

@@ -1,4 +1,4 @@
-"""A slow link: its words, counted delays, and sites in namespaces that the kernel shapes."""
+"""`fomoe_ext.link`: sites in namespaces that the kernel shapes, or with counted delays."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from pathlib import Path
 
@@ -17,74 +16,13 @@ import pytest
 
 import fomoe_ext
 from fomoe_ext import cli
-from fomoe_ext.config.links import describe, parse_link
-from fomoe_ext.launch.link import VARIABLE, CountedLink, active_link, link_variable
+from fomoe_ext.config.links import parse_link
+from fomoe_ext.launch.link import link_variable
 from fomoe_ext.launch.namespace import NamespaceError, Network, address
 from fomoe_ext.placement.wire import Link
 
 HOME = str(Path(fomoe_ext.__file__).parent.parent)
 COMMAND = [sys.executable, "-P", "-m", "fomoe_ext.link"]
-
-# ---- words ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text, link, words",
-    [
-        ("200mbit,50ms", Link(2e8, 0.05), "200 Mbit/s, 50 ms"),
-        ("1gbit", Link(1e9, 0.0), "1 Gbit/s"),
-        (" 2.5 Gbit , 300 US ", Link(2.5e9, 3e-4), "2.5 Gbit/s, 300 us"),
-        ("56kbit,1.5s", Link(56e3, 1.5), "56 kbit/s, 1.5 s"),
-        ("999bit,0ms", Link(999, 0.0), "999 bit/s"),
-        ("1e3mbit,.5us", Link(1e9, 5e-7), "1 Gbit/s, 0.5 us"),
-    ],
-)
-def test_links_are_read_and_told(text, link, words):
-    assert parse_link(text) == pytest.approx(link)
-    assert describe(link) == words
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", ",", "200", "mbit", "200mb", "200mbit,", "200mbit,50", "200mbit,50ms,1ms"),
-        *("50ms", "50ms,200mbit", "-1mbit", "0mbit", "0.1bit", "nanmbit", "infgbit", "1e999gbit"),
-        *("1..2mbit", "200mbit,-1ms", "200mbit;counted", "200mbit,1e999s"),
-    ],
-)
-def test_what_is_no_link_is_refused(text):
-    with pytest.raises(ValueError, match=r"link must be a rate .* such as 200mbit,50ms") as error:
-        parse_link(text)
-    assert repr(text) in str(error.value)
-
-
-@pytest.mark.parametrize("link", [Link(2e8, 0.05), Link(1e9, 0.0), Link(1e8 / 3, 1e-7 / 3)])
-def test_sites_read_what_the_launcher_wrote(link):
-    def read(mode):
-        return active_link({VARIABLE: link_variable(link, mode)})
-
-    counted, words = read("counted")
-    assert counted.link == link and counted.rate and words == f"{describe(link)}: counted delays"
-    counted, words = read("rate")
-    assert counted.link == link and not counted.rate
-    assert "rate by the kernel" in words and words.endswith("latency counted")
-    counted, words = read("kernel")
-    assert counted is None and words.startswith(describe(link)) and "by the kernel" in words
-    assert ("delay" in words) == (link.latency > 0)
-
-
-def test_without_a_launcher_the_link_of_the_job_is_counted():
-    assert active_link({}) == (None, "")
-    counted, words = active_link({}, Link(1e6, 0.1))
-    assert counted.link == Link(1e6, 0.1) and counted.rate and words.endswith("counted delays")
-    counted, _ = active_link({VARIABLE: link_variable(Link(2e6, 0), "counted")}, Link(1e6, 0.1))
-    assert counted.link == Link(2e6, 0)  # what the launcher has made counts
-
-
-@pytest.mark.parametrize("value", ["", "200mbit", "200mbit;", "200mbit;fast", "fast;counted"])
-def test_a_malformed_variable_is_named(value):
-    with pytest.raises(ValueError, match=VARIABLE):
-        active_link({VARIABLE: value})
 
 
 def test_needs_no_torch():
@@ -92,96 +30,6 @@ def test_needs_no_torch():
         "import sys, fomoe_ext.launch, fomoe_ext.launch.namespace; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-P", "-c", code], env=environment()).returncode == 0
-
-
-# ---- counted delays ------------------------------------------------------------------------------
-
-
-class Clock:
-    """A clock that moves when somebody sleeps, a little more than he wants."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-        self.slept: list[float] = []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.now += seconds
-
-
-def counted(clock: Clock, **kinds: bool) -> CountedLink:
-    """A link of 1000 bytes a second and half a second."""
-    return CountedLink(Link(8000, 0.5), clock=clock, sleep=clock.sleep, **kinds)
-
-
-def test_exchanges_take_the_uplink_one_after_the_other():
-    clock = Clock()
-    link = counted(clock)
-    assert link.send(1000) == 101.5
-    assert link.send(2000) == 103.5  # its bits follow; the latency is not added up
-    clock.now = 102.0
-    assert link.send(500) == 104.0  # the uplink is busy until 103
-    clock.now = 110.0
-    assert link.send(0) == 110.5
-    assert link.send(1000) == 111.5
-    assert link.ended(111.5) == 111.5
-
-
-def test_what_the_kernel_shapes_is_not_counted():
-    clock = Clock()
-    link = counted(clock, rate=False)
-    until = link.send(10**9)
-    assert until == link.send(1) == 100.5
-    clock.now = 107.0  # the kernel took 7 s for the bits: the last one has its latency before it
-    assert link.ended(until) == 107.5
-    clock.now = 100.0
-    assert link.ended(until) == 100.5
-    assert counted(clock, latency=False).send(1000) == 101.0
-
-
-def test_waiting_ends_at_the_time_and_not_before():
-    clock = Clock()
-    link = counted(clock)
-    clock.sleep = lambda seconds: Clock.sleep(clock, seconds / 2 + 0.01)  # wakes too early
-    link = counted(clock)
-    link.wait(101.0)
-    assert clock.now >= 101.0 and len(clock.slept) > 2
-    before = len(clock.slept)
-    link.wait(101.0)
-    link.wait(7.0)
-    assert len(clock.slept) == before
-
-
-def test_threads_share_the_uplink():
-    def clock() -> float:
-        time.sleep(0)  # lets another thread run, in the midst of `send`
-        return 0.0
-
-    link = CountedLink(Link(8.0, 0.0), clock=clock)
-    times: list[float] = []
-    gate = threading.Barrier(4)
-
-    def work() -> None:
-        gate.wait()
-        times.extend([link.send(1) for _ in range(250)])
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(times) == [float(i) for i in range(1, 1001)]
-
-
-@pytest.mark.parametrize("link", [Link(0, 0), Link(-1, 0), Link(1, -1)])
-def test_bad_links_and_sizes_are_named(link):
-    with pytest.raises(ValueError, match="link must have a bandwidth > 0"):
-        CountedLink(link)
-    with pytest.raises(ValueError, match="nbytes must be >= 0, got -1"):
-        CountedLink(Link(1, 0)).send(-1)
 
 
 # ---- sites on a link -----------------------------------------------------------------------------

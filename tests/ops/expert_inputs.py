@@ -112,7 +112,7 @@ def poison_memory() -> None:
 def op_arguments(
     inputs: Inputs, activation: str, grad: bool
 ) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """Name -> op and arguments, of every op of this file."""
+    """Name -> op and arguments, of every expert op."""
     table, number = inputs.table, ops.ACTIVATIONS[activation]
     x, weights, expand_weight, contract_weight = (
         t.clone().requires_grad_(grad)

@@ -373,7 +373,7 @@ def test_bad_input_of_bias_grad() -> None:
 
 
 def layer_with_biases(**changes: Any) -> Any:
-    """A layer of test_moe with biases that are not zero."""
+    """A small layer with biases that are not zero."""
     layer = small_layer.make(bias=True, **changes)
     with torch.no_grad():
         for at, bias in enumerate((layer.experts.expand_bias, layer.experts.contract_bias)):

@@ -1,0 +1,168 @@
+"""Meetings in two phases: held, then applied, or taken back by all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from outer_model import EXPERTS, LAYERS, SmallModel, bits
+from sites import pool
+from small_sync import make, take_steps
+
+from fomoe_ext.outer import MeetingError, OuterSync, staged
+from fomoe_ext.outer.staged import MeetingLost
+from fomoe_ext.placement import Placement, wire
+
+
+def all_bits(sync: OuterSync) -> list[bytes]:
+    """Everything that a meeting may change."""
+    tensors = [p.detach() for p in sync.model.parameters()]
+    tensors += sync.anchors + sync.momenta
+    tensors += [v for f in sync.feedback for v in (f.own, f.shares) if v is not None]
+    tensors += [piece.values() for layout in sync.bias_layouts for piece in layout.pieces]
+    return [bits(tensor.clone()) for tensor in tensors]
+
+
+def staged_and_not(site: int, num_sites: int, options: dict[str, Any]) -> None:
+    plain = make(site, num_sites, **options)
+    two_phase = make(site, num_sites, staged=True, **options)
+    for index in range(3):
+        for model, inner, sync in (plain, two_phase):
+            take_steps(model, inner, site, index)
+            wanted = sync.predicted_bytes()
+            assert sync.step().bytes_sent == wanted
+        assert all_bits(plain[2]) == all_bits(two_phase[2])
+    sent = two_phase[2].bytes_sent - plain[2].bytes_sent
+    assert sent == 3 * (num_sites - 1) * wire.COMMIT_BYTES
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "diloco", "codec": "int4"},
+        {"optimizer": "fedavg", "codec": "topk", "scope": "resident"},
+        {"optimizer": "local-adamw", "codec": "int8", "moment_periods": (1, 2)},
+        {"optimizer": "diloco", "codec": "fp32", "bucket_bytes": 4 * 787},
+    ],
+)
+def test_a_staged_meeting_gives_the_same_bits(options: dict[str, Any]) -> None:
+    pool().run(3, staged_and_not, options)
+
+
+def broken_off(site: int, num_sites: int, where: str) -> list[bytes]:
+    """A meeting that fails at one site, taken back and held again; what all have then."""
+    model, inner, sync = make(site, num_sites, codec="int4", staged=True)
+    take_steps(model, inner, site, 0)
+    sync.step()
+    take_steps(model, inner, site, 1)
+    before, sent = all_bits(sync), sync.bytes_sent
+    if where:
+        module, name = {"exchange": (staged, "exchange"), "settle": (staged, "settle")}[where]
+        right = getattr(module, name)
+
+        def wrong(*args: Any, **more: Any) -> Any:
+            if where == "exchange":
+                right(*args, **more)
+            raise RuntimeError("gloo: connection closed")
+
+        setattr(module, name, wrong)
+        try:
+            with pytest.raises(MeetingLost, match="connection closed"):
+                sync.step()
+        finally:
+            setattr(module, name, right)
+        assert sync.round == 1 and sync.bytes_sent == sent
+        assert sync.settle(apply=False) is None
+        assert all_bits(sync) == before
+        assert sync.settle(apply=False) is None  # there is none any more
+    sync.step()
+    assert sync.round == 2
+    return all_bits(sync)
+
+
+def test_a_meeting_that_broke_off_is_taken_back_and_held_again() -> None:
+    straight = pool().run(3, broken_off, "")
+    assert pool().run(3, broken_off, "exchange") == straight
+    assert pool().run(3, broken_off, "settle") == straight
+
+
+def applied_by_some(site: int, num_sites: int) -> list[bytes]:
+    """Site 0 has applied; the others have heard of a failure after everything had arrived."""
+    model, inner, sync = make(site, num_sites, codec="int4", staged=True)
+    take_steps(model, inner, site, 0)
+    right = staged.settle
+    if site:
+        staged.settle = lambda *args, **more: (_ for _ in ()).throw(RuntimeError("gloo"))
+    try:
+        if site:
+            with pytest.raises(MeetingLost):
+                sync.step()
+        else:
+            sync._settled = lambda due: None  # the others do not come to compare
+            sync.step()
+    finally:
+        staged.settle = right
+    if site:
+        assert sync.pending is not None and sync.pending.arrived
+        report = sync.settle(apply=True)
+        assert report is not None and report.round == 1
+    assert sync.round == 1
+    sync.verify()
+    return all_bits(sync)
+
+
+def test_what_some_have_applied_all_can_apply() -> None:
+    straight = pool().run(3, _one_meeting)
+    assert pool().run(3, applied_by_some) == straight
+
+
+def _one_meeting(site: int, num_sites: int) -> list[bytes]:
+    model, inner, sync = make(site, num_sites, codec="int4", staged=True)
+    take_steps(model, inner, site, 0)
+    sync.step()
+    return all_bits(sync)
+
+
+def not_arrived(site: int, num_sites: int) -> str:
+    model, inner, sync = make(site, num_sites, staged=True)
+    take_steps(model, inner, site, 0)
+    right = staged.exchange
+    staged.exchange = lambda *args, **more: (_ for _ in ()).throw(RuntimeError("gloo"))
+    try:
+        with pytest.raises(MeetingLost):
+            sync.step()
+    finally:
+        staged.exchange = right
+    with pytest.raises(ValueError, match="not all of the pending meeting has arrived") as caught:
+        sync.settle(apply=True)
+    sync.settle(apply=False)
+    return str(caught.value)
+
+
+def test_what_has_not_arrived_cannot_be_applied() -> None:
+    pool().run(2, not_arrived)
+
+
+def nan_everywhere(site: int, num_sites: int) -> None:
+    model, inner, sync = make(site, num_sites, staged=True)
+    take_steps(model, inner, site, 0)
+    with torch.no_grad():
+        if site == 1:
+            model.first[0, 0] = float("nan")
+    before = all_bits(sync)
+    with pytest.raises(MeetingError, match="site 1: the value of first is NaN") as caught:
+        sync.step()
+    assert not isinstance(caught.value, MeetingLost)
+    assert all_bits(sync) == before and sync.pending is None
+
+
+def test_a_refused_staged_meeting_changes_nothing() -> None:
+    pool().run(2, nan_everywhere)
+
+
+def test_staged_is_refused_where_meetings_are_spread_over_a_round() -> None:
+    placement = Placement.cyclic(1, EXPERTS, LAYERS, 1)
+    for options in ({"optimizer": "ddp"}, {"fragments": 2, "local_steps": 4}):
+        with pytest.raises(ValueError, match="staged, site_mean = tokens and clip_delta need"):
+            OuterSync(SmallModel(placement, 0), placement, 0, staged=True, **options)

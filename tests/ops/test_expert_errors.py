@@ -1,0 +1,153 @@
+"""What the expert verbs say to bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from expert_inputs import SIZES, Inputs, make, op_arguments
+from torch import Tensor
+
+from fomoe_ext import ops
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def changed_table(inputs: Inputs, **changes: Any) -> ops.RowTable:
+    """A copy of the row table with some entries overwritten: name=(position, value)."""
+    copies = {name: tensor.clone() for name, tensor in inputs.table._asdict().items()}
+    for name, (position, value) in changes.items():
+        copies[name].view(-1)[position] = value
+    return ops.RowTable(**copies)
+
+
+BAD = [
+    ("x", lambda i: i.x[0], r"x: has shape \[37\], wanted \[\*, \*\]"),
+    ("x", lambda i: i.x[:, :30], "expand_weight: has shape"),
+    ("x", lambda i: i.x.double(), "x: has dtype float64, wanted float32 or bfloat16 or float16"),
+    ("x", lambda i: i.x.long(), "x: has dtype int64"),
+    ("x", lambda i: i.x[:50], "weights: has shape"),
+    ("x", lambda i: i.x.bfloat16(), "expand_weight: has dtype float32, wanted bfloat16 as x"),
+    ("weights", lambda i: i.weights.half(), "weights: has dtype float16, wanted float32"),
+    ("weights", lambda i: i.weights[:, :2], "token_of_row: has 159 rows, wanted tokens"),
+    ("weights", lambda i: i.weights[0], r"weights: has shape \[3\]"),
+    ("expand_weight", lambda i: i.expand_weight[:, :41], "expand_weight: .* wanted an even size"),
+    ("expand_weight", lambda i: i.expand_weight[0], "expand_weight: has shape"),
+    ("expand_weight", lambda i: i.expand_weight.bfloat16(), "expand_weight: has dtype bfloat16"),
+    ("expand_weight", lambda i: i.expand_weight[:2], "contract_weight: has shape"),
+    ("contract_weight", lambda i: i.contract_weight[:, :, :5], "contract_weight: has shape"),
+    ("contract_weight", lambda i: i.contract_weight.half(), "contract_weight: has dtype float16"),
+    ("activation", lambda i: "tanh", "activation: got 'tanh', wanted one of swiglu"),
+    (
+        "table",
+        lambda i: changed_table(i, offsets=(0, 1)),
+        "offsets: starts at 1, wanted 0",
+    ),
+    ("table", lambda i: changed_table(i, offsets=(1, 1000)), "offsets: falls from 1000"),
+    ("table", lambda i: changed_table(i, offsets=(3, 160)), "offsets: ends at 160"),
+    ("table", lambda i: changed_table(i, token_of_row=(2, 53)), "token_of_row: has 53 at row 2"),
+    ("table", lambda i: changed_table(i, token_of_row=(2, -1)), "token_of_row: has -1 at row 2"),
+    ("table", lambda i: changed_table(i, slot_of_row=(0, 159)), "slot_of_row: has 159 at row 0"),
+    ("table", lambda i: changed_table(i, row_of_slot=(7, 159)), "row_of_slot: has 159 at slot 7"),
+    ("table", lambda i: changed_table(i, row_of_slot=(7, -2)), "row_of_slot: has -2 at slot 7"),
+    (
+        "table",
+        lambda i: i.table._replace(offsets=i.table.offsets.long()),
+        "offsets: has dtype int64, wanted int32",
+    ),
+    (
+        "table",
+        lambda i: i.table._replace(token_of_row=i.table.token_of_row.float()),
+        "token_of_row: has dtype float32",
+    ),
+    ("table", lambda i: i.table._replace(offsets=i.table.offsets[:3]), "offsets: has shape"),
+    ("table", lambda i: i.table._replace(tiles=i.table.tiles.long()), "tiles: has dtype int64"),
+    ("table", lambda i: i.table._replace(tiles=i.table.offsets), "tiles: has shape"),
+    ("table", lambda i: i.table._replace(slot_of_row=i.table.slot_of_row[:9]), "slot_of_row: has"),
+    ("table", lambda i: i.table._replace(row_of_slot=i.table.row_of_slot[:9]), "row_of_slot: has"),
+]
+
+
+@pytest.mark.parametrize("argument, change, message", BAD, ids=[f"{b[0]}: {b[2]}" for b in BAD])
+def test_bad_input_of_moe_experts(
+    argument: str, change: Callable[[Inputs], Any], message: str
+) -> None:
+    inputs = make(SIZES["odd"])
+    arguments = inputs._asdict() | {"activation": "swiglu"}
+    ops.moe_experts(**arguments)
+    arguments[argument] = change(inputs)
+    with pytest.raises(ValueError, match=message):
+        ops.moe_experts(**arguments)
+
+
+def test_bad_input_of_single_verbs() -> None:
+    inputs = make(SIZES["odd"])
+    x, table = inputs.x, inputs.table
+    act = torch.zeros(table.token_of_row.shape[0], 21)
+    wrong = [
+        (lambda: ops.expand(x[0], inputs.expand_weight, table), "x: has shape"),
+        (lambda: ops.expand(x.int(), inputs.expand_weight, table), "x: has dtype int32"),
+        (lambda: ops.expand(x, inputs.expand_weight[:2], table), "offsets: has shape"),
+        (lambda: ops.expand(x, inputs.expand_weight.half(), table), "expand_weight: has dtype"),
+        (lambda: ops.expand(x[:40], inputs.expand_weight, table), "row_of_slot: has shape"),
+        (lambda: ops.expand(x, inputs.expand_weight, table, "relu"), "activation: got 'relu'"),
+        (lambda: ops.contract(act[0], inputs.contract_weight, table), "act: has shape"),
+        (lambda: ops.contract(act.double(), inputs.contract_weight, table), "act: has dtype"),
+        (lambda: ops.contract(act[:9], inputs.contract_weight, table), "offsets: ends at"),
+        (lambda: ops.contract(act, inputs.contract_weight[0], table), "contract_weight: has"),
+        (lambda: ops.contract(act, inputs.contract_weight[:1], table), "offsets: has shape"),
+        (lambda: ops.is_gated("relu"), "activation: got 'relu'"),
+    ]
+    for call, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_bad_input_of_backward_ops() -> None:
+    inputs = make(SIZES["odd"])
+    arguments = op_arguments(inputs, "swiglu", grad=False)
+
+    def call(name: str, at: int, change: Callable[[Tensor], Any]) -> None:
+        op, given = arguments[name]
+        op(*given[:at], change(given[at]), *given[at + 1 :])
+
+    wrong = [
+        ("moe_experts_backward", 0, lambda t: t[:, :5].contiguous(), "grad_y: has shape"),
+        ("moe_experts_backward", 0, lambda t: t.half(), "grad_y: has dtype float16"),
+        ("moe_experts_backward", 0, lambda t: t.T.contiguous().T, "grad_y: is not contiguous"),
+        ("moe_experts_backward", 12, lambda t: t[:4], "preact: has shape"),
+        ("moe_experts_backward", 12, lambda t: t.double(), "preact: has dtype float64"),
+        ("moe_experts_backward", 13, lambda t: 6, "activation: got 6, wanted 0 .. 5"),
+        ("contract_backward", 0, lambda t: t[:, :5].contiguous(), "contract_weight: has shape"),
+        ("contract_backward", 3, lambda t: t[:, :5].contiguous(), "preact: has shape"),
+        ("contract_backward", 4, lambda t: t[:3], "weights: has shape"),
+        ("contract_backward", 5, lambda t: t.long(), "token_of_row: has dtype int64"),
+        ("grouped_rows", 0, lambda t: t[0], "rows: has shape"),
+        ("grouped_rows", 1, lambda t: t[:, :3].contiguous(), "weight: has shape"),
+        ("grouped_rows", 2, lambda t: t[:2], "offsets: has shape"),
+        ("grouped_rows", 3, lambda t: t.long(), "tiles: has dtype int64, wanted int32"),
+        ("grouped_rows", 3, lambda t: t.view(-1), "tiles: has shape"),
+        ("weight_grad", 0, lambda t: t[0], "left: has shape"),
+        ("weight_grad", 0, lambda t: t[:5], "offsets: ends at|left: has 5 rows"),
+        ("weight_grad", 1, lambda t: t.half(), "right: has dtype float16"),
+        ("weight_grad", 1, lambda t: t[:5], "right_index: has"),
+        ("weight_grad", 4, lambda t: t[:0], "offsets: is empty"),
+        ("activation_backward", 0, lambda t: t[0], "grad_act: has shape"),
+        ("activation_backward", 1, lambda t: t[:, :9].contiguous(), "preact: has shape"),
+        ("activation_backward", 2, lambda t: t[:0], "offsets: is empty"),
+        ("activation_backward", 3, lambda t: -1, "activation: got -1"),
+    ]
+    for name, at, change, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            call(name, at, change)
+
+
+def test_a_backward_without_saved_pre_activations_says_so() -> None:
+    inputs = make(SIZES["odd"])
+    for name in ("expand", "moe_experts"):
+        op, arguments = op_arguments(inputs, "swiglu", grad=True)[name]
+        y, _ = op(*arguments[:-1], False)
+        with pytest.raises(RuntimeError, match="save_preact: was False"):
+            y.sum().backward()
