@@ -21,7 +21,8 @@ from fomoe_ext.ops import native
 pytest.importorskip("transformers")
 
 from fomoe_ext import hf
-from fomoe_ext.hf.convert import converted_layers, share_with_block
+from fomoe_ext.hf.converted import converted_layers
+from fomoe_ext.hf.restore import share_with_block
 
 DEVICE = "cuda" if native.cuda_loaded else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32

@@ -1,4 +1,5 @@
-"""Text as tokens: found, read, tokenised, and cut into training batches.
+"""Text as tokens: text finds and reads it, cache keeps the tokens, sequences cuts batches.
 
-May import config and files. Knows no model and no site but by its number.
+A text is a file, a line of a .jsonl file or a row of a parquet file. Tokens are bytes, or those of
+a `tokenizers` file. May import config and files. Knows no model and no site but by its number.
 """

@@ -1,9 +1,4 @@
-"""Text as tokens: from files to memory-mapped token arrays, and from there to training batches.
-
-A text is a file, a line of a .jsonl file or a row of a parquet file. Texts go to training or to
-validation by a hash of their relative path (and line or row), so the split is the same on every
-machine. Tokens are bytes, or those of a `tokenizers` file. They are encoded once into a cache
-folder (under a temporary name, then renamed) and memory-mapped from there.
+"""Token arrays as training batches.
 
 Batches are rows of an endless stream of windows: each epoch holds every window of `seq_len + 1`
 tokens once, in an order drawn from (seed, epoch). A step of N sites with B sequences each takes the
@@ -14,45 +9,21 @@ is to resume from.
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import math
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fomoe_ext.data.text import (
-    FoundTexts,
-    TextUnit,
-    Tokenizer,
-    find_texts,
-    load_tokenizer,
-    read_texts,
-)
-from fomoe_ext.files.atomic import sealed, unsealed
-from fomoe_ext.files.json_values import loads
+from fomoe_ext.data.cache import SPLITS, Encoding, encode, hash64
+from fomoe_ext.data.text import find_texts, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
 
     from fomoe_ext.config.job import TrainConfig
-
-_FORMAT = 1  # of the cache; raise it when the encoding changes
-_SPLITS = ("train", "val")
-
-
-def _hash(*parts: object) -> int:
-    """A 64-bit hash of the parts' text that is the same everywhere."""
-    text = "\0".join(map(str, parts)).encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
 
 
 def _permutation(size: int, *key: object) -> np.ndarray:
@@ -62,7 +33,7 @@ def _permutation(size: int, *key: object) -> np.ndarray:
     that sites with different numpy versions agree.
     """
     z = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    z += np.uint64(_hash(*key))
+    z += np.uint64(hash64(*key))
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.argsort(z ^ (z >> np.uint64(31)), kind="stable")
@@ -237,189 +208,6 @@ class TextData:
         return nats_per_token / math.log(2) / self.val.bytes_per_token
 
 
-class _Unwritable(Exception):
-    """The cache cannot be written: `path` and, as an OSError, why."""
-
-    def __init__(self, path: Path, error: OSError) -> None:
-        super().__init__(path, error)
-        self.path, self.error = path, error
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Inside, OSErrors are the cache's, not the text's."""
-    try:
-        yield
-    except OSError as error:
-        raise _Unwritable(path, error) from error
-
-
-class _SplitWriter:
-    """Appends the tokens of texts to one split's file (None = in memory) and counts bytes and
-    tokens."""
-
-    def __init__(self, path: Path | None, dtype: np.dtype) -> None:
-        self.path = path or Path()
-        with _writing(self.path):
-            self.file: BinaryIO = io.BytesIO() if path is None else path.open("wb")
-        self.dtype = dtype
-        self.hash = hashlib.sha256()
-        self.tokens = self.bytes = 0
-
-    def add(self, tokens: np.ndarray, num_bytes: int) -> None:
-        packed = np.ascontiguousarray(tokens, dtype=self.dtype)
-        with _writing(self.path):
-            self.file.write(packed)
-        self.hash.update(packed)
-        self.tokens += packed.size
-        self.bytes += num_bytes
-
-    def close(self) -> dict[str, Any]:
-        with _writing(self.path):
-            if not isinstance(self.file, io.BytesIO):
-                self.file.close()
-        return {"tokens": self.tokens, "bytes": self.bytes, "hash": self.hash.hexdigest()}
-
-
-def _goes_to_validation(name: str, fraction: float) -> bool:
-    return _hash("split", name) < fraction * 2**64
-
-
-def _encode(
-    writers: dict[str, _SplitWriter],
-    units: Sequence[TextUnit],
-    tokenizer: Tokenizer,
-    text_field: str,
-    fraction: float,
-    cut_each_text: bool,
-) -> dict[str, Any]:
-    """Encode all texts into both splits; returns the counts per split."""
-    for unit in units:
-        for name, chunks in read_texts(unit, text_field):
-            target = "val" if _goes_to_validation(name, fraction) else "train"
-            target = unit.split or target
-            if cut_each_text and unit.split is None:
-                text = "".join(chunks)
-                cut = len(text) - round(len(text) * fraction)
-                parts = {"train": [text[:cut]], "val": [text[cut:]]}
-            else:
-                parts = {target: chunks}
-            for split, pieces in parts.items():
-                for piece in pieces:
-                    try:
-                        tokens = tokenizer.encode(piece)
-                    except ValueError as error:
-                        raise ValueError(f"{unit.path} ({name}): {error}") from None
-                    writers[split].add(tokens, len(piece.encode()))
-                writers[split].add(tokenizer.separator, 0)
-    return {split: writer.close() for split, writer in writers.items()}
-
-
-def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
-    """The smallest unsigned integer type that holds ids below `vocab_size`."""
-    return np.uint8 if vocab_size <= 1 << 8 else np.uint16 if vocab_size <= 1 << 16 else np.uint32
-
-
-def _too_short(counts: dict[str, Any], seq_len: int) -> str | None:
-    return next((split for split in _SPLITS if counts[split]["tokens"] <= seq_len), None)
-
-
-def _encode_splits(
-    make: Callable[[str], _SplitWriter],
-    found: FoundTexts,
-    tokenizer: Tokenizer,
-    text_field: str,
-    fraction: float,
-    seq_len: int,
-) -> tuple[dict[str, _SplitWriter], dict[str, Any]]:
-    """Encode all texts by writers made for the splits; these, and the counts per split."""
-    writers: dict[str, _SplitWriter] = {}
-    # Few files may leave one side empty: then every text gives its last part to validation.
-    for cut_each_text in (False, True):
-        writers = {split: make(split) for split in _SPLITS}
-        counts = _encode(writers, found.units, tokenizer, text_field, fraction, cut_each_text)
-        if not _too_short(counts, seq_len):
-            return writers, counts
-    short = _too_short(counts, seq_len)
-    total = sum(counts[split]["tokens"] for split in _SPLITS)
-    raise ValueError(
-        f"data is too short: {total} tokens in {len(found.units)} files "
-        f"({found.description}) leave {counts[short]['tokens']} for the "
-        f"{'validation' if short == 'val' else 'training'} split, and one sequence "
-        f"needs seq_len + 1 = {seq_len + 1}"
-    )
-
-
-def _fill_cache(
-    target: Path,
-    found: FoundTexts,
-    tokenizer: Tokenizer,
-    text_field: str,
-    fraction: float,
-    seq_len: int,
-) -> None:
-    """Encode into a temporary folder beside `target`, then rename it. Raises _Unwritable."""
-    with _writing(target.parent):
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise ValueError(f"cache_dir {target.parent} must be a folder, or a new one") from None
-        temporary = Path(tempfile.mkdtemp(prefix=".encoding-", dir=target.parent))
-    dtype = np.dtype(token_dtype(tokenizer.vocab_size))
-    make = lambda split: _SplitWriter(temporary / f"{split}.bin", dtype)
-    try:
-        _, counts = _encode_splits(make, found, tokenizer, text_field, fraction, seq_len)
-        with _writing(temporary):
-            (temporary / "meta.json").write_text(json.dumps(sealed(counts)), encoding="utf-8")
-        try:
-            os.rename(temporary, target)
-        except OSError as error:
-            if target.is_dir() and not (target / "meta.json").exists():
-                raise _damaged(target, "no meta.json") from None
-            if not target.is_dir():  # else another process was first: use its files
-                raise _Unwritable(target, error) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _damaged(folder: Path, what: str) -> ValueError:
-    return ValueError(f"token cache {folder} is damaged ({what}): delete it and start again")
-
-
-def _cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
-    if cache_dir is not None:
-        return Path(cache_dir)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "fomoe" / "tokens"
-
-
-def _read_counts(folder: Path) -> dict[str, Any]:
-    """What `_encode` returned for this cache folder."""
-    try:
-        counts = unsealed(loads((folder / "meta.json").read_bytes()), "meta.json")
-        for split in _SPLITS:
-            for name, kind in (("tokens", int), ("bytes", int), ("hash", str)):
-                if type(counts[split][name]) is not kind:
-                    raise ValueError(f"{name} of {split}")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise _damaged(folder, "meta.json") from None
-    return counts
-
-
-def _map_tokens(
-    folder: Path, split: str, counts: dict[str, Any], dtype: np.dtype, check: bool
-) -> np.ndarray:
-    path = folder / f"{split}.bin"
-    wanted = counts[split]["tokens"] * dtype.itemsize
-    whole = path.exists() and path.stat().st_size == wanted
-    if whole and check:
-        with path.open("rb") as file:
-            whole = hashlib.file_digest(file, "sha256").hexdigest() == counts[split]["hash"]
-    if not whole:
-        raise _damaged(folder, path.name)
-    return np.memmap(path, dtype=dtype, mode="r")
-
-
 def open_job_data(config: TrainConfig, *, check: bool = True) -> TextData:
     """The text of a training job; `check` and errors as in `open_data`."""
     data = config.data
@@ -473,45 +261,20 @@ def open_data(
     found = find_texts(paths or None, split="train" if val_paths else None)
     if val_paths:
         found = found.without_those_of(held := find_texts(val_paths, split="val")) + held
-    key = hashlib.sha256()
-    for unit in found.units:
-        stat = unit.path.stat()
-        key.update(repr((str(unit.path), unit.name, unit.split, stat.st_size)).encode())
-        key.update(repr(stat.st_mtime_ns).encode())
-    key.update(repr((_FORMAT, coder.fingerprint, text_field, validation_fraction)).encode())
-    key.update(repr(seq_len).encode())  # decides whether a split is too short
-    folder = _cache_root(cache_dir) / key.hexdigest()[:24]
-    dtype = np.dtype(token_dtype(coder.vocab_size))
-    how = coder, text_field, validation_fraction, seq_len
-    uncached = None
-    try:
-        if not (folder / "meta.json").exists():
-            _fill_cache(folder, found, *how)
-        counts = _read_counts(folder)
-        arrays = [_map_tokens(folder, split, counts, dtype, check) for split in _SPLITS]
-    except _Unwritable as problem:
-        uncached = str(problem.path), str(problem.error.strerror or problem.error)
-        writers, counts = _encode_splits(lambda split: _SplitWriter(None, dtype), found, *how)
-        arrays = [_in_memory(writers[split], dtype) for split in _SPLITS]
+    how = Encoding(coder, text_field, validation_fraction, seq_len)
+    encoded = encode(found, how, cache_dir, check)
     train, val = (
-        TokenArray(array, seq_len, counts[split]["bytes"])
-        for split, array in zip(_SPLITS, arrays, strict=True)
+        TokenArray(encoded.tokens[split], seq_len, encoded.num_bytes[split]) for split in SPLITS
     )
-    content = hashlib.sha256("".join(counts[split]["hash"] for split in _SPLITS).encode())
     return TextData(
         train=train,
         val=val,
         vocab_size=coder.vocab_size,
-        content_hash=content.hexdigest(),
+        content_hash=encoded.content_hash,
         description=f"{found.description}: {len(found.units)} files, "
         f"{train.num_bytes / 1e6:.2f} MB to train on, {val.num_bytes / 1e6:.2f} MB to validate on, "
         f"{coder.name} tokens",
         skipped_files=found.skipped,
         tokenizer=coder.fingerprint,
-        uncached=uncached,
+        uncached=encoded.uncached,
     )
-
-
-def _in_memory(writer: _SplitWriter, dtype: np.dtype) -> np.ndarray:
-    assert isinstance(writer.file, io.BytesIO)
-    return np.frombuffer(writer.file.getbuffer(), dtype=dtype)

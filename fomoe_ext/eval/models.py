@@ -16,8 +16,11 @@ from torch import Tensor
 
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.reader import load_global_model, load_state
-from fomoe_ext.config.job import DataConfig, ModelConfig
-from fomoe_ext.export.command import TOKENIZER, Source, exported_name, find_source, model_of_config
+from fomoe_ext.config.data import DataConfig
+from fomoe_ext.config.model import ModelConfig
+from fomoe_ext.export.format import exported_name, model_of_config
+from fomoe_ext.export.source import Source, find_source
+from fomoe_ext.export.tokenizer import TOKENIZER
 from fomoe_ext.files.atomic import unsealed
 from fomoe_ext.files.json_values import loads
 from fomoe_ext.files.tensors import CHECKSUMS, INDEX, SINGLE, TensorFiles, check_file

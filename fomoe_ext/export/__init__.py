@@ -1,4 +1,5 @@
 """`fomoe export`: a run's global model as one folder; `exported/` is copied into it.
 
-May import checkpoint, model and report. Knows no training loop.
+source says what is exported, command writes it: format (names, config.json), tokenizer, card
+(README.md). May import checkpoint, model and report. Knows no training loop.
 """

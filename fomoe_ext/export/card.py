@@ -5,8 +5,42 @@ from __future__ import annotations
 from typing import Any
 
 from fomoe_ext.checkpoint.manifest import Manifest
-from fomoe_ext.config.job import ModelConfig, TrainConfig, count_parameters
-from fomoe_ext.report.metrics import human_count
+from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.config.model import ModelConfig, count_parameters
+from fomoe_ext.report.units import human_count
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [mixture-of-experts, fomoe]
+---
+
+# A FoMoE language model
+
+A decoder with a Mixture of Experts in every block, trained by `fomoe train` across \
+sites of which none held all experts, and put together by `fomoe export`.
+
+| | |
+|---|---|
+{facts}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "path/of/this/folder"
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+prompt = tokenizer("Hello", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
+```
+
+`trust_remote_code=True`: the model's code is `modeling_fomoe.py` in this folder. \
+With `labels` the model returns the cross entropy, without a loss that balances experts.{padding}
+
+{about_tokens}
+"""
 
 _BYTES = """## Tokens are bytes
 
@@ -78,9 +112,7 @@ def model_card(
 ) -> str:
     """The text of README.md. `validation` is a record of metrics.jsonl, `tokens` and `end` as in
     config.json."""
-    table = [
-        f"| {key} | {value} |" for key, value in _facts(model, config, manifest, validation, dtype)
-    ]
+    facts = _facts(model, config, manifest, validation, dtype)
     ends = "no id ends a text" if end is None else f"id {end} ends a text"
     padding = ""
     if end is not None:
@@ -91,40 +123,8 @@ def model_card(
     about_tokens = _BYTES
     if tokens != "bytes":
         about_tokens = f"## Tokens\n\n`{tokens}` is the tokenizer it was trained with; {ends}."
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "pipeline_tag: text-generation",
-            "tags: [mixture-of-experts, fomoe]",
-            "---",
-            "",
-            "# A FoMoE language model",
-            "",
-            "A decoder with a Mixture of Experts in every block, trained by `fomoe train` across "
-            "sites of which none held all experts, and put together by `fomoe export`.",
-            "",
-            "| | |",
-            "|---|---|",
-            *table,
-            "",
-            "## Use",
-            "",
-            "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            'folder = "path/of/this/folder"',
-            "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
-            "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)",
-            'prompt = tokenizer("Hello", return_tensors="pt")',
-            "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))",
-            "```",
-            "",
-            "`trust_remote_code=True`: the model's code is `modeling_fomoe.py` in this folder. "
-            "With `labels` the model returns the cross entropy, without a loss that balances "
-            f"experts.{padding}",
-            "",
-            about_tokens,
-            "",
-        ]
+    return _CARD.format(
+        facts="\n".join(f"| {key} | {value} |" for key, value in facts),
+        padding=padding,
+        about_tokens=about_tokens,
     )

@@ -9,12 +9,16 @@
     hf.save_merged(model, placement, site, folder)       # of all sites' experts, one model
 
 Known are Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V3 and gpt-oss; `register` adds a family.
-Needs transformers 5.6 or later.
+Needs transformers 5.6 or later. May import outer, layer and what is below. Knows nothing of
+`fomoe train`: its model, jobs and checkpoints.
 """
 
-from fomoe_ext.hf.convert import convert, layers, restore, save_pretrained
+from fomoe_ext.hf.convert import convert
+from fomoe_ext.hf.converted import layers
 from fomoe_ext.hf.families import Family, families, register
-from fomoe_ext.hf.files import Loaded, from_pretrained_resident, save_merged
+from fomoe_ext.hf.load import Loaded, from_pretrained_resident
+from fomoe_ext.hf.merge import save_merged
+from fomoe_ext.hf.restore import restore, save_pretrained
 
 __all__ = [
     "Family",

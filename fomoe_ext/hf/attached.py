@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fomoe_ext.files.atomic import write_text
+from fomoe_ext.layer.balance import wants_loss
 from fomoe_ext.layer.moe import MoELayer
 
 _MARK = "fomoe_converted_"
@@ -20,10 +21,6 @@ _MARK = "fomoe_converted_"
 
 
 # ---- the balance loss ----------------------------------------------------------------------------
-
-
-def _adds_loss(layer: MoELayer) -> bool:
-    return layer.balance in ("switch", "entropy") or layer.z_loss_coef != 0
 
 
 def _share(given: dict[str, Any]) -> Any:
@@ -47,7 +44,8 @@ def add_balance_loss(model: nn.Module, inputs: Any, given: dict[str, Any], outpu
     loss = (output[0] if output else None) if as_tuple else getattr(output, "loss", None)
     if not isinstance(loss, torch.Tensor) or loss.dim() or not loss.is_floating_point():
         return None  # there were no labels
-    layers = [m for m in model.modules() if isinstance(m, MoELayer) and _adds_loss(m)]
+    found = (m for m in model.modules() if isinstance(m, MoELayer))
+    layers = [m for m in found if wants_loss(m.balance, m.z_loss_coef)]
     if not layers:
         return None
     trained = any(p.requires_grad for layer in layers for p in layer.router.parameters())

@@ -6,11 +6,13 @@ on the device: nothing waits for a value.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fomoe_ext.checks import at_least, finite, one_of
 from fomoe_ext.ops.tokens import RouterStatistics
 
 BALANCES = ("none", "switch", "entropy", "bias")
@@ -47,13 +49,16 @@ def expert_load(experts: Tensor, num_experts: int) -> Tensor:
     return counts.scatter_add(0, bins, torch.ones_like(bins))[1:]
 
 
-def measure(statistics: RouterStatistics, rows: Tensor, tokens: int, slots: int) -> MoEStats:
-    """The statistics of a pass over so many tokens and slots; `rows` (int32 []) were computed."""
+def measure(
+    counted: RouterStatistics, rows: Tensor, rows_here: Tensor, tokens: int, slots: int
+) -> MoEStats:
+    """The statistics of a pass over so many tokens and slots, of which `rows` (int32 []) were
+    computed; in this process `rows_here`."""
     return MoEStats(
-        load=statistics.load,
+        load=counted.load,
         skipped_share=1 - rows / slots if slots else torch.zeros_like(rows, dtype=torch.float32),
-        router_entropy=(statistics.entropy_sum / max(tokens, 1)).float(),
-        rows=rows,
+        router_entropy=(counted.entropy_sum / max(tokens, 1)).float(),
+        rows=rows_here,
     )
 
 
@@ -93,3 +98,103 @@ def bias_step(load: Tensor, rate: float) -> Tensor:
     """
     load = load.double()  # counts stay exact
     return rate * torch.sign(load.mean() - load).float()
+
+
+def wants_loss(balance: str, z_loss_coef: float) -> bool:
+    """Whether these options of a layer ask for any loss."""
+    return balance in ("switch", "entropy") or z_loss_coef != 0.0
+
+
+class Balanced(nn.Module):
+    """A layer that measures its routing and balances the load of its experts.
+
+    stats, aux_loss: of the last pass, as `MoELayer` has them. load_since_update: int64 [E], slots
+    per expert since the selection bias was last moved, counted in training for balance "bias"; in
+    no state dict.
+    """
+
+    stats: MoEStats | None
+    aux_loss: Tensor
+    load_since_update: Tensor
+
+    def __init__(
+        self,
+        num_experts: int,
+        balance: str,
+        balance_coef: float,
+        z_loss_coef: float,
+        bias_update_rate: float,
+        device: torch.device | str | None,
+    ) -> None:
+        """Options of `MoELayer`. Raises ValueError or TypeError naming the argument."""
+        super().__init__()
+        one_of(BALANCES, balance=balance)
+        finite(0.0, balance_coef=balance_coef, z_loss_coef=z_loss_coef)
+        finite(0.0, bias_update_rate=bias_update_rate)
+        at_least(1, num_experts=num_experts)
+        self.num_experts, self.balance, self.balance_coef = num_experts, balance, balance_coef
+        self.z_loss_coef, self.bias_update_rate = z_loss_coef, bias_update_rate
+        self.stats = None
+        self.aux_loss = torch.zeros((), device="cpu")
+        counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        self.register_buffer("load_since_update", counts, persistent=False)
+
+    def _weigh(self, logits: Tensor, load: Tensor, ids: Tensor | None, scoring: str) -> None:
+        """After a pass: sets `aux_loss` and counts the load.
+
+        logits fp32 [T, E], load int64 [E]; ids int64: the experts that may be chosen, None = all.
+        """
+        losses = []
+        if self.training and logits.shape[0] > 0 and wants_loss(self.balance, self.z_loss_coef):
+            chosen = load
+            if ids is not None:
+                logits, chosen = logits.index_select(1, ids), load.index_select(0, ids)
+            if self.balance == "switch":
+                losses.append(self.balance_coef * switch_loss(logits, chosen, scoring))
+            elif self.balance == "entropy":
+                losses.append(self.balance_coef * entropy_loss(logits))
+            if self.z_loss_coef:
+                losses.append(self.z_loss_coef * z_loss(logits))
+        if self.training and self.balance == "bias":
+            self.load_since_update.add_(load)
+        self.aux_loss = sum(losses, start=logits.new_zeros(()))
+
+    @torch.no_grad()
+    def _move_bias(self, bias: Tensor, load: Tensor | None, ids: Tensor | None) -> None:
+        """One step of bias balancing, as `MoELayer.update_selection_bias`; ids as `_weigh`."""
+        if load is None:
+            load = self.load_since_update
+        if not isinstance(load, Tensor):
+            raise TypeError(f"load must be a tensor, got {type(load).__name__}")
+        if load.shape != (self.num_experts,):
+            raise ValueError(f"load must have shape [{self.num_experts}], got {list(load.shape)}")
+        load = load.to(self.load_since_update.device)
+        if ids is None:
+            bias += bias_step(load, self.bias_update_rate)
+        else:
+            bias.index_add_(0, ids, bias_step(load[ids], self.bias_update_rate))
+        self.load_since_update.zero_()
+
+    def _counts_to(self, device: torch.device) -> None:
+        """The counted load is on this device; zeros where it had no memory."""
+        counts = self.load_since_update
+        if counts.device != device:
+            with torch.inference_mode(False):  # they outlive this pass
+                self.load_since_update = (
+                    torch.zeros_like(counts, device=device) if counts.is_meta else counts.to(device)
+                )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        counts = self.load_since_update
+        super()._apply(fn, recurse)
+        # As they were, also where they were cast, or only memory was asked for.
+        device = self.load_since_update.device
+        known = not counts.is_meta or device.type == "meta"
+        self.load_since_update = (
+            counts.to(device) if known else torch.zeros_like(counts, device=device)
+        )
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The graph of the last pass can be neither copied nor stored.
+        return self.__dict__ | {"aux_loss": self.aux_loss.detach()}

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import operator
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, groupby
 from typing import Any
 
@@ -38,7 +38,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fomoe_ext import ops
-from fomoe_ext.layer.experts import Residents, resident_ids
+from fomoe_ext.layer.compute import Computed, Meanwhile
+from fomoe_ext.layer.residents import Residents, resident_ids
 from fomoe_ext.placement.spread import spread_experts
 
 AXIS, REPLICA = "expert", "replica"
@@ -170,9 +171,9 @@ class Dispatch(Residents):
         weights: Tensor,
         chosen: Tensor,
         experts: nn.Module,
-        meanwhile: Callable[[], Tensor | None] = lambda: None,
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Sum over each token's slots on the site's experts, and what is computed meanwhile.
+        meanwhile: Meanwhile = lambda: None,
+    ) -> Computed:
+        """A `Compute`: each token's slots on the site's experts, and what is computed meanwhile.
 
         On a GPU this waits once for the device, as torch wants the numbers of rows on the host.
         torch.compile leaves it as it is, between two graphs.
@@ -187,16 +188,12 @@ class Dispatch(Residents):
                 [N, D] and a row table.
             meanwhile: computed while numbers of rows travel.
 
-        Returns:
-            y [T, D] of x's dtype; what `meanwhile` returned; int32 scalars: rows of this rank's
-            tokens, and rows computed here.
-
         Raises RuntimeError on all ranks where they do not call the same layer alike.
         """
         exchange = self.start(x, chosen, experts)
-        other = meanwhile()
-        y, computed = self.finish(exchange, x, weights, experts)
-        return y, other, exchange.table.offsets[-1].clone(), computed
+        beside = meanwhile()
+        y, rows_here = self.finish(exchange, x, weights, experts)
+        return Computed(y, beside, exchange.table.offsets[-1].clone(), rows_here)
 
     @torch.compiler.disable
     def start(self, x: Tensor, chosen: Tensor, experts: nn.Module) -> Exchange:

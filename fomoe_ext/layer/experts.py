@@ -1,17 +1,16 @@
-"""Expert weights: those resident on this site, and the shared expert that every site holds."""
+"""The weights of the experts that are resident here, and what they make of their rows."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomoe_ext import ops
 from fomoe_ext.checks import a_bool, an_int, at_least, one_of
+from fomoe_ext.layer.residents import Residents, resident_ids
 from fomoe_ext.layer.seeding import fill_normal_
 from fomoe_ext.ops.shapes import on_one_device, plain_floats
 
@@ -21,124 +20,6 @@ ExpertWeights = tuple[Tensor, ...]
 _NUMBER = {2: "two", 4: "four"}
 _PARTS = ("expand_weight", "contract_weight", "expand_bias", "contract_bias")
 _EXTRA_STATE = "_extra_state"  # what torch calls it in state dicts
-
-
-def resident_ids(
-    resident_experts: Sequence[int] | None, num_experts: int, name: str = "resident_experts"
-) -> tuple[int, ...]:
-    """The ids in ascending order, checked; None = all experts. `name` is for errors."""
-    if resident_experts is None:
-        return tuple(range(num_experts))
-    try:
-        ids = sorted(operator.index(e) for e in resident_experts)
-    except TypeError as error:
-        raise TypeError(f"{name} must be ints, got {resident_experts!r}") from error
-    if len(set(ids)) < len(ids):
-        raise ValueError(f"{name} must be distinct, got {ids}")
-    if ids and not 0 <= ids[0] <= ids[-1] < num_experts:
-        raise ValueError(
-            f"{name} must be in 0..{num_experts - 1} (num_experts is {num_experts}), got {ids}"
-        )
-    return tuple(ids)
-
-
-class _Tables(NamedTuple):
-    """What `Residents` says of itself, as tensors."""
-
-    index: Tensor
-    ids: Tensor
-    allowed: Tensor
-
-
-class Residents(nn.Module):
-    """Which experts are resident, ascending by id, with tables of them on the device.
-
-    resident_experts: the global ids. resident_index: int32 [E], position of each expert among them
-    or -1. resident_ids: int64 [R], the ids as a tensor.
-
-    The tables are no buffers: all that they say is in `resident_experts`, from which they are made
-    anew wherever they are needed. So nothing that is done to buffers, such as averaging them,
-    leaving them on the meta device or `to_empty`, makes them say anything else.
-    """
-
-    def __init__(
-        self,
-        resident_experts: Sequence[int] | None,
-        num_experts: int,
-        device: torch.device | str | None = None,
-        name: str = "resident_experts",
-    ) -> None:
-        """`resident_experts` None = all. Raises ValueError or TypeError for bad ids, in which
-        `name` is what they are called."""
-        super().__init__()
-        self.num_experts = num_experts
-        self.resident_experts = resident_ids(resident_experts, num_experts, name)
-        self._skipped: frozenset[int] = frozenset()
-        self._tables = self._make_tables(device)
-
-    @property
-    def num_resident(self) -> int:
-        """R, the number of resident experts."""
-        return len(self.resident_experts)
-
-    @property
-    def resident_index(self) -> Tensor:
-        """int32 [E], the place of each expert among the resident ones or -1."""
-        return self._tables.index
-
-    @property
-    def resident_ids(self) -> Tensor:
-        """int64 [R], the ids, ascending."""
-        return self._tables.ids
-
-    @property
-    def resident_mask(self) -> Tensor:
-        """bool [E], which experts have a place."""
-        return self._tables.allowed
-
-    def _in_order(self) -> Sequence[int]:
-        """The resident experts in the order of their rows."""
-        return self.resident_experts
-
-    def _make_tables(self, device: torch.device | str | None) -> _Tables:
-        index = [-1] * self.num_experts
-        for row, expert in enumerate(self._in_order()):
-            if expert not in self._skipped:
-                index[expert] = row
-        if device is None:
-            device = torch.get_default_device()
-        with torch.inference_mode(False):  # they outlive the pass that makes them
-            return _Tables(
-                torch.tensor(index, dtype=torch.int32, device=device),
-                torch.tensor(self.resident_experts, dtype=torch.int64, device=device),
-                torch.tensor([row >= 0 for row in index], dtype=torch.bool, device=device),
-            )
-
-    def tables_to(self, device: torch.device | str) -> None:
-        """Makes the tables anew unless they are on this device."""
-        if self._tables.index.device != torch.device(device):
-            self._tables = self._make_tables(device)
-
-    @torch.no_grad()
-    def write_resident_tables(self) -> None:
-        """Writes what `resident_experts` says now into the tables, in place."""
-        if self._tables.index.is_meta:
-            return
-        for table, values in zip(self._tables, self._make_tables("cpu"), strict=True):
-            table.copy_(values)
-
-    def skip_experts(self, experts: Sequence[int]) -> None:
-        """From now on resident experts that are among these count as absent; they stay in memory.
-
-        Raises ValueError or TypeError for bad ids.
-        """
-        self._skipped = frozenset(resident_ids(experts, self.num_experts, "experts"))
-        self.write_resident_tables()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        self.tables_to(fn(torch.empty(0, device=self._tables.index.device)).device)
-        return self
 
 
 class Experts(Residents):
@@ -380,62 +261,6 @@ class Experts(Residents):
         return text if self.expand_bias is None else text + ", bias=True"
 
 
-class StaleExperts(Experts):
-    """Frozen copies of experts that are resident elsewhere: computed, but not trained.
-
-    Their weights are buffers that are in no state dict, so that no optimizer, meeting or checkpoint
-    sees them. Input and combine weights get gradients through them, they get none. They begin as
-    the experts themselves do and are refreshed in meetings (`fomoe_ext.outer.stale`).
-    """
-
-    def __init__(self, experts: Experts, stale_experts: Sequence[int]) -> None:
-        """Copies of `stale_experts`, of the sizes and options of a layer's own `experts`.
-
-        Raises ValueError or TypeError for bad ids, or those of experts that are not absent.
-        """
-        ids = resident_ids(stale_experts, experts.num_experts, "stale_experts")
-        present = sorted(set(ids) & set(experts.resident_experts))
-        if present:
-            raise ValueError(f"stale_experts must be absent ones, {present} are resident")
-        weight = experts.expand_weight
-        super().__init__(
-            experts.hidden_size,
-            experts.expert_size,
-            experts.num_experts,
-            activation=experts.activation,
-            bias=experts.expand_bias is not None,
-            resident_experts=ids,
-            layer_index=experts.layer_index,
-            seed=experts.seed,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        for name in self.parts:
-            value = self.get_parameter(name).detach()
-            delattr(self, name)
-            self.register_buffer(name, value, persistent=False)
-
-    # In no state dict, as said above, and so are their ids.
-    get_extra_state = nn.Module.get_extra_state
-    set_extra_state = nn.Module.set_extra_state
-
-    def part(self, name: str) -> Tensor:  # type: ignore[override]
-        """The buffer of one of the `parts`."""
-        return self.get_buffer(name)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        without_memory = self.part("expand_weight").is_meta
-        super()._apply(fn, recurse)
-        if without_memory:  # nobody else has values for them
-            self.reset_parameters()
-        return self
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the copies."""
-        return sum(self.part(name).nbytes for name in self.parts)
-
-
 def _same_rows(stored: Any, own: Tensor | None) -> bool:
     return isinstance(stored, Tensor) and own is not None and stored.shape == own.shape
 
@@ -466,68 +291,3 @@ def extra_state_names(model: nn.Module) -> set[str]:
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, Experts)
     }
-
-
-def _activate(preact: Tensor, activation: str) -> Tensor:
-    up: Tensor | None = None
-    if ops.is_gated(activation):
-        preact, up = preact.chunk(2, dim=-1)
-    if activation == "clamped_swiglu":
-        assert up is not None
-        gate = preact.clamp(max=7.0)
-        return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
-    if activation in ("swiglu", "silu"):
-        act = F.silu(preact)
-    elif activation in ("geglu", "gelu"):
-        act = F.gelu(preact, approximate="tanh")
-    else:
-        act = F.relu(preact).square()
-    return act if up is None else act * up
-
-
-class SharedExpert(nn.Module):
-    """An expert that every token uses and every site holds, of two plain linear layers."""
-
-    def __init__(
-        self,
-        hidden_size: int,
-        expert_size: int,
-        *,
-        activation: str = "swiglu",
-        layer_index: int = 0,
-        seed: int = 0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        """Weights as one expert's: expand [G*N, D], contract [D, N]; no biases.
-
-        Raises ValueError or TypeError naming the argument.
-        """
-        super().__init__()
-        at_least(1, hidden_size=hidden_size, expert_size=expert_size)
-        at_least(0, layer_index=layer_index)
-        an_int(seed=seed)
-        one_of(tuple(ops.ACTIVATIONS), activation=activation)
-        self.activation, self.layer_index, self.seed = activation, layer_index, seed
-        wide = expert_size * (2 if ops.is_gated(activation) else 1)
-        device = torch.get_default_device() if device is None else device
-        # skip_init: the default initialisation would draw from torch's global generator.
-        make = nn.utils.skip_init
-        options: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
-        self.expand = make(nn.Linear, hidden_size, wide, **options)
-        self.contract = make(nn.Linear, expert_size, hidden_size, **options)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Weights of deviation 1/sqrt(fan-in) that depend only on (seed, layer)."""
-        for name, linear in (("expand", self.expand), ("contract", self.contract)):
-            std = linear.in_features**-0.5
-            fill_normal_(linear.weight, std, self.seed, "shared", name, self.layer_index)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., D]. Raises ValueError for a weight on the meta device and x not."""
-        for name, linear in (("expand", self.expand), ("contract", self.contract)):
-            weight = linear._parameters.get("weight")  # an adapter has others
-            if weight is not None and weight.is_meta and not hasattr(linear, "_hf_hook"):
-                on_one_device({"x": x, f"{name}.weight": weight})
-        return self.contract(_activate(self.expand(x), self.activation))

@@ -6,20 +6,18 @@ Every expert begins as a copy of the MLP and the router as ever, after Komatsuza
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomoe_ext import ops
-from fomoe_ext.checks import finite, one_of
-from fomoe_ext.layer.experts import Experts, SharedExpert, _activate
+from fomoe_ext.checks import one_of
+from fomoe_ext.layer.experts import Experts
 from fomoe_ext.layer.seeding import fill_normal_, stable_generator
-
-if TYPE_CHECKING:
-    from fomoe_ext.layer.moe import MoELayer
+from fomoe_ext.layer.shared import SharedExpert, activate
 
 _GATED_NAMES = ("gate_proj", "up_proj", "down_proj")
 _PLAIN_NAMES = (("up_proj", "down_proj"), ("fc1", "fc2"))
@@ -45,6 +43,12 @@ class DenseMLP(NamedTuple):
     activation: str
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """D and N."""
+        inner, hidden = self.expand[0].shape
+        return hidden, inner
+
+    @property
     def has_bias(self) -> bool:
         """Whether any of the linear layers has one."""
         return any(bias is not None for bias in (*self.expand_biases, self.contract_bias))
@@ -52,7 +56,7 @@ class DenseMLP(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, D] -> what the expert makes of it, [T, D]."""
         sides = [F.linear(x, w, b) for w, b in zip(self.expand, self.expand_biases, strict=True)]
-        act = _activate(torch.cat(sides, dim=-1), self.activation)
+        act = activate(torch.cat(sides, dim=-1), self.activation)
         return F.linear(act, self.contract, self.contract_bias)
 
 
@@ -84,53 +88,28 @@ def read_mlp(mlp: nn.Module, activation: str | None = None) -> DenseMLP:
     return found
 
 
-def from_dense(
-    layer_class: type[MoELayer],
-    mlp: nn.Module,
-    num_experts: int,
-    *,
-    top_k: int,
-    noise: float = 0.0,
-    seed: int = 0,
-    resident_experts: Sequence[int] | None = None,
-    activation: str | None = None,
-    **layer_options: Any,
-) -> MoELayer:
-    """What `MoELayer.from_dense` does."""
-    finite(0.0, noise=noise)
-    taken = {"hidden_size", "expert_size"} & layer_options.keys()
-    if taken:
+def read_for_layer(
+    mlp: nn.Module, activation: str | None, layer_options: Mapping[str, Any]
+) -> tuple[DenseMLP, dict[str, Any]]:
+    """`read_mlp`, and the options of a layer whose experts are copies of it: those given, else as
+    `MoELayer.from_dense` says. Raises TypeError for sizes among those given, ValueError for no bias
+    where the MLP has one.
+    """
+    if taken := {"hidden_size", "expert_size"} & layer_options.keys():
         raise TypeError(f"{sorted(taken)[0]} must not be given: mlp has it")
     dense = read_mlp(mlp, activation)
     if dense.has_bias and layer_options.get("bias") is False:
         raise ValueError("bias must be True or left out: mlp has biases, got False")
     first = dense.expand[0]
     options = {
+        "activation": dense.activation,
         "bias": dense.has_bias,
         "scoring": "softmax",
         "renormalize": True,
         "dtype": first.dtype,
-    } | layer_options
-    device = options.pop("device", None) or first.device
-    # On the meta device first: initial weights of the experts would be drawn in vain.
-    layer = layer_class(
-        first.shape[1],
-        first.shape[0],
-        num_experts,
-        top_k,
-        activation=dense.activation,
-        seed=seed,
-        resident_experts=resident_experts,
-        device="meta",
-        **options,
-    )
-    layer.to_empty(device=device)
-    layer.make_buffers(device)
-    layer.router.reset_parameters()
-    if layer.shared_expert is not None:
-        layer.shared_expert.reset_parameters()
-    fill_experts(layer.experts, dense, noise)
-    return layer.train(mlp.training)
+    } | dict(layer_options)
+    options["device"] = options.get("device") or first.device
+    return dense, options
 
 
 @torch.no_grad()
@@ -268,7 +247,7 @@ def _recognise(function: Callable[[Tensor], Tensor] | None) -> str | None:
         return None
     for name in ("silu", "gelu", "relu2"):
         # The error function instead of tanh differs by up to 5e-4.
-        if torch.allclose(values.float(), _activate(numbers, name), rtol=0, atol=2e-5):
+        if torch.allclose(values.float(), activate(numbers, name), rtol=0, atol=2e-5):
             return name
     return None
 

@@ -3,7 +3,7 @@
 May import layer and what is below it. Knows no checkpoint and no training loop.
 """
 
-from fomoe_ext.config.job import ModelConfig
+from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.model.language import LanguageModel
 
 __all__ = ["LanguageModel", "ModelConfig"]

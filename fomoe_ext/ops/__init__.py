@@ -1,7 +1,9 @@
-"""The verbs on tensors: route, compact, gather, expand, contract, combine, as torch ops.
+"""The verbs on tensors, as torch ops: `from fomoe_ext import ops` is how all others use them.
 
-Importing it makes the native ops (`torch.ops.fomoe.*`) known to torch, with their fake kernels and
-derivatives. Stands on the ground: it knows tensors alone, neither layers nor sites.
+tokens has route, compact, gather and combine, experts the grouped GEMMs expand and contract and
+both at once (moe_experts), rows what goes between them. Importing it makes the native ops
+(`torch.ops.fomoe.*`) known to torch (native), with their fake kernels (shapes), derivatives and
+flops. Stands on the ground: it knows tensors alone, neither layers nor sites.
 """
 
 from fomoe_ext.ops.experts import (

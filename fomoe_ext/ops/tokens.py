@@ -1,8 +1,9 @@
-"""The five verbs that carry a token through an MoE layer, from route to combine.
+"""Verbs that carry a token to its experts and back: route, compact, gather, combine.
 
-Each is a torch op (`torch.ops.fomoe.*`) with gradients, traceable by `torch.compile`. T tokens,
-K slots per token, E experts, R resident experts, D hidden size, N expert size. A slot whose expert
-is not resident is *skipped*: it has no row, costs nothing and adds nothing.
+Between them stand expand and contract (`ops.experts`). Each is a torch op (`torch.ops.fomoe.*`)
+with gradients, traceable by `torch.compile`. T tokens, K slots per token, E experts, R resident
+experts, D hidden size, N expert size. A slot whose expert is not resident is *skipped*: it has no
+row, costs nothing and adds nothing.
 """
 
 from __future__ import annotations

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fomoe_ext.config.effects import without_effect
-from fomoe_ext.config.io import save_config
+from fomoe_ext.config.io import flag_value, save_config
 from fomoe_ext.config.links import parse_link
 from fomoe_ext.fault.keeper import LighthouseKeeper
 from fomoe_ext.files.unwritten import Unwritten, tolerant_output
 from fomoe_ext.launch.console import outlive_terminal
 from fomoe_ext.launch.processes import launch
-from fomoe_ext.report.runs import CHECKPOINTS, claimed, flag_value, settled_job
+from fomoe_ext.report.runs import CHECKPOINTS, claimed, settled_job
 from fomoe_ext.train.preflight import check_job
 
 

@@ -12,7 +12,10 @@ import torch
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.reader import load_state
 from fomoe_ext.checkpoint.resume import Resumed
-from fomoe_ext.config.job import InnerConfig, ModelConfig, OuterConfig, TrainConfig
+from fomoe_ext.config.inner import InnerConfig
+from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.config.model import ModelConfig
+from fomoe_ext.config.outer import OuterConfig
 from fomoe_ext.model.language import LanguageModel, optimizer_groups
 from fomoe_ext.outer import OuterOptions
 from fomoe_ext.placement.placement import Placement

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fomoe_ext.config.job import count_parameters
+from fomoe_ext.config.model import count_parameters
 from fomoe_ext.launch.messages import gather_objects
 from fomoe_ext.launch.world import with_others
 from fomoe_ext.layer.mesh import local_tensor

@@ -15,6 +15,7 @@ import torch
 
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.config.effects import without_effect
+from fomoe_ext.config.io import flag_value
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.extras import NotInstalled
 from fomoe_ext.fault.company import Company
@@ -40,7 +41,7 @@ from fomoe_ext.launch.world import (
     with_others,
 )
 from fomoe_ext.outer import MeetingError
-from fomoe_ext.report.runs import HELD, Job, flag_value, settled_job
+from fomoe_ext.report.runs import HELD, Job, settled_job
 from fomoe_ext.train.site import TrainingSite
 from fomoe_ext.train.start import (
     OtherSiteFailed,

@@ -19,14 +19,15 @@ from torch import Tensor
 
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.pending import Outcome
-from fomoe_ext.config.effects import told
-from fomoe_ext.config.job import count_parameters
+from fomoe_ext.config.changes import told
+from fomoe_ext.config.model import count_parameters
 from fomoe_ext.files.unwritten import Unwritten, tolerant
 from fomoe_ext.launch.processes import CONSOLE_FD
 from fomoe_ext.model.evaluate import Validation
 from fomoe_ext.plan.traffic import RoundNote
-from fomoe_ext.report.metrics import RunLog, rewind_metrics
+from fomoe_ext.report.metrics import rewind_metrics
 from fomoe_ext.report.report import print_report, write_report
+from fomoe_ext.report.run_log import RunLog
 from fomoe_ext.report.runs import METRICS
 from fomoe_ext.report.story import describe
 from fomoe_ext.train.job import learning_rate

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.publish import clear_leftovers
 from fomoe_ext.checkpoint.whole import newest_whole, require_whole_everywhere
-from fomoe_ext.config.effects import changes, check_changes
+from fomoe_ext.config.changes import changes, check_changes
 from fomoe_ext.config.io import save_config
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.data.sequences import TextData, open_job_data

@@ -23,7 +23,7 @@ from fomoe_ext.checkpoint.reader import (
     tensor_names,
 )
 from fomoe_ext.checkpoint.whole import newest_whole, require_whole
-from fomoe_ext.config.job import ModelConfig
+from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.data.sequences import open_data
 from fomoe_ext.files.tensors import INDEX
 from fomoe_ext.layer.assemble import local_tensors, own_global_tensors

@@ -17,12 +17,10 @@ from two_by_two import NAME, SHARED, no_unpickling, on_disk, rank_mesh, save, va
 
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint import writer as checkpoint_writer
-from fomoe_ext.checkpoint.reader import GlobalModelReader, load_state, load_tensors, tensor_names
-from fomoe_ext.checkpoint.shards import (
-    CheckpointError,
-    read_tensors,
-    write_tensors,
-)
+from fomoe_ext.checkpoint.manifest import CheckpointError
+from fomoe_ext.checkpoint.reader import GlobalModelReader, load_state, load_tensors
+from fomoe_ext.checkpoint.reader import tensor_names as names_in_checkpoint
+from fomoe_ext.checkpoint.shards import read_tensors, write_tensors
 from fomoe_ext.checkpoint.whole import require_whole
 from fomoe_ext.files.tensors import INDEX
 
@@ -32,7 +30,7 @@ from fomoe_ext.files.tensors import INDEX
 def test_one_process_reads_what_four_wrote(saved):
     """Names, shapes, bits; the bits of tensors that share memory or are not contiguous too."""
     whole = whole_tensors()
-    names = tensor_names(saved)
+    names = names_in_checkpoint(saved)
     assert {n: s for n, s in names.items() if n in whole} == {
         name: tuple(on_disk(tensor).shape) for name, tensor in whole.items()
     }
@@ -137,7 +135,7 @@ def test_nothing_at_all_is_a_checkpoint_too(tmp_path):
     path = checkpoint_writer.save_checkpoint(
         tmp_path, NAME, [("a", torch.ones(2))], {}, site=0, num_sites=1, round=0
     )
-    assert tensor_names(path) == {} and load_state(path, 0) == {}
+    assert names_in_checkpoint(path) == {} and load_state(path, 0) == {}
     load_tensors(path, {})
     with pytest.raises(CheckpointError, match=r"lacks \['b'\], it has no training"):
         load_tensors(path, {"b": torch.ones(2)})
@@ -154,7 +152,7 @@ def test_no_pickle_is_read_and_none_is_there(saved):
     with no_unpickling():
         require_whole(saved)
         assert load_state(saved, 1)["site"] == 1
-        assert tensor_names(saved)
+        assert names_in_checkpoint(saved)
         load_tensors(saved, {"site0/step": torch.zeros(())})
     files = {str(p.relative_to(saved)) for p in saved.rglob("*") if p.is_file()}
     assert {Path(file).suffix for file in files} == {".json", ".safetensors"}

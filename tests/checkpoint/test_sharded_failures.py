@@ -17,9 +17,10 @@ from two_by_two import NAME, rank_mesh, save, value, whole_tensors
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint import shards
 from fomoe_ext.checkpoint import writer as checkpoint_writer
+from fomoe_ext.checkpoint.manifest import CheckpointError
 from fomoe_ext.checkpoint.reader import load_tensors
 from fomoe_ext.checkpoint.reader import tensor_names as names_in_checkpoint
-from fomoe_ext.checkpoint.shards import CheckpointError, read_tensors, tensor_names
+from fomoe_ext.checkpoint.shards import read_tensors, tensor_names
 from fomoe_ext.checkpoint.whole import newest_whole
 from fomoe_ext.files.atomic import SEAL
 

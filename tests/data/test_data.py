@@ -145,9 +145,7 @@ def test_cache_is_mapped_reused_and_renewed(
     assert isinstance(data.train.tokens, np.memmap)
     assert not data.train.tokens.flags.writeable
     with monkeypatch.context() as patch:  # a second opening encodes nothing
-        patch.setattr(
-            "fomoe_ext.data.sequences._encode", lambda *a, **k: pytest.fail("encoded again")
-        )
+        patch.setattr("fomoe_ext.data.cache._encode", lambda *a, **k: pytest.fail("encoded again"))
         assert opened(tmp_path / "in").content_hash == data.content_hash
     changed = tmp_path / "in" / "0" / "00.txt"
     changed.write_bytes(changed.read_bytes().replace(b"t", b"T"))  # as long as before

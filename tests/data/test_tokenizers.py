@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from text_files import WORDS, text_of, texts_in, write_files
 
-from fomoe_ext.data.sequences import token_dtype
+from fomoe_ext.data.cache import token_dtype
 from fomoe_ext.data.text import FileTokenizer
 
 

@@ -15,9 +15,12 @@ from small_run import finished_run, random_model, tiny_config, untrained_run
 from fomoe_ext import cli
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.reader import GlobalModelReader, load_global_model
-from fomoe_ext.config.job import DataConfig, SitesConfig, TrainConfig
+from fomoe_ext.config.data import DataConfig
+from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.config.sites import SitesConfig
 from fomoe_ext.eval.models import load_exported
-from fomoe_ext.export import command as export
+from fomoe_ext.export import tokenizer as of_exports
+from fomoe_ext.export.source import find_source
 from fomoe_ext.model.language import LanguageModel
 from fomoe_ext.placement import Placement
 
@@ -85,7 +88,7 @@ def test_a_site_alone_is_the_global_model_less_the_absent_experts(tmp_path):
     run = finished_run()
     figures = evaluate(tmp_path, run, "--max-tokens", "640")
     checkpoint = Path(figures["checkpoint"])
-    source = export.find_source(checkpoint)
+    source = find_source(checkpoint)
     placement = Placement.cyclic(2, 8, 2, 1)
     for site in range(2):
         model = LanguageModel(source.model)
@@ -270,7 +273,7 @@ def test_a_model_of_transformers(tmp_path, text):
     with torch.no_grad():
         model.transformer.wte.weight *= 20  # so that the loss is not that of even odds
     model.save_pretrained(tmp_path / "gpt2")
-    tokenizer = json.dumps(export._byte_tokenizer())
+    tokenizer = json.dumps(of_exports._byte_tokenizer())
     (tmp_path / "gpt2/tokenizer.json").write_text(tokenizer)
     figures = evaluate(tmp_path, tmp_path / "gpt2", "--val-data", str(text))
     (result,) = figures["results"]

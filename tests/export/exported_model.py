@@ -9,7 +9,7 @@ import torch
 
 from fomoe_ext import cli
 from fomoe_ext.checkpoint.reader import load_global_model
-from fomoe_ext.export import command as export
+from fomoe_ext.export.source import find_source
 from fomoe_ext.model.language import LanguageModel
 
 transformers = pytest.importorskip("transformers")
@@ -33,7 +33,7 @@ def tokens_of(config, *shape: int) -> torch.Tensor:
 
 def global_model(checkpoint: Path) -> LanguageModel:
     """The global model of a checkpoint, on fomoe_ext's kernels."""
-    model = LanguageModel(export.find_source(checkpoint).model)
+    model = LanguageModel(find_source(checkpoint).model)
     load_global_model(checkpoint, model)
     return model.eval()
 

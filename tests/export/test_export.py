@@ -11,7 +11,7 @@ from exported_model import load, tokens_of, word_tokenizer, write
 from small_run import random_model, relative_error, tiny_config, untrained_run
 
 import fomoe_ext.export.exported
-from fomoe_ext.export import command as export
+from fomoe_ext.export.format import exported_name
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,12 +67,12 @@ def test_gradients_are_the_same(tmp_path):
     compared = 0
     for name, parameter in model.named_parameters():
         if ".experts." not in name:
-            assert relative_error(found[export.exported_name(name)], parameter.grad) <= 1e-5
+            assert relative_error(found[exported_name(name)], parameter.grad) <= 1e-5
             compared += 1
     for expert in range(8):
         for part in ("expand_weight", "contract_bias"):
             wanted = model.blocks[1].moe.experts.part(part).grad[expert]
-            name = export.exported_name(f"blocks.1.moe.experts.{expert}.{part}")
+            name = exported_name(f"blocks.1.moe.experts.{expert}.{part}")
             if name in found:
                 assert relative_error(found[name], wanted) <= 1e-5
                 compared += 1

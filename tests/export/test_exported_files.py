@@ -22,7 +22,7 @@ from fomoe_ext import cli
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.reader import GlobalModelReader
 from fomoe_ext.config.io import load_config
-from fomoe_ext.export import command as export
+from fomoe_ext.export.format import model_of_config, transformers_config
 from fomoe_ext.files import tensors as tensor_files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -232,8 +232,8 @@ def test_help_needs_no_torch():
 def test_every_field_of_the_model_has_a_place():
     """A new field of ModelConfig must be exported, or said to matter in training only."""
     config = tiny_config(top_k=3, num_groups=2, groups_kept=2, norm="rms", rope_base=77.0)
-    written = export.transformers_config(config, "bytes", 0, "float32")
-    assert export.model_of_config(written) == dataclasses.replace(config, balance="none")
+    written = transformers_config(config, "bytes", 0, "float32")
+    assert model_of_config(written) == dataclasses.replace(config, balance="none")
     from fomoe_ext.export.exported.configuration_fomoe import FomoeConfig
 
     fields = inspect.signature(FomoeConfig).parameters

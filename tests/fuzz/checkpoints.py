@@ -14,9 +14,8 @@ import torch
 from safetensors.torch import save
 
 from fomoe_ext.checkpoint import manifest as ckpt
-from fomoe_ext.checkpoint import whole
 from fomoe_ext.checkpoint.reader import GlobalModelReader, load_state, load_tensors, tensor_names
-from fomoe_ext.checkpoint.whole import require_whole
+from fomoe_ext.checkpoint.whole import _checked, require_whole
 from fomoe_ext.checkpoint.writer import save_checkpoint
 from fomoe_ext.files.states import read_state, write_state
 from fomoe_ext.files.tensors import INDEX, SINGLE, TensorFiles
@@ -71,7 +70,7 @@ def _in_checkpoint(name: str, read: Callable[[Path], object], listed: bool) -> A
     _original(name), _original(ckpt.MANIFEST)
 
     def of_bytes(raw: bytes) -> object:
-        whole._checked.clear()  # a process reads few checkpoints, this one many
+        _checked.clear()  # a process reads few checkpoints, this one many
         path, manifest = _checkpoint(), _original(ckpt.MANIFEST)
         (path / name).write_bytes(raw)
         if listed:

@@ -12,17 +12,17 @@ import numpy as np
 
 from fomoe_ext.config.io import dump_config, load_config
 from fomoe_ext.config.job import TrainConfig
-from fomoe_ext.data import sequences as data
+from fomoe_ext.data import cache
+from fomoe_ext.data.sequences import BatchIterator, TokenArray
 from fomoe_ext.data.text import TextUnit, read_texts
 from fomoe_ext.eval import models as eval_models
-from fomoe_ext.export import command as export
+from fomoe_ext.export.format import model_of_config, transformers_config
 from fomoe_ext.files.json_values import from_json, loads, to_json
 from fomoe_ext.placement import Placement
-from fomoe_ext.placement.coactivation import measured_coactivation
-from fomoe_ext.placement.spread import measured_load
 from fomoe_ext.plan.hf import read_hf_config
 from fomoe_ext.plan.traffic import read_placement
 from fomoe_ext.report import metrics
+from fomoe_ext.report.measured import measured_coactivation, measured_load
 from fomoe_ext.report.tally import Tally
 
 from . import mutate
@@ -30,9 +30,9 @@ from .parser import Parser, as_json, from_file, work_folder
 
 
 def _tokens(path: Path) -> object:
-    counts = data._read_counts(path.parent)
+    counts = cache._read_counts(path.parent)
     kind = np.dtype(np.uint8)
-    return [data._map_tokens(path.parent, s, counts, kind, False) for s in data._SPLITS]
+    return [cache._map_tokens(path.parent, s, counts, kind, False) for s in cache.SPLITS]
 
 
 def _metrics(path: Path) -> object:
@@ -45,9 +45,9 @@ def _batches(raw: bytes) -> object:
 
 
 @lru_cache(maxsize=1)
-def _stream() -> data.BatchIterator:
-    tokens = data.TokenArray(np.arange(90, dtype=np.uint8), 8, 90)
-    return data.BatchIterator(tokens, "hash", 0, 2, 1, 0)
+def _stream() -> BatchIterator:
+    tokens = TokenArray(np.arange(90, dtype=np.uint8), 8, 90)
+    return BatchIterator(tokens, "hash", 0, 2, 1, 0)
 
 
 _SIZES = {
@@ -80,7 +80,7 @@ def file_parsers() -> list[Parser]:
     report = {"validation": {"coactivation": [[[0, 2], [2, 1]]] * 2, "tokens": 256}}
     source: Any = SimpleNamespace(run=run)
     model = TrainConfig().model
-    exported = export.transformers_config(model, "byte", 0, "float32")
+    exported = transformers_config(model, "byte", 0, "float32")
     words = [{"text": "Hello"}, {"text": "a\nb", "more": 1}]
     jsonl = "\n".join(map(json.dumps, words)).encode()
     value, wrong = (ValueError,), (ValueError, TypeError)
@@ -144,7 +144,7 @@ def file_parsers() -> list[Parser]:
         ),
         Parser(
             "exported config.json",
-            from_file("fomoe.json", lambda p: export.model_of_config(eval_models._read_json(p))),
+            from_file("fomoe.json", lambda p: model_of_config(eval_models._read_json(p))),
             value,
             as_json(exported),
         ),

@@ -30,7 +30,7 @@ from hf_models import (
 )
 
 from fomoe_ext import MoELayer, Placement, hf
-from fomoe_ext.hf.convert import ConvertedMoE, converted_layers
+from fomoe_ext.hf.converted import ConvertedMoE, converted_layers
 from fomoe_ext.hf.families import PARTS, Family, InterleavedExperts, softmax_options
 
 FEW = (1, 2, 5)

@@ -17,7 +17,7 @@ from hf_models import EXPERTS, FAMILIES, blocks, make_model, relative_error, tex
 from sites import pool
 
 from fomoe_ext import OuterSync, Placement, hf
-from fomoe_ext.hf.convert import converted_layers
+from fomoe_ext.hf.converted import converted_layers
 
 LAYERS_OF = {"qwen3_moe": 2, "deepseek_v3": 2}
 SITES = 2

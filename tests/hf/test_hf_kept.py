@@ -19,7 +19,7 @@ from hf_models import EXPERTS, FAMILIES, make_model, relative_error, text
 from sites import pool
 
 from fomoe_ext import Placement, hf
-from fomoe_ext.hf.convert import converted_layers
+from fomoe_ext.hf.converted import converted_layers
 
 ALL = Placement.cyclic(1, EXPERTS, 3, 1)
 WITHOUT_PLACE = [name for name in FAMILIES if name != "deepseek_v3"]

@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-import fomoe_ext.layer.moe
+import fomoe_ext.layer
 from fomoe_ext import ops
-from fomoe_ext.layer.experts import Residents
-from fomoe_ext.layer.moe import Experts, MoELayer, Router, SharedExpert
+from fomoe_ext.layer.experts import Experts
+from fomoe_ext.layer.moe import MoELayer
+from fomoe_ext.layer.residents import Residents
+from fomoe_ext.layer.router import Router
+from fomoe_ext.layer.shared import SharedExpert
 
 NAN, INF = math.nan, math.inf
 GOOD: dict[str, Any] = {"hidden_size": 8, "expert_size": 6, "num_experts": 4, "top_k": 2}
@@ -316,4 +319,4 @@ def test_every_public_function_is_tried() -> None:
         "RouterStatistics",
         "expand_rows_computed",
     }
-    assert set(fomoe_ext.layer.moe.__all__) == {"Experts", "MoELayer", "Router", "SharedExpert"}
+    assert set(fomoe_ext.layer.__all__) == {"Experts", "MoELayer", "Router", "SharedExpert"}

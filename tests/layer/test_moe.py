@@ -17,7 +17,9 @@ from small_layer import TOLERANCE, check_against_dense, make, normalised_error, 
 from torch import nn
 
 from fomoe_ext import ops
-from fomoe_ext.layer.moe import Experts, MoELayer, Router
+from fomoe_ext.layer.experts import Experts
+from fomoe_ext.layer.moe import MoELayer
+from fomoe_ext.layer.router import Router
 from fomoe_ext.layer.seeding import fill_normal_
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -19,7 +19,8 @@ from sites import pool
 from small_layer import make, tokens
 
 from fomoe_ext.layer.dispatch import DIRECTIONS
-from fomoe_ext.placement.spread import chunk_sizes, imbalance, measured_load, spread_experts
+from fomoe_ext.placement.spread import chunk_sizes, imbalance, spread_experts
+from fomoe_ext.report.measured import measured_load
 from fomoe_ext.report.metrics import MetricsFile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -187,7 +188,8 @@ def test_sharded_spread_needs_no_torch(tmp_path: Path) -> None:
     table.write_text("[[1, 0]]")
     code = (
         "import sys; from pathlib import Path; from fomoe_ext.placement import spread; "
-        "load = spread.measured_load(Path(sys.argv[1])); spread.spread_experts([0], 1, load[0]); "
+        "from fomoe_ext.report.measured import measured_load; "
+        "load = measured_load(Path(sys.argv[1])); spread.spread_experts([0], 1, load[0]); "
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(table)], check=True)

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-from fomoe_ext.layer.moe import Experts, MoELayer
+from fomoe_ext.layer.experts import Experts
+from fomoe_ext.layer.moe import MoELayer
 from fomoe_ext.model.language import LanguageModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")

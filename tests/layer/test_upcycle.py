@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fomoe_ext import ops
 from fomoe_ext.layer import upcycle
-from fomoe_ext.layer.experts import SharedExpert
 from fomoe_ext.layer.moe import MoELayer
+from fomoe_ext.layer.shared import SharedExpert
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

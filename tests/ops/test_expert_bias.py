@@ -30,7 +30,8 @@ from new_process import environment
 from torch import Tensor
 
 from fomoe_ext import _C, ops
-from fomoe_ext.layer.experts import Experts, SharedExpert
+from fomoe_ext.layer.experts import Experts
+from fomoe_ext.layer.shared import SharedExpert
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 fomoe = torch.ops.fomoe

@@ -19,7 +19,8 @@ from small_run import finished_run
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.publish import keep_newest, reading
 from fomoe_ext.config.io import save_config
-from fomoe_ext.export.command import ExportOptions, export, find_source
+from fomoe_ext.export.command import ExportOptions, export
+from fomoe_ext.export.source import find_source
 from fomoe_ext.files import folder_lock
 from fomoe_ext.files.atomic import replace_file, write_text
 from fomoe_ext.files.folder_lock import LOCK, InUse, hold

@@ -1,0 +1,80 @@
+"""A model in transformers' terms: the names of its tensors, and its config.json."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from fomoe_ext.config.model import ModelConfig
+from fomoe_ext.files.atomic import write_text
+from fomoe_ext.layer.moe import TRAINING_OPTIONS
+
+# Fields of ModelConfig under the names that transformers gives them; the others keep theirs.
+# (`top_k` would be taken for the one of sampling.)
+_RENAMED = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "seq_len": "max_position_embeddings",
+    "top_k": "num_experts_per_tok",
+    "expert_size": "moe_intermediate_size",
+}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A file as transformers writes its own."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def exported_name(name: str) -> str:
+    """What transformers' format calls a tensor of the global model.
+
+    Its modules are torch's Linear and Embedding: `qkv_weight` is the weight of `qkv`.
+    """
+    if name.endswith("selection_bias"):
+        return f"model.{name}"
+    name = "embedding.weight" if name == "embedding" else name
+    return "model." + re.sub(r"_(weight|bias)$", r".\1", name)
+
+
+def transformers_config(model: ModelConfig, tokens: str, end: int | None, dtype: str) -> dict:
+    """The content of config.json. `end` is the id that ends a text; `tokens` see FomoeConfig."""
+    sizes = {
+        _RENAMED.get(field.name, field.name): getattr(model, field.name)
+        for field in fields(ModelConfig)
+        if field.name not in TRAINING_OPTIONS
+    }
+    return {
+        "architectures": ["FomoeForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_fomoe.FomoeConfig",
+            "AutoModel": "modeling_fomoe.FomoeModel",
+            "AutoModelForCausalLM": "modeling_fomoe.FomoeForCausalLM",
+        },
+        "model_type": "fomoe",
+        "dtype": dtype,
+        **sizes,
+        "tokens": tokens,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        **({} if end is None else {"eos_token_id": end, "pad_token_id": end}),
+    }
+
+
+def model_of_config(config: dict[str, Any]) -> ModelConfig:
+    """The ModelConfig of a config.json. Raises ValueError when it is not of this format."""
+    try:
+        return ModelConfig(
+            **{
+                field.name: config[_RENAMED.get(field.name, field.name)]
+                for field in fields(ModelConfig)
+                if field.name not in TRAINING_OPTIONS
+            },
+            balance="none",
+        )
+    except KeyError as error:
+        raise ValueError(f"config.json has no {error}") from None
+    except TypeError as error:
+        raise ValueError(f"config.json has a value of another type ({error})") from None

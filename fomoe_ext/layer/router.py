@@ -1,0 +1,179 @@
+"""The router: scores all experts of all sites for every token and chooses among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fomoe_ext import ops
+from fomoe_ext.checks import a_bool, an_int, at_least, finite, one_of
+from fomoe_ext.layer.seeding import fill_normal_
+from fomoe_ext.ops.shapes import on_one_device, plain_floats
+
+CHOICE_OPTIONS: dict[str, Any] = {
+    "scoring": "sigmoid",
+    "renormalize": False,
+    "scale": 1.0,
+    "num_groups": 1,
+    "groups_kept": 1,
+}
+"""Options of a router that say how it chooses and weighs, and what they are unless given."""
+
+
+class Router(nn.Module):
+    """Scores all experts and chooses `top_k` of them per token.
+
+    weight: [E, D]. bias: [E], added to the logits, or None. selection_bias: fp32 [E], added to the
+    scores for the choice only (zeros unless loaded or moved by bias balancing); it stays fp32 when
+    the module is cast. tap: a module that is called with the logits, or None, for libraries that
+    record them by hooks.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    selection_bias: Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        scoring: Literal["sigmoid", "softmax"] = "sigmoid",
+        renormalize: bool = False,
+        scale: float = 1.0,
+        num_groups: int = 1,
+        groups_kept: int = 1,
+        bias: bool = False,
+        layer_index: int = 0,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Sizes and options of `MoELayer`. Raises ValueError or TypeError for bad ones."""
+        super().__init__()
+        at_least(1, hidden_size=hidden_size, num_experts=num_experts, top_k=top_k)
+        at_least(1, num_groups=num_groups, groups_kept=groups_kept)
+        at_least(0, layer_index=layer_index)
+        an_int(seed=seed)
+        a_bool(renormalize=renormalize, bias=bias)
+        one_of(("sigmoid", "softmax"), scoring=scoring)
+        finite(0.0, scale=scale)
+        if top_k > num_experts:
+            raise ValueError(f"top_k must be at most num_experts = {num_experts}, got {top_k}")
+        if num_experts % num_groups:
+            raise ValueError(
+                f"num_groups must divide num_experts = {num_experts}, got {num_groups}"
+            )
+        if groups_kept > num_groups:
+            raise ValueError(
+                f"groups_kept must be at most num_groups = {num_groups}, got {groups_kept}"
+            )
+        choosable = groups_kept * (num_experts // num_groups)
+        if top_k > choosable:
+            raise ValueError(
+                f"top_k must be at most the {choosable} experts of the groups kept, got {top_k}"
+            )
+        self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
+        self.scoring, self.renormalize, self.scale = scoring, renormalize, scale
+        self.num_groups, self.groups_kept = num_groups, groups_kept
+        self.layer_index, self.seed = layer_index, seed
+        self.weight = nn.Parameter(
+            torch.empty(num_experts, hidden_size, device=device, dtype=dtype)
+        )
+        lines = torch.empty(num_experts, device=device, dtype=dtype)
+        self.register_parameter("bias", nn.Parameter(lines) if bias else None)
+        self.tap: nn.Module | None = None
+        self.register_buffer(
+            "selection_bias", torch.zeros(num_experts, device=device, dtype=torch.float32)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights of deviation 1/sqrt(D) that depend only on (seed, layer); biases 0."""
+        fill_normal_(self.weight, self.hidden_size**-0.5, self.seed, "router", self.layer_index)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        self.selection_bias.zero_()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parameters, each with a row per expert."""
+        return ("weight",) if self.bias is None else ("weight", "bias")
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [T, D] -> fp32 logits [T, E], computed in fp32 also under autocast.
+
+        Raises ValueError for parameters on another device or of no plain float dtype.
+        """
+        of_router = {name: getattr(self, name) for name in (*self.parts, "selection_bias")}
+        on_one_device({"x": x} | of_router)
+        plain_floats(of_router)
+        plain = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+        with plain:
+            bias = None if self.bias is None else self.bias.float()
+            logits = F.linear(x.float(), self.weight.float(), bias)
+        if self.tap is not None:
+            self.tap(logits)
+        return logits
+
+    def choose(
+        self, logits: Tensor, allowed: Tensor | None = None, top_k: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [T, E] -> combine weights fp32 [T, K] and experts int32 [T, K] (`ops.route`).
+
+        `allowed` is a bool mask [E] (None = all may be chosen), `top_k` overrides the router's own.
+        Raises as `ops.route` does, e.g. ValueError for NaN logits.
+        """
+        return ops.route(
+            logits, self.top_k if top_k is None else top_k, allowed=allowed, **self._options()
+        )
+
+    def choose_and_measure(
+        self, logits: Tensor, allowed: Tensor | None = None, top_k: int | None = None
+    ) -> tuple[Tensor, Tensor, ops.RouterStatistics]:
+        """`choose` and the statistics of `ops.measured_route`, from one pass over the logits."""
+        return ops.measured_route(
+            logits, self.top_k if top_k is None else top_k, allowed=allowed, **self._options()
+        )
+
+    def _options(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in CHOICE_OPTIONS}
+        return own | {"selection_bias": self.selection_bias}
+
+    def forward(
+        self,
+        x: Tensor,
+        allowed: Tensor | None = None,
+        top_k: int | None = None,
+        *,
+        measured: bool = False,
+    ) -> Any:
+        """x [T, D] -> combine weights fp32 [T, K] and chosen experts int32 [T, K], as `choose`.
+
+        With `measured` the logits go before them and the statistics of `choose_and_measure` after.
+        """
+        logits = self.logits(x)
+        if measured:
+            return logits, *self.choose_and_measure(logits, allowed, top_k)
+        return self.choose(logits, allowed, top_k)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        bias = self.selection_bias
+        super()._apply(fn, recurse)
+        if self.selection_bias.dtype != torch.float32:
+            # Steps of the bias are smaller than what bf16 can add.
+            self.selection_bias = bias.to(self.selection_bias.device)
+        return self
+
+    def extra_repr(self) -> str:
+        text = f"{self.hidden_size}, {self.num_experts}, top_k={self.top_k}, scoring={self.scoring}"
+        if self.num_groups > 1:
+            text += f", groups={self.groups_kept}/{self.num_groups}"
+        text += f", renormalize={self.renormalize}, scale={self.scale}"
+        return text if self.bias is None else text + ", bias=True"

@@ -1,0 +1,79 @@
+"""The shared expert, which every token uses and every site holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fomoe_ext import ops
+from fomoe_ext.checks import an_int, at_least, one_of
+from fomoe_ext.layer.seeding import fill_normal_
+from fomoe_ext.ops.shapes import on_one_device
+
+
+def activate(preact: Tensor, activation: str) -> Tensor:
+    up: Tensor | None = None
+    if ops.is_gated(activation):
+        preact, up = preact.chunk(2, dim=-1)
+    if activation == "clamped_swiglu":
+        assert up is not None
+        gate = preact.clamp(max=7.0)
+        return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
+    if activation in ("swiglu", "silu"):
+        act = F.silu(preact)
+    elif activation in ("geglu", "gelu"):
+        act = F.gelu(preact, approximate="tanh")
+    else:
+        act = F.relu(preact).square()
+    return act if up is None else act * up
+
+
+class SharedExpert(nn.Module):
+    """An expert that every token uses and every site holds, of two plain linear layers."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_size: int,
+        *,
+        activation: str = "swiglu",
+        layer_index: int = 0,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Weights as one expert's: expand [G*N, D], contract [D, N]; no biases.
+
+        Raises ValueError or TypeError naming the argument.
+        """
+        super().__init__()
+        at_least(1, hidden_size=hidden_size, expert_size=expert_size)
+        at_least(0, layer_index=layer_index)
+        an_int(seed=seed)
+        one_of(tuple(ops.ACTIVATIONS), activation=activation)
+        self.activation, self.layer_index, self.seed = activation, layer_index, seed
+        wide = expert_size * (2 if ops.is_gated(activation) else 1)
+        device = torch.get_default_device() if device is None else device
+        # skip_init: the default initialisation would draw from torch's global generator.
+        make = nn.utils.skip_init
+        options: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
+        self.expand = make(nn.Linear, hidden_size, wide, **options)
+        self.contract = make(nn.Linear, expert_size, hidden_size, **options)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights of deviation 1/sqrt(fan-in) that depend only on (seed, layer)."""
+        for name, linear in (("expand", self.expand), ("contract", self.contract)):
+            std = linear.in_features**-0.5
+            fill_normal_(linear.weight, std, self.seed, "shared", name, self.layer_index)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D]. Raises ValueError for a weight on the meta device and x not."""
+        for name, linear in (("expand", self.expand), ("contract", self.contract)):
+            weight = linear._parameters.get("weight")  # an adapter has others
+            if weight is not None and weight.is_meta and not hasattr(linear, "_hf_hook"):
+                on_one_device({"x": x, f"{name}.weight": weight})
+        return self.contract(activate(self.expand(x), self.activation))
