@@ -57,7 +57,7 @@ class PendingCheckpoint:
     def __init__(
         self, files: FileWriter, final: Path, round: int, meta: Mapping[str, Any], keep: int
     ) -> None:
-        """`files`: of this process, which have been begun. `keep`: see `CheckpointWriter`."""
+        """`files`: those of this process. `keep`: see `CheckpointWriter`."""
         self.path, self.round = final, round
         self._files, self._meta, self._keep = files, dict(meta), keep
         self.copied: threading.Event = files.copied
