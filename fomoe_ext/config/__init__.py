@@ -1,7 +1,8 @@
 """The typed configuration of a job: a file per section, presets, TOML and flags, idle ones.
 
-Also values as text: links and addresses. May import placement and files; starts and trains nothing,
-and needs no torch. These names are for users; the package imports the module that defines a name.
+Also values as text: links and addresses. May import placement and files; starts nothing, knows no
+tensor and needs no torch. These names are for users; the package imports the module that defines a
+name.
 """
 
 from fomoe_ext.config.data import DataConfig

@@ -1,6 +1,7 @@
 """The reference language model, and its validation across sites.
 
-May import layer and what is below it. Knows no checkpoint and no training loop.
+language is a decoder of MoELayers, evaluate its loss where no site holds all experts. May import
+layer and what is below it. Knows no meeting, no checkpoint and no training loop.
 """
 
 from fomoe_ext.config.model import ModelConfig
