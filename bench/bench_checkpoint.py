@@ -31,7 +31,7 @@ from fomoe_ext.data.sequences import open_data
 from fomoe_ext.launch.world import StopRequest, World
 from fomoe_ext.ops import native
 from fomoe_ext.report.runs import job_config
-from fomoe_ext.train.trainer import TrainingSite
+from fomoe_ext.train.site import TrainingSite
 
 DEVICE = "cuda" if native.cuda_loaded else "cpu"
 ROUNDS = 3
@@ -66,9 +66,9 @@ def seconds_of(call: Callable[[], Any]) -> float:
 
 
 def train_a_round(site: TrainingSite) -> None:
-    site.take_local_steps(StopRequest(), lambda loss: None)
-    site.exchange_notes(stop=False)
-    site.meet()
+    site.steps.take(StopRequest(), lambda loss: None)
+    site.notes.exchange(stop=False)
+    site.meetings.meet()
 
 
 def write_one_file(path: Path, content: bytes) -> None:
@@ -85,13 +85,13 @@ def behind(site: TrainingSite) -> dict[str, float]:
     "with": of the whole round, with all that the checkpoint does meanwhile and the waits.
     """
     begin, before = time.perf_counter(), site.tally.checkpoint_s
-    start = seconds_of(lambda: site.start_save(site.tally.steps))
+    start = seconds_of(lambda: site.checkpoints.start(site.tally.steps))
     disturbed = seconds_of(lambda: train_a_round(site))
     wait = site.tally.checkpoint_s - before
     outcome = None
     while outcome is None:  # asked after every round in a job
         pause = time.perf_counter()
-        outcome = site.poll_save()
+        outcome = site.checkpoints.poll()
         last = time.perf_counter() - pause
         time.sleep(0.001)
     assert not outcome.error, outcome.error
@@ -103,7 +103,7 @@ def measure(site: TrainingSite, folder: Path) -> dict[str, Any]:
     """Medians of all, in turn, and the bytes of a checkpoint."""
     train_a_round(site)
     first = behind(site)  # fills memory that the next ones have
-    path = site.save(site.tally.steps)
+    path = site.checkpoints.save(site.tally.steps).path
     files = ckpt.read_manifest(path).files.values()
     size = sum(entry.size for entry in files)
     content = os.urandom(size)
@@ -112,7 +112,7 @@ def measure(site: TrainingSite, folder: Path) -> dict[str, Any]:
     found: dict[str, list[float]] = {}
     for _ in range(ROUNDS):
         once = {"round": seconds_of(lambda: train_a_round(site)), **behind(site)}
-        once["at_once"] = seconds_of(lambda: site.save(site.tally.steps))
+        once["at_once"] = seconds_of(lambda: site.checkpoints.save(site.tally.steps))
         once["copy"] = seconds_of(lambda: target.copy_(source))
         once["disk"] = seconds_of(lambda: write_one_file(folder / "file", content))
         for name, value in once.items():

@@ -162,51 +162,25 @@ def gemms(model: Model, load: Load, training: bool = True) -> dict[str, Gemm]:
         columns: int,
         length: int,
         elements: int,
-        epilogue: str,
+        epilogue: str = "StoreRows",
         verb: str = "",
-        makes_weights: bool = False,
     ) -> Gemm:
-        flops = 2 * rows * columns * length
-        return Gemm(
-            name, flops, ELEMENT * elements, verb or name, columns, length, epilogue, makes_weights
-        )
+        flops, moved = 2 * rows * columns * length, ELEMENT * elements
+        makes_weights = verb == "weight_grad"
+        return Gemm(name, flops, moved, verb or name, columns, length, epilogue, makes_weights)
 
-    written = rows * (wide if training else 0) + rows * n
+    kept = rows * wide if training else 0
+    expanded = touched + expand_weight + kept + rows * n
+    contracted_back = touched + contract_weight + 2 * rows * wide + rows * n
+    expand_grad = touched + rows * wide + grads_of * wide * d
+    contract_grad = touched + rows * n + grads_of * n * d
     products = (
-        gemm(
-            "expand",
-            wide,
-            d,
-            touched + expand_weight + written,
-            "Activate" if training else "ActivateOnly",
-        ),
-        gemm("contract", d, n, rows * n + contract_weight + rows * d, "StoreRows"),
-        gemm(
-            "contract_backward",
-            n,
-            d,
-            touched + contract_weight + 2 * rows * wide + rows * n,
-            "ActivateBackward",
-        ),
-        gemm("grouped_rows", d, wide, rows * wide + expand_weight + rows * d, "StoreRows"),
-        gemm(
-            "expand_weight_grad",
-            d,
-            wide,
-            touched + rows * wide + grads_of * wide * d,
-            "StoreRows",
-            "weight_grad",
-            True,
-        ),
-        gemm(
-            "contract_weight_grad",
-            n,
-            d,
-            touched + rows * n + grads_of * n * d,
-            "StoreRows",
-            "weight_grad",
-            True,
-        ),
+        gemm("expand", wide, d, expanded, "Activate" if training else "ActivateOnly"),
+        gemm("contract", d, n, rows * n + contract_weight + rows * d),
+        gemm("contract_backward", n, d, contracted_back, "ActivateBackward"),
+        gemm("grouped_rows", d, wide, rows * wide + expand_weight + rows * d),
+        gemm("expand_weight_grad", d, wide, expand_grad, verb="weight_grad"),
+        gemm("contract_weight_grad", n, d, contract_grad, verb="weight_grad"),
     )
     return {product.name: product for product in products}
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from fomoe_ext.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from fomoe_ext.config.model import ModelConfig
     from fomoe_ext.layer.experts import Experts
     from fomoe_ext.layer.moe import MoELayer
     from fomoe_ext.layer.router import Router
-    from fomoe_ext.model.language import LanguageModel, ModelConfig
+    from fomoe_ext.model.language import LanguageModel
     from fomoe_ext.outer.sync import OuterSync
     from fomoe_ext.placement.placement import Placement
 
@@ -35,7 +36,7 @@ _HOME_OF = {
     "Experts": "fomoe_ext.layer.experts",
     "LanguageModel": "fomoe_ext.model.language",
     "MoELayer": "fomoe_ext.layer.moe",
-    "ModelConfig": "fomoe_ext.config.job",
+    "ModelConfig": "fomoe_ext.config.model",
     "OuterSync": "fomoe_ext.outer.sync",
     "Placement": "fomoe_ext.placement.placement",
     "Router": "fomoe_ext.layer.router",

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from fomoe_ext.extras import NotInstalled
 from fomoe_ext.files.outputs import named, options_of
@@ -28,40 +25,9 @@ commands:
 
 def train(arguments: Sequence[str]) -> int:
     """`fomoe train`: one process per site on this machine; returns the exit code."""
-    from fomoe_ext.config.effects import without_effect
-    from fomoe_ext.config.io import save_config
-    from fomoe_ext.config.links import parse_link
-    from fomoe_ext.files.unwritten import Unwritten, tolerant_output
-    from fomoe_ext.launch.console import outlive_terminal
-    from fomoe_ext.launch.processes import launch
-    from fomoe_ext.report.runs import claimed, flag_value, settled_job
-    from fomoe_ext.train.preflight import check_job
+    from fomoe_ext.train.command import main as train_main
 
-    outlive_terminal()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        raise ValueError(
-            "this is a process of torchrun, and `fomoe train` starts all sites itself: with "
-            "torchrun, run -m fomoe_ext.train"
-        )
-    job = settled_job(arguments)
-    for line in without_effect(job.config, arguments, flag_value(arguments, "--config")):
-        print(f"fomoe train: {line}", file=sys.stderr)
-    check_job(job.config)
-    with claimed(job) as config, tempfile.TemporaryDirectory(prefix="fomoe-") as folder:
-        run_dir = config.run.run_dir
-        assert run_dir is not None
-        settled = Path(folder) / "config.toml"
-        save_config(config, settled)
-        link = None if config.sites.link is None else parse_link(config.sites.link)
-        with tolerant_output(Unwritten()):  # or a full disk would end the sites by their launcher
-            return launch(
-                ["--config", str(settled)],
-                config.sites.sites,
-                run_dir / "logs",
-                link,
-                config.sites.ranks_per_site,
-                config.fault,
-            )
+    return train_main(arguments)
 
 
 def plan(arguments: Sequence[str]) -> int:

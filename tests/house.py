@@ -94,16 +94,16 @@ def floors(arrows: dict[str, set[str]]) -> int:
     return max(height.values())
 
 
-def upward(arrows: dict[str, set[str]]) -> list[str]:
+def upward(arrows: dict[str, set[str]], order: str) -> list[str]:
     """Arrows between folders that do not lead down; folders of one floor do not know each other."""
     floor = {
-        folder: -number for number, line in enumerate(FLOORS.split("\n")) for folder in line.split()
+        folder: -number for number, line in enumerate(order.split("\n")) for folder in line.split()
     }
     return [
         f"{name} -> {other}"
         for name, below in arrows.items()
         for other in sorted(below)
-        if (a := name.split(".")[0]) != (b := other.split(".")[0]) and floor[a] <= floor[b]
+        if name and (a := name.split(".")[0]) != (b := other.split(".")[0]) and floor[a] <= floor[b]
     ]
 
 
@@ -115,7 +115,7 @@ def main() -> None:
     for circle in circles(arrows):
         print("circle:", " ".join(circle))
     if package == PACKAGE:
-        for arrow in upward(arrows):
+        for arrow in upward(arrows, FLOORS):
             print("upward:", arrow)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fomoe_ext.config.job import ModelConfig
+from fomoe_ext.config.model import ModelConfig
 
 # Uneven sizes, so that a mixed-up dimension shows.
 SMALL = ModelConfig(

@@ -21,7 +21,8 @@ import torch
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.writer import save_checkpoint
 from fomoe_ext.config.io import save_config
-from fomoe_ext.config.job import ModelConfig, TrainConfig
+from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.layer.assemble import local_tensors, own_global_tensors
 from fomoe_ext.model.language import LanguageModel
 from fomoe_ext.placement import Placement

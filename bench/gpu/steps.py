@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from bench.gpu.runner import Step
@@ -104,55 +105,61 @@ def test_command(setting: Setting) -> list[str]:
     return [*command, *KERNEL_TESTS, "-k", wanted]
 
 
+def _module(name: str) -> list[str]:
+    return [sys.executable, "-m", f"bench.gpu.{name}"]
+
+
+def _step(
+    setting: Setting,
+    name: str,
+    limit: float,
+    *needs: str,
+    command: list[str] | None = None,
+    results: str = "",
+    flags: tuple[str, ...] = (),
+    group: str = "",
+    early: bool = False,
+    more: Mapping[str, str] | None = None,
+) -> Step:
+    """A step whose command, unless another is given, is the module of its name."""
+    out = setting.work / f"{results or name}.jsonl"
+    budget = f"{OWN_BUDGET * limit:.0f}"
+    own = [*_module(name), "--device", setting.device, "--out", str(out), "--budget", budget]
+    return Step(
+        name,
+        command or [*own, *flags],
+        limit,
+        group or name,
+        results,
+        {**setting.environment, **(more or {})},
+        early,
+        setting.lacks(*needs),
+    )
+
+
+def _check(setting: Setting, tool: str) -> Step:
+    """Small cases under a tool of compute-sanitizer."""
+    limit, budget = 70.0, 45.0  # the tool takes its time to start torch
+    checked = [*_module("small_cases"), "--device", setting.device, "--out", os.devnull]
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+    command += ["--target-processes", "application-only", "--launch-timeout", "50"]
+    # torch's own kernels are not ours to check, and there are many of them; nor are the calls
+    # with which it finds out what there is.
+    command += ["--kernel-name", "kns=fomoe", "--print-limit", "20"]
+    command += ["--report-api-errors", "no"] if tool == "memcheck" else []
+    command += [*checked, "--budget", f"{budget:.0f}"]
+    # Each tensor by itself, or what is next to one in torch's pool would be taken for its own.
+    more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    needs = "compute-sanitizer()"
+    return _step(setting, tool, limit, needs, command=command, group="checks", more=more)
+
+
 def make_steps(setting: Setting) -> list[Step]:
     """All steps, in order."""
-    device = setting.device
-
-    def module(name: str) -> list[str]:
-        return [sys.executable, "-m", f"bench.gpu.{name}"]
-
-    def step(
-        name: str,
-        limit: float,
-        *needs: str,
-        command: list[str] | None = None,
-        results: str = "",
-        flags: tuple[str, ...] = (),
-        group: str = "",
-        early: bool = False,
-        more: Mapping[str, str] | None = None,
-    ) -> Step:
-        out = setting.work / f"{results or name}.jsonl"
-        budget = f"{OWN_BUDGET * limit:.0f}"
-        own = [*module(name), "--device", device, "--out", str(out), "--budget", budget, *flags]
-        return Step(
-            name,
-            command or own,
-            limit,
-            group or name,
-            results,
-            {**setting.environment, **(more or {})},
-            early,
-            setting.lacks(*needs),
-        )
-
-    def check(tool: str) -> Step:
-        limit, budget = 70.0, 45.0  # the tool takes its time to start torch
-        checked = [*module("small_cases"), "--device", device, "--out", os.devnull]
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-        command += ["--target-processes", "application-only", "--launch-timeout", "50"]
-        # torch's own kernels are not ours to check, and there are many of them; nor are the calls
-        # with which it finds out what there is.
-        command += ["--kernel-name", "kns=fomoe", "--print-limit", "20"]
-        command += ["--report-api-errors", "no"] if tool == "memcheck" else []
-        command += [*checked, "--budget", f"{budget:.0f}"]
-        # Each tensor by itself, or what is next to one in torch's pool would be taken for its own.
-        more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        return step(tool, limit, "compute-sanitizer()", command=command, group="checks", more=more)
-
+    step = partial(_step, setting)
     build = Step(
         "build",
-        [*module("build"), device],
+        [*_module("build"), setting.device],
         240.0,
         "build",
         environment=setting.environment,
@@ -166,7 +173,7 @@ def make_steps(setting: Setting) -> list[Step]:
         step("layers", 80, results="layers", flags=("--wait",), early=True),
         step("training", 45, results="training"),
         step("job", 70, "safetensors", results="training", group="checks"),
-        *(check(tool) for tool in CHECKS),
+        *(_check(setting, tool) for tool in CHECKS),
         step("tokens", 30, results="tokens"),
         step("profile", 45, "ncu()", results="profile"),
     ]

@@ -16,7 +16,9 @@ import torch
 
 from bench.gpu import measured
 from bench.gpu.measured import Results
-from fomoe_ext.config.job import InnerConfig, ModelConfig, preset_config
+from fomoe_ext.config.inner import InnerConfig
+from fomoe_ext.config.job import preset_config
+from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.layer.moe import MoELayer
 from fomoe_ext.model.language import LanguageModel
 from fomoe_ext.train.job import make_optimizer

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bench.study import claims, design, run, store, tables, throughput
-from fomoe_ext.report.report import print_tables
+from fomoe_ext.report.tables import print_tables
 
 QUICK_RUNS = store.RUNS.with_name("quick.jsonl")
 

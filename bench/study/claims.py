@@ -15,10 +15,11 @@ from typing import Any
 from bench.study import design, plots, store, tables, throughput
 from bench.study.design import FULL, Size
 from bench.study.tables import Kept, mean_of
-from fomoe_ext.config.job import count_parameters, preset_config
+from fomoe_ext.config.job import preset_config
+from fomoe_ext.config.model import count_parameters
 from fomoe_ext.files.atomic import write_text
 from fomoe_ext.plan import cost as plan_cost
-from fomoe_ext.report.report import ReportTable, markdown_table
+from fomoe_ext.report.tables import ReportTable, markdown_table
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAPER_LOCAL_STEPS = 32
@@ -153,7 +154,7 @@ def _speed(share: float) -> str:
 
 
 def claims_table(kept: Kept, size: Size = FULL) -> ReportTable:
-    """A row per claim: claimed, configuration, planned, measured here, command."""
+    """A row per claim: claimed, configuration, planned, measured here, command. Long: a table."""
     replica, ddp = _communication(kept, size)
     equal_replica, equal_ddp = _equal_loss(kept, size)
     plain, best = _quality(kept, size)

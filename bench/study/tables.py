@@ -9,8 +9,8 @@ from typing import Any
 from bench.study import design
 from bench.study.design import Size
 from bench.study.store import Run
-from fomoe_ext.report.metrics import human_bytes
-from fomoe_ext.report.report import ReportTable
+from fomoe_ext.report.tables import ReportTable
+from fomoe_ext.report.units import human_bytes
 
 Kept = Mapping[str, Mapping[str, Any]]
 """Records by key, as `store.load` gives them."""

@@ -14,11 +14,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fomoe_ext.config.job import ModelConfig
+from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.files.atomic import write_text
 from fomoe_ext.plan import cost as plan_cost
-from fomoe_ext.report.metrics import human_count
-from fomoe_ext.report.report import ReportTable
+from fomoe_ext.report.tables import ReportTable
+from fomoe_ext.report.units import human_count
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "study" / "throughput.json"
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -40,7 +40,7 @@ def _steps(device: str) -> dict[str, dict[float, Callable[[], None]]]:
     import torch
 
     from fomoe_ext import MoELayer
-    from fomoe_ext.config.job import InnerConfig
+    from fomoe_ext.config.inner import InnerConfig
     from fomoe_ext.model.language import LanguageModel
     from fomoe_ext.train.job import make_optimizer
 

@@ -23,11 +23,11 @@ from fomoe_ext.checkpoint.manifest import (
     CheckpointError,
     FileEntry,
     Manifest,
-    is_whole,
     list_checkpoints,
     read_manifest,
     sha256,
 )
+from fomoe_ext.checkpoint.whole import is_whole
 from fomoe_ext.files.atomic import naming, sealed, sync_folder
 from fomoe_ext.files.tensors import INDEX
 

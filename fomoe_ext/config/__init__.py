@@ -1,5 +1,31 @@
-"""The typed configuration of a job: a section each, presets, files and flags, what has no effect.
+"""The typed configuration of a job: a file per section, presets, TOML and flags, idle ones.
 
-Also values as text: links and addresses. May import placement and files; starts and trains nothing,
-and needs no torch.
+Also values as text: links and addresses. May import placement and files; starts nothing, knows no
+tensor and needs no torch. These names are for users; the package imports the module that defines a
+name.
 """
+
+from fomoe_ext.config.data import DataConfig
+from fomoe_ext.config.fault import FaultConfig
+from fomoe_ext.config.inner import InnerConfig
+from fomoe_ext.config.job import TrainConfig, preset_config
+from fomoe_ext.config.model import ModelConfig, ParameterCounts, count_parameters
+from fomoe_ext.config.outer import OuterConfig
+from fomoe_ext.config.presets import PRESETS
+from fomoe_ext.config.run import RunConfig
+from fomoe_ext.config.sites import SitesConfig
+
+__all__ = [
+    "PRESETS",
+    "DataConfig",
+    "FaultConfig",
+    "InnerConfig",
+    "ModelConfig",
+    "OuterConfig",
+    "ParameterCounts",
+    "RunConfig",
+    "SitesConfig",
+    "TrainConfig",
+    "count_parameters",
+    "preset_config",
+]

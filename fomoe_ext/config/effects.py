@@ -1,4 +1,4 @@
-"""Options that were given and have no effect, and what changes when a run goes on. Needs no torch.
+"""Options that were given and have no effect. Needs no torch.
 
 `_IDLE` has for every option that needs another when it does nothing, and what it would need.
 """
@@ -6,16 +6,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from fomoe_ext.config.io import read_toml
-from fomoe_ext.config.job import TrainConfig, preset_config
+from fomoe_ext.config.job import SECTIONS, TrainConfig, preset_config
 
-_SECTIONS = tuple(
-    f.name for f in dataclasses.fields(TrainConfig) if f.default_factory is not dataclasses.MISSING
-)
 _TABLES = (".jsonl", ".ndjson", ".parquet")
 
 
@@ -159,7 +155,7 @@ def _fields() -> dict[str, str]:
     default = preset_config("tiny")
     return {
         field.name: section
-        for section in _SECTIONS
+        for section in SECTIONS
         for field in dataclasses.fields(getattr(default, section))
     }
 
@@ -180,7 +176,7 @@ def _named_in_file(path: str, config: TrainConfig) -> set[str]:
     plain, tables = preset_config(config.preset), read_toml(path)
     return {
         name
-        for section in _SECTIONS
+        for section in SECTIONS
         for name, value in tables.get(section, {}).items()
         if value != getattr(getattr(plain, section), name)
     }
@@ -196,59 +192,3 @@ def without_effect(config: TrainConfig, args: Sequence[str], file: str | None = 
         if why is not None:
             result.append(f"--{option.replace('_', '-')} has no effect {why}")
     return result
-
-
-# ------------------------------------------------------------------------------ a run that goes on
-
-_PLACES = ("placement", "placement_by", "placement_file")
-_OWN_BUSINESS = {"run.run_dir", "run.resume"}
-
-
-def changes(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """What a run's configuration was and is to be, by section.option, where that differs."""
-    found = {}
-    for section in _SECTIONS:
-        before, after = getattr(old, section), getattr(new, section)
-        for field in dataclasses.fields(before):
-            key = f"{section}.{field.name}"
-            pair = getattr(before, field.name), getattr(after, field.name)
-            if pair[0] != pair[1] and key not in _OWN_BUSINESS:
-                found[key] = pair
-    return found
-
-
-def check_changes(old: TrainConfig | None, new: TrainConfig, rounds_done: int) -> None:
-    """Raises ValueError for what a run that goes on cannot do; `old`: its configuration so far."""
-    rounds = new.run.resolved_rounds
-    if rounds < rounds_done:
-        raise ValueError(
-            f"rounds must be at least {rounds_done}, as many as the checkpoint has, got {rounds}: "
-            "nothing of them is left to do"
-        )
-    if old is None:
-        return
-    useless = [key for key in changes(old, new) if key.startswith(("inner.", "outer."))]
-    if rounds == rounds_done and useless:
-        raise ValueError(
-            f"{useless[0]} has no effect any more: all {rounds} rounds are done (--rounds makes it "
-            "more)"
-        )
-    own = ("sites", "replication")
-    same = all(getattr(old.sites, name) == getattr(new.sites, name) for name in own)
-    moved = [n for n in _PLACES if getattr(old.sites, n) != getattr(new.sites, n)]
-    if same and moved and new.sites.placement_file is None:
-        raise ValueError(
-            f"sites.{moved[0]} cannot change from {getattr(old.sites, moved[0])} to "
-            f"{getattr(new.sites, moved[0])} where a run goes on with as many sites and the same "
-            "replication: it keeps the checkpoint's placement; --placement-file gives it another"
-        )
-
-
-def told(found: dict[str, tuple[Any, Any]]) -> Iterable[str]:
-    """A line for every change."""
-    for key, (before, after) in found.items():
-        yield f"changed: {key} from {_word(before)} to {_word(after)}"
-
-
-def _word(value: Any) -> str:
-    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)

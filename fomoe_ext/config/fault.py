@@ -1,14 +1,11 @@
-"""How a job takes it when sites go and come: options, and what they cannot be combined with."""
+"""The section [fault]: how a job takes it when sites go and come."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from fomoe_ext.config.addresses import parse_address
-
-if TYPE_CHECKING:
-    from fomoe_ext.config.job import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -53,25 +50,3 @@ class FaultConfig:
     def tolerant(self) -> bool:
         """Whether the job outlives a site."""
         return self.membership != "static"
-
-
-def check_tolerant(config: TrainConfig) -> None:
-    """Raises ValueError for what a job that outlives its sites cannot do."""
-    sites, outer = config.sites, config.outer
-    wrong = {
-        "sites.ranks_per_site = 1": sites.ranks_per_site > 1,
-        "sites.stale_experts = 0": sites.stale_experts != 0,
-        "sites.reshuffle_rounds = 0": sites.reshuffle_rounds > 0,
-        "outer.fragments = 1": outer.fragments > 1,
-        "outer.overlap = 0": outer.overlap > 0,
-        "outer.expert_turns = 1": outer.expert_turns > 1,
-        "an outer.optimizer that is not ddp": outer.optimizer == "ddp",
-        "run.probe_tokens = 0": config.run.probe_tokens > 0,
-    }
-    needed = [what for what, violated in wrong.items() if violated]
-    if needed:
-        raise ValueError(f"fault.membership = torchft needs {', '.join(needed)}")
-    if config.fault.quorum > sites.sites:
-        raise ValueError(
-            f"fault.quorum must be at most sites.sites = {sites.sites}, got {config.fault.quorum}"
-        )

@@ -17,12 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fomoe_ext.config.job import TrainConfig, preset_config
+from fomoe_ext.config.job import SECTIONS, TrainConfig, preset_config
 from fomoe_ext.files.atomic import seal_text, write_text
-
-_SECTIONS = tuple(
-    f.name for f in dataclasses.fields(TrainConfig) if f.default_factory is not dataclasses.MISSING
-)
 
 
 def _hints(kind: type) -> dict[str, Any]:
@@ -63,13 +59,13 @@ def _convert(key: str, kind: Any, value: Any) -> Any:
 
 def _unknown_key(path: Path, key: str, section: str | None) -> ValueError:
     """The error for a key that is not ours, with the nearest ones that are."""
-    where = {name: part for part in _SECTIONS for name in _hints(_hints(TrainConfig)[part]) if name}
+    where = {name: part for part in SECTIONS for name in _hints(_hints(TrainConfig)[part]) if name}
     full = key if section is None else f"{section}.{key}"
     if section is None and key in where:
         return ValueError(f"{path}: key {key!r} belongs into section [{where[key]}]")
     if key in where:
         return ValueError(f"{path}: unknown key {full!r}; it belongs into section [{where[key]}]")
-    known = [*where, "preset", *_SECTIONS]
+    known = [*where, "preset", *SECTIONS]
     nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     named = [f"{where[name]}.{name}" if name in where else name for name in nearest]
     hint = f"; did you mean {' or '.join(named)}?" if named else ""
@@ -96,7 +92,7 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     for name, value in tables.items():
         if name == "preset":
             result[name] = _convert("preset", str, value)
-        elif name not in _SECTIONS:
+        elif name not in SECTIONS:
             raise _unknown_key(path, name, None)
         elif not isinstance(value, dict):
             raise TypeError(f"{path}: {name} must be a section [{name}], got {value!r}")
@@ -143,7 +139,7 @@ def _toml_value(value: Any) -> str:
 def dump_config(config: TrainConfig) -> str:
     """The whole configuration as TOML text; fields that are None are left out."""
     lines = [f"preset = {_toml_value(config.preset)}"]
-    for section in _SECTIONS:
+    for section in SECTIONS:
         lines += ["", f"[{section}]"]
         for key, value in dataclasses.asdict(getattr(config, section)).items():
             if value is not None:
@@ -153,10 +149,22 @@ def dump_config(config: TrainConfig) -> str:
 
 def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
     """Write `dump_config` to a file, whole or not at all, after a line with its hash
-    (`files.check_text_seal`); `load_config` gives `config` again."""
+    (`atomic.check_text_seal`); `load_config` gives `config` again."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, seal_text(dump_config(config)))
+
+
+def flag_value(args: Sequence[str], flag: str) -> str | None:
+    """The last value of `--flag VALUE` or `--flag=VALUE`; "" where the flag stands alone."""
+    value = None
+    for i, arg in enumerate(args):
+        if arg == flag:
+            bare = i + 1 == len(args) or args[i + 1].startswith("--")
+            value = "" if bare else args[i + 1]
+        elif arg.startswith(flag + "="):
+            value = arg.partition("=")[2]
+    return value
 
 
 def _take_option(args: list[str], flag: str) -> str | None:

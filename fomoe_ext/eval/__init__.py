@@ -1,4 +1,5 @@
 """`fomoe eval`: validation of a run, an exported folder or a transformers model.
 
-May import export, checkpoint and model. Knows no training loop.
+models finds out what it is given and loads it, command measures. May import export, checkpoint,
+model and what they stand on. Knows no training loop.
 """

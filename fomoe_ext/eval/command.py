@@ -28,8 +28,8 @@ from fomoe_ext.eval.models import Skipping, Subject, Variant, find_subject
 from fomoe_ext.files.atomic import write_text
 from fomoe_ext.files.outputs import require_file
 from fomoe_ext.launch.world import World, choose_device
-from fomoe_ext.report.metrics import human_count
-from fomoe_ext.report.report import ReportTable, print_tables
+from fomoe_ext.report.tables import ReportTable, print_tables
+from fomoe_ext.report.units import human_count
 
 _LOGIT_BYTES = 64 << 20
 _MOST_WINDOWS = 64

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fomoe_ext.checkpoint import manifest as ckpt
-from fomoe_ext.config.job import DataConfig, ModelConfig
+from fomoe_ext.checkpoint.reader import load_global_model, load_state
+from fomoe_ext.config.data import DataConfig
+from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.export.format import exported_name, model_of_config
 from fomoe_ext.export.source import Source, find_source
 from fomoe_ext.export.tokenizer import TOKENIZER
@@ -143,7 +145,7 @@ def placement_of(source: Source) -> Placement:
     for site in range(source.manifest.num_sites):
         if not (source.checkpoint / ckpt.state_name(site)).is_file():
             continue  # it may be on another machine
-        state = ckpt.load_state(source.checkpoint, site)
+        state = load_state(source.checkpoint, site)
         if "sync" in state:
             return Placement.from_dict(state["sync"]["placement"])
     if source.config is None or source.config.sites.reshuffle_rounds:
@@ -157,7 +159,7 @@ def placement_of(source: Source) -> Placement:
 def _run_variants(source: Source, skipping: Skipping, device: torch.device) -> Iterator[Variant]:
     def load(name: str, placement: Placement | None = None, site: int = 0) -> Variant:
         model = LanguageModel(source.model, placement, site, device=device)
-        ckpt.load_global_model(source.checkpoint, model)
+        load_global_model(source.checkpoint, model)
         return _variant(model, name, skipping)
 
     if skipping.site is None:

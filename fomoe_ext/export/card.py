@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from fomoe_ext.checkpoint.manifest import Manifest
-from fomoe_ext.config.job import ModelConfig, TrainConfig, count_parameters
-from fomoe_ext.report.metrics import human_count
+from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.config.model import ModelConfig, count_parameters
+from fomoe_ext.report.units import human_count
 
 _CARD = """---
 library_name: transformers

@@ -23,8 +23,12 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from fomoe_ext.checkpoint import manifest as ckpt
+from fomoe_ext.checkpoint.reader import GlobalModelReader
+from fomoe_ext.checkpoint.whole import require_content
 from fomoe_ext.config.io import dump_config
-from fomoe_ext.config.job import ModelConfig, SitesConfig, TrainConfig, count_parameters
+from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.config.model import ModelConfig, count_parameters
+from fomoe_ext.config.sites import SitesConfig
 from fomoe_ext.export.card import model_card
 from fomoe_ext.export.format import exported_name, transformers_config, write_json
 from fomoe_ext.export.source import Source, find_source, model_files
@@ -35,8 +39,9 @@ from fomoe_ext.files.outputs import require_new
 from fomoe_ext.files.tensors import write_tensors
 from fomoe_ext.layer.assemble import global_names
 from fomoe_ext.model.language import LanguageModel
-from fomoe_ext.report.metrics import human_bytes, human_count, read_metrics
+from fomoe_ext.report.metrics import read_metrics
 from fomoe_ext.report.runs import CONFIG, METRICS
+from fomoe_ext.report.units import human_bytes, human_count
 
 _CODE = ("configuration_fomoe.py", "modeling_fomoe.py")
 
@@ -86,7 +91,7 @@ def _tensors(source: Source, options: ExportOptions) -> Iterator[tuple[str, Tens
     """The global model's tensors under their new names, read one by one."""
     shapes = _global_shapes(source.model)
     dtype = _DTYPES[options.dtype]
-    with ckpt.GlobalModelReader(source.checkpoint) as reader:
+    with GlobalModelReader(source.checkpoint) as reader:
         if differing := shapes.keys() ^ set(reader.names()):
             raise ValueError(
                 f"checkpoint {source.checkpoint} is not of the model that it names: "
@@ -136,7 +141,7 @@ def _portable_config(source: Source) -> TrainConfig:
 
 def _write_folder(folder: Path, source: Source, options: ExportOptions) -> tuple[int, int]:
     tokenizer = source.tokenizer(options.tokenizer)
-    ckpt.require_content(source.checkpoint, model_files(source.manifest))
+    require_content(source.checkpoint, model_files(source.manifest))
     if options.format == "transformers":
         end = write_tokenizer(folder, tokenizer, source.model)
         tokens = "bytes" if tokenizer is None else TOKENIZER

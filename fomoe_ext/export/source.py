@@ -8,7 +8,8 @@ from typing import Any
 
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.publish import reading
-from fomoe_ext.config.job import ModelConfig, TrainConfig
+from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.report.runs import CHECKPOINTS, CONFIG, load_run_config, run_of
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fomoe_ext.config.job import ModelConfig
+from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.data.text import Tokenizer, load_tokenizer
 from fomoe_ext.export.format import write_json
 

@@ -6,17 +6,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 
 from fomoe_ext.fault import ownership
 from fomoe_ext.fault.membership import NotAMember, TorchftMembership, View
 from fomoe_ext.fault.reform import Reform, Regrouped
+from fomoe_ext.fault.site import Site
 from fomoe_ext.launch.world import PeerLost
-
-if TYPE_CHECKING:
-    from fomoe_ext.train.trainer import TrainingSite
 
 LATE = "a site is late"
 _ATTEMPTS = 12
@@ -30,7 +28,7 @@ _LATE_S = 1.0
 class Company:
     """The sites that one site works with."""
 
-    def __init__(self, membership: TorchftMembership, site: TrainingSite) -> None:
+    def __init__(self, membership: TorchftMembership, site: Site) -> None:
         self.membership, self._site = membership, site
         self._fault = site.config.fault
         self._reform = Reform(site)
@@ -51,7 +49,8 @@ class Company:
     @property
     def patience_s(self) -> float:
         """How long a site that lives is waited for, from the measured time of a round."""
-        measured = self._fault.grace * self._site.pace.seconds * self._site.local_steps
+        site = self._site
+        measured = self._fault.grace * site.step_s * site.config.run.local_steps
         return max(_LEAST_PATIENCE_S, measured + self._fault.silent_s)
 
     @contextmanager

@@ -15,8 +15,8 @@ from fomoe_ext.config.fault import FaultConfig
 _GOODBYE_S = 15.0
 
 
-class Keeper:
-    """Has a lighthouse for a job on this machine, unless the job has one. A context manager."""
+class LighthouseKeeper:
+    """Has a lighthouse for a job on this machine, unless the job has one (`launch.Keeper`)."""
 
     def __init__(self, fault: FaultConfig) -> None:
         self._fault = fault

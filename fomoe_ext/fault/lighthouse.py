@@ -21,12 +21,11 @@ from typing import Any
 from fomoe_ext.config.addresses import Address, listen, parse_address, require_listener
 from fomoe_ext.config.fault import FaultConfig
 from fomoe_ext.extras import NotInstalled
-from fomoe_ext.fault.secret import keyed, own_secret
+from fomoe_ext.fault import keys
+from fomoe_ext.fault.secret import own_secret
 
 LIGHTHOUSE = "FOMOE_LIGHTHOUSE"
 """Variable in which the launcher tells the sites its lighthouse's address."""
-RPC_KEY = "lighthouse"
-"""Where in the store the lighthouse's own port is."""
 JOIN_MS = 300
 """How long the lighthouse waits for a site that lives and has not asked; sites have waited before
 (`membership`), so that they ask at the same time."""
@@ -106,13 +105,13 @@ class Lighthouse:
             quorum_tick_ms=_TICK_MS,
             heartbeat_timeout_ms=round(1000 * silent_s),
         )
-        self._keys = dist.PrefixStore(keyed("store"), store)
-        self._keys.set(RPC_KEY, self._server.address().rpartition(":")[2])
+        self._store = dist.PrefixStore(keys.root(), store)
+        self._store.set(keys.LIGHTHOUSE_PORT, self._server.address().rpartition(":")[2])
         self.address = str(bind._replace(port=bound))
 
     def dead(self, site: str) -> None:
         """Tells the sites at once that the process of one has ended."""
-        self._keys.set(f"dead/{site}", str(self._keys.add(f"deaths/{site}", 1)))
+        self._store.set(keys.dead(site), str(self._store.add(keys.deaths(site), 1)))
 
     def shutdown(self) -> None:
         """Ends the lighthouse; the store ends with the process."""

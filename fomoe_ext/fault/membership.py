@@ -15,15 +15,15 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from fomoe_ext.config.addresses import bracketed, parse_address, resolve
 from fomoe_ext.config.fault import FaultConfig
+from fomoe_ext.fault import keys
 from fomoe_ext.fault.lighthouse import (
     LIGHTHOUSE,
-    RPC_KEY,
     require_lighthouse,
     require_secret,
     torchft,
@@ -78,18 +78,6 @@ class Finished(RuntimeError):
     """The job has come to its end without this site."""
 
 
-class Membership(Protocol):
-    """What a job needs to know of who is there."""
-
-    def agree(self, round_index: int, *, between_rounds: bool, patience_s: float) -> View:
-        """The next view; a collective of all sites that live."""
-        ...
-
-    def lost(self) -> str:
-        """Why the present view cannot go on, in words, or an empty string. Quick."""
-        ...
-
-
 class _Beats:
     """Says twice a second that this site lives, and hears the same of the others."""
 
@@ -113,7 +101,7 @@ class _Beats:
         """One beat: to the lighthouse and to the store."""
         owner = self._owner
         self._count += 1
-        owner.beat_store.set(f"beat/{owner.site}", f"{owner.incarnation}.{self._count}")
+        owner.beat_store.set(keys.beat(owner.site), f"{owner.incarnation}.{self._count}")
         # The lighthouse wants more than half of those it knows to live to ask: who still waits to
         # be taken in must not be one of them.
         if self.counts:
@@ -139,17 +127,17 @@ class _Beats:
         view = owner.view
         store = owner.beat_store
         for site in owner.all_sites:
-            if site == owner.site or not store.check([f"beat/{site}"]):
+            if site == owner.site or not store.check([keys.beat(site)]):
                 continue
-            beat = store.get(f"beat/{site}")
+            beat = store.get(keys.beat(site))
             with self._lock:
                 before = self._heard.get(site)
                 if before is None or before[0] != beat:
                     self._heard[site] = beat, now
-        knocking = {s for s in owner.all_sites if store.check([f"knock/{s}"])}
+        knocking = {s for s in owner.all_sites if store.check([keys.knock(s)])}
         self.knocked = frozenset(knocking - set(view.members if view else ()))
-        if view is not None and store.check([f"end/{view.name}"]):
-            self.reason = self.reason or store.get(f"end/{view.name}").decode()
+        if view is not None and store.check([keys.end(view.name)]):
+            self.reason = self.reason or store.get(keys.end(view.name)).decode()
         elif view is not None:
             silent = [s for s in view.members if s != owner.site and self.is_silent(s)]
             if silent and self.is_dead(silent[0]):
@@ -169,9 +157,9 @@ class _Beats:
     def is_dead(self, site: int) -> bool:
         """Whether the launcher has seen the end of the process that was in the view."""
         store, owner = self._owner.beat_store, self._owner
-        if not store.check([f"dead/{site}"]):
+        if not store.check([keys.dead(site)]):
             return False
-        return int(store.get(f"dead/{site}")) > owner.deaths_before.get(site, 0)
+        return int(store.get(keys.dead(site))) > owner.deaths_before.get(site, 0)
 
     def forget(self, sites: Sequence[int]) -> None:
         """Begins anew: these sites have just been heard of."""
@@ -183,7 +171,7 @@ class _Beats:
 
 
 class TorchftMembership:
-    """`Membership` by torchft's lighthouse; several views in the life of a job."""
+    """Who takes part, by torchft's lighthouse; several views in the life of a job."""
 
     def __init__(
         self,
@@ -212,7 +200,7 @@ class TorchftMembership:
         self._ended: set[int] = set()
         self._attempt = 0
         self.connect()
-        self.incarnation = self.store.add(f"incarnation/{site}", 1)
+        self.incarnation = self.store.add(keys.incarnation(site), 1)
         self._beats = _Beats(self)
 
     def connect(self) -> None:
@@ -221,23 +209,23 @@ class TorchftMembership:
         host, port = resolve(self._address, self._name)
         wait = timedelta(seconds=_STORE_S)
         stores = [dist.TCPStore(host, port, wait_for_workers=False, timeout=wait) for _ in range(2)]
-        store, beat_store = (dist.PrefixStore(keyed("store"), store) for store in stores)
+        store, beat_store = (dist.PrefixStore(keys.root(), store) for store in stores)
         try:
-            store.wait([RPC_KEY], timedelta(seconds=_KEY_S))
+            store.wait([keys.LIGHTHOUSE_PORT], timedelta(seconds=_KEY_S))
         except dist.DistStoreError:
             raise ConnectionError(
                 f"{self._name} {self._address} answers, but knows nothing of this job: it must be "
                 "the address that `fomoe lighthouse` has printed, and FOMOE_SECRET the same there"
             ) from None
-        rpc = f"http://{bracketed(host)}:{int(store.get(RPC_KEY))}"
+        rpc = f"http://{bracketed(host)}:{int(store.get(keys.LIGHTHOUSE_PORT))}"
         clients = [self._native.LighthouseClient(rpc, wait) for _ in range(2)]
         self.store, self.beat_store = store, beat_store
         self._client, self.beat_client = clients
 
-    # ------------------------------------------------------------------------------ the two
+    # ---------------------------------------------------------------------- while the job goes on
 
     def agree(self, round_index: int, *, between_rounds: bool, patience_s: float) -> View:
-        """The next view: of the sites that live and come within `patience_s`.
+        """The next view: of the sites that live and come within `patience_s`; a collective of them.
 
         `between_rounds`: take in who has knocked. Raises NotAMember when the others have gone on
         already, TooFew below the quorum.
@@ -245,32 +233,33 @@ class TorchftMembership:
         before = self.view
         assert before is not None, "begin or knock comes first"
         self._raise_if_finished()
-        if between_rounds and not self.store.check([f"admit/{before.name}"]):
-            self.store.set(f"admit/{before.name}", "1")
+        if between_rounds and not self.store.check([keys.admit(before.name)]):
+            self.store.set(keys.admit(before.name), "1")
         self.end("the next view is being formed")
-        self.store.set(f"here/{before.name}/{self.site}", "1")
+        self.store.set(keys.here(before.name, self.site), "1")
         self._await(before, sorted(self._beats.knocked) if between_rounds else [], patience_s)
         return self._ask(round_index, self.quorum)
 
     def lost(self) -> str:
+        """Why the present view cannot go on, in words, or an empty string. Quick."""
         return self._beats.reason
 
-    # -------------------------------------------------------------------------------- the rest
+    # ----------------------------------------------------------------------------- coming, leaving
 
     def begin(self, timeout_s: float) -> View | None:
         """The first view, of all sites; None when the job is under way already.
 
         Raises TooFew when not all come in time.
         """
-        if self.store.check(["current"]):
+        if self.store.check([keys.CURRENT]):
             return None
-        self.store.set(f"start/{self.site}", "1")
+        self.store.set(keys.start(self.site), "1")
         deadline = time.monotonic() + timeout_s
-        while not all(self.store.check([f"start/{s}"]) for s in self.all_sites):
-            if self.store.check(["current"]):
+        while not all(self.store.check([keys.start(s)]) for s in self.all_sites):
+            if self.store.check([keys.CURRENT]):
                 return None
             if time.monotonic() > deadline:
-                missing = [s for s in self.all_sites if not self.store.check([f"start/{s}"])]
+                missing = [s for s in self.all_sites if not self.store.check([keys.start(s)])]
                 raise TooFew(f"sites {missing} did not come within {timeout_s:g} s")
             time.sleep(_LOOK_S)
         self._beats.start()
@@ -294,13 +283,13 @@ class TorchftMembership:
             name, members = self._current()
             if self.site in members:
                 # The others have not yet noticed that the one before this is gone.
-                self.store.set(f"end/{name}", f"site {self.site} has been started anew")
-            self.store.set(f"knock/{self.site}", str(self.incarnation))
-            if self.store.check([f"admit/{name}"]):
+                self.store.set(keys.end(name), f"site {self.site} has been started anew")
+            self.store.set(keys.knock(self.site), str(self.incarnation))
+            if self.store.check([keys.admit(name)]):
                 self._beats.counts = True
-                self.store.set(f"here/{name}/{self.site}", "1")
+                self.store.set(keys.here(name, self.site), "1")
                 view = self._ask(-1, self.quorum)
-                self.store.delete_key(f"knock/{self.site}")
+                self.store.delete_key(keys.knock(self.site))
                 return view
             time.sleep(_LOOK_S)
         raise TooFew(f"nobody has taken site {self.site} in within {timeout_s:g} s")
@@ -316,10 +305,10 @@ class TorchftMembership:
     def finish(self) -> None:
         """The job is done: who comes or looks for the others now need not."""
         with suppress(dist.DistError):  # a lighthouse that is gone tells nobody anything
-            self.store.set("finished", "1")
+            self.store.set(keys.FINISHED, "1")
 
     def _raise_if_finished(self) -> None:
-        if self.store.check(["finished"]):
+        if self.store.check([keys.FINISHED]):
             raise Finished("the job has ended")
 
     def knocked(self) -> bool:
@@ -330,8 +319,8 @@ class TorchftMembership:
     def end(self, reason: str) -> None:
         """Ends the present view: all others of it will hear of it."""
         assert self.view is not None
-        if not self.store.check([f"end/{self.view.name}"]):
-            self.store.set(f"end/{self.view.name}", reason)
+        if not self.store.check([keys.end(self.view.name)]):
+            self.store.set(keys.end(self.view.name), reason)
 
     def _await(self, view: View, late: Sequence[int], patience_s: float) -> None:
         """Until all of the view that live are here, and the late-comers; not for ever."""
@@ -339,11 +328,11 @@ class TorchftMembership:
         while True:
             if self._superseded(view):
                 raise NotAMember(f"the other sites have gone on without site {self.site}")
-            away = [s for s in view.members if not self.store.check([f"here/{view.name}/{s}"])]
+            away = [s for s in view.members if not self.store.check([keys.here(view.name, s)])]
             away = [s for s in away if not self._beats.is_silent(s)]
             passed = time.monotonic() - start
             if passed < _ARRIVAL_S:
-                late = [s for s in late if not self.store.check([f"here/{view.name}/{s}"])]
+                late = [s for s in late if not self.store.check([keys.here(view.name, s)])]
                 late = [s for s in late if not self._beats.is_silent(s)]
             else:
                 late = []
@@ -356,7 +345,7 @@ class TorchftMembership:
         return name != view.name and self.site not in members
 
     def _current(self) -> tuple[str, tuple[int, ...]]:
-        return read_current(self.store.get("current"), len(self.all_sites))
+        return read_current(self.store.get(keys.CURRENT), len(self.all_sites))
 
     def _ask(self, round_index: int, least: int) -> View:
         """Asks the lighthouse, and makes the answer the present view.
@@ -393,13 +382,13 @@ class TorchftMembership:
         ended = {s for s in self.all_sites if s in before and deaths[s] > before[s]}
         self._ended = (self._ended | ended) - set(members)
         self.deaths_before = deaths
-        self.view = View(name, members, dist.PrefixStore(f"view/{keyed('view', name)}", self.store))
+        self.view = View(name, members, dist.PrefixStore(keys.of_view(name), self.store))
         self._beats.forget(members)
-        self.store.set("current", json.dumps({"name": name, "members": members}))
+        self.store.set(keys.CURRENT, json.dumps({"name": name, "members": members}))
         return self.view
 
     def _deaths(self, site: int) -> int:
-        return int(self.store.add(f"deaths/{site}", 0))
+        return int(self.store.add(keys.deaths(site), 0))
 
 
 def _is_proven(replica_id: str, data: Any) -> bool:

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.manifest import CheckpointError
+from fomoe_ext.checkpoint.reader import GlobalModelReader
+from fomoe_ext.checkpoint.whole import require_whole
+from fomoe_ext.fault.site import Formed, Site
 from fomoe_ext.layer.assemble import expert_key, named_moe_layers
+from fomoe_ext.model.language import LanguageModel
+from fomoe_ext.outer import OuterSync
 from fomoe_ext.outer.belongings import steps_of
+from fomoe_ext.outer.layout import Layout
 from fomoe_ext.plan.traffic import NOTE_BYTES
 from fomoe_ext.report.runs import CHECKPOINTS
-from fomoe_ext.train.tally import Tally
-
-if TYPE_CHECKING:
-    from fomoe_ext.fault.reform import Formed
-    from fomoe_ext.model.language import LanguageModel
-    from fomoe_ext.outer import OuterSync
-    from fomoe_ext.outer.layout import Layout
-    from fomoe_ext.train.trainer import TrainingSite
+from fomoe_ext.report.tally import Tally
 
 
-def progress(site: TrainingSite) -> dict[str, Any]:
+def progress(site: Site) -> dict[str, Any]:
     """How far a site is, as one that comes late goes on from it."""
     sync = site.sync
     return {
@@ -39,7 +38,7 @@ def progress(site: TrainingSite) -> dict[str, Any]:
     }
 
 
-def settle(site: TrainingSite, apply: bool) -> None:
+def settle(site: Site, apply: bool) -> None:
     """Ends a meeting that broke off: applies it, with all that a meeting is followed by, or takes
     it back."""
     placement, lost = site.placement, site.sync.pending is not None and not apply
@@ -76,7 +75,7 @@ def _key(layout: Layout, members: Sequence[int]) -> tuple[tuple[int, ...], tuple
 
 
 @torch.no_grad()
-def become(site: TrainingSite, formed: Formed) -> None:
+def become(site: Site, formed: Formed) -> None:
     """Puts a new model, and the site's place among the others, into force."""
     old = None if site.late else site.sync
     sync, donor = formed.sync, formed.donor
@@ -113,7 +112,7 @@ def become(site: TrainingSite, formed: Formed) -> None:
 
 @torch.no_grad()
 def restore_experts(
-    site: TrainingSite, model: LanguageModel, experts: Sequence[tuple[int, int]]
+    site: Site, model: LanguageModel, experts: Sequence[tuple[int, int]]
 ) -> int | None:
     """Fills experts of a new model from the newest whole checkpoint on this machine.
 
@@ -132,14 +131,14 @@ def restore_experts(
 
 
 def _read_experts(
-    site: TrainingSite,
+    site: Site,
     model: LanguageModel,
     experts: Sequence[tuple[int, int]],
     path: Path,
 ) -> None:
-    ckpt.require_whole(path)
+    require_whole(path)
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
-    with ckpt.GlobalModelReader(path) as reader:
+    with GlobalModelReader(path) as reader:
         for named in named_moe_layers(model):
             layer = named.layer
             rows = {e: row for row, e in enumerate(layer.experts.resident_experts)}

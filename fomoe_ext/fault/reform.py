@@ -13,27 +13,23 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fomoe_ext.fault import ownership, recovery
 from fomoe_ext.fault.membership import View
+from fomoe_ext.fault.site import Formed, Site
 from fomoe_ext.launch import inject
-from fomoe_ext.launch.messages import MessageError
+from fomoe_ext.launch.messages import MessageError, gather_objects
 from fomoe_ext.launch.world import PeerLost, World, with_others
-from fomoe_ext.outer import OuterSync, SiteGroups
+from fomoe_ext.outer import SiteGroups
 from fomoe_ext.outer.belongings import Belongings, Item, biases_of, elements_of, items_of, ship
-from fomoe_ext.outer.groups import gather_objects
 from fomoe_ext.outer.reduce import Damaged
 from fomoe_ext.placement.placement import Placement
-
-if TYPE_CHECKING:
-    from fomoe_ext.model.language import LanguageModel
-    from fomoe_ext.train.trainer import TrainingSite
 
 _CONNECT_S = 30.0
 _BURIAL_S = 5.0
@@ -80,23 +76,6 @@ def new_default_group(view: View, world: World, timeout_s: float) -> None:
     backend._set_default_timeout(timedelta(seconds=timeout_s))
 
 
-@dataclass
-class Formed:
-    """What a site will be once all agree: its place, and a model with all that belongs to it."""
-
-    number: int
-    world: World
-    placement: Placement
-    model: LanguageModel
-    optimizer: torch.optim.Optimizer
-    sync: OuterSync
-    donor: dict[str, Any]
-    restored: list[dict[str, Any]] = field(default_factory=list)
-    """Experts that nobody held, which this site has taken."""
-    told: list[dict[str, Any]] = field(default_factory=list)
-    """The same of all sites."""
-
-
 @dataclass(frozen=True)
 class Regrouped:
     """What has come of it, for the report."""
@@ -112,7 +91,7 @@ class Regrouped:
 class Reform:
     """The changes of a site's company; one for its whole life."""
 
-    def __init__(self, site: TrainingSite) -> None:
+    def __init__(self, site: Site) -> None:
         self._site = site
         self._ready: Formed | None = None
         self._made: list[SiteGroups] = []
@@ -286,7 +265,7 @@ class Reform:
             shadows.fill(mine, formed.sync, key)
         others = [key for key in here if key not in copied]
         step = recovery.restore_experts(self._site, formed.model, others) if others else None
-        steps = dict.fromkeys(copied, shadows.round * self._site.local_steps)
+        steps = dict.fromkeys(copied, shadows.round * self._site.config.run.local_steps)
         steps |= dict.fromkeys(others, step)
         formed.restored += [
             {"layer": key[0], "expert": key[1], "site": formed.world.number, "from_step": at}

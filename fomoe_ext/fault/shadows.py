@@ -8,16 +8,12 @@ expert goes on there: at most the last round of its training is lost.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from fomoe_ext.outer import OuterSync
 from fomoe_ext.outer.belongings import Belongings, Item, biases_of, elements_of, items_of, ship
 from fomoe_ext.placement import wire
-
-if TYPE_CHECKING:
-    from fomoe_ext.outer import OuterSync
 
 
 class Shadows:

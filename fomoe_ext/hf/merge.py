@@ -96,7 +96,7 @@ def _agree_to_write(problem: str, num_sites: int, site: int) -> None:
     """ValueError on all sites where one of them has a problem."""
     if problem and not dist.is_initialized():
         raise ValueError(problem)
-    problems = messages.gather(problem, num_sites, who="site")
+    problems = messages.gather_objects(problem, num_sites, who="site")
     if problem:
         raise ValueError(problem)
     for other, said in enumerate(problems):

@@ -17,8 +17,8 @@ from fomoe_ext.files.atomic import replace_file
 from fomoe_ext.files.states import read_state, write_state
 from fomoe_ext.files.tensors import INDEX, SINGLE
 from fomoe_ext.hf.converted import layers
+from fomoe_ext.launch.messages import gather_objects
 from fomoe_ext.outer import MeetingError, OuterSync, RoundReport
-from fomoe_ext.outer.groups import gather_objects
 from fomoe_ext.placement.placement import Placement
 from fomoe_ext.placement.wire import is_staggered
 

@@ -1,5 +1,6 @@
-"""Processes: started, watched, told of each other, on links that are slow on purpose.
+"""Processes of a job: how they are started, and what each knows of itself and of the others.
 
-World, launcher, messages, waiting, signals, console. May import config, placement and files; is
+The launcher's: processes, link, namespace. In every process: world (which one it is), messages,
+waiting, signals, console, inject (faults on purpose). May import config, placement and files; is
 given what to start, and knows no model, meeting or fault tolerance.
 """

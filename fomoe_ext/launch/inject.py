@@ -10,6 +10,9 @@ A script is a list of faults, one per line or separated by commas:
     full 2 at 3 checkpoint     its disk is full
 
 Rounds count from 1. A process that is started anew with the same script does nothing.
+
+It stands here and not in fault/ because meetings and checkpoints have places where a fault may
+happen too (`point`), and they know nothing of fault tolerance. Needs no torch.
 """
 
 from __future__ import annotations

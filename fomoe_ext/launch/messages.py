@@ -63,7 +63,7 @@ def check_length(length: int, sender: str) -> None:
         )
 
 
-def gather(value: Any, size: int, group: Any = None, who: str = "process") -> list[Any]:
+def gather_objects(value: Any, size: int, group: Any = None, who: str = "process") -> list[Any]:
     """What every process passed, by rank; a collective of the `size` processes of a group.
 
     Values are those of `to_json` and come back as they were. `group`: None = all processes. `who`:
@@ -97,7 +97,7 @@ def broadcast(value: Any, leads: bool, group: Any = None, who: str = "process 0"
     """What the first process of a group passed, at all of them; a collective of the group.
 
     `leads`: whether this is the first; the others' `value` is not looked at. `who`: what messages
-    call it. The first gets its value back as it is; raises as `gather`.
+    call it. The first gets its value back as it is; raises as `gather_objects`.
     """
     device = _device(group)
     raw, problem = _encoded(value) if leads else (b"", None)

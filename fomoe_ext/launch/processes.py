@@ -15,21 +15,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, Protocol
 
-from fomoe_ext.config.fault import FaultConfig
 from fomoe_ext.config.links import describe
-from fomoe_ext.fault.keeper import Keeper
 from fomoe_ext.files.unwritten import EXIT_UNWRITTEN
 from fomoe_ext.launch import signals
 from fomoe_ext.launch.link import VARIABLE as LINK
 from fomoe_ext.launch.link import link_variable, wanted_mode
 from fomoe_ext.launch.namespace import INTERFACE, NamespaceError, Network
 from fomoe_ext.placement.wire import Link
-from fomoe_ext.report.runs import CHECKPOINTS
 
 EXIT_STOPPED = 130
 """Exit code of a job that was asked to stop (as a shell reports SIGINT)."""
@@ -43,6 +40,21 @@ CONSOLE_FD = "FOMOE_CONSOLE_FD"
 
 _POLL_S = 0.05
 _LOG_LINES = 15
+
+
+class Keeper(AbstractContextManager[Any], Protocol):
+    """Who keeps up a job that outlives its sites, while they run."""
+
+    restarts: int
+    """How often each lost site is started again."""
+    patience_s: float
+    """How long sites that are left have, once the first has come to the job's end."""
+    environment: Mapping[str, str]
+    """Variables for every site; once it is entered."""
+
+    def dead(self, site: int) -> None:
+        """A site's process has ended."""
+        ...
 
 
 @dataclass
@@ -303,7 +315,7 @@ def _run(
     log_dir: Path | None,
     link: Link | None,
     ranks_per_site: int,
-    fault: FaultConfig | None = None,
+    keeper: Keeper | None = None,
 ) -> int:
     for what, count in (("num_sites", num_sites), ("ranks_per_site", ranks_per_site)):
         if count < 1:
@@ -317,9 +329,9 @@ def _run(
         read_end, write_end = os.pipe()
         stack.callback(os.close, read_end)
         stack.callback(os.close, write_end)
-        more, keeper = {}, None
-        if fault is not None and fault.tolerant:
-            keeper = stack.enter_context(Keeper(fault))
+        more: Mapping[str, str] = {}
+        if keeper is not None:
+            stack.enter_context(keeper)
             console = os.dup(sys.stdout.fileno())  # under its own number a site's is another one
             stack.callback(os.close, console)
             more = {CONSOLE_FD: str(console), **keeper.environment}
@@ -385,7 +397,9 @@ def launch(
     log_dir: Path,
     link: Link | None = None,
     ranks_per_site: int = 1,
-    fault: FaultConfig | None = None,
+    *,
+    checkpoints: Path | None = None,
+    keeper: Keeper | None = None,
 ) -> int:
     """Run `python -m fomoe_ext.train` with `arguments` as `num_sites` sites; returns the exit code.
 
@@ -394,7 +408,8 @@ def launch(
     or SIGQUIT is passed on as SIGTERM (the sites write a checkpoint; the code is 130), a second one
     but SIGHUP kills the sites. If one
     dies the others are killed, a message names it, and its exit code (128 + signal) is returned;
-    with a `fault` whose membership is not static the others go on, and lost ones are started again.
+    with a `keeper`, which is entered and left here, the others go on, and lost ones are started
+    again. `checkpoints` is the folder of the job's checkpoints, named where it has failed.
     With a `link` every site has one of that bandwidth and latency to the others: shaped by the
     kernel in private network namespaces, or counted by the sites where that is not allowed or
     FOMOE_LINK_MODE is "counted" (`fomoe_ext.launch.link.active_link` tells a site which). Raises
@@ -404,10 +419,10 @@ def launch(
     command = _Command(
         [sys.executable, "-P", "-m", "fomoe_ext.train", *arguments],
         on_stop="stopping: the sites write a checkpoint",
-        checkpoints=log_dir.parent / CHECKPOINTS,
+        checkpoints=checkpoints,
         unsaved=", without a new checkpoint",
     )
-    return _run(command, num_sites, log_dir, link, ranks_per_site, fault)
+    return _run(command, num_sites, log_dir, link, ranks_per_site, keeper)
 
 
 def run_sites(

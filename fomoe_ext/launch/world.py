@@ -1,6 +1,6 @@
 """A process of a job: its site, its rank there, threads, device, signals and errors.
 
-It is started by `fomoe train` (see `fomoe_ext.launch`) or by torchrun; both say by the same
+It is started by `fomoe train` (`fomoe_ext.launch.processes`) or by torchrun; both say by the same
 environment variables which one it is: process site * ranks_per_site + rank. Without them the job is
 one site, this process.
 """

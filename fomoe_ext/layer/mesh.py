@@ -106,14 +106,14 @@ class SiteRanks:
         return tuple(range(expert_rank, self.size, self.expert_ranks))
 
     def gather(self, value: Any, thread: str = "job") -> list[Any]:
-        """What every rank passed, by rank; a collective. Values: see `messages.gather`."""
-        return messages.gather(value, self.size, self._groups.get(thread), self._who)
+        """What every rank passed, by rank; a collective. Values: see `messages.gather_objects`."""
+        return messages.gather_objects(value, self.size, self._groups.get(thread), self._who)
 
     def tell(self, value: Callable[[], Any], thread: str = "job") -> Any:
         """What `value` returns on the leader, where alone it is called; a collective.
 
         An error there ends the leader, and the others learn that it is gone. Values: see
-        `messages.gather`.
+        `messages.gather_objects`.
         """
         if self.size == 1:
             return value()

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fomoe_ext import ops
 from fomoe_ext.data.sequences import TextData
+from fomoe_ext.launch.messages import gather_objects
 from fomoe_ext.launch.waiting import wait_for
 from fomoe_ext.layer.assemble import (
     NamedLayer,
@@ -32,7 +33,6 @@ from fomoe_ext.layer.assemble import (
 from fomoe_ext.layer.balance import expert_load
 from fomoe_ext.layer.mesh import SiteRanks, put_whole
 from fomoe_ext.model.language import LanguageModel
-from fomoe_ext.outer.groups import gather_objects
 from fomoe_ext.placement.placement import Placement
 
 _LOGIT_BYTES = 64 << 20

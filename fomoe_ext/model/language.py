@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from fomoe_ext.config.job import PRESETS, ModelConfig
+from fomoe_ext.config.model import ModelConfig
+from fomoe_ext.config.presets import PRESETS
 from fomoe_ext.layer.mesh import is_sharded
 from fomoe_ext.layer.moe import MoELayer
 from fomoe_ext.layer.seeding import fill_normal_

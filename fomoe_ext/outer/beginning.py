@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from fomoe_ext.launch.messages import gather_objects
 from fomoe_ext.layer.mesh import SiteRanks
 from fomoe_ext.outer.agreement import fold
 from fomoe_ext.outer.codec import hash_bits
 from fomoe_ext.outer.errors import MeetingError
-from fomoe_ext.outer.groups import gather_objects
 from fomoe_ext.outer.site import Site
 from fomoe_ext.outer.state import OuterState
 from fomoe_ext.placement.placement import Placement

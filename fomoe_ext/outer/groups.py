@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fomoe_ext.launch import messages
 from fomoe_ext.launch.link import CountedLink, active_link
 from fomoe_ext.launch.waiting import wait_for
 from fomoe_ext.placement import wire
@@ -311,14 +310,6 @@ class SiteGroups:
 
 def _names(sites: Sequence[int]) -> str:
     return f"{'site' if len(sites) == 1 else 'sites'} {', '.join(map(str, sites))}"
-
-
-def gather_objects(value: Any, num_sites: int) -> list[Any]:
-    """What every process passed, by rank; a collective of the `num_sites` processes of all sites.
-
-    Values, and what is raised for others: see `messages.gather`.
-    """
-    return messages.gather(value, num_sites)
 
 
 def share_statuses(group: SiteGroup, message: str) -> tuple[list[str], int]:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fomoe_ext.launch.messages import gather_objects
 from fomoe_ext.layer.assemble import expert_key
 from fomoe_ext.layer.experts import Experts
 from fomoe_ext.outer.codec import DeltaPart, get_codec
-from fomoe_ext.outer.groups import gather_objects
 from fomoe_ext.outer.layout import find_moe_layers
 from fomoe_ext.outer.log import MeetingLog
 from fomoe_ext.outer.reduce import Damaged, broken_seals, seal

@@ -8,22 +8,17 @@ placement.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fomoe_ext.files.atomic import unsealed
-from fomoe_ext.files.json_values import loads
-
-if TYPE_CHECKING:
-    from fomoe_ext.placement.placement import Placement
+from fomoe_ext.placement.designs import Row
 
 _Floats = NDArray[np.float64]
 _Ints = NDArray[np.int64]
 
-_REPORT = "report.json"
 _SMALL = 1 << 18
 _MOST_PASSES = 50
 _EXACT = 2**50
@@ -35,52 +30,22 @@ def is_small(num_layers: int, num_experts: int) -> bool:
     return num_layers * num_experts**2 <= _SMALL
 
 
-def pairs_together(counts: Any, placement: Placement) -> list[int]:
+def pairs_together(counts: Any, owners_of: Sequence[Row]) -> list[int]:
     """What `Placement.from_coactivation` makes large or small, by layer: pairs of experts that one
     token has chosen, each times the number of sites that hold both.
 
-    Raises as that does, and ValueError where the counts are of other sizes than the placement.
+    `owners_of`: a placement's. Raises as that does, and ValueError where the counts are of other
+    sizes than the placement.
     """
     table = checked_counts(counts)
-    wanted = (placement.num_layers, placement.num_experts)
+    wanted = (len(owners_of), len(owners_of[0]))
     if table.shape[:2] != wanted:
         raise ValueError(
             f"counts must be of the placement's {wanted[0]} layers of {wanted[1]} experts, got "
             f"{table.shape[0]} of {table.shape[1]}"
         )
-    return [int(value) for value in _objective(_pairs(table), _incidence(placement))]
-
-
-def measured_coactivation(path: Path) -> _Ints:
-    """Counts int [L, E, E], for `Placement.from_coactivation`: what the validation text has shown.
-
-    `path`: a run folder, whose report is read, or a JSON file that holds the table. Raises
-    FileNotFoundError where there is none, ValueError naming the file for anything else.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"coactivation: {path} does not exist, name a run folder or a JSON file"
-        )
-    file = path / _REPORT if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"coactivation: {path} has no {_REPORT}: it is no finished run")
-    try:
-        table = loads(file.read_bytes(), nan=True)
-    except ValueError as error:
-        raise ValueError(f"coactivation: {file} is not JSON: {error}") from None
-    if path.is_dir():
-        table = unsealed(table, file)
-        try:
-            table = table["validation"]["coactivation"]
-        except (KeyError, TypeError):
-            raise ValueError(
-                f"coactivation: {file} has no validation.coactivation: the run needs --coactivation"
-            ) from None
-    try:
-        return checked_counts(table)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"coactivation: {file}: {error}") from None
+    num_sites = 1 + max(site for experts in owners_of for sites in experts for site in sites)
+    return [int(value) for value in _objective(_pairs(table), _incidence(owners_of, num_sites))]
 
 
 def checked_counts(counts: Any) -> _Ints:
@@ -130,27 +95,30 @@ def _pairs(counts: _Ints) -> _Floats:
 # ---- the search ----------------------------------------------------------------------------------
 
 
-def search(counts: _Ints, start: Placement, together: bool) -> list[list[list[int]]]:
-    """A table [layer][expert] -> sites, of the sizes of `start`; counts as of `checked_counts`.
+def search(
+    counts: _Ints, start: Sequence[Row], num_sites: int, together: bool
+) -> list[list[list[int]]]:
+    """A table [layer][expert] -> sites, of the sizes of `start`, an even one; counts as of
+    `checked_counts`.
 
     A local optimum, where no two sites would do better by a swap of an expert for another: from a
     greedy placement or, in layers where that ends worse than `start`, from there.
     """
     signed = _pairs(counts) if together else -_pairs(counts)
-    first = _incidence(start)
-    held = _swapped(signed, _greedy(signed, start.num_sites, start.experts_per_site))
+    first = _incidence(start, num_sites)
+    held = _swapped(signed, _greedy(signed, num_sites, int(first[0, 0].sum())))
     worse = np.flatnonzero(_objective(signed, held) < _objective(signed, first))
     if worse.size:
         held[worse] = _swapped(signed[worse], first[worse])
     return [[np.flatnonzero(sites).tolist() for sites in layer.T] for layer in held]
 
 
-def _incidence(placement: Placement) -> NDArray[np.bool_]:
+def _incidence(owners_of: Sequence[Row], num_sites: int) -> NDArray[np.bool_]:
     """Bool [L, S, E]: which site holds which expert."""
-    held = np.zeros((placement.num_layers, placement.num_sites, placement.num_experts), dtype=bool)
-    for layer in range(placement.num_layers):
-        for site in range(placement.num_sites):
-            held[layer, site, list(placement.resident(layer, site))] = True
+    held = np.zeros((len(owners_of), num_sites, len(owners_of[0])), dtype=bool)
+    for layer, experts in enumerate(owners_of):
+        for expert, sites in enumerate(experts):
+            held[layer, sites, expert] = True
     return held
 
 

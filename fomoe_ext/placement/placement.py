@@ -1,32 +1,24 @@
 """Placement: which site holds which expert, layer by layer. Plain Python, no torch.
 
 Every expert is on exactly `replication` sites and every site holds the same number of experts of
-each layer, so that all sites need the same memory and work. `cyclic` is fixed and spreads the
-owner sets so that any two sites share about the same number of experts (a cyclic design: the owner
-sets of a layer are the shifts of few base blocks). `random` draws a new table per epoch, as the
-FoMoE paper (arXiv 2606.19025, Algorithm 1) does for its random placement.
+each layer, so that all sites need the same memory and work. The tables of cyclic and random
+placements come from `fomoe_ext.placement.designs`, those by what tokens choose together from
+`fomoe_ext.placement.coactivation`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations
-from math import gcd
+from itertools import chain
 from typing import Any, NamedTuple
 
 from fomoe_ext.checks import a_bool
+from fomoe_ext.placement.designs import check_sizes, cyclic_table, random_table
 
 Owners = tuple[int, ...]
 """The sites that hold an expert, ascending."""
-
-_LAYER_WEIGHT = 1000
-"""Evenness within a layer counts so much more than evenness over all layers."""
-_MOST_WORK = 100_000
-_SWITCHES_PER_EDGE = 10
 
 
 class Transfer(NamedTuple):
@@ -58,7 +50,7 @@ class Placement:
     def __post_init__(self) -> None:
         a_bool(even=self.even)
         sizes = self.num_sites, self.num_experts, self.num_layers, self.replication
-        _check_sizes(*sizes, even=self.even)
+        check_sizes(*sizes, even=self.even)
         if len(self.owners_of) != self.num_layers:
             raise ValueError(
                 f"owners_of must have num_layers = {self.num_layers} layers, got "
@@ -118,24 +110,11 @@ class Placement:
     ) -> Placement:
         """The fixed, evenly spread placement; depends on nothing but these sizes.
 
-        The experts take their sites in turn from the cycle 0, 1, .. N-1, 0, .., layer l beginning
-        at site l; then switches even out how many experts each pair of sites shares, in the layer
-        and over all layers. Raises ValueError for impossible sizes.
+        Any two sites share about the same number of experts, in a layer and over all layers. Raises
+        ValueError for impossible sizes.
         """
-        _check_sizes(num_sites, num_experts, num_layers, replication)
-        designs = _even_designs(num_sites, num_experts, min(num_layers, num_sites), replication)
-        rows: dict[tuple[int, int], tuple[Owners, ...]] = {}
-        table = []
-        for layer in range(num_layers):
-            cycle, design = divmod(layer, len(designs))
-            key = cycle % num_sites, design
-            if key not in rows:
-                rows[key] = tuple(
-                    tuple(sorted((site + cycle) % num_sites for site in owners))
-                    for owners in designs[design]
-                )
-            table.append(rows[key])
-        return cls(num_sites, num_experts, num_layers, replication, tuple(table))
+        table = cyclic_table(num_sites, num_experts, num_layers, replication)
+        return cls(num_sites, num_experts, num_layers, replication, table)
 
     @classmethod
     def random(
@@ -154,13 +133,9 @@ class Placement:
         shuffled, then ten random switches per (expert, site) pair (a Markov chain whose stationary
         distribution is uniform). Raises ValueError for impossible sizes.
         """
-        start = cls.cyclic(num_sites, num_experts, num_layers, replication)
-        table = []
-        for layer, experts in enumerate(start.owners_of):
-            name = repr(("placement", seed, epoch, layer)).encode()
-            number = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
-            table.append(_switched(experts, random.Random(number)))
-        return cls(num_sites, num_experts, num_layers, replication, tuple(table))
+        start = cyclic_table(num_sites, num_experts, num_layers, replication)
+        table = random_table(start, seed, epoch)
+        return cls(num_sites, num_experts, num_layers, replication, table)
 
     @classmethod
     def from_coactivation(
@@ -177,20 +152,20 @@ class Placement:
 
         Args:
             counts: ints [L, E, E] by layer, not negative and symmetric, as nested lists, array or
-                tensor; what is on the diagonal does not matter. `fomoe_ext.placement.coactivation`
+                tensor; what is on the diagonal does not matter. `fomoe_ext.report.measured`
                 reads those of a run.
             num_sites, replication: as of the other placements.
             together: on the same sites, or apart.
 
         Raises ValueError or TypeError naming the argument, for impossible sizes too.
         """
-        from fomoe_ext.placement.coactivation import checked_counts, search
+        from fomoe_ext.placement.coactivation import checked_counts, search  # loads numpy
 
         a_bool(together=together)
         table = checked_counts(counts)
         num_layers, num_experts = table.shape[:2]
-        start = cls.cyclic(num_sites, num_experts, num_layers, replication)
-        return cls.from_table(search(table, start, together), num_sites)
+        start = cyclic_table(num_sites, num_experts, num_layers, replication)
+        return cls.from_table(search(table, start, num_sites, together), num_sites)
 
     @classmethod
     def from_table(
@@ -345,171 +320,3 @@ class Placement:
     def _check_site(self, site: int) -> None:
         if not 0 <= site < self.num_sites:
             raise ValueError(f"site must be in [0, {self.num_sites}), got {site}")
-
-
-def _check_sizes(
-    num_sites: int, num_experts: int, num_layers: int, replication: int, even: bool = True
-) -> None:
-    """Refuses sizes for which no placement exists, with sizes that would do."""
-    sizes = {
-        "num_sites": num_sites,
-        "num_experts": num_experts,
-        "num_layers": num_layers,
-        "replication": replication,
-    }
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{name} must be an int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
-    if replication > num_sites:
-        raise ValueError(f"replication must be in [1, num_sites = {num_sites}], got {replication}")
-    if even and num_experts * replication % num_sites:
-        unit = num_sites // gcd(num_sites, replication)
-        least = num_sites // gcd(num_sites, num_experts)
-        works = range(least, num_sites + 1, least)
-        below, above = num_experts // unit * unit, -(-num_experts // unit) * unit
-        experts = f"{below} or {above}" if below else f"{above}"
-        raise ValueError(
-            f"num_experts * replication must be a multiple of num_sites, so that every site holds "
-            f"the same number; got {num_experts} * {replication} over {num_sites} sites. "
-            f"Possible: replication {', '.join(map(str, works))} with {num_experts} experts, or "
-            f"{experts} experts with replication {replication}"
-        )
-
-
-# -------------------------------------------------------------------------- the cyclic placement
-
-
-def _even_designs(
-    num_sites: int, num_experts: int, num_designs: int, replication: int
-) -> list[list[Owners]]:
-    """Owner sets of all experts for `num_designs` layers; every one evens out the ones before."""
-    total = [[0] * num_sites for _ in range(num_sites)]
-    designs = []
-    for shift in range(num_designs):
-        # Chunks of the cycle 0, 1, .. N-1, 0, ..: every site as often as any other.
-        owners = [
-            {(expert * replication + i + shift) % num_sites for i in range(replication)}
-            for expert in range(num_experts)
-        ]
-        if 1 < replication < num_sites:  # else no switch makes it more even
-            _even_out(owners, total)
-        designs.append([tuple(sorted(sites)) for sites in owners])
-    return designs
-
-
-def _even_out(owners: list[set[int]], total: list[list[int]]) -> None:
-    """Switches sites between experts while that makes the pair counts more even.
-
-    A switch (expert a gives site s to b and gets t) leaves every site its number of experts. What
-    falls is the sum of squared pair counts, those of this layer first, then those of all layers so
-    far, `total`, to which this layer's are added at the end.
-    """
-    sites, weight = range(len(total)), _LAYER_WEIGHT + 1
-    # By pair of sites, half of what the sum grows by when they share one expert more.
-    cost = [list(row) for row in total]
-    for holders in owners:
-        for s in holders:
-            for t in holders:
-                cost[s][t] += weight
-    names = [tuple(sorted(holders)) for holders in owners]
-    settled: dict[tuple[Owners, Owners], int] = {}  # pairs without a good switch, and their work
-    work, improved = 0, True
-    while improved:
-        improved = False
-        for first, second in combinations(range(len(owners)), 2):
-            pair = names[first], names[second]
-            a, b = owners[first], owners[second]
-            effort = settled.get(pair)
-            known = effort is not None
-            if effort is None:
-                effort = 2 * len(a - b) ** 3
-            work += effort
-            if work > _MOST_WORK:  # large tables are about even as they are
-                improved = False
-                break
-            if known:
-                continue
-            only_a, only_b = sorted(a - b), sorted(b - a)
-            switch = _best_switch(cost, only_a, only_b)
-            if switch is None:
-                settled[pair] = effort
-                continue
-            improved = True
-            settled.clear()
-            _count_switch(cost, only_a, only_b, switch)
-            a.symmetric_difference_update(switch)
-            b.symmetric_difference_update(switch)
-            names[first], names[second] = tuple(sorted(a)), tuple(sorted(b))
-    for s in sites:
-        for t in sites:
-            total[s][t] += (cost[s][t] - total[s][t]) // weight
-
-
-def _best_switch(
-    cost: Sequence[Sequence[int]], only_a: Sequence[int], only_b: Sequence[int]
-) -> tuple[int, int] | None:
-    """The sites of a and of b that change places, or None where no switch makes the sum less."""
-
-    def gains(sites: Sequence[int], others: Sequence[int]) -> list[int]:
-        # Switched, s costs with those of b what it cost with those of a; so does t the other way.
-        found = []
-        for site in sites:
-            row = cost[site]
-            gain = -row[site]
-            for partner in sites:
-                gain += row[partner]
-            for partner in others:
-                gain -= row[partner]
-            found.append(gain)
-        return found
-
-    leaving, joining = gains(only_a, only_b), gains(only_b, only_a)
-    least = 2 * (_LAYER_WEIGHT + 1) * (len(only_a) - 1)
-    best, switch = 0, None
-    for s, of_s in zip(only_a, leaving, strict=True):
-        for t, of_t in zip(only_b, joining, strict=True):
-            gain = of_s + of_t + 2 * cost[s][t] - least
-            if gain > best:
-                best, switch = gain, (s, t)
-    return switch
-
-
-def _count_switch(
-    cost: list[list[int]], only_a: Sequence[int], only_b: Sequence[int], switch: tuple[int, int]
-) -> None:
-    s, t = switch
-    for gets, loses, partners in ((t, s, only_a), (s, t, only_b)):
-        for x in partners:
-            if x == loses:
-                continue
-            for site, step in ((gets, _LAYER_WEIGHT + 1), (loses, -_LAYER_WEIGHT - 1)):
-                cost[site][x] += step
-                cost[x][site] += step
-
-
-# -------------------------------------------------------------------------- the random placement
-
-
-def _switched(experts: Sequence[Owners], generator: random.Random) -> tuple[Owners, ...]:
-    """The owner sets after random switches: two experts each give one holder to the other.
-
-    Only `generator.random()` is used: its stream is the same in all versions of Python.
-    """
-
-    def below(bound: int) -> int:
-        return int(generator.random() * bound)
-
-    order = list(experts)
-    for last in range(len(order) - 1, 0, -1):
-        other = below(last + 1)
-        order[last], order[other] = order[other], order[last]
-    table = [list(owners) for owners in order]
-    replication = len(table[0])
-    for _ in range(_SWITCHES_PER_EDGE * len(table) * replication):
-        first, second = table[below(len(table))], table[below(len(table))]
-        i, j = below(replication), below(replication)
-        if first[i] not in second and second[j] not in first:
-            first[i], second[j] = second[j], first[i]
-    return tuple(tuple(sorted(owners)) for owners in table)

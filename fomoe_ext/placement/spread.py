@@ -11,10 +11,7 @@ import operator
 import sys
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
-
-from fomoe_ext.files.json_values import loads
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -74,37 +71,10 @@ def imbalance(groups: Sequence[Sequence[int]], load: Sequence[float]) -> float:
     return float(Fraction(max(totals) * len(totals), sum(totals))) if any(totals) else 1.0
 
 
-def measured_load(path: Path) -> list[list[float]]:
-    """Load by layer and expert, for `spread_experts`: what the validation text has shown.
-
-    `path`: a run folder, whose last validation is taken, or a JSON file that holds the table
-    [layer][expert]. Raises FileNotFoundError where there is none, ValueError naming the file for
-    anything else than such a table.
-    """
-    # Here, not above: a layer needs nothing of a job.
-    from fomoe_ext.report.metrics import read_metrics
-    from fomoe_ext.report.runs import METRICS
-
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"load: {path} does not exist, name a run folder or a JSON file")
-    if not path.is_dir():
-        try:
-            table = loads(path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"load: {path} is not JSON: {error}") from None
-        return _table(table, str(path))
-    file = path / METRICS
-    if not file.is_file():
-        raise FileNotFoundError(f"load: {path} is no run folder, it has no {METRICS}")
-    found = [
-        record["load"]
-        for record in read_metrics(file)
-        if isinstance(record, dict) and record.get("kind") == "validation" and "load" in record
-    ]
-    if not found:
-        raise ValueError(f"load: {file} has no validation with a load yet")
-    return _table(found[-1], str(file))
+def is_load(value: Any) -> bool:
+    """Whether a value can be the load of an expert: a finite number of at least 0."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 <= value <= sys.float_info.max
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -118,16 +88,11 @@ def _indices(name: str, values: Iterable[Any]) -> list[int]:
         raise TypeError(f"{name} must be ints, got {values!r}") from None
 
 
-def _is_load(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and 0 <= value <= sys.float_info.max
-
-
 def _checked(load: Sequence[float], experts: Sequence[int]) -> list[int]:
     """The load as exact multiples of one unit: a sum does not depend on its order."""
     load = list(load)
     for expert, value in enumerate(load):
-        if not _is_load(value):
+        if not is_load(value):
             raise ValueError(f"load[{expert}] must be a finite number of at least 0, got {value!r}")
     if experts and not 0 <= min(experts) <= max(experts) < len(load):
         raise ValueError(
@@ -136,22 +101,6 @@ def _checked(load: Sequence[float], experts: Sequence[int]) -> list[int]:
     exact = [Fraction(value) for value in load]
     unit = max((value.denominator for value in exact), default=1)  # all are powers of two
     return [int(value * unit) for value in exact]
-
-
-def _table(table: Any, source: str) -> list[list[float]]:
-    good = isinstance(table, list) and table and all(isinstance(row, list) for row in table)
-    if not good or not table[0] or len({len(row) for row in table}) > 1:
-        raise ValueError(
-            f"load: {source} must hold a table [layer][expert] with rows of one length"
-        )
-    for layer, row in enumerate(table):
-        for expert, value in enumerate(row):
-            if not _is_load(value):
-                raise ValueError(
-                    f"load: {source}, layer {layer}, expert {expert} must be a finite number of at "
-                    f"least 0, got {value!r}"
-                )
-    return [[float(value) for value in row] for row in table]
 
 
 # ---- the search ----------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def parse_options(kind: type[Options], arguments: Sequence[str]) -> tuple[Option
 
 
 def parse_job(arguments: Sequence[str]) -> TrainConfig:
-    """What `config_io.parse_args` makes of the flags of `fomoe train`, and with its errors."""
+    """What `parse_args` makes of the flags of `fomoe train`, and with its errors."""
     try:
         return _plain_job(arguments)
     except (_Unclear, ValueError, TypeError, OSError):

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from fomoe_ext.config.effects import without_effect
-from fomoe_ext.config.job import ModelConfig, TrainConfig
+from fomoe_ext.config.io import flag_value
+from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.config.links import parse_link
+from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.placement.wire import Link
 from fomoe_ext.plan.args import parse_job, parse_options
 from fomoe_ext.plan.jobs import compared_costs
-from fomoe_ext.report.runs import flag_value
 
 DEFAULT_LINK = "1gbit"
 DEFAULT_LATENCY = "50ms"
@@ -152,7 +153,7 @@ def _show(config: TrainConfig, name: str, options: PlanOptions) -> int:
     from rich.console import Console
 
     from fomoe_ext.plan.report import make_plan, plan_tables
-    from fomoe_ext.report.report import print_tables
+    from fomoe_ext.report.tables import print_tables
 
     link, speed = planned_link(config), options.flops_per_s(config)
     if options.plot is not None:
@@ -163,15 +164,15 @@ def _show(config: TrainConfig, name: str, options: PlanOptions) -> int:
     tables = []
     failure = ""
     if options.fit is not None:
-        from fomoe_ext.plan import fit as plan_fit
+        from fomoe_ext.plan.fit import cheapest, fit_candidates, fit_dict, fit_table, no_fit
 
         memory = parse_memory(options.fit)
-        candidates = plan_fit.fit_candidates(config, memory, link, speed)
-        told["fit"] = plan_fit.fit_dict(candidates, memory)
-        tables.append(plan_fit.fit_table(candidates, memory))
-        choice = plan_fit.cheapest(candidates)
+        candidates = fit_candidates(config, memory, link, speed)
+        told["fit"] = fit_dict(candidates, memory)
+        tables.append(fit_table(candidates, memory))
+        choice = cheapest(candidates)
         if choice is None:
-            failure = plan_fit.no_fit(candidates, memory)
+            failure = no_fit(candidates, memory)
         else:
             config = choice.config
     if not failure:

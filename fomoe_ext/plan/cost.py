@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fomoe_ext.config.job import ModelConfig, TrainConfig
+from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.placement import stale, wire
 from fomoe_ext.placement.placement import Placement
 from fomoe_ext.placement.wire import Link

@@ -14,8 +14,8 @@ from fomoe_ext.plan.jobs import (
     with_codec,
     with_replication,
 )
-from fomoe_ext.report.metrics import human_bytes
-from fomoe_ext.report.report import ReportTable
+from fomoe_ext.report.tables import ReportTable
+from fomoe_ext.report.units import human_bytes
 
 FIT_CODECS = ("fp32", "bf16", "int8", "int4", "int2")
 """Codecs that a fit may choose, and the job's own: topk needs thousands of rounds, so it is chosen

@@ -15,12 +15,17 @@ from typing import Any, NamedTuple
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.placement.placement import Placement
 from fomoe_ext.placement.wire import Link
-from fomoe_ext.plan import cost as plan_cost
-from fomoe_ext.plan import memory as plan_memory
-from fomoe_ext.plan import traffic as plan
-from fomoe_ext.plan.cost import RoundCost
-from fomoe_ext.plan.memory import SiteMemory
+from fomoe_ext.plan.cost import (
+    RoundCost,
+    bandwidth_needed,
+    paper_memory_bytes,
+    paper_round_bytes,
+    round_cost,
+    sent_bytes,
+)
+from fomoe_ext.plan.memory import SiteMemory, job_memory, rank_memories
 from fomoe_ext.plan.sizes import sizes_of
+from fomoe_ext.plan.traffic import full_replica, job_placement
 
 CODECS = ("bf16", "int8", "int4", "int2", "topk")
 """Codecs that stand beside fp32 and the job's own."""
@@ -59,7 +64,7 @@ class JobCost(NamedTuple):
             "memory_parts": self.memory._asdict(),
             "rank_memory": self.rank_memory,
             "bandwidth_needed": {
-                f"{share:.0%}": plan_cost.bandwidth_needed(self.round, share, latency)
+                f"{share:.0%}": bandwidth_needed(self.round, share, latency)
                 for share in UTILIZATIONS
             },
         }
@@ -105,11 +110,11 @@ def _ddp(config: TrainConfig) -> TrainConfig:
         expert_turns=1,
     )
     inner = dataclasses.replace(config.inner, uneven_steps=False)
-    return dataclasses.replace(plan.full_replica(config), inner=inner, outer=outer)
+    return dataclasses.replace(full_replica(config), inner=inner, outer=outer)
 
 
 def _full_replica(config: TrainConfig) -> TrainConfig:
-    job = with_codec(plan.full_replica(config), "fp32")
+    job = with_codec(full_replica(config), "fp32")
     optimizer = "diloco" if job.outer.optimizer == "ddp" else job.outer.optimizer
     outer = dataclasses.replace(job.outer, optimizer=optimizer, expert_turns=1)
     return dataclasses.replace(job, outer=outer)
@@ -121,7 +126,7 @@ def _spes(config: TrainConfig) -> TrainConfig | None:
     if config.model.num_experts % config.sites.sites:
         return None
     sites = dataclasses.replace(
-        plan.full_replica(config).sites,
+        full_replica(config).sites,
         replication=1,
         stale_experts=-1 if config.sites.sites > 1 else 0,
         ranks_per_site=1,
@@ -169,23 +174,23 @@ def job_cost(
 ) -> JobCost:
     """The cost of a job on the site that sends most. `flops_per_s`: of a site, in training.
 
-    Raises what `plan.job_placement` and `plan_cost.round_cost` raise.
+    Raises what `job_placement` and `round_cost` raise.
     """
-    placement = plan.job_placement(config) if placement is None else placement
-    sent = [plan_cost.sent_bytes(config, placement, site) for site in range(placement.num_sites)]
+    placement = job_placement(config) if placement is None else placement
+    sent = [sent_bytes(config, placement, site) for site in range(placement.num_sites)]
     site = sent.index(max(sent))
-    memories = [plan_memory.job_memory(config, placement, s) for s in range(placement.num_sites)]
+    memories = [job_memory(config, placement, s) for s in range(placement.num_sites)]
     ranks = memories
     if config.sites.ranks_per_site > 1:
         ranks = [
             of_rank
             for s in range(placement.num_sites)
-            for of_rank in plan_memory.rank_memories(config, placement, s)
+            for of_rank in rank_memories(config, placement, s)
         ]
     local_tokens = config.inner.batch_size * config.model.seq_len * config.run.local_steps
     return JobCost(
         config,
-        plan_cost.round_cost(config, placement, link, flops_per_s, site),
+        round_cost(config, placement, link, flops_per_s, site),
         memories[site],
         max(memory.total for memory in ranks),
         sum(sent),
@@ -216,7 +221,7 @@ def paper_figures(config: TrainConfig) -> dict[str, float]:
     every = sites.reshuffle_rounds
 
     def sent(replication: int) -> float:
-        return plan_cost.paper_round_bytes(
+        return paper_round_bytes(
             dense,
             sparse,
             sites.sites,
@@ -226,11 +231,11 @@ def paper_figures(config: TrainConfig) -> dict[str, float]:
         )
 
     def held(replication: int) -> float:
-        return plan_cost.paper_memory_bytes(dense, sparse, sites.sites, replication)
+        return paper_memory_bytes(dense, sparse, sites.sites, replication)
 
     own, full = sent(sites.replication), sent(sites.sites)
     memory, whole = held(sites.replication), held(sites.sites)
-    gradients = plan_cost.paper_round_bytes(dense, sparse, sites.sites, sites.sites)
+    gradients = paper_round_bytes(dense, sparse, sites.sites, sites.sites)
     return {
         "bytes_sent": own,
         "full_replica_bytes": full,

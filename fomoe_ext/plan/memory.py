@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fomoe_ext.config.job import ModelConfig, ParameterCounts, TrainConfig
+from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.config.model import ModelConfig, ParameterCounts
 from fomoe_ext.placement import wire
 from fomoe_ext.placement.placement import Placement
 from fomoe_ext.placement.spread import chunk_sizes

@@ -18,7 +18,7 @@ from fomoe_ext.plan.jobs import (
     with_codec,
     with_replication,
 )
-from fomoe_ext.report.metrics import human_bytes, human_count
+from fomoe_ext.report.units import human_bytes, human_count
 
 FORMATS = (".svg", ".png")
 

@@ -7,12 +7,13 @@ from typing import Any
 
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.placement.wire import Link
-from fomoe_ext.plan import cost as plan_cost
-from fomoe_ext.plan import traffic as plan
+from fomoe_ext.plan.cost import flops_per_token
 from fomoe_ext.plan.jobs import JobCost, compared_costs, job_name, paper_figures
 from fomoe_ext.plan.sizes import sizes_of
-from fomoe_ext.report.metrics import human_bytes, human_count
-from fomoe_ext.report.report import ReportTable, arithmetic_table, shown_parts
+from fomoe_ext.plan.traffic import stale_share
+from fomoe_ext.report.report import arithmetic_table
+from fomoe_ext.report.tables import ReportTable, shown_parts
+from fomoe_ext.report.units import human_bytes, human_count
 
 
 def make_plan(
@@ -26,15 +27,15 @@ def make_plan(
     """Everything `fomoe plan` tells, as plain data: costs per round of the busiest site, by job.
 
     `flops_per_s`: what a site reaches in training. `name`: of the model, None = the preset.
-    `costs`: `compared_costs`, if they are known already. Raises what `plan.job_placement` raises.
+    `costs`: `compared_costs`, if they are known already. Raises what `job_placement` raises.
     """
     if costs is None:
         costs = dict(compared_costs(config, link, flops_per_s))
     sizes = sizes_of(config.model)
     counts, share = sizes.counts, config.sites.replication / config.sites.sites
     flops = {
-        "full replica": plan_cost.flops_per_token(config.model),
-        "this job": plan_cost.flops_per_token(config.model, share, plan.stale_share(config)),
+        "full replica": flops_per_token(config.model),
+        "this job": flops_per_token(config.model, share, stale_share(config)),
     }
     tokens = config.inner.batch_size * config.model.seq_len * config.run.local_steps
     return {

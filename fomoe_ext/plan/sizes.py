@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
 
-from fomoe_ext.config.job import ModelConfig, ParameterCounts, expert_matrices, expert_parameters
+from fomoe_ext.config.model import ModelConfig, ParameterCounts, expert_matrices, expert_parameters
 
 Part = Literal["attention", "shared", "unembedding", "other"]
 """What a dense tensor is for: matrices of attention, of MLPs that every token goes through (shared
@@ -81,7 +81,7 @@ def sizes_of(model: ModelConfig | ModelSizes) -> ModelSizes:
     """The sizes of the model that `fomoe train` makes of a `ModelConfig`; others as they are.
 
     Attention of 4 D^2 and a tied embedding, as in the FoMoE paper (arXiv 2606.19025), whose sizes
-    `config.count_parameters` reproduces. Of attention the causal half is counted.
+    `count_parameters` reproduces. Of attention the causal half is counted.
     """
     if isinstance(model, ModelSizes):
         return model

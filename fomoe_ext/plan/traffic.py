@@ -1,7 +1,7 @@
 """A job's placement, and the bytes that each of its sites sends. Needs no torch.
 
 Bytes are exact: `meeting_bytes` and `moved_bytes` are what the training job counts where it sends.
-The rest of the cost model is in `plan_memory` and `plan_cost`.
+The rest of the cost model is in `fomoe_ext.plan.memory` and `fomoe_ext.plan.cost`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from fomoe_ext.config.job import ModelConfig, TrainConfig
+from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.files.json_values import loads
 from fomoe_ext.placement import stale, wire
 from fomoe_ext.placement.placement import Placement
-from fomoe_ext.placement.spread import measured_load, spread_experts
+from fomoe_ext.placement.spread import spread_experts
 from fomoe_ext.plan.sizes import ModelSizes, sizes_of
+from fomoe_ext.report.measured import measured_coactivation, measured_load
 
 
 class RoundNote(NamedTuple):
@@ -82,8 +84,6 @@ def job_placement(config: TrainConfig, epoch: int = 0) -> Placement:
             )
         return placement
     if sites.placement_by is not None:
-        from fomoe_ext.placement.coactivation import measured_coactivation  # loads numpy
-
         counts = measured_coactivation(sites.placement_by)
         if counts.shape[:2] != (model.num_layers, model.num_experts):
             raise ValueError(

@@ -9,27 +9,18 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from fomoe_ext.files.atomic import sealed, write_text
 from fomoe_ext.files.unwritten import Unwritten
-from fomoe_ext.report.metrics import human_bytes, human_count
 from fomoe_ext.report.story import what
+from fomoe_ext.report.tables import ReportTable, markdown_table, print_tables, shown_parts
+from fomoe_ext.report.units import human_bytes, human_count
 
 _MOST_EXPERTS, _MOST_LAYERS = 64, 8
 """Up to so many experts and layers the load of each expert is shown."""
-
-
-class ReportTable(NamedTuple):
-    """A titled table of text, with a note below; the first column is text, the others numbers."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
 
 
 def _ratio(whole: float, part: float) -> str:
@@ -187,13 +178,6 @@ def _bytes(report: Mapping[str, Any]) -> ReportTable:
     )
 
 
-def shown_parts(rows: Sequence[Mapping[str, float]]) -> list[str]:
-    """Columns of a table of these rows; what only jobs with frozen or shadow copies have, only with
-    them."""
-    special = ("stale_copies", "stale_experts", "shadow_copies")
-    return [part for part in rows[0] if part not in special or any(row[part] for row in rows)]
-
-
 def _memory(report: Mapping[str, Any]) -> ReportTable:
     whole = report["full_replica_memory"]
     parts = shown_parts([whole, *(site["memory"] for site in report["sites"])])
@@ -332,32 +316,10 @@ def _story(report: Mapping[str, Any]) -> ReportTable:
     return ReportTable("Sites that were lost and came", columns, tuple(rows), note)
 
 
-def markdown_table(table: ReportTable) -> str:
-    """A table as Markdown, with its title as a heading."""
-    lines = [f"## {table.title}", "", "| " + " | ".join(table.columns) + " |"]
-    lines.append("|" + "|".join(["---"] + ["---:"] * (len(table.columns) - 1)) + "|")
-    lines += ["| " + " | ".join(row) + " |" for row in table.rows]
-    if table.note:
-        lines += ["", table.note]
-    return "\n".join(lines)
-
-
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown."""
     tables = "\n\n".join(markdown_table(table) for table in report_tables(report))
     return f"# Run {report['run']['name']}\n\n{tables}\n"
-
-
-def print_tables(tables: Sequence[ReportTable], console: Console) -> None:
-    """Tables on a terminal, or as plain text where there is none."""
-    for table in tables:
-        shown = Table(title=table.title, caption=table.note or None, title_justify="left")
-        shown.caption_justify = "left"
-        for i, column in enumerate(table.columns):
-            shown.add_column(column, justify="right" if i else "left")
-        for row in table.rows:
-            shown.add_row(*row)
-        console.print(shown)
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:

@@ -1,7 +1,7 @@
 """Run folders: where a job writes, and which one it continues. Needs no torch.
 
 <run>/.lock                      which job writes here, while it does (`folder_lock`)
-<run>/config.toml                the resolved configuration, sealed (`files.seal_text`)
+<run>/config.toml                the resolved configuration, sealed (`atomic.seal_text`)
 <run>/config-until-step-N.toml   that of before, where a resumed job changed it after N local steps
 <run>/metrics.jsonl              a line per round and validation
 <run>/tensorboard/               the same for TensorBoard
@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from fomoe_ext.config.io import load_config, parse_args
+from fomoe_ext.config.io import flag_value, load_config, parse_args
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.files.atomic import check_text_seal
 from fomoe_ext.files.folder_lock import Held, hold
@@ -29,19 +29,8 @@ from fomoe_ext.files.folder_lock import Held, hold
 CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
+REPORT = "report.json"
 RUNS = Path("runs")
-
-
-def flag_value(args: Sequence[str], flag: str) -> str | None:
-    """The last value of `--flag VALUE` or `--flag=VALUE`; "" where the flag stands alone."""
-    value = None
-    for i, arg in enumerate(args):
-        if arg == flag:
-            bare = i + 1 == len(args) or args[i + 1].startswith("--")
-            value = "" if bare else args[i + 1]
-        elif arg.startswith(flag + "="):
-            value = arg.partition("=")[2]
-    return value
 
 
 def run_of(path: Path) -> Path:
@@ -82,7 +71,7 @@ def settled_job(args: Sequence[str], prog: str = "fomoe train") -> Job:
 
     A resumed job takes the configuration saved with its run, unless --config or --preset is given;
     other flags change it. `--resume auto` of a run folder that does not exist yet, or of none where
-    there is no run, begins the job. Raises what `config_io.parse_args` raises, ValueError for a run
+    there is no run, begins the job. Raises what `parse_args` raises, ValueError for a run
     that is to go on in another folder or whose configuration is damaged, and FileNotFoundError
     where a run that was named is not there.
     """

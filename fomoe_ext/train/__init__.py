@@ -1,5 +1,5 @@
 """`fomoe train`: before the start, one process of a job, and the loop of its site.
 
-Stands on all the others but cli: steps, meetings, validation, checkpoints are made elsewhere and
-put together here.
+`command` starts the sites, `process` is one of them, `trainer` its loop, `site` what the loop works
+on, of parts that know `state` alone. Stands on all the others but cli; knows no other command.
 """

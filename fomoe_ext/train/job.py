@@ -10,8 +10,12 @@ from typing import Any
 import torch
 
 from fomoe_ext.checkpoint import manifest as ckpt
+from fomoe_ext.checkpoint.reader import load_state
 from fomoe_ext.checkpoint.resume import Resumed
-from fomoe_ext.config.job import InnerConfig, ModelConfig, OuterConfig, TrainConfig
+from fomoe_ext.config.inner import InnerConfig
+from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.config.model import ModelConfig
+from fomoe_ext.config.outer import OuterConfig
 from fomoe_ext.model.language import LanguageModel, optimizer_groups
 from fomoe_ext.outer import OuterOptions
 from fomoe_ext.placement.placement import Placement
@@ -76,7 +80,7 @@ def find_state(path: Path, config: TrainConfig, site: int) -> Resumed:
     """A checkpoint's state as a site of this job goes on from it. Raises CheckpointError."""
     manifest = ckpt.read_manifest(path)
     check_same_job(manifest, config, path)
-    state = ckpt.load_state(path, site % manifest.num_sites)
+    state = load_state(path, site % manifest.num_sites)
     placement = Placement.from_dict(state["sync"]["placement"])
     sites = config.sites
     same = (placement.num_sites, placement.replication) == (sites.sites, sites.replication)

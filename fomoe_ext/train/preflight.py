@@ -94,6 +94,8 @@ def _check_device(config: TrainConfig) -> None:
 def _check_resume(config: TrainConfig, data: TextData) -> None:
     """Raises ValueError where no checkpoint can be one of this job's."""
     from fomoe_ext.checkpoint import manifest as ckpt
+    from fomoe_ext.checkpoint.reader import load_state
+    from fomoe_ext.checkpoint.whole import require_whole
     from fomoe_ext.train.job import check_same_job
 
     run = config.run
@@ -106,8 +108,8 @@ def _check_resume(config: TrainConfig, data: TextData) -> None:
     reasons: list[str] = []
     for path in reversed(found):
         try:
-            ckpt.require_whole(path)  # by sizes; the sites read the content
-            whole.append((path, ckpt.read_manifest(path), ckpt.load_state(path, 0)["data"]))
+            require_whole(path)  # by sizes; the sites read the content
+            whole.append((path, ckpt.read_manifest(path), load_state(path, 0)["data"]))
         except (ckpt.CheckpointError, OSError, KeyError, TypeError) as error:
             reasons.append(str(error))
     if not whole and not automatic:

@@ -1,24 +1,31 @@
 """How the processes of a job agree where it starts: the run folder, the checkpoint, the text, and
-what of the configuration is another than before.
+what of the configuration is another than before; and what they write down of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.publish import clear_leftovers
-from fomoe_ext.config.effects import changes, check_changes
+from fomoe_ext.checkpoint.whole import newest_whole, require_whole_everywhere
+from fomoe_ext.config.changes import changes, check_changes
+from fomoe_ext.config.io import save_config
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.data.sequences import TextData, open_job_data
 from fomoe_ext.fault.lighthouse import LIGHTHOUSE
+from fomoe_ext.files.atomic import replace_file
 from fomoe_ext.files.folder_lock import Held
+from fomoe_ext.files.unwritten import Unwritten
+from fomoe_ext.launch.messages import gather_objects
 from fomoe_ext.launch.world import World, with_others
-from fomoe_ext.outer.groups import gather_objects
 from fomoe_ext.report.runs import (
     AUTO,
     CHECKPOINTS,
@@ -76,11 +83,36 @@ def agree(problem: Exception | None, world: World, what: str) -> None:
 
 
 class Start(NamedTuple):
-    """The configuration with site 0's run folder, the checkpoint to continue, and what to say."""
+    """From where a process begins: what it agreed on with all others."""
 
     config: TrainConfig
-    resumed: Path | None
-    notes: list[str]
+    """With site 0's run folder and the text's vocabulary."""
+    data: TextData
+    resumed: Path | None = None
+    """The checkpoint to continue."""
+    notes: Sequence[str] = ()
+    """What is to be said of that."""
+    changes: Mapping[str, tuple[Any, Any]] = MappingProxyType({})
+    """What of the run's configuration is another from now on (`config.effects.changes`)."""
+
+
+def agree_on_start(job: Job, world: World, stack: ExitStack) -> Start:
+    """From where the job starts, the same on all sites; a collective. `stack`: the end of which
+    lets go of the run folder."""
+    config = _hold_folder(job, world, stack)
+    resumed, notes = _checkpoint_of(config, world)
+    data = open_text(config, world)
+    config = config.with_vocab(data.vocab_size)
+    return Start(config, data, resumed, notes, _settle_changes(config, world, resumed))
+
+
+def start_alone(job: Job, stack: ExitStack) -> Start:
+    """From where a site starts that comes late: the others know the rest."""
+    config = job.config
+    assert config.run.run_dir is not None
+    stack.callback(join_folder(config.run.run_dir, job_name(config)).release)
+    data = open_text(config, World())
+    return Start(config.with_vocab(data.vocab_size), data)
 
 
 def job_name(config: TrainConfig) -> str | None:
@@ -125,23 +157,21 @@ def _hold_folder(job: Job, world: World, stack: ExitStack) -> TrainConfig:
     return config
 
 
-def agree_on_run(job: Job, world: World, stack: ExitStack) -> Start:
-    """From where the job starts, the same on all sites; a collective. `stack`: the end of which
-    lets go of the run folder."""
-    config = _hold_folder(job, world, stack)
+def _checkpoint_of(config: TrainConfig, world: World) -> tuple[Path | None, list[str]]:
+    """The checkpoint that the job goes on from, and what is to be said of it; a collective."""
     run_dir = config.run.run_dir
     if config.run.resume is None:
-        return Start(config, None, [])
+        return None, []
     automatic = config.run.resume == AUTO
     assert run_dir is not None
     target = run_dir if automatic else Path(config.run.resume)
     share = (world.local_process, world.local_processes)
     if not automatic and run_of(target) != target:  # a checkpoint by name
         with with_others("the checkpoint", world.site):
-            ckpt.require_whole_everywhere(target, world.processes, share)
-        return Start(config, target, [])
+            require_whole_everywhere(target, world.processes, share)
+        return target, []
     with with_others("the checkpoint", world.site):
-        found = ckpt.newest_whole(target / CHECKPOINTS, world.processes, share=share)
+        found = newest_whole(target / CHECKPOINTS, world.processes, share=share)
     notes = [f"skipped: {reason}" for reason in found.skipped]
     if found.path is None and not automatic:
         raise ckpt.CheckpointError(
@@ -150,10 +180,10 @@ def agree_on_run(job: Job, world: World, stack: ExitStack) -> Start:
         )
     if found.path is None:
         notes.append(f"no whole checkpoint in {target / CHECKPOINTS}: from the beginning")
-    return Start(config, found.path, notes)
+    return found.path, notes
 
 
-def settle_changes(config: TrainConfig, world: World, resumed: Path | None) -> dict[str, Any]:
+def _settle_changes(config: TrainConfig, world: World, resumed: Path | None) -> dict[str, Any]:
     """What of a run's configuration is another from now on; a collective.
 
     Raises ValueError, on all processes something, for what cannot change.
@@ -190,3 +220,44 @@ def _check_schedule(old: TrainConfig, new: TrainConfig, done: int) -> None:
                 f"inner.{name} has no effect any more: in the rounds that are left the learning "
                 "rate would be the same"
             )
+
+
+def note_uncached(data: TextData, world: World, unwritten: Unwritten) -> None:
+    """Tells, for all processes of a machine, of tokens that could not be kept."""
+    if data.uncached is not None and world.leads_machine:
+        unwritten.note(*data.uncached, "tokens are kept in memory")
+
+
+def save_run_config(start: Start, world: World, step: int, unwritten: Unwritten) -> None:
+    """The configuration in force, and beside it the one of before where that was another until the
+    local step `step`.
+
+    Raises OSError where a run that begins cannot be written to; one that goes on does.
+    """
+    if not world.leads_machine:
+        return
+    config, run_dir = start.config, start.config.run.run_dir or Path(".")
+    file = run_dir / CONFIG
+    try:
+        if start.resumed and file.is_file() and load_run_config(run_dir) != config:
+            _keep_config(config, run_dir, step)
+        saved = dataclasses.replace(config.run, resume=None)
+        save_config(dataclasses.replace(config, run=saved), file)
+    except OSError as error:
+        if not start.resumed:
+            raise
+        unwritten.note(error.filename or file, error)
+
+
+def _keep_config(config: TrainConfig, run_dir: Path, step: int) -> None:
+    """Keeps the configuration of before beside the one in force, where they differ in more than
+    where the run is and what it goes on from."""
+    if not changes(load_run_config(run_dir), config):
+        return
+    name = f"config-until-step-{step:08d}"
+    kept, number = run_dir / f"{name}.toml", 1
+    while kept.exists():
+        number += 1
+        kept = run_dir / f"{name}-{number}.toml"
+    with replace_file(kept) as temporary:
+        shutil.copyfile(run_dir / CONFIG, temporary)

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 from common import Shape
-from dispatch_site import Work
+from dispatch_site import Skewed, Work
 from sites import pool
 from torch.distributed.device_mesh import init_device_mesh
+
+from fomoe_ext.placement.spread import imbalance, spread_experts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,3 +39,21 @@ def test_sharded_benchmark_compares_layers_that_agree(skipped: float) -> None:
             assert 0 < found["ours"] < found["unskipped"]
         else:
             assert found["ours"] == found["unskipped"] > 0
+
+
+def cut_by_load(rank: int, ranks: int) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("expert",))
+    work = Skewed(mesh, Shape(24, 16, 8, 8, 2))
+    work.check()  # both cuts, forward and backward
+    cuts = {cut: dispatch.rank_experts for cut, dispatch in work.dispatches.items()}
+    return {"load": work.load, "sent": {cut: work.bytes_sent(cut) for cut in cuts}, **cuts}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_sharded_benchmark_compares_cuts_of_one_load(ranks: int) -> None:
+    first, *others = pool().run(ranks, cut_by_load)
+    assert all(found == first for found in others)
+    assert sum(first["load"]) == ranks * 24 * 2
+    assert first["chunks"] == spread_experts(range(8), ranks)
+    assert imbalance(first["spread"], first["load"]) < imbalance(first["chunks"], first["load"])
+    assert all(sent > 0 for sent in first["sent"].values())

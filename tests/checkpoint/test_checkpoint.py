@@ -13,10 +13,19 @@ import torch
 from safetensors import safe_open
 from sites import pool
 
+from fomoe_ext.checkpoint import file_writer, writer
 from fomoe_ext.checkpoint import manifest as ckpt
-from fomoe_ext.checkpoint import writer
-from fomoe_ext.config.job import ModelConfig
+from fomoe_ext.checkpoint.reader import (
+    GlobalModelReader,
+    load_global_model,
+    load_state,
+    load_tensors,
+    tensor_names,
+)
+from fomoe_ext.checkpoint.whole import newest_whole, require_whole
+from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.data.sequences import open_data
+from fomoe_ext.files.tensors import INDEX
 from fomoe_ext.layer.assemble import local_tensors, own_global_tensors
 from fomoe_ext.model.evaluate import evaluate, global_experts
 from fomoe_ext.model.language import LanguageModel
@@ -71,7 +80,7 @@ def save(
     """Writes a checkpoint; `failing` is a site whose state cannot be written."""
     model, placement = site_model(num_sites, replication, site), place(num_sites, replication)
     if site == failing:
-        writer.write_text = lambda *a, **k: (_ for _ in ()).throw(OSError("no space left"))
+        file_writer.write_text = lambda *a, **k: (_ for _ in ()).throw(OSError("no space left"))
     try:
         path = writer.save_checkpoint(
             folder,
@@ -91,7 +100,7 @@ def save(
         if site == failing:
             from fomoe_ext.files.atomic import write_text
 
-            writer.write_text = write_text
+            file_writer.write_text = write_text
     return path.name
 
 
@@ -101,25 +110,25 @@ def test_the_global_model_comes_back(tmp_path, num_sites, replication):
     answers = pool().run(num_sites, save, replication, tmp_path)
     assert answers == ["step-00000007"] * num_sites
     path = tmp_path / "step-00000007"
-    ckpt.require_whole(path)
+    require_whole(path)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000007"]
     wanted = full_model().state_dict()
 
     other = LanguageModel(CONFIG, seed=4)
-    ckpt.load_global_model(path, other)
+    load_global_model(path, other)
     assert other.state_dict().keys() == wanted.keys()
     for name, value in other.state_dict().items():
         assert torch.equal(value, wanted[name]), name
     part = LanguageModel(CONFIG, place(3, 1), 1, seed=4)
-    ckpt.load_global_model(path, part)
+    load_global_model(path, part)
     reference = site_model(3, 1, 1)
     for name, value in part.state_dict().items():
         assert torch.equal(value, reference.state_dict()[name]), name
     tensors = {f"site{site}/x": torch.empty(3, dtype=torch.int64) for site in range(num_sites)}
-    assert ckpt.tensor_names(path) == {"of all": (2,)} | dict.fromkeys(tensors, (3,))
-    ckpt.load_tensors(path, tensors)
+    assert tensor_names(path) == {"of all": (2,)} | dict.fromkeys(tensors, (3,))
+    load_tensors(path, tensors)
     for site in range(num_sites):
-        assert ckpt.load_state(path, site)["values"] == [site, site + 1, site + 2]
+        assert load_state(path, site)["values"] == [site, site + 1, site + 2]
         assert tensors[f"site{site}/x"].tolist() == [site, site + 1, site + 2]
 
 
@@ -129,14 +138,14 @@ def test_shards_are_small_and_complete(tmp_path):
     path = tmp_path / "step-00000007"
     files = sorted(path.glob("model-*.safetensors"))
     assert len(files) > 8
-    index = json.loads((path / ckpt.INDEX).read_text())
+    index = json.loads((path / INDEX).read_text())
     assert set(index["weight_map"].values()) == {file.name for file in files}
     held = [name for file in files for name in safe_open(file, framework="pt").keys()]  # noqa: SIM118
     assert sorted(held) == sorted(index["weight_map"])
     manifest = ckpt.read_manifest(path)
     writers = {manifest.files[file.name].site for file in files}
     assert writers == {0, 1}
-    ckpt.load_global_model(path, model := LanguageModel(CONFIG, seed=4))
+    load_global_model(path, model := LanguageModel(CONFIG, seed=4))
     for name, value in full_model().state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
 
@@ -182,22 +191,22 @@ def test_damage_is_found_and_named(tmp_path, name, damage, message):
     path = tmp_path / "step-00000007"
     damage(path / name)
     with pytest.raises(ckpt.CheckpointError, match=message):
-        ckpt.load_state(path, 1)
-        ckpt.load_global_model(path, full_model())
+        load_state(path, 1)
+        load_global_model(path, full_model())
 
 
 def test_other_models_and_sites_are_refused(tmp_path):
     pool().run(2, save, 1, tmp_path)
     path = tmp_path / "step-00000007"
     with pytest.raises(ckpt.CheckpointError, match="is of 2 sites and has no state of site 2"):
-        ckpt.load_state(path, 2)
+        load_state(path, 2)
     with pytest.raises(ckpt.CheckpointError, match="is of another model"):
         more = ModelConfig(**{**vars(CONFIG), "num_experts": 8})
-        ckpt.load_global_model(path, LanguageModel(more))
+        load_global_model(path, LanguageModel(more))
     with pytest.raises(ckpt.CheckpointError, match="does not exist"):
         ckpt.read_manifest(tmp_path / "step-00000008")
     with (
-        ckpt.GlobalModelReader(path) as reader,
+        GlobalModelReader(path) as reader,
         pytest.raises(ckpt.CheckpointError, match="no ten"),
     ):
         reader.tensor("nothing")
@@ -207,21 +216,21 @@ def test_the_newest_whole_checkpoint_is_chosen(tmp_path):
     pool().run(2, save, 1, tmp_path)
     newer = tmp_path / ckpt.checkpoint_name(8)
     shutil.copytree(tmp_path / ckpt.checkpoint_name(7), newer)
-    assert ckpt.newest_whole(tmp_path) == (newer, [])
+    assert newest_whole(tmp_path) == (newer, [])
     flip(newer / "model-00001-of-00002.safetensors")
-    path, skipped = ckpt.newest_whole(tmp_path)
+    path, skipped = newest_whole(tmp_path)
     assert path == tmp_path / ckpt.checkpoint_name(7)
     (reason,) = skipped
     assert "step-00000008: the content of model-00001-of-00002.safetensors is damaged" in reason
-    assert ckpt.newest_whole(tmp_path, content=False).path == newer
+    assert newest_whole(tmp_path, content=False).path == newer
     # Each of three that see the folder reads a third of the files; one of them finds it.
-    found = [ckpt.newest_whole(tmp_path, share=(i, 3)).path for i in range(3)]
+    found = [newest_whole(tmp_path, share=(i, 3)).path for i in range(3)]
     assert found.count(newer) == 2
     os.truncate(newer / "state-00000.json", 5)
-    path, skipped = ckpt.newest_whole(tmp_path, content=False)
+    path, skipped = newest_whole(tmp_path, content=False)
     assert path == tmp_path / ckpt.checkpoint_name(7)
     assert "state-00000.json has 5 bytes" in skipped[0]
-    assert ckpt.newest_whole(tmp_path / "nothing") == (None, [])
+    assert newest_whole(tmp_path / "nothing") == (None, [])
 
 
 # ---- validation ----------------------------------------------------------------------------------
@@ -297,4 +306,4 @@ def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
     manifest["files"] = {"training/" + "1" * 5000: entry}
     (tmp_path / ckpt.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(ckpt.CheckpointError, match="File name too long"):
-        ckpt.require_whole(tmp_path)
+        require_whole(tmp_path)

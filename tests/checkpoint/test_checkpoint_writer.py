@@ -15,10 +15,14 @@ import torch
 import torch.distributed as dist
 from sites import pool
 
+from fomoe_ext.checkpoint import file_writer
 from fomoe_ext.checkpoint import manifest as ckpt
-from fomoe_ext.checkpoint import writer as checkpoint_writer
+from fomoe_ext.checkpoint import pending as pending_checkpoint
+from fomoe_ext.checkpoint.pending import Outcome, PendingCheckpoint
 from fomoe_ext.checkpoint.publish import clear_leftovers
-from fomoe_ext.checkpoint.writer import CheckpointWriter, Outcome
+from fomoe_ext.checkpoint.reader import GlobalModelReader, load_tensors
+from fomoe_ext.checkpoint.whole import is_whole, newest_whole
+from fomoe_ext.checkpoint.writer import CheckpointWriter
 
 NAME = ckpt.checkpoint_name(5)
 
@@ -26,17 +30,17 @@ NAME = ckpt.checkpoint_name(5)
 @contextmanager
 def before_writing(act: Callable[[], None]) -> Iterator[None]:
     """Inside, a writing thread does this before each file of tensors of the global model."""
-    write = checkpoint_writer.write_synced
+    write = file_writer.write_synced
 
     def acting(*arguments: Any) -> Any:
         act()
         return write(*arguments)
 
-    checkpoint_writer.write_synced = acting
+    file_writer.write_synced = acting
     try:
         yield
     finally:
-        checkpoint_writer.write_synced = write
+        file_writer.write_synced = write
 
 
 def start(
@@ -46,8 +50,8 @@ def start(
     name: str = NAME,
     copy: bool = True,
     before_last: Callable[[], object] | None = None,
-) -> list[torch.Tensor]:
-    """Begins a checkpoint; returns its tensors, of which the training might change the content.
+) -> tuple[PendingCheckpoint, list[torch.Tensor]]:
+    """Begins a checkpoint; its tensors too, of which the training might change the content.
 
     `before_last`: done before the last tensor is copied, by a thread.
     """
@@ -58,26 +62,25 @@ def start(
             before_last()
         yield f"site{site}/x", state
 
-    writer.start(
+    pending = writer.start(
         name,
+        ckpt.Process(site, num_sites),
         [(f"model.{site}", model)],
         {"site": site},
-        site=site,
-        num_sites=num_sites,
         round=2,
         meta={"job": "test"},
         named=named(),
         copy=copy,
         beside=before_last is not None,
     )
-    return [model, state]
+    return pending, [model, state]
 
 
 def content(path: Path, site: int) -> list[float]:
     """The first element of each of a site's tensors."""
     state = torch.empty(4, dtype=torch.int64)
-    ckpt.load_tensors(path, {f"site{site}/x": state})
-    with ckpt.GlobalModelReader(path) as reader:
+    load_tensors(path, {f"site{site}/x": state})
+    with GlobalModelReader(path) as reader:
         return [float(reader.tensor(f"model.{site}")[0, 0]), int(state[0])]
 
 
@@ -85,11 +88,11 @@ def files_in(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def until_done(writer: CheckpointWriter) -> Outcome:
+def until_done(pending: PendingCheckpoint) -> Outcome:
     """Asks as a training job does between its rounds."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        if (outcome := writer.poll()) is not None:
+        if (outcome := pending.poll()) is not None:
             return outcome
         time.sleep(0.01)
     raise AssertionError("the checkpoint never ended")
@@ -99,17 +102,17 @@ def test_training_goes_on_and_the_checkpoint_has_what_was(tmp_path):
     """Tensors change while it is written; the folder has its name only when all is there."""
     writer, go_on = CheckpointWriter(tmp_path), threading.Event()
     with before_writing(lambda: go_on.wait(30)):
-        tensors = start(writer)
+        pending, tensors = start(writer)
         for tensor in tensors:
             tensor.fill_(99)
-        assert writer.poll() is None and writer.under_way
+        assert pending.poll() is None and writer.pending is pending
         assert ckpt.list_checkpoints(tmp_path) == []
         with pytest.raises(RuntimeError, match="step-00000005 is still under way"):
             start(writer, name=ckpt.checkpoint_name(6))
         go_on.set()
-        assert until_done(writer) == Outcome(tmp_path / NAME, 2, "")
-    assert not writer.under_way and writer.poll() is None and writer.finish() is None
-    assert ckpt.newest_whole(tmp_path) == (tmp_path / NAME, [])
+        assert until_done(pending) == Outcome(tmp_path / NAME, 2, "")
+    assert writer.pending is None and pending.poll() is None and pending.wait() is None
+    assert newest_whole(tmp_path) == (tmp_path / NAME, [])
     assert content(tmp_path / NAME, 0) == [1.0, 0]
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
@@ -117,21 +120,21 @@ def test_training_goes_on_and_the_checkpoint_has_what_was(tmp_path):
 def test_a_thread_copies_and_training_waits_before_it_changes_anything(tmp_path):
     """Nothing waits for the copies at the start; who is to change the tensors can wait for them."""
     writer, go_on, settled = CheckpointWriter(tmp_path), threading.Event(), threading.Event()
-    model, state = start(writer, before_last=lambda: go_on.wait(30))
+    pending, (model, state) = start(writer, before_last=lambda: go_on.wait(30))
 
     def change() -> None:
-        writer.settle()
+        pending.copied.wait()
         model.fill_(99)
         state.fill_(99)
         settled.set()
 
     training = threading.Thread(target=change)
     training.start()
-    assert not settled.wait(0.2) and writer.poll() is None
+    assert not settled.wait(0.2) and pending.poll() is None
     go_on.set()
     assert settled.wait(30)
-    assert until_done(writer).error == "" and content(tmp_path / NAME, 0) == [1.0, 0]
-    writer.settle()  # nothing is under way
+    assert until_done(pending).error == "" and content(tmp_path / NAME, 0) == [1.0, 0]
+    assert pending.copied.wait(30)  # nothing is under way
     training.join()
 
 
@@ -142,42 +145,41 @@ def test_what_goes_wrong_while_a_thread_copies_is_told(tmp_path):
     def fail() -> None:
         raise RuntimeError("no such tensor")
 
-    start(writer, before_last=fail)
-    writer.settle()
-    assert until_done(writer).error == "site 0: no such tensor"
-    start(writer)
-    assert writer.finish().error == ""
+    pending, _ = start(writer, before_last=fail)
+    pending.copied.wait()
+    assert until_done(pending).error == "site 0: no such tensor"
+    pending, _ = start(writer)
+    assert pending.wait().error == ""
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
 def test_a_checkpoint_given_up_while_a_thread_copies(tmp_path):
     writer, go_on = CheckpointWriter(tmp_path), threading.Event()
-    start(writer, before_last=lambda: go_on.wait(30))
-    writer.abandon()  # does not wait
-    writer.settle()
+    pending, _ = start(writer, before_last=lambda: go_on.wait(30))
+    pending.abandon()  # does not wait
+    assert pending.copied.wait(10)
     go_on.set()
-    for thread in writer._dropped:
-        thread.join(30)
+    pending.wait_removed()
     assert files_in(tmp_path) == []
-    start(writer)
-    assert writer.finish().error == ""
+    pending, _ = start(writer)
+    assert pending.wait().error == ""
 
 
 def slow_site(site: int, num_sites: int, folder: Path) -> list[Any]:
     """Site 1 writes slowly: until it has finished no site has."""
     writer, go_on = CheckpointWriter(folder), threading.Event()
     with before_writing(lambda: go_on.wait(30) if site == 1 else None):
-        start(writer, site, num_sites)
+        pending, _ = start(writer, site, num_sites)
         if site == 0:
-            writer._pending.work.wait()
-        early = [writer.poll() for _ in range(3)]
+            pending._files.wait()
+        early = [pending.poll() for _ in range(3)]
         go_on.set()
-        return [early, writer.finish().error]
+        return [early, pending.wait().error]
 
 
 def test_it_is_whole_when_all_sites_have_written(tmp_path):
     assert pool().run(3, slow_site, tmp_path) == [[[None] * 3, ""]] * 3
-    path, _ = ckpt.newest_whole(tmp_path)
+    path, _ = newest_whole(tmp_path)
     assert [content(path, site) for site in range(3)] == [[1.0, 0], [2.0, 10], [3.0, 20]]
 
 
@@ -191,41 +193,41 @@ def full_disk(site: int, num_sites: int, folder: Path) -> list[str]:
 
     errors = []
     with before_writing(refuse):
-        start(writer, site, num_sites)
-        errors.append(until_done(writer).error)
+        pending, _ = start(writer, site, num_sites)
+        errors.append(until_done(pending).error)
     dist.barrier()
     errors.append(",".join(path.name for path in folder.iterdir()))
     dist.barrier()
-    start(writer, site, num_sites)
-    errors.append(writer.finish().error)
+    pending, _ = start(writer, site, num_sites)
+    errors.append(pending.wait().error)
     return errors
 
 
 def test_a_full_disk_is_told_everywhere_and_leaves_nothing(tmp_path):
     answers = pool().run(2, full_disk, tmp_path)
     assert answers == [["site 1: [Errno 28] No space left on device", "", ""]] * 2
-    assert ckpt.newest_whole(tmp_path).path == tmp_path / NAME
+    assert newest_whole(tmp_path).path == tmp_path / NAME
 
 
 def lost_site(site: int, num_sites: int, folder: Path) -> str:
     """All drop the checkpoint, each when it notices, and begin the same one again."""
     writer, go_on = CheckpointWriter(folder), threading.Event()
     with before_writing(lambda: go_on.wait(30)):
-        start(writer, site, num_sites)
+        pending, _ = start(writer, site, num_sites)
         if site == 0:
             dist.barrier()  # the last one to notice
-        writer.abandon()
-        assert not writer.under_way and writer.poll() is None
+        pending.abandon()
+        assert writer.pending is None and pending.poll() is None
         if site != 0:
             dist.barrier()
         go_on.set()
-    start(writer, site, num_sites)
-    return writer.finish().error
+    pending, _ = start(writer, site, num_sites)
+    return pending.wait().error
 
 
 def test_an_abandoned_checkpoint_does_not_disturb_the_next(tmp_path):
     assert pool().run(3, lost_site, tmp_path) == ["", "", ""]
-    path, _ = ckpt.newest_whole(tmp_path)
+    path, _ = newest_whole(tmp_path)
     assert [content(path, site) for site in range(3)] == [[1.0, 0], [2.0, 10], [3.0, 20]]
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
@@ -233,25 +235,23 @@ def test_an_abandoned_checkpoint_does_not_disturb_the_next(tmp_path):
 def test_an_abandoned_checkpoint_leaves_nothing(tmp_path):
     writer, go_on = CheckpointWriter(tmp_path), threading.Event()
     with before_writing(lambda: go_on.wait(30)):
-        start(writer)
-        writer.abandon()  # does not wait
+        pending, _ = start(writer)
+        pending.abandon()  # does not wait
         go_on.set()
-    for thread in writer._dropped:
-        thread.join(30)
+    pending.wait_removed()
     assert files_in(tmp_path) == []
     (tmp_path / f".{NAME}.partial/of-a-dead-site.safetensors").write_bytes(b"x")
-    start(writer, name=ckpt.checkpoint_name(6))
-    assert writer.finish().error == ""
+    pending, _ = start(writer, name=ckpt.checkpoint_name(6))
+    assert pending.wait().error == ""
     assert [path.name for path in tmp_path.iterdir()] == [ckpt.checkpoint_name(6)]
 
 
 def test_other_processes_than_began_it_drop_it(tmp_path, monkeypatch):
     writer = CheckpointWriter(tmp_path)
-    start(writer)
-    monkeypatch.setattr(checkpoint_writer, "_gather_number", lambda number: [number, number])
-    assert writer.poll() is None and not writer.under_way
-    for thread in writer._dropped:
-        thread.join(30)
+    pending, _ = start(writer)
+    monkeypatch.setattr(pending_checkpoint, "_gather_number", lambda number: [number, number])
+    assert pending.poll() is None and writer.pending is None
+    pending.wait_removed()
     assert files_in(tmp_path) == []
 
 
@@ -261,8 +261,8 @@ def test_what_a_killed_job_left_in_the_temporary_folder_is_not_taken_over(tmp_pa
     (left / "shard-00007-model-00001-of-00001.safetensors").write_bytes(b"x")
     (left.parent / "model-of-00009-00001.safetensors").write_bytes(b"x")
     writer = CheckpointWriter(tmp_path)
-    start(writer, copy=False)
-    assert writer.finish().error == ""
+    pending, _ = start(writer, copy=False)
+    assert pending.wait().error == ""
     assert content(tmp_path / NAME, 0) == [1.0, 0]
     files = {p.relative_to(tmp_path / NAME).as_posix() for p in (tmp_path / NAME).rglob("*.*")}
     assert files == {ckpt.MANIFEST, *ckpt.read_manifest(tmp_path / NAME).files}
@@ -271,17 +271,17 @@ def test_what_a_killed_job_left_in_the_temporary_folder_is_not_taken_over(tmp_pa
 def test_old_checkpoints_go_when_a_newer_one_is_whole(tmp_path):
     everything = CheckpointWriter(tmp_path)
     for steps in (1, 2, 3, 9):
-        start(everything, name=ckpt.checkpoint_name(steps))
-        assert everything.finish().error == ""
+        pending, _ = start(everything, name=ckpt.checkpoint_name(steps))
+        assert pending.wait().error == ""
     (tmp_path / ckpt.checkpoint_name(3) / ckpt.MANIFEST).unlink()  # torn: it does not count
     writer = CheckpointWriter(tmp_path, keep=2)
     with before_writing(lambda: (_ for _ in ()).throw(OSError("no"))):
-        start(writer)
-        assert "no" in writer.finish().error
+        pending, _ = start(writer)
+        assert "no" in pending.wait().error
     names = lambda: [int(path.name[-1]) for path in ckpt.list_checkpoints(tmp_path)]
     assert names() == [1, 2, 3, 9]
-    start(writer)
-    assert writer.finish().error == ""
+    pending, _ = start(writer)
+    assert pending.wait().error == ""
     assert names() == [2, 3, 5, 9]  # 9 is newer
     assert not list(tmp_path.glob(".*"))
     with pytest.raises(ValueError, match="keep must be >= 0, got -1"):
@@ -292,8 +292,8 @@ def test_what_a_killed_job_left_is_cleared_away(tmp_path):
     """Killed while writing, before the last rename, and between the two of a replacement."""
     writer = CheckpointWriter(tmp_path)
     for steps in (1, 2, 3):
-        start(writer, name=ckpt.checkpoint_name(steps))
-        writer.finish()
+        pending, _ = start(writer, name=ckpt.checkpoint_name(steps))
+        pending.wait()
     one, two, three = ckpt.list_checkpoints(tmp_path)
     one.rename(tmp_path / f".{one.name}.partial")  # only its name is missing
     two.rename(tmp_path / f".{two.name}.old")  # the new one, not whole, is below
@@ -303,5 +303,5 @@ def test_what_a_killed_job_left_is_cleared_away(tmp_path):
     shutil.copytree(three, tmp_path / f".{ckpt.checkpoint_name(0)}.going")
     clear_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [one.name, two.name, three.name]
-    assert all(map(ckpt.is_whole, (one, two, three)))
+    assert all(map(is_whole, (one, two, three)))
     clear_leftovers(tmp_path / "nothing")

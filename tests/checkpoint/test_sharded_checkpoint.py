@@ -17,11 +17,12 @@ from two_by_two import NAME, SHARED, no_unpickling, on_disk, rank_mesh, save, va
 
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint import writer as checkpoint_writer
-from fomoe_ext.checkpoint.training_state import (
-    CheckpointError,
-    read_tensors,
-    write_tensors,
-)
+from fomoe_ext.checkpoint.manifest import CheckpointError
+from fomoe_ext.checkpoint.reader import GlobalModelReader, load_state, load_tensors
+from fomoe_ext.checkpoint.reader import tensor_names as names_in_checkpoint
+from fomoe_ext.checkpoint.shards import read_tensors, write_tensors
+from fomoe_ext.checkpoint.whole import require_whole
+from fomoe_ext.files.tensors import INDEX
 
 # ---- resharding ----------------------------------------------------------------------------------
 
@@ -29,7 +30,7 @@ from fomoe_ext.checkpoint.training_state import (
 def test_one_process_reads_what_four_wrote(saved):
     """Names, shapes, bits; the bits of tensors that share memory or are not contiguous too."""
     whole = whole_tensors()
-    names = ckpt.tensor_names(saved)
+    names = names_in_checkpoint(saved)
     assert {n: s for n, s in names.items() if n in whole} == {
         name: tuple(on_disk(tensor).shape) for name, tensor in whole.items()
     }
@@ -37,15 +38,15 @@ def test_one_process_reads_what_four_wrote(saved):
     assert names.keys() - whole.keys() == extra
     wanted = {name: torch.empty_like(tensor) for name, tensor in whole.items()}
     more = {name: torch.empty(6, 4) for name in extra}
-    ckpt.load_tensors(saved, wanted | more)
+    load_tensors(saved, wanted | more)
     for name, tensor in whole.items():
         assert torch.equal(wanted[name], tensor), name
     for name, tensor in more.items():
         assert torch.equal(tensor, whole["momentum/a"] + name.endswith("b")), name
-    assert [ckpt.load_state(saved, i) for i in range(2)] == [
+    assert [load_state(saved, i) for i in range(2)] == [
         {"site": i, "loss": math.inf} for i in range(2)
     ]
-    with ckpt.GlobalModelReader(saved) as reader:
+    with GlobalModelReader(saved) as reader:
         assert reader.names() == [f"model.{i}" for i in range(4)]
         for name in reader.names():
             assert torch.equal(reader.tensor(name), value(name, (3, 2)))
@@ -77,11 +78,11 @@ def read_sharded(process: int, num_processes: int, path: Path, num_sites: int, d
             wanted[name] = distribute_tensor(torch.full_like(tensor, -1.0), mesh, [Shard(0)])
     if process % 2 == 0:  # nothing is sent: the others need not take part
         with no_unpickling():
-            ckpt.load_tensors(path, wanted)
+            load_tensors(path, wanted)
     dist.barrier()
     if process % 2:
         with no_unpickling():
-            ckpt.load_tensors(path, wanted)
+            load_tensors(path, wanted)
     for name, tensor in wanted.items():
         found = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         assert torch.equal(found, whole[name]), name
@@ -134,10 +135,10 @@ def test_nothing_at_all_is_a_checkpoint_too(tmp_path):
     path = checkpoint_writer.save_checkpoint(
         tmp_path, NAME, [("a", torch.ones(2))], {}, site=0, num_sites=1, round=0
     )
-    assert ckpt.tensor_names(path) == {} and ckpt.load_state(path, 0) == {}
-    ckpt.load_tensors(path, {})
+    assert names_in_checkpoint(path) == {} and load_state(path, 0) == {}
+    load_tensors(path, {})
     with pytest.raises(CheckpointError, match=r"lacks \['b'\], it has no training"):
-        ckpt.load_tensors(path, {"b": torch.ones(2)})
+        load_tensors(path, {"b": torch.ones(2)})
 
 
 def write_nothing(process: int, num_processes: int, folder: Path) -> list[str]:
@@ -149,10 +150,10 @@ def write_nothing(process: int, num_processes: int, folder: Path) -> list[str]:
 
 def test_no_pickle_is_read_and_none_is_there(saved):
     with no_unpickling():
-        ckpt.require_whole(saved)
-        assert ckpt.load_state(saved, 1)["site"] == 1
-        assert ckpt.tensor_names(saved)
-        ckpt.load_tensors(saved, {"site0/step": torch.zeros(())})
+        require_whole(saved)
+        assert load_state(saved, 1)["site"] == 1
+        assert names_in_checkpoint(saved)
+        load_tensors(saved, {"site0/step": torch.zeros(())})
     files = {str(p.relative_to(saved)) for p in saved.rglob("*") if p.is_file()}
     assert {Path(file).suffix for file in files} == {".json", ".safetensors"}
     assert files - {ckpt.MANIFEST} == set(ckpt.read_manifest(saved).files)
@@ -163,7 +164,7 @@ def test_the_manifest_tells_who_wrote_a_file(saved):
     assert (manifest.num_sites, manifest.ranks_per_site, manifest.round) == (2, 2, 3)
     writers = {}
     for name, entry in manifest.files.items():
-        if name == ckpt.INDEX:
+        if name == INDEX:
             continue
         writers.setdefault(name.split("-")[0], set()).add((entry.site, entry.rank))
         if name.startswith("training/"):
@@ -183,7 +184,7 @@ def test_files_are_small(tmp_path):
         sizes.append(sum(parts))
     assert len(sizes) > 12
     wanted = {name: torch.empty_like(tensor) for name, tensor in whole_tensors().items()}
-    ckpt.load_tensors(tmp_path / NAME, wanted)
+    load_tensors(tmp_path / NAME, wanted)
     for name, tensor in whole_tensors().items():
         assert torch.equal(wanted[name], tensor), name
 
@@ -193,13 +194,13 @@ def test_machines_that_share_no_folder_have_their_own_files(tmp_path):
     here, there = (tmp_path / f"machine-{i}" / NAME for i in range(2))
     for site, path in enumerate((here, there)):
         assert [p.name for p in path.parent.iterdir()] == [NAME]
-        ckpt.require_whole(path, site)
+        require_whole(path, site)
         with pytest.raises(CheckpointError, match="lacks"):
-            ckpt.require_whole(path)
+            require_whole(path)
     assert (here / ckpt.MANIFEST).read_bytes() == (there / ckpt.MANIFEST).read_bytes()
     with pytest.raises(CheckpointError, match="lacks training/shard-0000"):
-        ckpt.load_tensors(here, {"site0/step": torch.zeros(())})
+        load_tensors(here, {"site0/step": torch.zeros(())})
     shutil.copytree(there, here, dirs_exist_ok=True)
-    ckpt.require_whole(here)
-    ckpt.load_tensors(here, {"site1/step": (step := torch.zeros(()))})
+    require_whole(here)
+    load_tensors(here, {"site1/step": (step := torch.zeros(()))})
     assert step == 12

@@ -15,9 +15,13 @@ from torch.distributed.tensor import DTensor
 from two_by_two import NAME, rank_mesh, save, value, whole_tensors
 
 from fomoe_ext.checkpoint import manifest as ckpt
-from fomoe_ext.checkpoint import training_state
+from fomoe_ext.checkpoint import shards
 from fomoe_ext.checkpoint import writer as checkpoint_writer
-from fomoe_ext.checkpoint.training_state import CheckpointError, read_tensors, tensor_names
+from fomoe_ext.checkpoint.manifest import CheckpointError
+from fomoe_ext.checkpoint.reader import load_tensors
+from fomoe_ext.checkpoint.reader import tensor_names as names_in_checkpoint
+from fomoe_ext.checkpoint.shards import read_tensors, tensor_names
+from fomoe_ext.checkpoint.whole import newest_whole
 from fomoe_ext.files.atomic import SEAL
 
 
@@ -28,7 +32,7 @@ def full_disk(process: int) -> dict[str, Any]:
         raise OSError("no space left")
 
     if process == 3:
-        training_state.write_synced = refused
+        shards.write_synced = refused
     return {}
 
 
@@ -115,27 +119,27 @@ def add_stray(file: Path) -> None:
 )
 def test_damage_is_found_and_named(copied, damage, message, process):
     wanted = {name: torch.empty_like(tensor) for name, tensor in whole_tensors().items()}
-    ckpt.load_tensors(copied, wanted)
+    load_tensors(copied, wanted)
     (file,) = (copied / "training").glob(f"shard-{process:05d}*")
     damage(file)
     with pytest.raises(CheckpointError, match=message):
-        ckpt.load_tensors(copied, wanted)
+        load_tensors(copied, wanted)
 
 
 def test_a_file_that_is_not_read_may_be_damaged(copied):
     """What is read decides, not the whole checkpoint; the list of names is in the headers."""
-    names = ckpt.tensor_names(copied)
+    names = names_in_checkpoint(copied)
     (file,) = (copied / "training").glob("shard-00004*")
     flip(file)
     own = "site0/exp_avg/blocks.0.attention.qkv_weight"
-    ckpt.load_tensors(copied, {own: (found := torch.empty(8, 6))})
+    load_tensors(copied, {own: (found := torch.empty(8, 6))})
     assert torch.equal(found, value(own, (8, 6)))
-    assert ckpt.tensor_names(copied) == names
+    assert names_in_checkpoint(copied) == names
     with pytest.raises(CheckpointError, match=r"shard-00004.* is damaged"):
-        ckpt.load_tensors(copied, {"site1/exp_avg/final_norm.weight": torch.empty(9)})
+        load_tensors(copied, {"site1/exp_avg/final_norm.weight": torch.empty(9)})
     flip_header(file)
     with pytest.raises(CheckpointError, match=r"the header of .*shard-00004.* is damaged"):
-        ckpt.tensor_names(copied)
+        names_in_checkpoint(copied)
 
 
 def test_without_a_manifest_holes_are_found(copied):
@@ -160,7 +164,7 @@ def test_other_names_shapes_and_types_are_refused(saved):
         ({"momentum/a": torch.zeros(6, 4).bfloat16()}, "is torch.float32 .* wanted torch.bfloat16"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            ckpt.load_tensors(saved, wanted)
+            load_tensors(saved, wanted)
     with pytest.raises(ValueError, match=r"rank must be in \[0, 2\), got 2"):
         checkpoint_writer.save_checkpoint(
             saved.parent, NAME, [], {}, site=0, num_sites=1, rank=2, ranks_per_site=2, round=1
@@ -172,7 +176,7 @@ def test_another_format_is_refused(copied):
     del manifest[SEAL]  # earlier versions sealed nothing
     (copied / ckpt.MANIFEST).write_text(json.dumps(manifest | {"format": 1}))
     with pytest.raises(CheckpointError, match="has format 1, this version reads 2"):
-        ckpt.load_tensors(copied, {})
+        load_tensors(copied, {})
 
 
 def newest(process: int, num_processes: int, folder: Path, torn: str) -> list[Any]:
@@ -182,7 +186,7 @@ def newest(process: int, num_processes: int, folder: Path, torn: str) -> list[An
         folder = other
         truncate(folder / torn)
     dist.barrier()
-    found = ckpt.newest_whole(folder, num_processes)
+    found = newest_whole(folder, num_processes)
     return [found.path.name if found.path else None, found.skipped]
 
 
@@ -194,4 +198,4 @@ def test_the_newest_is_one_that_all_processes_find_whole(copied):
     for name, (reason,) in answers:
         assert name == NAME
         assert f"{newer.name}: training/{file.name} has" in reason
-    assert ckpt.newest_whole(copied.parent).path == newer
+    assert newest_whole(copied.parent).path == newer

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from fomoe_ext.checkpoint import manifest as ckpt
-from fomoe_ext.checkpoint import training_state
+from fomoe_ext.checkpoint import shards
 from fomoe_ext.checkpoint import writer as checkpoint_writer
 
 NAME = ckpt.checkpoint_name(7)
@@ -118,7 +118,7 @@ def save(
         "named": tensors_of_rank(process),
         "tensors": [(f"model.{process}", value(f"model.{process}", (3, 2)))],
     }
-    write = training_state.write_synced
+    write = shards.write_synced
     try:
         arguments |= break_it(process) if break_it is not None else {}
         path = checkpoint_writer.save_checkpoint(
@@ -137,6 +137,6 @@ def save(
     except ckpt.CheckpointError as error:
         return str(error)
     finally:
-        training_state.write_synced = write
+        shards.write_synced = write
         os.environ.pop("LOCAL_RANK", None)
     return path.name

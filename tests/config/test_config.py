@@ -11,19 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fomoe_ext.config.data import DataConfig
+from fomoe_ext.config.inner import InnerConfig
 from fomoe_ext.config.io import dump_config, load_config, parse_args, read_toml, save_config
-from fomoe_ext.config.job import (
-    PRESETS,
-    DataConfig,
-    InnerConfig,
-    ModelConfig,
-    OuterConfig,
-    RunConfig,
-    SitesConfig,
-    TrainConfig,
-    count_parameters,
-    preset_config,
-)
+from fomoe_ext.config.job import TrainConfig, preset_config
+from fomoe_ext.config.model import ModelConfig, count_parameters
+from fomoe_ext.config.outer import OuterConfig
+from fomoe_ext.config.presets import PRESETS
+from fomoe_ext.config.run import RunConfig
+from fomoe_ext.config.sites import SitesConfig
 
 # The model table of arXiv 2606.19025: total parameters and the share of experts and routers.
 PAPER = {

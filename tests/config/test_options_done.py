@@ -13,7 +13,8 @@ import pytest
 from small_run import finished_run
 
 from fomoe_ext.config import effects as config_effects
-from fomoe_ext.config.effects import changes, check_changes, told, without_effect
+from fomoe_ext.config.changes import changes, check_changes, told
+from fomoe_ext.config.effects import without_effect
 from fomoe_ext.config.io import dump_config, load_config
 from fomoe_ext.config.job import TrainConfig, preset_config
 from fomoe_ext.eval.command import EvalOptions

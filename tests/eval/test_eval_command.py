@@ -14,7 +14,10 @@ from small_run import finished_run, random_model, tiny_config, untrained_run
 
 from fomoe_ext import cli
 from fomoe_ext.checkpoint import manifest as ckpt
-from fomoe_ext.config.job import DataConfig, SitesConfig, TrainConfig
+from fomoe_ext.checkpoint.reader import GlobalModelReader, load_global_model
+from fomoe_ext.config.data import DataConfig
+from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.config.sites import SitesConfig
 from fomoe_ext.eval.models import load_exported
 from fomoe_ext.export import tokenizer as of_exports
 from fomoe_ext.export.source import find_source
@@ -89,7 +92,7 @@ def test_a_site_alone_is_the_global_model_less_the_absent_experts(tmp_path):
     placement = Placement.cyclic(2, 8, 2, 1)
     for site in range(2):
         model = LanguageModel(source.model)
-        ckpt.load_global_model(checkpoint, model)
+        load_global_model(checkpoint, model)
         with torch.no_grad():
             for index, layer in enumerate(model.moe_layers()):
                 absent = [e for e in range(8) if e not in placement.resident(index, site)]
@@ -113,9 +116,9 @@ def write_plain(folder: Path, model: LanguageModel) -> Path:
 
 def test_one_site_reads_nothing_of_the_others(tmp_path, monkeypatch):
     read: list[str] = []
-    tensor = ckpt.GlobalModelReader.tensor
+    tensor = GlobalModelReader.tensor
     monkeypatch.setattr(
-        ckpt.GlobalModelReader,
+        GlobalModelReader,
         "tensor",
         lambda self, name: read.append(name) or tensor(self, name),
     )
@@ -152,7 +155,7 @@ def test_the_placement_of_the_checkpoint_counts(tmp_path, text):
     )
     found = losses(evaluate(tmp_path, run, "--val-data", str(text), "--site", "1"))
     lone = LanguageModel(model.config, placement, 1)
-    ckpt.load_global_model(run / "checkpoints/step-00000008", lone)
+    load_global_model(run / "checkpoints/step-00000008", lone)
     assert found == {"site 1 alone": pytest.approx(by_hand(lone.eval(), text), rel=1e-5)}
 
 
@@ -165,7 +168,7 @@ def test_without_any_state_the_configuration_tells_the_placement(tmp_path, text,
     assert len(figures["results"]) == 5
     for site, result in enumerate(figures["results"][1:]):
         lone = LanguageModel(model.config, Placement.cyclic(4, 8, 2, 2), site)
-        ckpt.load_global_model(run / "checkpoints/step-00000008", lone)
+        load_global_model(run / "checkpoints/step-00000008", lone)
         assert result["loss"] == pytest.approx(by_hand(lone.eval(), text), rel=1e-5)
         assert result["skipped_share"] == 0  # it chooses among those it holds
     saved = (run / "config.toml").read_text()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fomoe_ext import cli
-from fomoe_ext.checkpoint import manifest as ckpt
+from fomoe_ext.checkpoint.reader import load_global_model
 from fomoe_ext.export.source import find_source
 from fomoe_ext.model.language import LanguageModel
 
@@ -34,7 +34,7 @@ def tokens_of(config, *shape: int) -> torch.Tensor:
 def global_model(checkpoint: Path) -> LanguageModel:
     """The global model of a checkpoint, on fomoe_ext's kernels."""
     model = LanguageModel(find_source(checkpoint).model)
-    ckpt.load_global_model(checkpoint, model)
+    load_global_model(checkpoint, model)
     return model.eval()
 
 

@@ -20,6 +20,7 @@ from small_run import finished_run, random_model, tiny_config, untrained_run
 
 from fomoe_ext import cli
 from fomoe_ext.checkpoint import manifest as ckpt
+from fomoe_ext.checkpoint.reader import GlobalModelReader
 from fomoe_ext.config.io import load_config
 from fomoe_ext.export.format import model_of_config, transformers_config
 from fomoe_ext.files import tensors as tensor_files
@@ -59,7 +60,7 @@ def test_tensors_are_read_one_by_one(tmp_path, monkeypatch):
     """What is in memory at any time is what the shard under way holds."""
     source = untrained_run(tmp_path, random_model(tiny_config()))
     alive, most = 0, 0
-    read, save = ckpt.GlobalModelReader.tensor, tensor_files.save_file
+    read, save = GlobalModelReader.tensor, tensor_files.save_file
 
     def counted(self, name):
         nonlocal alive, most
@@ -73,7 +74,7 @@ def test_tensors_are_read_one_by_one(tmp_path, monkeypatch):
         save(tensors, *arguments, **options)
         alive -= sum(value.nbytes for value in tensors.values())
 
-    monkeypatch.setattr(ckpt.GlobalModelReader, "tensor", counted)
+    monkeypatch.setattr(GlobalModelReader, "tensor", counted)
     monkeypatch.setattr(tensor_files, "save_file", saved)
     write(source, tmp_path / "out", "--shard-bytes", "4000")
     largest = 256 * 16 * 4  # the embedding
@@ -84,7 +85,7 @@ def test_plain_safetensors_hold_the_bits_of_the_checkpoint(tmp_path):
     run = finished_run()
     out = write(run, tmp_path / "out", "--format", "safetensors")
     tensors = load_file(out / "model.safetensors")
-    with ckpt.GlobalModelReader(ckpt.list_checkpoints(run / "checkpoints")[-1]) as reader:
+    with GlobalModelReader(ckpt.list_checkpoints(run / "checkpoints")[-1]) as reader:
         assert set(reader.names()) == tensors.keys()
         assert all(torch.equal(reader.tensor(name), value) for name, value in tensors.items())
     config = load_config(out / "config.toml")

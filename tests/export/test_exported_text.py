@@ -11,7 +11,9 @@ from exported_model import load, tokens_of, transformers, word_tokenizer, write
 from small_run import random_model, relative_error, tiny_config, untrained_run
 
 from fomoe_ext import cli
-from fomoe_ext.config.job import DataConfig, SitesConfig, TrainConfig
+from fomoe_ext.config.data import DataConfig
+from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.config.sites import SitesConfig
 from fomoe_ext.model.language import LanguageModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")

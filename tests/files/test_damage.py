@@ -13,8 +13,10 @@ import torch
 from small_run import finished_run, random_model, tiny_config, untrained_run
 
 from fomoe_ext.checkpoint import manifest as ckpt
+from fomoe_ext.checkpoint.reader import load_global_model
+from fomoe_ext.config.data import DataConfig
 from fomoe_ext.config.io import dump_config, load_config
-from fomoe_ext.config.job import DataConfig, TrainConfig
+from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.data.sequences import open_data
 from fomoe_ext.eval.command import EvalOptions, evaluate_model
 from fomoe_ext.eval.models import load_exported
@@ -24,8 +26,7 @@ from fomoe_ext.files.atomic import seal_line, sealed, unseal_line, unsealed
 from fomoe_ext.files.states import read_state, write_state
 from fomoe_ext.files.tensors import CHECKSUMS, TensorFiles, write_tensors
 from fomoe_ext.model.language import LanguageModel
-from fomoe_ext.placement.coactivation import measured_coactivation
-from fomoe_ext.placement.spread import measured_load
+from fomoe_ext.report.measured import measured_coactivation, measured_load
 from fomoe_ext.report.metrics import read_metrics
 from fomoe_ext.report.runs import load_run_config, settled_job
 
@@ -90,7 +91,7 @@ def test_damaged_weights(run, file, change, door):
         "eval": lambda: evaluate(run),
         "eval a site": lambda: evaluate(run / NEWEST, site=1),
         "export": lambda: export(find_source(run), ExportOptions(run, format="safetensors")),
-        "model": lambda: ckpt.load_global_model(
+        "model": lambda: load_global_model(
             run / NEWEST, LanguageModel(load_config(run / "config.toml").model)
         ),
     }

@@ -22,8 +22,9 @@ from fomoe_ext.files import unwritten
 from fomoe_ext.files.atomic import replace_file, write_text
 from fomoe_ext.files.tensors import write_synced, write_tensors
 from fomoe_ext.files.unwritten import EXIT_UNWRITTEN, AppendedFile, Unwritten, tolerant
-from fomoe_ext.report import metrics
-from fomoe_ext.report.metrics import MetricsFile, RunLog, read_metrics, rewind_metrics
+from fomoe_ext.report import run_log
+from fomoe_ext.report.metrics import MetricsFile, read_metrics, rewind_metrics
+from fomoe_ext.report.run_log import RunLog
 
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
@@ -146,7 +147,7 @@ def test_tensorboard_forgets_what_is_done_again(tmp_path):
 
 
 def _silent():
-    return metrics.Console(file=io.StringIO())
+    return run_log.Console(file=io.StringIO())
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])

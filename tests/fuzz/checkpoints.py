@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import save
 
 from fomoe_ext.checkpoint import manifest as ckpt
+from fomoe_ext.checkpoint.reader import GlobalModelReader, load_state, load_tensors, tensor_names
+from fomoe_ext.checkpoint.whole import _checked, require_whole
 from fomoe_ext.checkpoint.writer import save_checkpoint
 from fomoe_ext.files.states import read_state, write_state
 from fomoe_ext.files.tensors import INDEX, SINGLE, TensorFiles
@@ -68,7 +70,7 @@ def _in_checkpoint(name: str, read: Callable[[Path], object], listed: bool) -> A
     _original(name), _original(ckpt.MANIFEST)
 
     def of_bytes(raw: bytes) -> object:
-        ckpt._checked.clear()  # a process reads few checkpoints, this one many
+        _checked.clear()  # a process reads few checkpoints, this one many
         path, manifest = _checkpoint(), _original(ckpt.MANIFEST)
         (path / name).write_bytes(raw)
         if listed:
@@ -97,21 +99,21 @@ def _unsealed(manifest: bytes) -> dict[str, Any]:
 
 def _read_all(path: Path) -> object:
     """Whatever depends on the manifest."""
-    ckpt.require_whole(path)
-    wanted = {name: torch.empty(shape) for name, shape in ckpt.tensor_names(path).items()}
-    ckpt.load_tensors(path, wanted)
-    return ckpt.load_state(path, 0)
+    require_whole(path)
+    wanted = {name: torch.empty(shape) for name, shape in tensor_names(path).items()}
+    load_tensors(path, wanted)
+    return load_state(path, 0)
 
 
 def _read_global(path: Path) -> object:
-    with ckpt.GlobalModelReader(path) as reader:
+    with GlobalModelReader(path) as reader:
         return [reader.tensor(name) for name in reader.names()[:4]]
 
 
 def _read_training(path: Path) -> object:
-    ckpt.tensor_names(path)
+    tensor_names(path)
     wanted = {f"site0/{name}": torch.empty_like(tensor) for name, tensor in _TENSORS.items()}
-    ckpt.load_tensors(path, wanted)
+    load_tensors(path, wanted)
     return wanted
 
 
@@ -131,8 +133,8 @@ def checkpoint_parsers() -> list[Parser]:
     safetensors = mutate.of_safetensors
     return [
         of_file("manifest.json", ckpt.MANIFEST, _read_all, mutate.of_json, False, 0.2),
-        of_file("site's state", state, lambda p: ckpt.load_state(p, 0), mutate.of_json, True, 0.5),
-        of_file("index", ckpt.INDEX, _read_global, mutate.of_json, True, 0.3),
+        of_file("site's state", state, lambda p: load_state(p, 0), mutate.of_json, True, 0.5),
+        of_file("index", INDEX, _read_global, mutate.of_json, True, 0.3),
         of_file("training tensors", training, _read_training, safetensors, True, 0.2),
     ]
 

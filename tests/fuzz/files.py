@@ -19,12 +19,11 @@ from fomoe_ext.eval import models as eval_models
 from fomoe_ext.export.format import model_of_config, transformers_config
 from fomoe_ext.files.json_values import from_json, loads, to_json
 from fomoe_ext.placement import Placement
-from fomoe_ext.placement.coactivation import measured_coactivation
-from fomoe_ext.placement.spread import measured_load
 from fomoe_ext.plan.hf import read_hf_config
 from fomoe_ext.plan.traffic import read_placement
 from fomoe_ext.report import metrics
-from fomoe_ext.train.tally import Tally
+from fomoe_ext.report.measured import measured_coactivation, measured_load
+from fomoe_ext.report.tally import Tally
 
 from . import mutate
 from .parser import Parser, as_json, from_file, work_folder

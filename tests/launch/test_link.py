@@ -424,7 +424,9 @@ def test_a_killed_launcher_leaves_nothing_behind(mode, start):
 
 def test_the_sites_of_a_job_get_its_link(monkeypatch, tmp_path):
     got = []
-    monkeypatch.setattr("fomoe_ext.launch.processes.launch", lambda *given: got.append(given) or 0)
+    monkeypatch.setattr(
+        "fomoe_ext.train.command.launch", lambda *given, **_: got.append(given) or 0
+    )
     (tmp_path / "text.txt").write_text("A text that is long enough. " * 1000)
     flags = ["--sites", "3", "--replication", "1", "--num-experts", "9", "--seq-len", "64"]
     flags += ["--data", str(tmp_path / "text.txt"), "--cache-dir", str(tmp_path / "cache")]

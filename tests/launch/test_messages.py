@@ -125,12 +125,12 @@ def test_lengths(length):
 
 def test_alone_nothing_is_sent():
     box = object()
-    assert messages.gather(box, 1) == [box]
+    assert messages.gather_objects(box, 1) == [box]
 
 
 def gathered(site, num_sites):
     value = {"site": site, "long": "x" * (1000 * site), (site,): float(site)}
-    return messages.gather(value, num_sites)
+    return messages.gather_objects(value, num_sites)
 
 
 def broadcast(site, num_sites):
@@ -156,7 +156,7 @@ def error_of(action):
 
 def unsendable(site, num_sites):
     value = torch.ones(1) if site == 1 else "fine"
-    by_gather = error_of(lambda: messages.gather(value, num_sites))
+    by_gather = error_of(lambda: messages.gather_objects(value, num_sites))
     told = torch.ones(1)
     return by_gather, error_of(lambda: messages.broadcast(told, leads=site == 0))
 
@@ -174,7 +174,7 @@ def test_who_cannot_say_it_is_named():
 def hostile(site, num_sites, length, body):
     """Site 1 speaks the protocol by hand."""
     if site == 0:
-        return error_of(lambda: messages.gather("fine", num_sites, who="site"))
+        return error_of(lambda: messages.gather_objects("fine", num_sites, who="site"))
     rows = [torch.zeros(1, dtype=torch.int64) for _ in range(num_sites)]
     dist.all_gather(rows, torch.tensor([length]))
     if body:

@@ -19,7 +19,8 @@ from sites import pool
 from small_layer import make, tokens
 
 from fomoe_ext.layer.dispatch import DIRECTIONS
-from fomoe_ext.placement.spread import chunk_sizes, imbalance, measured_load, spread_experts
+from fomoe_ext.placement.spread import chunk_sizes, imbalance, spread_experts
+from fomoe_ext.report.measured import measured_load
 from fomoe_ext.report.metrics import MetricsFile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -187,7 +188,8 @@ def test_sharded_spread_needs_no_torch(tmp_path: Path) -> None:
     table.write_text("[[1, 0]]")
     code = (
         "import sys; from pathlib import Path; from fomoe_ext.placement import spread; "
-        "load = spread.measured_load(Path(sys.argv[1])); spread.spread_experts([0], 1, load[0]); "
+        "from fomoe_ext.report.measured import measured_load; "
+        "load = measured_load(Path(sys.argv[1])); spread.spread_experts([0], 1, load[0]); "
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(table)], check=True)
@@ -361,29 +363,6 @@ def test_sharded_layer_tells_its_cut() -> None:
         assert found["site"] == ((0, 1, 3, 5, 6), [0, 1, 3, 5, 6])
         assert found["places"] == [2, 0, -1, 3, -1, 4, 1]
         assert found["allowed"] and found["aux"] and found["again"] and found["keys"]
-
-
-# ---- the benchmark of hot experts ----------------------------------------------------------------
-
-
-def benchmarked(rank: int, ranks: int) -> dict[str, Any]:
-    from common import Shape
-    from dispatch_site import Skewed
-
-    work = Skewed(mesh_of(ranks), Shape(24, 16, 8, 8, 2))
-    work.check()  # both cuts, forward and backward
-    cuts = {cut: dispatch.rank_experts for cut, dispatch in work.dispatches.items()}
-    return {"load": work.load, "sent": {cut: work.bytes_sent(cut) for cut in cuts}, **cuts}
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_sharded_benchmark_compares_cuts_of_one_load(ranks: int) -> None:
-    first, *others = pool().run(ranks, benchmarked)
-    assert all(found == first for found in others)
-    assert sum(first["load"]) == ranks * 24 * 2
-    assert first["chunks"] == spread_experts(range(8), ranks)
-    assert imbalance(first["spread"], first["load"]) < imbalance(first["chunks"], first["load"])
-    assert all(sent > 0 for sent in first["sent"].values())
 
 
 # ---- errors --------------------------------------------------------------------------------------

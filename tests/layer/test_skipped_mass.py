@@ -18,7 +18,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fomoe_ext.checkpoint.manifest import CheckpointError
 from fomoe_ext.config.io import parse_args
-from fomoe_ext.config.job import ModelConfig, TrainConfig
+from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.eval.models import skip_experts
 from fomoe_ext.layer.moe import MoELayer
 from fomoe_ext.layer.skipped import rescale_skipped

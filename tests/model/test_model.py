@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from small_model import SMALL, small, tokens
 from torch import Tensor
 
-from fomoe_ext.config.job import PRESETS, ModelConfig, count_parameters, expert_parameters
+from fomoe_ext.config.model import ModelConfig, count_parameters, expert_parameters
+from fomoe_ext.config.presets import PRESETS
 from fomoe_ext.model.language import (
     LanguageModel,
     optimizer_groups,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fomoe_ext.ops.tokens import RowTable
+from fomoe_ext.ops.rows import RowTable
 
 
 def scores_of(logits: Tensor, scoring: str, allowed: Tensor | None) -> Tensor:

@@ -25,8 +25,9 @@ from outer_model import (
 from sites import pool
 from torch import Tensor, nn
 
+from fomoe_ext.config.inner import InnerConfig
 from fomoe_ext.config.io import parse_args
-from fomoe_ext.config.job import InnerConfig, expert_parameters
+from fomoe_ext.config.model import expert_parameters
 from fomoe_ext.outer import OuterSync
 from fomoe_ext.outer.errors import MeetingError
 from fomoe_ext.outer.inner_state import move_state_rows

@@ -290,14 +290,16 @@ def run_job(site: int, num_sites: int, arguments: list[str]) -> dict[str, Any]:
     from fomoe_ext.data.sequences import open_data
     from fomoe_ext.launch.world import StopRequest, World
     from fomoe_ext.report.report import markdown
-    from fomoe_ext.train.process import _Job
-    from fomoe_ext.train.trainer import TrainingSite
+    from fomoe_ext.train.job_report import job_report, model_hash
+    from fomoe_ext.train.site import TrainingSite
+    from fomoe_ext.train.trainer import Trainer
+    from fomoe_ext.train.validation import validate
 
     config = job_config(arguments)
     files = config.data
     data = open_data(files.data, config.model.seq_len, cache_dir=files.cache_dir)
     job = TrainingSite(config, World(site, num_sites), data, torch.device("cpu"), None)
-    local_step, meet, taken = job._local_step, job.meet, []
+    local_step, meet, taken = job.steps.step, job.meetings.meet, []
 
     def step() -> Tensor:
         result = local_step()
@@ -310,17 +312,17 @@ def run_job(site: int, num_sites: int, arguments: list[str]) -> dict[str, Any]:
         taken.append(job.steps_in_round)
         return meet()
 
-    job._local_step, job.meet = step, met  # type: ignore[method-assign]
-    _Job(job, StopRequest(), None).train()
+    job.steps.step, job.meetings.meet = step, met  # type: ignore[method-assign]
+    Trainer(job, StopRequest(), None).train()
     job.finish()
-    validation = job.validate(256)
-    report = job.report(validation)
+    validation = validate(job, 256)
+    report = job_report(job, validation)
     return {
         "taken": taken,
         "position": job.batches.position,
         "report": report,
         "markdown": markdown(report),
-        "hash": job.model_hash(),
+        "hash": model_hash(job),
         "sent": (job.bytes_sent, job.tally.planned_bytes),
     }
 

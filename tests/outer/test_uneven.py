@@ -197,8 +197,9 @@ def run_job(
     """A job with a clock that local steps alone move. `stop_at`: (site, round, step) at which that
     site is asked to stop, so that it does not finish the round."""
     from fomoe_ext.launch.world import StopRequest, World
-    from fomoe_ext.train.process import _Job
-    from fomoe_ext.train.trainer import TrainingSite
+    from fomoe_ext.train.job_report import model_hash
+    from fomoe_ext.train.site import TrainingSite
+    from fomoe_ext.train.trainer import Trainer
 
     config = job_config(arguments)
     files = config.data
@@ -206,9 +207,9 @@ def run_job(
     world = World(site, num_sites)
     resumed = Path(resume) if resume else None
     job = TrainingSite(config, world, data, torch.device("cpu"), resumed)
-    job.clock = lambda: job.tally.steps * SECONDS[site]  # type: ignore[method-assign]
+    job.steps.clock = lambda: job.tally.steps * SECONDS[site]  # type: ignore[method-assign]
     stop, rates, rounds, windows = StopRequest(), [], [], []
-    local_step, meet = job._local_step, job.meet
+    local_step, meet = job.steps.step, job.meetings.meet
 
     def step() -> torch.Tensor:
         start = job.batches.position + site * config.inner.batch_size
@@ -220,11 +221,11 @@ def run_job(
         return result
 
     def met() -> float:
-        rounds.append((job.steps_in_round, job._round_tokens))
+        rounds.append((job.steps_in_round, job.progress.tokens))
         return meet()
 
-    job._local_step, job.meet = step, met  # type: ignore[method-assign]
-    stopped = _Job(job, stop, None).train()
+    job.steps.step, job.meetings.meet = step, met  # type: ignore[method-assign]
+    stopped = Trainer(job, stop, None).train()
     return {
         "stopped": stopped,
         "rounds": rounds,
@@ -233,7 +234,7 @@ def run_job(
         "position": job.batches.position,
         "tally": job.tally.state_dict(),
         "sent": job.bytes_sent,
-        "hash": job.model_hash(),
+        "hash": model_hash(job),
         "steps_in_round": job.steps_in_round,
         "step": job.step,
     }

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from small_run import finished_run
 
 from fomoe_ext.config.io import parse_args
-from fomoe_ext.config.job import SitesConfig
+from fomoe_ext.config.sites import SitesConfig
 from fomoe_ext.model.evaluate import pair_counts
 from fomoe_ext.placement import Placement, coactivation
-from fomoe_ext.placement.coactivation import is_small, measured_coactivation, pairs_together
+from fomoe_ext.placement.coactivation import is_small, pairs_together
 from fomoe_ext.plan.traffic import full_replica, job_placement
+from fomoe_ext.report.measured import measured_coactivation
 from fomoe_ext.report.metrics import read_metrics
 
 
@@ -138,9 +139,9 @@ def test_every_placement_is_balanced_and_no_worse_than_cyclic(
         counts.tolist(), sites, replication, together=together
     )
     cyclic = Placement.cyclic(sites, experts, layers, replication)
-    found = pairs_together(counts, placement)
+    found = pairs_together(counts, placement.owners_of)
     assert found == [by_definition(counts, placement, layer) for layer in range(layers)]
-    for ours, theirs in zip(found, pairs_together(counts, cyclic), strict=True):
+    for ours, theirs in zip(found, pairs_together(counts, cyclic.owners_of), strict=True):
         assert ours >= theirs if together else ours <= theirs
 
 
@@ -149,7 +150,7 @@ def test_every_placement_is_balanced_and_no_worse_than_cyclic(
 def test_no_swap_of_two_experts_would_be_better(together: bool, replication: int) -> None:
     counts = random_counts(2, 12, seed=replication)
     placement = Placement.from_coactivation(counts, 4, replication, together=together)
-    found = pairs_together(counts, placement)
+    found = pairs_together(counts, placement.owners_of)
     tried = 0
     for layer, experts in enumerate(placement.owners_of):
         for a, b in combinations(range(12), 2):
@@ -160,7 +161,7 @@ def test_no_swap_of_two_experts_would_be_better(together: bool, replication: int
                     owners[b] ^= {s, t}
                     table = list(placement.owners_of)
                     table[layer] = tuple(tuple(sorted(held)) for held in owners)
-                    other = pairs_together(counts, Placement.from_table(table, 4))[layer]
+                    other = pairs_together(counts, Placement.from_table(table, 4).owners_of)[layer]
                     assert other <= found[layer] if together else other >= found[layer]
                     tried += 1
     assert tried > 100
@@ -172,7 +173,9 @@ def test_a_swap_is_the_best_one_between_two_sites(sign: int) -> None:
     for seed in range(8):
         counts = sign * coactivation._pairs(random_counts(3, 9, seed, most=10) ** 3)
         start = Placement.random(3, 9, 3, 1 + seed % 2, seed=seed)
-        swaps = coactivation._Swaps(counts, coactivation._incidence(start))
+        swaps = coactivation._Swaps(
+            counts, coactivation._incidence(start.owners_of, start.num_sites)
+        )
         before = swaps.held.copy()
         swaps._swap(np.arange(3), 0, 1)
         assert np.array_equal(swaps.common, np.matmul(swaps.held.astype(float), counts))
@@ -245,7 +248,7 @@ def test_other_bad_arguments_are_refused() -> None:
     with pytest.raises(TypeError, match="together"):
         Placement.from_coactivation(counts, 2, 1, together="yes")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"the placement's 2 layers of 6 experts, got 1 of 6"):
-        pairs_together(counts, Placement.cyclic(2, 6, 2, 1))
+        pairs_together(counts, Placement.cyclic(2, 6, 2, 1).owners_of)
 
 
 def test_needs_no_torch() -> None:
@@ -281,10 +284,10 @@ def test_a_job_is_placed_by_what_an_earlier_run_has_counted() -> None:
         assert job_placement(config) == wanted
         assert full_replica(config).sites.placement_by is None
     few, many = (
-        sum(pairs_together(counts, Placement.from_coactivation(counts, 2, 1, together=t)))
+        sum(pairs_together(counts, Placement.from_coactivation(counts, 2, 1, together=t).owners_of))
         for t in (False, True)
     )
-    assert few < sum(pairs_together(counts, Placement.cyclic(2, 8, 2, 1))) < many
+    assert few < sum(pairs_together(counts, Placement.cyclic(2, 8, 2, 1).owners_of)) < many
 
 
 def test_what_is_no_table_of_counts_is_named(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from planned_job import config_of
 
 from fomoe_ext import cli
-from fomoe_ext.config.job import count_parameters
+from fomoe_ext.config.model import count_parameters
 from fomoe_ext.placement import wire
 from fomoe_ext.plan import cost as plan_cost
 from fomoe_ext.plan import memory as plan_memory

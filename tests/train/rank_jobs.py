@@ -19,6 +19,7 @@ from sites import pool
 from torch import Tensor
 
 from fomoe_ext.checkpoint import manifest as ckpt
+from fomoe_ext.checkpoint.reader import GlobalModelReader, load_tensors, tensor_names
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.report.metrics import read_metrics
 from fomoe_ext.report.runs import job_config
@@ -56,12 +57,14 @@ class Result(NamedTuple):
 
 def watch(site: Any) -> dict[str, Any]:
     """What is seen of a rank of a job at its end."""
+    from fomoe_ext.train.job_report import memory_of
+
     layers = site.model.moe_layers()
     return {
         "experts": [layer.experts.resident_experts for layer in layers],
         "shapes": [tuple(layer.experts.expand_weight.shape) for layer in layers],
         "site": [layer.site_experts for layer in layers],
-        "memory": site.memory(),
+        "memory": memory_of(site),
     }
 
 
@@ -72,7 +75,7 @@ def process_of_job(
     from fomoe_ext.launch import processes as launch
     from fomoe_ext.launch.world import StopRequest, World
     from fomoe_ext.train import process as job
-    from fomoe_ext.train import trainer
+    from fomoe_ext.train.site import TrainingSite
 
     if dist.is_initialized():
         dist.barrier()  # one that is gone would disturb those that are still connecting
@@ -94,7 +97,7 @@ def process_of_job(
         if plant is not None:
             plant(patch)
 
-        class Seen(trainer.TrainingSite):
+        class Seen(TrainingSite):
             def __init__(self, *given: Any) -> None:
                 super().__init__(*given)
                 made.append(self)
@@ -122,7 +125,7 @@ def run_job(arguments: list[str], plant: Plant | None = None) -> Result:
 
 def model_of(path: Path) -> dict[str, Tensor]:
     """The global model of a checkpoint."""
-    with ckpt.GlobalModelReader(path) as reader:
+    with GlobalModelReader(path) as reader:
         return {name: reader.tensor(name) for name in reader.names()}
 
 
@@ -130,7 +133,7 @@ def state_of(path: Path) -> dict[str, Tensor]:
     """All tensors of the training state of a checkpoint."""
     wanted = {
         name: torch.empty(shape, dtype=torch.float64 if name.endswith("/tokens") else torch.float32)
-        for name, shape in ckpt.tensor_names(path).items()
+        for name, shape in tensor_names(path).items()
     }
-    ckpt.load_tensors(path, wanted)
+    load_tensors(path, wanted)
     return wanted

@@ -48,7 +48,8 @@ def job(tmp_path, monkeypatch, capsys):
     Path("x.parquet").write_bytes(b"PAR1")
     Path("link").symlink_to("nowhere")
     started = []
-    monkeypatch.setattr(launch, "launch", lambda *given: started.append(given) or 0)
+    launched = lambda *given, **_: started.append(given) or 0
+    monkeypatch.setattr("fomoe_ext.train.command.launch", launched)
     usual = {"--data": "text.txt", "--cache-dir": "cache", "--run-dir": "run"}
 
     def run(*flags: str) -> tuple[int, str, int]:

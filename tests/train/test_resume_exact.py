@@ -18,13 +18,15 @@ from sites import pool
 from small_job import SMALL, finish, train
 
 from fomoe_ext.checkpoint import manifest as ckpt
-from fomoe_ext.checkpoint.resume import tensors_of
-from fomoe_ext.checkpoint.writer import _Buffers
+from fomoe_ext.checkpoint.staging import Buffers
+from fomoe_ext.checkpoint.state import tensors_of
 from fomoe_ext.data.sequences import open_data
 from fomoe_ext.launch.world import StopRequest, World
 from fomoe_ext.report.metrics import read_metrics
 from fomoe_ext.report.runs import job_config
-from fomoe_ext.train.trainer import TrainingSite
+from fomoe_ext.train.job_report import model_hash
+from fomoe_ext.train.site import TrainingSite
+from fomoe_ext.train.validation import validate
 
 
 class Watched:
@@ -40,14 +42,15 @@ class Watched:
             self.windows += [hashlib.sha256(row.numpy().tobytes()).hexdigest() for row in batch]
             return batch
 
-        site._share = lambda _, share=site._share: share(watched())  # type: ignore[method-assign]
+        share = site.steps.share
+        site.steps.share = lambda _: share(watched())  # type: ignore[method-assign]
         site.batches = _Standing(batches)  # type: ignore[assignment]
 
     def rounds(self, count: int) -> None:
         for _ in range(count):
-            self.site.take_local_steps(StopRequest(), lambda loss: self.losses.append(float(loss)))
-            self.site.exchange_notes(stop=False)
-            self.site.meet()
+            self.site.steps.take(StopRequest(), lambda loss: self.losses.append(float(loss)))
+            self.site.notes.exchange(stop=False)
+            self.site.meetings.meet()
 
 
 class _Standing:
@@ -66,17 +69,17 @@ class _Standing:
 @contextmanager
 def slow_copies() -> Iterator[None]:
     """Inside, a checkpoint takes longer to copy than a step takes."""
-    copy = _Buffers.copy
+    copy = Buffers.copy
 
     def slow(*arguments: Any) -> torch.Tensor:
         time.sleep(0.001)
         return copy(*arguments)
 
-    _Buffers.copy = slow  # type: ignore[method-assign]
+    Buffers.copy = slow  # type: ignore[method-assign]
     try:
         yield
     finally:
-        _Buffers.copy = copy  # type: ignore[method-assign]
+        Buffers.copy = copy  # type: ignore[method-assign]
 
 
 def outcome(watched: Watched) -> dict[str, Any]:
@@ -87,9 +90,9 @@ def outcome(watched: Watched) -> dict[str, Any]:
         name: hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
         for name, tensor in tensors_of(site, None)
     }
-    loss = site.validate(512).loss
+    loss = validate(site, 512).loss
     data = site.batches.state_dict()
-    return {"model": site.model_hash(), "state": state, "loss": loss, "data": data}
+    return {"model": model_hash(site), "state": state, "loss": loss, "data": data}
 
 
 def interrupted(site: int, num_sites: int, arguments: list[str]) -> list[Any]:
@@ -101,10 +104,10 @@ def interrupted(site: int, num_sites: int, arguments: list[str]) -> list[Any]:
     whole.rounds(2)
     done = list(whole.windows), list(whole.losses)
     with slow_copies():
-        whole.site.start_save(whole.site.tally.steps)
-        assert not whole.site.checkpoints._pending.work.copied.is_set()
+        pending = whole.site.checkpoints.start(whole.site.tally.steps)
+        assert not pending.copied.is_set()
         whole.rounds(1)
-    saved = whole.site.poll_save(wait=True)
+    saved = whole.site.checkpoints.poll(wait=True)
     assert saved is not None and not saved.error
     whole.rounds(1)
     again = Watched(TrainingSite(*given, saved.path))

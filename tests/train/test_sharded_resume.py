@@ -19,6 +19,7 @@ from small_job import environment, require_gone, start_and_wait_for
 from torch import Tensor
 
 from fomoe_ext.checkpoint import manifest as ckpt
+from fomoe_ext.checkpoint.reader import load_state
 from fomoe_ext.config.io import parse_args
 from fomoe_ext.launch.world import find_world
 from fomoe_ext.placement import Placement
@@ -47,13 +48,13 @@ def resumed(run: Path, *changes: str) -> Any:
 
 def save_and_stop(patch: pytest.MonkeyPatch) -> None:
     """What was read is written again, and the job is over."""
-    from fomoe_ext.train import process as job
+    from fomoe_ext.train.trainer import Trainer
 
     def save(rounds: Any) -> bool:
         rounds._save(rounds.site.tally.steps + 1000)
         return True
 
-    patch.setattr(job._Job, "train", save)
+    patch.setattr(Trainer, "train", save)
 
 
 def same(mine: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -110,7 +111,7 @@ def read_back(run: Path, *changes: str) -> tuple[dict[str, Tensor], dict[str, Te
 def test_other_sites_go_on(whole, tmp_path, changes):
     run = halfway(whole, tmp_path)
     before = ckpt.list_checkpoints(run / "checkpoints")[-1]
-    old = Placement.from_dict(ckpt.load_state(before, 0)["sync"]["placement"])
+    old = Placement.from_dict(load_state(before, 0)["sync"]["placement"])
     states, models = state_of(before), model_of(before)
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
@@ -153,7 +154,7 @@ def test_a_stop_in_the_middle_of_a_round(rank_flags, tmp_path):
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
-    steps = ckpt.load_state(ckpt.list_checkpoints(run / "checkpoints")[-1], 0)["steps_in_round"]
+    steps = load_state(ckpt.list_checkpoints(run / "checkpoints")[-1], 0)["steps_in_round"]
     assert 0 < steps < 200
     with pytest.raises(AssertionError, match="in the middle of a round"):
         resumed(run, *["--sites", "4", "--ranks-per-site", "1", "--replication", "2"])

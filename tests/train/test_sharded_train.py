@@ -192,18 +192,18 @@ CYCLIC = Placement.cyclic(2, 8, 2, 1)
 
 def _double_experts(patch: pytest.MonkeyPatch) -> None:
     from fomoe_ext.layer import dense
-    from fomoe_ext.train import trainer
+    from fomoe_ext.train import local_steps
 
     def doubled(model: nn.Module, mesh: Any) -> None:
         for parameter in dense.expert_parameters(model).values():
             parameter.grad.mul_(2)
 
-    patch.setattr(trainer, "average_experts", doubled)
+    patch.setattr(local_steps, "average_experts", doubled)
 
 
 def _sum_dense(patch: pytest.MonkeyPatch) -> None:
     from fomoe_ext.layer import dense
-    from fomoe_ext.train import trainer
+    from fomoe_ext.train import local_steps
 
     def summed(model: nn.Module, mesh: Any) -> None:
         experts = {id(p) for p in dense.expert_parameters(model).values()}
@@ -211,7 +211,7 @@ def _sum_dense(patch: pytest.MonkeyPatch) -> None:
             if id(parameter) not in experts:
                 parameter.grad.mul_(mesh.size() // mesh.size(0))
 
-    patch.setattr(trainer, "average_experts", summed)
+    patch.setattr(local_steps, "average_experts", summed)
 
 
 def _own_load(patch: pytest.MonkeyPatch) -> None:
@@ -236,15 +236,15 @@ def _own_norm(patch: pytest.MonkeyPatch) -> None:
 
 
 def _forget_replicas(patch: pytest.MonkeyPatch) -> None:
-    from fomoe_ext.train import trainer
+    from fomoe_ext.train import local_steps
 
-    patch.setattr(trainer, "average_experts", lambda model, mesh: None)
+    patch.setattr(local_steps, "average_experts", lambda model, mesh: None)
 
 
 def _same_batch(patch: pytest.MonkeyPatch) -> None:
-    from fomoe_ext.train.trainer import TrainingSite
+    from fomoe_ext.train.local_steps import LocalSteps
 
-    patch.setattr(TrainingSite, "_share", lambda site, batch: batch.chunk(site.world.ranks)[0])
+    patch.setattr(LocalSteps, "share", lambda steps, batch: batch.chunk(steps._site.world.ranks)[0])
 
 
 PLANTS = {

@@ -15,6 +15,8 @@ from sites import pool
 from small_job import SMALL, environment, finish, require_gone, start_and_wait_for, started, train
 
 from fomoe_ext.checkpoint import manifest as ckpt
+from fomoe_ext.checkpoint.reader import GlobalModelReader
+from fomoe_ext.checkpoint.whole import is_whole
 from fomoe_ext.config.io import load_config
 from fomoe_ext.data.sequences import open_data
 from fomoe_ext.report.metrics import read_metrics
@@ -57,8 +59,8 @@ def test_a_job_from_start_to_report(flags, tmp_path):
     saved = load_config(run / "config.toml")
     assert saved.model.hidden_size == 16 and saved.sites.replication == 1
     (checkpoint,) = ckpt.list_checkpoints(run / "checkpoints")
-    assert ckpt.is_whole(checkpoint)
-    with ckpt.GlobalModelReader(checkpoint) as reader:
+    assert is_whole(checkpoint)
+    with GlobalModelReader(checkpoint) as reader:
         counted = sum(reader.tensor(name).numel() for name in reader.names())
     assert counted >= report["model_parameters"]["total"]  # and buffers
 
@@ -150,7 +152,7 @@ def test_ctrl_c_writes_a_checkpoint_and_the_job_goes_on(flags, tmp_path):
     assert process.returncode == 130, out + err
     require_gone(sites)
     (checkpoint,) = ckpt.list_checkpoints(run / "checkpoints")
-    assert ckpt.is_whole(checkpoint)
+    assert is_whole(checkpoint)
     assert not list((run / "checkpoints").glob(".*"))
 
     resumed = finish(run, train("--resume", str(run)))
@@ -161,20 +163,21 @@ def test_ctrl_c_writes_a_checkpoint_and_the_job_goes_on(flags, tmp_path):
 def stop_unevenly(site: int, num_sites: int, arguments: list[str]) -> list[str]:
     """Saves where one site has begun a round and the other has not; what differs when resumed."""
     from fomoe_ext.launch.world import StopRequest, World
-    from fomoe_ext.train.trainer import TrainingSite
+    from fomoe_ext.train.site import TrainingSite
 
     config = job_config(arguments)
     files = config.data
     data = open_data(files.data, config.model.seq_len, cache_dir=files.cache_dir)
     given = config, World(site, num_sites), data, torch.device("cpu")
     job = TrainingSite(*given, None)
-    job.take_local_steps(StopRequest(), lambda loss: None)
-    job.exchange_notes(stop=False)
-    job.meet()
+    job.steps.take(StopRequest(), lambda loss: None)
+    job.notes.exchange(stop=False)
+    job.meetings.meet()
     if site == 0:
-        job._local_step()
-    path = job.save(config.run.local_steps + 1)
-    resumed = TrainingSite(*given, path)
+        job.steps.step()
+    saved = job.checkpoints.save(config.run.local_steps + 1)
+    assert not saved.error
+    resumed = TrainingSite(*given, saved.path)
     assert resumed.steps_in_round == (1 if site == 0 else 0)
     wanted = job.model.state_dict()
     return [n for n, v in resumed.model.state_dict().items() if not torch.equal(v, wanted[n])]

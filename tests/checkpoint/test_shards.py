@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from fomoe_ext.checkpoint.training_state import (
-    CheckpointError,
+from fomoe_ext.checkpoint.manifest import CheckpointError
+from fomoe_ext.checkpoint.shards import (
     TensorPart,
     _in_files,
     read_tensors,

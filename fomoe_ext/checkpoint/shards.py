@@ -1,4 +1,4 @@
-"""The training state of all processes: named tensors in one folder, read back in any sharding.
+"""Named tensors of all processes in one folder, written in shards, read back in any sharding.
 
 Tensors are plain or DTensors. Every process writes its own shards to safetensors files in the form
 that torch.distributed.checkpoint reads: nothing on disk is a pickle, and nothing is sent to write.
@@ -29,16 +29,13 @@ from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from fomoe_ext.checkpoint.manifest import CheckpointError
 from fomoe_ext.files.tensors import WrittenFile, write_synced
-from fomoe_ext.outer.groups import gather_objects
+from fomoe_ext.launch.messages import gather_objects
 
 FILE_BYTES = 1 << 30
 """Bytes of tensors in a file."""
 _SUFFIX = ".safetensors"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, damaged, or not of this job."""
 
 
 @contextmanager

@@ -1,0 +1,181 @@
+"""What a site has while it trains: what its parts work on, what a checkpoint keeps of it, and what
+becomes another when sites come or go.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.data.sequences import BatchIterator, TextData
+from fomoe_ext.fault.shadows import Shadows
+from fomoe_ext.launch.world import World
+from fomoe_ext.layer.assemble import local_tensors
+from fomoe_ext.model.language import LanguageModel
+from fomoe_ext.outer import OuterSync
+from fomoe_ext.placement.placement import Placement
+from fomoe_ext.report.tally import Tally
+from fomoe_ext.train.pace import Pace
+from fomoe_ext.train.round_progress import RoundProgress, of_site
+
+
+class SiteState:
+    """The state of one rank of a site. Whoever makes it adds mesh, model, optimizer and sync."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        world: World,
+        data: TextData,
+        device: torch.device,
+        late: bool = False,
+    ) -> None:
+        """`config` is resolved."""
+        self.started, self._before_s = time.perf_counter(), 0.0
+        """_before_s: seconds of the job before it was resumed."""
+        self.config, self.world, self.data, self.device = config, world, data, device
+        self.late = late
+        """Whether this site knows nothing of the model yet, or not enough."""
+        self.mesh: DeviceMesh | None = None
+        """Of a site with several ranks."""
+        self.run_dir = config.run.run_dir or Path(".")
+        self.rounds, self.local_steps = config.run.resolved_rounds, config.run.local_steps
+        self.model: LanguageModel
+        self.optimizer: torch.optim.Optimizer
+        self.sync: OuterSync
+        self.batches: BatchIterator = data.train_batches(
+            world.number, config.sites.sites, config.inner.batch_size, config.run.seed
+        )
+        self.tally = Tally()
+        self.progress, self.pace = RoundProgress(self.local_steps, device), Pace()
+        self.shadows = Shadows()
+        self.story: list[dict[str, Any]] = []
+        """What happened to the sites, for the report."""
+        self.routing: dict[str, Any] | None = None
+        """`routing_probe.figures` of the last meeting, where there is a probe."""
+
+    @property
+    def round(self) -> int:
+        """Rounds completed."""
+        return self.sync.round
+
+    @property
+    def step(self) -> int:
+        """Local steps of all rounds so far, with its own of the one under way: the same at all
+        sites between rounds, also where some have taken fewer."""
+        return self.round * self.local_steps + self.progress.steps
+
+    @property
+    def steps_in_round(self) -> int:
+        """Local steps of the round under way."""
+        return self.progress.steps
+
+    @steps_in_round.setter
+    def steps_in_round(self, steps: int) -> None:
+        self.progress.steps = steps
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a local step, the newest measured the most; 0 = not known yet."""
+        return self.pace.seconds
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes this process has sent so far to other sites in meetings, for moved experts and in
+        notes."""
+        return self.sync.bytes_sent + self.tally.note_bytes
+
+    @property
+    def link(self) -> str:
+        """The link that meetings go over, in words."""
+        return self.sync.groups.link_words
+
+    @property
+    def placement(self) -> Placement:
+        """The placement in force."""
+        return self.sync.placement
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The dtype that the model computes in; None = that of its parameters."""
+        return torch.bfloat16 if self.config.run.dtype == "bfloat16" else None
+
+    def count_wall(self) -> None:
+        """Brings the tally's seconds since the job began up to now."""
+        self.tally.wall_s = self._before_s + time.perf_counter() - self.started
+
+    @contextmanager
+    def global_model(self) -> Iterator[dict[str, Tensor] | None]:
+        """Inside, the model is that of the last meeting; gives this site's where that differs.
+
+        Only where torch records no gradients.
+        """
+        if not (self.progress.steps or self.config.outer.apart):
+            yield None
+            return
+        local = {name: value.clone() for name, value in local_tensors(self.model).items()}
+        self.sync.copy_anchor_to_model()
+        yield local
+        for name, target in local_tensors(self.model).items():
+            target.copy_(local[name])
+
+    # ------------------------------------------------------------------------- for a checkpoint
+
+    def counts(self) -> tuple[dict[str, Any], tuple[float, int, int]]:
+        """What this rank has counted, since the job began and in the round."""
+        self.count_wall()
+        return self.tally.state_dict(), self.progress.counts()
+
+    def progress_state(
+        self, counts: Sequence[tuple[dict[str, Any], tuple[float, int, int]]]
+    ) -> dict[str, Any]:
+        """How far this site is; `counts` are those of its ranks."""
+        return {
+            "data": self.batches.state_dict(),
+            "tally": Tally.of_ranks([Tally.from_state(tally) for tally, _ in counts]).state_dict(),
+            "steps_in_round": self.progress.steps,
+            "uneven": {
+                "due": self.progress.due,
+                "tokens": self.progress.tokens * self.world.ranks,
+                "pace": self.pace.seconds,
+            },
+            "round_counts": of_site([of_round for _, of_round in counts]),
+        }
+
+    def load_progress_state(self, state: Mapping[str, Any], same: bool) -> None:
+        """Goes on from `progress_state`; counts begin anew unless it is of the `same` sites.
+
+        The outer sync has its round already. Raises ValueError for what is no such state.
+        """
+        self.batches.load_state_dict(state["data"])
+        tally = Tally.from_state(state["tally"])
+        loss, rows, slots = state["round_counts"]
+        if not same:
+            self.tally = Tally(steps=tally.steps, from_round=self.round, from_step=tally.steps)
+            return
+        # Sums of a site are its first rank's from here on.
+        leads = self.world.rank == 0
+        self.tally = tally if leads else tally.without_counts()
+        self.progress.steps = state["steps_in_round"]
+        if "uneven" in state:  # not in checkpoints of earlier versions
+            self._load_uneven(state["uneven"])
+        self.progress.set_counts((loss, rows, slots) if leads else (loss, 0, 0))
+
+    def _load_uneven(self, state: Mapping[str, float]) -> None:
+        """What of its steps is this site's own: those due, tokens of the round, the pace. Raises
+        ValueError for steps that no site takes."""
+        due = int(state["due"])
+        if not 1 <= due <= self.local_steps:
+            raise ValueError(f"steps due must be in [1, {self.local_steps}], got {due}")
+        if self.config.inner.uneven_steps:
+            self.progress.set_due(due)
+        self.progress.tokens = int(state["tokens"]) // self.world.ranks
+        self.pace = Pace(float(state["pace"]))
