@@ -23,11 +23,7 @@ from fomoe_ext.checkpoint.state import (
     shared_vectors,
 )
 from fomoe_ext.layer.assemble import local_tensors
-from fomoe_ext.outer.state import (
-    by_parameter,
-    from_parameters,
-    share_errors,
-)
+from fomoe_ext.outer.state import by_parameter, from_parameters, share_errors
 from fomoe_ext.outer.state_dict import load_met, require_rules
 from fomoe_ext.placement.placement import Placement
 
