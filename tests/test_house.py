@@ -164,3 +164,38 @@ def test_the_changelog_knows_where_modules_went():
     for _, now in rows:
         homes = re.findall(r"`([a-z_]+\.[a-z_]+)`", now)
         assert homes and set(homes) <= set(known), now
+
+
+def names_in(path: Path) -> set[str]:
+    """What a module defines, imports or speaks of."""
+    found = {"__file__"}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.alias):
+            found.add((node.asname or node.name).split(".")[-1])
+        elif isinstance(node, ast.Name):
+            found.add(node.id)
+    return found
+
+
+def test_every_path_that_is_named_leads_somewhere():
+    """In docstrings, docs, commands and tests: `fomoe_ext.layer.moe`, `fomoe_ext.ops.route`."""
+    known = {name: names_in(path) for name, path in house.modules(house.PACKAGE).items()}
+    known[""] |= set(
+        re.findall(r'"(\w+)": "fomoe_ext\.', (house.PACKAGE / "__init__.py").read_text())
+    )
+    kinds = {".py", ".md", ".toml", ".txt", ".cpp", ".h", ".cu", ".cuh"}
+    folders = ("bench", "build_tools", "csrc", "docs", "examples", "fomoe_ext", "tests")
+    texts = [*ROOT.glob("*.md"), *(f for d in folders for f in (ROOT / d).rglob("*"))]
+    lost = []
+    for path in texts:
+        if path.suffix not in kinds or path.name == "CHANGELOG.md" or "results" in path.parts:
+            continue
+        for words in re.findall(r"\bfomoe_ext((?:\.\w+)+)", path.read_text(encoding="utf-8")):
+            module, rest = words[1:], ""
+            while module not in known:
+                module, _, rest = module.rpartition(".")
+            if rest and rest not in known[module]:
+                lost.append(f"{path.relative_to(ROOT)}: fomoe_ext{words}")
+    assert not lost

@@ -30,7 +30,7 @@ SEQUENCES = {"cpu": 4, "cuda": 64}
 
 
 def expert_share(model: ModelConfig) -> float:
-    """Share of the experts in a training step's arithmetic (`plan_cost.flops_per_token`)."""
+    """Share of the experts in a training step's arithmetic (`plan.cost.flops_per_token`)."""
     flops = plan_cost.flops_per_token(model)
     return flops.experts / flops.forward
 

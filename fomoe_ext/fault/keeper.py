@@ -16,7 +16,10 @@ _GOODBYE_S = 15.0
 
 
 class LighthouseKeeper:
-    """Has a lighthouse for a job on this machine, unless the job has one (`launch.Keeper`)."""
+    """Has a lighthouse for a job on this machine, unless the job has one.
+
+    A `launch.processes.Keeper`.
+    """
 
     def __init__(self, fault: FaultConfig) -> None:
         self._fault = fault

@@ -101,7 +101,7 @@ class ChaosJob:
         restarts: int = 0,
         run_dir: Path | None = None,
     ) -> None:
-        """`more`: flags besides FLAGS. `faults`: a script of `fault.inject`. `restarts`: how often
+        """`more`: flags besides FLAGS. `faults`: a script of `launch.inject`. `restarts`: how often
         each lost site is started again."""
         self.folder, self.run_dir = folder, run_dir or folder / "run"
         folder.mkdir(parents=True, exist_ok=True)
