@@ -152,7 +152,7 @@ def score(
 def validation_text(
     paths: Sequence[str], seq_len: int, tokenizer: Path | None, text_field: str
 ) -> TextData:
-    """All the text in `paths` as validation text, held in memory; errors as those of `open_data`."""
+    """All the text in `paths` as validation text, held in memory; errors as of `open_data`."""
     coder = load_tokenizer(tokenizer)
     found = find_texts(paths, split="val")
     dtype = token_dtype(coder.vocab_size)
