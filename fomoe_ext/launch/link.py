@@ -102,9 +102,9 @@ def active_link(
     """
     value = environment.get(VARIABLE)
     if value is not None:
-        spec, _, mode = value.rpartition(";")
+        text, _, mode = value.rpartition(";")
         try:
-            link = parse_link(spec)
+            link = parse_link(text)
         except ValueError as error:
             raise ValueError(f"{VARIABLE} is {value!r}: {error}") from None
     elif link is not None:

@@ -409,7 +409,8 @@ def launch(
     but SIGHUP kills the sites. If one
     dies the others are killed, a message names it, and its exit code (128 + signal) is returned;
     with a `keeper`, which is entered and left here, the others go on, and lost ones are started
-    again. `checkpoints` is the folder of the job's checkpoints, named where it has failed.
+    again. `checkpoints` is the folder of the job's checkpoints: where there are any when the job
+    has failed, the message says so.
     With a `link` every site has one of that bandwidth and latency to the others: shaped by the
     kernel in private network namespaces, or counted by the sites where that is not allowed or
     FOMOE_LINK_MODE is "counted" (`fomoe_ext.launch.link.active_link` tells a site which). Raises

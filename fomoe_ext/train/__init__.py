@@ -1,5 +1,5 @@
 """`fomoe train`: before the start, one process of a job, and the loop of its site.
 
 `command` starts the sites, `process` is one of them, `trainer` its loop, `site` what the loop works
-on, of parts that know `state` alone. Stands on all the others but cli; knows no other command.
+on, of parts that know `state` alone. May import all that is below it but other commands.
 """

@@ -93,7 +93,7 @@ class Start(NamedTuple):
     notes: Sequence[str] = ()
     """What is to be said of that."""
     changes: Mapping[str, tuple[Any, Any]] = MappingProxyType({})
-    """What of the run's configuration is another from now on (`config.effects.changes`)."""
+    """What of the run's configuration is another from now on (`config.changes.changes`)."""
 
 
 def agree_on_start(job: Job, world: World, stack: ExitStack) -> Start:

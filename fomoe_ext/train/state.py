@@ -39,8 +39,9 @@ class SiteState:
         late: bool = False,
     ) -> None:
         """`config` is resolved."""
-        self.started, self._before_s = time.perf_counter(), 0.0
-        """_before_s: seconds of the job before it was resumed."""
+        self.started = time.perf_counter()
+        self._before_s = 0.0
+        """Seconds of the job before it was resumed."""
         self.config, self.world, self.data, self.device = config, world, data, device
         self.late = late
         """Whether this site knows nothing of the model yet, or not enough."""
