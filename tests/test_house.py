@@ -199,7 +199,8 @@ def names_in(path: Path) -> set[str]:
 
 
 def test_every_path_that_is_named_leads_somewhere():
-    """In docstrings, docs, commands and tests: `fomoe_ext.layer.moe`, `fomoe_ext.ops.route`."""
+    """In docstrings, docs, commands and tests: `fomoe_ext.layer.moe`, `fomoe_ext.ops.route`, also
+    as a file."""
     known = {name: names_in(path) for name, path in house.modules(house.PACKAGE).items()}
     known[""] |= set(
         re.findall(r'"(\w+)": "fomoe_ext\.', (house.PACKAGE / "__init__.py").read_text())
@@ -211,7 +212,10 @@ def test_every_path_that_is_named_leads_somewhere():
     for path in texts:
         if path.suffix not in kinds or path.name == "CHANGELOG.md" or "results" in path.parts:
             continue
-        for words in re.findall(r"\bfomoe_ext((?:\.\w+)+)", path.read_text(encoding="utf-8")):
+        text = path.read_text(encoding="utf-8")
+        files = re.findall(r"\bfomoe_ext/[\w/]+\.py\b", text)
+        lost += [f"{path.relative_to(ROOT)}: {f}" for f in files if not (ROOT / f).exists()]
+        for words in re.findall(r"\bfomoe_ext((?:\.\w+)+)", text):
             module, rest = words[1:], ""
             while module not in known:
                 module, _, rest = module.rpartition(".")
