@@ -45,22 +45,24 @@ def modules(package: Path) -> dict[str, Path]:
 def imports(package: Path) -> dict[str, set[str]]:
     """What each module imports of its own package."""
     paths = modules(package)
-    return {name: _imported(path, package.name, paths) - {name, ""} for name, path in paths.items()}
+    return {name: _imported(path, package, paths) - {name} for name, path in paths.items()}
 
 
-def _imported(path: Path, package: str, known: dict[str, Path]) -> set[str]:
+def _imported(path: Path, package: Path, known: dict[str, Path]) -> set[str]:
     words = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             words += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            words += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            here = path.relative_to(package.parent).parts[: -node.level] if node.level else ()
+            start = [*here, node.module] if node.module else here
+            words += [".".join([*start, alias.name]) for alias in node.names]
     found = set()
     for word in words:
         first, _, below = word.partition(".")
-        while first == package and below and below not in known:
+        while first == package.name and below and below not in known:
             below = below.rpartition(".")[0]
-        if first == package:
+        if first == package.name and below in known:
             found.add(below)
     return found
 
@@ -95,22 +97,32 @@ def floors(arrows: dict[str, set[str]]) -> int:
 
 
 def upward(arrows: dict[str, set[str]], order: str) -> list[str]:
-    """Arrows between folders that do not lead down; folders of one floor do not know each other."""
+    """Arrows between folders that do not lead down; folders of one floor do not know each other.
+
+    The package's own names are lazy and may be of any floor: who imports them looks up.
+    """
     floor = {
         folder: -number for number, line in enumerate(order.split("\n")) for folder in line.split()
     }
     return [
-        f"{name} -> {other}"
+        f"{name} -> {other or 'the package itself'}"
         for name, below in arrows.items()
         for other in sorted(below)
-        if name and (a := name.split(".")[0]) != (b := other.split(".")[0]) and floor[a] <= floor[b]
+        if name
+        and (a := name.split(".")[0]) != (b := other.split(".")[0])
+        and (not b or floor[a] <= floor[b])
     ]
+
+
+def faces(arrows: dict[str, set[str]]) -> list[str]:
+    """Arrows to a folder, where the module in it that defines the name is meant."""
+    folders = {name.rpartition(".")[0] for name in arrows} - {""}
+    return [f"{name} -> {other}" for name in arrows for other in sorted(arrows[name] & folders)]
 
 
 def main() -> None:
     package = Path(sys.argv[1]) if len(sys.argv) > 1 else PACKAGE
-    arrows = imports(package)
-    arrows.pop("", None)
+    arrows = {name: below - {""} for name, below in imports(package).items() if name}
     print(f"{len(arrows)} modules, {floors(arrows)} floors, {len(circles(arrows))} circles")
     for circle in circles(arrows):
         print("circle:", " ".join(circle))

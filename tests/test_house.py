@@ -13,15 +13,15 @@ import pytest
 
 ROOT = house.PACKAGE.parent
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-FOLDERS = sorted(p.parent.name for p in house.PACKAGE.glob("*/__init__.py"))
+FOLDERS = sorted({path.parent.name for path in house.PACKAGE.glob("*/*.py")})
 FILE_LINES, CLASS_LINES, FUNCTION_LINES = 500, 300, 60
 
 
 def package(folder: Path, **files: str) -> Path:
-    """A package of these modules; `a__b` is b in the folder a."""
+    """A package of these modules; `a__b` is b in the folder a, `init` what it says of itself."""
     root = folder / "things"
     for name, text in files.items():
-        path = root / (name.replace("__", "/") + ".py")
+        path = root / (name.replace("__", "/").replace("init", "__init__") + ".py")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return root
@@ -36,6 +36,11 @@ def test_imports_lead_down():
     assert not house.circles(arrows)
 
 
+def test_a_module_is_imported_where_it_is_defined():
+    found = house.faces(house.imports(house.PACKAGE))
+    assert [arrow for arrow in found if not arrow.endswith(" -> ops")] == []
+
+
 def test_every_folder_has_a_floor():
     inside = {name.split(".")[0] for name in house.modules(house.PACKAGE)} - {""}
     assert inside == set(house.FLOORS.split())
@@ -47,6 +52,8 @@ def test_every_folder_has_a_floor():
         "import things.high.b\n",
         "from things.high import b\n",
         "from things.high.b import word\n",
+        "from ..high import b\n",
+        "from ..high.b import word\n",
         "def f():\n    from things.high.b import word\n",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from things.high.b import word\n",
     ],
@@ -57,6 +64,18 @@ def test_an_import_upward_is_seen_wherever_it_stands(text, tmp_path):
     assert house.upward(arrows, "high\nlow") == ["low.a -> high.b"]
     assert house.upward(arrows, "low\nhigh") == []
     assert house.upward(arrows, "low high") == ["low.a -> high.b"]  # side by side: strangers
+
+
+@pytest.mark.parametrize("text", ["import things\n", "from things import word\n"])
+def test_a_name_of_the_package_itself_is_no_way_around(text, tmp_path):
+    arrows = house.imports(package(tmp_path, init="word = 1\n", low__a=text))
+    assert house.upward(arrows, "high\nlow") == ["low.a -> the package itself"]
+
+
+def test_an_import_of_a_folder_is_seen(tmp_path):
+    files = {"low__init": "from things.low.a import word\n", "low__a": "word = 1\n"}
+    root = package(tmp_path, **files, b="from things.low import word\n", c="import things.low.a\n")
+    assert house.faces(house.imports(root)) == ["b -> low"]
 
 
 def test_circles_are_seen_and_floors_counted(tmp_path):
@@ -180,7 +199,8 @@ def names_in(path: Path) -> set[str]:
 
 
 def test_every_path_that_is_named_leads_somewhere():
-    """In docstrings, docs, commands and tests: `fomoe_ext.layer.moe`, `fomoe_ext.ops.route`."""
+    """In docstrings, docs, commands and tests: `fomoe_ext.layer.moe`, `fomoe_ext.ops.route`, also
+    as a file."""
     known = {name: names_in(path) for name, path in house.modules(house.PACKAGE).items()}
     known[""] |= set(
         re.findall(r'"(\w+)": "fomoe_ext\.', (house.PACKAGE / "__init__.py").read_text())
@@ -192,7 +212,10 @@ def test_every_path_that_is_named_leads_somewhere():
     for path in texts:
         if path.suffix not in kinds or path.name == "CHANGELOG.md" or "results" in path.parts:
             continue
-        for words in re.findall(r"\bfomoe_ext((?:\.\w+)+)", path.read_text(encoding="utf-8")):
+        text = path.read_text(encoding="utf-8")
+        files = re.findall(r"\bfomoe_ext/[\w/]+\.py\b", text)
+        lost += [f"{path.relative_to(ROOT)}: {f}" for f in files if not (ROOT / f).exists()]
+        for words in re.findall(r"\bfomoe_ext((?:\.\w+)+)", text):
             module, rest = words[1:], ""
             while module not in known:
                 module, _, rest = module.rpartition(".")

@@ -15,9 +15,9 @@ from fomoe_ext.checkpoint.whole import require_whole
 from fomoe_ext.fault.site import Formed, Site
 from fomoe_ext.layer.assemble import expert_key, named_moe_layers
 from fomoe_ext.model.language import LanguageModel
-from fomoe_ext.outer import OuterSync
 from fomoe_ext.outer.belongings import steps_of
 from fomoe_ext.outer.layout import Layout
+from fomoe_ext.outer.sync import OuterSync
 from fomoe_ext.plan.traffic import NOTE_BYTES
 from fomoe_ext.report.runs import CHECKPOINTS
 from fomoe_ext.report.tally import Tally

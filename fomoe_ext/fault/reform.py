@@ -26,8 +26,8 @@ from fomoe_ext.fault.site import Formed, Site
 from fomoe_ext.launch import inject
 from fomoe_ext.launch.messages import MessageError, gather_objects
 from fomoe_ext.launch.world import PeerLost, World, with_others
-from fomoe_ext.outer import SiteGroups
 from fomoe_ext.outer.belongings import Belongings, Item, biases_of, elements_of, items_of, ship
+from fomoe_ext.outer.groups import SiteGroups
 from fomoe_ext.outer.reduce import Damaged
 from fomoe_ext.placement.placement import Placement
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fomoe_ext.outer import OuterSync
 from fomoe_ext.outer.belongings import Belongings, Item, biases_of, elements_of, items_of, ship
+from fomoe_ext.outer.sync import OuterSync
 from fomoe_ext.placement import wire
 
 

@@ -13,7 +13,9 @@ from fomoe_ext.data.sequences import BatchIterator
 from fomoe_ext.fault.shadows import Shadows
 from fomoe_ext.launch.world import World
 from fomoe_ext.model.language import LanguageModel
-from fomoe_ext.outer import OuterSync, RoundReport, SiteGroups
+from fomoe_ext.outer.groups import SiteGroups
+from fomoe_ext.outer.reports import RoundReport
+from fomoe_ext.outer.sync import OuterSync
 from fomoe_ext.placement.placement import Placement
 from fomoe_ext.report.tally import Tally
 

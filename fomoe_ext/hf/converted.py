@@ -102,6 +102,7 @@ def _tap_class(router_class: type[nn.Module]) -> type[nn.Module]:
 
 
 def shape_of(parameter: nn.Parameter) -> nn.Parameter:
+    """What stays of a parameter whose values have moved: one of the meta device."""
     return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
 

@@ -18,7 +18,9 @@ from fomoe_ext.files.states import read_state, write_state
 from fomoe_ext.files.tensors import INDEX, SINGLE
 from fomoe_ext.hf.converted import layers
 from fomoe_ext.launch.messages import gather_objects
-from fomoe_ext.outer import MeetingError, OuterSync, RoundReport
+from fomoe_ext.outer.errors import MeetingError
+from fomoe_ext.outer.reports import RoundReport
+from fomoe_ext.outer.sync import OuterSync
 from fomoe_ext.placement.placement import Placement
 from fomoe_ext.placement.wire import is_staggered
 

@@ -16,13 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fomoe_ext.config.model import ModelConfig
-from fomoe_ext.config.presets import PRESETS
 from fomoe_ext.layer.mesh import is_sharded
 from fomoe_ext.layer.moe import MoELayer
 from fomoe_ext.layer.seeding import fill_normal_
 from fomoe_ext.placement.placement import Placement
-
-__all__ = ["PRESETS", "LanguageModel", "Loss", "ModelConfig", "optimizer_groups", "parameter_kinds"]
 
 _NORM_EPS = 1e-5
 

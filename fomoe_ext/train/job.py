@@ -17,7 +17,7 @@ from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.config.outer import OuterConfig
 from fomoe_ext.model.language import LanguageModel, optimizer_groups
-from fomoe_ext.outer import OuterOptions
+from fomoe_ext.outer.options import OuterOptions
 from fomoe_ext.placement.placement import Placement
 from fomoe_ext.plan import traffic as plan
 

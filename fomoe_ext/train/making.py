@@ -16,7 +16,8 @@ from fomoe_ext.launch.world import World, with_others
 from fomoe_ext.layer.dense import shard_dense
 from fomoe_ext.layer.mesh import make_mesh
 from fomoe_ext.model.language import LanguageModel
-from fomoe_ext.outer import OuterSync, SiteGroups
+from fomoe_ext.outer.groups import SiteGroups
+from fomoe_ext.outer.sync import OuterSync
 from fomoe_ext.placement.placement import Placement
 from fomoe_ext.plan import traffic as plan
 from fomoe_ext.train.job import make_optimizer, outer_options

@@ -8,8 +8,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from fomoe_ext.outer import RoundReport
 from fomoe_ext.outer.averaging import Treatment
+from fomoe_ext.outer.reports import RoundReport
 from fomoe_ext.placement.placement import Placement
 from fomoe_ext.plan import traffic as plan
 from fomoe_ext.train.probing import SiteProbe

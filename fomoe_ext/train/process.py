@@ -40,7 +40,7 @@ from fomoe_ext.launch.world import (
     use_threads,
     with_others,
 )
-from fomoe_ext.outer import MeetingError
+from fomoe_ext.outer.errors import MeetingError
 from fomoe_ext.report.runs import HELD, Job, settled_job
 from fomoe_ext.train.site import TrainingSite
 from fomoe_ext.train.start import (

@@ -18,7 +18,9 @@ from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.data.sequences import TextData
 from fomoe_ext.launch.world import World
 from fomoe_ext.model.language import LanguageModel
-from fomoe_ext.outer import OuterSync, RoundReport, SiteGroups
+from fomoe_ext.outer.groups import SiteGroups
+from fomoe_ext.outer.reports import RoundReport
+from fomoe_ext.outer.sync import OuterSync
 from fomoe_ext.placement.placement import Placement
 from fomoe_ext.plan import traffic as plan
 from fomoe_ext.report.runs import CHECKPOINTS

@@ -20,7 +20,7 @@ from fomoe_ext.fault.shadows import Shadows
 from fomoe_ext.launch.world import World
 from fomoe_ext.layer.assemble import local_tensors
 from fomoe_ext.model.language import LanguageModel
-from fomoe_ext.outer import OuterSync
+from fomoe_ext.outer.sync import OuterSync
 from fomoe_ext.placement.placement import Placement
 from fomoe_ext.report.tally import Tally
 from fomoe_ext.train.pace import Pace

@@ -112,10 +112,6 @@ def test_state_moves_with_its_expert(kind: str) -> None:
     assert (stayed > 10 and came > 10) or kind == "plain SGD"
 
 
-def of_stack(parameter: Tensor, **more: Any) -> dict[str, Any]:
-    return {"step": torch.tensor(1.0), **more}
-
-
 class Quantised(Tensor):
     """As libraries keep state of 8 bits: a tensor that says it is fp32."""
 
