@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fomoe_ext.checks import at_least, one_of
+from fomoe_ext.layer.moe import MoELayer
 from fomoe_ext.outer import optimizer as opt
 from fomoe_ext.outer.errors import MeetingError
 from fomoe_ext.outer.groups import share_statuses
@@ -22,9 +23,6 @@ from fomoe_ext.outer.reports import ReshuffleReport
 from fomoe_ext.outer.site import Site
 from fomoe_ext.outer.state import OuterState
 from fomoe_ext.placement.placement import Placement, Transfer
-
-if TYPE_CHECKING:
-    from fomoe_ext.layer.moe import MoELayer
 
 _ExpertId = tuple[int, int]  # layer, expert
 _LACKING = "no moments: "
