@@ -1,4 +1,4 @@
-"""Outer optimizers, and what an inner optimizer keeps about experts.
+"""Outer optimizers, and what they and a reshuffle ask of the inner one.
 
 * fedavg: parameters become their mean over the holders (McMahan et al., arXiv 1602.05629).
 * diloco: Nesterov SGD on the mean delta, lr 0.7, momentum 0.9 (DiLoCo, arXiv 2311.08105).
