@@ -22,6 +22,7 @@ from fomoe_ext.outer.model_layout import ModelLayout
 from fomoe_ext.outer.reports import ReshuffleReport
 from fomoe_ext.outer.site import Site
 from fomoe_ext.outer.state import OuterState
+from fomoe_ext.outer.warmup import ArrivalWarmup
 from fomoe_ext.placement.placement import Placement, Transfer
 
 _ExpertId = tuple[int, int]  # layer, expert
@@ -33,7 +34,7 @@ def reshuffle(
     state: OuterState,
     steps: LocalSteps,
     log: MeetingLog,
-    warmup: opt.ArrivalWarmup,
+    warmup: ArrivalWarmup,
     new: Placement,
     warmup_steps: int,
     moments: Literal["reset", "carry"],
