@@ -3,9 +3,9 @@
     y = shared_expert(x) + sum over the token's slots of w[t, k] * expert[e[t, k]](x[t])
 
 A slot whose expert is not resident is skipped: it costs no row and adds exactly nothing, unless the
-layer keeps a frozen copy of that expert (`stale_experts`). Shapes use
-the letters T tokens, K slots per token, E experts, R resident experts, D hidden size, N expert
-size, G = 2 for gated activations and else 1.
+layer keeps a frozen copy of that expert (`stale_experts`). Shapes use the letters T tokens, K slots
+per token, E experts, R resident experts, D hidden size, N expert size, G = 2 for gated activations
+and else 1.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from fomoe_ext.ops.shapes import on_one_device
 
 
 def activate(preact: Tensor, activation: str) -> Tensor:
+    """An activation as torch computes it: [..., G*N], gated: gate first, then up -> [..., N]."""
     up: Tensor | None = None
     if ops.is_gated(activation):
         preact, up = preact.chunk(2, dim=-1)

@@ -45,8 +45,8 @@ class Codec:
 
     Args:
         name: one of `fomoe_ext.placement.wire.CODECS`. "fp32", "bf16": the values, rounded to
-        nearest even.
-            "int8", "int4", "int2": blocks of 64 values (with "-128" of 128) that share a step.
+            nearest even. "int8", "int4", "int2": blocks of 64 values (with "-128" of 128) that
+            share a step.
             "topk": of every 4096 values the 64 largest, as one of two magnitudes with a sign.
         rounding: of the codes of int8, int4 and int2: to nearest, or "stochastic", right on
             average.

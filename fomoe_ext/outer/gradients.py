@@ -112,7 +112,7 @@ class Gradients:
         """Gradients of this rank's pieces; with several ranks per site, the vectors they are in."""
         lane = self._layout.lane
         if lane is None:
-            return lambda piece: piece.tensor.grad, {}  # type: ignore[return-value]
+            return lambda piece: piece.tensor.grad, {}
         flats = lane.pull(0, lambda parameter: parameter.grad)  # type: ignore[arg-type,return-value]
         return lane.views(flats), flats
 

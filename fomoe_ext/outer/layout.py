@@ -27,18 +27,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from fomoe_ext.layer.experts import require_plain
+from fomoe_ext.layer.moe import MoELayer
 from fomoe_ext.outer.groups import SiteGroup, SiteGroups
 from fomoe_ext.placement import wire
 from fomoe_ext.placement.placement import Owners, Placement
-
-if TYPE_CHECKING:
-    from fomoe_ext.layer.moe import MoELayer
-    from fomoe_ext.placement.stale import Wanted
+from fomoe_ext.placement.stale import Wanted
 
 
 @dataclass(frozen=True)
@@ -133,8 +131,6 @@ class Layout:
 
 def find_moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
     """The MoE layers and their paths in order of appearance."""
-    from fomoe_ext.layer.moe import MoELayer
-
     return [(name, m) for name, m in model.named_modules() if isinstance(m, MoELayer)]
 
 

@@ -6,13 +6,11 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fomoe_ext.layer.moe import MoELayer
+from fomoe_ext.layer.moe import MoELayer
 
 
 class LocalSteps:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fomoe_ext.checks import at_least, one_of
+from fomoe_ext.layer.moe import MoELayer
 from fomoe_ext.outer import optimizer as opt
 from fomoe_ext.outer.errors import MeetingError
 from fomoe_ext.outer.groups import share_statuses
@@ -21,10 +22,8 @@ from fomoe_ext.outer.model_layout import ModelLayout
 from fomoe_ext.outer.reports import ReshuffleReport
 from fomoe_ext.outer.site import Site
 from fomoe_ext.outer.state import OuterState
+from fomoe_ext.outer.warmup import ArrivalWarmup
 from fomoe_ext.placement.placement import Placement, Transfer
-
-if TYPE_CHECKING:
-    from fomoe_ext.layer.moe import MoELayer
 
 _ExpertId = tuple[int, int]  # layer, expert
 _LACKING = "no moments: "
@@ -35,7 +34,7 @@ def reshuffle(
     state: OuterState,
     steps: LocalSteps,
     log: MeetingLog,
-    warmup: opt.ArrivalWarmup,
+    warmup: ArrivalWarmup,
     new: Placement,
     warmup_steps: int,
     moments: Literal["reset", "carry"],

@@ -6,15 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
-
-    from fomoe_ext.layer.moe import MoELayer
+from fomoe_ext.layer.moe import MoELayer
 
 
 class _Count:

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fomoe_ext.launch.messages import gather_objects
 from fomoe_ext.layer.assemble import expert_key
@@ -15,15 +14,11 @@ from fomoe_ext.layer.experts import Experts
 from fomoe_ext.outer.codec import DeltaPart, get_codec
 from fomoe_ext.outer.layout import find_moe_layers
 from fomoe_ext.outer.log import MeetingLog
+from fomoe_ext.outer.options import OuterOptions
 from fomoe_ext.outer.reduce import Damaged, broken_seals, seal
 from fomoe_ext.outer.site import Site
 from fomoe_ext.placement import stale
 from fomoe_ext.placement.placement import Placement, Transfer
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from fomoe_ext.outer.options import OuterOptions
 
 
 def check_stale(model: nn.Module, options: OuterOptions, ranks: int) -> None:

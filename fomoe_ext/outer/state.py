@@ -127,8 +127,8 @@ def from_parameters(
         targets = layout.lane.numbered(vectors)
         for fragment in layout.lane.fragments:
             found = layout.lane.pull(fragment, lambda parameter: tensors[id(parameter)])
-            for number, flat in found.items():
-                targets[number].copy_(flat)
+            for number, values in found.items():
+                targets[number].copy_(values)
         return
     for flat, vector in zip(layout.layouts, vectors, strict=True):
         for piece, place in flat.slices():

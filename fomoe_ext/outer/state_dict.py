@@ -12,9 +12,10 @@ from torch import Tensor
 from fomoe_ext.outer.codec import Codec
 from fomoe_ext.outer.local_steps import LocalSteps
 from fomoe_ext.outer.log import MeetingLog
-from fomoe_ext.outer.optimizer import ArrivalWarmup, OuterRule
+from fomoe_ext.outer.optimizer import OuterRule
 from fomoe_ext.outer.routed import TokenCounts
 from fomoe_ext.outer.state import OuterState
+from fomoe_ext.outer.warmup import ArrivalWarmup
 from fomoe_ext.placement.placement import Placement
 
 _NUMBERS = ("round", "bytes_sent", "steps", "reductions", "agreements")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils.hooks import RemovableHandle
 
 from fomoe_ext.outer.driver import Driver
 from fomoe_ext.outer.errors import MeetingError
@@ -25,9 +26,6 @@ from fomoe_ext.outer.gradients import Gradients
 from fomoe_ext.outer.local_steps import LocalSteps
 from fomoe_ext.outer.routed import RoutedTokens, TokenCounts
 from fomoe_ext.outer.state import OuterState
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
 
 _WATCHES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[StepWatch]] = weakref.WeakKeyDictionary()
 

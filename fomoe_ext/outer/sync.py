@@ -40,6 +40,7 @@ from fomoe_ext.outer.stale import StaleCopies, check_stale, wanted_by_all
 from fomoe_ext.outer.state import OuterState
 from fomoe_ext.outer.state_dict import Resumable
 from fomoe_ext.outer.steps import StepWatch
+from fomoe_ext.outer.warmup import ArrivalWarmup
 from fomoe_ext.placement.placement import Placement
 from fomoe_ext.placement.stale import Wanted
 
@@ -171,9 +172,9 @@ class OuterSync:
         self.rule, self.codec, self.moe_layers = me.rule, me.codec, me.moe_layers
         self.log, self.counts = MeetingLog(me), TokenCounts(me.moe_layers)
         self._steps = LocalSteps(me.options.local_steps if me.options.staggered else None)
-        self.warmup: opt.ArrivalWarmup | None = None
+        self.warmup: ArrivalWarmup | None = None
         if me.inner_optimizer is not None:
-            self.warmup = opt.ArrivalWarmup(me.inner_optimizer, me.moe_layers)
+            self.warmup = ArrivalWarmup(me.inner_optimizer, me.moe_layers)
         self.copies: StaleCopies | None = None
         if any(experts for layer in copied for experts in layer):
             self.copies = StaleCopies(me, placement, self.log, copied)

@@ -11,18 +11,15 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fomoe_ext.outer.jobs import Feedback
 from fomoe_ext.outer.layout import Layout, Piece
+from fomoe_ext.outer.options import OuterOptions
 from fomoe_ext.placement import wire
 from fomoe_ext.placement.turns import Expert, GroupExperts, experts_of_turn
-
-if TYPE_CHECKING:
-    from fomoe_ext.outer.options import OuterOptions
 
 
 class TurnLayout(Layout):

@@ -32,7 +32,9 @@ def staged_and_not(site: int, num_sites: int, options: dict[str, Any]) -> None:
         for model, inner, sync in (plain, two_phase):
             take_steps(model, inner, site, index)
             wanted = sync.predicted_bytes()
-            assert sync.step().bytes_sent == wanted
+            report = sync.step()
+            assert report.bytes_sent == wanted
+            assert report.seconds >= report.exchange_s > 0
         assert all_bits(plain[2]) == all_bits(two_phase[2])
     sent = two_phase[2].bytes_sent - plain[2].bytes_sent
     assert sent == 3 * (num_sites - 1) * wire.COMMIT_BYTES

@@ -31,7 +31,8 @@ from fomoe_ext.config.model import expert_parameters
 from fomoe_ext.outer import OuterSync
 from fomoe_ext.outer.errors import MeetingError
 from fomoe_ext.outer.inner_state import move_state_rows
-from fomoe_ext.outer.optimizer import MOMENTS, ArrivalWarmup
+from fomoe_ext.outer.optimizer import MOMENTS
+from fomoe_ext.outer.warmup import ArrivalWarmup
 from fomoe_ext.placement import Placement, wire
 from fomoe_ext.plan.traffic import job_placement, moved_bytes
 
