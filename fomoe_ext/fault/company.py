@@ -13,7 +13,7 @@ import torch.distributed as dist
 from fomoe_ext.fault import ownership
 from fomoe_ext.fault.membership import NotAMember, TorchftMembership, View
 from fomoe_ext.fault.reform import Reform, Regrouped
-from fomoe_ext.fault.site import Site
+from fomoe_ext.fault.site import Recoverable
 from fomoe_ext.launch.world import PeerLost
 
 LATE = "a site is late"
@@ -28,7 +28,7 @@ _LATE_S = 1.0
 class Company:
     """The sites that one site works with."""
 
-    def __init__(self, membership: TorchftMembership, site: Site) -> None:
+    def __init__(self, membership: TorchftMembership, site: Recoverable) -> None:
         self.membership, self._site = membership, site
         self._fault = site.config.fault
         self._reform = Reform(site)

@@ -12,7 +12,7 @@ from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.manifest import CheckpointError
 from fomoe_ext.checkpoint.reader import GlobalModelReader
 from fomoe_ext.checkpoint.whole import require_whole
-from fomoe_ext.fault.site import Formed, Site
+from fomoe_ext.fault.site import Formed, Recoverable
 from fomoe_ext.layer.assemble import expert_key, named_moe_layers
 from fomoe_ext.model.language import LanguageModel
 from fomoe_ext.outer.belongings import steps_of
@@ -23,7 +23,7 @@ from fomoe_ext.report.runs import CHECKPOINTS
 from fomoe_ext.report.tally import Tally
 
 
-def progress(site: Site) -> dict[str, Any]:
+def progress(site: Recoverable) -> dict[str, Any]:
     """How far a site is, as one that comes late goes on from it."""
     sync = site.sync
     return {
@@ -38,7 +38,7 @@ def progress(site: Site) -> dict[str, Any]:
     }
 
 
-def settle(site: Site, apply: bool) -> None:
+def settle(site: Recoverable, apply: bool) -> None:
     """Ends a meeting that broke off: applies it, with all that a meeting is followed by, or takes
     it back."""
     placement, lost = site.placement, site.sync.pending is not None and not apply
@@ -75,7 +75,7 @@ def _key(layout: Layout, members: Sequence[int]) -> tuple[tuple[int, ...], tuple
 
 
 @torch.no_grad()
-def become(site: Site, formed: Formed) -> None:
+def become(site: Recoverable, formed: Formed) -> None:
     """Puts a new model, and the site's place among the others, into force."""
     old = None if site.late else site.sync
     sync, donor = formed.sync, formed.donor
@@ -112,7 +112,7 @@ def become(site: Site, formed: Formed) -> None:
 
 @torch.no_grad()
 def restore_experts(
-    site: Site, model: LanguageModel, experts: Sequence[tuple[int, int]]
+    site: Recoverable, model: LanguageModel, experts: Sequence[tuple[int, int]]
 ) -> int | None:
     """Fills experts of a new model from the newest whole checkpoint on this machine.
 
@@ -131,7 +131,7 @@ def restore_experts(
 
 
 def _read_experts(
-    site: Site,
+    site: Recoverable,
     model: LanguageModel,
     experts: Sequence[tuple[int, int]],
     path: Path,

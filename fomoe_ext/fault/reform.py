@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from fomoe_ext.fault import ownership, recovery
 from fomoe_ext.fault.membership import View
-from fomoe_ext.fault.site import Formed, Site
+from fomoe_ext.fault.site import Formed, Recoverable
 from fomoe_ext.launch import inject
 from fomoe_ext.launch.messages import MessageError, gather_objects
 from fomoe_ext.launch.world import PeerLost, World, with_others
@@ -91,7 +91,7 @@ class Regrouped:
 class Reform:
     """The changes of a site's company; one for its whole life."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Recoverable) -> None:
         self._site = site
         self._ready: Formed | None = None
         self._made: list[SiteGroups] = []

@@ -28,7 +28,7 @@ class Abandonable(Protocol):
         ...
 
 
-class Site(Protocol):
+class Recoverable(Protocol):
     """What is read of a site when its company changes, and what becomes another then.
 
     A `late` one knows nothing of the model yet, or not enough: it may lack model, optimizer and

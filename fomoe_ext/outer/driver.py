@@ -14,13 +14,13 @@ from torch import Tensor
 from fomoe_ext.outer.agreement import Agreement
 from fomoe_ext.outer.background import Background
 from fomoe_ext.outer.errors import MeetingError
-from fomoe_ext.outer.local_steps import LocalSteps
 from fomoe_ext.outer.log import MeetingLog
 from fomoe_ext.outer.meeting import Meeting
 from fomoe_ext.outer.reduce import Bucket, exchange
 from fomoe_ext.outer.routed import TokenCounts
 from fomoe_ext.outer.stale import StaleCopies
 from fomoe_ext.outer.state import OuterState
+from fomoe_ext.outer.step_count import StepCount
 from fomoe_ext.placement import stale, wire
 
 
@@ -48,7 +48,7 @@ class Driver:
         self,
         state: OuterState,
         counts: TokenCounts,
-        steps: LocalSteps,
+        steps: StepCount,
         log: MeetingLog,
         copies: StaleCopies | None = None,
     ) -> None:

@@ -14,17 +14,17 @@ from fomoe_ext.outer.announce import bad_tensor, meeting_name, require_good
 from fomoe_ext.outer.groups import sum_floats
 from fomoe_ext.outer.jobs import MeanJob, random_seed
 from fomoe_ext.outer.layout import Piece
-from fomoe_ext.outer.local_steps import LocalSteps
 from fomoe_ext.outer.log import MeetingLog
 from fomoe_ext.outer.reduce import Job, run_jobs
 from fomoe_ext.outer.site import Site
 from fomoe_ext.outer.state import OuterState
+from fomoe_ext.outer.step_count import StepCount
 
 
 class Gradients:
     """The gradients of a site's model: their mean over the sites, and their norm."""
 
-    def __init__(self, state: OuterState, steps: LocalSteps, log: MeetingLog) -> None:
+    def __init__(self, state: OuterState, steps: StepCount, log: MeetingLog) -> None:
         self._state, self._layout, self._site = state, state.layout, state.layout.site
         self._steps, self._log = steps, log
         self._stamps: dict[int, tuple[weakref.ref[Tensor], int]] = {}

@@ -30,10 +30,10 @@ from fomoe_ext.outer.codec import Codec, get_codec
 from fomoe_ext.outer.inner_state import reset_bad_state
 from fomoe_ext.outer.jobs import DeltaJob, EqualiseJob, MeanJob, ShiftJob, random_seed
 from fomoe_ext.outer.layout import Layout, Piece
-from fomoe_ext.outer.local_steps import LocalSteps
 from fomoe_ext.outer.reduce import Bucket, Job, buckets_of
 from fomoe_ext.outer.routed import TokenCounts
 from fomoe_ext.outer.state import OuterState
+from fomoe_ext.outer.step_count import StepCount
 from fomoe_ext.outer.turns import experts_of, keep_shares, layouts_of_turn
 from fomoe_ext.placement import wire
 
@@ -45,7 +45,7 @@ class Meeting:
         self,
         state: OuterState,
         counts: TokenCounts,
-        steps: LocalSteps,
+        steps: StepCount,
         completed: int,
         fragment: int,
     ) -> None:

@@ -16,12 +16,12 @@ from fomoe_ext.outer.errors import MeetingError
 from fomoe_ext.outer.groups import share_statuses
 from fomoe_ext.outer.inner_state import move_state_rows, problem_with_rows
 from fomoe_ext.outer.layout import Layout, Piece, find_moe_layers
-from fomoe_ext.outer.local_steps import LocalSteps
 from fomoe_ext.outer.log import MeetingLog
 from fomoe_ext.outer.model_layout import ModelLayout
 from fomoe_ext.outer.reports import ReshuffleReport
 from fomoe_ext.outer.site import Site
 from fomoe_ext.outer.state import OuterState
+from fomoe_ext.outer.step_count import StepCount
 from fomoe_ext.outer.warmup import ArrivalWarmup
 from fomoe_ext.placement.placement import Placement, Transfer
 
@@ -32,7 +32,7 @@ _PROBLEM = "problem: "
 
 def reshuffle(
     state: OuterState,
-    steps: LocalSteps,
+    steps: StepCount,
     log: MeetingLog,
     warmup: ArrivalWarmup,
     new: Placement,
@@ -72,7 +72,7 @@ def check(
             raise ValueError(f"reshuffle cannot move the frozen experts of {path}")
 
 
-def _problem(layout: ModelLayout, steps: LocalSteps) -> str:
+def _problem(layout: ModelLayout, steps: StepCount) -> str:
     """Why experts, or what the inner optimizer keeps of them, cannot be moved here."""
     inner = layout.site.inner_optimizer
     assert inner is not None
@@ -86,7 +86,7 @@ def _problem(layout: ModelLayout, steps: LocalSteps) -> str:
     return problem or problem_with_rows(inner, named)
 
 
-def _agree(layout: ModelLayout, steps: LocalSteps, new: Placement, moments: str) -> int:
+def _agree(layout: ModelLayout, steps: StepCount, new: Placement, moments: str) -> int:
     """Raises MeetingError unless all sites want the same, and can do it; the bytes sent."""
     digest = hashlib.sha256(repr((new.owners_of, moments)).encode()).hexdigest()
     lacking, inner = "", layout.site.inner_optimizer

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fomoe_ext.outer.codec import Codec
-from fomoe_ext.outer.local_steps import LocalSteps
 from fomoe_ext.outer.log import MeetingLog
 from fomoe_ext.outer.optimizer import OuterRule
 from fomoe_ext.outer.routed import TokenCounts
 from fomoe_ext.outer.state import OuterState
+from fomoe_ext.outer.step_count import StepCount
 from fomoe_ext.outer.warmup import ArrivalWarmup
 from fomoe_ext.placement.placement import Placement
 
@@ -33,7 +33,7 @@ class Resumable:
 
     state: OuterState
     counts: TokenCounts
-    steps: LocalSteps
+    steps: StepCount
     log: MeetingLog
     warmup: ArrivalWarmup | None
 

@@ -23,9 +23,9 @@ from torch.utils.hooks import RemovableHandle
 from fomoe_ext.outer.driver import Driver
 from fomoe_ext.outer.errors import MeetingError
 from fomoe_ext.outer.gradients import Gradients
-from fomoe_ext.outer.local_steps import LocalSteps
 from fomoe_ext.outer.routed import RoutedTokens, TokenCounts
 from fomoe_ext.outer.state import OuterState
+from fomoe_ext.outer.step_count import StepCount
 
 _WATCHES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[StepWatch]] = weakref.WeakKeyDictionary()
 
@@ -39,7 +39,7 @@ class StepWatch:
     def __init__(
         self,
         state: OuterState,
-        steps: LocalSteps,
+        steps: StepCount,
         counts: TokenCounts,
         gradients: Gradients,
         driver: Driver,

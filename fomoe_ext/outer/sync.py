@@ -28,7 +28,6 @@ from fomoe_ext.outer.gradients import Gradients
 from fomoe_ext.outer.groups import SiteGroups
 from fomoe_ext.outer.jobs import Feedback
 from fomoe_ext.outer.layout import Fragments, Layout, check_model, parameter_pieces
-from fomoe_ext.outer.local_steps import LocalSteps
 from fomoe_ext.outer.log import MeetingLog
 from fomoe_ext.outer.model_layout import ModelLayout
 from fomoe_ext.outer.options import OuterOptions
@@ -39,6 +38,7 @@ from fomoe_ext.outer.staged import Staged
 from fomoe_ext.outer.stale import StaleCopies, check_stale, wanted_by_all
 from fomoe_ext.outer.state import OuterState
 from fomoe_ext.outer.state_dict import Resumable
+from fomoe_ext.outer.step_count import StepCount
 from fomoe_ext.outer.steps import StepWatch
 from fomoe_ext.outer.warmup import ArrivalWarmup
 from fomoe_ext.placement.placement import Placement
@@ -171,7 +171,7 @@ class OuterSync:
         """Makes the parts. `copied`: the frozen copies that all sites keep."""
         self.rule, self.codec, self.moe_layers = me.rule, me.codec, me.moe_layers
         self.log, self.counts = MeetingLog(me), TokenCounts(me.moe_layers)
-        self._steps = LocalSteps(me.options.local_steps if me.options.staggered else None)
+        self._steps = StepCount(me.options.local_steps if me.options.staggered else None)
         self.warmup: ArrivalWarmup | None = None
         if me.inner_optimizer is not None:
             self.warmup = ArrivalWarmup(me.inner_optimizer, me.moe_layers)

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from fomoe_ext.outer.errors import MeetingError, MeetingLost
-from fomoe_ext.outer.local_steps import LocalSteps
 from fomoe_ext.outer.log import MeetingLog
 from fomoe_ext.outer.options import OuterOptions
 from fomoe_ext.outer.routed import TokenCounts
+from fomoe_ext.outer.step_count import StepCount
 
 
 def log_of(missing: str = "", **options: Any) -> MeetingLog:
@@ -77,7 +77,7 @@ def test_a_staged_meeting_that_breaks_off_is_lost_alone() -> None:
 
 
 def test_steps_of_a_round_go_on_from_a_checkpoints() -> None:
-    steps = LocalSteps(of_round=4)
+    steps = StepCount(of_round=4)
     steps.taken = 10
     assert steps.since == 2
     steps.take()
@@ -87,7 +87,7 @@ def test_steps_of_a_round_go_on_from_a_checkpoints() -> None:
 
 
 def test_steps_without_reduced_gradients_are_counted() -> None:
-    steps = LocalSteps(None)
+    steps = StepCount(None)
     for reduces in (True, True, False):
         steps.reductions += reduces
         steps.take()
@@ -103,7 +103,7 @@ def test_another_optimizer_is_named_by_what_it_trains() -> None:
     model, other = nn.Linear(2, 2), nn.Linear(2, 2)
     inner = torch.optim.SGD([model.weight], lr=0.1)
     second, foreign = torch.optim.SGD([model.bias], lr=0.1), torch.optim.SGD(other.parameters())
-    steps, named = LocalSteps(None), list(model.named_parameters())
+    steps, named = StepCount(None), list(model.named_parameters())
     steps.optimizers.update({inner, foreign})
     assert steps.other_optimizer(named, inner) == ""
     steps.optimizers.add(second)

@@ -1,4 +1,4 @@
-"""LocalSteps: how many steps a site has taken, by which optimizers, and whether they were all that
+"""StepCount: how many steps a site has taken, by which optimizers, and whether they were all that
 was due."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from fomoe_ext.layer.moe import MoELayer
 
 
-class LocalSteps:
+class StepCount:
     """Local steps as far as they were seen.
 
     since: those since the last meeting of a round. reductions: how often gradients were reduced,
