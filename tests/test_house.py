@@ -137,6 +137,14 @@ def test_a_folder_says_what_lives_there(folder):
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
+def test_a_large_folder_has_a_table_of_contents(folder):
+    files = {path.stem for path in (house.PACKAGE / folder).glob("[!_]*.py")}
+    text = (house.PACKAGE / folder / "__init__.py").read_text(encoding="utf-8")
+    named = set(re.findall(r"\w+", ast.get_docstring(ast.parse(text)) or ""))
+    assert len(files) <= 12 or files <= named, files - named
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_a_folder_has_its_tests(folder):
     assert list((ROOT / "tests" / folder).glob("test_*.py"))
 

@@ -1,8 +1,12 @@
 """The typed configuration of a job: a file per section, presets, TOML and flags, idle ones.
 
-Also values as text: links and addresses. May import placement and files; starts nothing, knows no
-tensor and needs no torch. These names are for users; the package imports the module that defines a
-name.
+May import placement and files; starts nothing, knows no tensor and needs no torch. The names here
+are for users; the package imports the module that defines a name.
+
+    sections         model, data, sites, inner, outer, run, fault; limits: ranges of their values
+    all together     job, and what they must agree on; presets
+    read, written    io; effects (options that do nothing), changes (where a run goes on)
+    values as text   links, addresses
 """
 
 from fomoe_ext.config.data import DataConfig

@@ -1,10 +1,14 @@
 """The Mixture-of-Experts layer of one site, MoELayer: route, compute, combine, measure, balance.
 
-Of a site of several ranks: mesh (who is who), dispatch (rows to the ranks that hold their experts)
-and dense (all other parameters, by FSDP). Of models of such layers: assemble (one model of all
-sites' parts; here, as outer, checkpoint and hf use it) and routing_probe (how stable routing is).
-May import ops, placement and launch (how processes speak). Knows one site alone: neither how sites
-meet nor what model or job it is part of.
+May import ops, placement, launch (how processes speak) and checks. Knows one site alone: neither
+how sites meet nor what model or job it is part of.
+
+    the layer        moe, of router, compute, balance (measured, and losses), skipped, inputs
+    the experts      experts, residents (which are here), shared, stale (frozen copies); seeding and
+                     upcycle: their first weights
+    several ranks    mesh (who is who), dispatch (rows to who holds their experts), dense (FSDP)
+    whole models     assemble (one of all sites' parts; here, as outer, checkpoint and hf use it),
+                     routing_probe (how stable routing is)
 """
 
 from fomoe_ext.layer.experts import Experts

@@ -1,5 +1,11 @@
 """`fomoe train`: before the start, one process of a job, and the loop of its site.
 
-`command` starts the sites, `process` is one of them, `trainer` its loop, `site` what the loop works
-on, of parts that know `state` alone. May import all that is below it but other commands.
+May import all that is below it; knows no other command.
+
+    before the sites    command starts them, after preflight
+    one process         process; start: all agree where the job begins; job: what a job is
+    its site            site, of state and the parts below; making: model, optimizer, connections
+    the loop            trainer: local_steps (pace, round_progress), notes, meeting (probing),
+                        validation, saving
+    what is told        speaker meanwhile, job_report at the end
 """
