@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,10 +24,10 @@ from expert_inputs import (
     poison_memory,
     rows_of,
 )
-from new_process import environment
+from new_process import OTHER_ISAS, told_with_isa
 from torch import Tensor
 
-from fomoe_ext import _C, ops
+from fomoe_ext import ops
 from fomoe_ext.layer.experts import Experts
 from fomoe_ext.layer.shared import SharedExpert
 
@@ -210,14 +208,10 @@ def test_same_bits_for_any_number_of_threads(routing: str, dtype: torch.dtype) -
         assert all(torch.equal(a, b) for a, b in zip(results(), alone, strict=True))
 
 
-ISAS = _C.cpu_features()["available"]
-
-
-@pytest.mark.parametrize("isa", [name for name in ISAS if name != _C.cpu_features()["chosen"]])
+@pytest.mark.parametrize("isa", OTHER_ISAS)
 def test_every_instruction_set_matches_fp64(isa: str) -> None:
-    code = f"""
+    code = """
 import test_expert_bias as t
-assert t._C.cpu_features()["chosen"] == {isa!r}, t._C.cpu_features()
 t.torch.set_num_threads(1)
 for name in ("odd", "vector ends", "more than one block"):
     for dtype in t.DTYPES:
@@ -225,15 +219,7 @@ for name in ("odd", "vector ends", "more than one block"):
             t.check_moe_experts(t.make(t.SIZES[name], activation, dtype), activation)
 print("compared")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment(FOMOE_CPU_ISA=isa),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "compared"
+    assert told_with_isa(isa, code) == "compared"
 
 
 # ---- what torch may do to the ops ----------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -27,10 +25,10 @@ from expert_inputs import (
     poison_memory,
     rows_of,
 )
-from new_process import environment
+from new_process import OTHER_ISAS, told_with_isa
 from torch import Tensor
 
-from fomoe_ext import _C, ops
+from fomoe_ext import ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 fomoe = torch.ops.fomoe
@@ -339,15 +337,12 @@ def test_calls_at_the_same_time_do_not_share_temporaries() -> None:
 
 # ---- instruction sets ----------------------------------------------------------------------------
 
-ISAS = _C.cpu_features()["available"]
 
-
-@pytest.mark.parametrize("isa", [name for name in ISAS if name != _C.cpu_features()["chosen"]])
+@pytest.mark.parametrize("isa", OTHER_ISAS)
 def test_every_instruction_set_matches_fp64(isa: str) -> None:
     """Runs the comparison of this file in a process that is made to use `isa`."""
-    code = f"""
+    code = """
 import test_experts as t
-assert t._C.cpu_features()["chosen"] == {isa!r}, t._C.cpu_features()
 t.torch.set_num_threads(1)
 for name in ("odd", "vector ends", "more than one block"):
     for dtype in t.DTYPES:
@@ -355,15 +350,7 @@ for name in ("odd", "vector ends", "more than one block"):
             t.check_moe_experts(t.make(t.SIZES[name], activation, dtype), activation)
 print("compared")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment(FOMOE_CPU_ISA=isa),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "compared"
+    assert told_with_isa(isa, code) == "compared"
 
 
 # ---- what torch may do to the ops ----------------------------------------------------------------
