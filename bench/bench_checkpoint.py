@@ -41,7 +41,7 @@ JOB = ("--sites", "1", "--replication", "1", "--rounds", "1000", "--no-tensorboa
 CASES = {
     "tiny, 4 local steps": ("--local-steps", "4"),
     "tiny, 16 local steps": ("--local-steps", "16"),
-    "hidden 256, 4 local steps": ("--hidden-size", "256", "--expert-size", "256"),
+    "hidden 256, 4 local steps": ("--hidden-size", "256", "--intermediate-size", "256"),
 }
 
 results: list[dict[str, Any]] = []

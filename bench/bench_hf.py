@@ -34,7 +34,7 @@ class Case(NamedTuple):
 
     name: str
     hidden_size: int
-    expert_size: int
+    intermediate_size: int
     experts: int
     top_k: int
     tokens: int
@@ -57,7 +57,7 @@ def make_block(case: Case, implementation: str) -> tuple[nn.Module, Any]:
 
     config = OlmoeConfig(
         hidden_size=case.hidden_size,
-        intermediate_size=case.expert_size,
+        intermediate_size=case.intermediate_size,
         num_experts=case.experts,
         num_experts_per_tok=case.top_k,
     )
@@ -102,8 +102,8 @@ def test_hf_block(benchmark: Any, case: Case) -> None:
     watch = machine.Watch(DEVICE)
     seconds = common.interleaved_seconds({"ours": lambda: run(layer), **rivals}, DEVICE, ROUNDS)
     benchmark.pedantic(lambda: run(layer), rounds=3)
-    weights = 3 * case.experts * case.expert_size * case.hidden_size
-    flops = 6 * case.tokens * case.top_k * 3 * case.expert_size * case.hidden_size
+    weights = 3 * case.experts * case.intermediate_size * case.hidden_size
+    flops = 6 * case.tokens * case.top_k * 3 * case.intermediate_size * case.hidden_size
     rate = common.dense_rate(DTYPE)
     compute_floor = flops / rate
     memory_floor = 3 * weights * DTYPE.itemsize / common.memory_bandwidth()

@@ -73,7 +73,9 @@ def write_start(folder: Path) -> None:
 
 
 def train(site: int, folder: Path) -> None:
-    placement = Placement.cyclic(SITES, num_experts=8, num_layers=4, replication=REPLICATION)
+    placement = Placement.cyclic(
+        num_sites=SITES, num_experts=8, num_layers=4, replication=REPLICATION
+    )
     # Not balance="bias": Mixtral's files have no place for a selection bias.
     loaded = hf.from_pretrained_resident(folder / "start", placement, site, balance="switch")
     if site == 0:

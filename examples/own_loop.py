@@ -69,7 +69,10 @@ def main() -> None:
         site = world.site
         config = make_config()
         placement = Placement.cyclic(
-            SITES, config.num_experts, config.num_hidden_layers, REPLICATION
+            num_sites=SITES,
+            num_experts=config.num_experts,
+            num_layers=config.num_hidden_layers,
+            replication=REPLICATION,
         )
         torch.manual_seed(0)  # all sites start from the same weights
         model = AutoModelForCausalLM.from_config(config)

@@ -16,7 +16,7 @@ import fomoe_ext
 
 HOME = str(Path(fomoe_ext.__file__).parent.parent)
 SMALL = shlex.split("""
---hidden-size 16 --num-layers 2 --num-heads 2 --num-experts 8 --expert-size 8 --top-k 2
+--hidden-size 16 --num-layers 2 --num-heads 2 --num-experts 8 --intermediate-size 8 --top-k 2
 --seq-len 32 --batch-size 2 --local-steps 3 --rounds 4 --eval-rounds 2 --eval-tokens 256
 --threads 1 --warmup-steps 2 --router-scope global --codec fp32
 """)

@@ -16,7 +16,12 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 def make(**changes: Any) -> MoELayer:
     """A small layer of uneven sizes."""
-    options: dict[str, Any] = {"hidden_size": 24, "expert_size": 20, "num_experts": 6, "top_k": 3}
+    options: dict[str, Any] = {
+        "hidden_size": 24,
+        "intermediate_size": 20,
+        "num_experts": 6,
+        "top_k": 3,
+    }
     return MoELayer(**(options | {"seed": 7, "layer_index": 1} | changes))
 
 

@@ -18,7 +18,7 @@ SMALL = ModelConfig(
     num_layers=2,
     num_heads=3,
     num_experts=8,
-    expert_size=20,
+    intermediate_size=20,
     top_k=3,
 )
 

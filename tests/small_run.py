@@ -28,7 +28,7 @@ from fomoe_ext.model.language import LanguageModel
 from fomoe_ext.placement import Placement
 
 FLAGS = shlex.split("""
---hidden-size 16 --num-layers 2 --num-heads 2 --num-experts 8 --expert-size 8 --top-k 2
+--hidden-size 16 --num-layers 2 --num-heads 2 --num-experts 8 --intermediate-size 8 --top-k 2
 --seq-len 32 --batch-size 2 --local-steps 4 --rounds 6 --eval-rounds 0 --eval-tokens 256
 --checkpoint-rounds 3 --threads 1 --warmup-steps 2 --sites 2 --replication 1 --no-tensorboard
 --router-scope global --codec fp32
@@ -66,7 +66,7 @@ def tiny_config(**changes: Any) -> ModelConfig:
         "num_layers": 2,
         "num_heads": 2,
         "num_experts": 8,
-        "expert_size": 8,
+        "intermediate_size": 8,
     }
     return ModelConfig(**(sizes | changes))
 
@@ -94,7 +94,9 @@ def untrained_run(
     TrainConfig) the checkpoint's own folder. `meta`: what else its manifest says.
     """
     sizes = model.config
-    whole = Placement.cyclic(1, sizes.num_experts, sizes.num_layers, 1)
+    whole = Placement.cyclic(
+        num_sites=1, num_experts=sizes.num_experts, num_layers=sizes.num_layers, replication=1
+    )
     path = save_checkpoint(
         folder / "checkpoints",
         ckpt.checkpoint_name(8),

@@ -76,7 +76,9 @@ def test_python_of_transformers_models_runs(tmp_path):
     model, folder, out = make_model("olmoe"), tmp_path / "model", tmp_path / "out"
     model.save_pretrained(folder)
     names = {"model": model, "folder": folder, "out": out, "site": 0}
-    names["placement"] = Placement.cyclic(1, EXPERTS, 3, 1)
+    names["placement"] = Placement.cyclic(
+        num_sites=1, num_experts=EXPERTS, num_layers=3, replication=1
+    )
     for line in CODE[1].splitlines():
         exec(line, names)
         if line.startswith("hf.convert(model)"):

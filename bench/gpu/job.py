@@ -46,7 +46,7 @@ def write_config(path: Path, folder: Path, device: str, resume: str | None = Non
     model = dataclasses.replace(
         base.model,
         hidden_size=512 if large else 32,
-        expert_size=512 if large else 16,
+        intermediate_size=512 if large else 16,
         num_layers=4 if large else 2,
         num_heads=4 if large else 2,
         seq_len=256 if large else 32,

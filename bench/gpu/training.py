@@ -62,7 +62,7 @@ def make_model(config: ModelConfig, share: float, device: str) -> LanguageModel:
     for index, block in enumerate(model.blocks):
         block.moe = MoELayer(
             config.hidden_size,
-            config.expert_size,
+            config.intermediate_size,
             config.num_experts,
             config.top_k,
             activation=config.activation,

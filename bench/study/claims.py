@@ -305,7 +305,8 @@ def _setting(size: Size) -> str:
     model = design.BASE
     return (
         f"The study's model: {model['num_layers']} layers of width {model['hidden_size']}, "
-        f"{model['num_experts']} SwiGLU experts of width {model['expert_size']} per layer, 2 per "
+        f"{model['num_experts']} SwiGLU experts of width {model['intermediate_size']} per layer, "
+        "2 per "
         f"token. Text: the source code of Python's standard library, as bytes. All sites together "
         f"take {design.SEQUENCES} sequences of {model['seq_len']} tokens per step, {size.steps} "
         f"steps; AdamW at {model['inner_lr']}, seeds {', '.join(map(str, size.seeds))}."

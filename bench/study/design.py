@@ -24,7 +24,7 @@ BASE: dict[str, Any] = {
     "num_layers": 2,
     "num_heads": 2,
     "num_experts": 16,
-    "expert_size": 64,
+    "intermediate_size": 64,
     "seq_len": 128,
     "warmup_steps": 40,
     "inner_lr": 0.01,

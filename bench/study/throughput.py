@@ -24,7 +24,7 @@ RESULT = Path(__file__).resolve().parents[1] / "results" / "study" / "throughput
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
 PAPER = {0.5: 1.16, 0.0: 1.43}
 MODEL = ModelConfig(
-    hidden_size=256, num_layers=4, num_heads=4, num_experts=16, expert_size=256, top_k=4
+    hidden_size=256, num_layers=4, num_heads=4, num_experts=16, intermediate_size=256, top_k=4
 )
 SEQUENCES = {"cpu": 4, "cuda": 64}
 
@@ -54,7 +54,7 @@ def _steps(device: str) -> dict[str, dict[float, Callable[[], None]]]:
         for index, block in enumerate(model.blocks):
             block.moe = MoELayer(
                 MODEL.hidden_size,
-                MODEL.expert_size,
+                MODEL.intermediate_size,
                 MODEL.num_experts,
                 MODEL.top_k,
                 resident_experts=list(resident),
@@ -143,7 +143,7 @@ def throughput_table(path: Path = RESULT) -> list[ReportTable]:
             ("experts resident", "layer", "whole step", "tokens/s", "by FLOPs", "paper"),
             tuple(rows),
             f"{MODEL.num_layers} layers of width {MODEL.hidden_size}, {MODEL.num_experts} experts "
-            f"of {MODEL.expert_size}, {MODEL.top_k} per token: experts are "
+            f"of {MODEL.intermediate_size}, {MODEL.top_k} per token: experts are "
             f"{expert_share(MODEL):.0%} of the FLOPs. {kept['device']}, "
             f"{machine.get('isa', '')} {machine.get('threads', '')} threads. By FLOPs: what the "
             "cost model says of the whole step.",

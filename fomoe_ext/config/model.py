@@ -26,7 +26,7 @@ class ModelConfig:
     """Attention heads; the head size hidden_size / num_heads must be even."""
     num_experts: int = 16
     """Routed experts per layer, over all sites."""
-    expert_size: int = 128
+    intermediate_size: int = 128
     """Inner width of one routed expert."""
     top_k: int = 2
     """Experts chosen per token."""
@@ -48,7 +48,7 @@ class ModelConfig:
     """Expert groups for group-limited choice."""
     groups_kept: int = 1
     """Groups a token may choose from."""
-    shared_expert_size: int = 0
+    shared_expert_intermediate_size: int = 0
     """Inner width of an expert that every token uses and every site holds; 0 = none."""
     balance: Literal["none", "switch", "entropy", "bias"] = "bias"
     """Load balancing: an auxiliary loss (switch, entropy) or a learned selection bias, which each
@@ -71,8 +71,13 @@ class ModelConfig:
         at_least(at, 1, vocab_size=self.vocab_size, seq_len=self.seq_len, top_k=self.top_k)
         at_least(at, 1, hidden_size=self.hidden_size, num_layers=self.num_layers)
         at_least(at, 1, num_heads=self.num_heads, num_experts=self.num_experts)
-        at_least(at, 1, expert_size=self.expert_size, num_groups=self.num_groups)
-        at_least(at, 0, shared_expert_size=self.shared_expert_size, z_loss_coef=self.z_loss_coef)
+        at_least(at, 1, intermediate_size=self.intermediate_size, num_groups=self.num_groups)
+        at_least(
+            at,
+            0,
+            shared_expert_intermediate_size=self.shared_expert_intermediate_size,
+            z_loss_coef=self.z_loss_coef,
+        )
         at_least(at, 0, balance_coef=self.balance_coef, bias_update_rate=self.bias_update_rate)
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
             raise ValueError(
@@ -127,11 +132,11 @@ class ParameterCounts(NamedTuple):
         return self.sparse / self.total
 
 
-def expert_matrices(config: ModelConfig, expert_size: int | None = None) -> int:
+def expert_matrices(config: ModelConfig, intermediate_size: int | None = None) -> int:
     """Elements of the matrices of an expert, routed or (of another size) shared: G*N*D up and D*N
     down, G = 2 for gated activations.
     """
-    size = config.expert_size if expert_size is None else expert_size
+    size = config.intermediate_size if intermediate_size is None else intermediate_size
     return (_up_projections(config) + 1) * size * config.hidden_size
 
 
@@ -141,13 +146,16 @@ def _up_projections(config: ModelConfig) -> int:
 
 def expert_parameters(config: ModelConfig) -> int:
     """Parameters of one routed expert: its matrices and, with biases, G*N + D more."""
-    biases = _up_projections(config) * config.expert_size + config.hidden_size
+    biases = _up_projections(config) * config.intermediate_size + config.hidden_size
     return expert_matrices(config) + (biases if config.expert_bias else 0)
 
 
 def block_parameters(config: ModelConfig) -> int:
     """Parameters of a block but for router and routed experts: attention, norms, shared expert."""
-    width, shared = config.hidden_size, expert_matrices(config, config.shared_expert_size)
+    width, shared = (
+        config.hidden_size,
+        expert_matrices(config, config.shared_expert_intermediate_size),
+    )
     return 4 * width * width + 4 * width + shared
 
 

@@ -32,7 +32,7 @@ def _paper_model(hidden: int, layers: int, heads: int, experts: int, top_k: int)
         num_layers=layers,
         num_heads=heads,
         num_experts=experts,
-        expert_size=128,
+        intermediate_size=128,
         top_k=top_k,
         activation="silu",
         bias_update_rate=1e-3,

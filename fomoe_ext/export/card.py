@@ -68,7 +68,7 @@ def _facts(
         ("layers x width", f"{model.num_layers} x {model.hidden_size}"),
         (
             "experts per layer",
-            f"{model.num_experts} of size {model.expert_size}, {model.top_k} per token",
+            f"{model.num_experts} of size {model.intermediate_size}, {model.top_k} per token",
         ),
         ("longest training sequence", f"{model.seq_len} tokens"),
         ("tensors", dtype),

@@ -19,7 +19,7 @@ _RENAMED = {
     "num_heads": "num_attention_heads",
     "seq_len": "max_position_embeddings",
     "top_k": "num_experts_per_tok",
-    "expert_size": "moe_intermediate_size",
+    "intermediate_size": "moe_intermediate_size",
 }
 
 

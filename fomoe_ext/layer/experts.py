@@ -46,7 +46,7 @@ class Experts(Residents):
     def __init__(
         self,
         hidden_size: int,
-        expert_size: int,
+        intermediate_size: int,
         num_experts: int,
         *,
         activation: str = "swiglu",
@@ -58,20 +58,26 @@ class Experts(Residents):
         dtype: torch.dtype | None = None,
     ) -> None:
         """Sizes and options of `MoELayer`. Raises ValueError or TypeError for bad ones."""
-        at_least(1, hidden_size=hidden_size, expert_size=expert_size, num_experts=num_experts)
+        at_least(
+            1, hidden_size=hidden_size, intermediate_size=intermediate_size, num_experts=num_experts
+        )
         at_least(0, layer_index=layer_index)
         an_int(seed=seed)
         a_bool(bias=bias)
         one_of(tuple(ops.ACTIVATIONS), activation=activation)
         super().__init__(resident_experts, num_experts, device)
-        self.hidden_size, self.expert_size, self.activation = hidden_size, expert_size, activation
+        self.hidden_size, self.intermediate_size, self.activation = (
+            hidden_size,
+            intermediate_size,
+            activation,
+        )
         self.layer_index, self.seed = layer_index, seed
         residents = self.num_resident
-        wide = expert_size * (2 if ops.is_gated(activation) else 1)
+        wide = intermediate_size * (2 if ops.is_gated(activation) else 1)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.expand_weight = nn.Parameter(torch.empty(residents, wide, hidden_size, **options))
         self.contract_weight = nn.Parameter(
-            torch.empty(residents, hidden_size, expert_size, **options)
+            torch.empty(residents, hidden_size, intermediate_size, **options)
         )
         for name, width in (("expand_bias", wide), ("contract_bias", hidden_size)):
             lines = nn.Parameter(torch.empty(residents, width, **options)) if bias else None
@@ -256,7 +262,7 @@ class Experts(Residents):
         return y, table
 
     def extra_repr(self) -> str:
-        text = f"{self.hidden_size}, {self.expert_size}, resident={self.num_resident}/"
+        text = f"{self.hidden_size}, {self.intermediate_size}, resident={self.num_resident}/"
         text += f"{self.num_experts}, activation={self.activation}"
         return text if self.expand_bias is None else text + ", bias=True"
 

@@ -4,8 +4,8 @@
 
 A slot whose expert is not resident is skipped: it costs no row and adds exactly nothing, unless the
 layer keeps a frozen copy of that expert (`stale_experts`). Shapes use the letters T tokens, K slots
-per token, E experts, R resident experts, D hidden size, N expert size, G = 2 for gated activations
-and else 1.
+per token, E experts, R resident experts, D hidden size, N intermediate size, G = 2 for gated
+activations and else 1.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class MoELayer(Balanced):
 
     Args:
         hidden_size: D, width of a token.
-        expert_size: N, inner width of an expert.
+        intermediate_size: N, inner width of an expert.
         num_experts: E, experts over all sites.
         top_k: K, experts chosen per token.
         activation: a key of `ops.ACTIVATIONS`; swiglu, geglu and clamped_swiglu are gated (G = 2).
@@ -86,7 +86,7 @@ class MoELayer(Balanced):
         skipped_mass: "drop" loses the weights of skipped slots, "rescale" shares them out over the
             token's computed ones (`skipped.rescale_skipped`).
         resident_experts: ids this site holds; None = all, empty = none ("global" only).
-        shared_expert_size: inner width of an expert that every token uses; 0 = none.
+        shared_expert_intermediate_size: inner width of an expert that every token uses; 0 = none.
         renormalize: divide the chosen experts' scores by their sum.
         scale: factor on the combine weights.
         num_groups, groups_kept: group-limited choice (DeepSeek-V3).
@@ -109,7 +109,7 @@ class MoELayer(Balanced):
     def __init__(
         self,
         hidden_size: int,
-        expert_size: int,
+        intermediate_size: int,
         num_experts: int,
         top_k: int,
         *,
@@ -119,7 +119,7 @@ class MoELayer(Balanced):
         router_scope: Literal["global", "resident"] = "global",
         skipped_mass: Literal["drop", "rescale"] = "drop",
         resident_experts: Sequence[int] | None = None,
-        shared_expert_size: int = 0,
+        shared_expert_intermediate_size: int = 0,
         renormalize: bool = False,
         scale: float = 1.0,
         num_groups: int = 1,
@@ -139,7 +139,11 @@ class MoELayer(Balanced):
     ) -> None:
         one_of(("global", "resident"), router_scope=router_scope)
         one_of(SKIPPED_MASS, skipped_mass=skipped_mass)
-        at_least(0, shared_expert_size=shared_expert_size, layer_index=layer_index)
+        at_least(
+            0,
+            shared_expert_intermediate_size=shared_expert_intermediate_size,
+            layer_index=layer_index,
+        )
         a_bool(router_bias=router_bias)
         dtype = dtype or torch.get_default_dtype()
         if dtype not in _DTYPES:
@@ -158,7 +162,7 @@ class MoELayer(Balanced):
         common["activation"] = activation
         own = self.dispatch.own_experts if self.dispatch else site
         self.experts = Experts(
-            hidden_size, expert_size, num_experts, bias=bias, resident_experts=own, **common
+            hidden_size, intermediate_size, num_experts, bias=bias, resident_experts=own, **common
         )
         self.stale: StaleExperts | None = None
         if len(stale_experts):
@@ -168,8 +172,10 @@ class MoELayer(Balanced):
                 raise ValueError("stale_experts: not possible in a layer sharded over a mesh")
             self.stale = StaleExperts(self.experts, stale_experts)
         self.shared_expert: nn.Module | None = None
-        if shared_expert_size:
-            self.shared_expert = SharedExpert(hidden_size, shared_expert_size, **common)
+        if shared_expert_intermediate_size:
+            self.shared_expert = SharedExpert(
+                hidden_size, shared_expert_intermediate_size, **common
+            )
         self.hidden_size, self.top_k = hidden_size, top_k
         self.router_scope, self.skipped_mass = router_scope, skipped_mass
         self.layer_index, self.seed = layer_index, seed

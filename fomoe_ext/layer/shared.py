@@ -38,7 +38,7 @@ class SharedExpert(nn.Module):
     def __init__(
         self,
         hidden_size: int,
-        expert_size: int,
+        intermediate_size: int,
         *,
         activation: str = "swiglu",
         layer_index: int = 0,
@@ -51,18 +51,18 @@ class SharedExpert(nn.Module):
         Raises ValueError or TypeError naming the argument.
         """
         super().__init__()
-        at_least(1, hidden_size=hidden_size, expert_size=expert_size)
+        at_least(1, hidden_size=hidden_size, intermediate_size=intermediate_size)
         at_least(0, layer_index=layer_index)
         an_int(seed=seed)
         one_of(tuple(ops.ACTIVATIONS), activation=activation)
         self.activation, self.layer_index, self.seed = activation, layer_index, seed
-        wide = expert_size * (2 if ops.is_gated(activation) else 1)
+        wide = intermediate_size * (2 if ops.is_gated(activation) else 1)
         device = torch.get_default_device() if device is None else device
         # skip_init: the default initialisation would draw from torch's global generator.
         make = nn.utils.skip_init
         options: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
         self.expand = make(nn.Linear, hidden_size, wide, **options)
-        self.contract = make(nn.Linear, expert_size, hidden_size, **options)
+        self.contract = make(nn.Linear, intermediate_size, hidden_size, **options)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -33,7 +33,7 @@ class StaleExperts(Experts):
         weight = experts.expand_weight
         super().__init__(
             experts.hidden_size,
-            experts.expert_size,
+            experts.intermediate_size,
             experts.num_experts,
             activation=experts.activation,
             bias=experts.expand_bias is not None,

@@ -95,7 +95,7 @@ def read_for_layer(
     `MoELayer.from_dense` says. Raises TypeError for sizes among those given, ValueError for no bias
     where the MLP has one.
     """
-    if taken := {"hidden_size", "expert_size"} & layer_options.keys():
+    if taken := {"hidden_size", "intermediate_size"} & layer_options.keys():
         raise TypeError(f"{sorted(taken)[0]} must not be given: mlp has it")
     dense = read_mlp(mlp, activation)
     if dense.has_bias and layer_options.get("bias") is False:

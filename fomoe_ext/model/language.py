@@ -131,7 +131,7 @@ class Block(nn.Module):
         self.attention = Attention(config, f"blocks.{layer}.attention", seed, device, dtype)
         self.moe = MoELayer(
             config.hidden_size,
-            config.expert_size,
+            config.intermediate_size,
             config.num_experts,
             config.top_k,
             activation=config.activation,
@@ -140,7 +140,7 @@ class Block(nn.Module):
             router_scope=config.router_scope,
             skipped_mass=config.skipped_mass,
             resident_experts=residents,
-            shared_expert_size=config.shared_expert_size,
+            shared_expert_intermediate_size=config.shared_expert_intermediate_size,
             renormalize=config.renormalize,
             scale=config.routed_scale,
             num_groups=config.num_groups,

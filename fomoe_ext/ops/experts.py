@@ -278,7 +278,7 @@ def _(
     expand_total: Tensor | None,
     contract_total: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    residents, hidden, expert_size = contract_weight.shape
+    residents, hidden, intermediate_size = contract_weight.shape
     width = expand_weight.shape[1]
     return (
         x.new_empty(x.shape[0] if need_x else 0, hidden),
@@ -286,7 +286,7 @@ def _(
         x.new_empty(residents if need_expand and expand_total is None else 0, width, hidden),
         x.new_empty(0 if expand_bias is None else residents, width),
         x.new_empty(
-            residents if need_contract and contract_total is None else 0, hidden, expert_size
+            residents if need_contract and contract_total is None else 0, hidden, intermediate_size
         ),
         x.new_empty(0 if contract_bias is None else residents, hidden),
     )

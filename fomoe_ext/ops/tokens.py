@@ -2,8 +2,8 @@
 
 Between them stand expand and contract (`ops.experts`). Each is a torch op (`torch.ops.fomoe.*`)
 with gradients, traceable by `torch.compile`. T tokens, K slots per token, E experts, R resident
-experts, D hidden size, N expert size. A slot whose expert is not resident is *skipped*: it has no
-row, costs nothing and adds nothing.
+experts, D hidden size, N intermediate size. A slot whose expert is not resident is
+*skipped*: it has no row, costs nothing and adds nothing.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class Placement:
 
     @classmethod
     def cyclic(
-        cls, num_sites: int, num_experts: int, num_layers: int, replication: int
+        cls, *, num_sites: int, num_experts: int, num_layers: int, replication: int
     ) -> Placement:
         """The fixed, evenly spread placement; depends on nothing but these sizes.
 
@@ -119,11 +119,11 @@ class Placement:
     @classmethod
     def random(
         cls,
+        *,
         num_sites: int,
         num_experts: int,
         num_layers: int,
         replication: int,
-        *,
         seed: int,
         epoch: int = 0,
     ) -> Placement:
@@ -139,7 +139,7 @@ class Placement:
 
     @classmethod
     def from_coactivation(
-        cls, counts: Any, num_sites: int, replication: int, *, together: bool = True
+        cls, counts: Any, *, num_sites: int, replication: int, together: bool = True
     ) -> Placement:
         """A placement by how often the same token has chosen two experts.
 
@@ -256,8 +256,8 @@ class Placement:
         self._check_site(site)
         return self._residents[layer][site]  # type: ignore[attr-defined,no-any-return]
 
-    def held(self, site: int) -> int:
-        """Experts, of all layers, that a site holds. Raises ValueError for a wrong number."""
+    def num_resident(self, site: int) -> int:
+        """How many experts a site holds, over all layers. ValueError for a wrong number."""
         self._check_site(site)
         return sum(len(of_layer[site]) for of_layer in self._residents)  # type: ignore[attr-defined]
 

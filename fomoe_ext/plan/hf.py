@@ -136,7 +136,7 @@ class _Model:
     def finish(
         self,
         num_experts: int,
-        expert_size: int,
+        intermediate_size: int,
         seq_len: int,
         router_scope: Literal["global", "resident"],
         *,
@@ -155,7 +155,7 @@ class _Model:
         self.dense.append(Weight("unembedding", vocab, width, 1, in_block=False))
         self.dense += [] if tied else [Weight("other", vocab, width, 1, in_block=False)]
         self.dense.append(Weight("other", width, 1, 1, in_block=False))
-        matrices = 3 * width * expert_size
+        matrices = 3 * width * intermediate_size
         attended = sum(_attended(seq_len, window) for window in windows or [None] * self.layers)
         return ModelSizes(
             num_layers=self.moe_layers,
@@ -165,7 +165,7 @@ class _Model:
             hidden_size=width,
             dense=tuple(weight for weight in self.dense if weight.elements),
             router_row=width + expert_bias,
-            expert=matrices + (2 * expert_size + width if expert_bias else 0),
+            expert=matrices + (2 * intermediate_size + width if expert_bias else 0),
             expert_matrices=matrices,
             attention_scores=self.scores * attended,
             router_scope=router_scope,

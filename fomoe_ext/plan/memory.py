@@ -53,7 +53,7 @@ def site_parameters(
     whole = sizes_of(model).counts
     if placement is None:
         return whole
-    return whole._replace(sparse=placement.held(site) * sizes_of(model).expert)
+    return whole._replace(sparse=placement.num_resident(site) * sizes_of(model).expert)
 
 
 def site_memory(

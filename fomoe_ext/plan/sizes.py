@@ -85,7 +85,11 @@ def sizes_of(model: ModelConfig | ModelSizes) -> ModelSizes:
     """
     if isinstance(model, ModelSizes):
         return model
-    width, layers, shared = model.hidden_size, model.num_layers, model.shared_expert_size
+    width, layers, shared = (
+        model.hidden_size,
+        model.num_layers,
+        model.shared_expert_intermediate_size,
+    )
     up = expert_matrices(model, shared) // width - shared
     dense = (
         Weight("unembedding", model.vocab_size, width, 1, in_block=False),

@@ -92,7 +92,7 @@ def job_placement(config: TrainConfig, epoch: int = 0) -> Placement:
             )
         together = sites.placement == "together"
         return Placement.from_coactivation(
-            counts, sites.sites, sites.replication, together=together
+            counts, num_sites=sites.sites, replication=sites.replication, together=together
         )
     seed = config.run.seed if sites.placement == "random" else None
     return _made(*sizes, seed, epoch)
@@ -103,10 +103,15 @@ def _made(
     sites: int, experts: int, layers: int, replication: int, seed: int | None, epoch: int
 ) -> Placement:
     """A placement, made once for all jobs of a plan that have it."""
-    sizes = sites, experts, layers, replication
+    sizes = {
+        "num_sites": sites,
+        "num_experts": experts,
+        "num_layers": layers,
+        "replication": replication,
+    }
     if seed is None:
-        return Placement.cyclic(*sizes)
-    return Placement.random(*sizes, seed=seed, epoch=epoch)
+        return Placement.cyclic(**sizes)
+    return Placement.random(**sizes, seed=seed, epoch=epoch)
 
 
 def rank_experts(

@@ -275,7 +275,7 @@ def test_a_job_of_the_pool_is_that_of_the_command_line(flags, tmp_path):
 
 def test_speed_is_measured_of_all_shares(tmp_path, monkeypatch):
     small = dataclasses.replace(
-        throughput.MODEL, hidden_size=16, num_layers=1, expert_size=8, seq_len=16
+        throughput.MODEL, hidden_size=16, num_layers=1, intermediate_size=8, seq_len=16
     )
     monkeypatch.setattr(throughput, "MODEL", small)
     path = tmp_path / "throughput.json"

@@ -32,7 +32,7 @@ NUM_SITES = 4
 SILENT_S = 3.0
 _LIMIT_S = 200.0
 FLAGS = shlex.split(f"""
---hidden-size 16 --num-layers 2 --num-heads 2 --num-experts 8 --expert-size 16 --top-k 2
+--hidden-size 16 --num-layers 2 --num-heads 2 --num-experts 8 --intermediate-size 16 --top-k 2
 --seq-len 32 --batch-size 2 --local-steps 4 --rounds 8 --eval-rounds 3 --eval-tokens 512
 --threads 1 --warmup-steps 4 --sites {NUM_SITES} --no-tensorboard --device cpu
 --membership torchft --silent-s {SILENT_S} --codec int4 --inner-lr 0.02

@@ -38,7 +38,7 @@ CONFIG = ModelConfig(
     num_layers=2,
     num_heads=2,
     num_experts=6,
-    expert_size=5,
+    intermediate_size=5,
     top_k=2,
     activation="clamped_swiglu",
     expert_bias=True,
@@ -46,7 +46,12 @@ CONFIG = ModelConfig(
 
 
 def place(num_sites: int, replication: int) -> Placement:
-    return Placement.cyclic(num_sites, CONFIG.num_experts, CONFIG.num_layers, replication)
+    return Placement.cyclic(
+        num_sites=num_sites,
+        num_experts=CONFIG.num_experts,
+        num_layers=CONFIG.num_layers,
+        replication=replication,
+    )
 
 
 def site_model(num_sites: int, replication: int, site: int) -> LanguageModel:

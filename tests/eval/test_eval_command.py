@@ -89,7 +89,7 @@ def test_a_site_alone_is_the_global_model_less_the_absent_experts(tmp_path):
     figures = evaluate(tmp_path, run, "--max-tokens", "640")
     checkpoint = Path(figures["checkpoint"])
     source = find_source(checkpoint)
-    placement = Placement.cyclic(2, 8, 2, 1)
+    placement = Placement.cyclic(num_sites=2, num_experts=8, num_layers=2, replication=1)
     for site in range(2):
         model = LanguageModel(source.model)
         load_global_model(checkpoint, model)
@@ -127,7 +127,11 @@ def test_one_site_reads_nothing_of_the_others(tmp_path, monkeypatch):
     for index in range(2):
         prefix = f"blocks.{index}.moe.experts."
         experts = {int(n.removeprefix(prefix).partition(".")[0]) for n in read if prefix in n}
-        assert experts == set(Placement.cyclic(2, 8, 2, 1).resident(index, 1))
+        assert experts == set(
+            Placement.cyclic(num_sites=2, num_experts=8, num_layers=2, replication=1).resident(
+                index, 1
+            )
+        )
     every = losses(evaluate(tmp_path, run, "--max-tokens", "640"))
     assert found == {"site 1 alone": every["site 1 alone"]}
 
@@ -146,7 +150,7 @@ def test_the_placement_of_the_checkpoint_counts(tmp_path, text):
     """With reshuffling the experts a site holds are in the checkpoint, not in the configuration."""
     model = random_model(tiny_config())
     sites = SitesConfig(sites=2, replication=1, placement="random", reshuffle_rounds=1)
-    placement = Placement.random(2, 8, 2, 1, seed=9)
+    placement = Placement.random(num_sites=2, num_experts=8, num_layers=2, replication=1, seed=9)
     run = untrained_run(
         tmp_path / "run",
         model,
@@ -167,7 +171,11 @@ def test_without_any_state_the_configuration_tells_the_placement(tmp_path, text,
     figures = evaluate(tmp_path, run, "--val-data", str(text))
     assert len(figures["results"]) == 5
     for site, result in enumerate(figures["results"][1:]):
-        lone = LanguageModel(model.config, Placement.cyclic(4, 8, 2, 2), site)
+        lone = LanguageModel(
+            model.config,
+            Placement.cyclic(num_sites=4, num_experts=8, num_layers=2, replication=2),
+            site,
+        )
         load_global_model(run / "checkpoints/step-00000008", lone)
         assert result["loss"] == pytest.approx(by_hand(lone.eval(), text), rel=1e-5)
         assert result["skipped_share"] == 0  # it chooses among those it holds
@@ -231,7 +239,9 @@ def test_skipping_a_share_of_the_experts(tmp_path, text):
 
 @pytest.mark.parametrize("format", ["transformers", "safetensors"])
 def test_an_exported_folder_is_the_model(tmp_path, text, format):
-    model = random_model(tiny_config(expert_bias=True, shared_expert_size=4, num_groups=2))
+    model = random_model(
+        tiny_config(expert_bias=True, shared_expert_intermediate_size=4, num_groups=2)
+    )
     source = untrained_run(tmp_path / "run", model)
     flags = ["--format", format, "--shard-bytes", "6000", "--out", str(tmp_path / "out")]
     assert cli.main(["export", str(source), *flags]) == 0
@@ -337,7 +347,9 @@ def test_damaged_folders_are_refused(tmp_path, text, capsys):
     config = (out / "config.toml").read_text()
     (out / "config.toml").write_text(config.replace("num_layers = 2", "num_layers = 3"))
     assert "has no tensor blocks.2" in refused(capsys, *given)
-    (out / "config.toml").write_text(config.replace("expert_size = 8", "expert_size = 4", 1))
+    (out / "config.toml").write_text(
+        config.replace("intermediate_size = 8", "intermediate_size = 4", 1)
+    )
     assert "must have shape" in refused(capsys, *given)
     (out / "config.toml").write_text(config)
     file = out / "model.safetensors"

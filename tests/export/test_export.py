@@ -26,7 +26,11 @@ OPTIONS = {
         "activation": "geglu",
     },
     "gpt-oss": {"activation": "clamped_swiglu", "expert_bias": True, "top_k": 4, "norm": "rms"},
-    "shared": {"shared_expert_size": 12, "activation": "silu", "depth_multiplier": 0.5},
+    "shared": {
+        "shared_expert_intermediate_size": 12,
+        "activation": "silu",
+        "depth_multiplier": 0.5,
+    },
     "resident": {"router_scope": "resident", "activation": "relu2", "rope_base": 500.0},
     "gelu": {"activation": "gelu", "expert_bias": True, "num_groups": 2, "vocab_size": 300},
 }
@@ -56,7 +60,9 @@ def test_a_trained_run_gives_the_same_logits_and_loss(trained):
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_gradients_are_the_same(tmp_path):
-    model = random_model(tiny_config(renormalize=True, shared_expert_size=8, expert_bias=True))
+    model = random_model(
+        tiny_config(renormalize=True, shared_expert_intermediate_size=8, expert_bias=True)
+    )
     exported = load(write(untrained_run(tmp_path, model), tmp_path / "out"))
     exported.train()
     exported.gradient_checkpointing_enable()
@@ -83,7 +89,7 @@ def test_gradients_are_the_same(tmp_path):
 
 def test_bf16_is_as_close_as_our_own(tmp_path):
     # Every expert is chosen: a choice that rounding turns over would hide what is looked for.
-    model = random_model(tiny_config(top_k=8, expert_bias=True, shared_expert_size=8))
+    model = random_model(tiny_config(top_k=8, expert_bias=True, shared_expert_intermediate_size=8))
     out = write(untrained_run(tmp_path, model), tmp_path / "out", "--dtype", "bfloat16")
     exported = load(out)
     assert exported.dtype == torch.bfloat16

@@ -209,7 +209,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
     del manifest["sha256"]  # else it would be damaged
     for field, value, message in (
         ("num_layers", 3, "is not of the model that it names"),
-        ("expert_size", 12, "has shape"),
+        ("intermediate_size", 12, "has shape"),
         ("colour", 1, "does not say what its model is"),
     ):
         changed = {**manifest, "meta": {"model": {**manifest["meta"]["model"], field: value}}}

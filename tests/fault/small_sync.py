@@ -14,7 +14,9 @@ from fomoe_ext.placement import Placement
 def make(
     site: int, num_sites: int, scope: str = "global", **options: Any
 ) -> tuple[SmallModel, torch.optim.Optimizer, OuterSync]:
-    placement = Placement.cyclic(num_sites, EXPERTS, LAYERS, 2)
+    placement = Placement.cyclic(
+        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=2
+    )
     model = SmallModel(placement, site, scope, balance="bias", bias_update_rate=0.01)
     inner = torch.optim.AdamW(model.parameters(), lr=0.05)
     sync = OuterSync(model, placement, site, inner_optimizer=inner, **options)

@@ -82,7 +82,7 @@ def test_experts_are_shared_out_evenly_with_few_moves(
 
 
 def test_after_a_death_only_what_is_missing_moves() -> None:
-    whole = Placement.cyclic(4, 16, 2, 2)
+    whole = Placement.cyclic(num_sites=4, num_experts=16, num_layers=2, replication=2)
     left = [[list(whole.resident(layer, s)) for layer in range(2)] for s in (0, 1, 3)]
     placement = ownership.rebalance(left, 16, 2)
     moved = sum(
@@ -178,7 +178,9 @@ def test_a_damaged_expert_is_refused() -> None:
 
 
 def kept_shadows(site: int, num_sites: int, scope: str, optimizer: str) -> dict[Any, Any]:
-    placement = Placement.cyclic(num_sites, EXPERTS, LAYERS, 1)
+    placement = Placement.cyclic(
+        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=1
+    )
     model = SmallModel(placement, site, scope, balance="bias", bias_update_rate=0.01)
     inner = torch.optim.AdamW(model.parameters(), lr=0.05)
     sync = OuterSync(model, placement, site, inner_optimizer=inner, optimizer=optimizer)
@@ -205,7 +207,7 @@ def kept_shadows(site: int, num_sites: int, scope: str, optimizer: str) -> dict[
 @pytest.mark.parametrize("scope", ["global", "resident"])
 @pytest.mark.parametrize("optimizer", ["diloco", "fedavg"])
 def test_every_expert_has_a_shadow_elsewhere(scope: str, optimizer: str) -> None:
-    placement = Placement.cyclic(3, EXPERTS, LAYERS, 1)
+    placement = Placement.cyclic(num_sites=3, num_experts=EXPERTS, num_layers=LAYERS, replication=1)
     sites = pool().run(3, kept_shadows, scope, optimizer)
     for layer in range(LAYERS):
         for expert in range(EXPERTS):
@@ -217,6 +219,6 @@ def test_every_expert_has_a_shadow_elsewhere(scope: str, optimizer: str) -> None
 
 
 def test_what_all_hold_has_no_shadow() -> None:
-    placement = Placement.cyclic(2, 4, 1, 2)
+    placement = Placement.cyclic(num_sites=2, num_experts=4, num_layers=1, replication=2)
     assert wire.shadow_site(placement, 0, 0) is None
     assert wire.shadow_parcels(placement) == []

@@ -165,7 +165,7 @@ def test_a_refused_staged_meeting_changes_nothing() -> None:
 
 
 def test_staged_is_refused_where_meetings_are_spread_over_a_round() -> None:
-    placement = Placement.cyclic(1, EXPERTS, LAYERS, 1)
+    placement = Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS, replication=1)
     for options in ({"optimizer": "ddp"}, {"fragments": 2, "local_steps": 4}):
         with pytest.raises(ValueError, match="staged, site_mean = tokens and clip_delta need"):
             OuterSync(SmallModel(placement, 0), placement, 0, staged=True, **options)

@@ -25,7 +25,13 @@ from . import mutate
 from .parser import Parser, as_json, from_file, work_folder
 
 _STATE = {
-    "sync": {"round": 3, "placement": Placement.cyclic(2, 4, 2, 1).to_dict(), "warmup": [[0, 1]]},
+    "sync": {
+        "round": 3,
+        "placement": Placement.cyclic(
+            num_sites=2, num_experts=4, num_layers=2, replication=1
+        ).to_dict(),
+        "warmup": [[0, 1]],
+    },
     "inner": {"names": ["exp_avg"], "steps": {(0, "a"): 3.0}},
     "loss": float("inf"),
     "counts": (1.5, 2, 3),

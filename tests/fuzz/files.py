@@ -68,7 +68,9 @@ _KINDS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"
 
 
 def file_parsers() -> list[Parser]:
-    table = Placement.random(2, 4, 2, 1, seed=0).to_dict()
+    table = Placement.random(
+        num_sites=2, num_experts=4, num_layers=2, replication=1, seed=0
+    ).to_dict()
     (work_folder() / "train.bin").write_bytes(bytes(9))
     (work_folder() / "val.bin").write_bytes(bytes(4))
     cache = {s: {"tokens": n, "bytes": n, "hash": "0"} for s, n in (("train", 9), ("val", 4))}

@@ -88,7 +88,13 @@ def _sealed(values: torch.Tensor) -> bytes:
 
 
 _MESSAGES = [
-    {"placement": Placement.cyclic(2, 4, 1, 1).to_dict(), "codec": "int4", "seed": 0},
+    {
+        "placement": Placement.cyclic(
+            num_sites=2, num_experts=4, num_layers=1, replication=1
+        ).to_dict(),
+        "codec": "int4",
+        "seed": 0,
+    },
     [("", {"a.weight": (48, "torch.float32 of shape [3, 4]")})],
     {(0, 1): 2**64 - 1, (1,): 3},
     [float("nan"), 0.1, None, True],

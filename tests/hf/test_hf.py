@@ -181,7 +181,9 @@ def test_absent_experts_add_nothing(family):
 
 
 def test_a_placement_says_who_holds_what_in_each_layer():
-    placement = Placement.random(2, EXPERTS, 3, 1, seed=3)
+    placement = Placement.random(
+        num_sites=2, num_experts=EXPERTS, num_layers=3, replication=1, seed=3
+    )
     model = hf.convert(make_model("olmoe"), placement=placement, site=1, router_scope="resident")
     for number, (_, layer) in enumerate(converted_layers(model)):
         assert layer.experts.resident_experts == placement.resident(number, 1)
@@ -337,12 +339,35 @@ def test_unknown_models_are_told_what_is_known():
         ("olmoe", {}, {"resident": [0, 8]}, r"mlp: resident_experts must be in 0\.\.7"),
         ("olmoe", {}, {"router_scope": "some"}, "router_scope must be one of"),
         ("olmoe", {}, {"top": 2}, "unexpected keyword argument 'top'"),
-        ("olmoe", {}, {"placement": Placement.cyclic(2, 8, 2, 1)}, "for the model's 3 MoE layers"),
-        ("olmoe", {}, {"placement": Placement.cyclic(2, 4, 3, 1)}, "for the 8 experts of model.l"),
         (
             "olmoe",
             {},
-            {"placement": Placement.cyclic(2, 8, 3, 1), "resident": [0]},
+            {
+                "placement": Placement.cyclic(
+                    num_sites=2, num_experts=8, num_layers=2, replication=1
+                )
+            },
+            "for the model's 3 MoE layers",
+        ),
+        (
+            "olmoe",
+            {},
+            {
+                "placement": Placement.cyclic(
+                    num_sites=2, num_experts=4, num_layers=3, replication=1
+                )
+            },
+            "for the 8 experts of model.l",
+        ),
+        (
+            "olmoe",
+            {},
+            {
+                "placement": Placement.cyclic(
+                    num_sites=2, num_experts=8, num_layers=3, replication=1
+                ),
+                "resident": [0],
+            },
             "placement or resident",
         ),
     ],

@@ -24,7 +24,13 @@ SITES = 2
 
 
 def placement_of(family: str, replication: int = 1, sites: int = SITES) -> Placement:
-    return Placement.random(sites, EXPERTS, LAYERS_OF.get(family, 3), replication, seed=5)
+    return Placement.random(
+        num_sites=sites,
+        num_experts=EXPERTS,
+        num_layers=LAYERS_OF.get(family, 3),
+        replication=replication,
+        seed=5,
+    )
 
 
 @pytest.fixture(params=FAMILIES)
@@ -80,7 +86,9 @@ def test_tied_embeddings_stay_tied(tmp_path):
     whole = saved("olmoe", tmp_path, tie_word_embeddings=True)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert "lm_head.weight" not in file.keys()  # noqa: SIM118  not a dict
-    loaded = hf.from_pretrained_resident(tmp_path, Placement.cyclic(1, EXPERTS, 3, 1), 0)
+    loaded = hf.from_pretrained_resident(
+        tmp_path, Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=3, replication=1), 0
+    )
     assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
     assert relative_error(loaded.model(text()).logits, whole(text()).logits) <= 1e-5
 
@@ -95,7 +103,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"expert \d of model.layers.0.mlp must have a expand_we"):
         hf.from_pretrained_resident(tmp_path, placement, 0)
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
-    longer = Placement.cyclic(2, EXPERTS, 4, 1)
+    longer = Placement.cyclic(num_sites=2, num_experts=EXPERTS, num_layers=4, replication=1)
     with pytest.raises(ValueError, match=r"has no tensor model.layers.3.mlp.experts.0.gate_pr"):
         hf.from_pretrained_resident(tmp_path, longer, 0)
 
@@ -105,7 +113,9 @@ def test_a_left_over_index_is_not_followed(tmp_path):
     saved("olmoe", tmp_path, shard="40KB", seed=3)
     whole = saved("olmoe", tmp_path / "new")
     (tmp_path / "new/model.safetensors").rename(tmp_path / "model.safetensors")
-    found = hf.from_pretrained_resident(tmp_path, Placement.cyclic(1, EXPERTS, 3, 1), 0).model
+    found = hf.from_pretrained_resident(
+        tmp_path, Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=3, replication=1), 0
+    ).model
     assert torch.equal(found.lm_head.weight, whole.lm_head.weight)
 
 
@@ -189,7 +199,7 @@ def write_twice(site: int, num_sites: int, folder: str) -> list[str]:
     placement = placement_of("olmoe")
     model = hf.convert(make_model("olmoe"), placement=placement, site=site)
     errors = []
-    other = Placement.cyclic(2, EXPERTS, 3, 1)
+    other = Placement.cyclic(num_sites=2, num_experts=EXPERTS, num_layers=3, replication=1)
     for target, where in ((placement, "full"), (other, "new"), (placement, "full/precious/in")):
         try:
             hf.save_merged(model, target, site, f"{folder}/{where}")
@@ -217,6 +227,11 @@ def test_one_site_needs_no_others(tmp_path):
     model = make_model("gpt_oss")
     wanted: Tensor = model(text()).logits
     hf.convert(model)
-    hf.save_merged(model, Placement.cyclic(1, EXPERTS, 3, 1), 0, tmp_path / "model")
+    hf.save_merged(
+        model,
+        Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=3, replication=1),
+        0,
+        tmp_path / "model",
+    )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
     assert relative_error(merged(text()).logits, wanted) <= 1e-5

@@ -21,12 +21,17 @@ from sites import pool
 from fomoe_ext import Placement, hf
 from fomoe_ext.hf.converted import converted_layers
 
-ALL = Placement.cyclic(1, EXPERTS, 3, 1)
+ALL = Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=3, replication=1)
 WITHOUT_PLACE = [name for name in FAMILIES if name != "deepseek_v3"]
 
 
 def all_of(family: str) -> Placement:
-    return Placement.cyclic(1, EXPERTS, {"qwen3_moe": 2, "deepseek_v3": 2}.get(family, 3), 1)
+    return Placement.cyclic(
+        num_sites=1,
+        num_experts=EXPERTS,
+        num_layers={"qwen3_moe": 2, "deepseek_v3": 2}.get(family, 3),
+        replication=1,
+    )
 
 
 def loaded(folder: Path, **options: Any) -> Any:
@@ -107,7 +112,14 @@ def test_what_the_configuration_does_not_say_is_refused(tmp_path):
         for _, way in all_ways(model, tmp_path / "out", "mixtral"):
             with pytest.raises(ValueError, match=message):
                 way()
-    for option in ("scale", "num_groups", "router_bias", "bias", "shared_expert_size", "mesh"):
+    for option in (
+        "scale",
+        "num_groups",
+        "router_bias",
+        "bias",
+        "shared_expert_intermediate_size",
+        "mesh",
+    ):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}', options are"):
             hf.convert(make_model("mixtral"), **{option: 2})
     assert not (tmp_path / "out").exists()
@@ -136,7 +148,7 @@ def test_another_shared_expert_is_written(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:balance=:UserWarning")
 def one_has_a_bias(site: int, num_sites: int, folder: str) -> str:
-    placement = Placement.cyclic(2, EXPERTS, 3, 1)
+    placement = Placement.cyclic(num_sites=2, num_experts=EXPERTS, num_layers=3, replication=1)
     model = hf.convert(make_model("olmoe"), placement=placement, site=site)
     if site == 1:
         hf.layers(model)[2].router.selection_bias[5] = 0.5

@@ -31,7 +31,9 @@ Tensors = dict[str, Tensor]
 
 
 def one_site(family: str) -> Placement:
-    return Placement.cyclic(1, EXPERTS, LAYERS_OF.get(family, 3), 1)
+    return Placement.cyclic(
+        num_sites=1, num_experts=EXPERTS, num_layers=LAYERS_OF.get(family, 3), replication=1
+    )
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +90,9 @@ def test_blocks_of_fp8_are_what_transformers_makes_of_them(tmp_path, family):
     name = next(n for n in found if n.endswith("mlp.experts.gate_up_proj"))
     assert 0 < relative_error(found[name], exact[name]) < 0.05
     # A site reads its own, and what is written is plain.
-    placement = Placement.cyclic(2, EXPERTS, LAYERS_OF[family], 1)
+    placement = Placement.cyclic(
+        num_sites=2, num_experts=EXPERTS, num_layers=LAYERS_OF[family], replication=1
+    )
     half = read(tmp_path, family, placement)
     assert half.bytes_read < 0.8 * loaded.bytes_read
     hf.convert(wanted, placement=placement, site=0)
@@ -145,7 +149,7 @@ def test_mxfp4_is_what_transformers_makes_of_it(tmp_path):
         assert torch.equal(found[name], wanted), name
         compared += 1
     assert compared == 6
-    placement = Placement.cyclic(2, EXPERTS, 3, 1)
+    placement = Placement.cyclic(num_sites=2, num_experts=EXPERTS, num_layers=3, replication=1)
     half = read(tmp_path, "gpt_oss", placement)
     assert half.bytes_read < 0.8 * loaded.bytes_read
     hf.convert(loaded.model, placement=placement, site=0)

@@ -23,7 +23,7 @@ from sites import pool
 from fomoe_ext import OuterSync, Placement, hf
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-PLACEMENT = Placement.cyclic(2, EXPERTS, 3, 1)
+PLACEMENT = Placement.cyclic(num_sites=2, num_experts=EXPERTS, num_layers=3, replication=1)
 STEPS, LOCAL_STEPS = 6, 2
 
 
@@ -203,7 +203,7 @@ def begin(
 
     from fomoe_ext.hf.trainer import OuterSyncCallback
 
-    placement = Placement.cyclic(1, EXPERTS, 3, 1)
+    placement = Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=3, replication=1)
     meetings = OuterSyncCallback(placement, 0, local_steps=LOCAL_STEPS, **(options or {}))
     if stored:
         meetings._state = {"steps": stored}

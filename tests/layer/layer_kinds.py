@@ -21,7 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "bias": True,
         "balance": "bias",
         "z_loss_coef": 0.1,
-        "shared_expert_size": 8,
+        "shared_expert_intermediate_size": 8,
     },
     "resident": {
         "router_scope": "resident",
@@ -39,7 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "balance": "bias",
         "router_bias": True,
     },
-    "empty": {"resident_experts": [], "shared_expert_size": 8, "z_loss_coef": 0.1},
+    "empty": {"resident_experts": [], "shared_expert_intermediate_size": 8, "z_loss_coef": 0.1},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -85,9 +85,18 @@ EXACT = {"rtol": 0.0, "atol": 0.0}
 
 def language_model(**changes: Any) -> LanguageModel:
     """A model of which this site holds half of the experts."""
-    options: dict[str, Any] = {"shared_expert_size": 8, "expert_bias": True, "z_loss_coef": 0.1}
+    options: dict[str, Any] = {
+        "shared_expert_intermediate_size": 8,
+        "expert_bias": True,
+        "z_loss_coef": 0.1,
+    }
     config = small(**(options | changes))
-    return LanguageModel(config, Placement.cyclic(2, 8, config.num_layers, 1), 1, seed=3)
+    return LanguageModel(
+        config,
+        Placement.cyclic(num_sites=2, num_experts=8, num_layers=config.num_layers, replication=1),
+        1,
+        seed=3,
+    )
 
 
 def assert_same_gradients(got: nn.Module, wanted: nn.Module, **tolerance: float) -> None:

@@ -22,7 +22,7 @@ from fomoe_ext.layer.router import Router
 from fomoe_ext.layer.shared import SharedExpert
 
 NAN, INF = math.nan, math.inf
-GOOD: dict[str, Any] = {"hidden_size": 8, "expert_size": 6, "num_experts": 4, "top_k": 2}
+GOOD: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 6, "num_experts": 4, "top_k": 2}
 
 
 def layer(**changes: Any) -> MoELayer:
@@ -40,12 +40,18 @@ def refused(call: Callable[[], Any], name: str, kind: type[Exception] = ValueErr
 BAD_OPTIONS: list[tuple[dict[str, Any], str, type[Exception]]] = [
     *[
         ({name: value}, name, ValueError)
-        for name in ("hidden_size", "expert_size", "num_experts", "top_k")
+        for name in ("hidden_size", "intermediate_size", "num_experts", "top_k")
         for value in (0, -1)
     ],
     *[
         ({name: value}, name, TypeError)
-        for name in ("hidden_size", "expert_size", "num_experts", "top_k", "shared_expert_size")
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_experts",
+            "top_k",
+            "shared_expert_intermediate_size",
+        )
         for value in (2.0, "2", None, True)
     ],
     ({"top_k": 5}, "top_k", ValueError),
@@ -61,7 +67,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str, type[Exception]]] = [
     ({"resident_experts": ["0"]}, "resident_experts", TypeError),
     ({"resident_experts": 2}, "resident_experts", TypeError),
     ({"resident_experts": [], "router_scope": "resident"}, "resident_experts", ValueError),
-    ({"shared_expert_size": -1}, "shared_expert_size", ValueError),
+    ({"shared_expert_intermediate_size": -1}, "shared_expert_intermediate_size", ValueError),
     ({"renormalize": "yes"}, "renormalize", TypeError),
     ({"bias": 1}, "bias", TypeError),
     ({"router_bias": 1}, "router_bias", TypeError),
@@ -112,11 +118,11 @@ def test_a_good_layer_is_built() -> None:
         (lambda: Router(8, 4, 2, bias=1), "bias", TypeError),
         (lambda: Experts(8, 6, 4, bias=1), "bias", TypeError),
         (lambda: Residents([9], 4, name="site_experts"), "site_experts", ValueError),
-        (lambda: Experts(8, 0, 4), "expert_size", ValueError),
+        (lambda: Experts(8, 0, 4), "intermediate_size", ValueError),
         (lambda: Experts(8, 6, 4, activation="x"), "activation", ValueError),
         (lambda: Experts(8, 6, 4, resident_experts=[9]), "resident_experts", ValueError),
         (lambda: Experts(8, 6, 4, seed=1.5), "seed", TypeError),
-        (lambda: SharedExpert(8, 0), "expert_size", ValueError),
+        (lambda: SharedExpert(8, 0), "intermediate_size", ValueError),
         (lambda: SharedExpert(8, 6, activation="x"), "activation", ValueError),
         (lambda: SharedExpert(8.0, 6), "hidden_size", TypeError),
     ],

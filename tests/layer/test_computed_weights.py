@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"resident_experts": [0, 2, 5]},
-    "biased": {"bias": True, "router_bias": True, "shared_expert_size": 8},
+    "biased": {"bias": True, "router_bias": True, "shared_expert_intermediate_size": 8},
     "resident": {"resident_experts": [0, 2, 5], "router_scope": "resident"},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -197,7 +197,10 @@ def test_what_writes_into_computed_weights_refuses(change: str) -> None:
 
 @pytest.mark.parametrize("change", [*CHANGES, "router"])
 def test_meetings_refuse_computed_weights(change: str) -> None:
-    model, placement = nn.Sequential(make()), Placement.cyclic(1, 6, 1, 1)
+    model, placement = (
+        nn.Sequential(make()),
+        Placement.cyclic(num_sites=1, num_experts=6, num_layers=1, replication=1),
+    )
     check_model(model, placement, 0)
     if change == "router":
         parametrize.register_parametrization(model[0].router, "weight", Twice())
@@ -243,8 +246,16 @@ def test_adapters_on_experts_and_routers_of_a_converted_model() -> None:
         torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-6)
     layer = next(module for module in model.modules() if isinstance(module, MoELayer))
     with pytest.raises(ValueError, match=r"\.(experts|router) must be as MoELayer has made it"):
-        check_model(nn.Sequential(layer), Placement.cyclic(1, 8, 1, 1), 0)
+        check_model(
+            nn.Sequential(layer),
+            Placement.cyclic(num_sites=1, num_experts=8, num_layers=1, replication=1),
+            0,
+        )
     merged = model.merge_and_unload()
     found = merged(input_ids=hf_text(), labels=hf_text()).loss
     torch.testing.assert_close(found, wanted)
-    check_model(nn.Sequential(layer), Placement.cyclic(1, 8, 1, 1), 0)
+    check_model(
+        nn.Sequential(layer),
+        Placement.cyclic(num_sites=1, num_experts=8, num_layers=1, replication=1),
+        0,
+    )

@@ -252,7 +252,9 @@ def test_data_parallel_with_experts_without_tokens() -> None:
 
 def nothing_chosen(site: int, num_sites: int) -> dict[str, Tensor]:
     """Process 0 gets tokens of which every slot is skipped."""
-    layer = layer_of("skipping", shared_expert_size=0, z_loss_coef=0.0, balance="none", top_k=1)
+    layer = layer_of(
+        "skipping", shared_expert_intermediate_size=0, z_loss_coef=0.0, balance="none", top_k=1
+    )
     layer.router.selection_bias.fill_(0)
     layer.router.selection_bias[5 if site == 0 else 2] = 100.0
     wrapped = DistributedDataParallel(layer, broadcast_buffers=False)
@@ -264,7 +266,9 @@ def nothing_chosen(site: int, num_sites: int) -> dict[str, Tensor]:
 
 def test_data_parallel_where_one_process_skips_everything() -> None:
     answers = pool().run(PROCESSES, nothing_chosen)
-    layer = layer_of("skipping", shared_expert_size=0, z_loss_coef=0.0, balance="none", top_k=1)
+    layer = layer_of(
+        "skipping", shared_expert_intermediate_size=0, z_loss_coef=0.0, balance="none", top_k=1
+    )
     layer.router.selection_bias.fill_(0)
     layer.router.selection_bias[2] = 100.0
     (layer(tokens(20, 24, seed=1)).square().mean() / 2).backward()

@@ -49,9 +49,9 @@ def test_forward_and_backward_match_fp64(
 @pytest.mark.parametrize(
     "options",
     [
-        {"shared_expert_size": 28},
-        {"shared_expert_size": 28, "activation": "relu2", "dtype": torch.bfloat16},
-        {"shared_expert_size": 12, "activation": "geglu", "resident_experts": []},
+        {"shared_expert_intermediate_size": 28},
+        {"shared_expert_intermediate_size": 28, "activation": "relu2", "dtype": torch.bfloat16},
+        {"shared_expert_intermediate_size": 12, "activation": "geglu", "resident_experts": []},
         {"renormalize": True, "scale": 2.5},
         {"renormalize": True, "scoring": "softmax", "resident_experts": [1, 2]},
         {"top_k": 6},
@@ -193,7 +193,7 @@ def test_initial_bits_depend_on_no_process_nor_vector_unit() -> None:
 
 
 def test_initial_weights_have_the_deviation_asked_for() -> None:
-    layer = make(hidden_size=256, expert_size=64, num_experts=8)
+    layer = make(hidden_size=256, intermediate_size=64, num_experts=8)
     for weight, fan_in in (
         (layer.router.weight, 256),
         (layer.experts.expand_weight, 256),
@@ -202,13 +202,13 @@ def test_initial_weights_have_the_deviation_asked_for() -> None:
         assert weight.mean().item() == pytest.approx(0, abs=5 / math.sqrt(weight.numel() * fan_in))
         assert weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.06)
     state = torch.get_rng_state()
-    make(shared_expert_size=8)
+    make(shared_expert_intermediate_size=8)
     assert torch.equal(state, torch.get_rng_state())  # nobody else's random numbers are used up
 
 
 def test_replication_one_allocates_one_share_of_the_expert_bytes() -> None:
     """Counted where memory is handed out, so that building all and slicing would show."""
-    sizes = {"hidden_size": 64, "expert_size": 96, "num_experts": 16, "top_k": 2}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_experts": 16, "top_k": 2}
 
     def allocated(residents: list[int] | None) -> tuple[int, int]:
         with torch.profiler.profile(profile_memory=True) as profile:
@@ -266,7 +266,7 @@ def test_set_resident_experts_moves_rows_in_place() -> None:
 
 
 def test_autocast_computes_in_the_lower_precision() -> None:
-    layer = make(shared_expert_size=16, resident_experts=[0, 1, 4])
+    layer = make(shared_expert_intermediate_size=16, resident_experts=[0, 1, 4])
     x = tokens(30, 24).requires_grad_()
     exact = layer(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -285,7 +285,7 @@ def test_compiles_without_graph_breaks(router_scope: str) -> None:
     layer = make(
         resident_experts=[0, 2, 3],
         router_scope=router_scope,
-        shared_expert_size=16,
+        shared_expert_intermediate_size=16,
         balance="switch",
         z_loss_coef=0.1,
     )
@@ -314,7 +314,7 @@ def test_compiled_layer_counts_load_for_bias_balancing() -> None:
 
 
 def test_activation_checkpointing_gives_the_same_gradients() -> None:
-    plain = make(balance="entropy", shared_expert_size=8)
+    plain = make(balance="entropy", shared_expert_intermediate_size=8)
     kept = copy.deepcopy(plain)
     x, again = tokens(21, 24).requires_grad_(), tokens(21, 24).requires_grad_()
     (plain(x).square().sum() + plain.aux_loss).backward()
@@ -348,7 +348,7 @@ def test_copies_after_a_pass_behave_the_same(way: str) -> None:
 
 
 def test_state_dict_round_trip() -> None:
-    layer = make(shared_expert_size=8, resident_experts=[1, 2], balance="bias")
+    layer = make(shared_expert_intermediate_size=8, resident_experts=[1, 2], balance="bias")
     layer.router.selection_bias.copy_(tokens(6))
     state = layer.state_dict()
     assert sorted(state) == [
@@ -360,17 +360,17 @@ def test_state_dict_round_trip() -> None:
         "shared_expert.contract.weight",
         "shared_expert.expand.weight",
     ]
-    other = make(shared_expert_size=8, resident_experts=[1, 2], seed=1)
+    other = make(shared_expert_intermediate_size=8, resident_experts=[1, 2], seed=1)
     other.load_state_dict(state)
     x = tokens(8, 24)
     torch.testing.assert_close(other(x), layer(x), rtol=0, atol=0)
     with pytest.raises(RuntimeError, match=r"expand_weight.*\[2, 40, 24\]"):
-        make(shared_expert_size=8, resident_experts=[1, 2, 3]).load_state_dict(state)
+        make(shared_expert_intermediate_size=8, resident_experts=[1, 2, 3]).load_state_dict(state)
 
 
 def test_meta_device_then_memory() -> None:
     options: dict[str, Any] = {
-        "shared_expert_size": 8,
+        "shared_expert_intermediate_size": 8,
         "resident_experts": [1, 2],
         "router_scope": "resident",
     }

@@ -51,19 +51,19 @@ CASES: dict[str, tuple[tuple[int, ...], Options]] = {
     "half": (UNEVEN, {"resident_experts": HALF}),
     "half-by-router": (UNEVEN, {"resident_experts": HALF, "router_scope": "resident"}),
     "few-by-router": (UNEVEN, {"resident_experts": (1, 6), "router_scope": "resident"}),
-    "shared-expert": (UNEVEN, {"resident_experts": HALF, "shared_expert_size": 20}),
+    "shared-expert": (UNEVEN, {"resident_experts": HALF, "shared_expert_intermediate_size": 20}),
     "biases": (UNEVEN, {"resident_experts": HALF, "bias": True, "activation": "clamped_swiglu"}),
     "top-1": (UNEVEN, {"top_k": 1}),
     "top-1-half": (UNEVEN, {"top_k": 1, "resident_experts": HALF}),
-    "idle-rank": (IDLE, {"shared_expert_size": 20}),
+    "idle-rank": (IDLE, {"shared_expert_intermediate_size": 20}),
     "no-tokens": ((0, 0), {}),
-    "nothing-resident": (EVEN, {"resident_experts": (), "shared_expert_size": 20}),
+    "nothing-resident": (EVEN, {"resident_experts": (), "shared_expert_intermediate_size": 20}),
     "odd-number": (UNEVEN, {"resident_experts": (0, 1, 2, 4, 6)}),
     "one-expert": (UNEVEN, {"resident_experts": (5,)}),
     "unchosen": ((1, 1), {"top_k": 1}),
-    "bf16": (UNEVEN, {"dtype": torch.bfloat16, "shared_expert_size": 20}),
+    "bf16": (UNEVEN, {"dtype": torch.bfloat16, "shared_expert_intermediate_size": 20}),
     "three": ((4, 0, 11), {"resident_experts": (0, 1, 2, 4), "bias": True}),
-    "four": ((5, 1, 0, 14), {"shared_expert_size": 20}),
+    "four": ((5, 1, 0, 14), {"shared_expert_intermediate_size": 20}),
     "four-half": ((5, 1, 0, 14), {"resident_experts": (2, 3, 4, 5, 7), "bias": True}),
     "four-one": ((5, 1, 0, 14), {"resident_experts": (2,), "router_scope": "resident"}),
     "four-bf16": ((5, 1, 8, 14), {"dtype": torch.bfloat16, "resident_experts": HALF}),
@@ -105,7 +105,7 @@ def test_sharded_layer_gives_the_same_bits_twice(case: str) -> None:
 
 def test_sharded_replicas_average_their_gradients() -> None:
     sizes = (5, 1, 0, 14)
-    options = {"num_experts": 7, "top_k": 3, "bias": True, "shared_expert_size": 20}
+    options = {"num_experts": 7, "top_k": 3, "bias": True, "shared_expert_intermediate_size": 20}
     answers = pool().run(4, on_a_rank, sizes, options, (2, 2))
     assert [answer["rank"] for answer in answers] == [0, 1, 0, 1]
     assert answers[0]["experts"] == answers[2]["experts"] == (0, 1, 2, 3)
@@ -277,7 +277,10 @@ def in_other_ways(rank: int, ranks: int) -> dict[str, tuple[Tensor, dict[str, Te
     experts = {"num_experts": 7}
 
     def model() -> nn.Sequential:
-        layers = [make(mesh=mesh, shared_expert_size=8, layer_index=i, **experts) for i in range(2)]
+        layers = [
+            make(mesh=mesh, shared_expert_intermediate_size=8, layer_index=i, **experts)
+            for i in range(2)
+        ]
         return nn.Sequential(*layers)
 
     def checkpointed(inner: nn.Module, x: Tensor) -> Tensor:
@@ -317,7 +320,7 @@ def under_autocast(rank: int, ranks: int) -> list[list[Tensor]]:
     """With a mesh and without on the same tokens: y and the gradients of x and of the router."""
     found = []
     for more in ({"mesh": mesh_of(ranks)}, {}):
-        layer = make(shared_expert_size=8, **more)
+        layer = make(shared_expert_intermediate_size=8, **more)
         x = tokens(6 + rank, HIDDEN, seed=rank).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
             y = layer(x)

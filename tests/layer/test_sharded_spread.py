@@ -251,7 +251,11 @@ TWO, FOUR = (3, 17), (5, 1, 0, 14)
 CASES: dict[str, tuple[tuple[int, ...], Groups, Options]] = {
     "mixed": (TWO, ((1, 2, 5, 6), (0, 3, 4, 7)), {}),
     "reversed": (TWO, ((4, 5, 6, 7), (0, 1, 2, 3)), {"bias": True}),
-    "half": (TWO, ((3, 7), (0, 2)), {"resident_experts": HALF, "shared_expert_size": 20}),
+    "half": (
+        TWO,
+        ((3, 7), (0, 2)),
+        {"resident_experts": HALF, "shared_expert_intermediate_size": 20},
+    ),
     "uneven": (TWO, ((2,), (0, 3, 7)), {"resident_experts": HALF}),
     "empty-first": (TWO, ((), HALF), {"resident_experts": HALF}),
     "empty-last": (TWO, (HALF, ()), {"resident_experts": HALF}),
@@ -259,7 +263,7 @@ CASES: dict[str, tuple[tuple[int, ...], Groups, Options]] = {
     "idle-rank": ((0, 9), ((0, 6), (1, 2, 3, 4, 5, 7)), {"top_k": 2}),
     "no-tokens": ((0, 0), ((0, 2, 4, 6), (1, 3, 5, 7)), {}),
     "bf16": (TWO, ((0, 3, 4, 7), (1, 2, 5, 6)), {"dtype": torch.bfloat16}),
-    "four": (FOUR, ((0, 7), (1, 6), (2, 5), (3, 4)), {"shared_expert_size": 20}),
+    "four": (FOUR, ((0, 7), (1, 6), (2, 5), (3, 4)), {"shared_expert_intermediate_size": 20}),
     "four-uneven": (FOUR, ((6,), (0, 1, 4, 5), (), (2, 3, 7)), {"bias": True}),
     "four-pairs": (FOUR, ((0, 5), (2, 7), (3,), (1, 4, 6)), {}),
     "four-empty": (FOUR, ((), (3, 7), (), (0, 2)), {"resident_experts": HALF}),

@@ -39,7 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "top-6": {"top_k": 6},
     "one-resident": {"resident_experts": (2,), "scoring": "softmax"},
     "groups": {"num_groups": 3, "groups_kept": 2, "resident_experts": (0, 1, 3)},
-    "shared": {"shared_expert_size": 12},
+    "shared": {"shared_expert_intermediate_size": 12},
     "bf16": {"dtype": torch.bfloat16},
 }
 
@@ -173,7 +173,7 @@ def test_weights_near_zero_stay_finite() -> None:
 
 def test_compiled_once_for_any_number_of_tokens() -> None:
     torch._dynamo.reset()
-    options = {"balance": "bias", "z_loss_coef": 0.1, "shared_expert_size": 8}
+    options = {"balance": "bias", "z_loss_coef": 0.1, "shared_expert_intermediate_size": 8}
     eager, traced = rescaling(**options), rescaling(**options)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(traced, fullgraph=True, backend=counter)
@@ -239,7 +239,7 @@ def test_the_option_is_checked_and_shown() -> None:
     assert "skipped_mass=rescale" in repr(rescaling())
     assert make().skipped_mass == "drop" and "skipped_mass" not in repr(make())
     check_against_dense(make(resident_experts=HALF, skipped_mass="drop"), tokens(20, 24))
-    everywhere = Placement.cyclic(2, 16, 4, 2)
+    everywhere = Placement.cyclic(num_sites=2, num_experts=16, num_layers=4, replication=2)
     model = LanguageModel(parse_args(["--skipped-mass=rescale"]).model, everywhere)
     assert {layer.skipped_mass for layer in model.moe_layers()} == {"rescale"}
 

@@ -35,7 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "global": RESIDENT,
     "resident": RESIDENT | {"router_scope": "resident"},
     "stale": RESIDENT | {"stale_experts": [1, 4]},
-    "rescale": RESIDENT | {"skipped_mass": "rescale", "shared_expert_size": 8},
+    "rescale": RESIDENT | {"skipped_mass": "rescale", "shared_expert_intermediate_size": 8},
     "all": {"bias": True, "balance": "bias"},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -136,7 +136,7 @@ def test_to_empty_loses_no_table(kind: str, place: str) -> None:
 
 
 def test_skip_init() -> None:
-    options = {"hidden_size": 24, "expert_size": 20, "num_experts": 6, "top_k": 3} | RESIDENT
+    options = {"hidden_size": 24, "intermediate_size": 20, "num_experts": 6, "top_k": 3} | RESIDENT
     layer = nn.utils.skip_init(MoELayer, **options, device="cpu")
     wanted = MoELayer(**options)
     layer.load_state_dict(copy.deepcopy(wanted.state_dict()))

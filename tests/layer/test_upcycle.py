@@ -157,7 +157,9 @@ def test_sites_that_skip_add_up_to_the_mlp() -> None:
 
 def test_a_shared_expert_adds_its_own_output() -> None:
     mlp, x = built("llama"), tokens(40)
-    layer = MoELayer.from_dense(mlp, 6, top_k=3, seed=7, shared_expert_size=8, layer_index=2)
+    layer = MoELayer.from_dense(
+        mlp, 6, top_k=3, seed=7, shared_expert_intermediate_size=8, layer_index=2
+    )
     shared = SharedExpert(WIDTH, 8, seed=7, layer_index=2)
     assert relative_error(layer(x), mlp(x) + shared(x)) < 1e-5
 
@@ -168,7 +170,7 @@ def test_all_but_the_experts_is_as_in_any_layer() -> None:
         "layer_index": 3,
         "resident_experts": [2, 4],
         "router_scope": "resident",
-        "shared_expert_size": 12,
+        "shared_expert_intermediate_size": 12,
         "balance": "bias",
     }
     made = MoELayer.from_dense(built("llama"), 6, top_k=2, **options)

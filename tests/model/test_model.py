@@ -96,7 +96,11 @@ def reference_logits(model: LanguageModel, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_against_fp64(norm: str, resident: bool) -> None:
     config = small(norm=norm, depth_multiplier=0.7, rope_base=100.0)
-    placement = Placement.cyclic(4, 8, 2, 2) if resident else None
+    placement = (
+        Placement.cyclic(num_sites=4, num_experts=8, num_layers=2, replication=2)
+        if resident
+        else None
+    )
     model = LanguageModel(config, placement, site=1, seed=5)
     with torch.no_grad():  # gains of 1 would hide a norm that is left out
         for name, p in model.named_parameters():
@@ -129,7 +133,12 @@ def test_rotary_positions_are_relative() -> None:
 @pytest.mark.parametrize("scope", ["global", "resident"])
 def test_a_later_token_changes_no_earlier_logit(scope: str) -> None:
     config = small(router_scope=scope)
-    model = LanguageModel(config, Placement.cyclic(4, 8, 2, 2), site=2, seed=1)
+    model = LanguageModel(
+        config,
+        Placement.cyclic(num_sites=4, num_experts=8, num_layers=2, replication=2),
+        site=2,
+        seed=1,
+    )
     ids = tokens(2, 19)
     before = model(ids)
     for place in (1, 7, 18):
@@ -166,7 +175,12 @@ def test_embeddings_are_tied() -> None:
 
 def test_skipped_tokens_get_exactly_nothing_from_the_moe() -> None:
     """A norm with a bias, or one that divides by zero, would turn a skipped token into noise."""
-    model = LanguageModel(small(top_k=1), Placement.cyclic(4, 8, 2, 1), site=1, seed=3)
+    model = LanguageModel(
+        small(top_k=1),
+        Placement.cyclic(num_sites=4, num_experts=8, num_layers=2, replication=1),
+        site=1,
+        seed=3,
+    )
     block = model.blocks[0]
     x = torch.randn(4, 19, 24, generator=torch.Generator().manual_seed(0))
     y = x + block.attention_out(block.attention(block.attention_in(x), model.rope))
@@ -184,12 +198,14 @@ def test_skipped_tokens_get_exactly_nothing_from_the_moe() -> None:
 @pytest.mark.parametrize("replication", [1, 2, 4])
 @pytest.mark.parametrize("shared", [0, 12])
 def test_initial_bits_do_not_depend_on_the_placement(replication: int, shared: int) -> None:
-    config = small(shared_expert_size=shared)
+    config = small(shared_expert_intermediate_size=shared)
     full = LanguageModel(config, seed=9)
     whole = dict(full.named_parameters())
     for placement in (
-        Placement.cyclic(4, 8, 2, replication),
-        Placement.random(4, 8, 2, replication, seed=1, epoch=3),
+        Placement.cyclic(num_sites=4, num_experts=8, num_layers=2, replication=replication),
+        Placement.random(
+            num_sites=4, num_experts=8, num_layers=2, replication=replication, seed=1, epoch=3
+        ),
     ):
         for site in range(4):
             torch.manual_seed(site)  # the global generator must play no part
@@ -217,7 +233,7 @@ def test_no_two_weights_start_alike_and_the_seed_counts() -> None:
 
 
 def test_initial_scale() -> None:
-    model = LanguageModel(small(hidden_size=96, expert_size=64, vocab_size=300), seed=0)
+    model = LanguageModel(small(hidden_size=96, intermediate_size=64, vocab_size=300), seed=0)
     for name, p in model.named_parameters():
         if p.dim() > 1:
             assert p.std().item() == pytest.approx(p.shape[-1] ** -0.5, rel=0.05), name
@@ -231,7 +247,9 @@ def test_initial_scale() -> None:
 @pytest.mark.parametrize(("sites", "replication"), [(4, 1), (4, 2), (4, 3), (2, 1), (4, 4)])
 def test_only_resident_experts_are_allocated(sites: int, replication: int) -> None:
     full = parameter_kinds(LanguageModel(SMALL))
-    placement = Placement.cyclic(sites, 8, 2, replication)
+    placement = Placement.cyclic(
+        num_sites=sites, num_experts=8, num_layers=2, replication=replication
+    )
     for site in range(sites):
         model = LanguageModel(SMALL, placement, site)
         kinds = parameter_kinds(model)
@@ -256,9 +274,9 @@ def test_only_resident_experts_are_allocated(sites: int, replication: int) -> No
     "config",
     [
         SMALL,
-        small(activation="silu", shared_expert_size=12),
-        small(activation="geglu", shared_expert_size=5, num_experts=5),
-        small(activation="clamped_swiglu", shared_expert_size=5, expert_bias=True),
+        small(activation="silu", shared_expert_intermediate_size=12),
+        small(activation="geglu", shared_expert_intermediate_size=5, num_experts=5),
+        small(activation="clamped_swiglu", shared_expert_intermediate_size=5, expert_bias=True),
         PRESETS["tiny"][0],
     ],
     ids=["small", "plain", "shared", "biases", "tiny"],
@@ -275,8 +293,13 @@ def test_counted_parameters_are_the_built_ones(config: ModelConfig) -> None:
 def test_paper_presets_build_on_the_meta_device(name: str, total: float) -> None:
     """What torch would allocate; the paper says about 54 and 153 million and 1.8 billion."""
     config = PRESETS[name][0]
-    model = LanguageModel(config, Placement.cyclic(4, config.num_experts, config.num_layers, 2), 3,
-                          device="meta")  # fmt: skip
+    placement = Placement.cyclic(
+        num_sites=4,
+        num_experts=config.num_experts,
+        num_layers=config.num_layers,
+        replication=2,
+    )
+    model = LanguageModel(config, placement, 3, device="meta")
     assert all(p.is_meta for p in model.parameters())
     counts = count_parameters(config)
     held = sum(p.numel() for p in model.parameters())
@@ -291,8 +314,8 @@ def test_paper_presets_build_on_the_meta_device(name: str, total: float) -> None
 @pytest.mark.parametrize("balance", ["none", "entropy", "switch"])
 @pytest.mark.parametrize("scope", ["global", "resident"])
 def test_gradients_reach_every_resident_parameter(scope: str, balance: str, shared: int) -> None:
-    config = small(router_scope=scope, balance=balance, shared_expert_size=shared)
-    placement = Placement.cyclic(4, 8, 2, 2)
+    config = small(router_scope=scope, balance=balance, shared_expert_intermediate_size=shared)
+    placement = Placement.cyclic(num_sites=4, num_experts=8, num_layers=2, replication=2)
     model = LanguageModel(config, placement, site=3, seed=2)
     loss = model.loss(tokens(16, 20))
     assert loss.cross_entropy.shape == loss.aux_loss.shape == ()
@@ -324,7 +347,7 @@ def test_auxiliary_losses_are_summed_over_the_layers() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_learns_a_short_text_by_heart(dtype: torch.dtype) -> None:
-    model = LanguageModel(small(hidden_size=48, expert_size=32), seed=0)
+    model = LanguageModel(small(hidden_size=48, intermediate_size=32), seed=0)
     text = tokens(2, 20, seed=3)
     optimizer = torch.optim.AdamW(optimizer_groups(model, 0.1), lr=1e-2)
     for _ in range(60):
@@ -339,14 +362,16 @@ def test_it_learns_a_short_text_by_heart(dtype: torch.dtype) -> None:
 def test_same_input_twice_gives_the_same_bits() -> None:
     results = []
     for _ in range(2):
-        model = LanguageModel(SMALL, Placement.cyclic(2, 8, 2, 1), seed=4)
+        model = LanguageModel(
+            SMALL, Placement.cyclic(num_sites=2, num_experts=8, num_layers=2, replication=1), seed=4
+        )
         model.loss(tokens(5, 20)).total.backward()
         results.append([bits(p.grad) for p in model.parameters()])
     assert results[0] == results[1]
 
 
 def test_optimizer_groups() -> None:
-    model = LanguageModel(small(shared_expert_size=12, expert_bias=True))
+    model = LanguageModel(small(shared_expert_intermediate_size=12, expert_bias=True))
     decayed, plain = optimizer_groups(model, 0.1)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     ids = [id(p) for group in (decayed, plain) for p in group["params"]]
@@ -362,7 +387,7 @@ def test_optimizer_groups() -> None:
 
 
 def test_copies_and_state_dicts() -> None:
-    placement = Placement.cyclic(4, 8, 2, 2)
+    placement = Placement.cyclic(num_sites=4, num_experts=8, num_layers=2, replication=2)
     model = LanguageModel(SMALL, placement, 1, seed=1)
     ids = tokens(2, 10)
     wanted = model(ids)
@@ -427,10 +452,26 @@ def test_nan_weights_are_reported_not_trained_on() -> None:
 @pytest.mark.parametrize(
     ("placement", "site", "words"),
     [
-        (Placement.cyclic(4, 8, 3, 2), 0, "3 layers of 8 experts, the model has 2 of 8"),
-        (Placement.cyclic(4, 16, 2, 2), 0, "2 layers of 16 experts, the model has 2 of 8"),
-        (Placement.cyclic(4, 8, 2, 2), 4, r"site must be in \[0, 4\), got 4"),
-        (Placement.cyclic(4, 8, 2, 2), -1, r"site must be in \[0, 4\), got -1"),
+        (
+            Placement.cyclic(num_sites=4, num_experts=8, num_layers=3, replication=2),
+            0,
+            "3 layers of 8 experts, the model has 2 of 8",
+        ),
+        (
+            Placement.cyclic(num_sites=4, num_experts=16, num_layers=2, replication=2),
+            0,
+            "2 layers of 16 experts, the model has 2 of 8",
+        ),
+        (
+            Placement.cyclic(num_sites=4, num_experts=8, num_layers=2, replication=2),
+            4,
+            r"site must be in \[0, 4\), got 4",
+        ),
+        (
+            Placement.cyclic(num_sites=4, num_experts=8, num_layers=2, replication=2),
+            -1,
+            r"site must be in \[0, 4\), got -1",
+        ),
     ],
 )
 def test_bad_placements(placement: Placement, site: int, words: str) -> None:

@@ -122,7 +122,7 @@ def test_one_argument_on_a_gpu_is_refused(name: str) -> None:
 
 LAYERS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "biased": {"bias": True, "router_bias": True, "shared_expert_size": 8},
+    "biased": {"bias": True, "router_bias": True, "shared_expert_intermediate_size": 8},
     "resident": {"resident_experts": [0, 2, 5], "router_scope": "resident"},
     "stale": {"resident_experts": [0, 2, 5], "stale_experts": [1]},
 }
@@ -145,7 +145,7 @@ def test_one_parameter_on_meta_is_refused(kind: str) -> None:
 
 
 def test_parts_alone_refuse_parameters_on_meta() -> None:
-    layer, x = make(shared_expert_size=8), tokens(5, 24)
+    layer, x = make(shared_expert_intermediate_size=8), tokens(5, 24)
     weights, experts = layer.router(x)
     layer.router.weight = nn.Parameter(layer.router.weight.to("meta"))
     with pytest.raises(ValueError, match=r"^weight: is on meta, wanted cpu as x"):
@@ -160,7 +160,7 @@ def test_parts_alone_refuse_parameters_on_meta() -> None:
 
 
 def test_a_layer_of_the_meta_device_runs_there() -> None:
-    layer = make(device="meta", shared_expert_size=8, balance="switch")
+    layer = make(device="meta", shared_expert_intermediate_size=8, balance="switch")
     y = layer(torch.empty(2, 5, 24, device="meta"))
     assert y.is_meta and y.shape == (2, 5, 24)
     with pytest.raises(ValueError, match=r"^\S+ must be on the device of x, cpu"):

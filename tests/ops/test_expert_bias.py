@@ -379,7 +379,7 @@ def test_layer_matches_fp64(
         activation=activation,
         router_scope=router_scope,
         resident_experts=[0, 3, 4, 5],
-        shared_expert_size=shared,
+        shared_expert_intermediate_size=shared,
         dtype=dtype,
     )
     small_layer.check_against_dense(layer, small_layer.tokens(3, 17, 24, dtype=dtype))

@@ -76,7 +76,17 @@ def rows_of(model: SmallModel, inner: torch.optim.Optimizer) -> dict[Any, dict[s
 
 
 def moved(site: int, num_sites: int, kind: str) -> Any:
-    old, new = (Placement.random(num_sites, EXPERTS, LAYERS, 1, seed=0, epoch=e) for e in (0, 1))
+    old, new = (
+        Placement.random(
+            num_sites=num_sites,
+            num_experts=EXPERTS,
+            num_layers=LAYERS,
+            replication=1,
+            seed=0,
+            epoch=e,
+        )
+        for e in (0, 1)
+    )
     model = SmallModel(old, site)
     experts = [p for layer in model.layers for p in layer.experts.parameters()]
     inner = KNOWN[kind](experts)
@@ -140,7 +150,17 @@ REFUSED: list[tuple[Make, str]] = [
 
 
 def refused(site: int, num_sites: int, which: int, at: int) -> tuple[str, str, bool]:
-    old, new = (Placement.random(num_sites, EXPERTS, LAYERS, 1, seed=0, epoch=e) for e in (0, 1))
+    old, new = (
+        Placement.random(
+            num_sites=num_sites,
+            num_experts=EXPERTS,
+            num_layers=LAYERS,
+            replication=1,
+            seed=0,
+            epoch=e,
+        )
+        for e in (0, 1)
+    )
     model = SmallModel(old, site)
     experts = [p for layer in model.layers for p in layer.experts.parameters()]
     make = REFUSED[which][0] if site == at or at < 0 else KNOWN["AdamW"]
@@ -169,7 +189,9 @@ def test_all_sites_hear_of_what_one_does_not_understand() -> None:
 
 
 def stepped_by_another(site: int, num_sites: int, optimizer: str) -> str:
-    placement = Placement.cyclic(num_sites, EXPERTS, LAYERS, 1)
+    placement = Placement.cyclic(
+        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=1
+    )
     model = SmallModel(placement, site)
     inner = torch.optim.AdamW(model.parameters())
     sync = OuterSync(model, placement, site, inner_optimizer=inner, optimizer=optimizer)
@@ -178,7 +200,11 @@ def stepped_by_another(site: int, num_sites: int, optimizer: str) -> str:
         one.step()
     with pytest.raises((ValueError, MeetingError)) as caught:
         sync.step()
-        sync.reshuffle(Placement.random(num_sites, EXPERTS, LAYERS, 1, seed=1))
+        sync.reshuffle(
+            Placement.random(
+                num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=1, seed=1
+            )
+        )
     return str(caught.value)
 
 
@@ -202,7 +228,7 @@ def test_columns_of_a_matrix_are_of_all_its_rows() -> None:
 
 
 def test_state_that_cannot_travel_is_refused() -> None:
-    placement = Placement.cyclic(1, EXPERTS, LAYERS, 1)
+    placement = Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS, replication=1)
     model = SmallModel(placement, 0)
     inner = torch.optim.Adafactor(model.parameters())
     sync = OuterSync(model, placement, 0, inner_optimizer=inner)

@@ -19,7 +19,9 @@ from fomoe_ext.placement import Placement, wire
 
 
 def make(site: int, num_sites: int, replication: int = 2, **options: Any) -> OuterSync:
-    placement = Placement.cyclic(num_sites, EXPERTS, LAYERS, replication)
+    placement = Placement.cyclic(
+        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=replication
+    )
     model = SmallModel(placement, site)
     return OuterSync(model, placement, site, **{"timeout_s": 20, **options})
 
@@ -173,7 +175,9 @@ def out_of_step(site: int, num_sites: int) -> tuple[str, str, int]:
     sync.round = 1
     placement = sync.placement
     if site == 0:
-        sync.layout.placement = Placement.random(num_sites, EXPERTS, LAYERS, 2, seed=7)
+        sync.layout.placement = Placement.random(
+            num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=2, seed=7
+        )
     placements = refused(sync.step)
     sync.layout.placement = placement
     unchanged = all(bits(v) == bits(before[key]) for key, v in pieces(sync.model).items())

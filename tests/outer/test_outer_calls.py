@@ -28,7 +28,12 @@ HOOKS = sys.modules["torch.optim.optimizer"]._global_optimizer_post_hooks
 
 
 def place(num_sites: int, replication: int = 2) -> Placement:
-    return Placement.cyclic(num_sites, EXPERTS, LAYERS, min(replication, num_sites))
+    return Placement.cyclic(
+        num_sites=num_sites,
+        num_experts=EXPERTS,
+        num_layers=LAYERS,
+        replication=min(replication, num_sites),
+    )
 
 
 def made(site: int, num_sites: int, **options: Any) -> tuple[SmallModel, Any, OuterSync]:

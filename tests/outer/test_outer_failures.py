@@ -45,7 +45,15 @@ def one_round(
 def resume(site: int, num_sites: int, optimizer: str, scope: str) -> tuple[Any, Any, Any, Any]:
     """Three rounds and a reshuffle in one go, and again from a state stored in the middle."""
     placements = [
-        Placement.random(num_sites, EXPERTS, LAYERS, 2, seed=0, epoch=epoch) for epoch in range(2)
+        Placement.random(
+            num_sites=num_sites,
+            num_experts=EXPERTS,
+            num_layers=LAYERS,
+            replication=2,
+            seed=0,
+            epoch=epoch,
+        )
+        for epoch in range(2)
     ]
     model, inner, sync = make(placements[0], site, optimizer, scope)
     one_round(model, inner, sync, site, 0)
@@ -85,12 +93,14 @@ def test_resuming_is_bit_exact(optimizer: str) -> None:
 
 
 def test_state_of_another_job_is_refused() -> None:
-    placement = Placement.cyclic(1, EXPERTS, LAYERS, 1)
+    placement = Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS, replication=1)
     model, _, sync = make(placement, 0, "diloco")
     good = copy.deepcopy(sync.state_dict())
     without = OuterSync(model, placement, 0, outer_momentum=0.0)
     fedavg = OuterSync(model, placement, 0, optimizer="fedavg")
-    elsewhere = Placement.cyclic(1, EXPERTS, LAYERS + 1, 1).to_dict()
+    elsewhere = Placement.cyclic(
+        num_sites=1, num_experts=EXPERTS, num_layers=LAYERS + 1, replication=1
+    ).to_dict()
     small = good | {"anchor": {"0": torch.zeros(3)}}
     for target, state, message in (
         (sync, {}, "state must be as OuterSync.state_dict makes it"),
@@ -106,7 +116,11 @@ def test_state_of_another_job_is_refused() -> None:
 
 
 def test_anchor_undoes_local_steps() -> None:
-    model, inner, sync = make(Placement.cyclic(1, EXPERTS, LAYERS, 1), 0, "diloco")
+    model, inner, sync = make(
+        Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS, replication=1),
+        0,
+        "diloco",
+    )
     one_round(model, inner, sync, 0, 0)
     agreed = pieces(model)
     give_gradients(model, 0, 9)
@@ -118,7 +132,7 @@ def test_anchor_undoes_local_steps() -> None:
 
 def test_bf16_parameters_without_learning_stay(site: int = 0) -> None:
     """The anchor keeps what bf16 cannot: no local step means no delta, whatever was rounded."""
-    placement = Placement.cyclic(1, EXPERTS, LAYERS, 1)
+    placement = Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS, replication=1)
     model = SmallModel(placement, 0).bfloat16()
     sync = OuterSync(model, placement, 0, outer_lr=0.3)
     give_gradients(model, 0, 0)
@@ -133,7 +147,7 @@ def test_bf16_parameters_without_learning_stay(site: int = 0) -> None:
 
 # ---------------------------------------------------------------------------------- bad arguments
 
-SINGLE = Placement.cyclic(1, EXPERTS, LAYERS, 1)
+SINGLE = Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS, replication=1)
 ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"optimizer": "adam"}, ValueError, "optimizer must be one of diloco, fedavg, .*'adam'"),
     ({"codec": "zip"}, ValueError, "codec must be one of fp32, bf16, int8, .*, got 'zip'"),
@@ -151,12 +165,20 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"site": 1}, ValueError, r"site must be in \[0, 1\), got 1"),
     ({"optimizer": "local-adamw"}, ValueError, "needs inner_optimizer to be torch.optim.AdamW"),
     (
-        {"placement": Placement.cyclic(1, EXPERTS, LAYERS + 1, 1)},
+        {
+            "placement": Placement.cyclic(
+                num_sites=1, num_experts=EXPERTS, num_layers=LAYERS + 1, replication=1
+            )
+        },
         ValueError,
         f"as many layers as the model has MoE layers, {LAYERS}, got {LAYERS + 1}",
     ),
     (
-        {"placement": Placement.cyclic(1, EXPERTS + 1, LAYERS, 1)},
+        {
+            "placement": Placement.cyclic(
+                num_sites=1, num_experts=EXPERTS + 1, num_layers=LAYERS, replication=1
+            )
+        },
         ValueError,
         f"must have the {EXPERTS} experts of layers.0, got {EXPERTS + 1}",
     ),
@@ -173,7 +195,7 @@ def test_bad_arguments_are_refused(
 
 
 def test_bad_models_are_refused() -> None:
-    half = Placement.cyclic(2, EXPERTS, LAYERS, 1)
+    half = Placement.cyclic(num_sites=2, num_experts=EXPERTS, num_layers=LAYERS, replication=1)
     with pytest.raises(ValueError, match=r"layers\.0 must hold the placement's experts of site 0"):
         OuterSync(SmallModel(half, 0), SINGLE, 0)
     model = SmallModel(SINGLE, 0)
@@ -205,7 +227,9 @@ def test_methods_refuse_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="warmup_steps must be at least 0, got -1"):
         sync.reshuffle(SINGLE, warmup_steps=-1)
     with pytest.raises(ValueError, match="new must be of the same"):
-        sync.reshuffle(Placement.cyclic(1, EXPERTS, LAYERS + 1, 1))
+        sync.reshuffle(
+            Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS + 1, replication=1)
+        )
     model.layers[1].experts.contract_weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"frozen experts of layers\.1"):
         sync.reshuffle(SINGLE)
@@ -224,7 +248,9 @@ def refused(call: Any, *arguments: Any, **options: Any) -> str:
 
 
 def disagree(site: int, num_sites: int) -> list[str]:
-    placement = Placement.cyclic(num_sites, EXPERTS, LAYERS, 2)
+    placement = Placement.cyclic(
+        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=2
+    )
     model = SmallModel(placement, site)
     messages = [
         refused(OuterSync, model, placement, site, codec=("fp32", "bf16")[site == 2]),
@@ -248,7 +274,9 @@ def test_sites_that_disagree_are_told() -> None:
 
 
 def bad_values(site: int, num_sites: int) -> list[Any]:
-    placement = Placement.cyclic(num_sites, EXPERTS, LAYERS, 1)
+    placement = Placement.cyclic(
+        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=1
+    )
     result: list[Any] = []
     model, inner, sync = make(placement, site, "local-adamw")
     result.append(refused(sync.step))  # no moments yet
@@ -278,9 +306,13 @@ def bad_values(site: int, num_sites: int) -> list[Any]:
     if site == 1:
         model.scalar.grad.fill_(float("nan"))
     result.append(refused(sync.reduce_gradients))
-    other = Placement.cyclic(num_sites, EXPERTS, LAYERS, 1)
+    other = Placement.cyclic(
+        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=1
+    )
     if site == 1:
-        other = Placement.random(num_sites, EXPERTS, LAYERS, 1, seed=1)
+        other = Placement.random(
+            num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=1, seed=1
+        )
     result.append(refused(sync.reshuffle, other))
     return result
 
@@ -288,7 +320,9 @@ def bad_values(site: int, num_sites: int) -> list[Any]:
 def test_bad_values_are_named_before_anything_happens() -> None:
     for messages in pool().run(2, bad_values):
         assert "site 0: inner_optimizer has no moments of first" in messages[0]
-        expert = Placement.cyclic(2, EXPERTS, LAYERS, 1).resident(1, 1)[1]
+        expert = Placement.cyclic(
+            num_sites=2, num_experts=EXPERTS, num_layers=LAYERS, replication=1
+        ).resident(1, 1)[1]
         key = f"the value of layers.1.experts.{expert}.expand_weight"
         for message in messages[1:4]:
             assert message.startswith("nothing was sent or changed: site 1: " + key)

@@ -25,7 +25,9 @@ from fomoe_ext.placement import Placement
 
 
 def place(num_sites: int, replication: int = 2) -> Placement:
-    return Placement.cyclic(num_sites, EXPERTS, LAYERS, replication)
+    return Placement.cyclic(
+        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=replication
+    )
 
 
 def drift(site: int, num_sites: int, codec: str, feedback: bool, rounds: int) -> Any:
@@ -155,7 +157,15 @@ def test_means_are_weighted_and_rescaled(mode: str, rescale: bool) -> None:
 def moved_feedback(site: int, num_sites: int) -> Any:
     """Error feedback before and after a reshuffle, by piece."""
     placements = [
-        Placement.random(num_sites, EXPERTS, LAYERS, 2, seed=0, epoch=epoch) for epoch in range(2)
+        Placement.random(
+            num_sites=num_sites,
+            num_experts=EXPERTS,
+            num_layers=LAYERS,
+            replication=2,
+            seed=0,
+            epoch=epoch,
+        )
+        for epoch in range(2)
     ]
     model = SmallModel(placements[0], site)
     inner = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -28,7 +28,9 @@ class Model(SmallModel):
 
 
 def placement_of(num_sites: int) -> Placement:
-    return Placement.cyclic(num_sites, EXPERTS, LAYERS, min(2, num_sites))
+    return Placement.cyclic(
+        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=min(2, num_sites)
+    )
 
 
 def thaw(model: Model) -> None:
@@ -144,7 +146,9 @@ def changed(site: int, num_sites: int, at: int, change: Change, how: str) -> tup
         elif how == "ddp":
             sync.reduce_gradients()
         elif how == "reshuffle":
-            new = Placement.random(num_sites, EXPERTS, LAYERS, 2, seed=1)
+            new = Placement.random(
+                num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=2, seed=1
+            )
             sync.reshuffle(new)
         else:
             sync.step()

@@ -31,7 +31,9 @@ SCHEDULES = [(1, 0), (2, 0), (1, 1), (2, 1), (1, 3), (2, 3)]
 
 
 def place(num_sites: int) -> Placement:
-    return Placement.cyclic(num_sites, EXPERTS, LAYERS, min(2, num_sites))
+    return Placement.cyclic(
+        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=min(2, num_sites)
+    )
 
 
 def make(

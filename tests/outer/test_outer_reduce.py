@@ -40,7 +40,11 @@ def sum_everything(
 
 
 def owner_sets(num_sites: int, replication: int) -> set[tuple[int, ...]]:
-    return set(Placement.cyclic(num_sites, 12, 2, replication).owner_sets())
+    return set(
+        Placement.cyclic(
+            num_sites=num_sites, num_experts=12, num_layers=2, replication=replication
+        ).owner_sets()
+    )
 
 
 # Relative to the largest value of the group: half a step of the value, of the sum.

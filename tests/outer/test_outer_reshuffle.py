@@ -36,11 +36,18 @@ from fomoe_ext.outer.warmup import ArrivalWarmup
 from fomoe_ext.placement import Placement, wire
 from fomoe_ext.plan.traffic import job_placement, moved_bytes
 
-SINGLE = Placement.cyclic(1, EXPERTS, LAYERS, 1)
+SINGLE = Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS, replication=1)
 
 
 def drawn(num_sites: int, replication: int, epoch: int) -> Placement:
-    return Placement.random(num_sites, EXPERTS, LAYERS, replication, seed=3, epoch=epoch)
+    return Placement.random(
+        num_sites=num_sites,
+        num_experts=EXPERTS,
+        num_layers=LAYERS,
+        replication=replication,
+        seed=3,
+        epoch=epoch,
+    )
 
 
 def one_round(model: nn.Module, sync: OuterSync, site: int, index: int) -> None:
@@ -210,7 +217,9 @@ def train_experts(site: int, num_sites: int, moments: str | None) -> list[float]
     """Losses of the steps of 2 x 3 rounds in which experts alone learn; in the middle the sites
     swap experts and data. `moments` None: they go on as they are.
     """
-    placement = Placement.cyclic(num_sites, EXPERTS, LAYERS, 1)
+    placement = Placement.cyclic(
+        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=1
+    )
     model, stream, losses = SmallModel(placement, site), site, []
     experts = [p for layer in model.layers for p in layer.experts.parameters()]
     for parameter in model.parameters():
@@ -346,7 +355,7 @@ def test_learning_rate_rises_for_those_that_arrived() -> None:
 def test_warmup_is_a_smaller_learning_rate_and_ends() -> None:
     """AdamW with weight decay: the warmed rows are as with lr i / W, all others untouched."""
     steps = 4
-    placement = Placement.cyclic(1, EXPERTS, LAYERS, 1)
+    placement = Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS, replication=1)
     model, twin = SmallModel(placement, 0), SmallModel(placement, 0)
     options = {"lr": 0.02, "weight_decay": 0.3}
     inner = torch.optim.AdamW(model.parameters(), **options)

@@ -32,7 +32,9 @@ BUCKET_BYTES = 4 * 787  # several buckets, and none that ends with a piece
 
 
 def place(num_sites: int, replication: int) -> Placement:
-    return Placement.cyclic(num_sites, EXPERTS, LAYERS, replication)
+    return Placement.cyclic(
+        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=replication
+    )
 
 
 # ------------------------------------------------------------------------- equal to one process

@@ -32,7 +32,9 @@ SITES = 3
 
 
 def place(replication: int) -> Placement:
-    return Placement.cyclic(SITES, EXPERTS, LAYERS, replication)
+    return Placement.cyclic(
+        num_sites=SITES, num_experts=EXPERTS, num_layers=LAYERS, replication=replication
+    )
 
 
 def spoil(model: SmallModel, inner: torch.optim.Optimizer, how: str) -> None:

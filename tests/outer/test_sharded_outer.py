@@ -33,7 +33,9 @@ class Result(NamedTuple):
 
 
 def place(num_sites: int, replication: int) -> Placement:
-    return Placement.cyclic(num_sites, EXPERTS, LAYERS, replication)
+    return Placement.cyclic(
+        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=replication
+    )
 
 
 @torch.no_grad()
@@ -208,7 +210,11 @@ def bad_mesh(process: int, processes: int, what: str) -> str:
             model = SmallModel(placement, site, mesh=mesh)
             inner = torch.optim.SGD(model.parameters(), lr=0.1)
             sync = OuterSync(model, placement, site, mesh=mesh, inner_optimizer=inner, timeout_s=20)
-            sync.reshuffle(Placement.random(2, EXPERTS, LAYERS, 1, seed=1))
+            sync.reshuffle(
+                Placement.random(
+                    num_sites=2, num_experts=EXPERTS, num_layers=LAYERS, replication=1, seed=1
+                )
+            )
     except (ValueError, RuntimeError) as error:
         return str(error)
     return ""

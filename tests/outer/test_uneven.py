@@ -65,7 +65,9 @@ def test_pace_is_smoothed() -> None:
 def meet(
     site: int, num_sites: int, options: dict[str, Any], trained: tuple[float, ...], mean: str
 ) -> dict[str, Any]:
-    placement = Placement.cyclic(num_sites, EXPERTS, LAYERS, 2)
+    placement = Placement.cyclic(
+        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=2
+    )
     model = SmallModel(placement, site, balance="bias")
     inner = torch.optim.AdamW(model.parameters(), lr=0.01 * (site + 1))
     sync = OuterSync(model, placement, site, inner_optimizer=inner, site_mean=mean, **options)
@@ -103,7 +105,10 @@ def test_values_weigh_by_tokens(optimizer: str, trained: tuple[float, ...]) -> N
     has trained an expert."""
     lr = {"diloco": 0.7 * 1.9}.get(optimizer, 1.0)
     answers = pool().run(SITES, meet, {"optimizer": optimizer}, trained, "tokens")
-    placement, nothing = Placement.cyclic(SITES, EXPERTS, LAYERS, 2), 0
+    placement, nothing = (
+        Placement.cyclic(num_sites=SITES, num_experts=EXPERTS, num_layers=LAYERS, replication=2),
+        0,
+    )
     for key in sorted({key for a in answers for key in a["after"]}, key=repr):
         sites = contributors(key, placement)
         if not any(trained[s] for s in sites):
@@ -155,8 +160,15 @@ def test_weights_of_a_piece() -> None:
 
 
 def without_tokens(site: int, num_sites: int) -> list[str]:
-    model = SmallModel(Placement.cyclic(1, EXPERTS, LAYERS, 1), 0)
-    sync = OuterSync(model, Placement.cyclic(1, EXPERTS, LAYERS, 1), 0, site_mean="tokens")
+    model = SmallModel(
+        Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS, replication=1), 0
+    )
+    sync = OuterSync(
+        model,
+        Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS, replication=1),
+        0,
+        site_mean="tokens",
+    )
     messages = []
     for tokens in (None, -1.0, float("nan")):
         with pytest.raises(

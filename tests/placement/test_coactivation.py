@@ -80,7 +80,7 @@ def planted(layers: int, experts: int, size: int, seed: int) -> tuple[np.ndarray
 def test_planted_clusters_are_recovered(sites: int, experts: int, replication: int) -> None:
     size = experts * replication // sites
     counts, clusters = planted(5, experts, size, seed=sites)
-    placement = Placement.from_coactivation(counts, sites, replication)
+    placement = Placement.from_coactivation(counts, num_sites=sites, replication=replication)
     check_load(placement)
     for layer, wanted in enumerate(clusters):
         held = Counter(frozenset(placement.resident(layer, site)) for site in range(sites))
@@ -91,7 +91,7 @@ def test_planted_clusters_are_recovered(sites: int, experts: int, replication: i
 def test_planted_clusters_are_torn_apart(sites: int, experts: int) -> None:
     """Clusters of as many experts as there are sites: no site needs two of one."""
     counts, clusters = planted(5, experts, sites, seed=sites)
-    placement = Placement.from_coactivation(counts, sites, 1, together=False)
+    placement = Placement.from_coactivation(counts, num_sites=sites, replication=1, together=False)
     check_load(placement)
     for layer, wanted in enumerate(clusters):
         for site in range(sites):
@@ -108,7 +108,9 @@ def test_tokens_find_all_or_none_of_their_experts() -> None:
     counts = pair_counts(chosen, 16)[None]
     found = {}
     for together in (True, False):
-        placement = Placement.from_coactivation(counts, 4, 1, together=together)
+        placement = Placement.from_coactivation(
+            counts, num_sites=4, replication=1, together=together
+        )
         sites = [torch.tensor(placement.resident(0, site)) for site in range(4)]
         found[together] = torch.stack([torch.isin(chosen, held).sum(1) for held in sites]).float()
     assert found[True].mean() == found[False].mean() == 0.5
@@ -132,13 +134,17 @@ def test_every_placement_is_balanced_and_no_worse_than_cyclic(
 ) -> None:
     counts, sites, replication = problem
     layers, experts = counts.shape[:2]
-    placement = Placement.from_coactivation(counts, sites, replication, together=together)
+    placement = Placement.from_coactivation(
+        counts, num_sites=sites, replication=replication, together=together
+    )
     check_load(placement)
     assert (placement.num_sites, placement.replication) == (sites, replication)
     assert placement == Placement.from_coactivation(
-        counts.tolist(), sites, replication, together=together
+        counts.tolist(), num_sites=sites, replication=replication, together=together
     )
-    cyclic = Placement.cyclic(sites, experts, layers, replication)
+    cyclic = Placement.cyclic(
+        num_sites=sites, num_experts=experts, num_layers=layers, replication=replication
+    )
     found = pairs_together(counts, placement.owners_of)
     assert found == [by_definition(counts, placement, layer) for layer in range(layers)]
     for ours, theirs in zip(found, pairs_together(counts, cyclic.owners_of), strict=True):
@@ -149,7 +155,9 @@ def test_every_placement_is_balanced_and_no_worse_than_cyclic(
 @pytest.mark.parametrize("replication", [1, 2, 3])
 def test_no_swap_of_two_experts_would_be_better(together: bool, replication: int) -> None:
     counts = random_counts(2, 12, seed=replication)
-    placement = Placement.from_coactivation(counts, 4, replication, together=together)
+    placement = Placement.from_coactivation(
+        counts, num_sites=4, replication=replication, together=together
+    )
     found = pairs_together(counts, placement.owners_of)
     tried = 0
     for layer, experts in enumerate(placement.owners_of):
@@ -172,7 +180,9 @@ def test_a_swap_is_the_best_one_between_two_sites(sign: int) -> None:
     swapped = 0
     for seed in range(8):
         counts = sign * coactivation._pairs(random_counts(3, 9, seed, most=10) ** 3)
-        start = Placement.random(3, 9, 3, 1 + seed % 2, seed=seed)
+        start = Placement.random(
+            num_sites=3, num_experts=9, num_layers=3, replication=1 + seed % 2, seed=seed
+        )
         swaps = coactivation._Swaps(
             counts, coactivation._incidence(start.owners_of, start.num_sites)
         )
@@ -203,7 +213,7 @@ def test_a_start_that_ends_worse_gives_way_to_the_cyclic_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Planted as in the cyclic placement, from a start that no swap can improve."""
-    cyclic = Placement.cyclic(2, 8, 1, 1)
+    cyclic = Placement.cyclic(num_sites=2, num_experts=8, num_layers=1, replication=1)
     counts = np.zeros((1, 8, 8), dtype=int)
     for site in range(2):
         for a, b in combinations(cyclic.resident(0, site), 2):
@@ -213,8 +223,8 @@ def test_a_start_that_ends_worse_gives_way_to_the_cyclic_one(
     mixed[0, 0, first[:2] + second[:2]] = mixed[0, 1, first[2:] + second[2:]] = True
     monkeypatch.setattr(coactivation, "_greedy", lambda *_: mixed.copy())
     monkeypatch.setattr(coactivation, "_swapped", lambda _, held: held)
-    assert Placement.from_coactivation(counts, 2, 1) == cyclic
-    assert Placement.from_coactivation(counts, 2, 1, together=False) != cyclic
+    assert Placement.from_coactivation(counts, num_sites=2, replication=1) == cyclic
+    assert Placement.from_coactivation(counts, num_sites=2, replication=1, together=False) != cyclic
 
 
 BAD: list[tuple[Any, str]] = [
@@ -236,19 +246,22 @@ BAD: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("counts", "message"), BAD)
 def test_bad_counts_are_refused(counts: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
-        Placement.from_coactivation(counts, 1, 1)
+        Placement.from_coactivation(counts, num_sites=1, replication=1)
 
 
 def test_other_bad_arguments_are_refused() -> None:
     counts = random_counts(1, 6, 0)
     with pytest.raises(ValueError, match=r"num_experts \* replication must be a multiple"):
-        Placement.from_coactivation(counts, 4, 1)
+        Placement.from_coactivation(counts, num_sites=4, replication=1)
     with pytest.raises(ValueError, match=r"replication must be in \[1, num_sites = 2\], got 3"):
-        Placement.from_coactivation(counts, 2, 3)
+        Placement.from_coactivation(counts, num_sites=2, replication=3)
     with pytest.raises(TypeError, match="together"):
-        Placement.from_coactivation(counts, 2, 1, together="yes")  # type: ignore[arg-type]
+        Placement.from_coactivation(counts, num_sites=2, replication=1, together="yes")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"the placement's 2 layers of 6 experts, got 1 of 6"):
-        pairs_together(counts, Placement.cyclic(2, 6, 2, 1).owners_of)
+        pairs_together(
+            counts,
+            Placement.cyclic(num_sites=2, num_experts=6, num_layers=2, replication=1).owners_of,
+        )
 
 
 def test_needs_no_torch() -> None:
@@ -280,14 +293,32 @@ def test_a_job_is_placed_by_what_an_earlier_run_has_counted() -> None:
     assert not any("coactivation" in record for record in read_metrics(run / "metrics.jsonl"))
     for kind in ("together", "apart"):
         config = parse_args([*sizes(), "--placement", kind, "--placement-by", str(run)])
-        wanted = Placement.from_coactivation(counts, 2, 1, together=kind == "together")
+        wanted = Placement.from_coactivation(
+            counts, num_sites=2, replication=1, together=kind == "together"
+        )
         assert job_placement(config) == wanted
         assert full_replica(config).sites.placement_by is None
     few, many = (
-        sum(pairs_together(counts, Placement.from_coactivation(counts, 2, 1, together=t).owners_of))
+        sum(
+            pairs_together(
+                counts,
+                Placement.from_coactivation(
+                    counts, num_sites=2, replication=1, together=t
+                ).owners_of,
+            )
+        )
         for t in (False, True)
     )
-    assert few < sum(pairs_together(counts, Placement.cyclic(2, 8, 2, 1).owners_of)) < many
+    assert (
+        few
+        < sum(
+            pairs_together(
+                counts,
+                Placement.cyclic(num_sites=2, num_experts=8, num_layers=2, replication=1).owners_of,
+            )
+        )
+        < many
+    )
 
 
 def test_what_is_no_table_of_counts_is_named(tmp_path: Path) -> None:

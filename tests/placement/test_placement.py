@@ -26,6 +26,9 @@ def pair_counts(placement: Placement, layers: range) -> list[int]:
     return list(counts.values())
 
 
+SIZES = ("num_sites", "num_experts", "num_layers", "replication")
+
+
 @st.composite
 def sizes(draw: st.DrawFn) -> tuple[int, int, int, int]:
     sites = draw(st.integers(1, 9))
@@ -34,14 +37,18 @@ def sizes(draw: st.DrawFn) -> tuple[int, int, int, int]:
     return sites, experts, draw(st.integers(1, 5)), replication
 
 
+def named(size: tuple[Any, ...]) -> dict[str, Any]:
+    return dict(zip(SIZES, size, strict=True))
+
+
 @settings(max_examples=60, deadline=None)
 @given(sizes(), st.integers(0, 2**40), st.integers(0, 99))
 def test_every_placement_is_balanced(
     size: tuple[int, int, int, int], seed: int, epoch: int
 ) -> None:
     for placement in (
-        Placement.cyclic(*size),
-        Placement.random(*size, seed=seed, epoch=epoch),
+        Placement.cyclic(**named(size)),
+        Placement.random(**named(size), seed=seed, epoch=epoch),
     ):
         check_load(placement)
         assert Placement.from_dict(json.loads(json.dumps(placement.to_dict()))) == placement
@@ -60,7 +67,12 @@ def test_every_placement_is_balanced(
 def test_cyclic_spreads_pairs_evenly(num_sites: int) -> None:
     for replication in range(1, num_sites + 1):
         for factor in (1, 2, 3, 5, 8):
-            placement = Placement.cyclic(num_sites, factor * num_sites, num_sites, replication)
+            placement = Placement.cyclic(
+                num_sites=num_sites,
+                num_experts=factor * num_sites,
+                num_layers=num_sites,
+                replication=replication,
+            )
             for layer in range(num_sites):
                 counts = pair_counts(placement, range(layer, layer + 1))
                 assert max(counts) - min(counts) <= 1, (replication, factor, layer)
@@ -73,14 +85,19 @@ def test_cyclic_spreads_pairs_evenly(num_sites: int) -> None:
 
 def test_cyclic_beats_windows_and_uses_every_owner_set() -> None:
     # Windows {e, e + 1} give sites 0 and 2 of 4 nothing to share.
-    placement = Placement.cyclic(4, 6, 1, 2)
+    placement = Placement.cyclic(num_sites=4, num_experts=6, num_layers=1, replication=2)
     assert pair_counts(placement, range(1)) == [1] * 6
     # The projective plane of order 2: any two of 7 sites share exactly one of 7 experts.
-    assert pair_counts(Placement.cyclic(7, 7, 1, 3), range(1)) == [1] * 21
+    assert (
+        pair_counts(
+            Placement.cyclic(num_sites=7, num_experts=7, num_layers=1, replication=3), range(1)
+        )
+        == [1] * 21
+    )
 
 
 def test_cyclic_differs_by_layer() -> None:
-    placement = Placement.cyclic(4, 8, 8, 2)
+    placement = Placement.cyclic(num_sites=4, num_experts=8, num_layers=8, replication=2)
     for expert in range(8):
         owners = {placement.owners(layer, expert) for layer in range(8)}
         assert len(owners) >= 4
@@ -88,11 +105,11 @@ def test_cyclic_differs_by_layer() -> None:
 
 
 def test_one_owner_and_all_owners() -> None:
-    alone = Placement.cyclic(4, 8, 3, 1)
+    alone = Placement.cyclic(num_sites=4, num_experts=8, num_layers=3, replication=1)
     for layer in range(3):
         held = [alone.resident(layer, site) for site in range(4)]
         assert sorted(e for ids in held for e in ids) == list(range(8))
-    everywhere = Placement.cyclic(3, 5, 2, 3)
+    everywhere = Placement.cyclic(num_sites=3, num_experts=5, num_layers=2, replication=3)
     assert everywhere.owner_sets() == ((0, 1, 2),)
     assert everywhere.resident(1, 2) == (0, 1, 2, 3, 4)
     assert everywhere.experts_per_site == 5
@@ -100,9 +117,12 @@ def test_one_owner_and_all_owners() -> None:
 
 def test_random_depends_on_seed_and_epoch_alone() -> None:
     size = (4, 16, 3, 2)
-    first = Placement.random(*size, seed=1, epoch=2)
-    assert first == Placement.random(*size, seed=1, epoch=2)
-    others = [Placement.random(*size, seed=1, epoch=3), Placement.random(*size, seed=2, epoch=2)]
+    first = Placement.random(**named(size), seed=1, epoch=2)
+    assert first == Placement.random(**named(size), seed=1, epoch=2)
+    others = [
+        Placement.random(**named(size), seed=1, epoch=3),
+        Placement.random(**named(size), seed=2, epoch=2),
+    ]
     assert first not in others and others[0] != others[1]
     program = (
         "from fomoe_ext.placement import Placement;"
@@ -118,15 +138,23 @@ def test_random_is_near_uniform() -> None:
     # With 2 of 4 sites and 6 experts every owner set is as likely as another, by symmetry.
     counts: Counter[tuple[int, ...]] = Counter()
     for epoch in range(600):
-        counts[Placement.random(4, 6, 1, 2, seed=0, epoch=epoch).owners(0, 3)] += 1
+        counts[
+            Placement.random(
+                num_sites=4, num_experts=6, num_layers=1, replication=2, seed=0, epoch=epoch
+            ).owners(0, 3)
+        ] += 1
     assert len(counts) == 6
     assert max(counts.values()) < 150 and min(counts.values()) > 60  # 100 expected, sd 9
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_transfers_lead_to_the_new_placement(seed: int) -> None:
-    old = Placement.random(6, 12, 3, 2, seed=seed, epoch=0)
-    new = Placement.random(6, 12, 3, 2, seed=seed, epoch=1)
+    old = Placement.random(
+        num_sites=6, num_experts=12, num_layers=3, replication=2, seed=seed, epoch=0
+    )
+    new = Placement.random(
+        num_sites=6, num_experts=12, num_layers=3, replication=2, seed=seed, epoch=1
+    )
     transfers = old.transfers(new)
     for t in transfers:
         assert t.source in old.owners(t.layer, t.expert)
@@ -162,9 +190,9 @@ IMPOSSIBLE: list[tuple[tuple[Any, ...], str]] = [
 @pytest.mark.parametrize(("size", "message"), IMPOSSIBLE)
 def test_impossible_sizes_are_refused(size: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Placement.cyclic(*size)
+        Placement.cyclic(**named(size))
     with pytest.raises(ValueError, match=message):
-        Placement.random(*size, seed=0)
+        Placement.random(**named(size), seed=0)
 
 
 BAD_TABLES: list[tuple[Any, str]] = [
@@ -191,7 +219,7 @@ def test_bad_tables_are_refused(table: Any, message: str) -> None:
 
 
 def test_questions_out_of_range_are_refused() -> None:
-    placement = Placement.cyclic(2, 4, 2, 1)
+    placement = Placement.cyclic(num_sites=2, num_experts=4, num_layers=2, replication=1)
     for call, message in (
         (lambda: placement.owners(2, 0), r"layer must be in \[0, 2\), got 2"),
         (lambda: placement.owners(-1, 0), "layer"),
@@ -199,7 +227,12 @@ def test_questions_out_of_range_are_refused() -> None:
         (lambda: placement.resident(0, 2), r"site must be in \[0, 2\), got 2"),
         (lambda: placement.arrivals(placement, -1), "site"),
         (lambda: placement.shared_experts(0, 2), "site"),
-        (lambda: placement.transfers(Placement.cyclic(2, 4, 2, 2)), "same"),
+        (
+            lambda: placement.transfers(
+                Placement.cyclic(num_sites=2, num_experts=4, num_layers=2, replication=2)
+            ),
+            "same",
+        ),
         (lambda: Placement.from_dict({}), "to_dict"),
         (lambda: Placement.from_dict({"owners": [[[0]]], "num_sites": 2}), "multiple"),
     ):

@@ -12,8 +12,14 @@ from fomoe_ext.placement import Placement, stale
 @pytest.mark.parametrize("sizes", [(2, 8, 2, 1), (3, 9, 2, 1), (4, 16, 3, 2), (5, 20, 3, 3)])
 @pytest.mark.parametrize("kind", ["cyclic", "random"])
 def test_copies_and_the_work_of_sending_them_are_spread_evenly(sizes, kind):
-    placement = Placement.cyclic(*sizes) if kind == "cyclic" else Placement.random(*sizes, seed=1)
     sites, experts, layers, replication = sizes
+    named = {
+        "num_sites": sites,
+        "num_experts": experts,
+        "num_layers": layers,
+        "replication": replication,
+    }
+    placement = Placement.cyclic(**named) if kind == "cyclic" else Placement.random(**named, seed=1)
     absent = experts - placement.experts_per_site
     for count in (0, 1, absent // 2, absent, -1):
         wanted = stale.wanted_copies(placement, count)
@@ -45,7 +51,7 @@ def test_copies_and_the_work_of_sending_them_are_spread_evenly(sizes, kind):
 
 
 def test_the_most_chosen_absent_experts_are_copied():
-    placement = Placement.cyclic(2, 6, 2, 1)
+    placement = Placement.cyclic(num_sites=2, num_experts=6, num_layers=2, replication=1)
     load = [[1, 9, 9, 0, 2, 3], [0, 0, 5, 0, 0, 7]]
     wanted = stale.wanted_copies(placement, 2, load)
     for layer in range(2):

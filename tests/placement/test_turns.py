@@ -34,7 +34,9 @@ ROUNDS, STEPS = 7, 2
 
 
 def place(num_sites: int, replication: int = 2) -> Placement:
-    return Placement.cyclic(num_sites, EXPERTS, LAYERS, replication)
+    return Placement.cyclic(
+        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=replication
+    )
 
 
 # ------------------------------------------------------------------------------------------ order

@@ -36,7 +36,7 @@ def test_a_meeting_by_hand(replication, scope):
             owners = placement.owners(layer, expert)
             router = (0, 1, 2, 3) if scope == "global" else owners
             for group, count in (
-                (owners, 3 * model.expert_size * model.hidden_size),
+                (owners, 3 * model.intermediate_size * model.hidden_size),
                 (router, model.hidden_size),
             ):
                 if site in group:
@@ -83,7 +83,7 @@ def test_flops_by_hand():
     flops = plan_cost.flops_per_token(model, 0.5)
     width, layers = model.hidden_size, model.num_layers
     assert flops.router == layers * 2 * model.num_experts * width
-    one_expert = 2 * 3 * width * model.expert_size
+    one_expert = 2 * 3 * width * model.intermediate_size
     assert flops.experts == layers * model.top_k * 0.5 * one_expert
     assert flops.unembedding == 2 * model.vocab_size * width
     causal = sum(2 * 2 * width * (t + 1) for t in range(model.seq_len)) / model.seq_len

@@ -121,7 +121,7 @@ def test_spes_stores_and_computes_all_and_trains_its_own():
     assert mine["flops"] < spes["flops"] < ddp["flops"]
     # A ring's worth of what all train, and every own expert to each of three others.
     dense = counts["dense"] + counts["routers"]
-    own = model.num_layers * 4 * 3 * model.expert_size * model.hidden_size
+    own = model.num_layers * 4 * 3 * model.intermediate_size * model.hidden_size
     assert spes["bytes_sent"] == pytest.approx(4 * (1.5 * dense + 3 * own), rel=2e-3)
 
 

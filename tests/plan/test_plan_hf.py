@@ -143,7 +143,9 @@ def test_bytes_are_those_that_the_converted_model_sends(family, tmp_path):
     config = make_config(family)
     config.save_pretrained(tmp_path)
     sizes = read_hf_config(tmp_path, 8)
-    placement = Placement.cyclic(4, EXPERTS, sizes.num_layers, 2)
+    placement = Placement.cyclic(
+        num_sites=4, num_experts=EXPERTS, num_layers=sizes.num_layers, replication=2
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     hf.convert(model, placement=placement, site=1)

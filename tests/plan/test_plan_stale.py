@@ -15,7 +15,7 @@ def test_the_cost_model_by_hand():
     shared = ["--sites", "4", "--replication", "1", "--router-scope", "global"]
     config = job_config([*shared, "--stale-experts", "3", "--stale-codec", "bf16"])
     model, placement = config.model, plan.job_placement(config)
-    one = 3 * model.hidden_size * model.expert_size
+    one = 3 * model.hidden_size * model.intermediate_size
     plain = job_config(shared)
     for site in range(4):
         with_copies = plan.meeting_bytes(config, placement, site)

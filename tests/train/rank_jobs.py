@@ -25,7 +25,7 @@ from fomoe_ext.report.metrics import read_metrics
 from fomoe_ext.report.runs import job_config
 
 SMALL = shlex.split("""
---hidden-size 32 --num-layers 2 --num-heads 2 --num-experts 8 --expert-size 16 --top-k 2
+--hidden-size 32 --num-layers 2 --num-heads 2 --num-experts 8 --intermediate-size 16 --top-k 2
 --seq-len 32 --batch-size 4 --local-steps 2 --rounds 3 --eval-rounds 0 --eval-tokens 128
 --threads 1 --warmup-steps 2 --sites 2 --replication 1 --bucket-bytes 8192 --no-tensorboard
 --grad-clip 0.5 --timeout-s 30 --router-scope global --codec fp32

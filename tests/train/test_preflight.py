@@ -28,7 +28,7 @@ from fomoe_ext.train.job import job_identity
 
 HOME = str(Path(fomoe_ext.__file__).parent.parent)
 FLAGS = "--sites 2 --replication 1 --seq-len 24 --hidden-size 16 --num-layers 2 --num-heads 2 "
-FLAGS += "--num-experts 8 --expert-size 8"
+FLAGS += "--num-experts 8 --intermediate-size 8"
 proc = pytest.mark.skipif(sys.platform != "linux", reason="/proc is a folder of nobody's files")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -174,7 +174,7 @@ def stopped(job):
     model = random_model(dataclasses.replace(tiny_config(), router_scope="resident"))
     data = open_data(["text.txt"], 24, cache_dir="cache")
     save_config(config, Path("run/config.toml"))
-    whole = Placement.cyclic(1, 8, 2, 1)
+    whole = Placement.cyclic(num_sites=1, num_experts=8, num_layers=2, replication=1)
     return save_checkpoint(
         Path("run/checkpoints"),
         ckpt.checkpoint_name(8),

@@ -147,7 +147,10 @@ def require_own_experts(of_site: list[Any], replicas: int) -> None:
         (TWO, "--codec int8"),
         (TWO, "--replication 2 --codec topk"),
         (TWO, "--router-scope resident --codec topk"),
-        (f"{TWO} --replicas 2", "--inner-optimizer sgd --inner-lr 0.5 --shared-expert-size 16"),
+        (
+            f"{TWO} --replicas 2",
+            "--inner-optimizer sgd --inner-lr 0.5 --shared-expert-intermediate-size 16",
+        ),
         (f"{TWO} --replicas 2", "--router-scope resident --replication 2 --codec int8"),
         ("--ranks-per-site 4", "--sites 1"),
         ("--ranks-per-site 4 --replicas 2", "--sites 1"),
@@ -184,7 +187,7 @@ def test_hot_experts_lie_apart(job, tmp_path):
     assert sorted(apart) == [(0, 6), (2, 4)]
 
 
-CYCLIC = Placement.cyclic(2, 8, 2, 1)
+CYCLIC = Placement.cyclic(num_sites=2, num_experts=8, num_layers=2, replication=1)
 
 
 # ---- what would be seen --------------------------------------------------------------------------

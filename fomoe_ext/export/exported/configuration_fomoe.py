@@ -17,7 +17,7 @@ class FomoeConfig(PretrainedConfig):
     scoring: sigmoid or softmax, how router logits become scores.
     renormalize: divide the chosen experts' scores by their sum; routed_scale: a factor on them.
     num_groups, groups_kept: equal ranges of experts, and how many of them a token may choose from.
-    shared_expert_size: inner width of the expert that every token uses; 0 = none.
+    shared_expert_intermediate_size: inner width of the expert that every token uses; 0 = none.
     norm: layer (LayerNorm without bias) or rms.
     rope_base: base of the rotary angles.
     depth_multiplier: factor on what a block adds to the residual stream.
@@ -45,7 +45,7 @@ class FomoeConfig(PretrainedConfig):
         routed_scale: float = 1.0,
         num_groups: int = 1,
         groups_kept: int = 1,
-        shared_expert_size: int = 0,
+        shared_expert_intermediate_size: int = 0,
         norm: str = "layer",
         rope_base: float = 10000.0,
         depth_multiplier: float = 1.0,
@@ -72,7 +72,7 @@ class FomoeConfig(PretrainedConfig):
         self.routed_scale = routed_scale
         self.num_groups = num_groups
         self.groups_kept = groups_kept
-        self.shared_expert_size = shared_expert_size
+        self.shared_expert_intermediate_size = shared_expert_intermediate_size
         self.norm = norm
         self.rope_base = rope_base
         self.depth_multiplier = depth_multiplier

@@ -3,7 +3,7 @@
 A Peri-LN decoder: every branch is `x + m * norm(F(norm(x)))`, the embedding is normed once more and
 its weight is also the unembedding; F is causal attention with rotary positions, then a Mixture of
 Experts. Shapes use the letters B sequences, L tokens, T = B * L, D hidden size, H heads, S head
-size, E experts, K experts per token, N expert size.
+size, E experts, K experts per token, N intermediate size.
 """
 
 from __future__ import annotations
@@ -198,8 +198,10 @@ class FomoeMoE(nn.Module):
             for _ in range(config.num_experts)
         )
         self.shared_expert: FomoeExpert | None = None
-        if config.shared_expert_size:
-            self.shared_expert = FomoeExpert(config, config.shared_expert_size, bias=False)
+        if config.shared_expert_intermediate_size:
+            self.shared_expert = FomoeExpert(
+                config, config.shared_expert_intermediate_size, bias=False
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
