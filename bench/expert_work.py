@@ -1,7 +1,8 @@
 """What the expert layers of real models have to do, in numbers: products, FLOPs, bytes, memory.
 
 Letters: T tokens, K slots per token, D hidden size, N intermediate size, G = 2 for gated
-activations and else 1. Elements have 2 bytes. Plain arithmetic: the benchmarks and the prediction share it.
+activations and else 1. Elements have 2 bytes. Plain arithmetic: the benchmarks and the prediction
+share it.
 """
 
 from __future__ import annotations
