@@ -207,7 +207,9 @@ from test_outer_agreement import *
 site, store, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group("gloo", init_method="file://" + store, rank=site, world_size=3,
                         timeout=timedelta(seconds=60))
-placement = Placement.cyclic(3, EXPERTS, LAYERS, 2)
+placement = Placement.cyclic(
+    num_sites=3, num_experts=EXPERTS, num_layers=LAYERS, replication=2
+)
 model = SmallModel(placement, site)
 torch.optim.SGD(model.parameters(), lr=0.0).step()  # imports what takes seconds
 options = dict(codec="int8", bucket_bytes=256)

@@ -348,7 +348,9 @@ from fomoe_ext.outer import MeetingError, OuterSync
 site, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method="file://" + store, rank=site, world_size=3,
                         timeout=timedelta(seconds=20))
-placement = Placement.cyclic(3, EXPERTS, LAYERS, 2)
+placement = Placement.cyclic(
+    num_sites=3, num_experts=EXPERTS, num_layers=LAYERS, replication=2
+)
 model = SmallModel(placement, site)
 sync = OuterSync(model, placement, site, timeout_s=6)
 sync.step()

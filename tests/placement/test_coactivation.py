@@ -267,7 +267,8 @@ def test_other_bad_arguments_are_refused() -> None:
 def test_needs_no_torch() -> None:
     program = (
         "import sys; from fomoe_ext.placement import Placement;"
-        "Placement.from_coactivation([[[0, 1], [1, 0]]], 2, 1); sys.exit('torch' in sys.modules)"
+        "Placement.from_coactivation([[[0, 1], [1, 0]]], num_sites=2, replication=1);"
+        "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 

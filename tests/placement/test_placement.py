@@ -126,7 +126,8 @@ def test_random_depends_on_seed_and_epoch_alone() -> None:
     assert first not in others and others[0] != others[1]
     program = (
         "from fomoe_ext.placement import Placement;"
-        "print(Placement.random(4, 16, 3, 2, seed=1, epoch=2).to_dict())"
+        "print(Placement.random(num_sites=4, num_experts=16, num_layers=3, replication=2, "
+        "seed=1, epoch=2).to_dict())"
     )
     text = subprocess.run(
         [sys.executable, "-c", program], check=True, capture_output=True, text=True
