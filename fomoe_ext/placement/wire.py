@@ -123,7 +123,7 @@ def bucket_sizes(numel: int, bucket_bytes: int) -> list[int]:
     return [min(size, numel - start) for start in range(0, numel, size)]
 
 
-def _bucket_counts(numel: int, bucket_bytes: int) -> list[tuple[int, int]]:
+def bucket_counts(numel: int, bucket_bytes: int) -> list[tuple[int, int]]:
     """Sizes of the buckets, and how many there are of each."""
     size = bucket_elements(bucket_bytes)
     full, rest = divmod(numel, size)
@@ -139,7 +139,7 @@ def all_gather_bytes(numel: int, members: int, codec: str, bucket_bytes: int) ->
     """Bytes a member sends to give all others its shares of `numel` elements."""
     return (members - 1) * sum(
         times * (wire_bytes(codec, share_elements(n, members)) + HASH_BYTES)
-        for n, times in _bucket_counts(numel, bucket_bytes)
+        for n, times in bucket_counts(numel, bucket_bytes)
     )
 
 
@@ -151,7 +151,7 @@ def all_reduce_bytes(numel: int, members: int, codec: str, bucket_bytes: int) ->
     if is_sparse(codec):
         return (members - 1) * sum(
             times * (wire_bytes(codec, n) + HASH_BYTES)
-            for n, times in _bucket_counts(numel, bucket_bytes)
+            for n, times in bucket_counts(numel, bucket_bytes)
         )
     return 2 * all_gather_bytes(numel, members, codec, bucket_bytes)
 
@@ -161,7 +161,7 @@ def own_elements(numel: int, members: int, codec: str, bucket_bytes: int) -> int
     if is_sparse(codec):
         return 0
     return sum(
-        times * share_elements(n, members) for n, times in _bucket_counts(numel, bucket_bytes)
+        times * share_elements(n, members) for n, times in bucket_counts(numel, bucket_bytes)
     )
 
 
