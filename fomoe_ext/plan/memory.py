@@ -103,7 +103,7 @@ def job_memory(config: TrainConfig, placement: Placement | None, site: int = 0) 
         ranks = rank_memories(config, of_job, site)
         return SiteMemory(*(sum(parts) for parts in zip(*ranks, strict=True)))
     feedback = 0
-    if _feeds_back(config):
+    if feeds_back(config):
         bucket = bucket_bytes(config)
         feedback = sum(
             n + wire.own_elements(n, len(owners), config.outer.codec, bucket)
@@ -176,7 +176,7 @@ def rank_memories(config: TrainConfig, placement: Placement, site: int) -> list[
         for owners, numel, turn in shared:
             mine = wire.lane_elements(numel, turn, rank, sites.ranks_per_site, bucket)
             kept += mine
-            if len(owners) > 1 and _feeds_back(config):
+            if len(owners) > 1 and feeds_back(config):
                 lost += mine + wire.own_elements(mine, len(owners), outer.codec, bucket)
         result.append(
             SiteMemory(
@@ -206,7 +206,8 @@ def _dense_share(model: ModelConfig | ModelSizes, rank: int, ranks: int) -> int:
     return sum(held(rows) * size * times for rows, size, times in tensors)
 
 
-def _feeds_back(config: TrainConfig) -> bool:
+def feeds_back(config: TrainConfig) -> bool:
+    """Whether a job keeps what encoding loses."""
     return config.outer.codec != "fp32" and config.outer.error_feedback
 
 
