@@ -6,14 +6,31 @@ Every step of overlap makes what arrives one step older. So there are as few as 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 AUTO = "auto"
+TIMES = 3
+"""Numbers that a site tells all others with every fragment: see `needed_steps`."""
 FIRST = 1
 """Steps of overlap until times have been measured."""
 _SPARE = 1.25
 """Of an exchange that takes 8 steps 10 are waited for: times vary."""
 _LESS = 0.6
 """A choice is taken back where so much of it would do."""
+
+
+def needed_steps(told: Sequence[Sequence[float]]) -> float | None:
+    """Local steps that an exchange takes, from what the sites tell of themselves; None as long as
+    one of them has measured nothing, which it tells as zeros.
+
+    `told`: of every site seconds that it took until all sites had announced the exchange, seconds
+    of the exchange from then on, and seconds of a local step. Of the first only the least counts:
+    the others have waited for sites that were behind. The site with most steps decides.
+    """
+    if not all(moved > 0 and step > 0 for _, moved, step in told):
+        return None
+    announced = min(seconds for seconds, _, _ in told)
+    return max((announced + moved) / step for _, moved, step in told)
 
 
 def most_overlap(local_steps: int) -> int:

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from fomoe_ext.checks import at_least, finite, one_of
+from fomoe_ext.placement.overlap import AUTO, TIMES
 from fomoe_ext.placement.placement import Owners, Placement, Transfer
 from fomoe_ext.placement.turns import GroupExperts, waiting_elements
 
@@ -279,22 +280,25 @@ def check_moments(moment_periods: Sequence[int], moment_codecs: Sequence[str]) -
     one_of(("fp32", "bf16"), **{"moment_codecs: second": second})
 
 
-def is_staggered(fragments: int, overlap: int) -> bool:
+def is_staggered(fragments: int, overlap: int | str) -> bool:
     """Whether meetings are spread over a round, or go on during its steps."""
-    return fragments > 1 or overlap > 0
+    return fragments > 1 or overlap != 0
 
 
 def check_staggering(
     optimizer: str,
     fragments: int,
-    overlap: int,
+    overlap: int | str,
     overlap_alpha: float,
     local_steps: int | None = None,
 ) -> None:
     """ValueError or TypeError, naming the argument, unless a round of `local_steps` (None = not
-    known yet) can be spread so."""
+    known yet) can be spread so. `overlap` is a number of steps or "auto"."""
     at_least(1, fragments=fragments)
-    at_least(0, overlap=overlap)
+    if isinstance(overlap, str) and overlap != AUTO:
+        raise ValueError(f"overlap must be a number of steps or {AUTO!r}, got {overlap!r}")
+    if not isinstance(overlap, str):
+        at_least(0, overlap=overlap)
     finite(0.0, overlap_alpha=overlap_alpha)
     if overlap_alpha >= 1:
         raise ValueError(f"overlap_alpha must be in [0, 1), got {overlap_alpha}")
@@ -307,7 +311,10 @@ def check_staggering(
     if local_steps is None:
         return
     fragment_steps(fragments, local_steps)
-    if overlap >= local_steps:
+    if isinstance(overlap, str):
+        if local_steps < 2:
+            raise ValueError(f"overlap = {AUTO} needs local_steps >= 2, got {local_steps}")
+    elif overlap >= local_steps:
         raise ValueError(f"overlap must be less than local_steps = {local_steps}, got {overlap}")
 
 
@@ -318,10 +325,11 @@ def check_clip_delta(clip_delta: float) -> None:
         raise ValueError(f"clip_delta must be 0 or at least 1, got {clip_delta}")
 
 
-def site_numbers(by_tokens: bool, clip_delta: float) -> int:
+def site_numbers(by_tokens: bool, clip_delta: float, overlap: int | str = 0) -> int:
     """How many numbers a site tells of itself before a meeting: the tokens that it has trained on,
-    where its values weigh by them; the norm of its delta, where deltas are clipped."""
-    return int(by_tokens) + int(clip_delta > 0)
+    where its values weigh by them; the norm of its delta, where deltas are clipped; the `TIMES` by
+    which overlap "auto" is chosen."""
+    return int(by_tokens) + int(clip_delta > 0) + (TIMES if overlap == AUTO else 0)
 
 
 def _reduced(groups: Mapping[Owners, int], codec: str, bucket_bytes: int) -> int:

@@ -183,8 +183,9 @@ def meeting_waits(config: TrainConfig, placement: Placement, site: int) -> tuple
 
 def _tells_numbers(config: TrainConfig) -> bool:
     """Whether sites tell each other numbers before a meeting, besides their statuses."""
-    by_tokens = config.outer.counts_tokens or config.inner.uneven_steps
-    return by_tokens or config.outer.clip_delta > 0
+    outer = config.outer
+    by_tokens = outer.counts_tokens or config.inner.uneven_steps
+    return by_tokens or outer.clip_delta > 0 or outer.overlap == AUTO
 
 
 def _copy_waits(config: TrainConfig, placement: Placement) -> int:

@@ -216,7 +216,9 @@ def meeting_bytes(
         moment_periods=config.outer.moment_periods,
         moment_codecs=config.outer.resolved_moment_codecs,
         counted_experts=experts if config.outer.counts_tokens else 0,
-        numbers=wire.site_numbers(config.inner.uneven_steps, config.outer.clip_delta),
+        numbers=wire.site_numbers(
+            config.inner.uneven_steps, config.outer.clip_delta, config.outer.overlap
+        ),
         staged=config.fault.tolerant,
         expert_turns=config.outer.expert_turns,
     )
