@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from fomoe_ext.checks import at_least, finite
 from fomoe_ext.config.limits import check_choices, in_section
-from fomoe_ext.placement import wire
+from fomoe_ext.placement import buckets, wire
 from fomoe_ext.placement.turns import check_turns, counts_tokens
 
 
@@ -74,9 +74,10 @@ class OuterConfig:
     fragments: int = 1
     """Split the model into this many parts, each averaged at its own step of a round, which spreads
     the traffic over the round."""
-    overlap: int = 0
+    overlap: int | Literal["auto"] = 0
     """Number of local steps that a site takes while a part of the model is on its way; 0 = the site
-    waits until it has arrived."""
+    waits until it has arrived; auto = as many as the exchange takes, by the measured times of all
+    sites, at most local_steps - 1. With auto two runs do not end with the same bits."""
     overlap_alpha: float = 0.5
     """With overlap: the share of the site's own value in each parameter when a part arrives; the
     rest is the averaged value. In [0, 1)."""
@@ -89,8 +90,10 @@ class OuterConfig:
     on_mismatch: Literal["stop", "heal"] = "stop"
     """What to do when sites that hold the same expert differ after a meeting: stop with an error,
     or heal: take the values that most of them have."""
-    bucket_bytes: int = 1 << 22
-    """Size of a bucket, the unit in which tensors are sent, in bytes of fp32."""
+    bucket_bytes: int = 0
+    """Size of a bucket, the unit in which tensors are sent, in bytes of fp32. 0 = chosen by the
+    size of the model: 4 MiB up to 134 million parameters, more for larger models, so that few
+    latencies of the link are waited for (`fomoe plan` tells the size)."""
     in_flight: int = 8
     """Number of buckets on their way at once in each direction."""
     timeout_s: float = 300.0
@@ -111,7 +114,7 @@ class OuterConfig:
         if self.resolved_momentum >= 1:
             raise ValueError(f"outer_momentum must be in [0, 1), got {self.outer_momentum}")
         at_least(1, in_flight=self.in_flight, stale_period=self.stale_period)
-        wire.bucket_elements(self.bucket_bytes)
+        buckets.check_bucket_bytes(self.bucket_bytes)
         if not self.timeout_s > 0:
             raise ValueError(f"timeout_s must be > 0, got {self.timeout_s}")
         wire.check_moments(self.moment_periods, self.resolved_moment_codecs)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
+
+from torch import nn
 
 from fomoe_ext.checks import at_least
 from fomoe_ext.config.outer import OuterConfig
-from fomoe_ext.placement import wire
+from fomoe_ext.outer.layout import trained_elements
+from fomoe_ext.placement import buckets, wire
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,17 @@ class OuterOptions(OuterConfig):
     def site_numbers(self) -> int:
         """How many numbers a site sends about itself before a meeting, apart from the tokens of
         each expert."""
-        return wire.site_numbers(self.site_mean == "tokens", self.clip_delta)
+        return wire.site_numbers(self.site_mean == "tokens", self.clip_delta, self.overlap)
+
+    def with_buckets_for(self, model: nn.Module) -> OuterOptions:
+        """These options with a size of buckets: the one given, or the one chosen for the model
+        (`fomoe_ext.placement.buckets`), the same at all sites whatever experts they hold."""
+        if self.bucket_bytes:
+            return self
+        codecs = buckets.codecs_of(self.optimizer, self.codec, self.resolved_moment_codecs)
+        trained = trained_elements(model)
+        chosen = buckets.chosen_bytes(trained, codecs, self.in_flight, self.fragments)
+        return replace(self, bucket_bytes=chosen)
 
     @property
     def alpha(self) -> float:

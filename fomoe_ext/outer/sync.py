@@ -157,6 +157,7 @@ class OuterSync:
         try:
             me = Site(model, inner_optimizer, self.ranks, self.groups, self.options)
             fragments = _check(me, placement)
+            me.options = self.options = self.options.with_buckets_for(model)
         except (ValueError, TypeError) as error:
             problem = error
         if not arriving:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from fomoe_ext.checks import at_least
 from fomoe_ext.placement import wire
 from fomoe_ext.placement.wire import GroupElements
 
@@ -24,6 +25,13 @@ _SHARE_UNDER_WAY = 128
 """Buckets under way in one direction may take, encoded, 32 MiB, or 1/128 of the model in fp32 where
 that is more; and one that is decoded as much again. Both directions take several times that
 (`buffer_bytes`)."""
+
+
+def check_bucket_bytes(bucket_bytes: int) -> None:
+    """ValueError or TypeError unless it is a number of bytes for fp32 values, or 0 for a choice."""
+    at_least(0, bucket_bytes=bucket_bytes)
+    if 0 < bucket_bytes < 4:
+        raise ValueError(f"bucket_bytes must be 0 or at least 4, got {bucket_bytes}")
 
 
 def chosen_bytes(elements: int, codecs: Iterable[str], in_flight: int, fragments: int = 1) -> int:
