@@ -141,6 +141,7 @@ def _load_numbers(training: TrainingRank, resumed: Resumed) -> None:
     numbers = state["sync"]
     for name in ("round", "steps", "reductions"):
         setattr(sync, name, int(numbers[name]))
+    sync.overlap.resume(int(numbers.get("overlap", 0)))
     training.load_progress_state(state, resumed.same)
     if not resumed.same:
         return

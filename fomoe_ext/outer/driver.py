@@ -16,6 +16,7 @@ from fomoe_ext.outer.background import Background
 from fomoe_ext.outer.errors import MeetingError
 from fomoe_ext.outer.log import MeetingLog
 from fomoe_ext.outer.meeting import Meeting
+from fomoe_ext.outer.overlap import OverlapTimes
 from fomoe_ext.outer.reduce import Bucket, exchange
 from fomoe_ext.outer.routed import TokenCounts
 from fomoe_ext.outer.stale import StaleCopies
@@ -41,7 +42,8 @@ class Pending:
 class Driver:
     """Every meeting is held at once, from its check to its verification.
 
-    With `fragments` at several steps of a round, else at its end.
+    With `fragments` at several steps of a round, else at its end. times: how many local steps go on
+    meanwhile, which are none here.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Driver:
         self._options = self._site.options
         self._background = Background()
         self.pending: Pending | None = None
+        self.times = OverlapTimes(self._options)
 
     # ----------------------------------------------------------------------------- when it is due
 

@@ -22,8 +22,9 @@ class Flight:
 
     def __init__(self, meeting: Meeting, due: int, buckets: Sequence[Bucket]) -> None:
         self.meeting, self.due, self.buckets = meeting, due, list(buckets)
-        """`due`: the local step, counted since the start, after which it lands."""
-        self.exchange_s = 0.0
+        """`due`: the local step, counted since the start, after which it lands. `announced_s`: of
+        the seconds of the exchange, those until all sites had announced it."""
+        self.exchange_s = self.announced_s = 0.0
         self.bytes_sent = 0
         self.arrived: Future[Any] | None = None
 
@@ -64,11 +65,25 @@ class InFlight(Driver):
     def under_way(self) -> bool:
         return bool(self.flights or self._checks)
 
+    def after_step(self) -> None:
+        self.times.step_ended()
+        super().after_step()
+        self.times.step_begins()
+
+    def hold_round(self) -> None:
+        self.times.not_a_step()
+        super().hold_round()
+
+    def finish(self) -> None:
+        self.times.not_a_step()
+        super().finish()
+
     def meet(self, fragment: int) -> None:
         """Sends a fragment off."""
         # What has just landed is still being compared; to wait for that is to wait for all sites.
         self._settle_checks(before=self._steps.taken)
         meeting = self._begin(fragment)
+        meeting.tell_times(self.times.told())
         problem = meeting.check()
         buckets = [] if problem else meeting.buckets()
         for bucket in buckets:
@@ -78,10 +93,12 @@ class InFlight(Driver):
         in_flight = self._options.in_flight
 
         def fly(flight: Flight) -> None:
+            begun = time.perf_counter()
             flight.bytes_sent += meeting.announce(problem)
+            flight.announced_s = time.perf_counter() - begun
             flight.bytes_sent += exchange(buckets, in_flight, encode=False, apply=False)
 
-        flight = Flight(meeting, self._steps.taken + self._options.overlap, buckets)
+        flight = Flight(meeting, self._steps.taken + self.times.steps, buckets)
         flight.start(self._background, fly)
         self.flights.append(flight)
 
@@ -102,6 +119,9 @@ class InFlight(Driver):
         finally:
             self._log.sent(flight.bytes_sent)
             self._log.exchange_s += flight.exchange_s
+        moved_s = flight.exchange_s - flight.announced_s
+        self.times.exchanged(flight.meeting.fragment, flight.announced_s, moved_s)
+        self.times.choose(flight.meeting.told_times)
         self._state.layout.hold(flight.meeting.fragment)
         for bucket in flight.buckets:
             bucket.apply()

@@ -76,6 +76,15 @@ class Meeting:
         """What was done to the sites' deltas."""
         return self._census.treatment
 
+    def tell_times(self, times: Sequence[float]) -> None:
+        """With overlap "auto": what this site will tell of its times (`outer.overlap`)."""
+        self._census.times = tuple(times)
+
+    @property
+    def told_times(self) -> list[list[float]]:
+        """What all sites have told of theirs; empty with a given overlap."""
+        return self._census.told_times
+
     # ----------------------------------------------------------------------------------- check
 
     def check(self) -> str:

@@ -89,7 +89,8 @@ class OuterSync:
     Its parts, each of which keeps what it is named for: layout (`ModelLayout`: what travels with
     whom), state (`OuterState`: anchor, momentum, error feedback), counts (`TokenCounts`), log
     (`MeetingLog`: rounds and bytes), copies (`StaleCopies`, or None), watch (`StepWatch`: sees the
-    steps of optimizers), warmup (`ArrivalWarmup`, with an inner_optimizer).
+    steps of optimizers), warmup (`ArrivalWarmup`, with an inner_optimizer), overlap
+    (`OverlapTimes`: the steps of overlap in force, and with "auto" the reason why so many).
     """
 
     round: _Of[int] = _Of("log", "round")
@@ -189,7 +190,10 @@ class OuterSync:
         drive = InFlight if me.options.overlap else Staged if me.options.staged else Driver
         self._driver = drive(self.state, self.counts, self._steps, self.log, self.copies)
         self.watch = StepWatch(self.state, self._steps, self.counts, self._gradients, self._driver)
-        self._resumable = Resumable(self.state, self.counts, self._steps, self.log, self.warmup)
+        self.overlap = self._driver.times
+        self._resumable = Resumable(
+            self.state, self.counts, self._steps, self.log, self.warmup, self.overlap
+        )
 
     def close(self) -> None:
         """Steps of optimizers are of no more concern, for a model that trains on without meetings.

@@ -10,6 +10,7 @@ from fomoe_ext.placement.placement import Placement
 from fomoe_ext.plan.memory import FLOAT_BYTES, feeds_back, job_memory
 from fomoe_ext.plan.sizes import sizes_of
 from fomoe_ext.plan.traffic import bucket_bytes, site_elements
+from fomoe_ext.report.units import human_bytes
 
 
 class CheckpointSize(NamedTuple):
@@ -65,3 +66,13 @@ def _errors(config: TrainConfig, placement: Placement, site: int) -> int:
         for fragment in site_elements(config, placement, site)
         for owners, numel in fragment.parameters.items()
     )
+
+
+def described(size: CheckpointSize) -> str:
+    """A line: what a checkpoint takes, and what of it the parts take."""
+    parts = [
+        f"{name.replace('_', ' ')} {human_bytes(count)}"
+        for name, count in size._asdict().items()
+        if count
+    ]
+    return f"a checkpoint takes {human_bytes(size.total)}: {', '.join(parts)}"

@@ -24,6 +24,7 @@ from fomoe_ext.config.model import count_parameters
 from fomoe_ext.files.unwritten import Unwritten, tolerant
 from fomoe_ext.launch.processes import CONSOLE_FD
 from fomoe_ext.model.evaluate import Validation
+from fomoe_ext.plan.disk import checkpoint_size, described
 from fomoe_ext.plan.traffic import RoundNote
 from fomoe_ext.report.metrics import rewind_metrics
 from fomoe_ext.report.report import print_report, write_report
@@ -46,6 +47,8 @@ class Speaker:
         """Checkpoints that could not be written, since the last that was."""
         self._made_up_for: list[str] = []
         """What is told of those before it."""
+        self._overlap = ""
+        """What was last said of a chosen overlap."""
 
     @property
     def speaks(self) -> bool:
@@ -126,6 +129,9 @@ class Speaker:
                 "epoch": site.batches.epoch,
             }
         )
+        if site.sync.overlap.reason != self._overlap:
+            self._overlap = site.sync.overlap.reason
+            self._log.say(self._overlap)
         if site.routing is not None:
             self._log.event("routing", round=site.round, step=step, **site.routing)
 
@@ -224,6 +230,7 @@ def _about(site: TrainingSite) -> list[str]:
         f"{config.outer.codec} on the wire{over}; {counts.total / 1e6:.2f} M parameters, "
         f"{counts.sparse_share:.0%} in experts; {site.device}, {torch.get_num_threads()} threads "
         f"per {'rank' if world.ranks > 1 else 'site'}",
+        described(checkpoint_size(config, site.placement)),
     ]
 
 
