@@ -27,7 +27,8 @@ def _hints(kind: type) -> dict[str, Any]:
 
 def _type_name(kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
-        return "one of " + ", ".join(repr(choice) for choice in typing.get_args(kind))
+        names = [repr(choice) for choice in typing.get_args(kind)]
+        return names[0] if len(names) == 1 else "one of " + ", ".join(names)
     if typing.get_origin(kind) is tuple:
         return "a list of " + _type_name(typing.get_args(kind)[0])
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
