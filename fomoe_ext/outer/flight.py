@@ -22,21 +22,27 @@ class Flight:
 
     def __init__(self, meeting: Meeting, due: int, buckets: Sequence[Bucket]) -> None:
         self.meeting, self.due, self.buckets = meeting, due, list(buckets)
-        """`due`: the local step, counted since the start, after which it lands. `announced_s`: of
-        the seconds of the exchange, those until all sites had announced it."""
-        self.exchange_s = self.announced_s = 0.0
+        """`due`: the local step, counted since the start, after which it lands. `announced_s`:
+        seconds from when it was handed in until all sites had announced it, with those before;
+        `moved_s`: from then on."""
+        self.handed_in = 0.0
+        self.exchange_s = self.announced_s = self.moved_s = 0.0
         self.bytes_sent = 0
         self.arrived: Future[Any] | None = None
 
     def start(self, background: Background, work: Callable[[Flight], Any]) -> None:
         """Hands the exchange in; `work` is done on the other thread and timed."""
 
+        self.handed_in = time.perf_counter()
+
         def timed() -> Any:
             begun = time.perf_counter()
             try:
                 return work(self)
             finally:
-                self.exchange_s = time.perf_counter() - begun
+                ended = time.perf_counter()
+                self.exchange_s = ended - begun
+                self.moved_s = ended - self.handed_in - self.announced_s
 
         self.arrived = background.submit(timed)
 
@@ -93,9 +99,8 @@ class InFlight(Driver):
         in_flight = self._options.in_flight
 
         def fly(flight: Flight) -> None:
-            begun = time.perf_counter()
             flight.bytes_sent += meeting.announce(problem)
-            flight.announced_s = time.perf_counter() - begun
+            flight.announced_s = time.perf_counter() - flight.handed_in
             flight.bytes_sent += exchange(buckets, in_flight, encode=False, apply=False)
 
         flight = Flight(meeting, self._steps.taken + self.times.steps, buckets)
@@ -119,8 +124,7 @@ class InFlight(Driver):
         finally:
             self._log.sent(flight.bytes_sent)
             self._log.exchange_s += flight.exchange_s
-        moved_s = flight.exchange_s - flight.announced_s
-        self.times.exchanged(flight.meeting.fragment, flight.announced_s, moved_s)
+        self.times.exchanged(flight.meeting.fragment, flight.announced_s, flight.moved_s)
         self.times.choose(flight.meeting.told_times)
         self._state.layout.hold(flight.meeting.fragment)
         for bucket in flight.buckets:

@@ -38,7 +38,7 @@ class OverlapTimes:
         self.steps = FIRST if isinstance(options.overlap, str) else options.overlap
         self.reason = ""
         self.clock = time.perf_counter
-        self._local_steps = options.local_steps or 1
+        self._local_steps, self._fragments = options.local_steps or 1, options.fragments
         self._begun: float | None = None
         """When the local step under way began; None where it is not measured."""
         self._of_steps: list[float] = []
@@ -87,5 +87,6 @@ class OverlapTimes:
             return
         steps = next_overlap(self.steps, needed, self._local_steps)
         if steps != self.steps or not self.reason:
-            self.steps, self.reason = steps, reason(steps, needed, self._local_steps)
+            self.steps = steps
+            self.reason = reason(steps, needed, self._local_steps, self._fragments)
             _LOG.info("%s", self.reason)

@@ -55,13 +55,19 @@ def next_overlap(now: int, exchange_steps: float, local_steps: int) -> int:
     return now if fits and wanted > _LESS * now else wanted
 
 
-def reason(overlap: int, exchange_steps: float, local_steps: int) -> str:
+def reason(overlap: int, exchange_steps: float, local_steps: int, fragments: int = 1) -> str:
     """A sentence: which overlap was chosen, and why not more."""
     plural = "" if f"{exchange_steps:.1f}" == "1.0" else "s"
     told = f"overlap {overlap}: the exchange takes {exchange_steps:.1f} step{plural}"
-    if exchange_steps <= overlap:
-        return f"{told}; more would only make deltas older"
-    return (
-        f"{told}; more is not possible: a fragment is sent again after {local_steps} steps. The "
-        "rest is waited for (a codec of fewer bits or more local steps would help)"
-    )
+    help_ = "the rest is waited for (a codec of fewer bits or more local steps would help)"
+    if exchange_steps > overlap:
+        return (
+            f"{told}; more is not possible, as a fragment is sent again after {local_steps} steps; "
+            f"{help_}"
+        )
+    if fragments * exchange_steps > local_steps:
+        return (
+            f"{told}; more would not help, as the {fragments} exchanges of a round take longer "
+            f"than its {local_steps} steps; {help_}"
+        )
+    return f"{told}; more would only make deltas older"

@@ -132,7 +132,8 @@ def _time_table(planned: Mapping[str, Any]) -> ReportTable:
     if planned["overlap"] == AUTO:
         own = jobs[planned["job"]]
         exchange = own["meeting_s"] / planned["fragments"] / own["local_s"] * planned["local_steps"]
-        chosen = f" Chosen: {reason(own['overlap'], exchange, planned['local_steps'])}."
+        steps, fragments = planned["local_steps"], planned["fragments"]
+        chosen = f" Chosen: {reason(own['overlap'], exchange, steps, fragments)}."
     return ReportTable(
         "Time of a round, and what limits the meetings",
         ("", "local steps", "meetings", "hidden", "limited by", "buckets"),

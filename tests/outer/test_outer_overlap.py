@@ -390,9 +390,7 @@ def test_all_sites_choose_alike_and_at_the_same_step(fragments: int) -> None:
         assert chosen == [1] * first + [3] * (ROUNDS * STEPS - first)
         assert sent == predicted
         assert kept == (3, 1)
-        assert reason == (
-            "overlap 3: the exchange takes 2.0 steps; more would only make deltas older"
-        )
+        assert reason.startswith("overlap 3: the exchange takes 2.0 steps; more would only")
         other = next(a for a in answers if a[0] is not ended)
         shared = ended.keys() & other[0].keys()
         assert shared and all(bits(ended[k]) == bits(other[0][k]) for k in shared)
