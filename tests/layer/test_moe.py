@@ -414,4 +414,5 @@ def test_repr_tells_what_is_resident() -> None:
     text = repr(make(resident_experts=[0, 2], router_scope="resident", balance="entropy"))
     assert "resident_experts=[0, 2]" in text and "top_k=3" in text and "balance='entropy'" in text
     parts = nn.Sequential(Router(8, 4, 2), Experts(8, 4, 4))
-    assert "Router(8, 4, top_k=2" in repr(parts) and "resident=4/4" in repr(parts)
+    assert "Router(hidden_size=8, num_experts=4, top_k=2)" in repr(parts)
+    assert "Experts(hidden_size=8, intermediate_size=4, num_experts=4)" in repr(parts)
