@@ -67,8 +67,8 @@ def convert(
         model: of a family that `fomoe_ext.hf` knows; on the meta device as well.
         placement, site: who holds which experts, layer by layer; or
         resident: ids of the experts to hold, in all layers. Neither = all experts.
-        options: `router_scope`, `skipped_mass`, `balance`, `balance_coef`, `z_loss_coef`,
-            `bias_update_rate` and `seed` of `MoELayer`.
+        options: `router_scope`, `skipped_mass`, `balance`, `balance_coef`, `router_z_loss_coef`,
+            `balance_bias_rate` and `seed` of `MoELayer`.
 
     Raises ValueError or TypeError, with nothing changed, for a model without blocks of a known
     family or inside of a wrapper, a placement of other sizes, or a block that does what a

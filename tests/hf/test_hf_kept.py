@@ -103,7 +103,7 @@ def test_what_the_configuration_does_not_say_is_refused(tmp_path):
 
     for change, message in (
         (top_k, r"layers\.1\.mlp has top_k = 2.* stands for 3"),
-        (scale, r"layers\.0\.mlp has scale = 2\.0"),
+        (scale, r"layers\.0\.mlp has router_scale = 2\.0"),
         (config, r"has top_k = 3.* stands for 2"),
         (adapter, r"has parameters for which .* no place: experts\.adapter\.weight"),
     ):
@@ -113,10 +113,10 @@ def test_what_the_configuration_does_not_say_is_refused(tmp_path):
             with pytest.raises(ValueError, match=message):
                 way()
     for option in (
-        "scale",
-        "num_groups",
+        "router_scale",
+        "router_num_groups",
         "router_bias",
-        "bias",
+        "expert_bias",
         "shared_expert_intermediate_size",
         "mesh",
     ):
@@ -414,7 +414,7 @@ def test_heads_that_no_configuration_ties_are_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"balance": "switch"}, {"balance": "entropy"}, {"z_loss_coef": 0.1}]
+    "options", [{"balance": "switch"}, {"balance": "entropy"}, {"router_z_loss_coef": 0.1}]
 )
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
 def test_balance_losses_count_in_the_models_loss(family, options):
