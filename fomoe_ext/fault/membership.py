@@ -9,6 +9,7 @@ a view ends between two rounds, and is taken in then.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
@@ -30,6 +31,8 @@ from fomoe_ext.fault.lighthouse import (
 )
 from fomoe_ext.fault.secret import keyed, matches
 from fomoe_ext.files.json_values import loads
+
+_log = logging.getLogger(__name__)
 
 _BEAT_S = 0.5
 _LOOK_S = 0.05
@@ -118,7 +121,7 @@ class _Beats:
                 # Without the lighthouse nothing can change: go on as long as all goes well.
                 if self.blind_since is None:
                     self.blind_since = time.monotonic()
-                    print(f"fomoe: the lighthouse does not answer ({error})", flush=True)
+                    _log.info("fomoe: the lighthouse does not answer (%s)", error)
                 with suppress(Exception):
                     self._owner.connect()
 

@@ -18,6 +18,7 @@ happen too (`point`), and they know nothing of fault tolerance. Needs no torch.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import socket
@@ -25,6 +26,8 @@ import stat
 import subprocess
 import time
 from dataclasses import dataclass
+
+_log = logging.getLogger(__name__)
 
 VARIABLE = "FOMOE_FAULTS"
 KINDS = ("kill", "stop", "slow", "cut", "corrupt", "full")
@@ -104,7 +107,7 @@ def corrupted() -> bool:
 
 def _happen(fault: Fault) -> None:
     global _corrupts
-    print(f"fault: {fault}", flush=True)
+    _log.info("fault: %s", fault)
     if fault.kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault.kind == "stop":

@@ -7,6 +7,7 @@ them the sites run in network namespaces of their own where that is allowed. Nee
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -26,7 +27,10 @@ from fomoe_ext.launch import signals
 from fomoe_ext.launch.link import VARIABLE as LINK
 from fomoe_ext.launch.link import link_variable, wanted_mode
 from fomoe_ext.launch.namespace import INTERFACE, NamespaceError, Network
+from fomoe_ext.launch.reader import EXIT_UNREAD, has_left
 from fomoe_ext.placement.wire import Link
+
+_log = logging.getLogger(__name__)
 
 EXIT_STOPPED = 130
 """Exit code of a job that was asked to stop (as a shell reports SIGINT)."""
@@ -226,7 +230,7 @@ def _blame(failed: Sequence[_Site]) -> _Site:
 
 
 def _say(message: str) -> None:
-    print(f"fomoe: {message}", file=sys.stderr, flush=True)
+    _log.warning("fomoe: %s", message)
 
 
 def _report_failure(culprit: _Site, on_failure: str) -> None:
@@ -238,7 +242,7 @@ def _report_failure(culprit: _Site, on_failure: str) -> None:
         tail = culprit.log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
         if tail:
             _say(f"last lines of {culprit.log}:")
-            print("\n".join("  " + line for line in tail), file=sys.stderr, flush=True)
+            _log.warning("%s", "\n".join("  " + line for line in tail))
 
 
 @contextmanager
@@ -258,10 +262,22 @@ def _counted_signals() -> Iterator[list[int]]:
             signal.signal(kind, handler)
 
 
+def _note_reader(received: list[int]) -> None:
+    """Counts a reader who has left as a signal that asks to stop."""
+    if not received and has_left(sys.stdout):
+        received.append(signal.SIGPIPE)
+
+
+def _say_stopping(command: _Command, received: Sequence[int]) -> None:
+    why = "nobody reads the output any more, " if received[0] == signal.SIGPIPE else ""
+    _say(f"{why}{command.on_stop} (once more to stop at once)")
+
+
 def _watch(sites: Sequence[_Site], received: list[int], command: _Command) -> int:
     """Wait for all sites; pass on the first signal, end all at the second or when one fails."""
     forwarded = False
     while True:
+        _note_reader(received)
         codes = [site.process.poll() for site in sites]
         if len(received) > 1:
             _kill(sites)
@@ -269,7 +285,7 @@ def _watch(sites: Sequence[_Site], received: list[int], command: _Command) -> in
             return EXIT_STOPPED
         if received and not forwarded:
             forwarded = True
-            _say(f"{command.on_stop} (once more to stop at once)")
+            _say_stopping(command, received)
             for site in sites:
                 if site.process.poll() is None:
                     site.process.terminate()
@@ -342,8 +358,11 @@ def _run(
         sites = _start(start)
         try:
             if keeper is not None:
-                return _watch_tolerant(sites, received, start, keeper)
-            return _watch(sites, received, command)
+                code = _watch_tolerant(sites, received, start, keeper)
+            else:
+                code = _watch(sites, received, command)
+            unread = code == EXIT_STOPPED and received[:1] == [signal.SIGPIPE]
+            return EXIT_UNREAD if unread else code
         finally:
             _kill(sites)
 
@@ -357,6 +376,7 @@ def _watch_tolerant(sites: list[_Site], received: list[int], start: _Start, keep
     restarts = dict.fromkeys((site.site for site in sites), keeper.restarts)
     last = 0
     while True:
+        _note_reader(received)
         if len(received) > 1:
             _kill(sites)
             _say(f"stopped at once{start.command.unsaved}")
@@ -364,7 +384,7 @@ def _watch_tolerant(sites: list[_Site], received: list[int], start: _Start, keep
         running = [site for site in sites if site.process.poll() is None]
         if received and not forwarded:
             forwarded = True
-            _say(f"{start.command.on_stop} (once more to stop at once)")
+            _say_stopping(start.command, received)
             for site in running:
                 site.process.terminate()
         for site in [s for s in sites if s not in running]:

@@ -39,7 +39,10 @@ def asks_again(number: int) -> bool:
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has come that asks to stop: raised where the command was."""
+    """A signal has come that asks to stop, or the output's reader has left (SIGPIPE).
+
+    It is raised where the command was.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(number)

@@ -7,6 +7,7 @@ one site, this process.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -25,6 +26,8 @@ from fomoe_ext.config.addresses import Address, require_listener, why_no_host, w
 from fomoe_ext.launch import signals
 from fomoe_ext.launch.processes import EXIT_PEER_LOST, LAUNCHER_FD, RENDEZVOUS, cores
 from fomoe_ext.launch.waiting import GivenUp
+
+_log = logging.getLogger(__name__)
 
 _PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _PATIENCE_S = 15.0
@@ -239,18 +242,16 @@ def _find_others(world: World, timeout_s: float) -> None:
     if world.process == 0:
         return
     hint = "is the process of RANK=0 running there, and can this machine reach it?"
-    say = partial(print, f"fomoe train, site {world.site}:", file=sys.stderr, flush=True)
+    say = partial(_log.warning, "fomoe train, site %d: %s", world.site)
     require_listener(address, "MASTER_ADDR:MASTER_PORT", timeout_s, hint, say)
 
 
 @contextmanager
 def _telling(world: World, timeout_s: float) -> Iterator[None]:
     """Says that the others have not come, where that takes long."""
-    text = (
-        f"fomoe train, site {world.site}: waits for the other processes of {world.processes}, for "
-        f"up to {timeout_s:g} s"
-    )
-    timer = threading.Timer(_PATIENCE_S, print, [text], {"file": sys.stderr, "flush": True})
+    text = "fomoe train, site %d: waits for the other processes of %d, for up to %g s"
+    told = [text, world.site, world.processes, timeout_s]
+    timer = threading.Timer(_PATIENCE_S, _log.warning, told)
     timer.daemon = True
     timer.start()
     try:

@@ -4,7 +4,7 @@ one is due, shadow copies, the routing probe, and its counts.
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Callable
 
@@ -14,6 +14,8 @@ from fomoe_ext.placement.placement import Placement
 from fomoe_ext.plan import traffic as plan
 from fomoe_ext.train.probing import SiteProbe
 from fomoe_ext.train.state import SiteState
+
+_log = logging.getLogger(__name__)
 
 
 class Meetings:
@@ -93,11 +95,11 @@ class Meetings:
         site.tally.healed += len(outcome.healed)
         self._tell_of_treatment(outcome.treatment)
         if outcome.healed and site.world.rank == 0:
-            print(
-                f"site {site.world.site}: restored from the majority after round {site.round}: "
-                f"{', '.join(outcome.healed)}",
-                file=sys.stderr,
-                flush=True,
+            _log.warning(
+                "site %d: restored from the majority after round %d: %s",
+                site.world.site,
+                site.round,
+                ", ".join(outcome.healed),
             )
 
     def _tell_of_treatment(self, treatment: Treatment) -> None:
@@ -105,11 +107,11 @@ class Meetings:
         if world.site in treatment.left_out:
             tally.left_out += 1
             if world.rank == 0:
-                print(
-                    f"site {world.number}: what it had after round {self._site.round} was NaN or "
-                    "infinite: left out, it goes on with what the others have agreed on",
-                    file=sys.stderr,
-                    flush=True,
+                _log.warning(
+                    "site %d: what it had after round %d was NaN or infinite: left out, it goes on "
+                    "with what the others have agreed on",
+                    world.number,
+                    self._site.round,
                 )
         elif treatment.factors and treatment.factors[world.site] < 1:
             tally.clipped += 1

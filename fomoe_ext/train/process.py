@@ -6,6 +6,7 @@ It finds its place among the others, agrees with them where to begin, and trains
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from fomoe_ext.files.outputs import named, options_of
 from fomoe_ext.files.unwritten import Unwritten, tolerant_output
 from fomoe_ext.launch import inject
 from fomoe_ext.launch.console import outlive_terminal
+from fomoe_ext.launch.logs import shown
 from fomoe_ext.launch.processes import EXIT_PEER_LOST
 from fomoe_ext.launch.waiting import watched
 from fomoe_ext.launch.world import (
@@ -52,6 +54,8 @@ from fomoe_ext.train.start import (
     start_alone,
 )
 from fomoe_ext.train.trainer import Trainer
+
+_log = logging.getLogger(__name__)
 
 
 def run_site(
@@ -113,7 +117,7 @@ def _run_among_changing(
             company = Company(membership, site)
             return _train(site, start, stop, unwritten, company)
     except Finished:
-        print(f"site {world.number}: the job has ended without it", flush=True)
+        _log.info("site %d: the job has ended without it", world.number)
     except TooFew as error:
         raise PeerLost(str(error)) from error
     return 0
@@ -164,7 +168,8 @@ def _main(args: Sequence[str], unwritten: Unwritten) -> int:
         where = f"fomoe train, site {world.site}"
         if world.ranks > 1:
             where += f", rank {world.rank}"
-        code = run_site(config, world, StopRequest(), unnamed=unnamed, unwritten=unwritten)
+        with shown():
+            code = run_site(config, world, StopRequest(), unnamed=unnamed, unwritten=unwritten)
         if config.fault.tolerant:
             end_now(code)  # groups of sites that are gone would be waited for
         return code

@@ -5,9 +5,9 @@ One process speaks for all; a `Speaker` that was not opened says nothing.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +33,8 @@ from fomoe_ext.report.story import describe
 from fomoe_ext.train.job import learning_rate
 from fomoe_ext.train.site import TrainingSite
 from fomoe_ext.train.start import Start
+
+_log = logging.getLogger(__name__)
 
 
 class Speaker:
@@ -163,10 +165,8 @@ class Speaker:
                 self._made_up_for += self._unwritten.forget(failed)
             self._failed.clear()
             return
-        print(
-            f"fomoe train: could not write checkpoint {path}{goes_on}: {outcome.error}",
-            file=sys.stderr,
-            flush=True,
+        _log.error(
+            "fomoe train: could not write checkpoint %s%s: %s", path, goes_on, outcome.error
         )
         self._failed.append(path)
         self._unwritten.note(path, outcome.error, quiet=True)
@@ -200,7 +200,7 @@ class Speaker:
         lines |= dict.fromkeys(f"{line} (but a later one was)" for line in self._made_up_for)
         if lines:
             text = "\n".join(f"  {line}" for line in lines)
-            print(f"fomoe train: could not be written:\n{text}", file=sys.stderr, flush=True)
+            _log.error("fomoe train: could not be written:\n%s", text)
 
 
 def _console(unwritten: Unwritten) -> Console | None:

@@ -93,7 +93,7 @@ def test_where_processes_meet_is_read():
         assert meeting_point(given) == Address(host, 29500)
 
 
-def test_who_waits_says_for_whom(monkeypatch, capsys):
+def test_who_waits_says_for_whom(monkeypatch, caplog):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -103,11 +103,11 @@ def test_who_waits_says_for_whom(monkeypatch, capsys):
         ConnectionError, match=r"MASTER_PORT 127\.0\.0\.1:\d+ does not answer .*RANK=0"
     ):
         world._find_others(World(1, 2), 0.5)
-    said = capsys.readouterr().err
+    said = caplog.messages[0]
     assert said.startswith("fomoe train, site 1: MASTER_ADDR:MASTER_PORT") and "yet" in said
     world._find_others(World(0, 2), 0.5)  # there the others come
 
     monkeypatch.setattr(world, "_PATIENCE_S", 0.0)
     with world._telling(World(0, 2), 300.0):
         world.threading.Event().wait(0.1)
-    assert "waits for the other processes of 2, for up to 300 s" in capsys.readouterr().err
+    assert "waits for the other processes of 2, for up to 300 s" in caplog.messages[-1]
