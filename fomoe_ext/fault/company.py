@@ -14,6 +14,7 @@ from fomoe_ext.fault import ownership
 from fomoe_ext.fault.membership import NotAMember, TorchftMembership, View
 from fomoe_ext.fault.reform import Reform, Regrouped
 from fomoe_ext.fault.site import Recoverable
+from fomoe_ext.launch.waiting import reason_of
 from fomoe_ext.launch.world import PeerLost
 
 _log = logging.getLogger(__name__)
@@ -124,7 +125,9 @@ class Company:
             except dist.DistError as error:
                 # The lighthouse cannot be reached; the heartbeat connects anew when it can.
                 if time.monotonic() > deadline:
-                    raise PeerLost(f"the lighthouse cannot be reached: {error}") from error
+                    raise PeerLost(
+                        f"the lighthouse cannot be reached: {reason_of(error)}"
+                    ) from error
                 time.sleep(1.0)
 
     def _tell(

@@ -7,10 +7,14 @@ then at what the watch says, and gives up when it names a reason.
 
 from __future__ import annotations
 
+import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+_log = logging.getLogger(__name__)
 
 _SHORTEST_S, _LONGEST_S = 5e-5, 2e-3
 
@@ -33,6 +37,27 @@ def watched(watch: Callable[[], str]) -> Iterator[None]:
         yield
     finally:
         _watch = before
+
+
+_SOURCE = re.compile(r"\[[^][]*\.(?:cc|cpp|h|hpp):\d+\]\s*|\bGLHF!\s*")
+"""Where in the C++ sources an error was raised, and a greeting of gloo's."""
+_STACK = re.compile(r"\n\s*(?:Exception raised from|frame #|C\+\+ CapturedTraceback).*", re.S)
+_REASON_CHARACTERS = 160
+
+
+def reason_of(error: BaseException) -> str:
+    """An error of a transport in one short line of printable ASCII, for a message of ours.
+
+    Source files, stack traces and all but its first lines are left out; the whole text is logged
+    for debugging (FOMOE_LOG=debug).
+    """
+    text = str(error)
+    _log.debug("%s: %s", type(error).__name__, text)
+    text = _SOURCE.sub("", _STACK.sub("", text))
+    text = " ".join("".join(c if " " <= c <= "~" else " " for c in text).split())
+    if len(text) > _REASON_CHARACTERS:
+        text = text[: _REASON_CHARACTERS - 3].rstrip() + "..."
+    return text or type(error).__name__
 
 
 def wait_for(work: Any) -> None:

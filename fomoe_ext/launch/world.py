@@ -25,7 +25,7 @@ import torch.distributed as dist
 from fomoe_ext.config.addresses import Address, require_listener, why_no_host, why_no_port
 from fomoe_ext.launch import signals
 from fomoe_ext.launch.processes import EXIT_PEER_LOST, LAUNCHER_FD, RENDEZVOUS, cores
-from fomoe_ext.launch.waiting import GivenUp
+from fomoe_ext.launch.waiting import GivenUp, reason_of
 
 _log = logging.getLogger(__name__)
 
@@ -268,7 +268,7 @@ def with_others(what: str, site: int) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, PeerLost) or not is_peer_error(error):
             raise
-        raise PeerLost(f"{what}: site {site} lost another site ({error})") from error
+        raise PeerLost(f"{what}: site {site} lost another site ({reason_of(error)})") from error
 
 
 def is_peer_error(error: BaseException) -> bool:

@@ -165,9 +165,7 @@ class Speaker:
                 self._made_up_for += self._unwritten.forget(failed)
             self._failed.clear()
             return
-        _log.error(
-            "fomoe train: could not write checkpoint %s%s: %s", path, goes_on, outcome.error
-        )
+        _log.error("fomoe train: could not write checkpoint %s%s: %s", path, goes_on, outcome.error)
         self._failed.append(path)
         self._unwritten.note(path, outcome.error, quiet=True)
         self._log.event("checkpoint_failed", **about, error=outcome.error)

@@ -14,6 +14,8 @@ import fomoe_ext
 from fomoe_ext import cli
 from fomoe_ext.files.unwritten import Unwritten
 from fomoe_ext.launch.logs import shown, wanted_level
+from fomoe_ext.launch.waiting import reason_of
+from fomoe_ext.launch.world import PeerLost, with_others
 
 PACKAGE = Path(fomoe_ext.__file__).parent
 COMMANDS = {
@@ -115,3 +117,32 @@ def test_python_shows_warnings_where_nobody_has_asked():
     )
     assert ran.stderr == "fomoe train: could not write file, going on: full\n"
     assert ran.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (
+            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer "
+            "[127.0.0.1]:40123",
+            "Connection closed by peer [127.0.0.1]:40123",
+        ),
+        ("GLHF! \U0001f3d6\ufe0f Read error [10.0.0.1]: reset", "Read error [10.0.0.1]: reset"),
+        (
+            "Connection reset by peer\nException raised from recvBytes at Utils.hpp:700\nframe #0",
+            "Connection reset by peer",
+        ),
+        ("caf\u00e9\tx\n\ny", "caf x y"),
+        ("", "RuntimeError"),
+        ("long " * 100, "long " * 31 + "lo..."),
+    ],
+)
+def test_a_foreign_error_is_one_plain_line(raw, expected, caplog):
+    caplog.set_level(logging.DEBUG, "fomoe_ext")
+    assert reason_of(RuntimeError(raw)) == expected
+    assert raw in caplog.text
+    with (
+        pytest.raises(PeerLost, match="a test: site 1 lost another site"),
+        with_others("a test", 1),
+    ):
+        raise RuntimeError(f"gloo {raw}")
