@@ -35,7 +35,9 @@ class Meetings:
         self._before_change()
         if self._probe is not None:
             self._probe.before_meeting()
-        seconds = self.count(site.placement, site.sync.step(site.progress.tokens))
+        with site.course.explained(site.round + 1, None):
+            outcome = site.sync.step(site.progress.tokens)
+        seconds = self.count(site.placement, outcome)
         if site.config.fault.shadow_experts:
             seconds += self._refresh_shadows()
         every = site.config.sites.reshuffle_rounds

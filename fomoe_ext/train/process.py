@@ -44,6 +44,7 @@ from fomoe_ext.launch.world import (
 )
 from fomoe_ext.outer.errors import MeetingError
 from fomoe_ext.report.runs import HELD, Job, settled_job
+from fomoe_ext.train.divergence import Diverged
 from fomoe_ext.train.site import TrainingSite
 from fomoe_ext.train.start import (
     OtherSiteFailed,
@@ -178,6 +179,8 @@ def _main(args: Sequence[str], unwritten: Unwritten) -> int:
     except MeetingError as error:
         lost = error.__cause__ is not None and is_peer_error(error.__cause__)
         message, code = error, EXIT_PEER_LOST if lost else 1
+    except Diverged as error:
+        message = error
     except (ValueError, TypeError, OSError, ckpt.CheckpointError, NotInstalled) as error:
         message = named(error, options_of(list(args)))
     except ImportError as error:

@@ -23,6 +23,7 @@ from fomoe_ext.model.language import LanguageModel
 from fomoe_ext.outer.sync import OuterSync
 from fomoe_ext.placement.placement import Placement
 from fomoe_ext.report.tally import Tally
+from fomoe_ext.train.divergence import Course
 from fomoe_ext.train.pace import Pace
 from fomoe_ext.train.round_progress import RoundProgress, of_site
 
@@ -57,6 +58,7 @@ class SiteState:
         )
         self.tally = Tally()
         self.progress, self.pace = RoundProgress(self.local_steps, device), Pace()
+        self.course = Course(config, world.number)
         self.shadows = Shadows()
         self.story: list[dict[str, Any]] = []
         """What happened to the sites, for the report."""
