@@ -1,6 +1,7 @@
 """The local steps of a site.
 
-With several ranks a site's batch is shared among them, experts by the mesh and all else by FSDP.
+Several ranks of a site split its batch. They share its experts over the mesh (expert parallel), and
+FSDP shards the other parameters.
 """
 
 from __future__ import annotations
@@ -21,18 +22,19 @@ from fomoe_ext.train.state import SiteState
 
 
 class LocalSteps:
-    """Takes the local steps of one rank of a site, and counts them."""
+    """Takes and counts the local steps of one rank of a site."""
 
     def __init__(self, site: SiteState, before_update: Callable[[], None]) -> None:
-        """`before_update` is called when a step is about to change the optimizer's state."""
+        """`before_update` is called in each step before parameters or optimizer state change."""
         self._site, self._before_update = site, before_update
         self.clock = time.perf_counter
 
     def take(self, stop: StopRequest, after_step: Callable[[Tensor], None]) -> None:
-        """The round's remaining local steps, cut short when this site is asked to stop.
+        """Takes the remaining local steps of the round, fewer if this site is asked to stop.
 
-        Where a step can be a meeting (ddp, fragments, overlap) all sites take all of them.
-        `after_step` gets the cross entropy of every step, nats per token, as a scalar.
+        If a meeting may fall on any step (ddp, fragments, overlap), all sites take all steps.
+        `after_step` gets the cross entropy of every step: a scalar, in nats per token. Raises
+        Diverged for NaN or infinite values.
         """
         site, progress = self._site, self._site.progress
         outer = site.config.outer
@@ -126,7 +128,7 @@ class LocalSteps:
         return not all(bool(p.detach().isfinite().all()) for p in parameters)
 
     def _asked(self, stop: StopRequest) -> bool:
-        """Whether any rank of this site was asked to stop."""
+        """Whether any rank of this site was asked to stop; a collective of its ranks."""
         site = self._site
         if site.world.ranks == 1:
             return stop.asked

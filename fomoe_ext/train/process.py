@@ -1,6 +1,7 @@
 """A process of the training job: `python -m fomoe_ext.train`, by `fomoe train` or torchrun.
 
-It finds its place among the others, agrees with them where to begin, and trains to the end.
+It finds out which site and rank it is, agrees with the others where to begin, and trains to the
+end.
 """
 
 from __future__ import annotations
@@ -67,12 +68,12 @@ def run_site(
     unnamed: bool = False,
     unwritten: Unwritten | None = None,
 ) -> int:
-    """Runs one site of a job to its end; all sites of the job must. Returns the exit code.
+    """Runs one process of a job to its end and returns the exit code; all processes must call it.
 
-    `config` and `unnamed` are as `runs.settled_job` makes them, `unwritten` has what could not be
-    written. Raises ValueError, TypeError, FileNotFoundError and
-    CheckpointError for what the user can mend, MeetingError and PeerLost when the sites fall apart,
-    or too few of them are left.
+    `config` and `unnamed`: from `runs.settled_job`. `unwritten` collects files that could not be
+    written. Raises ValueError, TypeError, FileNotFoundError and CheckpointError for errors in
+    options or files, Diverged for NaN, and MeetingError or PeerLost if a meeting fails, a site is
+    lost or too few sites are left.
     """
     unwritten, job = unwritten or Unwritten(), Job(config, unnamed)
     use_threads(config.sites.threads, world)
@@ -84,7 +85,7 @@ def run_site(
 def _run_among_all(
     job: Job, world: World, device: torch.device, stop: StopRequest, unwritten: Unwritten
 ) -> int:
-    """A site of a job that ends with the first that is lost."""
+    """Runs a site of a job that ends as soon as one site is lost."""
     with ExitStack() as stack, joined(world, job.config.outer.timeout_s, device.type):
         start = agree_on_start(job, world, stack)
         site = TrainingSite(start.config, world, start.data, device, start.resumed)
@@ -94,7 +95,10 @@ def _run_among_all(
 def _run_among_changing(
     job: Job, world: World, device: torch.device, stop: StopRequest, unwritten: Unwritten
 ) -> int:
-    """A site of a job that outlives its sites (`fomoe_ext.fault`); it may come late itself."""
+    """Runs a site of a job that continues when sites are lost (`fomoe_ext.fault`).
+
+    This site may itself join late.
+    """
     config, timeout_s = job.config, job.config.outer.timeout_s
     end_with_launcher()
     try:
@@ -131,7 +135,7 @@ def _train(
     unwritten: Unwritten,
     company: Company | None = None,
 ) -> int:
-    """What a site does once it is made; the exit code."""
+    """Trains with a site that is ready, and returns the exit code."""
     stop.install()
     trainer = Trainer(site, stop, company, start, unwritten)
     note_uncached(start.data, site.world, unwritten)
@@ -147,7 +151,7 @@ def _train(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The process of one site; returns its exit code, or ends the process when a site is lost."""
+    """Runs one process; returns its exit code, or ends the process at once after an error."""
     outlive_terminal()
     args = sys.argv[1:] if arguments is None else arguments
     unwritten = Unwritten()
@@ -172,7 +176,7 @@ def _main(args: Sequence[str], unwritten: Unwritten) -> int:
         with shown():
             code = run_site(config, world, StopRequest(), unnamed=unnamed, unwritten=unwritten)
         if config.fault.tolerant:
-            end_now(code)  # groups of sites that are gone would be waited for
+            end_now(code)  # a normal exit would wait for process groups of lost sites
         return code
     except (PeerLost, OtherSiteFailed) as error:
         message, code = error, EXIT_PEER_LOST
