@@ -1,10 +1,10 @@
-"""What the library logs, shown by a command as plain lines. Needs no torch.
+"""Shows the library's log messages in a command as plain lines. Needs no torch.
 
-Modules log to `logging.getLogger(__name__)`, below the logger "fomoe_ext". Whoever imports the
-package gets what Python does with such records: warnings on standard error, or wherever their own
-handlers send them. A command shows the message alone: warnings on standard error, all else on
-standard output. FOMOE_LOG=debug shows debug messages too, such as the full text of a transport's
-error, with the time and the logger's name.
+Every module logs to `logging.getLogger(__name__)`, so all loggers are below "fomoe_ext". In other
+programs Python's defaults apply: warnings go to standard error, or to the program's own handlers.
+A command prints the message alone: INFO to standard output, all others to standard error.
+FOMOE_LOG=debug also prints debug messages, such as the full text of a transport's error, with time
+and logger name.
 """
 
 from __future__ import annotations
@@ -20,10 +20,7 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 class _Lines(logging.Handler):
-    """Writes to whatever sys.stdout and sys.stderr are at the time.
-
-    A stream that cannot be written to raises its own error, as it does for print.
-    """
+    """Writes to the current sys.stdout and sys.stderr; errors of these streams are raised."""
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stderr if record.levelno != logging.INFO else sys.stdout
@@ -31,7 +28,7 @@ class _Lines(logging.Handler):
 
 
 class _Plain(logging.Formatter):
-    """The message alone; for debugging also when and where."""
+    """The message alone; debug messages also have time and logger name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +50,7 @@ def wanted_level() -> int:
 
 @contextmanager
 def shown() -> Iterator[None]:
-    """Inside, what the package logs is shown as a command shows it; nested uses show it once."""
+    """Inside, the package's log messages are printed; if nested, they are printed once."""
     package = logging.getLogger("fomoe_ext")
     if any(isinstance(handler, _Lines) for handler in package.handlers):
         yield

@@ -1,7 +1,7 @@
-"""Whoever reads a command's output may leave before its end: `fomoe plan | head`. Needs no torch.
+"""The reader of a command's output may leave before the end: `fomoe plan | head`. Needs no torch.
 
-Other tools die of SIGPIPE then, silently. A command here ends as by that signal, with exit code
-141, after it has removed its temporary files; a job first writes a checkpoint.
+Other tools then die silently of SIGPIPE. Commands here end silently with the same exit code, 141,
+after they have removed their temporary files. A training job first writes a checkpoint.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any, TextIO
 from fomoe_ext.launch.signals import Interrupted
 
 EXIT_UNREAD = 128 + signal.SIGPIPE
-"""Exit code of a command whose output nobody reads any more, as a shell reports SIGPIPE."""
+"""Exit code after the reader of the output has left, as a shell reports SIGPIPE."""
 
 
 def has_left(stream: TextIO | None) -> bool:
-    """Whether a stream is a pipe whose other end is closed. Nothing is written to find out.
+    """Whether a stream is a pipe whose read end is closed. Nothing is written to find out.
 
-    A terminal that was closed is none: it sends SIGHUP, which a job may be told to ignore.
+    False for a closed terminal, which sends SIGHUP; a job may be told to ignore that.
     """
     try:
         descriptor = stream.fileno() if stream is not None else -1
@@ -67,7 +67,7 @@ class _Read:
 
 
 def _drop(stream: TextIO) -> None:
-    """Sends what the stream's buffer still holds nowhere; at exit Python would try it again."""
+    """Discards the stream's buffer, which Python would else try to write again at exit."""
     null = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(null, stream.fileno())
@@ -79,9 +79,9 @@ def _drop(stream: TextIO) -> None:
 
 @contextmanager
 def ended_by_reader() -> Iterator[None]:
-    """Inside, writing to standard output raises Interrupted with SIGPIPE once its reader has left.
+    """Inside, a write to standard output raises Interrupted (SIGPIPE) if the reader has left.
 
-    No handler of OSError takes it for a failed write.
+    Interrupted is no OSError, so that no handler of failed writes catches it.
     """
     before = sys.stdout
     if before is None:

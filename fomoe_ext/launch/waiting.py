@@ -1,8 +1,8 @@
-"""Waiting for other processes without waiting for ever: a watch may end any wait.
+"""Waiting for other processes; a watch function may end any wait early.
 
-A collective whose other end has stopped, without closing its connections, would fail only after its
-timeout. Where somebody watches over the sites (`fomoe_ext.fault`), every wait of ours looks now and
-then at what the watch says, and gives up when it names a reason.
+If another process hangs without closing its connections, a collective fails only after its timeout.
+In jobs that watch their sites (`fomoe_ext.fault`), every wait also asks the watch function from
+time to time and is given up if that returns a reason.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _watch: Callable[[], str] | None = None
 
 
 class GivenUp(RuntimeError):
-    """A wait that a watch has ended: the other sites, or some of them, will not come."""
+    """The watch function has ended a wait: at least one other site will not answer."""
 
 
 @contextmanager
@@ -46,10 +46,10 @@ _REASON_CHARACTERS = 160
 
 
 def reason_of(error: BaseException) -> str:
-    """An error of a transport in one short line of printable ASCII, for a message of ours.
+    """The text of a transport's error as one short line of printable ASCII.
 
-    Source files, stack traces and all but its first lines are left out; the whole text is logged
-    for debugging (FOMOE_LOG=debug).
+    Source locations and stack traces are removed. The full text is logged at level DEBUG
+    (FOMOE_LOG=debug).
     """
     text = str(error)
     _log.debug("%s: %s", type(error).__name__, text)
@@ -63,8 +63,8 @@ def reason_of(error: BaseException) -> str:
 def wait_for(work: Any) -> None:
     """Waits for a torch.distributed `Work`.
 
-    Raises what the work does, and GivenUp when the watch gives a reason; the work is then still
-    under way, and its tensors must not be used again.
+    Raises the error of the work, or GivenUp if the watch returns a reason. After GivenUp the work
+    still runs, and its tensors must not be used again.
     """
     if _watch is not None:
         pause = _SHORTEST_S
