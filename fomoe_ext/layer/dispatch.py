@@ -330,7 +330,8 @@ class _ToExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
-        rows = _ops.gather(x, exchange.table.row_of_slot, exchange.table.offsets)
+        table = exchange.table
+        rows = _ops.gather(x=x, row_of_slot=table.row_of_slot, offsets=table.offsets)
         return exchange.there(rows, "tokens")
 
     @staticmethod
@@ -339,7 +340,7 @@ class _ToExperts(torch.autograd.Function):
         exchange = ctx.exchange
         rows = exchange.back(grad, "token gradients")
         # The division by which experts got the gradient of a mean is not for this rank's tokens.
-        grad_x = _ops.combine(rows, None, exchange.table.row_of_slot)
+        grad_x = _ops.combine(rows=rows, weights=None, row_of_slot=exchange.table.row_of_slot)
         return grad_x.mul_(exchange.dispatch.axis.size), None
 
 
