@@ -1,4 +1,4 @@
-"""The weights of a checkpoint as plain floats: two quantised formats are dequantised, others refused.
+"""The weights of a checkpoint as plain floats; two quantised formats are dequantised.
 
 FP8 blocks (DeepSeek-V3, Qwen3-MoE-FP8): `NAME` F8_E4M3 [m, n] and `NAME_scale_inv`
 [ceil(m / a), ceil(n / b)], with the block size [a, b] in config.json; the value is the product.

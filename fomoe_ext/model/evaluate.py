@@ -117,7 +117,7 @@ class ExpertStream:
         shapes = {name: experts.part(name).shape[1:] for name in experts.parts}
         one = sum(shape.numel() for shape in shapes.values()) * experts.expand_weight.element_size()
         size = max(1, min(self.placement.num_experts, self.buffer_bytes // one))
-        everywhere = self.placement.everywhere
+        everywhere = self.placement.all_resident
         senders = [self._sender(named.index, e, everywhere) for e in range(experts.num_experts)]
         me = self.site, self.ranks.rank
         order = sorted(range(experts.num_experts), key=lambda e: (senders[e], e))
