@@ -87,28 +87,30 @@ def from_pretrained_resident(
         model = (model_class or AutoModelForCausalLM).from_config(config, dtype=kind)
         keep_in_fp32(model, kind)
         convert(model, placement, site, **options)
+    ignored = _read_all(reader, model, device)
+    read_generation_config(model, folder)
+    model.eval()
+    sizes = {"bytes_read": files.bytes_read, "bytes_total": files.bytes_total}
+    info = {**sizes, "unexpected_keys": sorted(ignored)}
+    return (model, info) if output_loading_info else model
+
+
+def _read_all(reader: Weights, model: Any, device: torch.device | str) -> set[str]:
+    """Reads all tensors of a converted model; returns names of tensors that it does not use."""
+    files = reader.files
     layers = converted_layers(model)
     others = _names_of_others(reader, model, {path for path, _ in layers})
     of_layers = (name for layer_path, layer in layers for name in _names(reader, layer_path, layer))
     ignored = ignored_names(model, files.names())
     reader.require_only({*of_layers, *others.values()}, ignored)
-    _warn_of_ignored(folder, ignored)
+    _warn_of_ignored(files.folder, ignored)
     with torch.no_grad():
         for layer_path, layer in layers:
             _read_layer(reader, layer_path, layer, device)
         _read_others(reader, model, others, device)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
-    read_generation_config(model, folder)
-    model.eval()
-    if not output_loading_info:
-        return model
-    info = {
-        "bytes_read": files.bytes_read,
-        "bytes_total": files.bytes_total,
-        "unexpected_keys": sorted(ignored),
-    }
-    return model, info
+    return ignored
 
 
 def _warn_of_ignored(folder: Path, ignored: set[str]) -> None:
@@ -116,7 +118,7 @@ def _warn_of_ignored(folder: Path, ignored: set[str]) -> None:
         warnings.warn(
             f"{folder}: {more[0]} and {len(more) - 1} other tensors are not read: they belong to "
             "layers that predict further tokens, which transformers does not implement",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -197,7 +199,7 @@ def _names_of_others(reader: Weights, model: nn.Module, layers: set[str]) -> dic
             warnings.warn(
                 f"config.json ties {target} to {source}, but the files have different values for "
                 "them: they are loaded untied",
-                stacklevel=3,
+                stacklevel=4,
             )
             _untie(model, target)
             found[target] = target

@@ -235,7 +235,7 @@ def evaluate(
     model: LanguageModel,
     data: TextData,
     placement: Placement,
-    site: int = 0,
+    site: int,
     *,
     max_tokens: int | None = None,
     batch_size: int | None = None,
@@ -254,11 +254,9 @@ def evaluate(
     start = time.perf_counter()
     ranks, device = ranks or SiteRanks(None, placement.num_sites, site), model.embedding.device
     process, processes = site * ranks.size + ranks.rank, placement.num_sites * ranks.size
-    batches = list(
-        data.val_batches(
-            batch_size or validation_batch_size(model), process, processes, max_tokens=max_tokens
-        )
-    )
+    size = batch_size or validation_batch_size(model)
+    share = data.val_batches(size, site=process, num_sites=processes, max_tokens=max_tokens)
+    batches = list(share)
     most = torch.tensor(len(batches))
     if processes > 1:
         wait_for(dist.all_reduce(most, dist.ReduceOp.MAX, async_op=True))

@@ -66,7 +66,7 @@ class Placement:
         for layer, experts in enumerate(self.table):
             if id(experts) in residents:  # a cyclic placement repeats a few different layers
                 continue
-            self._check_layer(layer, experts)
+            _check_layer(self, layer, experts)
             held: list[list[int]] = [[] for _ in range(self.num_sites)]
             for expert, owners in enumerate(experts):
                 for site in owners:
@@ -75,38 +75,6 @@ class Placement:
         of_layers = tuple(residents[id(experts)] for experts in self.table)
         object.__setattr__(self, "_residents", of_layers)
         object.__setattr__(self, "_num_by_owners", {})
-
-    def _check_layer(self, layer: int, experts: Sequence[Owners]) -> None:
-        if len(experts) != self.num_experts:
-            raise ValueError(
-                f"table[{layer}] must have num_experts = {self.num_experts} entries, got "
-                f"{len(experts)}"
-            )
-        good: set[Owners] = set()
-        for expert, owners in enumerate(experts):
-            if isinstance(owners, tuple) and owners in good:
-                continue
-            where = f"table[{layer}][{expert}]"
-            if not isinstance(owners, tuple) or not all(type(s) is int for s in owners):
-                raise ValueError(f"{where} must be a tuple of site numbers, got {owners!r}")
-            if any(not 0 <= s < self.num_sites for s in owners):
-                raise ValueError(f"{where} must be sites in [0, {self.num_sites}), got {owners}")
-            if list(owners) != sorted(set(owners)):
-                raise ValueError(f"{where} must be ascending and without repeats, got {owners}")
-            if len(owners) != self.replication and (self.even or not owners):
-                raise ValueError(
-                    f"{where} must name replication = {self.replication} sites, got {owners}"
-                )
-            good.add(owners)
-        if not self.even:
-            return
-        counts = Counter(chain.from_iterable(experts))
-        held = [counts[site] for site in range(self.num_sites)]
-        if len(set(held)) > 1:
-            raise ValueError(
-                f"every site must hold {self.experts_per_site} experts of layer {layer}, sites "
-                f"0..{self.num_sites - 1} hold {held}"
-            )
 
     # -------------------------------------------------------------------------- constructors
 
@@ -354,3 +322,37 @@ class Placement:
     def _check_site(self, site: int) -> None:
         if not 0 <= site < self.num_sites:
             raise ValueError(f"site must be in [0, {self.num_sites}), got {site}")
+
+
+def _check_layer(placement: Placement, layer: int, experts: Sequence[Owners]) -> None:
+    """ValueError unless a layer of the table fits the sizes of the placement."""
+    if len(experts) != placement.num_experts:
+        raise ValueError(
+            f"table[{layer}] must have num_experts = {placement.num_experts} entries, got "
+            f"{len(experts)}"
+        )
+    good: set[Owners] = set()
+    for expert, owners in enumerate(experts):
+        if isinstance(owners, tuple) and owners in good:
+            continue
+        where = f"table[{layer}][{expert}]"
+        if not isinstance(owners, tuple) or not all(type(s) is int for s in owners):
+            raise ValueError(f"{where} must be a tuple of site numbers, got {owners!r}")
+        if any(not 0 <= s < placement.num_sites for s in owners):
+            raise ValueError(f"{where} must be sites in [0, {placement.num_sites}), got {owners}")
+        if list(owners) != sorted(set(owners)):
+            raise ValueError(f"{where} must be ascending and without repeats, got {owners}")
+        if len(owners) != placement.replication and (placement.even or not owners):
+            raise ValueError(
+                f"{where} must name replication = {placement.replication} sites, got {owners}"
+            )
+        good.add(owners)
+    if not placement.even:
+        return
+    counts = Counter(chain.from_iterable(experts))
+    held = [counts[site] for site in range(placement.num_sites)]
+    if len(set(held)) > 1:
+        raise ValueError(
+            f"every site must hold {placement.experts_per_site} experts of layer {layer}, sites "
+            f"0..{placement.num_sites - 1} hold {held}"
+        )
