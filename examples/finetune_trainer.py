@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from fomoe_ext import Placement, hf
+from fomoe_ext import OuterOptions, Placement, hf
 from fomoe_ext.hf.trainer import OuterSyncCallback, one_process
 from fomoe_ext.launch.processes import run_sites
 from fomoe_ext.launch.world import find_world, joined, use_threads
@@ -83,7 +83,9 @@ def train(site: int, folder: Path) -> None:
     if site == 0:
         read, total = info["bytes_read"] / 1e6, info["bytes_total"] / 1e6
         print(f"read {read:.1f} of {total:.1f} MB", flush=True)
-    meetings = OuterSyncCallback(placement, site, local_steps=LOCAL_STEPS, codec="int8")
+    meetings = OuterSyncCallback(
+        placement, site, OuterOptions(local_steps=LOCAL_STEPS, codec="int8")
+    )
     with one_process():
         arguments = TrainingArguments(
             output_dir=str(folder / f"site-{site}"),

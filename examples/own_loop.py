@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
-from fomoe_ext import OuterSync, Placement, hf
+from fomoe_ext import OuterOptions, OuterSync, Placement, hf
 from fomoe_ext.launch.processes import run_sites
 from fomoe_ext.launch.world import find_world, joined, use_threads
 
@@ -78,7 +78,9 @@ def main() -> None:
         model = AutoModelForCausalLM.from_config(config)
         hf.convert(model, placement, site, balance="switch")
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
-        sync = OuterSync(model, placement, site, inner_optimizer=optimizer, codec="int8")
+        sync = OuterSync(
+            model, placement, site, OuterOptions(codec="int8"), inner_optimizer=optimizer
+        )
         data, sent = source_code(), 0
         for round_ in range(ROUNDS):
             total = 0.0

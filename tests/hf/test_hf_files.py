@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 from hf_models import EXPERTS, FAMILIES, blocks, make_model, relative_error, text
 from sites import pool
 
-from fomoe_ext import OuterSync, Placement, hf
+from fomoe_ext import OuterOptions, OuterSync, Placement, hf
 from fomoe_ext.hf.converted import converted_layers
 
 LAYERS_OF = {"qwen3_moe": 2, "deepseek_v3": 2}
@@ -131,7 +131,7 @@ def train(site: int, num_sites: int, family: str, folder: str, scope: str) -> di
     )
     model = loaded.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    sync = OuterSync(model, placement, site, inner_optimizer=optimizer, codec="int8")
+    sync = OuterSync(model, placement, site, OuterOptions(codec="int8"), inner_optimizer=optimizer)
     for step in range(4):
         tokens = text(seed=10 * step + site)
         model(tokens, labels=tokens).loss.backward()
