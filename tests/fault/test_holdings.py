@@ -126,7 +126,7 @@ def moved_over(site: int, num_sites: int) -> None:
     assert sent == (4 * length + wire.HASH_BYTES if site == 0 else 0)
     assert list(arrived) == ([item] if site == target else [])
 
-    table = [[list(o) for o in layer] for layer in old.owners_of]
+    table = [[list(o) for o in layer] for layer in old.table]
     table[0][item[1]] = [*old.owners(*item), target]
     new = Placement.uneven(table, num_sites)
     model2 = SmallModel(new, site, "resident", balance="bias", balance_bias_rate=0.01)

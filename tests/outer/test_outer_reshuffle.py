@@ -213,7 +213,7 @@ def check_bytes(
 
 def swapped(placement: Placement) -> Placement:
     """Two sites give each other all that they hold."""
-    table = [[[1 - s for s in owners] for owners in experts] for experts in placement.owners_of]
+    table = [[[1 - s for s in owners] for owners in experts] for experts in placement.table]
     return Placement.from_table(table, 2)
 
 
