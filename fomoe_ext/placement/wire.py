@@ -234,7 +234,7 @@ def group_elements(
     parameters[0][everyone] += sizes.outside
     for fragment, layers in enumerate(_blocks_of_fragments(placement.num_layers, fragments)):
         parameters[fragment][everyone] += len(layers) * sizes.block
-        for owners, experts in placement.owner_counts(layers).items():
+        for owners, experts in placement.num_by_owners(layers).items():
             router_owners = everyone if router_scope == "global" else owners
             if site in owners:
                 of_experts[fragment][owners] = GroupExperts(experts, sizes.expert + own_row)

@@ -152,7 +152,7 @@ def test_other_sites_go_on(whole, tmp_path, changes):
             assert not tensor.any(), name
     result = resumed(run, *changes.split())
     assert result.report["run"]["from_round"] == 2 and result.report["run"]["rounds"] == 4
-    assert "counts begin anew" in result.said
+    assert "counts start from zero" in result.said
     for site in result.report["sites"]:
         assert site["bytes_sent"] == site["planned"]["bytes"]
     assert result.rounds("loss")[-1] < result.rounds("loss")[0]
