@@ -65,7 +65,7 @@ class LocalSteps:
         if ddp:
             site.sync.reduce_gradients()
         if inner.grad_clip:
-            site.sync.clip_grad_norm(inner.grad_clip)
+            site.sync.clip_grad_norm_(inner.grad_clip)
         step = site.round * site.local_steps + site.progress.scheduled
         lr = learning_rate(inner, step, site.rounds * site.local_steps)
         for group in site.optimizer.param_groups:

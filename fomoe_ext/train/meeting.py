@@ -82,8 +82,8 @@ class Meetings:
     def _refresh_shadows(self) -> float:
         """Brings shadow copies up to the last meeting; the seconds it took."""
         site, start = self._site, time.perf_counter()
-        with site.sync.meeting("the refresh of shadow copies"):
-            site.sync.sent(site.shadows.refresh(site.sync))
+        with site.sync.log.meeting("the refresh of shadow copies"):
+            site.sync.log.sent(site.shadows.refresh(site.sync))
         site.tally.planned_bytes += plan.shadow_bytes(site.config, site.placement, site.world.site)
         return time.perf_counter() - start
 
