@@ -76,7 +76,7 @@ def main() -> None:
         )
         torch.manual_seed(0)  # all sites start from the same weights
         model = AutoModelForCausalLM.from_config(config)
-        hf.convert(model, placement=placement, site=site, balance="switch")
+        hf.convert(model, placement, site, balance="switch")
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
         sync = OuterSync(
             model, placement, site, OuterOptions(codec="int8"), inner_optimizer=optimizer
@@ -102,7 +102,7 @@ def main() -> None:
 def check(model: torch.nn.Module, placement: Placement, site: int, data: Tensor) -> None:
     """Writes the model of all sites; site 0 loads it with plain transformers."""
     with tempfile.TemporaryDirectory() as folder:
-        hf.save_merged(model, placement, site, Path(folder) / "model")
+        hf.save_merged(model, Path(folder) / "model", placement, site)
         if site == 0:
             merged = AutoModelForCausalLM.from_pretrained(Path(folder) / "model")
             tokens = batch(data, site, 10**6)

@@ -140,13 +140,17 @@ def inner_names(optimizer: torch.optim.Optimizer) -> list[str]:
 
 
 def shared_vectors(sync: OuterSync) -> dict[str, list[Tensor]]:
-    """What all holders have alike, by name; the same names on all ranks."""
+    """What all holders have alike besides the global model, by name; the same names on all ranks.
+
+    The anchor is the global model, and is made of it again (`OuterState.fill`), unless parameters
+    are of fewer bits than it.
+    """
     rule = sync.layout.site.rule
     if rule.name == "ddp":
         return {}
-    return {"anchor": sync.state.anchors} | (
-        {"momentum": sync.state.momenta} if rule.momentum else {}
-    )
+    rounded = any(p.dtype != torch.float32 for p in sync.model.parameters() if p.requires_grad)
+    found = {"anchor": sync.state.anchors} if rounded else {}
+    return found | ({"momentum": sync.state.momenta} if rule.momentum else {})
 
 
 def own_vectors(sync: OuterSync) -> dict[str, list[Tensor]]:

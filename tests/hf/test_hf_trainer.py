@@ -84,7 +84,7 @@ def trained(
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    model = hf.convert(make_model("olmoe"), placement=PLACEMENT, site=site, balance="bias").train()
+    model = hf.convert(make_model("olmoe"), PLACEMENT, site, balance="bias").train()
     meetings = OuterSyncCallback(
         PLACEMENT, site, OuterOptions(local_steps=LOCAL_STEPS, **options), resume_from=resume
     )
@@ -102,7 +102,7 @@ def trained(
 
 def by_hand(site: int, options: dict[str, Any]) -> Any:
     """The same in a loop of one's own, with what the Trainer does by default."""
-    model = hf.convert(make_model("olmoe"), placement=PLACEMENT, site=site, balance="bias").train()
+    model = hf.convert(make_model("olmoe"), PLACEMENT, site, balance="bias").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     sync = OuterSync(model, PLACEMENT, site, OuterOptions(**options), inner_optimizer=optimizer)
     for step, sample in enumerate(Texts(site)):

@@ -79,7 +79,7 @@ def reshuffle_once(
     site: int, num_sites: int, replication: int, scope: str, optimizer: str, moments: str
 ) -> dict[str, Any]:
     old, new = drawn(num_sites, replication, 0), drawn(num_sites, replication, 1)
-    model = SmallModel(old, site, scope, balance="bias", bias=True)
+    model = SmallModel(old, site, scope, balance="bias", expert_bias=True)
     inner = torch.optim.AdamW(model.parameters(), lr=0.05)
     sync = OuterSync(
         model,
@@ -213,7 +213,7 @@ def check_bytes(
 
 def swapped(placement: Placement) -> Placement:
     """Two sites give each other all that they hold."""
-    table = [[[1 - s for s in owners] for owners in experts] for experts in placement.owners_of]
+    table = [[[1 - s for s in owners] for owners in experts] for experts in placement.table]
     return Placement.from_table(table, 2)
 
 

@@ -351,10 +351,10 @@ def test_resuming_gives_the_same_bits(arguments: list[str], tmp_path: Path, when
 
 def test_skipped_batches_are_checked(text) -> None:
     data = open_data([str(text / "*.py")], 32, cache_dir=text / "cache")
-    batches = data.train_batches(1, 3, 2)
-    with pytest.raises(ValueError, match="batches must be >= 0, got -1"):
+    batches = data.train_batches(2, site=1, num_sites=3)
+    with pytest.raises(ValueError, match="batches must be at least 0, got -1"):
         batches.skip(-1)
-    other = data.train_batches(1, 3, 2)
+    other = data.train_batches(2, site=1, num_sites=3)
     for _ in range(2):
         next(other)
     batches.skip(2)
