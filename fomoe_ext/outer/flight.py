@@ -1,4 +1,4 @@
-"""Fragments in flight: encoded at one local step, taken in at a later one, exchanged meanwhile."""
+"""Fragments in flight: encoded at one local step, exchanged during the next ones, then applied."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from fomoe_ext.outer.reduce import Bucket, exchange
 
 
 class Flight:
-    """A meeting on its way: what has been encoded, and the exchange of it."""
+    """A meeting under way: its encoded buckets and their exchange."""
 
     def __init__(self, meeting: Meeting, due: int, buckets: Sequence[Bucket]) -> None:
         self.meeting, self.due, self.buckets = meeting, due, list(buckets)
-        """`due`: the local step, counted since the start, after which it lands. `announced_s`:
-        seconds from when it was handed in until all sites had announced it, with those before;
-        `moved_s`: from then on."""
+        """`due`: the local step, counted from the start of training, after which it is applied."""
         self.handed_in = 0.0
         self.exchange_s = self.announced_s = self.moved_s = 0.0
+        """announced_s: seconds from `start` until all sites had announced the exchange, which
+        begins after those before it; moved_s: seconds from then to its end."""
         self.bytes_sent = 0
         self.arrived: Future[Any] | None = None
 
     def start(self, background: Background, work: Callable[[Flight], Any]) -> None:
-        """Hands the exchange in; `work` is done on the other thread and timed."""
+        """Submits the exchange: `work` runs on the background thread and is timed."""
 
         self.handed_in = time.perf_counter()
 
@@ -48,7 +48,7 @@ class Flight:
 
 
 class _Check(NamedTuple):
-    """A comparison under way: the local step at which it began, and when it is done."""
+    """A comparison of hashes under way, and the local step at which it began."""
 
     step: int
     compared: Agreement
@@ -58,7 +58,7 @@ class _Check(NamedTuple):
 class InFlight(Driver):
     """With `overlap`: local steps go on while a fragment is under way.
 
-    flights: those under way, in the order in which they land.
+    flights: fragments under way, in the order in which they are due.
     """
 
     def __init__(self, *parts: Any) -> None:
@@ -84,10 +84,17 @@ class InFlight(Driver):
         self.times.not_a_step()
         super().finish()
 
+    def close(self, wait: bool) -> None:
+        super().close(wait)
+        if wait:
+            warn_of_lost(self.flights)
+        self.flights.clear()
+        self._checks.clear()
+
     def meet(self, fragment: int) -> None:
         """Sends a fragment off."""
-        # What has just landed is still being compared; to wait for that is to wait for all sites.
-        self._settle_checks(before=self._steps.taken)
+        # Not those that began at this step: waiting for them would be waiting for all sites.
+        self._finish_checks(before=self._steps.taken)
         meeting = self._begin(fragment)
         meeting.tell_times(self.times.told())
         problem = meeting.check()
@@ -111,14 +118,14 @@ class InFlight(Driver):
         while self.flights and (step is None or self.flights[0].due <= step):
             self._take_in(self.flights.pop(0))
         if step is None:
-            self._settle_checks()
+            self._finish_checks()
 
     def _take_in(self, flight: Flight) -> None:
         assert flight.arrived is not None
         try:
             flight.arrived.result()
         except MeetingError as error:
-            # What has been encoded is not sent again.
+            # The encoded deltas are lost, so the meeting cannot be repeated.
             self._log.broken = str(error)
             raise
         finally:
@@ -134,19 +141,19 @@ class InFlight(Driver):
         done = self._background.submit(compared.exchange)
         self._checks.append(_Check(self._steps.taken, compared, done))
 
-    def _settle_checks(self, before: int | None = None) -> None:
-        """Settles what is compared in the background: what landed before a step, or all of it.
+    def _finish_checks(self, before: int | None = None) -> None:
+        """Waits for comparisons in the background: of what landed before a step, or all.
 
-        At the same steps at all sites: what heals is an exchange too.
+        At the same steps at all sites, because healing is an exchange too.
         """
         while self._checks and (before is None or self._checks[0].step < before):
             check = self._checks.pop(0)
             check.done.result()
-            self._settle(check.compared)
+            self._require_agreement(check.compared)
 
 
 def warn_of_lost(flights: Sequence[Flight]) -> None:
-    """Warns of what is still under way when nobody will take it in any more."""
+    """Warns of fragments that are under way when their OuterSync is closed or collected."""
     if flights:
         warnings.warn(
             "the last fragments of an OuterSync are lost: finish was not called", stacklevel=2
