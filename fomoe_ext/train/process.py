@@ -41,7 +41,7 @@ from fomoe_ext.launch.world import (
     with_others,
 )
 from fomoe_ext.outer.errors import MeetingError
-from fomoe_ext.report.runs import HELD, Job, settled_job
+from fomoe_ext.report.runs import HELD, Job, find_job
 from fomoe_ext.train.site import TrainingSite
 from fomoe_ext.train.start import (
     OtherSiteFailed,
@@ -64,7 +64,7 @@ def run_site(
 ) -> int:
     """Runs one site of a job to its end; all sites of the job must. Returns the exit code.
 
-    `config` and `unnamed` are as `runs.settled_job` makes them, `unwritten` has what could not be
+    `config` and `unnamed` are as `runs.find_job` makes them, `unwritten` has what could not be
     written. Raises ValueError, TypeError, FileNotFoundError and
     CheckpointError for what the user can mend, MeetingError and PeerLost when the sites fall apart,
     or too few of them are left.
@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(args: Sequence[str], unwritten: Unwritten) -> int:
     where, code = "fomoe train", 1
     try:
-        config, unnamed = settled_job(args, "python -m fomoe_ext.train")
+        config, unnamed = find_job(args, "python -m fomoe_ext.train")
         world = find_world(config.sites.sites, ranks_per_site=config.sites.ranks_per_site)
         if world.process == 0 and HELD not in os.environ:
             lines = without_effect(config, args, flag_value(args, "--config"))

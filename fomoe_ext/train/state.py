@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.data.sequences import BatchIterator, TextData
 from fomoe_ext.fault.shadows import Shadows
+from fomoe_ext.launch.age import age_of_process
 from fomoe_ext.launch.world import World
 from fomoe_ext.layer.assemble import local_tensors
 from fomoe_ext.model.language import LanguageModel
@@ -39,7 +40,7 @@ class SiteState:
         late: bool = False,
     ) -> None:
         """`config` is resolved."""
-        self.started = time.perf_counter()
+        self.started = time.perf_counter() - age_of_process()
         self._before_s = 0.0
         """Seconds of the job before it was resumed."""
         self.config, self.world, self.data, self.device = config, world, data, device
@@ -108,6 +109,10 @@ class SiteState:
     def autocast(self) -> torch.dtype | None:
         """The dtype that the model computes in; None = that of its parameters."""
         return torch.bfloat16 if self.config.run.dtype == "bfloat16" else None
+
+    def count_startup(self) -> None:
+        """What has passed since the process started was its start-up."""
+        self.tally.startup_s += time.perf_counter() - self.started
 
     def count_wall(self) -> None:
         """Brings the tally's seconds since the job began up to now."""
