@@ -92,7 +92,7 @@ def test_the_kernel_knows_it_where_the_file_says_nothing(tmp_path, holder):
 
 @pytest.mark.parametrize("locks", [True, False], ids=["flock", "no flock"])
 def test_a_process_of_another_machine_is_watched_for_signs_of_life(
-    tmp_path, monkeypatch, capfd, locks
+    tmp_path, monkeypatch, caplog, locks
 ):
     """Where flock does not reach that far."""
     monkeypatch.setattr(folder_lock, "_BEAT_S", 0.05)
@@ -116,7 +116,7 @@ def test_a_process_of_another_machine_is_watched_for_signs_of_life(
         beating.join()
     before = (tmp_path / LOCK).stat().st_mtime_ns
     hold(tmp_path, "run_dir").release()
-    assert "waiting" in capfd.readouterr().err
+    assert "waiting" in caplog.text
     # Our own sign of life.
     held = hold(tmp_path, "run_dir")
     time.sleep(0.2)
