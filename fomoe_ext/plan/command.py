@@ -124,8 +124,8 @@ def planned_job(options: PlanOptions, arguments: Sequence[str]) -> tuple[TrainCo
         ("num-experts", sizes.num_experts),
         ("num-layers", sizes.num_layers),
         ("top-k", sizes.top_k),
-        ("num-groups", 1),
-        ("groups-kept", 1),
+        ("router-num-groups", 1),
+        ("router-groups-kept", 1),
     ):
         rest += [f"--{name}", str(value)]
     config = parse_job(rest)

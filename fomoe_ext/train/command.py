@@ -15,7 +15,7 @@ from fomoe_ext.fault.keeper import LighthouseKeeper
 from fomoe_ext.files.unwritten import Unwritten, tolerant_output
 from fomoe_ext.launch.console import outlive_terminal
 from fomoe_ext.launch.processes import launch
-from fomoe_ext.report.runs import CHECKPOINTS, claimed, settled_job
+from fomoe_ext.report.runs import CHECKPOINTS, claimed, find_job
 from fomoe_ext.train.preflight import check_job
 
 
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
             "this is a process of torchrun, and `fomoe train` starts all sites itself: with "
             "torchrun, run -m fomoe_ext.train"
         )
-    job = settled_job(arguments)
+    job = find_job(arguments)
     for line in without_effect(job.config, arguments, flag_value(arguments, "--config")):
         print(f"fomoe train: {line}", file=sys.stderr)
     check_job(job.config)

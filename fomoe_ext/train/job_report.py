@@ -130,6 +130,7 @@ def _run(site: SiteState, parts: Sequence[Mapping[str, Any]], digest: str) -> di
         "optimizer": config.outer.optimizer,
         "codec": config.outer.codec,
         "router_scope": config.model.router_scope,
+        "vocab_size": config.model.vocab_size,
         "rounds": site.round,
         "local_steps": config.run.local_steps,
         "tokens": sum(part["tokens"] for part in parts),

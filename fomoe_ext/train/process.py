@@ -44,7 +44,7 @@ from fomoe_ext.launch.world import (
     with_others,
 )
 from fomoe_ext.outer.errors import MeetingError
-from fomoe_ext.report.runs import HELD, Job, settled_job
+from fomoe_ext.report.runs import HELD, Job, find_job
 from fomoe_ext.train.divergence import Diverged
 from fomoe_ext.train.site import TrainingSite
 from fomoe_ext.train.start import (
@@ -70,7 +70,7 @@ def run_site(
 ) -> int:
     """Runs one process of a job to its end and returns the exit code; all processes must call it.
 
-    `config` and `unnamed`: from `runs.settled_job`. `unwritten` collects files that could not be
+    `config` and `unnamed`: from `runs.find_job`. `unwritten` collects files that could not be
     written. Raises ValueError, TypeError, FileNotFoundError and CheckpointError for errors in
     options or files, Diverged for NaN, and MeetingError or PeerLost if a meeting fails, a site is
     lost or too few sites are left.
@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(args: Sequence[str], unwritten: Unwritten) -> int:
     where, code = "fomoe train", 1
     try:
-        config, unnamed = settled_job(args, "python -m fomoe_ext.train")
+        config, unnamed = find_job(args, "python -m fomoe_ext.train")
         world = find_world(config.sites.sites, ranks_per_site=config.sites.ranks_per_site)
         if world.process == 0 and HELD not in os.environ:
             lines = without_effect(config, args, flag_value(args, "--config"))

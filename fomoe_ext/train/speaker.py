@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +23,14 @@ from fomoe_ext.checkpoint.pending import Outcome
 from fomoe_ext.config.changes import told
 from fomoe_ext.config.model import count_parameters
 from fomoe_ext.files.unwritten import Unwritten, tolerant
+from fomoe_ext.launch.console import SIMILAR
 from fomoe_ext.launch.processes import CONSOLE_FD
 from fomoe_ext.model.evaluate import Validation
 from fomoe_ext.plan.disk import checkpoint_size, described
 from fomoe_ext.plan.traffic import RoundNote
 from fomoe_ext.report.metrics import rewind_metrics
-from fomoe_ext.report.report import print_report, write_report
+from fomoe_ext.report.page import write_page
+from fomoe_ext.report.report import known_course, print_report, write_report
 from fomoe_ext.report.run_log import RunLog
 from fomoe_ext.report.runs import METRICS
 from fomoe_ext.report.story import describe
@@ -123,6 +126,8 @@ class Speaker:
                 "round": site.round,
                 "step": step,
                 "loss": sum(loss for loss, _ in losses) / (sum(steps for _, steps in losses) or 1),
+                "losses": [note.loss / (note.taken or 1) for note in notes],
+                "tokens": round(taken * site.config.inner.batch_size * site.config.model.seq_len),
                 "lr": learning_rate(site.config.inner, step - 1, total),
                 "tokens_per_s": tokens * per_site * site.world.processes / wall_s,
                 "skipped_share": 1 - sum(note.rows for note in notes) / slots,
@@ -194,10 +199,11 @@ class Speaker:
             return
         self._log.event("end", step=self._site.step, wall_s=report["run"]["wall_s"])
         self._log.say("")
-        print_report(report, self._log.console)
+        print_report(report, self._log.console, known_course(self._site.run_dir))
         written = self._site.run_dir / "report.md"
         if not self._unwritten.has(written):
-            self._log.say(f"report in {written}")
+            page = write_page(self._site.run_dir, report, self._unwritten)
+            self._log.say(f"report in {written}" + (f" and {page.name}" if page else ""))
 
     def lost(self, lost: list[list[str]]) -> None:
         """Reports files that could not be written. `lost`: by process; this one's are added."""
@@ -215,7 +221,8 @@ def _console(unwritten: Unwritten) -> Console | None:
     """The launcher's output, for a site that takes over speaking; None = standard output."""
     if CONSOLE_FD not in os.environ:
         return None
-    file = os.fdopen(os.dup(int(os.environ[CONSOLE_FD])), "w")
+    own = os.dup(int(os.environ[CONSOLE_FD]))
+    file = os.fdopen(own, "w", encoding=sys.stdout.encoding, errors=SIMILAR)
     return Console(file=tolerant(file, unwritten))
 
 

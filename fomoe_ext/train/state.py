@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.data.sequences import BatchIterator, TextData
 from fomoe_ext.fault.shadows import Shadows
+from fomoe_ext.launch.age import age_of_process
 from fomoe_ext.launch.world import World
 from fomoe_ext.layer.assemble import local_tensors
 from fomoe_ext.model.language import LanguageModel
@@ -41,7 +42,7 @@ class SiteState:
         late: bool = False,
     ) -> None:
         """`config`: resolved. `late`: the site joins a running job."""
-        self.started = time.perf_counter()
+        self.started = time.perf_counter() - age_of_process()
         self._before_s = 0.0
         """Seconds of the job before the checkpoint that was resumed."""
         self.config, self.world, self.data, self.device = config, world, data, device
@@ -116,6 +117,10 @@ class SiteState:
     def autocast(self) -> torch.dtype | None:
         """The dtype of autocast; None = the model computes in the dtype of its parameters."""
         return torch.bfloat16 if self.config.run.dtype == "bfloat16" else None
+
+    def count_startup(self) -> None:
+        """What has passed since the process started was its start-up."""
+        self.tally.startup_s += time.perf_counter() - self.started
 
     def count_wall(self) -> None:
         """Updates the tally's seconds since the job began."""

@@ -59,6 +59,7 @@ class Trainer:
         """Trains the remaining rounds and writes the report; returns the exit code."""
         try:
             code = 0
+            self.site.count_startup()
             if self.train():
                 code = EXIT_STOPPED
                 self.speaker.lost([[] for _ in range(self.site.world.processes)])
