@@ -131,7 +131,7 @@ def _transformers(index: int, folder: Path, run: Path) -> dict[str, Any]:
     names = {"placement": one, "site": 0, "out": folder / "out", "folder": folder / "model"}
     if index == 0:
         make_model("olmoe").save_pretrained(folder / "model")
-    return names | {"whole": make_model("olmoe"), "hf": hf}
+    return names | {"whole": make_model("olmoe"), "hf": hf, "dataset": []}
 
 
 def _training(index: int, folder: Path, run: Path) -> dict[str, Any]:
