@@ -131,7 +131,7 @@ def _transformers(index: int, folder: Path, run: Path) -> dict[str, Any]:
     names = {"placement": one, "site": 0, "out": folder / "out", "folder": folder / "model"}
     if index == 0:
         make_model("olmoe").save_pretrained(folder / "model")
-    return names | {"whole": make_model("olmoe"), "hf": hf}
+    return names | {"whole": make_model("olmoe"), "hf": hf, "dataset": []}
 
 
 def _training(index: int, folder: Path, run: Path) -> dict[str, Any]:
@@ -217,7 +217,8 @@ def test_scripts_run_as_the_page_says(block, tmp_path):
 def test_what_follows_a_run(run, tmp_path, monkeypatch, capsys):
     """The commands that pages give for `runs/<name>`, of a run that is there."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(run, tmp_path / "runs/<name>")
+    for name in ("<name>", "<other>"):
+        shutil.copytree(run, tmp_path / "runs" / name)
     commands = {
         tuple(words[1:])
         for block in SHELL
