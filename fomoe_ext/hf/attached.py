@@ -46,7 +46,7 @@ def add_balance_loss(model: nn.Module, inputs: Any, given: dict[str, Any], outpu
     if not isinstance(loss, torch.Tensor) or loss.dim() or not loss.is_floating_point():
         return None  # there were no labels
     found = (m for m in model.modules() if isinstance(m, MoELayer))
-    layers = [m for m in found if wants_loss(m.balance, m.z_loss_coef)]
+    layers = [m for m in found if wants_loss(m.balance, m.router_z_loss_coef)]
     if not layers:
         return None
     trained = any(p.requires_grad for layer in layers for p in layer.router.parameters())

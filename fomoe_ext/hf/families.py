@@ -191,8 +191,8 @@ def softmax_options(config: Any, renormalize: bool) -> Options:
     return {
         "top_k": config.num_experts_per_tok,
         "activation": gated_activation(config.hidden_act),
-        "scoring": "softmax",
-        "renormalize": renormalize,
+        "router_scoring": "softmax",
+        "router_renormalize": renormalize,
     }
 
 
@@ -212,11 +212,11 @@ def _deepseek_v3(block: nn.Module, config: Any) -> Options:
     return {
         "top_k": config.num_experts_per_tok,
         "activation": gated_activation(config.hidden_act),
-        "scoring": "sigmoid",
-        "renormalize": bool(config.norm_topk_prob),
-        "scale": float(config.routed_scaling_factor),
-        "num_groups": config.n_group,
-        "groups_kept": config.topk_group,
+        "router_scoring": "sigmoid",
+        "router_renormalize": bool(config.norm_topk_prob),
+        "router_scale": float(config.routed_scaling_factor),
+        "router_num_groups": config.n_group,
+        "router_groups_kept": config.topk_group,
     }
 
 
@@ -231,10 +231,10 @@ def _gpt_oss(block: nn.Module, config: Any) -> Options:
     return {
         "top_k": config.num_experts_per_tok,
         "activation": "clamped_swiglu",
-        "bias": True,
+        "expert_bias": True,
         "router_bias": True,
-        "scoring": "softmax",
-        "renormalize": True,
+        "router_scoring": "softmax",
+        "router_renormalize": True,
     }
 
 

@@ -43,10 +43,11 @@ def why_no_place(path: str, layer: ConvertedMoE, config: Any) -> str:
     now = {
         "top_k": layer.top_k,
         "activation": layer.experts.activation,
-        **{name: getattr(layer.router, name) for name in CHOICE_OPTIONS},
+        **{f"router_{name}": getattr(layer.router, name) for name in CHOICE_OPTIONS},
     }
+    unless_told = {f"router_{name}": value for name, value in CHOICE_OPTIONS.items()}
     for wanted in (layer.origin.options, family.options(layer.origin.block, config)):
-        for name, value in (CHOICE_OPTIONS | wanted).items():
+        for name, value in (unless_told | wanted).items():
             if name in now and now[name] != value:
                 return (
                     f"{name} of {path} must be {value!r}, as the model's configuration says (files "

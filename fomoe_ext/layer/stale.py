@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fomoe_ext.layer.compute import Computed, Meanwhile
 from fomoe_ext.layer.experts import Experts
-from fomoe_ext.layer.residents import resident_ids
+from fomoe_ext.layer.residents import Residents, resident_ids
 
 
 class StaleExperts(Experts):
@@ -65,8 +65,8 @@ class StaleExperts(Experts):
         rows = table.offsets[-1] + of_copies.offsets[-1]
         return Computed(y + more, meanwhile(), rows, rows)
 
-    def settle(self, device: torch.device) -> None:
-        """Tables are on this device, and so are the weights where they had no memory."""
+    def prepare(self, device: torch.device) -> None:
+        """Moves the tables to a device, and gives the weights memory there if they have none."""
         self.tables_to(device)
         if self.part("expand_weight").is_meta and device.type != "meta":
             with torch.inference_mode(False):  # they outlive the pass that makes them
@@ -79,7 +79,33 @@ class StaleExperts(Experts):
             self.reset_parameters()
         return self
 
+    def extra_repr(self) -> str:
+        return super().extra_repr().replace("resident_experts=", "stale_experts=")
+
     @property
     def nbytes(self) -> int:
         """Bytes of the copies."""
         return sum(self.part(name).nbytes for name in self.parts)
+
+
+def make_stale(
+    stale_experts: Sequence[int],
+    experts: Experts,
+    router_scope: str,
+    dispatch: Residents | None,
+) -> StaleExperts | None:
+    """`StaleExperts` of a layer with these `experts`; None where no ids are given.
+
+    Raises as `StaleExperts` does, and ValueError for another router_scope than "global" and for a
+    layer with a `dispatch`.
+    """
+    ids = list(stale_experts)
+    if not ids:
+        return None
+    if router_scope != "global":
+        raise ValueError(
+            f"stale_experts must be empty with router_scope {router_scope!r}, got {ids}"
+        )
+    if dispatch is not None:
+        raise ValueError(f"stale_experts must be empty in a layer sharded over a mesh, got {ids}")
+    return StaleExperts(experts, ids)

@@ -17,7 +17,7 @@ def make(
     placement = Placement.cyclic(
         num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=2
     )
-    model = SmallModel(placement, site, scope, balance="bias", bias_update_rate=0.01)
+    model = SmallModel(placement, site, scope, balance="bias", balance_bias_rate=0.01)
     inner = torch.optim.AdamW(model.parameters(), lr=0.05)
     sync = OuterSync(model, placement, site, OuterOptions(**options), inner_optimizer=inner)
     return model, inner, sync

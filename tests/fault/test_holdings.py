@@ -129,7 +129,7 @@ def moved_over(site: int, num_sites: int) -> None:
     table = [[list(o) for o in layer] for layer in old.table]
     table[0][item[1]] = [*old.owners(*item), target]
     new = Placement.uneven(table, num_sites)
-    model2 = SmallModel(new, site, "resident", balance="bias", bias_update_rate=0.01)
+    model2 = SmallModel(new, site, "resident", balance="bias", balance_bias_rate=0.01)
     inner2 = torch.optim.AdamW(model2.parameters(), lr=0.05)
     sync2 = OuterSync(
         model2,
@@ -187,7 +187,7 @@ def kept_shadows(site: int, num_sites: int, scope: str, optimizer: str) -> dict[
     placement = Placement.cyclic(
         num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=1
     )
-    model = SmallModel(placement, site, scope, balance="bias", bias_update_rate=0.01)
+    model = SmallModel(placement, site, scope, balance="bias", balance_bias_rate=0.01)
     inner = torch.optim.AdamW(model.parameters(), lr=0.05)
     sync = OuterSync(
         model, placement, site, OuterOptions(optimizer=optimizer), inner_optimizer=inner

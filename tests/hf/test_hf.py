@@ -447,7 +447,7 @@ def test_a_family_can_be_added(own_family):
 
 def test_layers_are_what_users_know(family):
     """Balancing, statistics and resident experts work on converted layers."""
-    model = hf.convert(make_model(family), balance="bias", bias_update_rate=0.5).train()
+    model = hf.convert(make_model(family), balance="bias", balance_bias_rate=0.5).train()
     _, layer = converted_layers(model)[0]
     assert layer.top_k == TOP_K
     before = layer.router.selection_bias.clone()

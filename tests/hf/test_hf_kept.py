@@ -6,7 +6,7 @@ import copy
 import json
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -19,7 +19,9 @@ from hf_models import EXPERTS, FAMILIES, make_model, relative_error, text
 from sites import pool
 
 from fomoe_ext import Placement, hf
+from fomoe_ext.hf.convert import ConvertOptions
 from fomoe_ext.hf.converted import converted_layers
+from fomoe_ext.layer.moe import TRAINING_OPTIONS, MoELayer
 
 ALL = Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=3, replication=1)
 WITHOUT_PLACE = [name for name in FAMILIES if name != "deepseek_v3"]
@@ -103,7 +105,7 @@ def test_what_the_configuration_does_not_say_is_refused(tmp_path):
 
     for change, message in (
         (top_k, r"top_k of model\.layers\.1\.mlp must be 3, .*got 2"),
-        (scale, r"scale of model\.layers\.0\.mlp must be .*got 2\.0"),
+        (scale, r"router_scale of model\.layers\.0\.mlp must be .*got 2\.0"),
         (config, r"top_k of .* must be 2, .*got 3"),
         (adapter, r"has parameters that .* cannot store: experts\.adapter\.weight"),
     ):
@@ -113,16 +115,22 @@ def test_what_the_configuration_does_not_say_is_refused(tmp_path):
             with pytest.raises(ValueError, match=message):
                 way()
     for option in (
-        "scale",
-        "num_groups",
+        "router_scale",
+        "router_num_groups",
         "router_bias",
-        "bias",
+        "expert_bias",
         "shared_expert_intermediate_size",
         "mesh",
     ):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}', options are"):
             hf.convert(make_model("mixtral"), **{option: 2})
     assert not (tmp_path / "out").exists()
+
+
+def test_options_of_a_conversion_are_those_of_the_layer():
+    hints = get_type_hints(MoELayer.__init__)
+    found = get_type_hints(ConvertOptions)
+    assert found == {name: hints[name] for name in (*TRAINING_OPTIONS, "seed")}
 
 
 def test_blocks_with_more_in_them_are_not_converted():
@@ -414,7 +422,7 @@ def test_heads_that_no_configuration_ties_are_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"balance": "switch"}, {"balance": "entropy"}, {"z_loss_coef": 0.1}]
+    "options", [{"balance": "switch"}, {"balance": "entropy"}, {"router_z_loss_coef": 0.1}]
 )
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
 def test_balance_losses_count_in_the_models_loss(family, options):

@@ -52,7 +52,10 @@ CASES: dict[str, tuple[tuple[int, ...], Options]] = {
     "half-by-router": (UNEVEN, {"resident_experts": HALF, "router_scope": "resident"}),
     "few-by-router": (UNEVEN, {"resident_experts": (1, 6), "router_scope": "resident"}),
     "shared-expert": (UNEVEN, {"resident_experts": HALF, "shared_expert_intermediate_size": 20}),
-    "biases": (UNEVEN, {"resident_experts": HALF, "bias": True, "activation": "clamped_swiglu"}),
+    "biases": (
+        UNEVEN,
+        {"resident_experts": HALF, "expert_bias": True, "activation": "clamped_swiglu"},
+    ),
     "top-1": (UNEVEN, {"top_k": 1}),
     "top-1-half": (UNEVEN, {"top_k": 1, "resident_experts": HALF}),
     "idle-rank": (IDLE, {"shared_expert_intermediate_size": 20}),
@@ -62,9 +65,9 @@ CASES: dict[str, tuple[tuple[int, ...], Options]] = {
     "one-expert": (UNEVEN, {"resident_experts": (5,)}),
     "unchosen": ((1, 1), {"top_k": 1}),
     "bf16": (UNEVEN, {"dtype": torch.bfloat16, "shared_expert_intermediate_size": 20}),
-    "three": ((4, 0, 11), {"resident_experts": (0, 1, 2, 4), "bias": True}),
+    "three": ((4, 0, 11), {"resident_experts": (0, 1, 2, 4), "expert_bias": True}),
     "four": ((5, 1, 0, 14), {"shared_expert_intermediate_size": 20}),
-    "four-half": ((5, 1, 0, 14), {"resident_experts": (2, 3, 4, 5, 7), "bias": True}),
+    "four-half": ((5, 1, 0, 14), {"resident_experts": (2, 3, 4, 5, 7), "expert_bias": True}),
     "four-one": ((5, 1, 0, 14), {"resident_experts": (2,), "router_scope": "resident"}),
     "four-bf16": ((5, 1, 8, 14), {"dtype": torch.bfloat16, "resident_experts": HALF}),
 }
@@ -105,7 +108,12 @@ def test_sharded_layer_gives_the_same_bits_twice(case: str) -> None:
 
 def test_sharded_replicas_average_their_gradients() -> None:
     sizes = (5, 1, 0, 14)
-    options = {"num_experts": 7, "top_k": 3, "bias": True, "shared_expert_intermediate_size": 20}
+    options = {
+        "num_experts": 7,
+        "top_k": 3,
+        "expert_bias": True,
+        "shared_expert_intermediate_size": 20,
+    }
     answers = pool().run(4, on_a_rank, sizes, options, (2, 2))
     assert [answer["rank"] for answer in answers] == [0, 1, 0, 1]
     assert answers[0]["experts"] == answers[2]["experts"] == (0, 1, 2, 3)
@@ -183,7 +191,7 @@ def measures(rank: int, ranks: int, options: Options) -> list[Any]:
 @pytest.mark.parametrize("balance", ["switch", "entropy", "bias"])
 def test_sharded_layer_measures_its_own_tokens(scope: str, balance: str) -> None:
     options = {"router_scope": scope, "balance": balance, "resident_experts": (0, 1, 2, 5)}
-    for got, wanted in pool().run(2, measures, options | {"z_loss_coef": 0.1}):
+    for got, wanted in pool().run(2, measures, options | {"router_z_loss_coef": 0.1}):
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
         assert wanted[-2] > 0 or balance != "switch"
         assert (wanted[-1] != 0).any() == (balance == "bias")
@@ -193,8 +201,8 @@ def test_sharded_layer_measures_its_own_tokens(scope: str, balance: str) -> None
 
 
 def shapes_and_state(rank: int, ranks: int, folder: str) -> dict[str, Any]:
-    layer = make(mesh=mesh_of(ranks), num_experts=7, bias=True)
-    whole = make(num_experts=7, bias=True)
+    layer = make(mesh=mesh_of(ranks), num_experts=7, expert_bias=True)
+    whole = make(num_experts=7, expert_bias=True)
     shapes = {n: tuple(p.shape) for n, p in layer.experts.named_parameters()}
     equal = all(
         torch.equal(mine, theirs)
@@ -207,7 +215,7 @@ def shapes_and_state(rank: int, ranks: int, folder: str) -> dict[str, Any]:
     )
     buffer = io.BytesIO()
     torch.save(layer.state_dict(), buffer)
-    again = MoELayer(HIDDEN, 20, 7, 3, bias=True, seed=0, mesh=mesh_of(ranks), device="meta")
+    again = MoELayer(HIDDEN, 20, 7, 3, expert_bias=True, seed=0, mesh=mesh_of(ranks), device="meta")
     again.to_empty(device="cpu")
     again.reset_parameters()
     other = copy.deepcopy(layer)

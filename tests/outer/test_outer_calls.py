@@ -38,7 +38,7 @@ def place(num_sites: int, replication: int = 2) -> Placement:
 
 def made(site: int, num_sites: int, **options: Any) -> tuple[SmallModel, Any, OuterSync]:
     placement = place(num_sites)
-    model = SmallModel(placement, site, balance="bias", bias_update_rate=0.01)
+    model = SmallModel(placement, site, balance="bias", balance_bias_rate=0.01)
     inner = torch.optim.AdamW(model.parameters(), lr=0.01)
     sync = OuterSync(model, placement, site, OuterOptions(**options), inner_optimizer=inner)
     return model, inner, sync

@@ -79,7 +79,7 @@ def reshuffle_once(
     site: int, num_sites: int, replication: int, scope: str, optimizer: str, moments: str
 ) -> dict[str, Any]:
     old, new = drawn(num_sites, replication, 0), drawn(num_sites, replication, 1)
-    model = SmallModel(old, site, scope, balance="bias", bias=True)
+    model = SmallModel(old, site, scope, balance="bias", expert_bias=True)
     inner = torch.optim.AdamW(model.parameters(), lr=0.05)
     sync = OuterSync(
         model,

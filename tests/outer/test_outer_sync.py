@@ -232,7 +232,7 @@ def train_all_cases(
 def train_case(
     site: int, placement: Placement, scope: str, case: Case, groups: SiteGroups
 ) -> tuple[list[Round], dict[Any, str]]:
-    model = SmallModel(placement, site, scope, bias=True)
+    model = SmallModel(placement, site, scope, expert_bias=True)
     inner = torch.optim.AdamW(model.parameters(), lr=0.05)
     sync = OuterSync(
         model,
@@ -344,7 +344,7 @@ def test_same_bits_right_values_and_counted_bytes(
 ) -> None:
     answers = pool().run(num_sites, train_all_cases, replication, scope)
     placement = place(num_sites, replication)
-    model = SmallModel(placement, 0, scope, bias=True)
+    model = SmallModel(placement, 0, scope, expert_bias=True)
     experts = model.layers[0].experts
     sizes = wire.Sizes(
         outside=model.first.numel() + 1,

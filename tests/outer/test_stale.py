@@ -34,7 +34,7 @@ class CopyModel(SmallModel):
     """The small model whose layers keep the copies that `wanted` says."""
 
     def __init__(self, placement: Placement, site: int, wanted: stale.Wanted) -> None:
-        super().__init__(placement, site, bias=True)
+        super().__init__(placement, site, expert_bias=True)
         self.layers = nn.ModuleList(
             MoELayer(
                 HIDDEN,
@@ -45,7 +45,7 @@ class CopyModel(SmallModel):
                 stale_experts=wanted[layer][site],
                 layer_index=layer,
                 seed=5,
-                bias=True,
+                expert_bias=True,
             )
             for layer in range(LAYERS)
         )
