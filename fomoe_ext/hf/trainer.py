@@ -229,7 +229,7 @@ class OuterSyncCallback(TrainerCallback):
         if self.sync.options.staggered and state.global_step % self.local_steps:
             raise MeetingError(
                 f"training ended after step {state.global_step}, which is not a multiple of "
-                f"local_steps = {self.local_steps}: with fragments or overlap the sites did not meet "
+                f"local_steps = {self.local_steps}: with fragments or overlap sites have not met "
                 "after the last steps, and each has its own model"
             )
         if self.sync.options.apart:
