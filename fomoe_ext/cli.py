@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from fomoe_ext.extras import NotInstalled
 from fomoe_ext.files.outputs import named, options_of
 from fomoe_ext.launch import signals
+from fomoe_ext.launch.logs import shown
+from fomoe_ext.launch.reader import EXIT_UNREAD, ended_by_reader
 from fomoe_ext.version import VERSION
 
 _USAGE = """usage: fomoe COMMAND [flags]
@@ -79,6 +82,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `fomoe COMMAND [flags]` and returns its exit code: 2, with a line on stderr, for bad
     arguments."""
     args = list(sys.argv[1:] if arguments is None else arguments)
+    name = f"fomoe {args[0]}" if args and args[0] in _COMMANDS else "fomoe"
+    try:
+        with signals.interrupting(), ended_by_reader(), shown():
+            return _run(args)
+    except signals.Interrupted as stop:
+        if stop.exit_code != EXIT_UNREAD:  # of which nobody wants to read
+            _complain(f"{name}: ended by {stop.name}")
+        return stop.exit_code
+    except (ValueError, TypeError, OSError, NotInstalled) as error:
+        _complain(f"{name}: {named(error, options_of(args[1:]))}")
+        return 2
+    except ImportError as error:
+        if not str(error).startswith("fomoe_ext: "):  # ours: the package is not built
+            raise
+        _complain(f"{name}: {error}")
+        return 1
+
+
+def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(_USAGE)
         return 0 if args else 2
@@ -87,22 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command = _COMMANDS.get(args[0])
     if command is None:
-        print(f"fomoe: unknown command {args[0]!r}\n\n{_USAGE}", file=sys.stderr)
+        _complain(f"fomoe: unknown command {args[0]!r}\n\n{_USAGE}")
         return 2
-    try:
-        with signals.interrupting():
-            return command(args[1:])
-    except signals.Interrupted as stop:
-        print(f"fomoe {args[0]}: ended by {stop.name}", file=sys.stderr)
-        return stop.exit_code
-    except (ValueError, TypeError, OSError, NotInstalled) as error:
-        print(f"fomoe {args[0]}: {named(error, options_of(args[1:]))}", file=sys.stderr)
-        return 2
-    except ImportError as error:
-        if not str(error).startswith("fomoe_ext: "):  # ours: the package is not built
-            raise
-        print(f"fomoe {args[0]}: {error}", file=sys.stderr)
-        return 1
+    return command(args[1:])
+
+
+def _complain(text: str) -> None:
+    with suppress(BrokenPipeError):  # `2>&1 | head`
+        print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from fomoe_ext.outer.sync import OuterSync
 from fomoe_ext.plan.traffic import NOTE_BYTES
 from fomoe_ext.report.runs import CHECKPOINTS
 from fomoe_ext.report.tally import Tally
+
+_log = logging.getLogger(__name__)
 
 
 def progress(site: Recoverable) -> dict[str, Any]:
@@ -124,7 +127,7 @@ def restore_experts(
         try:
             _read_experts(site, model, experts, path)
         except CheckpointError as error:
-            print(f"site {site.world.number}: {error}", flush=True)
+            _log.info("site %d: %s", site.world.number, error)
             continue
         return ckpt.steps_of(path)
     return None

@@ -363,7 +363,7 @@ class MoELayer(Balanced):
         """Who computes the slots of a pass."""
         if self.dispatch is not None:
             return self.dispatch
-        return compute_here if self.stale is None else self.stale.compute_too
+        return compute_here if self.stale is None else self.stale.compute_both
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What a pass will read of this layer's modules, by name."""

@@ -1,4 +1,4 @@
-"""What a job is: learning rate, optimizers, and which checkpoints are its own."""
+"""What a job's options mean: learning rate, optimizers, and which checkpoints it can resume."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def outer_options(config: TrainConfig) -> OuterOptions:
 
 
 def job_identity(config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint's manifest says of its job; `check_same_job` tells what must be alike."""
+    """The options that a checkpoint's manifest records; `check_same_job` compares them."""
     return {
         "model": asdict(config.model),
         "sites": config.sites.sites,
@@ -67,7 +67,7 @@ def job_identity(config: TrainConfig) -> dict[str, Any]:
 
 
 def find_state(path: Path, config: TrainConfig, site: int) -> Resumed:
-    """A checkpoint's state as a site of this job goes on from it. Raises CheckpointError."""
+    """The state from which a site of this job resumes a checkpoint. Raises CheckpointError."""
     manifest = ckpt.read_manifest(path)
     check_same_job(manifest, config, path)
     state = load_state(path, site % manifest.num_sites)
@@ -81,16 +81,16 @@ def find_state(path: Path, config: TrainConfig, site: int) -> Resumed:
 
 
 def check_same_job(manifest: ckpt.Manifest, config: TrainConfig, path: Path) -> None:
-    """Raises CheckpointError naming what differs between a checkpoint's job and this one.
+    """Raises CheckpointError naming the first option in which a checkpoint's job differs.
 
-    Sites and replication may.
+    The number of sites and the replication may differ.
     """
     for key, wanted in job_identity(config).items():
         if key in ("sites", "replication"):
             continue
         found = manifest.meta.get(key)
         if key == "model" and isinstance(found, dict):
-            # A checkpoint from before a field was there is of a model as by its default.
+            # An older checkpoint lacks newer fields: its model has their defaults.
             found = {f.name: f.default for f in fields(ModelConfig)} | found
             differing = [name for name in wanted if found[name] != wanted[name]]
             if differing:

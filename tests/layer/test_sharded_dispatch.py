@@ -381,7 +381,8 @@ def bad_calls(rank: int, ranks: int) -> dict[str, str]:
 def test_sharded_layers_name_what_is_wrong() -> None:
     for rank, found in enumerate(pool().run(2, bad_calls)):
         alike = (
-            "RuntimeError: the ranks of the mesh's axis 'expert' must call the same layers alike"
+            "RuntimeError: the ranks of the mesh's axis 'expert' must make the same calls of the "
+            "same layers"
         )
         for name, values in (
             ("layers", f"in layer {rank} they differ in layer_index: by rank [0, 1]"),
@@ -391,15 +392,15 @@ def test_sharded_layers_name_what_is_wrong() -> None:
             ("no_grad", "in layer 1 they differ in gradient of the experts: by rank [0, 1]"),
         ):
             assert found[name].startswith(alike) and values in found[name], found[name]
-        assert found["no axis"] == (
-            "ValueError: mesh must have an axis 'expert', its axes are: 'model'"
-        )
-        assert found["unnamed"].endswith("an axis 'expert', its axes are: none with a name")
+        assert found["no axis"] == ("ValueError: mesh must have an axis 'expert', got 'model'")
+        assert found["unnamed"].endswith("an axis 'expert', got none with a name")
         assert found["no mesh"].startswith("TypeError: mesh must be a DeviceMesh, got ")
         outside = "ValueError: mesh must hold this process, rank 1, got "
         assert found["outside"].startswith("no error" if rank == 0 else outside)
-        assert found["device"] == "ValueError: mesh must be of cuda as the layer, got one of cpu"
-        assert "mesh must have an axis 'replica', its axes are: 'expert'" in found["no replica"]
+        assert (
+            found["device"] == "ValueError: mesh must be for cuda, the device of the layer, got cpu"
+        )
+        assert "mesh must have an axis 'replica', got 'expert'" in found["no replica"]
         assert found["residents change"].startswith("RuntimeError: set_resident_experts: not")
         assert found["pickle"].startswith(
             "TypeError: a layer sharded over a mesh cannot be pickled"

@@ -426,5 +426,5 @@ def test_sharded_cuts_that_are_wrong_are_named() -> None:
 
 
 def test_sharded_cut_needs_a_mesh() -> None:
-    with pytest.raises(ValueError, match=r"rank_experts needs a mesh, got .* without one"):
+    with pytest.raises(ValueError, match=r"rank_experts must be None without a mesh, got "):
         make(rank_experts=[range(6)])

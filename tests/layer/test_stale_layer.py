@@ -103,7 +103,10 @@ def test_nothing_of_a_copy_is_trained():
 
 def test_bad_layers_are_named():
     for options, message in (
-        ({"stale_experts": [1, 2]}, r"stale_experts must be absent ones, \[1\] are resident"),
+        (
+            {"stale_experts": [1, 2]},
+            r"stale_experts must be experts that are not resident, got \[1\]",
+        ),
         ({"stale_experts": [2, 2]}, "stale_experts must be distinct"),
         ({"stale_experts": [8]}, r"stale_experts must be in 0..7 .*, got \[8\]"),
         (
