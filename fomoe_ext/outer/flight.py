@@ -1,4 +1,4 @@
-"""Fragments in flight: encoded at one local step, taken in at a later one, exchanged meanwhile."""
+"""Fragments in flight: encoded at one local step, exchanged during the next ones, then applied."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from fomoe_ext.outer.reduce import Bucket, exchange
 
 
 class Flight:
-    """A meeting on its way: what has been encoded, and the exchange of it."""
+    """A meeting under way: its encoded buckets and their exchange."""
 
     def __init__(self, meeting: Meeting, due: int, buckets: Sequence[Bucket]) -> None:
         self.meeting, self.due, self.buckets = meeting, due, list(buckets)
-        """`due`: the local step, counted since the start, after which it lands."""
+        """`due`: the local step, counted from the start of training, after which it is applied."""
         self.exchange_s = 0.0
         self.bytes_sent = 0
         self.arrived: Future[Any] | None = None
 
     def start(self, background: Background, work: Callable[[Flight], Any]) -> None:
-        """Hands the exchange in; `work` is done on the other thread and timed."""
+        """Submits the exchange: `work` runs on the background thread and is timed."""
 
         def timed() -> Any:
             begun = time.perf_counter()
@@ -41,7 +41,7 @@ class Flight:
 
 
 class _Check(NamedTuple):
-    """A comparison under way: the local step at which it began, and when it is done."""
+    """A comparison of hashes under way, and the local step at which it began."""
 
     step: int
     compared: Agreement
@@ -51,7 +51,7 @@ class _Check(NamedTuple):
 class InFlight(Driver):
     """With `overlap`: local steps go on while a fragment is under way.
 
-    flights: those under way, in the order in which they land.
+    flights: fragments under way, in the order in which they are due.
     """
 
     def __init__(self, *parts: Any) -> None:
@@ -64,10 +64,17 @@ class InFlight(Driver):
     def under_way(self) -> bool:
         return bool(self.flights or self._checks)
 
+    def close(self, wait: bool) -> None:
+        super().close(wait)
+        if wait:
+            warn_of_lost(self.flights)
+        self.flights.clear()
+        self._checks.clear()
+
     def meet(self, fragment: int) -> None:
         """Sends a fragment off."""
-        # What has just landed is still being compared; to wait for that is to wait for all sites.
-        self._settle_checks(before=self._steps.taken)
+        # Not those that began at this step: waiting for them would be waiting for all sites.
+        self._finish_checks(before=self._steps.taken)
         meeting = self._begin(fragment)
         problem = meeting.check()
         buckets = [] if problem else meeting.buckets()
@@ -89,14 +96,14 @@ class InFlight(Driver):
         while self.flights and (step is None or self.flights[0].due <= step):
             self._take_in(self.flights.pop(0))
         if step is None:
-            self._settle_checks()
+            self._finish_checks()
 
     def _take_in(self, flight: Flight) -> None:
         assert flight.arrived is not None
         try:
             flight.arrived.result()
         except MeetingError as error:
-            # What has been encoded is not sent again.
+            # The encoded deltas are lost, so the meeting cannot be repeated.
             self._log.broken = str(error)
             raise
         finally:
@@ -110,19 +117,19 @@ class InFlight(Driver):
         done = self._background.submit(compared.exchange)
         self._checks.append(_Check(self._steps.taken, compared, done))
 
-    def _settle_checks(self, before: int | None = None) -> None:
-        """Settles what is compared in the background: what landed before a step, or all of it.
+    def _finish_checks(self, before: int | None = None) -> None:
+        """Waits for comparisons in the background: of what landed before a step, or all.
 
-        At the same steps at all sites: what heals is an exchange too.
+        At the same steps at all sites, because healing is an exchange too.
         """
         while self._checks and (before is None or self._checks[0].step < before):
             check = self._checks.pop(0)
             check.done.result()
-            self._settle(check.compared)
+            self._require_agreement(check.compared)
 
 
 def warn_of_lost(flights: Sequence[Flight]) -> None:
-    """Warns of what is still under way when nobody will take it in any more."""
+    """Warns of fragments that are under way when their OuterSync is closed or collected."""
     if flights:
         warnings.warn(
             "the last fragments of an OuterSync are lost: finish was not called", stacklevel=2

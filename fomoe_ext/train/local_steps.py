@@ -74,7 +74,7 @@ class LocalSteps:
         if ddp:
             site.sync.reduce_gradients()
         if inner.grad_clip:
-            norm = site.sync.clip_grad_norm(inner.grad_clip)
+            norm = site.sync.clip_grad_norm_(inner.grad_clip)
             if not self._may_be_left_out:
                 site.course.norm(norm, *place)
         step = site.round * site.local_steps + site.progress.scheduled

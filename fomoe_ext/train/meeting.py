@@ -91,8 +91,8 @@ class Meetings:
     def _refresh_shadows(self) -> float:
         """Updates the shadow copies to the state after the meeting; returns the seconds."""
         site, start = self._site, time.perf_counter()
-        with site.sync.meeting("the refresh of shadow copies"):
-            site.sync.sent(site.shadows.refresh(site.sync))
+        with site.sync.log.meeting("the refresh of shadow copies"):
+            site.sync.log.sent(site.shadows.refresh(site.sync))
         site.tally.planned_bytes += plan.shadow_bytes(site.config, site.placement, site.world.site)
         return time.perf_counter() - start
 

@@ -200,7 +200,7 @@ def kept_shadows(site: int, num_sites: int, scope: str, optimizer: str) -> dict[
     row = model.layers[0].router.weight.shape[1]
     sizes = wire.Sizes(0, 0, expert - (row if scope == "resident" else 0), row)
     elements = wire.shadow_elements(
-        sizes, router_scope=scope, selection_bias=True, outer_momentum=bool(sync.momenta)
+        sizes, router_scope=scope, selection_bias=True, outer_momentum=bool(sync.state.momenta)
     )
     assert sent == wire.shadow_bytes(placement, site, elements)
     assert shadows.round == 1

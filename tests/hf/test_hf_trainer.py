@@ -274,7 +274,7 @@ def test_sites_that_take_other_steps_are_named(how, words, tmp_path):
 def otherwise(site: int, num_sites: int, folder: str, options: dict[str, Any]) -> tuple[int, int]:
     _, meetings = trained(site, folder, options, STEPS)
     meetings.sync.verify()
-    return meetings.sync.reductions, meetings.sync.steps
+    return meetings.sync.step_count.reductions, meetings.sync.steps
 
 
 @pytest.mark.parametrize(

@@ -94,9 +94,9 @@ def drift(site: int, num_sites: int, mode: str, culprits: tuple[int, ...]) -> An
     sync = make(site, num_sites, on_mismatch=mode, codec="int8")
     train(sync, site, 0)
     sync.step()
-    layout = next(i for i, la in enumerate(sync.layouts) if la.group.size == num_sites)
+    layout = next(i for i, la in enumerate(sync.layout.layouts) if la.group.size == num_sites)
     if site in culprits:
-        sync.anchors[layout][2] += 2.0**-10 * (1 + site)
+        sync.state.anchors[layout][2] += 2.0**-10 * (1 + site)
     train(sync, site, 1)
     message, again = "", ""
     healed: tuple[str, ...] = ()

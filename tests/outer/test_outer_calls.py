@@ -68,8 +68,8 @@ def trained(site: int, num_sites: int, options: dict[str, Any], by_hand: bool) -
             sync.step()
     sync.finish()
     sync.verify()
-    anchors = [bits(anchor) for anchor in sync.anchors]
-    return pieces(model), anchors, sync.bytes_sent, sync.steps, sync.tokens.tolist()
+    anchors = [bits(anchor) for anchor in sync.state.anchors]
+    return pieces(model), anchors, sync.bytes_sent, sync.steps, sync.counts.tokens.tolist()
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def ddp(site: int, num_sites: int, how: str) -> tuple[dict[Any, Tensor], int]:
         inner.zero_grad(set_to_none=how != "accumulated")
     different = pieces(model)
     sync.step()
-    return different, sync.reductions
+    return different, sync.step_count.reductions
 
 
 @pytest.mark.parametrize("how", ["never", "made after", "once", "accumulated", "clipped"])
@@ -363,9 +363,9 @@ def test_every_token_that_trains_is_counted_once(one_pass: Pass, told: bool) -> 
         if told:
             sync.after_step()
     sync.watch.catch_up()
-    assert sync.tokens.sum() == wanted.sum() == 2 * 40 * 2 * LAYERS
+    assert sync.counts.tokens.sum() == wanted.sum() == 2 * 40 * 2 * LAYERS
     # Steps of 1e-6 move no token from one expert to another here.
-    assert torch.equal(sync.tokens, wanted)
+    assert torch.equal(sync.counts.tokens, wanted)
 
 
 def weighed(site: int, num_sites: int, chunks: int) -> float:
@@ -437,4 +437,4 @@ def test_counts_of_a_compiled_model_are_the_same() -> None:
         inner.step()
     sync.watch.catch_up()
     assert sync.steps == 2
-    assert sync.tokens.sum(1).tolist() == [8 * 2, 2 * 8 * 2]  # the first fragment has met
+    assert sync.counts.tokens.sum(1).tolist() == [8 * 2, 2 * 8 * 2]  # the first fragment has met

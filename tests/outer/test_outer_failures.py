@@ -38,7 +38,7 @@ def one_round(
 ) -> None:
     for step in range(2):
         give_gradients(model, site, 2 * index + step)
-        if sync.rule.name == "ddp":
+        if sync.layout.site.rule.name == "ddp":
             sync.reduce_gradients()
         inner.step()
     sync.step()
@@ -140,11 +140,11 @@ def test_bf16_parameters_without_learning_stay(site: int = 0) -> None:
     give_gradients(model, 0, 0)
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     sync.step()
-    sync.momenta[0].zero_()
-    anchor = sync.anchors[0].clone()
+    sync.state.momenta[0].zero_()
+    anchor = sync.state.anchors[0].clone()
     assert not torch.equal(anchor, anchor.bfloat16().float())
     sync.step()
-    assert bits(sync.anchors[0]) == bits(anchor)
+    assert bits(sync.state.anchors[0]) == bits(anchor)
 
 
 # ---------------------------------------------------------------------------------- bad arguments
@@ -229,7 +229,7 @@ def test_methods_refuse_what_does_not_fit() -> None:
         sync.reshuffle(SINGLE)
     for norm in (0.0, float("nan")):
         with pytest.raises(ValueError, match="max_norm must be"):
-            sync.clip_grad_norm(norm)
+            sync.clip_grad_norm_(norm)
     sync = OuterSync(model, SINGLE, 0, inner_optimizer=torch.optim.SGD(model.parameters(), lr=1))
     with pytest.raises(ValueError, match="warmup_steps must be at least 0, got -1"):
         sync.reshuffle(SINGLE, warmup_steps=-1)

@@ -50,7 +50,7 @@ def drift(site: int, num_sites: int, codec: str, feedback: bool, rounds: int) ->
                 parameter += step_of(name, parameter.shape)
         sync.step()
     moved = {key: value - start[key] for key, value in pieces(model).items()}
-    waiting = sum(float(f.own.abs().sum()) for f in sync.feedback if f.own is not None)
+    waiting = sum(float(f.own.abs().sum()) for f in sync.state.feedback if f.own is not None)
     return moved["dense", "first"], waiting, sync.state_bytes()[2]
 
 
@@ -85,8 +85,8 @@ def one_meeting(site: int, num_sites: int, codec: str) -> Any:
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     local = pieces(model)
     start = {
-        p.key: sync.anchors[i][at].clone()
-        for i, la in enumerate(sync.layouts)
+        p.key: sync.state.anchors[i][at].clone()
+        for i, la in enumerate(sync.layout.layouts)
         for p, at in la.slices()
     }
     sync.step()
@@ -96,7 +96,7 @@ def one_meeting(site: int, num_sites: int, codec: str) -> Any:
         pieces(model)["dense", "first"],
         [
             (f.own.clone(), f.shares.clone(), la.group.rank)
-            for f, la in zip(sync.feedback, sync.layouts, strict=True)
+            for f, la in zip(sync.state.feedback, sync.layout.layouts, strict=True)
         ],
     )
 
@@ -182,12 +182,12 @@ def moved_feedback(site: int, num_sites: int) -> Any:
     def errors() -> dict[str, Tensor]:
         return {
             piece.key: feedback.own[at].clone()
-            for layout, feedback in zip(sync.layouts, sync.feedback, strict=True)
+            for layout, feedback in zip(sync.layout.layouts, sync.state.feedback, strict=True)
             if feedback.own is not None
             for piece, at in layout.slices()
         }
 
-    before, residents = errors(), {p.key for la in sync.layouts for p in la.pieces}
+    before, residents = errors(), {p.key for la in sync.layout.layouts for p in la.pieces}
     arrived = sync.reshuffle(placements[1]).arrived
     return before, errors(), residents, arrived
 

@@ -75,8 +75,8 @@ def train(
 
 def anchors(sync: OuterSync) -> dict[str, Tensor]:
     return {
-        piece.key: sync.anchors[i][place].clone()
-        for i, layout in enumerate(sync.layouts)
+        piece.key: sync.state.anchors[i][place].clone()
+        for i, layout in enumerate(sync.layout.layouts)
         for piece, place in layout.slices()
     }
 

@@ -52,7 +52,7 @@ def drawn(num_sites: int, replication: int, epoch: int) -> Placement:
 
 def one_round(model: nn.Module, sync: OuterSync, site: int, index: int) -> None:
     give_gradients(model, site, index)
-    if sync.rule.name == "ddp":
+    if sync.layout.site.rule.name == "ddp":
         sync.reduce_gradients()
     sync.inner_optimizer.step()
     sync.step()
@@ -70,7 +70,7 @@ def biases(model: SmallModel) -> list[Tensor]:
 def momentum_of(sync: OuterSync) -> dict[str, Tensor]:
     return {
         piece.key: momentum[place].clone()
-        for layout, momentum in zip(sync.layouts, sync.momenta, strict=False)
+        for layout, momentum in zip(sync.layout.layouts, sync.state.momenta, strict=False)
         for piece, place in layout.slices()
     }
 

@@ -71,7 +71,7 @@ def train_on_sites(
         if optimizer == "ddp":
             sync.reduce_gradients()
         if clip:
-            sync.clip_grad_norm(clip)
+            sync.clip_grad_norm_(clip)
         inner.step()
         sync.step()
         result.append(pieces(model))
@@ -262,7 +262,7 @@ def train_case(
                 sync.reduce_gradients()
             reduced = pieces(model, lambda p: p.grad)
             if ddp:
-                sync.clip_grad_norm(0.5)
+                sync.clip_grad_norm_(0.5)
             inner.step()
         states = {m: pieces(model, lambda p, m=m: inner.state[p][m]) for m in MOMENTS}
         local = pieces(model)

@@ -80,8 +80,8 @@ def meet(
     moments = {
         m: pieces(model, lambda p, m=m: inner.state[p][m]) for m in ("exp_avg", "exp_avg_sq")
     }
-    local, momenta = pieces(model), [m.clone() for m in sync.momenta]
-    anchors = [a.clone() for a in sync.anchors]
+    local, momenta = pieces(model), [m.clone() for m in sync.state.momenta]
+    anchors = [a.clone() for a in sync.state.anchors]
     predicted, error = sync.predicted_bytes(), ""
     try:
         report = sync.step(tokens=float(10 * (site + 1)))
@@ -90,11 +90,11 @@ def meet(
     except MeetingError as caught:
         error, factors, left_out = str(caught), (), ()
     kept = {
-        piece.key: (torch.equal(sync.anchors[i][at], anchors[i][at]), site)
-        for i, la in enumerate(sync.layouts)
+        piece.key: (torch.equal(sync.state.anchors[i][at], anchors[i][at]), site)
+        for i, la in enumerate(sync.layout.layouts)
         for piece, at in la.slices()
         if piece.expert is not None
-        and (not momenta or torch.equal(sync.momenta[i][at], momenta[i][at]))
+        and (not momenta or torch.equal(sync.state.momenta[i][at], momenta[i][at]))
     }
     state = [v for s in inner.state.values() for v in s.values() if v.dim()]
     return {

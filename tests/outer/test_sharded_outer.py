@@ -95,7 +95,7 @@ def meet(
         local_steps(model, inner, site, step)
         if options.get("optimizer") == "ddp":
             sync.reduce_gradients()
-            norms.append(sync.clip_grad_norm(0.05))
+            norms.append(sync.clip_grad_norm_(0.05))
         sync.after_step()
         if (step + 1) % per_round == 0:
             predicted += sync.predicted_bytes(1, clip=True)
@@ -248,7 +248,7 @@ def different(process: int, processes: int, mode: str) -> str:
         timeout_s=20,
     )
     if (site, rank) == (1, 1):
-        sync.anchors[0][0] += 1
+        sync.state.anchors[0][0] += 1
     try:
         sync.step()
     except RuntimeError as error:

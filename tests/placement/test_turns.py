@@ -108,7 +108,7 @@ def test_bytes_by_hand() -> None:
 def anchors_of(sync: OuterSync) -> dict[str, Tensor]:
     return {
         piece.key: anchor[place].clone()
-        for layout, anchor in zip(sync.layouts, sync.anchors, strict=True)
+        for layout, anchor in zip(sync.layout.layouts, sync.state.anchors, strict=True)
         for piece, place in layout.slices()
     }
 
@@ -116,7 +116,7 @@ def anchors_of(sync: OuterSync) -> dict[str, Tensor]:
 def errors_of(sync: OuterSync) -> dict[str, Tensor]:
     """What encoding has lost of every piece; nothing of sums is kept apart."""
     result = {}
-    for layout, feedback in zip(sync.layouts, sync.feedback, strict=True):
+    for layout, feedback in zip(sync.layout.layouts, sync.state.feedback, strict=True):
         if feedback.own is not None:
             assert feedback.shares is not None and not bool(feedback.shares.any())
             result |= {p.key: feedback.own[at].clone() for p, at in layout.slices()}
@@ -179,7 +179,7 @@ def by_key(model: SmallModel) -> dict[str, Tensor]:
 
 def elements_bytes(placement: Placement, site: int, scope: str, sync: OuterSync) -> int:
     """The bytes of this round by sizes alone, as a plan knows them."""
-    experts = sync.moe_layers[0].experts
+    experts = sync.layout.site.moe_layers[0].experts
     sizes = wire.Sizes(
         outside=HIDDEN * 3 + 1,
         block=0,
@@ -191,7 +191,7 @@ def elements_bytes(placement: Placement, site: int, scope: str, sync: OuterSync)
         wire.group_elements(placement, site, sizes, router_scope=scope),
         placement.num_sites,
         optimizer=options.optimizer,
-        codec=sync.codec.name,
+        codec=sync.layout.site.codec.name,
         bucket_bytes=600,
         round_index=sync.round,
         counted_experts=0 if options.turn_order == "numbered" else LAYERS * EXPERTS,
