@@ -159,7 +159,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"outer_lr": "1"}, TypeError, "outer_lr must be a number"),
     ({"outer_momentum": 1.0}, ValueError, r"outer_momentum must be in \[0, 1\)"),
     ({"outer_momentum": -0.1}, ValueError, "outer_momentum must be finite and at least 0"),
-    ({"bucket_bytes": 3}, ValueError, "bucket_bytes must be >= 4"),
+    ({"bucket_bytes": 3}, ValueError, "bucket_bytes must be at least 4"),
     ({"moment_periods": (1, 0)}, ValueError, "moment_periods: second must be at least 1"),
     ({"moment_periods": (1,)}, ValueError, "moment_periods must be two"),
     ({"moment_periods": 3}, TypeError, "."),

@@ -66,7 +66,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"outer_lr": -1.0}, ValueError, "outer_lr must be finite and at least 0"),
     ({"outer_momentum": 1.0}, ValueError, "outer_momentum must be in [0, 1), got 1.0"),
     ({"rescale": 1}, TypeError, "rescale must be True or False, got 1"),
-    ({"bucket_bytes": 3}, ValueError, "bucket_bytes must be >= 4, got 3"),
+    ({"bucket_bytes": 3}, ValueError, "bucket_bytes must be at least 4, got 3"),
     ({"timeout_s": 0.0}, ValueError, "timeout_s must be > 0, got 0.0"),
     ({"expert_turns": 2, "overlap": 1}, ValueError, "expert_turns > 1 needs optimizer diloco"),
     ({"clip_delta": 2.0, "fragments": 2}, ValueError, "clip_delta needs {at}fragments = 1, {at}ov"),
