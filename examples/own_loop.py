@@ -75,7 +75,7 @@ def train(site: int) -> None:
     hf.convert(model, placement, site, balance="switch")
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
     options = OuterOptions(codec="int8")
-    data = source_code()
+    data, losses = source_code(), []
     with OuterSync(model, placement, site, options, inner_optimizer=optimizer) as sync:
         for step in range(ROUNDS * LOCAL_STEPS):
             tokens = batch(data, site, step)
@@ -83,11 +83,14 @@ def train(site: int) -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            losses.append(loss.item())
             if (step + 1) % LOCAL_STEPS == 0:  # the sites meet
                 report = sync.step()
                 if site == 0:
-                    sent = f"{report.bytes_sent / 1e6:.2f} MB"
-                    print(f"round {report.round:2d}  loss {loss:.3f}  sent {sent}", flush=True)
+                    mean, sent = sum(losses[-LOCAL_STEPS:]) / LOCAL_STEPS, report.bytes_sent / 1e6
+                    print(
+                        f"round {report.round:2d}  loss {mean:.3f}  sent {sent:.2f} MB", flush=True
+                    )
     check(model, placement, site, data)
 
 
