@@ -1,8 +1,9 @@
 """The meeting of sites: check, announce, encode, exchange, apply, verify (`meeting`).
 
 `sync.OuterSync` is the interface of this folder. The modules below it do not import it: they
-receive the parts they need. The folder may import layer, config, placement, launch and ops. It must not
-know of the language model, checkpoints, `fomoe train`, or sites that come and go.
+receive the parts they need. The folder may import layer, config, placement, launch
+and ops. It must not know of the language model, checkpoints, `fomoe train`, or
+sites that come and go.
 
     who meets        site, members (tensors), groups (owner groups, connections), options
     what travels     layout, model_layout, shards (of several ranks), turns (experts in turns), jobs
