@@ -144,7 +144,7 @@ def moved_over(site: int, num_sites: int) -> None:
     for found, vector in arrived.items():
         mine.take(vector, wanted[found], biases_of(sync2.layout)[found], mine.names())
     mine.fill(sync2.state)
-    sync2.round = sync.round
+    sync2.log.round = sync.round
     sync2.verify()  # all holders, the new one too, have the same bits
     own, before = Belongings.of(sync2.state), Belongings.of(sync.state)
     for what, tensors in before.tensors.items():

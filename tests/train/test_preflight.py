@@ -83,7 +83,7 @@ def test_a_good_job_starts(job):
         (["--val-data", "no.txt"], "no.txt does not exist"),
         (["--data", "bytes.txt"], "bytes.txt is not UTF-8 text"),
         (["--data", "a.jsonl", "--text-field", "body"], "a.jsonl, line 1: no field 'body'"),
-        (["--data", "short.txt"], "data is too short"),
+        (["--data", "short.txt"], "data must have at least seq_len + 1"),
         (["--tokenizer", "no.json"], "tokenizer no.json does not exist"),
         (["--tokenizer", "text.txt"], "tokenizer text.txt is not a tokenizer.json"),
         pytest.param(["--device", "cuda"], "device is cuda, but", marks=no_gpu),
