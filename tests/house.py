@@ -28,7 +28,7 @@ FLOORS = """
     config
     placement
     files ops
-    _C checks extras version
+    _C activations checks extras version
 """
 """Folders and files of the package from roof to ground, as CONTRIBUTING.md shows them."""
 

@@ -140,10 +140,16 @@ def inner_names(optimizer: torch.optim.Optimizer) -> list[str]:
 
 
 def shared_vectors(sync: OuterSync) -> dict[str, list[Tensor]]:
-    """What all holders have alike, by name; the same names on all ranks."""
+    """What all holders have alike besides the global model, by name; the same names on all ranks.
+
+    The anchor is the global model, and is made of it again (`OuterState.fill`), unless parameters
+    are of fewer bits than it.
+    """
     if sync.rule.name == "ddp":
         return {}
-    return {"anchor": sync.anchors} | ({"momentum": sync.momenta} if sync.rule.momentum else {})
+    rounded = any(p.dtype != torch.float32 for p in sync.model.parameters() if p.requires_grad)
+    found = {"anchor": sync.anchors} if rounded else {}
+    return found | ({"momentum": sync.momenta} if sync.rule.momentum else {})
 
 
 def own_vectors(sync: OuterSync) -> dict[str, list[Tensor]]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from fomoe_ext.activations import Activation, num_projections
 from fomoe_ext.config.limits import at_least, inside
-
-GATED_ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu")
 
 
 @dataclass(frozen=True)
@@ -30,23 +29,23 @@ class ModelConfig:
     """Inner width of one routed expert."""
     top_k: int = 2
     """Experts chosen per token."""
-    activation: Literal["swiglu", "geglu", "silu", "relu2", "gelu", "clamped_swiglu"] = "swiglu"
+    activation: Activation = "swiglu"
     """Activation of the experts; those with glu in their name are gated (two up projections)."""
     expert_bias: bool = False
     """Biases in the routed experts, as gpt-oss has them."""
-    scoring: Literal["sigmoid", "softmax"] = "sigmoid"
+    router_scoring: Literal["sigmoid", "softmax"] = "sigmoid"
     """How router logits become scores."""
     router_scope: Literal["global", "resident"] = "global"
     """global: choose among all experts, skip those not resident; resident: among those resident."""
     skipped_mass: Literal["drop", "rescale"] = "drop"
     """drop: a skipped expert's weight is lost; rescale: the token's computed experts share it."""
-    renormalize: bool = False
+    router_renormalize: bool = False
     """Divide the chosen experts' scores by their sum."""
-    routed_scale: float = 1.0
+    router_scale: float = 1.0
     """Factor on the chosen experts' scores."""
-    num_groups: int = 1
+    router_num_groups: int = 1
     """Expert groups for group-limited choice."""
-    groups_kept: int = 1
+    router_groups_kept: int = 1
     """Groups a token may choose from."""
     shared_expert_intermediate_size: int = 0
     """Inner width of an expert that every token uses and every site holds; 0 = none."""
@@ -55,9 +54,9 @@ class ModelConfig:
     site moves by its own load and which is averaged at the end of a round (also with ddp)."""
     balance_coef: float = 0.01
     """Weight of the auxiliary balance loss."""
-    z_loss_coef: float = 0.0
+    router_z_loss_coef: float = 0.0
     """Weight of the router z-loss."""
-    bias_update_rate: float = 4e-3
+    balance_bias_rate: float = 4e-3
     """Step of the selection bias for balance = bias."""
     norm: Literal["layer", "rms"] = "layer"
     """LayerNorm (without bias) or RMSNorm."""
@@ -71,14 +70,19 @@ class ModelConfig:
         at_least(at, 1, vocab_size=self.vocab_size, seq_len=self.seq_len, top_k=self.top_k)
         at_least(at, 1, hidden_size=self.hidden_size, num_layers=self.num_layers)
         at_least(at, 1, num_heads=self.num_heads, num_experts=self.num_experts)
-        at_least(at, 1, intermediate_size=self.intermediate_size, num_groups=self.num_groups)
+        at_least(
+            at,
+            1,
+            intermediate_size=self.intermediate_size,
+            router_num_groups=self.router_num_groups,
+        )
         at_least(
             at,
             0,
             shared_expert_intermediate_size=self.shared_expert_intermediate_size,
-            z_loss_coef=self.z_loss_coef,
+            router_z_loss_coef=self.router_z_loss_coef,
         )
-        at_least(at, 0, balance_coef=self.balance_coef, bias_update_rate=self.bias_update_rate)
+        at_least(at, 0, balance_coef=self.balance_coef, balance_bias_rate=self.balance_bias_rate)
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
             raise ValueError(
                 f"model.num_heads must divide model.hidden_size into heads of even size, got "
@@ -88,24 +92,24 @@ class ModelConfig:
             raise ValueError(
                 f"model.top_k must be <= model.num_experts, got {self.top_k} and {self.num_experts}"
             )
-        if self.num_experts % self.num_groups:
+        if self.num_experts % self.router_num_groups:
             raise ValueError(
-                f"model.num_groups must divide model.num_experts, got {self.num_groups} "
-                f"and {self.num_experts}"
+                f"model.router_num_groups must divide model.num_experts = {self.num_experts}, got "
+                f"{self.router_num_groups}"
             )
-        inside(at, 1, self.num_groups, groups_kept=self.groups_kept)
-        choosable = self.num_experts // self.num_groups * self.groups_kept
+        inside(at, 1, self.router_num_groups, router_groups_kept=self.router_groups_kept)
+        choosable = self.num_experts // self.router_num_groups * self.router_groups_kept
         if self.top_k > choosable:
             raise ValueError(
-                f"model.top_k must be <= the {choosable} experts in groups_kept groups, got "
+                f"model.top_k must be <= the {choosable} experts in router_groups_kept groups, got "
                 f"{self.top_k}"
             )
         if not self.rope_base > 1:
             raise ValueError(f"model.rope_base must be > 1, got {self.rope_base}")
-        if not (self.depth_multiplier > 0 and self.routed_scale > 0):
+        if not (self.depth_multiplier > 0 and self.router_scale > 0):
             raise ValueError(
-                f"model.depth_multiplier and model.routed_scale must be > 0, got "
-                f"{self.depth_multiplier} and {self.routed_scale}"
+                f"model.depth_multiplier and model.router_scale must be > 0, got "
+                f"{self.depth_multiplier} and {self.router_scale}"
             )
 
     @property
@@ -137,16 +141,12 @@ def expert_matrices(config: ModelConfig, intermediate_size: int | None = None) -
     down, G = 2 for gated activations.
     """
     size = config.intermediate_size if intermediate_size is None else intermediate_size
-    return (_up_projections(config) + 1) * size * config.hidden_size
-
-
-def _up_projections(config: ModelConfig) -> int:
-    return 2 if config.activation in GATED_ACTIVATIONS else 1
+    return (num_projections(config.activation) + 1) * size * config.hidden_size
 
 
 def expert_parameters(config: ModelConfig) -> int:
     """Parameters of one routed expert: its matrices and, with biases, G*N + D more."""
-    biases = _up_projections(config) * config.intermediate_size + config.hidden_size
+    biases = num_projections(config.activation) * config.intermediate_size + config.hidden_size
     return expert_matrices(config) + (biases if config.expert_bias else 0)
 
 

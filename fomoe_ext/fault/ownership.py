@@ -137,7 +137,7 @@ def is_level(placement: Placement, replication: int) -> bool:
     """Whether every expert has min(replication, sites) holders and the expert counts of any two
     sites differ by at most one in each layer."""
     wanted = min(replication, placement.num_sites)
-    for experts in placement.owners_of:
+    for experts in placement.table:
         loads = _loads(experts, placement.num_sites)
         if max(loads) - min(loads) > 1 or any(len(owners) != wanted for owners in experts):
             return False

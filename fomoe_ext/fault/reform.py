@@ -312,7 +312,7 @@ def _parcels(
         for place, s in enumerate(standing):
             for expert in [] if s["fresh"] else s["holds"][layer]:
                 held.setdefault(expert, []).append(place)
-        for expert, owners in enumerate(placement.owners_of[layer]):
+        for expert, owners in enumerate(placement.table[layer]):
             for target in owners:
                 have = held.get(expert, [])
                 if have and target not in have:

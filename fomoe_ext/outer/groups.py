@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fomoe_ext.config.outer import OuterConfig
 from fomoe_ext.launch.link import CountedLink, active_link
 from fomoe_ext.launch.waiting import wait_for
 from fomoe_ext.placement import wire
@@ -143,7 +144,7 @@ class SiteGroups:
         self,
         num_sites: int,
         site: int,
-        timeout_s: float = 300.0,
+        timeout_s: float = OuterConfig.timeout_s,
         *,
         link: wire.Link | None = None,
         rank: int = 0,

@@ -55,7 +55,7 @@ class Meeting:
         self._counts, self._steps, self._completed = counts, steps, completed
         self.fragment = fragment
         due = wire.moments_due(completed + 1, site.options.moment_periods)
-        names = zip(opt.MOMENTS, site.options.codecs_of_moments, due, strict=True)
+        names = zip(opt.MOMENTS, site.options.resolved_moment_codecs, due, strict=True)
         self._moments = {
             name: get_codec(codec, site.options.rounding)
             for name, codec, wanted in names

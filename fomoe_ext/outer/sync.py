@@ -121,36 +121,40 @@ class OuterSync:
         model: nn.Module,
         placement: Placement,
         site: int,
+        options: OuterOptions | None = None,
         *,
         inner_optimizer: torch.optim.Optimizer | None = None,
         groups: SiteGroups | None = None,
-        timeout_s: float = 300.0,
+        timeout_s: float | None = None,
         mesh: DeviceMesh | None = None,
         arriving: bool = False,
-        **options: Any,
     ) -> None:
         """Meets the other sites; all must call it with the same options and placement.
 
         Args:
             model: its `MoELayer`s, in order of appearance, hold the placement's experts of `site`.
             placement, site: who holds what, and which site this is (its rank).
+            options: how sites meet; None = `OuterOptions()`.
             inner_optimizer: that of the local steps; "local-adamw" and `reshuffle` need it.
             groups: connections to be shared with another OuterSync; None = new ones.
-            timeout_s: seconds after which an exchange over new connections fails.
+            timeout_s: seconds after which an exchange over new connections fails; None =
+                `options.timeout_s`.
             mesh: of sites of several ranks (`mesh.make_mesh`), that of the model's layers.
             arriving: of a job under way: nothing is compared, and all state is left to be filled
                 (`fomoe_ext.outer.belongings`); only connections are made.
-            options: the fields of `OuterOptions`.
 
         Raises ValueError or TypeError naming the argument, RuntimeError when torch.distributed is
         not ready, and MeetingError when sites differ in arguments or initial parameters.
         """
+        self.options = OuterOptions() if options is None else options
+        if not isinstance(self.options, OuterOptions):
+            raise TypeError(f"options must be OuterOptions, got {type(options).__name__}")
         self.ranks, self.site = SiteRanks(mesh, placement.num_sites, site), site
+        timeout_s = self.options.timeout_s if timeout_s is None else timeout_s
         self.groups = connect(groups, self.ranks, timeout_s)
         self.model, self.inner_optimizer = model, inner_optimizer
         problem: Exception | None = None
         try:
-            self.options = OuterOptions(**options)
             me = Site(model, inner_optimizer, self.ranks, self.groups, self.options)
             fragments = _check(me, placement)
         except (ValueError, TypeError) as error:

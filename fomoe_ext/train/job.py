@@ -15,7 +15,6 @@ from fomoe_ext.checkpoint.resume import Resumed
 from fomoe_ext.config.inner import InnerConfig
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.config.model import ModelConfig
-from fomoe_ext.config.outer import OuterConfig
 from fomoe_ext.model.language import LanguageModel, optimizer_groups
 from fomoe_ext.outer.options import OuterOptions
 from fomoe_ext.placement.placement import Placement
@@ -43,24 +42,15 @@ def make_optimizer(model: LanguageModel, inner: InnerConfig) -> torch.optim.Opti
     return torch.optim.AdamW(groups, lr=inner.inner_lr, betas=betas, eps=inner.adam_eps, fused=True)
 
 
-def outer_options(config: TrainConfig) -> dict[str, Any]:
-    """The options of OuterSync that follow from a job's configuration."""
-    outer = config.outer
-    return {
-        **{name: getattr(outer, name) for name in _OUTER_FIELDS},
-        "outer_lr": outer.resolved_lr,
-        "outer_momentum": outer.resolved_momentum,
-        "moment_codecs": outer.resolved_moment_codecs,
-        "local_steps": config.run.local_steps,
-        "seed": config.run.seed,
-        "site_mean": "tokens" if config.inner.uneven_steps else "equal",
-        "staged": config.fault.tolerant,
-    }
-
-
-_OUTER_FIELDS = tuple(
-    {field.name for field in fields(OuterConfig)} & {field.name for field in fields(OuterOptions)}
-)
+def outer_options(config: TrainConfig) -> OuterOptions:
+    """The options of a job's OuterSync."""
+    return OuterOptions.of_config(
+        config.outer,
+        local_steps=config.run.local_steps,
+        site_mean="tokens" if config.inner.uneven_steps else "equal",
+        staged=config.fault.tolerant,
+        seed=config.run.seed,
+    )
 
 
 def job_identity(config: TrainConfig) -> dict[str, Any]:

@@ -79,10 +79,10 @@ def make_training(
             model,
             placement,
             world.site,
+            outer_options(config),
             inner_optimizer=optimizer,
             groups=groups,
             mesh=mesh,
             arriving=arriving,
-            **outer_options(config),
         )
     return model, optimizer, sync

@@ -125,7 +125,8 @@ def _check_resume(config: TrainConfig, data: TextData) -> None:
             refused.append(str(error))
             continue
         try:
-            data.train_batches(seed=run.seed).load_state_dict(state)
+            stream = data.train_batches(1, site=0, num_sites=1, seed=run.seed)
+            stream.load_state_dict(state)
             return
         except ValueError as error:
             refused.append(f"checkpoint {path} was trained on other data: {error}")

@@ -20,7 +20,7 @@ class SiteProbe:
         self._site = site
         seq_len = site.config.model.seq_len
         windows = max(1, site.config.run.probe_tokens // seq_len)
-        batch = next(iter(site.data.val_batches(windows, 0, 1, max_tokens=windows * seq_len)))
+        batch = next(iter(site.data.val_batches(windows, max_tokens=windows * seq_len)))
         tokens = batch[:, :-1].to(site.device)
         self._probe = RoutingProbe(site.model, site.model.moe_layers(), tokens)
 

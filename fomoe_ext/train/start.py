@@ -19,6 +19,7 @@ from fomoe_ext.checkpoint.whole import newest_whole, require_whole_everywhere
 from fomoe_ext.config.changes import changes, check_changes
 from fomoe_ext.config.io import save_config
 from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.config.vocabulary import vocabulary_notes
 from fomoe_ext.data.sequences import TextData, open_job_data
 from fomoe_ext.fault.lighthouse import LIGHTHOUSE
 from fomoe_ext.files.atomic import replace_file
@@ -111,6 +112,7 @@ def agree_on_start(job: Job, world: World, stack: ExitStack) -> Start:
     resumed, notes = _checkpoint_of(config, world)
     data = open_text(config, world)
     config = config.with_vocab(data.vocab_size)
+    notes = [*notes, *vocabulary_notes(config, data.vocab_size)]
     return Start(config, data, resumed, notes, _agree_on_changes(config, world, resumed))
 
 

@@ -55,7 +55,10 @@ class SiteState:
         self.optimizer: torch.optim.Optimizer
         self.sync: OuterSync
         self.batches: BatchIterator = data.train_batches(
-            world.number, config.sites.sites, config.inner.batch_size, config.run.seed
+            config.inner.batch_size,
+            site=world.number,
+            num_sites=config.sites.sites,
+            seed=config.run.seed,
         )
         self.tally = Tally()
         self.progress, self.pace = RoundProgress(self.local_steps, device), Pace()

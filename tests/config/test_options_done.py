@@ -36,10 +36,10 @@ IDLE = """
 --codec fp32 --no-error-feedback                    error-feedback loses nothing
 --optimizer ddp --outer-lr 0.5                      outer-lr with --optimizer ddp
 --optimizer ddp --outer-momentum=0.5                outer-momentum with --optimizer ddp
---balance switch --bias-update-rate 0.1             bias-update-rate without --balance bias
+--balance switch --balance-bias-rate 0.1            balance-bias-rate without --balance bias
 --balance bias --balance-coef 0.1                   balance-coef without --balance switch
---groups-kept 1                                     groups-kept without --num-groups
---num-groups 4 --groups-kept 4                      num-groups where all groups are kept
+--router-groups-kept 1                              router-groups-kept without --router-num-groups
+--router-num-groups 4 --router-groups-kept 4        router-num-groups where all groups are kept
 --router-scope resident --skipped-mass rescale      skipped-mass where no slot is skipped
 --router-scope resident --router-mean all           router-mean with --router-scope resident
 --replication 1 --expert-mean tokens                expert-mean where an expert is at one site

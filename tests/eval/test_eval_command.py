@@ -240,7 +240,7 @@ def test_skipping_a_share_of_the_experts(tmp_path, text):
 @pytest.mark.parametrize("format", ["transformers", "safetensors"])
 def test_an_exported_folder_is_the_model(tmp_path, text, format):
     model = random_model(
-        tiny_config(expert_bias=True, shared_expert_intermediate_size=4, num_groups=2)
+        tiny_config(expert_bias=True, shared_expert_intermediate_size=4, router_num_groups=2)
     )
     source = untrained_run(tmp_path / "run", model)
     flags = ["--format", format, "--shard-bytes", "6000", "--out", str(tmp_path / "out")]

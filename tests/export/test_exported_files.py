@@ -231,7 +231,9 @@ def test_help_needs_no_torch():
 
 def test_every_field_of_the_model_has_a_place():
     """A new field of ModelConfig must be exported, or said to matter in training only."""
-    config = tiny_config(top_k=3, num_groups=2, groups_kept=2, norm="rms", rope_base=77.0)
+    config = tiny_config(
+        top_k=3, router_num_groups=2, router_groups_kept=2, norm="rms", rope_base=77.0
+    )
     written = transformers_config(config, "bytes", 0, "float32")
     assert model_of_config(written) == dataclasses.replace(config, balance="none")
     from fomoe_ext.export.exported.configuration_fomoe import FomoeConfig

@@ -197,9 +197,10 @@ def test_tokens_are_kept_in_memory_where_there_is_no_room_for_a_cache(tmp_path, 
     data = open_data([str(tmp_path / "a.txt")], 16, cache_dir=small_disk / "cache")
     assert data.content_hash == wanted.content_hash and data.uncached is not None
     assert data.uncached[0].startswith(str(small_disk)) and "space" in data.uncached[1]
-    for batch, other in zip(range(3), data.train_batches(batch_size=4), strict=False):
+    for batch, other in zip(range(3), data.train_batches(4, site=0, num_sites=1), strict=False):
         assert other.shape == (4, 17), batch
-    assert torch.equal(next(data.train_batches()), next(wanted.train_batches()))
+    one = {"batch_size": 1, "site": 0, "num_sites": 1}
+    assert torch.equal(next(data.train_batches(**one)), next(wanted.train_batches(**one)))
     assert list((small_disk / "cache").glob("*/meta.json")) == []
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"cache_dir .*file must be a folder"):

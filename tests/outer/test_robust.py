@@ -65,7 +65,7 @@ def meet(
     placement = place(replication)
     model = SmallModel(placement, site, scope, balance="bias")
     inner = torch.optim.AdamW(model.parameters(), lr=0.01)
-    sync = OuterSync(model, placement, site, inner_optimizer=inner, **options)
+    sync = OuterSync(model, placement, site, OuterOptions(**options), inner_optimizer=inner)
     for step in range(rounds):
         before = pieces(model)
         give_gradients(model, site, step)
@@ -388,7 +388,7 @@ def test_weights_of_clipped_and_left_out_members() -> None:
         ({"clip_delta": 0.5}, ValueError, "clip_delta must be 0 or at least 1, got 0.5"),
         ({"clip_delta": math.nan}, ValueError, "clip_delta must be finite"),
         ({"clip_delta": "2"}, TypeError, "clip_delta must be a number, got '2'"),
-        ({"clip_delta": 2.0, "optimizer": "ddp"}, ValueError, "clip_delta need fragments = 1"),
+        ({"clip_delta": 2.0, "optimizer": "ddp"}, ValueError, "clip_delta needs fragments = 1"),
         ({"clip_delta": 2.0, "overlap": 1, "local_steps": 4}, ValueError, "overlap = 0"),
     ],
 )

@@ -295,3 +295,48 @@ def test_experts_in_turns_are_spread_over_their_cycle(scope):
     assert waits[0] == plan_cost.meeting_waits(every, placement, 1)[0] and waits[1] > 0
     counting = plan_cost.meeting_waits(of(expert_turns=3), placement, 1)
     assert counting == (waits[0] + 1, waits[1])
+
+
+# ---- what limits meetings ------------------------------------------------------------------------
+
+
+def test_what_limits_meetings():
+    """By hand: the same round over links of which another thing is the worst."""
+    of = lambda **options: config_of("54m", outer={"codec": "int4", **options})
+    placement = plan.job_placement(of())
+    cost = plan_cost.round_cost(of(), placement, wire.Link(1e9, 0.05), 1e14)
+    limit = lambda bandwidth, latency: cost.limit(wire.Link(bandwidth, latency))
+    assert cost.waits == 5 and cost.waves == 7
+    sending_s = 8 * cost.bytes_sent / 1e9
+    assert limit(1e9, 0.99 * sending_s / 7) == "bandwidth"
+    assert limit(1e9, 1.01 * sending_s / 7) == "latency x buckets"
+    assert limit(1e9, 0.0) == "bandwidth"
+    few = plan_cost.round_cost(of(in_flight=64), placement, wire.Link(1e9, 0.05), 1e14)
+    assert few.waves == 1 and few.limit(wire.Link(1e12, 0.05)) == "latency"
+    # With overlap, a slow site and a fast link: nothing is waited for.
+    hidden = plan_cost.round_cost(of(overlap=8), placement, wire.Link(1e9, 0.05), 1e12)
+    assert hidden.limit(wire.Link(1e9, 0.05)) == "nothing: hidden"
+    alone = config_of(sites={"sites": 1, "replication": 1})
+    cost = plan_cost.round_cost(alone, plan.job_placement(alone), wire.Link(1e9, 0.05), 1e13)
+    assert cost.bytes_sent == 0 and cost.limit(wire.Link(1e9, 0.05)) == "nothing"
+
+
+def test_no_bandwidth_is_said_to_be_enough_where_latency_is_the_limit():
+    """A share of the time is within reach of some bandwidth up to what latency alone leaves."""
+    config = config_of("54m", outer={"codec": "int4"})
+    placement = plan.job_placement(config)
+    cost = plan_cost.round_cost(config, placement, wire.Link(1e9, 0.05), 1e14)
+    most = plan_cost.most_utilization(cost, 0.05)
+    assert most == pytest.approx(cost.local_s / (cost.local_s + 12 * 0.05))
+    assert plan_cost.bandwidth_needed(cost, most + 1e-6, 0.05) is None
+    needed = plan_cost.bandwidth_needed(cost, most - 1e-6, 0.05)
+    reached = plan_cost.round_cost(config, placement, wire.Link(needed, 0.05), 1e14)
+    assert reached.utilization == pytest.approx(most, abs=2e-6)
+
+
+def test_no_more_than_a_round_is_hidden():
+    """However many fragments are under way: there is one exchange at a time."""
+    outer = {"fragments": 4, "overlap": 12}
+    config = config_of(outer=outer, run={"local_steps": 16})
+    cost = plan_cost.round_cost(config, plan.job_placement(config), wire.Link(1e3, 0.01), 1e13)
+    assert cost.meeting_s > cost.local_s and cost.hidden_s == cost.local_s

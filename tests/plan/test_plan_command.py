@@ -268,7 +268,7 @@ def test_fit_chooses_what_trying_all_chooses(ranks, scope, capsys):
         for codec in ("fp32", "bf16", "int8", "int4", "int2", "int8-128"):
             job = parse_args([*flags, "--replication", str(replication), "--codec", codec])
             cost = plan_jobs.job_cost(job, LINK, SPEED * ranks)
-            tried.append((cost.round.seconds, replication, codec, cost.rank_memory))
+            tried.append((cost.round.seconds, replication, codec, cost.peak_memory))
     sizes = sorted({memory for *_, memory in tried})
     assert len(sizes) >= 8
     for limit in (sizes[0], sizes[len(sizes) // 2], sizes[-1]):
@@ -287,16 +287,16 @@ def test_fit_chooses_what_trying_all_chooses(ranks, scope, capsys):
 
 
 def test_fit_shows_the_candidates(capsys):
-    assert cli.main(["plan", "--preset", "54m", "--fit", "1.275GB"]) == 0
+    assert cli.main(["plan", "--preset", "54m", "--fit", "1.375GB"]) == 0
     shown = capsys.readouterr().out
     lines = [line for line in shown.splitlines() if "chosen" in line]
-    assert len(lines) == 1 and "What fits into 1.27 GB" in shown
+    assert len(lines) == 1 and "What fits into 1.38 GB" in shown
 
 
 def test_nothing_fits(capsys):
     assert cli.main(["plan", "--preset", "54m", "--fit", "1GB"]) == 1
     output = capsys.readouterr()
-    assert "nothing fits into 1 GB: the least is 1.27 GB, with replication 1" in output.err
+    assert "nothing fits into 1 GB: the least is 1.37 GB, with replication 1" in output.err
     assert "chosen" not in output.out
     assert cli.main(["plan", "--preset", "54m", "--fit", "1GB", "--json"]) == 1
     fit = json.loads(capsys.readouterr().out)["fit"]

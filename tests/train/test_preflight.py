@@ -179,7 +179,7 @@ def stopped(job):
         Path("run/checkpoints"),
         ckpt.checkpoint_name(8),
         own_global_tensors(model, whole, 0, local_tensors(model)),
-        {"data": data.train_batches(seed=0).state_dict()},
+        {"data": data.train_batches(1, site=0, num_sites=1).state_dict()},
         site=0,
         num_sites=1,
         round=2,

@@ -164,26 +164,26 @@ class FomoeRouter(nn.Module):
         config = self.config
         with torch.autocast(device_type=x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())
-        scores = logits.sigmoid() if config.scoring == "sigmoid" else logits.softmax(dim=-1)
+        scores = logits.sigmoid() if config.router_scoring == "sigmoid" else logits.softmax(dim=-1)
         choice = scores.detach() + self.selection_bias.float()
-        if config.num_groups > 1:
+        if config.router_num_groups > 1:
             choice = self._within_best_groups(choice)
         # A stable sort: of equal scores the lower index comes first, as in training.
         experts = choice.sort(dim=-1, descending=True, stable=True).indices
         experts = experts[:, : config.num_experts_per_tok]
         weights = scores.gather(1, experts)
-        if config.renormalize:
+        if config.router_renormalize:
             total = weights.sum(dim=-1, keepdim=True)
             weights = weights / torch.where(total > 0, total, torch.ones_like(total))
-        return weights * config.routed_scale, experts
+        return weights * config.router_scale, experts
 
     def _within_best_groups(self, choice: Tensor) -> Tensor:
         """-inf outside of the groups with the largest sums of their two best choice scores."""
-        groups = choice.view(choice.shape[0], self.config.num_groups, -1)
+        groups = choice.view(choice.shape[0], self.config.router_num_groups, -1)
         best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(dim=-1)
         order = best.sort(dim=-1, descending=True, stable=True).indices
         kept = torch.zeros_like(best, dtype=torch.bool)
-        kept.scatter_(1, order[:, : self.config.groups_kept], True)
+        kept.scatter_(1, order[:, : self.config.router_groups_kept], True)
         return groups.masked_fill(~kept[..., None], -torch.inf).view_as(choice)
 
 
