@@ -159,7 +159,7 @@ def test_an_older_checkpoint_is_taken_when_the_newest_is_not_whole(run, tmp_path
     said = refused(
         capsys, str(run), "--checkpoint", "step-00000024", "--out", str(tmp_path / "two")
     )
-    assert "model-00001-of-00002.safetensors must have" in said
+    assert "model-00001-of-00002.safetensors has" in said
 
 
 def test_damaged_content_is_refused_and_nothing_is_left(run, tmp_path, capsys):
