@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from fomoe_ext.launch.waiting import reason_of
 from fomoe_ext.outer.averaging import UNTREATED
 from fomoe_ext.outer.errors import MeetingError, MeetingLost
 from fomoe_ext.outer.reports import RoundReport
@@ -60,9 +61,9 @@ class MeetingLog:
         except RuntimeError as error:
             where = f"{what} after round {self.round} broke off at site {site.index}"
             if site.options.staged:
-                raise MeetingLost(f"{where}: {error}") from error
+                raise MeetingLost(f"{where}: {reason_of(error)}") from error
             missing = site.groups.missing_sites()
-            self.broken = f"{where}: {missing + ': ' if missing else ''}{error}"
+            self.broken = f"{where}: {missing + ': ' if missing else ''}{reason_of(error)}"
             raise MeetingError(self.broken) from error
         finally:
             self.seconds += time.perf_counter() - start

@@ -68,7 +68,7 @@ def test_experts_are_shared_out_evenly_with_few_moves(
 ) -> None:
     holdings, experts, replication = given_
     if ownership.orphans(holdings, experts):
-        with pytest.raises(ValueError, match="holdings must have all experts"):
+        with pytest.raises(ValueError, match="holdings must contain all experts"):
             ownership.rebalance(holdings, experts, replication)
         return
     placement = ownership.rebalance(holdings, experts, replication)
