@@ -251,7 +251,7 @@ def test_main_grad_under_autocast() -> None:
 
 
 def test_a_compiled_layer_fills_main_grad() -> None:
-    eager, traced = small_layer.make(expert_bias=True), small_layer.make(bias=True)
+    eager, traced = small_layer.make(expert_bias=True), small_layer.make(expert_bias=True)
     compiled = torch.compile(traced, backend="aot_eager")
     for layer in (eager, traced):
         set_main_grads(layer)
