@@ -43,6 +43,27 @@ class SmallModel(nn.Module):
         return self.scalar * (x @ self.first)
 
 
+def cyclic_placement(num_sites: int, replication: int) -> Placement:
+    """The cyclic placement of this model's experts."""
+    return Placement.cyclic(
+        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=replication
+    )
+
+
+def random_placement(
+    num_sites: int, replication: int, *, seed: int = 0, epoch: int = 0
+) -> Placement:
+    """A random placement of this model's experts."""
+    return Placement.random(
+        num_sites=num_sites,
+        num_experts=EXPERTS,
+        num_layers=LAYERS,
+        replication=replication,
+        seed=seed,
+        epoch=epoch,
+    )
+
+
 def noise(name: Any, *shape: int) -> Tensor:
     """Normal fp32 values that depend on the name and the shape."""
     digest = hashlib.sha256(repr((name, shape)).encode()).digest()

@@ -1,4 +1,4 @@
-"""The native ops by the names of their arguments, which only csrc/ops/schemas.h puts in order.
+"""The native ops by the names of their arguments, which only csrc/ops/schemas.cpp puts in order.
 
 Torch calls a native op with its arguments in the order of its schema, and wants gradients in that
 order too. What is here reads the order from the schema, so that Python names arguments only.

@@ -5,18 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from outer_model import EXPERTS, LAYERS, SmallModel, give_gradients
+from outer_model import SmallModel, cyclic_placement, give_gradients
 
 from fomoe_ext.outer import OuterOptions, OuterSync
-from fomoe_ext.placement import Placement
 
 
 def make(
     site: int, num_sites: int, scope: str = "global", **options: Any
 ) -> tuple[SmallModel, torch.optim.Optimizer, OuterSync]:
-    placement = Placement.cyclic(
-        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=2
-    )
+    placement = cyclic_placement(num_sites, 2)
     model = SmallModel(placement, site, scope, balance="bias", balance_bias_rate=0.01)
     inner = torch.optim.AdamW(model.parameters(), lr=0.05)
     sync = OuterSync(model, placement, site, OuterOptions(**options), inner_optimizer=inner)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from outer_model import EXPERTS, LAYERS, SmallModel, bits
+from outer_model import EXPERTS, LAYERS, SmallModel, bits, cyclic_placement
 from sites import pool
 from small_sync import make, take_steps
 from torch import Tensor
@@ -184,9 +184,7 @@ def test_a_damaged_expert_is_refused() -> None:
 
 
 def kept_shadows(site: int, num_sites: int, scope: str, optimizer: str) -> dict[Any, Any]:
-    placement = Placement.cyclic(
-        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=1
-    )
+    placement = cyclic_placement(num_sites, 1)
     model = SmallModel(placement, site, scope, balance="bias", balance_bias_rate=0.01)
     inner = torch.optim.AdamW(model.parameters(), lr=0.05)
     sync = OuterSync(
@@ -215,7 +213,7 @@ def kept_shadows(site: int, num_sites: int, scope: str, optimizer: str) -> dict[
 @pytest.mark.parametrize("scope", ["global", "resident"])
 @pytest.mark.parametrize("optimizer", ["diloco", "fedavg"])
 def test_every_expert_has_a_shadow_elsewhere(scope: str, optimizer: str) -> None:
-    placement = Placement.cyclic(num_sites=3, num_experts=EXPERTS, num_layers=LAYERS, replication=1)
+    placement = cyclic_placement(3, 1)
     sites = pool().run(3, kept_shadows, scope, optimizer)
     for layer in range(LAYERS):
         for expert in range(EXPERTS):

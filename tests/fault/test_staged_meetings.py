@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from outer_model import EXPERTS, LAYERS, SmallModel, bits
+from outer_model import SmallModel, bits, cyclic_placement
 from sites import pool
 from small_sync import make, take_steps
 
 from fomoe_ext.outer import MeetingError, OuterOptions, OuterSync, staged
 from fomoe_ext.outer.errors import MeetingLost
 from fomoe_ext.outer.staged import Staged
-from fomoe_ext.placement import Placement, wire
+from fomoe_ext.placement import wire
 
 
 def all_bits(sync: OuterSync) -> list[bytes]:
@@ -165,7 +165,7 @@ def test_a_refused_staged_meeting_changes_nothing() -> None:
 
 
 def test_staged_is_refused_where_meetings_are_spread_over_a_round() -> None:
-    placement = Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS, replication=1)
+    placement = cyclic_placement(1, 1)
     for options in ({"optimizer": "ddp"}, {"fragments": 2, "local_steps": 4}):
         with pytest.raises(ValueError, match="staged needs fragments = 1"):
             OuterSync(SmallModel(placement, 0), placement, 0, OuterOptions(staged=True, **options))

@@ -7,14 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from outer_model import EXPERTS, LAYERS, SmallModel, bits, give_gradients, noise, pieces
+from outer_model import (
+    SmallModel,
+    bits,
+    cyclic_placement,
+    give_gradients,
+    noise,
+    pieces,
+    random_placement,
+)
 from sites import pool
 from torch import Tensor, nn
 
 from fomoe_ext.outer import MeetingError, OuterOptions, OuterSync
 from fomoe_ext.outer.belongings import Belongings
 from fomoe_ext.outer.inner_state import problem_with_rows, reset_bad_state
-from fomoe_ext.placement import Placement
 
 Make = Callable[[Any], torch.optim.Optimizer]
 
@@ -76,17 +83,7 @@ def rows_of(model: SmallModel, inner: torch.optim.Optimizer) -> dict[Any, dict[s
 
 
 def moved(site: int, num_sites: int, kind: str) -> Any:
-    old, new = (
-        Placement.random(
-            num_sites=num_sites,
-            num_experts=EXPERTS,
-            num_layers=LAYERS,
-            replication=1,
-            seed=0,
-            epoch=e,
-        )
-        for e in (0, 1)
-    )
+    old, new = (random_placement(num_sites, 1, epoch=e) for e in (0, 1))
     model = SmallModel(old, site)
     experts = [p for layer in model.layers for p in layer.experts.parameters()]
     inner = KNOWN[kind](experts)
@@ -150,17 +147,7 @@ REFUSED: list[tuple[Make, str]] = [
 
 
 def refused(site: int, num_sites: int, which: int, at: int) -> tuple[str, str, bool]:
-    old, new = (
-        Placement.random(
-            num_sites=num_sites,
-            num_experts=EXPERTS,
-            num_layers=LAYERS,
-            replication=1,
-            seed=0,
-            epoch=e,
-        )
-        for e in (0, 1)
-    )
+    old, new = (random_placement(num_sites, 1, epoch=e) for e in (0, 1))
     model = SmallModel(old, site)
     experts = [p for layer in model.layers for p in layer.experts.parameters()]
     make = REFUSED[which][0] if site == at or at < 0 else KNOWN["AdamW"]
@@ -189,9 +176,7 @@ def test_all_sites_hear_of_what_one_does_not_understand() -> None:
 
 
 def stepped_by_another(site: int, num_sites: int, optimizer: str) -> str:
-    placement = Placement.cyclic(
-        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=1
-    )
+    placement = cyclic_placement(num_sites, 1)
     model = SmallModel(placement, site)
     inner = torch.optim.AdamW(model.parameters())
     sync = OuterSync(
@@ -202,11 +187,7 @@ def stepped_by_another(site: int, num_sites: int, optimizer: str) -> str:
         one.step()
     with pytest.raises((ValueError, MeetingError)) as caught:
         sync.step()
-        sync.reshuffle(
-            Placement.random(
-                num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=1, seed=1
-            )
-        )
+        sync.reshuffle(random_placement(num_sites, 1, seed=1))
     return str(caught.value)
 
 
@@ -230,7 +211,7 @@ def test_columns_of_a_matrix_are_of_all_its_rows() -> None:
 
 
 def test_state_that_cannot_travel_is_refused() -> None:
-    placement = Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS, replication=1)
+    placement = cyclic_placement(1, 1)
     model = SmallModel(placement, 0)
     inner = torch.optim.Adafactor(model.parameters())
     sync = OuterSync(model, placement, 0, inner_optimizer=inner)

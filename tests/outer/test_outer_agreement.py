@@ -10,18 +10,23 @@ from typing import Any
 import pytest
 import torch
 from new_process import environment
-from outer_model import EXPERTS, LAYERS, SmallModel, bits, give_gradients, pieces
+from outer_model import (
+    SmallModel,
+    bits,
+    cyclic_placement,
+    give_gradients,
+    pieces,
+    random_placement,
+)
 from sites import pool
 
 from fomoe_ext.outer import MeetingError, OuterOptions, OuterSync, SiteGroups
 from fomoe_ext.outer.agreement import Agreement, Held
-from fomoe_ext.placement import Placement, wire
+from fomoe_ext.placement import wire
 
 
 def make(site: int, num_sites: int, replication: int = 2, **options: Any) -> OuterSync:
-    placement = Placement.cyclic(
-        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=replication
-    )
+    placement = cyclic_placement(num_sites, replication)
     model = SmallModel(placement, site)
     return OuterSync(model, placement, site, OuterOptions(**{"timeout_s": 20, **options}))
 
@@ -175,9 +180,7 @@ def out_of_step(site: int, num_sites: int) -> tuple[str, str, int]:
     sync.log.round = 1
     placement = sync.placement
     if site == 0:
-        sync.layout.placement = Placement.random(
-            num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=2, seed=7
-        )
+        sync.layout.placement = random_placement(num_sites, 2, seed=7)
     placements = refused(sync.step)
     sync.layout.placement = placement
     unchanged = all(bits(v) == bits(before[key]) for key, v in pieces(sync.model).items())
@@ -207,9 +210,7 @@ from test_outer_agreement import *
 site, store, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group("gloo", init_method="file://" + store, rank=site, world_size=3,
                         timeout=timedelta(seconds=60))
-placement = Placement.cyclic(
-    num_sites=3, num_experts=EXPERTS, num_layers=LAYERS, replication=2
-)
+placement = cyclic_placement(3, 2)
 model = SmallModel(placement, site)
 torch.optim.SGD(model.parameters(), lr=0.0).step()  # imports what takes seconds
 options = dict(codec="int8", bucket_bytes=256)

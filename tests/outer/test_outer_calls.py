@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from outer_model import EXPERTS, HIDDEN, LAYERS, SmallModel, bits, give_gradients, noise, pieces
+from outer_model import (
+    HIDDEN,
+    LAYERS,
+    SmallModel,
+    bits,
+    cyclic_placement,
+    give_gradients,
+    noise,
+    pieces,
+)
 from sites import pool
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -28,12 +37,7 @@ HOOKS = sys.modules["torch.optim.optimizer"]._global_optimizer_post_hooks
 
 
 def place(num_sites: int, replication: int = 2) -> Placement:
-    return Placement.cyclic(
-        num_sites=num_sites,
-        num_experts=EXPERTS,
-        num_layers=LAYERS,
-        replication=min(replication, num_sites),
-    )
+    return cyclic_placement(num_sites, min(replication, num_sites))
 
 
 def made(site: int, num_sites: int, **options: Any) -> tuple[SmallModel, Any, OuterSync]:

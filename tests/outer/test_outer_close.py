@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from outer_model import EXPERTS, HIDDEN, LAYERS, SmallModel, give_gradients, noise
+from outer_model import HIDDEN, SmallModel, cyclic_placement, give_gradients, noise
 from sites import pool
 from torch.optim.optimizer import _global_optimizer_post_hooks as HOOKS
 
@@ -21,12 +21,7 @@ from fomoe_ext.placement import Placement
 
 
 def place(num_sites: int) -> Placement:
-    return Placement.cyclic(
-        num_sites=num_sites,
-        num_experts=EXPERTS,
-        num_layers=LAYERS,
-        replication=min(2, num_sites),
-    )
+    return cyclic_placement(num_sites, min(2, num_sites))
 
 
 def made(site: int, num_sites: int, groups: SiteGroups | None = None, **options: Any) -> Any:

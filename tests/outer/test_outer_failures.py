@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 import torch
 from new_process import environment
-from outer_model import EXPERTS, HIDDEN, LAYERS, SmallModel, bits, give_gradients, pieces
+from outer_model import (
+    EXPERTS,
+    HIDDEN,
+    LAYERS,
+    SmallModel,
+    bits,
+    cyclic_placement,
+    give_gradients,
+    pieces,
+    random_placement,
+)
 from sites import pool
 from torch import nn
 
@@ -46,17 +56,7 @@ def one_round(
 
 def resume(site: int, num_sites: int, optimizer: str, scope: str) -> tuple[Any, Any, Any, Any]:
     """Three rounds and a reshuffle in one go, and again from a state stored in the middle."""
-    placements = [
-        Placement.random(
-            num_sites=num_sites,
-            num_experts=EXPERTS,
-            num_layers=LAYERS,
-            replication=2,
-            seed=0,
-            epoch=epoch,
-        )
-        for epoch in range(2)
-    ]
+    placements = [random_placement(num_sites, 2, epoch=epoch) for epoch in range(2)]
     model, inner, sync = make(placements[0], site, optimizer, scope)
     one_round(model, inner, sync, site, 0)
     sync.reshuffle(placements[1], warmup_steps=8)
@@ -95,7 +95,7 @@ def test_resuming_is_bit_exact(optimizer: str) -> None:
 
 
 def test_state_of_another_job_is_refused() -> None:
-    placement = Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS, replication=1)
+    placement = cyclic_placement(1, 1)
     model, _, sync = make(placement, 0, "diloco")
     good = copy.deepcopy(sync.state_dict())
     without = OuterSync(model, placement, 0, OuterOptions(outer_momentum=0.0))
@@ -119,7 +119,7 @@ def test_state_of_another_job_is_refused() -> None:
 
 def test_anchor_undoes_local_steps() -> None:
     model, inner, sync = make(
-        Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS, replication=1),
+        cyclic_placement(1, 1),
         0,
         "diloco",
     )
@@ -134,7 +134,7 @@ def test_anchor_undoes_local_steps() -> None:
 
 def test_bf16_parameters_without_learning_stay(site: int = 0) -> None:
     """The anchor keeps what bf16 cannot: no local step means no delta, whatever was rounded."""
-    placement = Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS, replication=1)
+    placement = cyclic_placement(1, 1)
     model = SmallModel(placement, 0).bfloat16()
     sync = OuterSync(model, placement, 0, OuterOptions(outer_lr=0.3))
     give_gradients(model, 0, 0)
@@ -149,7 +149,7 @@ def test_bf16_parameters_without_learning_stay(site: int = 0) -> None:
 
 # ---------------------------------------------------------------------------------- bad arguments
 
-SINGLE = Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS, replication=1)
+SINGLE = cyclic_placement(1, 1)
 ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"optimizer": "adam"}, ValueError, "optimizer must be one of diloco, fedavg, .*'adam'"),
     ({"codec": "zip"}, ValueError, "codec must be one of fp32, bf16, int8, .*, got 'zip'"),
@@ -202,7 +202,7 @@ def test_bad_arguments_are_refused(
 
 
 def test_bad_models_are_refused() -> None:
-    half = Placement.cyclic(num_sites=2, num_experts=EXPERTS, num_layers=LAYERS, replication=1)
+    half = cyclic_placement(2, 1)
     with pytest.raises(ValueError, match=r"layers\.0 must hold the placement's experts of site 0"):
         OuterSync(SmallModel(half, 0), SINGLE, 0)
     model = SmallModel(SINGLE, 0)
@@ -255,9 +255,7 @@ def refused(call: Any, *arguments: Any, **options: Any) -> str:
 
 
 def disagree(site: int, num_sites: int) -> list[str]:
-    placement = Placement.cyclic(
-        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=2
-    )
+    placement = cyclic_placement(num_sites, 2)
     model = SmallModel(placement, site)
     messages = [
         refused(OuterSync, model, placement, site, OuterOptions(codec=("fp32", "bf16")[site == 2])),
@@ -288,9 +286,7 @@ def test_sites_that_disagree_are_told() -> None:
 
 
 def bad_values(site: int, num_sites: int) -> list[Any]:
-    placement = Placement.cyclic(
-        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=1
-    )
+    placement = cyclic_placement(num_sites, 1)
     result: list[Any] = []
     model, inner, sync = make(placement, site, "local-adamw")
     result.append(refused(sync.step))  # no moments yet
@@ -320,13 +316,9 @@ def bad_values(site: int, num_sites: int) -> list[Any]:
     if site == 1:
         model.scalar.grad.fill_(float("nan"))
     result.append(refused(sync.reduce_gradients))
-    other = Placement.cyclic(
-        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=1
-    )
+    other = cyclic_placement(num_sites, 1)
     if site == 1:
-        other = Placement.random(
-            num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=1, seed=1
-        )
+        other = random_placement(num_sites, 1, seed=1)
     result.append(refused(sync.reshuffle, other))
     return result
 
@@ -334,9 +326,7 @@ def bad_values(site: int, num_sites: int) -> list[Any]:
 def test_bad_values_are_named_before_anything_happens() -> None:
     for messages in pool().run(2, bad_values):
         assert "site 0: inner_optimizer has no moments of first" in messages[0]
-        expert = Placement.cyclic(
-            num_sites=2, num_experts=EXPERTS, num_layers=LAYERS, replication=1
-        ).resident(1, 1)[1]
+        expert = cyclic_placement(2, 1).resident(1, 1)[1]
         key = f"the value of layers.1.experts.{expert}.expand_weight"
         for message in messages[1:4]:
             assert message.startswith("nothing was sent or changed: site 1: " + key)
@@ -362,9 +352,7 @@ from fomoe_ext.outer import MeetingError, OuterSync
 site, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method="file://" + store, rank=site, world_size=3,
                         timeout=timedelta(seconds=20))
-placement = Placement.cyclic(
-    num_sites=3, num_experts=EXPERTS, num_layers=LAYERS, replication=2
-)
+placement = cyclic_placement(3, 2)
 model = SmallModel(placement, site)
 sync = OuterSync(model, placement, site, timeout_s=6)
 sync.step()

@@ -13,9 +13,11 @@ from outer_model import (
     SmallModel,
     bits,
     contributors,
+    cyclic_placement,
     give_gradients,
     noise,
     pieces,
+    random_placement,
 )
 from sites import pool
 from torch import Tensor
@@ -25,9 +27,7 @@ from fomoe_ext.placement import Placement
 
 
 def place(num_sites: int, replication: int = 2) -> Placement:
-    return Placement.cyclic(
-        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=replication
-    )
+    return cyclic_placement(num_sites, replication)
 
 
 def drift(site: int, num_sites: int, codec: str, feedback: bool, rounds: int) -> Any:
@@ -161,17 +161,7 @@ def test_means_are_weighted_and_rescaled(mode: str, rescale: bool) -> None:
 
 def moved_feedback(site: int, num_sites: int) -> Any:
     """Error feedback before and after a reshuffle, by piece."""
-    placements = [
-        Placement.random(
-            num_sites=num_sites,
-            num_experts=EXPERTS,
-            num_layers=LAYERS,
-            replication=2,
-            seed=0,
-            epoch=epoch,
-        )
-        for epoch in range(2)
-    ]
+    placements = [random_placement(num_sites, 2, epoch=epoch) for epoch in range(2)]
     model = SmallModel(placements[0], site)
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     sync = OuterSync(model, placements[0], site, OuterOptions(codec="int4"), inner_optimizer=inner)

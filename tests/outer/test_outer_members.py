@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from outer_model import EXPERTS, HIDDEN, LAYERS, SIZE, SmallModel, bits, give_gradients, pieces
+from outer_model import (
+    EXPERTS,
+    HIDDEN,
+    SIZE,
+    SmallModel,
+    bits,
+    cyclic_placement,
+    give_gradients,
+    pieces,
+    random_placement,
+)
 from sites import pool
 from torch import nn
 
@@ -28,9 +38,7 @@ class Model(SmallModel):
 
 
 def placement_of(num_sites: int) -> Placement:
-    return Placement.cyclic(
-        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=min(2, num_sites)
-    )
+    return cyclic_placement(num_sites, min(2, num_sites))
 
 
 def thaw(model: Model) -> None:
@@ -146,9 +154,7 @@ def changed(site: int, num_sites: int, at: int, change: Change, how: str) -> tup
         elif how == "ddp":
             sync.reduce_gradients()
         elif how == "reshuffle":
-            new = Placement.random(
-                num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=2, seed=1
-            )
+            new = random_placement(num_sites, 2, seed=1)
             sync.reshuffle(new)
         else:
             sync.step()

@@ -9,13 +9,12 @@ import sys
 from typing import Any
 
 import pytest
-from outer_model import EXPERTS, LAYERS, SmallModel
+from outer_model import SmallModel, cyclic_placement
 
 import fomoe_ext
 from fomoe_ext.config.io import parse_args
 from fomoe_ext.config.outer import OuterConfig
 from fomoe_ext.outer import OuterOptions, OuterSync
-from fomoe_ext.placement import Placement
 from fomoe_ext.train.job import outer_options
 
 OWN = {"local_steps", "site_mean", "staged", "seed"}
@@ -35,7 +34,7 @@ def test_jobs_and_the_library_have_the_same_defaults(optimizer: str, momentum: f
     for kind in (OuterConfig, OuterOptions):
         options = kind(optimizer=optimizer)
         assert (options.resolved_lr, options.resolved_momentum) == (1.0, momentum)
-    placement = Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS, replication=1)
+    placement = cyclic_placement(1, 1)
     sync = OuterSync(SmallModel(placement, 0), placement, 0, OuterOptions(optimizer="fedavg"))
     assert (sync.options.resolved_lr, sync.options.resolved_momentum) == (1.0, 0.0)
 
@@ -91,7 +90,7 @@ def test_outer_sync_shows_its_options() -> None:
     kinds = {parameter.kind for parameter in signature.parameters.values()}
     assert inspect.Parameter.VAR_KEYWORD not in kinds
     assert list(signature.parameters)[:4] == ["model", "placement", "site", "options"]
-    placement = Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS, replication=1)
+    placement = cyclic_placement(1, 1)
     for wrong in (OuterConfig(), {"codec": "int8"}):
         with pytest.raises(TypeError, match="options must be OuterOptions, got"):
             OuterSync(SmallModel(placement, 0), placement, 0, wrong)  # type: ignore[arg-type]

@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 from outer_model import (
-    EXPERTS,
-    LAYERS,
     SmallModel,
     assert_same_bits,
     bits,
     contributors,
+    cyclic_placement,
     give_gradients,
     pieces,
     receivers,
@@ -32,9 +31,7 @@ SCHEDULES = [(1, 0), (2, 0), (1, 1), (2, 1), (1, 3), (2, 3)]
 
 
 def place(num_sites: int) -> Placement:
-    return Placement.cyclic(
-        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=min(2, num_sites)
-    )
+    return cyclic_placement(num_sites, min(2, num_sites))
 
 
 def make(

@@ -18,9 +18,11 @@ from outer_model import (
     SmallModel,
     assert_same_bits,
     bits,
+    cyclic_placement,
     give_gradients,
     noise,
     pieces,
+    random_placement,
 )
 from sites import pool
 from torch import Tensor, nn
@@ -36,18 +38,11 @@ from fomoe_ext.outer.warmup import ArrivalWarmup
 from fomoe_ext.placement import Placement, wire
 from fomoe_ext.plan.traffic import job_placement, moved_bytes
 
-SINGLE = Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS, replication=1)
+SINGLE = cyclic_placement(1, 1)
 
 
 def drawn(num_sites: int, replication: int, epoch: int) -> Placement:
-    return Placement.random(
-        num_sites=num_sites,
-        num_experts=EXPERTS,
-        num_layers=LAYERS,
-        replication=replication,
-        seed=3,
-        epoch=epoch,
-    )
+    return random_placement(num_sites, replication, seed=3, epoch=epoch)
 
 
 def one_round(model: nn.Module, sync: OuterSync, site: int, index: int) -> None:
@@ -221,9 +216,7 @@ def train_experts(site: int, num_sites: int, moments: str | None) -> list[float]
     """Losses of the steps of 2 x 3 rounds in which experts alone learn; in the middle the sites
     swap experts and data. `moments` None: they go on as they are.
     """
-    placement = Placement.cyclic(
-        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=1
-    )
+    placement = cyclic_placement(num_sites, 1)
     model, stream, losses = SmallModel(placement, site), site, []
     experts = [p for layer in model.layers for p in layer.experts.parameters()]
     for parameter in model.parameters():
@@ -363,7 +356,7 @@ def test_learning_rate_rises_for_those_that_arrived() -> None:
 def test_warmup_is_a_smaller_learning_rate_and_ends() -> None:
     """AdamW with weight decay: the warmed rows are as with lr i / W, all others untouched."""
     steps = 4
-    placement = Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS, replication=1)
+    placement = cyclic_placement(1, 1)
     model, twin = SmallModel(placement, 0), SmallModel(placement, 0)
     options = {"lr": 0.02, "weight_decay": 0.3}
     inner = torch.optim.AdamW(model.parameters(), **options)

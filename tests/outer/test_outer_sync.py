@@ -15,6 +15,7 @@ from outer_model import (
     assert_same_bits,
     bits,
     contributors,
+    cyclic_placement,
     give_gradients,
     mean,
     noise,
@@ -32,9 +33,7 @@ BUCKET_BYTES = 4 * 787  # several buckets, and none that ends with a piece
 
 
 def place(num_sites: int, replication: int) -> Placement:
-    return Placement.cyclic(
-        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=replication
-    )
+    return cyclic_placement(num_sites, replication)
 
 
 # ------------------------------------------------------------------------- equal to one process

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from outer_model import (
-    EXPERTS,
-    LAYERS,
     SmallModel,
     assert_same_bits,
     contributors,
+    cyclic_placement,
     give_gradients,
     pieces,
 )
@@ -32,9 +31,7 @@ SITES = 3
 
 
 def place(replication: int) -> Placement:
-    return Placement.cyclic(
-        num_sites=SITES, num_experts=EXPERTS, num_layers=LAYERS, replication=replication
-    )
+    return cyclic_placement(SITES, replication)
 
 
 def spoil(model: SmallModel, inner: torch.optim.Optimizer, how: str) -> None:

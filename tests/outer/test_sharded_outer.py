@@ -7,7 +7,16 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from outer_model import EXPERTS, LAYERS, SmallModel, bits, noise, pieces
+from outer_model import (
+    EXPERTS,
+    LAYERS,
+    SmallModel,
+    bits,
+    cyclic_placement,
+    noise,
+    pieces,
+    random_placement,
+)
 from sites import pool
 from torch import Tensor, nn
 
@@ -33,9 +42,7 @@ class Result(NamedTuple):
 
 
 def place(num_sites: int, replication: int) -> Placement:
-    return Placement.cyclic(
-        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=replication
-    )
+    return cyclic_placement(num_sites, replication)
 
 
 @torch.no_grad()
@@ -209,11 +216,7 @@ def bad_mesh(process: int, processes: int, what: str) -> str:
             model = SmallModel(placement, site, mesh=mesh)
             inner = torch.optim.SGD(model.parameters(), lr=0.1)
             sync = OuterSync(model, placement, site, mesh=mesh, inner_optimizer=inner, timeout_s=20)
-            sync.reshuffle(
-                Placement.random(
-                    num_sites=2, num_experts=EXPERTS, num_layers=LAYERS, replication=1, seed=1
-                )
-            )
+            sync.reshuffle(random_placement(2, 1, seed=1))
     except (ValueError, RuntimeError) as error:
         return str(error)
     return ""

@@ -14,6 +14,7 @@ from outer_model import (
     SIZE,
     SmallModel,
     bits,
+    cyclic_placement,
     give_gradients,
     pieces,
 )
@@ -71,9 +72,7 @@ def meet(
     period: int,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    placement = Placement.cyclic(
-        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=replication
-    )
+    placement = cyclic_placement(num_sites, replication)
     model = CopyModel(placement, site, stale.wanted_copies(placement, count))
     inner = torch.optim.AdamW(model.parameters(), lr=0.05)
     sync = OuterSync(
@@ -136,9 +135,7 @@ def test_after_a_meeting_copies_are_what_a_holder_sends(
     num_sites: int, replication: int, count: int, codec: str, period: int, options: dict[str, Any]
 ) -> None:
     answers = pool().run(num_sites, meet, replication, count, codec, period, options)
-    placement = Placement.cyclic(
-        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=replication
-    )
+    placement = cyclic_placement(num_sites, replication)
     wanted = stale.wanted_copies(placement, count)
     each = wire.wire_bytes(codec, EXPERT) + 8
     parts = ("expand_weight", "contract_weight", "expand_bias", "contract_bias")
@@ -186,9 +183,7 @@ def check_router(answers: list[Any], placement: Placement, wanted: stale.Wanted)
 
 
 def damaged(site: int, num_sites: int) -> str:
-    placement = Placement.cyclic(
-        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=1
-    )
+    placement = cyclic_placement(num_sites, 1)
     model = CopyModel(placement, site, stale.wanted_copies(placement, 1))
     sync = OuterSync(model, placement, site)
     group = sync.groups.group(sync.groups.everyone)
@@ -211,9 +206,7 @@ def test_a_damaged_copy_is_refused():
 
 
 def refused(site: int, num_sites: int, options: dict[str, Any], reshuffle: bool) -> str:
-    placement = Placement.cyclic(
-        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=1
-    )
+    placement = cyclic_placement(num_sites, 1)
     model = CopyModel(placement, site, stale.wanted_copies(placement, 1))
     inner = torch.optim.AdamW(model.parameters())
     with pytest.raises((ValueError, TypeError)) as caught:

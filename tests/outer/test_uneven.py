@@ -11,10 +11,10 @@ import pytest
 import torch
 from outer_model import (
     EXPERTS,
-    LAYERS,
     SmallModel,
     assert_same_bits,
     contributors,
+    cyclic_placement,
     give_gradients,
     pieces,
 )
@@ -27,7 +27,6 @@ from fomoe_ext.outer import OuterSync
 from fomoe_ext.outer.averaging import Averaging
 from fomoe_ext.outer.layout import Piece
 from fomoe_ext.outer.options import OuterOptions
-from fomoe_ext.placement import Placement
 from fomoe_ext.report.runs import job_config
 from fomoe_ext.train.pace import Pace, steps_of_round
 
@@ -65,9 +64,7 @@ def test_pace_is_smoothed() -> None:
 def meet(
     site: int, num_sites: int, options: dict[str, Any], trained: tuple[float, ...], mean: str
 ) -> dict[str, Any]:
-    placement = Placement.cyclic(
-        num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=2
-    )
+    placement = cyclic_placement(num_sites, 2)
     model = SmallModel(placement, site, balance="bias")
     inner = torch.optim.AdamW(model.parameters(), lr=0.01 * (site + 1))
     sync = OuterSync(
@@ -108,7 +105,7 @@ def test_values_weigh_by_tokens(optimizer: str, trained: tuple[float, ...]) -> N
     lr = {"diloco": 1 + 0.2}.get(optimizer, 1.0)
     answers = pool().run(SITES, meet, {"optimizer": optimizer}, trained, "tokens")
     placement, nothing = (
-        Placement.cyclic(num_sites=SITES, num_experts=EXPERTS, num_layers=LAYERS, replication=2),
+        cyclic_placement(SITES, 2),
         0,
     )
     for key in sorted({key for a in answers for key in a["after"]}, key=repr):
@@ -162,12 +159,10 @@ def test_weights_of_a_piece() -> None:
 
 
 def without_tokens(site: int, num_sites: int) -> list[str]:
-    model = SmallModel(
-        Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS, replication=1), 0
-    )
+    model = SmallModel(cyclic_placement(1, 1), 0)
     sync = OuterSync(
         model,
-        Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS, replication=1),
+        cyclic_placement(1, 1),
         0,
         OuterOptions(site_mean="tokens"),
     )
