@@ -116,7 +116,7 @@ def test_balanced_routing_is_exact():
     assert chosen.shape == (TOKENS, 2) and chosen.dtype == torch.int32
     assert torch.bincount(chosen.flatten()).tolist() == [12] * 8
     assert (chosen[:, 0] != chosen[:, 1]).all() and len(set(chosen[:, 0].tolist())) == 8
-    with pytest.raises(ValueError, match="top_k: got 3, wanted a divisor of 8"):
+    with pytest.raises(ValueError, match="top_k must be a divisor of 8 experts, got 3"):
         cases.balanced_experts(Model("odd", 8, 8, 8, 3), 8, torch.Generator())
 
 

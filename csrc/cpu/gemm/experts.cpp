@@ -18,7 +18,7 @@ char* at(void* base, DType dtype, int64_t element) {
 const char* at(const void* base, DType dtype, int64_t element) {
   return static_cast<const char*>(base) + element * size_of(dtype);
 }
-// Of a bias that may be null.
+// Offset into a bias that may be null.
 const char* bias_at(const void* bias, DType dtype, int64_t element) {
   return bias ? at(bias, dtype, element) : nullptr;
 }
@@ -166,7 +166,7 @@ void weight_grad(const WeightGradArgs& args) {
                          .b_expert_bytes = 0,
                          .columns = args.right_size,
                          .halves = 1};
-  // A total has its pages already, and keeps what it has where an expert has no rows.
+  // A total has its pages already, and is unchanged where an expert has no rows.
   if (!args.add)
     expect_rows(args.grad_weight, args.dtype, args.residents * args.left_size, args.right_size);
   const int64_t width = item_columns(g, args.right_size, 1, 0);
@@ -195,7 +195,7 @@ void weight_grad(const WeightGradArgs& args) {
 
 void bias_grad(const BiasGradArgs& args) {
   const GemmKernels& g = gemm_kernels();
-  // Ranges of columns, narrow enough for every worker to have some.
+  // Ranges of columns, narrow enough that every worker gets one.
   const int64_t share = args.residents * args.width / (kItemsPerWorker * num_workers());
   const int64_t width = std::clamp<int64_t>(round_up(share, 64), 64, 1024);
   const int64_t ranges = ceil_div(args.width, width);

@@ -1,4 +1,4 @@
-// What happens to a finished block of a grouped GEMM, and sums over rows, for one instruction set:
+// The epilogues of grouped GEMMs, and sums over rows, for one instruction set:
 // included by gemm_impl.h.
 #pragma once
 
@@ -9,8 +9,8 @@ namespace fomoe::cpu::FOMOE_ISA {
 
 // ---- activations -----------------------------------------------------------------------------------
 
-// value: activation(gate); slope: its derivative. A gated one also says what the up projection
-// counts for: up_value(up), up_slope its derivative.
+// value: activation(gate); slope: its derivative. A gated activation is value * up_value(up); up_slope
+// is the derivative of up_value.
 struct Silu {
   static vf value(vf x) { return x * sigmoid(x); }
   static void both(vf x, vf& value, vf& slope) {

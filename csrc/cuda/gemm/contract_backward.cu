@@ -1,5 +1,5 @@
-// The gradients that contract's backward leaves beside its GEMM: those of combine weights and of
-// biases, and the elementwise backward of expand.
+// The parts of contract's backward outside its GEMM: gradients of combine weights and of biases; and the
+// elementwise backward of expand.
 #include "../arch/shared_memory.cuh"
 #include "../grid.cuh"
 #include "grouped.cuh"
@@ -20,7 +20,7 @@ int64_t parts_of(int64_t intermediate_size) {
 // ---- gradients of combine weights ---------------------------------------------------------------
 
 // grad_weights[slot] = the parts of its row in order, plus <bias, grad_y[token]>. A warp to 32 rows;
-// with a bias it goes through them one by one.
+// with a bias it handles them one by one.
 template <class A>
 __global__ void __launch_bounds__(kThreads, 4)
     weight_dots_kernel(const __grid_constant__ ContractBackwardArgs args, int64_t parts) {
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       for (int64_t part = 0; part < parts; ++part) sum += args.workspace[part * args.slots + row];
     if (args.bias != nullptr) {
       for (int i = 0; i < kWarp && first + i < rows; ++i) {
-        // The resident of the row: the last one that begins at it or before.
+        // The resident of the row: the last one that begins at the row or before.
         int low = 0, high = args.residents - 1;
         while (low < high) {
           const int middle = (low + high + 1) / 2;
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 // ---- gradients of biases -------------------------------------------------------------------------
 
-// A block makes 32 vectors of one resident's bias: its warps take every kWarps-th row, and their
+// A block computes 32 vectors of one resident's bias: its warps take every kWarps-th row, and their
 // sums are added in order.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t vectors = args.offsets[args.residents] * columns;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < vectors;
        i += int64_t(gridDim.x) * kThreads) {
-    // Without signs: division takes fewer registers.
+    // Unsigned: division takes fewer registers.
     const int64_t row = int64_t(uint64_t(i) / uint64_t(columns));
     const int64_t at = (kGated ? row * columns : 0) + i;
     const V grad_vector = static_cast<const V*>(args.grad_act)[i];

@@ -1,9 +1,9 @@
-// What happens to finished sums, a warp's strip at a time (window.cuh). Both kinds of GEMM use these
-// epilogues. Each has
+// The epilogues of both kinds of GEMM: a warp handles its finished sums strip by strip (window.cuh).
+// Each has
 //   kInterleaved    a strip holds 32 gate columns and the 32 up columns that belong to them
-//   kAdds           it adds to what is there
+//   kAdds           it adds to the output
 //   kWindows        windows of staging that a warp needs
-//   look_ahead      brings what a strip will read into L2; called by whole warps
+//   look_ahead      prefetches the inputs of a strip into L2; called by whole warps
 //   strip<kStoresMatrices>(sums, place, staging)    called by whole warps
 #pragma once
 
@@ -171,7 +171,7 @@ struct ActivateBackward {
   float* parts;                // [N / 64 rounded up, S], <act, sums> of a strip's columns
   int64_t slots, intermediate_size;
 
-  // The pre-activations, a line of 128 bytes for each row (16-bit elements) and gate: a lane asks for one.
+  // Pre-activations: a line of 128 bytes for each row (16-bit elements) and gate; a lane prefetches one.
   __device__ void look_ahead(const Place& place) const {
     static_assert(kStripRows * kGates <= kWarp);
     const int lane = threadIdx.x % kWarp, row = lane / kGates, gate = lane % kGates;
@@ -184,7 +184,7 @@ struct ActivateBackward {
     using W = Window<Format, kStoresMatrices>;
     const int lane = threadIdx.x % kWarp;
     W gates(staging, lane), ups(staging + (kGates - 1) * W::kBytes, lane);
-    // All that comes from global memory is asked for before any of it is waited for.
+    // All loads from global memory are issued before the first is used.
     typename W::Chunks gate_chunks, up_chunks;
     gates.move(at_preact(preact, place, 0), width(), place.rows, place.columns);
     gates.load(gate_chunks);
@@ -200,7 +200,7 @@ struct ActivateBackward {
     }
     gates.stage(gate_chunks);
     if constexpr (kGated) ups.stage(up_chunks);
-    // Gradients are staged where pre-activations are; in fp32 both are where they belong.
+    // Gradients overwrite the staged pre-activations; fp32 uses no staging.
     W gate_grads = gates, up_grads = ups;
     gate_grads.aim(at_preact(grad_preact, place, 0), width(), place.rows, place.columns);
     if constexpr (kGated)
@@ -240,7 +240,7 @@ struct ActivateBackward {
 
  private:
   __device__ int64_t width() const { return kGates * intermediate_size; }
-  // Where the strip begins in pre-activations or their gradients; gate 1: the up columns.
+  // The start of the strip in pre-activations or their gradients; gate 1: the up columns.
   __device__ unsigned char* at_preact(const void* base, const Place& place, int gate) const {
     return element_at<Format>(base, place.row * width() + gate * intermediate_size + place.column);
   }

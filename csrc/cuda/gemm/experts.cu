@@ -1,4 +1,4 @@
-// The verbs of the grouped GEMMs: what each multiplies, and which kernel does it.
+// The verbs of the grouped GEMMs: the operands of each, and the choice of its kernel.
 #include "../per_device.h"
 #include "grouped.cuh"
 
@@ -46,7 +46,7 @@ cudaError_t with_format(DType dtype, const Body& body) {
   switch (dtype) {
     case DType::f32: return body(F32{});
     case DType::bf16: return body(Bf16x2{});
-#ifndef FOMOE_FEW_KERNELS  // tests do without one of the 16-bit formats
+#ifndef FOMOE_FEW_KERNELS  // tests leave out one of the 16-bit formats
     case DType::f16: return body(F16x2{});
 #else
     case DType::f16: break;
@@ -55,7 +55,7 @@ cudaError_t with_format(DType dtype, const Body& body) {
   return cudaErrorInvalidValue;
 }
 
-// body(format, activation), both known when it is compiled.
+// Calls body(format, activation), both as compile-time constants.
 template <class Body>
 cudaError_t with_format_and_activation(DType dtype, Activation activation, const Body& body) {
   return with_format(dtype, [&](auto format) {
@@ -63,8 +63,8 @@ cudaError_t with_format_and_activation(DType dtype, Activation activation, const
   });
 }
 
-// Rows are read 16 bytes at a time, at addresses that a 32-bit multiply-add makes, two sizes in a row of
-// pre-activations.
+// Rows are read 16 bytes at a time, at addresses computed by a 32-bit multiply-add; a row of
+// pre-activations has two sizes.
 bool good_row(DType dtype, int64_t size) {
   const int64_t bytes = size * (dtype == DType::f32 ? 4 : 2);
   return bytes % 16 == 0 && bytes < int64_t(1) << 31;
