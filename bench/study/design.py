@@ -204,7 +204,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "router rows averaged over holders (global)": {"router_scope": "global"},
     "experts averaged by tokens": {"expert_mean": "tokens"},
     "mean deltas times sqrt(sites)": {"rescale": True},
-    "scores divided by their sum": {"renormalize": True},
+    "scores divided by their sum": {"router_renormalize": True},
     "mass of skipped slots given to the others (global)": {
         "router_scope": "global",
         "skipped_mass": "rescale",

@@ -58,12 +58,14 @@ _IDLE: dict[str, Sequence[_Idle]] = {
     "balance_coef": [
         (lambda c: c.model.balance not in ("switch", "entropy"), "without --balance switch|entropy")
     ],
-    "bias_update_rate": [(lambda c: c.model.balance != "bias", "without --balance bias")],
-    "groups_kept": [(lambda c: c.model.num_groups == 1, "without --num-groups")],
-    "num_groups": [
+    "balance_bias_rate": [(lambda c: c.model.balance != "bias", "without --balance bias")],
+    "router_groups_kept": [
+        (lambda c: c.model.router_num_groups == 1, "without --router-num-groups")
+    ],
+    "router_num_groups": [
         (
-            lambda c: c.model.num_groups == c.model.groups_kept > 1,
-            "where all groups are kept (--groups-kept)",
+            lambda c: c.model.router_num_groups == c.model.router_groups_kept > 1,
+            "where all groups are kept (--router-groups-kept)",
         )
     ],
     "skipped_mass": [(_no_skips, "where no slot is skipped (--router-scope, --replication)")],

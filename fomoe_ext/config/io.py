@@ -20,6 +20,19 @@ from typing import Any
 from fomoe_ext.config.job import SECTIONS, TrainConfig, preset_config
 from fomoe_ext.files.atomic import seal_text, write_text
 
+RENAMED = {
+    "model.expert_size": "model.intermediate_size",
+    "model.shared_expert_size": "model.shared_expert_intermediate_size",
+    "model.scoring": "model.router_scoring",
+    "model.renormalize": "model.router_renormalize",
+    "model.routed_scale": "model.router_scale",
+    "model.num_groups": "model.router_num_groups",
+    "model.groups_kept": "model.router_groups_kept",
+    "model.z_loss_coef": "model.router_z_loss_coef",
+    "model.bias_update_rate": "model.balance_bias_rate",
+}
+"""Keys of configuration files of version 0.0, and what they are called now."""
+
 
 def _hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
@@ -27,7 +40,8 @@ def _hints(kind: type) -> dict[str, Any]:
 
 def _type_name(kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
-        return "one of " + ", ".join(repr(choice) for choice in typing.get_args(kind))
+        names = [repr(choice) for choice in typing.get_args(kind)]
+        return names[0] if len(names) == 1 else "one of " + ", ".join(names)
     if typing.get_origin(kind) is tuple:
         return "a list of " + _type_name(typing.get_args(kind)[0])
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
@@ -38,7 +52,7 @@ def _convert(key: str, kind: Any, value: Any) -> Any:
     """The TOML value as the field's type. Raises TypeError or ValueError naming the key."""
     origin, choices = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return _convert(key, next(c for c in choices if c is not type(None)), value)
+        return _convert_one(key, [c for c in choices if c is not type(None)], value)
     if origin is typing.Literal:
         if value not in choices or type(value) is not type(choices[0]):
             raise ValueError(f"{key} must be {_type_name(kind)}, got {value!r}")
@@ -57,10 +71,25 @@ def _convert(key: str, kind: Any, value: Any) -> Any:
     raise TypeError(f"{key} must be {_type_name(kind)}, got {value!r}")
 
 
+def _convert_one(key: str, kinds: Sequence[Any], value: Any) -> Any:
+    """The TOML value as the first of several types that it is of."""
+    if len(kinds) == 1:
+        return _convert(key, kinds[0], value)
+    for kind in kinds:
+        try:
+            return _convert(key, kind, value)
+        except (TypeError, ValueError):
+            continue
+    wanted = " or ".join(map(_type_name, kinds))
+    raise TypeError(f"{key} must be {wanted}, got {value!r}")
+
+
 def _unknown_key(path: Path, key: str, section: str | None) -> ValueError:
     """The error for a key that is not ours, with the nearest ones that are."""
     where = {name: part for part in SECTIONS for name in _hints(_hints(TrainConfig)[part]) if name}
     full = key if section is None else f"{section}.{key}"
+    if full in RENAMED:
+        return ValueError(f"{path}: unknown key {full!r}; it is called {RENAMED[full]!r} now")
     if section is None and key in where:
         return ValueError(f"{path}: key {key!r} belongs into section [{where[key]}]")
     if key in where:

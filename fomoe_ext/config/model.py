@@ -5,80 +5,88 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from fomoe_ext.activations import Activation, num_projections
 from fomoe_ext.config.limits import at_least, inside
-
-GATED_ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The language model: a decoder with RoPE attention and an MoE in every block."""
+    """The language model: a decoder with RoPE attention and an MoE layer in every block."""
 
     vocab_size: int = 256
-    """Number of token ids; grown to the tokenizer's when that is larger."""
+    """Number of token ids; raised to the tokenizer's number if that is larger."""
     seq_len: int = 256
     """Tokens per training sequence."""
     hidden_size: int = 128
     """Width of the residual stream."""
     num_layers: int = 4
-    """Number of blocks (attention + MoE)."""
+    """Number of blocks, each of attention and an MoE layer."""
     num_heads: int = 4
-    """Attention heads; the head size hidden_size / num_heads must be even."""
+    """Attention heads per block; hidden_size / num_heads must be a whole, even number."""
     num_experts: int = 16
-    """Routed experts per layer, over all sites."""
+    """Routed experts per layer, counted over all sites."""
     intermediate_size: int = 128
-    """Inner width of one routed expert."""
+    """Inner width of a routed expert."""
     top_k: int = 2
-    """Experts chosen per token."""
-    activation: Literal["swiglu", "geglu", "silu", "relu2", "gelu", "clamped_swiglu"] = "swiglu"
-    """Activation of the experts; those with glu in their name are gated (two up projections)."""
+    """Number of experts chosen for each token."""
+    activation: Activation = "swiglu"
+    """Activation of the experts. Those with glu in their name are gated and have two up
+    projections."""
     expert_bias: bool = False
-    """Biases in the routed experts, as gpt-oss has them."""
-    scoring: Literal["sigmoid", "softmax"] = "sigmoid"
-    """How router logits become scores."""
+    """Give routed experts biases, as gpt-oss does."""
+    router_scoring: Literal["sigmoid", "softmax"] = "sigmoid"
+    """How the router's logits are turned into scores."""
     router_scope: Literal["global", "resident"] = "global"
-    """global: choose among all experts, skip those not resident; resident: among those resident."""
+    """Among which experts tokens choose. global: all; those that the site does not hold are
+    skipped. resident: only those that the site holds."""
     skipped_mass: Literal["drop", "rescale"] = "drop"
-    """drop: a skipped expert's weight is lost; rescale: the token's computed experts share it."""
-    renormalize: bool = False
-    """Divide the chosen experts' scores by their sum."""
-    routed_scale: float = 1.0
-    """Factor on the chosen experts' scores."""
-    num_groups: int = 1
-    """Expert groups for group-limited choice."""
-    groups_kept: int = 1
-    """Groups a token may choose from."""
+    """What happens to the weight of skipped experts. drop: it is lost; rescale: the token's other
+    chosen experts share it in proportion to their weights."""
+    router_renormalize: bool = False
+    """Divide the scores of a token's chosen experts by their sum."""
+    router_scale: float = 1.0
+    """Factor on the scores of a token's chosen experts."""
+    router_num_groups: int = 1
+    """Split the experts into this many groups and choose within the best of them (as DeepSeek-V3);
+    1 = no groups."""
+    router_groups_kept: int = 1
+    """Number of groups that each token may choose from."""
     shared_expert_intermediate_size: int = 0
-    """Inner width of an expert that every token uses and every site holds; 0 = none."""
+    """Inner width of a shared expert, which every site holds and every token uses; 0 = none."""
     balance: Literal["none", "switch", "entropy", "bias"] = "bias"
-    """Load balancing: an auxiliary loss (switch, entropy) or a learned selection bias, which each
-    site moves by its own load and which is averaged at the end of a round (also with ddp)."""
+    """How the load of experts is balanced. switch, entropy: an auxiliary loss; bias: a selection
+    bias per expert, which each site adjusts by its own load and which meetings average."""
     balance_coef: float = 0.01
-    """Weight of the auxiliary balance loss."""
-    z_loss_coef: float = 0.0
-    """Weight of the router z-loss."""
-    bias_update_rate: float = 4e-3
-    """Step of the selection bias for balance = bias."""
+    """Weight of the auxiliary loss for balance = switch or entropy."""
+    router_z_loss_coef: float = 0.0
+    """Weight of the router z-loss; 0 = none."""
+    balance_bias_rate: float = 4e-3
+    """Step size of the selection bias for balance = bias."""
     norm: Literal["layer", "rms"] = "layer"
     """LayerNorm (without bias) or RMSNorm."""
     rope_base: float = 10000.0
-    """Base of the rotary position angles."""
+    """Base of the rotary position embedding."""
     depth_multiplier: float = 1.0
-    """Factor on every block output before it joins the residual stream (CompleteP)."""
+    """Factor on every block's output before it is added to the residual stream (CompleteP)."""
 
     def __post_init__(self) -> None:
         at = "model."
         at_least(at, 1, vocab_size=self.vocab_size, seq_len=self.seq_len, top_k=self.top_k)
         at_least(at, 1, hidden_size=self.hidden_size, num_layers=self.num_layers)
         at_least(at, 1, num_heads=self.num_heads, num_experts=self.num_experts)
-        at_least(at, 1, intermediate_size=self.intermediate_size, num_groups=self.num_groups)
+        at_least(
+            at,
+            1,
+            intermediate_size=self.intermediate_size,
+            router_num_groups=self.router_num_groups,
+        )
         at_least(
             at,
             0,
             shared_expert_intermediate_size=self.shared_expert_intermediate_size,
-            z_loss_coef=self.z_loss_coef,
+            router_z_loss_coef=self.router_z_loss_coef,
         )
-        at_least(at, 0, balance_coef=self.balance_coef, bias_update_rate=self.bias_update_rate)
+        at_least(at, 0, balance_coef=self.balance_coef, balance_bias_rate=self.balance_bias_rate)
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
             raise ValueError(
                 f"model.num_heads must divide model.hidden_size into heads of even size, got "
@@ -88,24 +96,24 @@ class ModelConfig:
             raise ValueError(
                 f"model.top_k must be <= model.num_experts, got {self.top_k} and {self.num_experts}"
             )
-        if self.num_experts % self.num_groups:
+        if self.num_experts % self.router_num_groups:
             raise ValueError(
-                f"model.num_groups must divide model.num_experts, got {self.num_groups} "
-                f"and {self.num_experts}"
+                f"model.router_num_groups must divide model.num_experts = {self.num_experts}, got "
+                f"{self.router_num_groups}"
             )
-        inside(at, 1, self.num_groups, groups_kept=self.groups_kept)
-        choosable = self.num_experts // self.num_groups * self.groups_kept
+        inside(at, 1, self.router_num_groups, router_groups_kept=self.router_groups_kept)
+        choosable = self.num_experts // self.router_num_groups * self.router_groups_kept
         if self.top_k > choosable:
             raise ValueError(
-                f"model.top_k must be <= the {choosable} experts in groups_kept groups, got "
+                f"model.top_k must be <= the {choosable} experts in router_groups_kept groups, got "
                 f"{self.top_k}"
             )
         if not self.rope_base > 1:
             raise ValueError(f"model.rope_base must be > 1, got {self.rope_base}")
-        if not (self.depth_multiplier > 0 and self.routed_scale > 0):
+        if not (self.depth_multiplier > 0 and self.router_scale > 0):
             raise ValueError(
-                f"model.depth_multiplier and model.routed_scale must be > 0, got "
-                f"{self.depth_multiplier} and {self.routed_scale}"
+                f"model.depth_multiplier and model.router_scale must be > 0, got "
+                f"{self.depth_multiplier} and {self.router_scale}"
             )
 
     @property
@@ -115,7 +123,7 @@ class ModelConfig:
 
 
 class ParameterCounts(NamedTuple):
-    """Parameters of a whole model by kind; `dense` is all that is neither expert nor router."""
+    """Parameters of a whole model by kind; `dense`: all but routed experts and routers."""
 
     dense: int
     sparse: int
@@ -128,7 +136,7 @@ class ParameterCounts(NamedTuple):
 
     @property
     def sparse_share(self) -> float:
-        """Share of all parameters that sits in routed experts, 0..1."""
+        """Share of all parameters that are in routed experts, 0 to 1."""
         return self.sparse / self.total
 
 
@@ -137,21 +145,17 @@ def expert_matrices(config: ModelConfig, intermediate_size: int | None = None) -
     down, G = 2 for gated activations.
     """
     size = config.intermediate_size if intermediate_size is None else intermediate_size
-    return (_up_projections(config) + 1) * size * config.hidden_size
-
-
-def _up_projections(config: ModelConfig) -> int:
-    return 2 if config.activation in GATED_ACTIVATIONS else 1
+    return (num_projections(config.activation) + 1) * size * config.hidden_size
 
 
 def expert_parameters(config: ModelConfig) -> int:
     """Parameters of one routed expert: its matrices and, with biases, G*N + D more."""
-    biases = _up_projections(config) * config.intermediate_size + config.hidden_size
+    biases = num_projections(config.activation) * config.intermediate_size + config.hidden_size
     return expert_matrices(config) + (biases if config.expert_bias else 0)
 
 
 def block_parameters(config: ModelConfig) -> int:
-    """Parameters of a block but for router and routed experts: attention, norms, shared expert."""
+    """Parameters of a block without router and routed experts: attention, norms, shared expert."""
     width, shared = (
         config.hidden_size,
         expert_matrices(config, config.shared_expert_intermediate_size),

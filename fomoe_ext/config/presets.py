@@ -35,7 +35,7 @@ def _paper_model(hidden: int, layers: int, heads: int, experts: int, top_k: int)
         intermediate_size=128,
         top_k=top_k,
         activation="silu",
-        bias_update_rate=1e-3,
+        balance_bias_rate=1e-3,
         depth_multiplier=4 / layers,
     )
 

@@ -1,7 +1,8 @@
-"""What of a training site changes when its company does, and what it tells the others of itself."""
+"""Changes a training site when other sites are lost or join, and describes it for the others."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,32 +23,37 @@ from fomoe_ext.plan.traffic import NOTE_BYTES
 from fomoe_ext.report.runs import CHECKPOINTS
 from fomoe_ext.report.tally import Tally
 
+_log = logging.getLogger(__name__)
+
 
 def progress(site: Recoverable) -> dict[str, Any]:
-    """How far a site is, as one that comes late goes on from it."""
+    """The progress of a site, from which a site that joins late continues."""
     sync = site.sync
     return {
         "steps": steps_of(sync.model, sync.inner_optimizer),
         "step": site.tally.steps,
         "steps_in_round": site.steps_in_round,
         "data": site.batches.state_dict(),
-        "counters": {name: getattr(sync, name) for name in ("round", "steps", "reductions")},
+        "counters": {
+            "round": sync.round,
+            "steps": sync.steps,
+            "reductions": sync.step_count.reductions,
+        },
         "agreements": sync.agreements,
         "story": site.story,
         "first_validation": site.tally.first_validation,
     }
 
 
-def settle(site: Recoverable, apply: bool) -> None:
-    """Ends a meeting that broke off: applies it, with all that a meeting is followed by, or takes
-    it back."""
-    placement, lost = site.placement, site.sync.pending is not None and not apply
-    outcome = site.sync.settle(apply)
+def end_meeting(site: Recoverable, commit: bool) -> None:
+    """Ends an interrupted meeting: commits and counts it, or rolls it back."""
+    placement, lost = site.placement, site.sync.pending is not None and not commit
+    outcome = site.sync.end_pending(commit)
     if lost:
-        # The notes before it will be told again.
+        # The notes before it will be sent again.
         notes = (site.world.num_sites - 1) * NOTE_BYTES
         site.tally.note_bytes -= notes
-        site.sync.lost_bytes += notes
+        site.sync.log.lost_bytes += notes
     if outcome is not None:
         site.tally.meeting_s += site.after_meeting(placement, outcome)
 
@@ -56,38 +62,38 @@ def settle(site: Recoverable, apply: bool) -> None:
 def carry_share_errors(
     old: OuterSync, members: Sequence[int], new: OuterSync, new_members: Sequence[int]
 ) -> None:
-    """What encoding of sums has lost so far goes on where the same sites still share the same
-    pieces: each of them encodes the same sums as before."""
+    """Keeps the error feedback of encoded sums for pieces that the same sites still share."""
     kept = {
         _key(layout, members): feedback.shares
-        for layout, feedback in zip(old.layouts, old.feedback, strict=True)
+        for layout, feedback in zip(old.layout.layouts, old.state.feedback, strict=True)
     }
-    for layout, feedback in zip(new.layouts, new.feedback, strict=True):
+    for layout, feedback in zip(new.layout.layouts, new.state.feedback, strict=True):
         shares = kept.get(_key(layout, new_members))
         if shares is not None and feedback.shares is not None:
             feedback.shares.copy_(shares)
 
 
 def _key(layout: Layout, members: Sequence[int]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Tells which sites, by the numbers they keep, share which pieces."""
+    """Identifies the pieces and, by their permanent numbers, the sites that share them."""
     owners = tuple(members[site] for site in layout.group.owners)
     return owners, tuple(piece.key for piece in layout.pieces)
 
 
 @torch.no_grad()
 def become(site: Recoverable, formed: Formed) -> None:
-    """Puts a new model, and the site's place among the others, into force."""
+    """Gives the site its new model, optimizer, outer sync and place among the sites."""
     old = None if site.late else site.sync
     sync, donor = formed.sync, formed.donor
-    for name, value in donor["counters"].items():
-        setattr(sync, name, value)
-    sync.agreements = donor["agreements"]
+    counters = donor["counters"]
+    sync.log.round, sync.log.agreements = counters["round"], donor["agreements"]
+    sync.step_count.taken = counters["steps"]
+    sync.step_count.reductions = counters["reductions"]
     if old is not None:
-        sync.bytes_sent, sync.lost_bytes = old.bytes_sent, old.lost_bytes
-        sync.agreements = old.agreements
-        sync.tokens.copy_(old.tokens)
+        sync.log.bytes_sent, sync.log.lost_bytes = old.log.bytes_sent, old.log.lost_bytes
+        sync.log.agreements = old.log.agreements
+        sync.counts.tokens.copy_(old.counts.tokens)
         if sync.warmup is not None and old.warmup is not None:
-            residents = [layer.site_experts for layer in sync.moe_layers]
+            residents = [layer.site_experts for layer in sync.layout.site.moe_layers]
             sync.warmup.progress = {
                 key: steps
                 for key, steps in old.warmup.progress.items()
@@ -107,7 +113,7 @@ def become(site: Recoverable, formed: Formed) -> None:
     site.world, site.late = formed.world, False
     site.model, site.optimizer, site.sync = formed.model, formed.optimizer, sync
     if old is not None:
-        old.disconnect()
+        old.close()
 
 
 @torch.no_grad()
@@ -116,15 +122,15 @@ def restore_experts(
 ) -> int | None:
     """Fills experts of a new model from the newest whole checkpoint on this machine.
 
-    Returns the local step that it is of; None where there is none: they are as at the start. What
-    optimizers know of them begins at zero.
+    Returns the local step of the checkpoint. Without one it returns None, and the experts keep
+    their initial weights. Their optimizer state is zero in both cases.
     """
     folder = site.run_dir / CHECKPOINTS
     for path in reversed(ckpt.list_checkpoints(folder)):
         try:
             _read_experts(site, model, experts, path)
         except CheckpointError as error:
-            print(f"site {site.world.number}: {error}", flush=True)
+            _log.info("site %d: %s", site.world.number, error)
             continue
         return ckpt.steps_of(path)
     return None

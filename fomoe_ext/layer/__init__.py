@@ -1,14 +1,16 @@
 """The Mixture-of-Experts layer of one site, MoELayer: route, compute, combine, measure, balance.
 
-May import ops, placement, launch (how processes speak) and checks. Knows one site alone: neither
-how sites meet nor what model or job it is part of.
+May import ops, placement, launch (messages between processes), activations and checks. Knows one
+site only: not how sites meet, and not which model or job it is part of.
 
-    the layer        moe, of router, compute, balance (measured, and losses), skipped, inputs
-    the experts      experts, residents (which are here), shared, stale (frozen copies); seeding and
-                     upcycle: their first weights
-    several ranks    mesh (who is who), dispatch (rows to who holds their experts), dense (FSDP)
-    whole models     assemble (one of all sites' parts; here, as outer, checkpoint and hf use it),
-                     routing_probe (how stable routing is)
+    the layer        moe; its parts router, compute, balance (statistics and losses), skipped (the
+                     weight of skipped slots), inputs (checks of x), arguments (what repr shows)
+    the experts      experts, residents (which ones are here), shared, stale (frozen copies); their
+                     initial weights: seeding, upcycle
+    several ranks    mesh (the ranks of a site), dispatch (rows travel to the rank that holds their
+                     expert), dense (FSDP for everything else)
+    whole models     assemble (the global model from the parts of all sites; in this folder because
+                     outer, checkpoint and hf use it), routing_probe (how stable routing is)
 """
 
 from fomoe_ext.layer.experts import Experts

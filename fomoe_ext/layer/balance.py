@@ -50,10 +50,14 @@ def expert_load(experts: Tensor, num_experts: int) -> Tensor:
 
 
 def measure(
-    counted: RouterStatistics, rows: Tensor, rows_here: Tensor, tokens: int, slots: int
+    counted: RouterStatistics, rows: Tensor, rows_here: Tensor, tokens: int, top_k: int
 ) -> MoEStats:
-    """The statistics of a pass over so many tokens and slots, of which `rows` (int32 []) were
-    computed; in this process `rows_here`."""
+    """The statistics of a pass over `tokens` tokens of `top_k` slots each.
+
+    rows: int32 scalar, how many of these slots were computed, on whatever rank; rows_here: int32
+    scalar, rows that this process computed for tokens of all ranks.
+    """
+    slots = tokens * top_k
     return MoEStats(
         load=counted.load,
         skipped_share=1 - rows / slots if slots else torch.zeros_like(rows, dtype=torch.float32),
@@ -100,17 +104,17 @@ def bias_step(load: Tensor, rate: float) -> Tensor:
     return rate * torch.sign(load.mean() - load).float()
 
 
-def wants_loss(balance: str, z_loss_coef: float) -> bool:
+def wants_loss(balance: str, router_z_loss_coef: float) -> bool:
     """Whether these options of a layer ask for any loss."""
-    return balance in ("switch", "entropy") or z_loss_coef != 0.0
+    return balance in ("switch", "entropy") or router_z_loss_coef != 0.0
 
 
 class Balanced(nn.Module):
     """A layer that measures its routing and balances the load of its experts.
 
-    stats, aux_loss: of the last pass, as `MoELayer` has them. load_since_update: int64 [E], slots
-    per expert since the selection bias was last moved, counted in training for balance "bias"; in
-    no state dict.
+    stats, aux_loss: results of the last pass, as `MoELayer` documents them. load_since_update:
+    int64 [E], slots per expert since the selection bias was last moved, counted in training for
+    balance "bias"; in no state dict.
     """
 
     stats: MoEStats | None
@@ -122,20 +126,20 @@ class Balanced(nn.Module):
         num_experts: int,
         balance: str,
         balance_coef: float,
-        z_loss_coef: float,
-        bias_update_rate: float,
+        balance_bias_rate: float,
+        router_z_loss_coef: float,
         device: torch.device | str | None,
     ) -> None:
         """Options of `MoELayer`. Raises ValueError or TypeError naming the argument."""
         super().__init__()
         one_of(BALANCES, balance=balance)
-        finite(0.0, balance_coef=balance_coef, z_loss_coef=z_loss_coef)
-        finite(0.0, bias_update_rate=bias_update_rate)
+        finite(0.0, balance_coef=balance_coef, router_z_loss_coef=router_z_loss_coef)
+        finite(0.0, balance_bias_rate=balance_bias_rate)
         at_least(1, num_experts=num_experts)
         self.num_experts, self.balance, self.balance_coef = num_experts, balance, balance_coef
-        self.z_loss_coef, self.bias_update_rate = z_loss_coef, bias_update_rate
+        self.router_z_loss_coef, self.balance_bias_rate = router_z_loss_coef, balance_bias_rate
         self.stats = None
-        self.aux_loss = torch.zeros((), device="cpu")
+        self.aux_loss = torch.zeros((), dtype=torch.float32, device=device)
         counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
         self.register_buffer("load_since_update", counts, persistent=False)
 
@@ -145,7 +149,11 @@ class Balanced(nn.Module):
         logits fp32 [T, E], load int64 [E]; ids int64: the experts that may be chosen, None = all.
         """
         losses = []
-        if self.training and logits.shape[0] > 0 and wants_loss(self.balance, self.z_loss_coef):
+        if (
+            self.training
+            and logits.shape[0] > 0
+            and wants_loss(self.balance, self.router_z_loss_coef)
+        ):
             chosen = load
             if ids is not None:
                 logits, chosen = logits.index_select(1, ids), load.index_select(0, ids)
@@ -153,8 +161,8 @@ class Balanced(nn.Module):
                 losses.append(self.balance_coef * switch_loss(logits, chosen, scoring))
             elif self.balance == "entropy":
                 losses.append(self.balance_coef * entropy_loss(logits))
-            if self.z_loss_coef:
-                losses.append(self.z_loss_coef * z_loss(logits))
+            if self.router_z_loss_coef:
+                losses.append(self.router_z_loss_coef * z_loss(logits))
         if self.training and self.balance == "bias":
             self.load_since_update.add_(load)
         self.aux_loss = sum(losses, start=logits.new_zeros(()))
@@ -170,31 +178,34 @@ class Balanced(nn.Module):
             raise ValueError(f"load must have shape [{self.num_experts}], got {list(load.shape)}")
         load = load.to(self.load_since_update.device)
         if ids is None:
-            bias += bias_step(load, self.bias_update_rate)
+            bias += bias_step(load, self.balance_bias_rate)
         else:
-            bias.index_add_(0, ids, bias_step(load[ids], self.bias_update_rate))
+            bias.index_add_(0, ids, bias_step(load[ids], self.balance_bias_rate))
         self.load_since_update.zero_()
 
     def _counts_to(self, device: torch.device) -> None:
-        """The counted load is on this device; zeros where it had no memory."""
-        counts = self.load_since_update
-        if counts.device != device:
+        """Moves the counted load and `aux_loss` to a device; zeros where they had no memory."""
+        if self.load_since_update.device != device:
             with torch.inference_mode(False):  # they outlive this pass
-                self.load_since_update = (
-                    torch.zeros_like(counts, device=device) if counts.is_meta else counts.to(device)
-                )
+                self.load_since_update = _moved(self.load_since_update, device)
+        if self.aux_loss.device != device:
+            self.aux_loss = _moved(self.aux_loss.detach(), device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         counts = self.load_since_update
         super()._apply(fn, recurse)
-        # As they were, also where they were cast, or only memory was asked for.
-        device = self.load_since_update.device
-        known = not counts.is_meta or device.type == "meta"
-        self.load_since_update = (
-            counts.to(device) if known else torch.zeros_like(counts, device=device)
-        )
+        # `fn` may cast, or make memory without values (to_empty): only its device counts.
+        self.load_since_update = counts
+        self._counts_to(fn(torch.empty(0, device=counts.device)).device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # The graph of the last pass can be neither copied nor stored.
         return self.__dict__ | {"aux_loss": self.aux_loss.detach()}
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On a device; zeros where the tensor is on meta and the device is not."""
+    if tensor.is_meta and device.type != "meta":
+        return torch.zeros_like(tensor, device=device)
+    return tensor.to(device)

@@ -1,8 +1,8 @@
-"""What the experts of a site make of a pass's slots: one call, whoever holds them.
+"""The experts' part of a pass: one interface, `Compute`, whichever process holds the experts.
 
-A layer takes a `Compute` and needs not know which: `compute_here` where one process holds all of
-the site's experts, `StaleExperts.compute_too` where it has frozen copies of others besides,
-`Dispatch` where the ranks of a site share them.
+A layer uses `compute_here` if one process holds all of the site's experts,
+`StaleExperts.compute_both` if it also has frozen copies of others, and `Dispatch` if the ranks of
+the site share the experts. Shapes use the letters of `fomoe_ext.layer.moe`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 
 class Computed(NamedTuple):
-    """What a `Compute` returns; y [T, D] is the sum over each token's slots on the site's experts.
+    """What a `Compute` returns.
 
-    beside: what `meanwhile` returned. rows, rows_here: int32 scalars, rows of this rank's tokens,
-    and rows computed in this process.
+    y: [T, D], the sum over each token's slots on the site's experts. beside: what `meanwhile`
+    returned. rows: int32 scalar, computed slots of this rank's tokens. rows_here: int32 scalar,
+    rows computed in this process for the tokens of any rank.
     """
 
     y: Tensor
@@ -28,14 +29,15 @@ class Computed(NamedTuple):
 
 Meanwhile: TypeAlias = Callable[[], Tensor | None]
 Compute: TypeAlias = Callable[[Tensor, Tensor, Tensor, nn.Module, Meanwhile], Computed]
-"""Of x [T, D], combine weights fp32 [T, K], chosen experts int32 [T, K], the module that is called
-as `Experts`, and what is to be computed while others are waited for (the shared expert)."""
+"""Arguments: x [T, D], combine weights fp32 [T, K], chosen experts int32 [T, K], the module to call
+as `Experts`, and `meanwhile`, which is called while other ranks are waited for (it computes the
+shared expert)."""
 
 
 def compute_here(
     x: Tensor, weights: Tensor, chosen: Tensor, experts: nn.Module, meanwhile: Meanwhile
 ) -> Computed:
-    """A `Compute` of the experts of this process alone."""
+    """A `Compute` for a process that holds all of the site's experts."""
     y, table = experts(x, weights, chosen)
     rows = table.offsets[-1].clone()
     return Computed(y, meanwhile(), rows, rows)

@@ -1,27 +1,31 @@
 """Dispatch inside a site of many ranks: rows travel to the rank that holds their expert, and back.
 
-The site's resident experts are shared out over the ranks of the axis "expert" of a `DeviceMesh`: in
-chunks ascending by id, or as `rank_experts` says, e.g. hot experts apart
+The ranks of the axis "expert" of a `DeviceMesh` share the site's resident experts: in equal chunks
+ascending by id, or as `rank_experts` says, e.g. with busy experts on different ranks
 (`fomoe_ext.placement.spread`). A rank allocates only its own experts and has tokens of its own.
-Slots are compacted before the exchange, so that a skipped slot never travels; the numbers of rows
-go ahead, while the shared expert is computed, and the rows follow by one all_to_all_single of
-uneven parts. Every rank's outputs are those of one process with all of the site's experts, and of
-an expert's rows none is padded or dropped (as with a capacity, GShard, arXiv 2006.16668).
 
-**Gradients.** Each rank takes the gradient of its own loss. After the backward pass
+Slots are compacted before the exchange, so skipped slots are never sent. The numbers of rows are
+sent first, and the shared expert is computed meanwhile; the rows follow in one all_to_all_single of
+uneven parts. Every rank gets the outputs that one process with all of the site's experts would
+give. No row is padded or dropped (unlike with a capacity, GShard, arXiv 2006.16668).
 
-* an expert's gradient is the sum over the ranks of the axis "expert" divided by their number: that
-  of the mean of their losses, complete, to be reduced over that axis no further;
-* every other gradient is that of this rank's own loss, to be averaged over all ranks of the site:
-  by DDP or FSDP, which must leave the experts alone (`sharded_names`, `sharded_parameters`), or by
+**Gradients.** Each rank calls backward on its own loss. After that
+
+* the gradient of an expert is complete: the sum over the ranks of the axis "expert" divided by
+  their number, which is the gradient of their mean loss. Do not reduce it over that axis again;
+* every other gradient is that of this rank's own loss and must be averaged over all ranks of the
+  site: by DDP or FSDP, told to ignore the experts (`sharded_names`, `sharded_parameters`), or by
   `average_dense`.
 
-With an axis "replica" beside it an expert is held once per replica: `average_replicas` averages its
-gradients over these. Then all are gradients of the mean loss over the site's ranks.
+With an additional axis "replica" every replica holds each expert once, and `average_replicas`
+averages the experts' gradients over that axis. Then all gradients are those of the mean loss over
+the site's ranks.
 
-All ranks of the axis must run the same passes in the same order, those without tokens too, and take
-the backward of the same ones. What differs is found in the forward pass, where it can be, and
-raised on all of them. Nothing here depends on which rank is faster: the same bits on every run.
+All ranks of the axis must run the same forward and backward passes in the same order, also ranks
+without tokens. The forward pass compares what the ranks call and raises on all of them where they
+differ. Results do not depend on timing: every run gives the same bits.
+
+Shapes use the letters of `fomoe_ext.layer.moe`.
 """
 
 from __future__ import annotations
@@ -46,7 +50,7 @@ AXIS, REPLICA = "expert", "replica"
 DIRECTIONS = ("tokens", "results", "result gradients", "token gradients")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# What all ranks must agree on in a pass; sent ahead of the numbers of rows.
+# What all ranks must agree on in a pass; sent before the numbers of rows.
 _HEADER = (
     "layer_index",
     "site's experts and sizes",
@@ -59,20 +63,22 @@ _ops = torch.ops.fomoe
 
 
 class ExpertAxis:
-    """The ranks over which a site's experts are cut. Copies of a layer share it."""
+    """The ranks that share a site's experts. Copies of a layer have the same one."""
 
     def __init__(self, mesh: DeviceMesh, device: torch.device | str | None = None) -> None:
         """The axis "expert" of a mesh that holds this process.
 
-        Raises TypeError for another mesh, ValueError where it has no such axis, does not hold this
-        process, or is of another type of device than `device` (None = torch's default).
+        Raises TypeError unless `mesh` is a DeviceMesh, and ValueError if it lacks that axis or this
+        process, or is for another type of device than `device` (None = torch's default).
         """
         if not isinstance(mesh, DeviceMesh):
             raise TypeError(f"mesh must be a DeviceMesh, got {type(mesh).__name__}")
         self.group = _axis_of(mesh, AXIS)
         kind = torch.device(torch.get_default_device() if device is None else device).type
         if kind not in ("meta", mesh.device_type):
-            raise ValueError(f"mesh must be of {kind} as the layer, got one of {mesh.device_type}")
+            raise ValueError(
+                f"mesh must be for {kind}, the device of the layer, got {mesh.device_type}"
+            )
         self.rank: int = mesh.get_local_rank(AXIS)
         self.size: int = self.group.size()
 
@@ -81,13 +87,13 @@ class ExpertAxis:
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            "a layer sharded over a mesh cannot be pickled: its connections are of this process; "
-            "save its state_dict"
+            "a layer sharded over a mesh cannot be pickled, because its connections belong to this "
+            "process; save its state_dict"
         )
 
 
 def _hash(value: Any) -> int:
-    """Of 31 bits: goes into an int32."""
+    """31 bits, so that it fits an int32."""
     return zlib.crc32(repr(value).encode()) >> 1
 
 
@@ -95,7 +101,7 @@ def _axis_of(mesh: DeviceMesh, name: str) -> dist.ProcessGroup:
     names = mesh.mesh_dim_names or ()
     if name not in names:
         has = ", ".join(map(repr, names)) or "none with a name"
-        raise ValueError(f"mesh must have an axis {name!r}, its axes are: {has}")
+        raise ValueError(f"mesh must have an axis {name!r}, got {has}")
     if mesh.get_coordinate() is None:
         raise ValueError(f"mesh must hold this process, rank {dist.get_rank()}, got {mesh}")
     return mesh.get_group(name)
@@ -104,7 +110,7 @@ def _axis_of(mesh: DeviceMesh, name: str) -> dist.ProcessGroup:
 def _checked_ranks(
     rank_experts: Sequence[Sequence[int]] | None, site: Sequence[int], ranks: int
 ) -> tuple[tuple[int, ...], ...]:
-    """By rank its experts, ascending; None = chunks. Raises as `Dispatch` does."""
+    """The experts of each rank, ascending; None = equal chunks. Raises as `Dispatch` does."""
     if rank_experts is None:
         return spread_experts(site, ranks)
     try:
@@ -124,13 +130,13 @@ def _checked_ranks(
 
 
 class Dispatch(Residents):
-    """The site's resident experts, which ranks hold them, and the exchange of their rows.
+    """The site's resident experts, which rank holds which, and the exchange of their rows.
 
-    rank_experts: by rank the ids that it holds, ascending. own_experts: those of this rank.
-    resident_index: an expert's place when all are in the order of the ranks, by which rows are
-    grouped; `resident_experts` and `resident_ids` are ascending. bytes_sent: bytes of rows that
-    this rank has sent to others since the layer was made, by direction (`DIRECTIONS`), and of what
-    went ahead of them ("counts").
+    rank_experts: for each rank the ids that it holds, ascending. own_experts: those of this rank.
+    resident_index: an expert's place in the order of the ranks, by which rows are grouped.
+    `resident_experts` and `resident_ids` are ascending by id. bytes_sent: bytes that this rank has
+    sent to others since the layer was built, by kind of row (`DIRECTIONS`), and of the numbers of
+    rows ("counts").
     """
 
     rank_experts: tuple[tuple[int, ...], ...] = ()
@@ -145,11 +151,11 @@ class Dispatch(Residents):
         device: torch.device | str | None = None,
         rank_experts: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        """`site_experts`: ids resident in the site; `rank_experts`: by rank those that it holds, in
-        any numbers, None = chunks. Both are the same on all ranks.
+        """`site_experts`: ids resident at the site. `rank_experts`: for each rank the ids that it
+        holds, as many as it likes; None = equal chunks. Both must be the same on all ranks.
 
-        Raises ValueError for ids out of range, and where `rank_experts` has not an entry for each
-        rank or does not hold each of the site's experts once; TypeError for other than ints.
+        Raises ValueError for ids out of range, and unless `rank_experts` has an entry for each rank
+        and each of the site's experts exactly once; TypeError for ids that are no ints.
         """
         super().__init__(site_experts, num_experts, device, "site_experts")
         self.axis = axis
@@ -158,7 +164,7 @@ class Dispatch(Residents):
         self.own_experts = self.rank_experts[axis.rank]
         sizes = (num_experts, hidden_size, self.resident_experts)
         self._identity = (layer_index, _hash(sizes), _hash(self.rank_experts))
-        # As many as any rank may have: room for the message of any site and any share.
+        # The message has room for as many counts as any rank at any site may have experts.
         self._places = num_experts
         self.bytes_sent = dict.fromkeys((*DIRECTIONS, "counts"), 0)
 
@@ -173,53 +179,53 @@ class Dispatch(Residents):
         experts: nn.Module,
         meanwhile: Meanwhile = lambda: None,
     ) -> Computed:
-        """A `Compute`: each token's slots on the site's experts, and what is computed meanwhile.
+        """A `Compute`: the sum over each token's slots on the site's experts.
 
-        On a GPU this waits once for the device, as torch wants the numbers of rows on the host.
-        torch.compile leaves it as it is, between two graphs.
+        On a GPU this waits for the device once, because torch needs the numbers of rows on the
+        host. torch.compile does not trace it: the graph breaks around it.
 
         Args:
             x: this rank's tokens [T, D].
-            weights: fp32 [T, K].
+            weights: combine weights, fp32 [T, K].
             chosen: experts of the tokens' slots, int32 [T, K].
-            experts: as `Experts` of this rank's experts: called once, also for no rows, with rows
-                [N, D], weights of one [N, 1], places of their experts among this rank's int32
-                [N, 1] and the table int32 of all these places, 0 to their number; returns results
-                [N, D] and a row table.
-            meanwhile: computed while numbers of rows travel.
+            experts: called like `Experts` exactly once, also for no rows: with rows [M, D], weights
+                of one [M, 1], the place of each row's expert among this rank's experts int32
+                [M, 1], and the index int32 [R] 0, 1, ... R - 1. It returns results [M, D] and a row
+                table.
+            meanwhile: called while the numbers of rows travel.
 
-        Raises RuntimeError on all ranks where they do not call the same layer alike.
+        Raises RuntimeError on all ranks if they do not make the same call.
         """
-        exchange = self.start(x, chosen, experts)
+        exchange = self._start(x, chosen, experts)
         beside = meanwhile()
-        y, rows_here = self.finish(exchange, x, weights, experts)
-        return Computed(y, beside, exchange.table.offsets[-1].clone(), rows_here)
+        y_TD, rows_here = self._finish(exchange, x, weights, experts)
+        return Computed(y_TD, beside, exchange.table.offsets[-1].clone(), rows_here)
 
     @torch.compiler.disable
-    def start(self, x: Tensor, chosen: Tensor, experts: nn.Module) -> Exchange:
-        """Compacts the slots and sends their numbers ahead; as `forward`."""
-        of_x = torch.is_grad_enabled() and x.requires_grad
+    def _start(self, x_TD: Tensor, chosen_TK: Tensor, experts: nn.Module) -> _Exchange:
+        """Compacts the slots and sends the numbers of their rows."""
+        of_x = torch.is_grad_enabled() and x_TD.requires_grad
         of_experts = any(p.requires_grad for p in experts.parameters())
-        traits = (_DTYPES.index(x.dtype), of_x, torch.is_grad_enabled() and of_experts)
-        self.tables_to(x.device)
-        table = ops.compact(chosen, self.resident_index, self.num_resident, tile_rows=0)
-        return Exchange(self, table, [*self._identity, *map(int, traits)], self._places)
+        traits = (_DTYPES.index(x_TD.dtype), of_x, torch.is_grad_enabled() and of_experts)
+        self.tables_to(x_TD.device)
+        table = ops.compact(chosen_TK, self.resident_index, self.num_resident, tile_rows=0)
+        return _Exchange(self, table, [*self._identity, *map(int, traits)], self._places)
 
     @torch.compiler.disable
-    def finish(
-        self, exchange: Exchange, x: Tensor, weights: Tensor, experts: nn.Module
+    def _finish(
+        self, exchange: _Exchange, x_TD: Tensor, weights_TK: Tensor, experts: nn.Module
     ) -> tuple[Tensor, Tensor]:
-        """The exchange of the rows; y [T, D] and the number computed here. As `forward`."""
-        counts = exchange.wait()[:, : len(self.own_experts)]
-        received = _ToExperts.apply(x, exchange)
-        # By place among this rank's experts, from tables that are the same on all ranks.
-        own = torch.arange(counts.shape[1], dtype=torch.int32, device=x.device)
-        rows = own.repeat(self.axis.size)
-        rows = rows.repeat_interleave(counts.reshape(-1), output_size=received.shape[0])
-        ones = received.new_ones((received.shape[0], 1), dtype=torch.float32)
-        results, table = experts(received, ones, rows.view(-1, 1), own)
-        y = ops.combine(_ToTokens.apply(results, exchange), weights, exchange.table)
-        return y, table.offsets[-1].clone()
+        """Exchanges and computes the rows; y [T, D] and the number of rows computed here."""
+        counts = exchange.wait()[:, : len(self.own_experts)]  # [ranks, R]
+        x_MD = _ToExperts.apply(x_TD, exchange)
+        # Rows come by rank and then by expert: the order of `counts` read row by row.
+        index_R = torch.arange(counts.shape[1], dtype=torch.int32, device=x_TD.device)
+        places = index_R.repeat(self.axis.size)
+        places_M = places.repeat_interleave(counts.reshape(-1), output_size=x_MD.shape[0])
+        ones_M1 = x_MD.new_ones((x_MD.shape[0], 1), dtype=torch.float32)
+        y_MD, table = experts(x_MD, ones_M1, places_M.view(-1, 1), index_R)
+        y_TD = ops.combine(_ToTokens.apply(y_MD, exchange), weights_TK, exchange.table)
+        return y_TD, table.offsets[-1].clone()
 
     def extra_repr(self) -> str:
         held = f"{len(self.own_experts)} of {self.num_resident} experts"
@@ -237,12 +243,11 @@ def make_dispatch(
 ) -> Dispatch | None:
     """A `Dispatch` over the mesh's axis "expert"; None without a mesh or with one rank.
 
-    Raises TypeError or ValueError for a wrong mesh, and for `rank_experts` without one or other
-    than `Dispatch` wants them.
+    Raises as `ExpertAxis` and `Dispatch` do, and ValueError for `rank_experts` without a mesh.
     """
     if mesh is None:
         if rank_experts is not None:
-            raise ValueError(f"rank_experts needs a mesh, got {rank_experts!r} without one")
+            raise ValueError(f"rank_experts must be None without a mesh, got {rank_experts!r}")
         return None
     axis = ExpertAxis(mesh, device)
     if axis.size == 1:
@@ -251,9 +256,11 @@ def make_dispatch(
     return Dispatch(axis, site_experts, num_experts, hidden_size, layer_index, device, rank_experts)
 
 
-class Exchange:
-    """Of one pass: the table of this rank's rows, grouped by expert of the site and so by rank, and
-    how many rows go to and come from each rank.
+class _Exchange:
+    """The exchange of one pass.
+
+    table: this rank's rows, grouped by expert in the order of the ranks. sent, received: rows that
+    go to and come from each rank, known after `wait`.
     """
 
     def __init__(
@@ -266,7 +273,7 @@ class Exchange:
         counts = table.offsets.diff()
         self._message = counts.new_zeros(ranks, width + places)
         self._message[:, :width] = torch.tensor(header, dtype=torch.int32, device="cpu")
-        # Neighbours with as many experts at once: of chunks there are two such parts.
+        # Neighbouring ranks with equally many experts in one copy: equal chunks need two at most.
         rank = place = 0
         for size, alike in groupby(map(len, dispatch.rank_experts)):
             number = len(list(alike))
@@ -279,36 +286,36 @@ class Exchange:
         self._work = dist.all_to_all_single(self._answer, self._message, group=group, async_op=True)
 
     def wait(self) -> Tensor:
-        """What came: int32 [ranks, places], rows of each rank for each of this rank's experts.
+        """int32 [ranks, places]: the rows that each rank has for each of this rank's experts.
 
-        Raises RuntimeError, on all ranks, where they differ in what they call.
+        Raises RuntimeError on all ranks if they do not make the same call.
         """
         self._work.wait()
         width = len(_HEADER)
         counts = self._answer[:, width:]
         sums = [part.sum(1, keepdim=True) for part in (self._message[:, width:], counts)]
-        # The one time that the host waits for the device.
+        # Only here the host waits for the device.
         *headers, sent, received = torch.cat([self._answer[:, :width], *sums], 1).t().tolist()
         for name, values in zip(_HEADER, headers, strict=True):
             if len(set(values)) > 1:
                 raise RuntimeError(
-                    f"the ranks of the mesh's axis {AXIS!r} must call the same layers alike, but "
-                    f"in layer {headers[0][self.dispatch.axis.rank]} they differ in {name}: by "
-                    f"rank {values}"
+                    f"the ranks of the mesh's axis {AXIS!r} must make the same calls of the same "
+                    f"layers, but in layer {headers[0][self.dispatch.axis.rank]} they differ in "
+                    f"{name}, by rank: {values}"
                 )
         self.sent, self.received = sent, received
-        del self._work, self._message, self._answer  # the backward pass needs numbers alone
+        del self._work, self._message, self._answer  # not needed by the backward pass
         return counts
 
-    def there(self, rows: Tensor, direction: str) -> Tensor:
-        """[rows of own tokens, D], grouped by rank -> those for the experts of this rank [N, D]."""
+    def to_experts(self, rows: Tensor, direction: str) -> Tensor:
+        """Rows of this rank's tokens [.., D], grouped by rank -> rows for its experts [M, D]."""
         out = rows.new_empty(sum(self.received), rows.shape[1])
         self._swap(out, rows[: sum(self.sent)], self.received, self.sent, direction)
         return out
 
-    def back(self, rows: Tensor, direction: str) -> Tensor:
-        """[N, D] as `there` returned them -> [T*K, D], rows in the places of the table; what comes
-        after the last row is left as it was in memory.
+    def to_tokens(self, rows: Tensor, direction: str) -> Tensor:
+        """[M, D] in the order of `to_experts` -> [T*K, D], rows in the places of the table. Memory
+        past the last row is not written.
         """
         out = rows.new_empty(self.table.row_of_slot.numel(), rows.shape[1])
         self._swap(out[: sum(self.sent)], rows, self.sent, self.received, direction)
@@ -318,45 +325,45 @@ class Exchange:
         self, out: Tensor, rows: Tensor, coming: list[int], going: list[int], direction: str
     ) -> None:
         axis = self.dispatch.axis
-        # As bytes: not every backend knows every dtype.
+        # Sent as bytes, because not every backend supports every dtype.
         there, here = out.view(torch.uint8), rows.contiguous().view(torch.uint8)
         dist.all_to_all_single(there, here, coming, going, group=axis.group)
         self.dispatch.bytes_sent[direction] += (sum(going) - going[axis.rank]) * here.shape[1]
 
 
 class _ToExperts(torch.autograd.Function):
-    """Tokens [T, D] -> the rows [N, D] of all ranks for the experts of this one."""
+    """Tokens [T, D] -> the rows [M, D] of all ranks for the experts of this one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
+    def forward(ctx: Any, x: Tensor, exchange: _Exchange) -> Tensor:
         ctx.exchange = exchange
         table = exchange.table
         rows = _ops.gather(x=x, row_of_slot=table.row_of_slot, offsets=table.offsets)
-        return exchange.there(rows, "tokens")
+        return exchange.to_experts(rows, "tokens")
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         exchange = ctx.exchange
-        rows = exchange.back(grad, "token gradients")
-        # The division by which experts got the gradient of a mean is not for this rank's tokens.
+        rows = exchange.to_tokens(grad, "token gradients")
+        # Experts got gradients divided by the number of ranks; this rank's tokens get the full one.
         grad_x = _ops.combine(rows=rows, weights=None, row_of_slot=exchange.table.row_of_slot)
         return grad_x.mul_(exchange.dispatch.axis.size), None
 
 
 class _ToTokens(torch.autograd.Function):
-    """Results [N, D] -> those of this rank's rows [T*K, D], in the places of the table."""
+    """Results [M, D] -> those of this rank's rows [T*K, D], in the places of the table."""
 
     @staticmethod
-    def forward(ctx: Any, results: Tensor, exchange: Exchange) -> Tensor:
+    def forward(ctx: Any, results: Tensor, exchange: _Exchange) -> Tensor:
         ctx.exchange = exchange
-        return exchange.back(results, "results")
+        return exchange.to_tokens(results, "results")
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         exchange = ctx.exchange
-        rows = exchange.there(grad, "result gradients")
+        rows = exchange.to_experts(grad, "result gradients")
         return rows.div_(exchange.dispatch.axis.size), None
 
 
@@ -372,8 +379,8 @@ def _sharded(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """By name, the parameters of experts that a site's ranks hold in parts. FSDP must leave them
-    alone: `ignored_params=set(sharded_parameters(model).values())`.
+    """By name, the parameters of experts that the ranks of a site share. Tell FSDP to ignore them:
+    `ignored_params=set(sharded_parameters(model).values())`.
     """
     return {
         prefix + name: parameter
@@ -383,8 +390,10 @@ def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def sharded_names(model: nn.Module) -> list[str]:
-    """Names of these parameters and of buffers that differ among ranks, which DDP must leave alone:
-    `model._ddp_params_and_buffers_to_ignore = sharded_names(model)` before it wraps the model.
+    """Names of the `sharded_parameters` and of buffers that differ between ranks.
+
+    Tell DDP to ignore them, before it wraps the model:
+    `model._ddp_params_and_buffers_to_ignore = sharded_names(model)`.
     """
     buffers = [
         prefix + name for prefix, experts in _sharded(model) for name, _ in experts.named_buffers()
@@ -395,15 +404,15 @@ def sharded_names(model: nn.Module) -> list[str]:
 def average_replicas(model: nn.Module, mesh: DeviceMesh) -> None:
     """Averages the gradients of sharded experts over the mesh's axis "replica", in place.
 
-    All ranks call it after the backward pass. `main_grad` is averaged where a parameter has it; a
-    missing gradient counts as zeros. Raises ValueError where the mesh has no such axis.
+    All ranks must call it after the backward pass. If a parameter has a `main_grad`, that is
+    averaged. A missing gradient counts as zeros. Raises ValueError if the mesh lacks that axis.
     """
     average_gradients(sharded_parameters(model), [_axis_of(mesh, REPLICA)])
 
 
 def average_dense(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Averages all gradients but those of sharded experts over the axes "replica" and "expert" that
-    the mesh has, in place: what DDP would do. As `average_replicas`.
+    """Averages all gradients except those of sharded experts, as DDP would: in place, over the axis
+    "expert" and, if the mesh has it, "replica". Otherwise as `average_replicas`.
     """
     axes = [AXIS, REPLICA] if REPLICA in (mesh.mesh_dim_names or ()) else [AXIS]
     sharded = {id(parameter) for parameter in sharded_parameters(model).values()}
@@ -417,10 +426,10 @@ def average_gradients(
 ) -> None:
     """Averages gradients in place, in fp32, over one group after the other.
 
-    A missing gradient counts as zeros. All members of the groups must call it.
+    A missing gradient counts as zeros. All ranks of the groups must call it.
     """
     grads = [_gradient(p) for p in parameters.values() if p.requires_grad and p.numel()]
-    sums = [grad.float() for grad in grads]  # fp32 ones themselves, others as copies
+    sums = [grad.float() for grad in grads]  # a copy unless the gradient is fp32
     for group in groups:
         works = [dist.all_reduce(each, group=group, async_op=True) for each in sums]
         for work in works:

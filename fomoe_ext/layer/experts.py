@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fomoe_ext import ops
+from fomoe_ext.activations import ACTIVATIONS, num_projections
 from fomoe_ext.checks import a_bool, an_int, at_least, one_of
+from fomoe_ext.layer.arguments import changed_arguments, ids_unless_all, placed
 from fomoe_ext.layer.residents import Residents, resident_ids
 from fomoe_ext.layer.seeding import fill_normal_
 from fomoe_ext.ops.shapes import on_one_device, plain_floats
@@ -64,16 +66,13 @@ class Experts(Residents):
         at_least(0, layer_index=layer_index)
         an_int(seed=seed)
         a_bool(bias=bias)
-        one_of(tuple(ops.ACTIVATIONS), activation=activation)
+        one_of(tuple(ACTIVATIONS), activation=activation)
         super().__init__(resident_experts, num_experts, device)
-        self.hidden_size, self.intermediate_size, self.activation = (
-            hidden_size,
-            intermediate_size,
-            activation,
-        )
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
+        self.activation = activation
         self.layer_index, self.seed = layer_index, seed
         residents = self.num_resident
-        wide = intermediate_size * (2 if ops.is_gated(activation) else 1)
+        wide = intermediate_size * num_projections(activation)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.expand_weight = nn.Parameter(torch.empty(residents, wide, hidden_size, **options))
         self.contract_weight = nn.Parameter(
@@ -262,9 +261,11 @@ class Experts(Residents):
         return y, table
 
     def extra_repr(self) -> str:
-        text = f"{self.hidden_size}, {self.intermediate_size}, resident={self.num_resident}/"
-        text += f"{self.num_experts}, activation={self.activation}"
-        return text if self.expand_bias is None else text + ", bias=True"
+        names = ("hidden_size", "intermediate_size", "num_experts", "activation", "layer_index")
+        values = {name: getattr(self, name) for name in (*names, "seed")}
+        values["bias"] = self.expand_bias is not None
+        values["resident_experts"] = ids_unless_all(self.resident_experts, self.num_experts)
+        return changed_arguments(Experts, values | placed(self.expand_weight))
 
 
 def _same_rows(stored: Any, own: Tensor | None) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fomoe_ext import ops
 from fomoe_ext.checks import a_bool, an_int, at_least, finite, one_of
+from fomoe_ext.layer.arguments import changed_arguments, placed
 from fomoe_ext.layer.seeding import fill_normal_
 from fomoe_ext.ops.shapes import on_one_device, plain_floats
 
@@ -23,6 +24,40 @@ CHOICE_OPTIONS: dict[str, Any] = {
     "groups_kept": 1,
 }
 """Options of a router that say how it chooses and weighs, and what they are unless given."""
+
+
+def check_choice(
+    num_experts: int,
+    top_k: int,
+    *,
+    scoring: str,
+    renormalize: bool,
+    scale: float,
+    num_groups: int,
+    groups_kept: int,
+    prefix: str = "",
+) -> None:
+    """Raises ValueError or TypeError for options by which no router can choose.
+
+    `prefix`: what the caller writes before the names of the `CHOICE_OPTIONS`, for messages.
+    """
+    groups, kept = f"{prefix}num_groups", f"{prefix}groups_kept"
+    at_least(1, num_experts=num_experts, top_k=top_k, **{groups: num_groups, kept: groups_kept})
+    one_of(tuple(ops.SCORINGS), **{f"{prefix}scoring": scoring})
+    a_bool(**{f"{prefix}renormalize": renormalize})
+    finite(0.0, **{f"{prefix}scale": scale})
+    if top_k > num_experts:
+        raise ValueError(f"top_k must be at most num_experts = {num_experts}, got {top_k}")
+    if num_experts % num_groups:
+        raise ValueError(f"{groups} must divide num_experts = {num_experts}, got {num_groups}")
+    if groups_kept > num_groups:
+        raise ValueError(f"{kept} must be at most {groups} = {num_groups}, got {groups_kept}")
+    choosable = groups_kept * (num_experts // num_groups)
+    if top_k > choosable:
+        raise ValueError(
+            f"top_k must be at most {choosable}, the experts in {kept} = {groups_kept} groups, "
+            f"got {top_k}"
+        )
 
 
 class Router(nn.Module):
@@ -57,28 +92,19 @@ class Router(nn.Module):
     ) -> None:
         """Sizes and options of `MoELayer`. Raises ValueError or TypeError for bad ones."""
         super().__init__()
-        at_least(1, hidden_size=hidden_size, num_experts=num_experts, top_k=top_k)
-        at_least(1, num_groups=num_groups, groups_kept=groups_kept)
+        at_least(1, hidden_size=hidden_size)
         at_least(0, layer_index=layer_index)
         an_int(seed=seed)
-        a_bool(renormalize=renormalize, bias=bias)
-        one_of(("sigmoid", "softmax"), scoring=scoring)
-        finite(0.0, scale=scale)
-        if top_k > num_experts:
-            raise ValueError(f"top_k must be at most num_experts = {num_experts}, got {top_k}")
-        if num_experts % num_groups:
-            raise ValueError(
-                f"num_groups must divide num_experts = {num_experts}, got {num_groups}"
-            )
-        if groups_kept > num_groups:
-            raise ValueError(
-                f"groups_kept must be at most num_groups = {num_groups}, got {groups_kept}"
-            )
-        choosable = groups_kept * (num_experts // num_groups)
-        if top_k > choosable:
-            raise ValueError(
-                f"top_k must be at most the {choosable} experts of the groups kept, got {top_k}"
-            )
+        a_bool(bias=bias)
+        check_choice(
+            num_experts,
+            top_k,
+            scoring=scoring,
+            renormalize=renormalize,
+            scale=scale,
+            num_groups=num_groups,
+            groups_kept=groups_kept,
+        )
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.scoring, self.renormalize, self.scale = scoring, renormalize, scale
         self.num_groups, self.groups_kept = num_groups, groups_kept
@@ -171,8 +197,7 @@ class Router(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        text = f"{self.hidden_size}, {self.num_experts}, top_k={self.top_k}, scoring={self.scoring}"
-        if self.num_groups > 1:
-            text += f", groups={self.groups_kept}/{self.num_groups}"
-        text += f", renormalize={self.renormalize}, scale={self.scale}"
-        return text if self.bias is None else text + ", bias=True"
+        names = ("hidden_size", "num_experts", "top_k", *CHOICE_OPTIONS, "layer_index", "seed")
+        values = {name: getattr(self, name) for name in names}
+        values |= {"bias": self.bias is not None, **placed(self.weight)}
+        return changed_arguments(Router, values)

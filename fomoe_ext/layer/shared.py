@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fomoe_ext import ops
+from fomoe_ext.activations import ACTIVATIONS, is_gated, num_projections
 from fomoe_ext.checks import an_int, at_least, one_of
+from fomoe_ext.layer.arguments import changed_arguments, placed
 from fomoe_ext.layer.seeding import fill_normal_
 from fomoe_ext.ops.shapes import on_one_device
 
@@ -17,7 +18,7 @@ from fomoe_ext.ops.shapes import on_one_device
 def activate(preact: Tensor, activation: str) -> Tensor:
     """An activation as torch computes it: [..., G*N], gated: gate first, then up -> [..., N]."""
     up: Tensor | None = None
-    if ops.is_gated(activation):
+    if is_gated(activation):
         preact, up = preact.chunk(2, dim=-1)
     if activation == "clamped_swiglu":
         assert up is not None
@@ -54,9 +55,10 @@ class SharedExpert(nn.Module):
         at_least(1, hidden_size=hidden_size, intermediate_size=intermediate_size)
         at_least(0, layer_index=layer_index)
         an_int(seed=seed)
-        one_of(tuple(ops.ACTIVATIONS), activation=activation)
+        one_of(tuple(ACTIVATIONS), activation=activation)
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.activation, self.layer_index, self.seed = activation, layer_index, seed
-        wide = intermediate_size * (2 if ops.is_gated(activation) else 1)
+        wide = intermediate_size * num_projections(activation)
         device = torch.get_default_device() if device is None else device
         # skip_init: the default initialisation would draw from torch's global generator.
         make = nn.utils.skip_init
@@ -78,3 +80,9 @@ class SharedExpert(nn.Module):
             if weight is not None and weight.is_meta and not hasattr(linear, "_hf_hook"):
                 on_one_device({"x": x, f"{name}.weight": weight})
         return self.contract(activate(self.expand(x), self.activation))
+
+    def extra_repr(self) -> str:
+        names = ("hidden_size", "intermediate_size", "activation", "layer_index", "seed")
+        values = {name: getattr(self, name) for name in names}
+        weight = next(self.expand.parameters())
+        return changed_arguments(SharedExpert, values | placed(weight))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fomoe_ext import ops
+from fomoe_ext.activations import ACTIVATIONS, is_gated
 from fomoe_ext.checks import one_of
 from fomoe_ext.layer.experts import Experts
 from fomoe_ext.layer.seeding import fill_normal_, stable_generator
@@ -33,7 +33,7 @@ class DenseMLP(NamedTuple):
     """A dense MLP read as one expert: what `read_mlp` returns. Tensors are the module's own.
 
     expand: [N, D] each, gate and up, or up alone; contract: [D, N]. expand_biases: a [N] or None
-    for each of `expand`; contract_bias: [D] or None. activation: a key of `ops.ACTIVATIONS`.
+    for each of `expand`; contract_bias: [D] or None. activation: a name of `fomoe_ext.activations`.
     """
 
     expand: tuple[Tensor, ...]
@@ -68,15 +68,15 @@ def read_mlp(mlp: nn.Module, activation: str | None = None) -> DenseMLP:
             Gemma ... of transformers), plain with `up_proj` and `down_proj` or `fc1` and `fc2`, an
             `nn.Sequential` of Linear, activation, Linear, or a `SharedExpert`. Weights of any one
             float dtype, biases where it has them.
-        activation: a key of `ops.ACTIVATIONS`; None = as the module's `act_fn`, `activation_fn`,
-            `act` or `activation` computes, which is tried out on some numbers.
+        activation: a name of `fomoe_ext.activations`; None = what the module's `act_fn`,
+            `activation_fn`, `act` or `activation` computes, found by trying it on some numbers.
 
     Raises TypeError for a module of another layout, ValueError for sizes that do not fit, for an
     activation that is unknown or not the module's, and where the module computes something else
     than its layers tell, e.g. with a factor or dropout.
     """
     if activation is not None:
-        one_of(tuple(ops.ACTIVATIONS), activation=activation)
+        one_of(tuple(ACTIVATIONS), activation=activation)
     if not isinstance(mlp, nn.Module):
         raise TypeError(f"mlp must be {_WANTED}, got {type(mlp).__name__}")
     if isinstance(mlp, SharedExpert):
@@ -98,14 +98,14 @@ def read_for_layer(
     if taken := {"hidden_size", "intermediate_size"} & layer_options.keys():
         raise TypeError(f"{sorted(taken)[0]} must not be given: mlp has it")
     dense = read_mlp(mlp, activation)
-    if dense.has_bias and layer_options.get("bias") is False:
-        raise ValueError("bias must be True or left out: mlp has biases, got False")
+    if dense.has_bias and layer_options.get("expert_bias") is False:
+        raise ValueError("expert_bias must be True or left out: mlp has biases, got False")
     first = dense.expand[0]
     options = {
         "activation": dense.activation,
-        "bias": dense.has_bias,
-        "scoring": "softmax",
-        "renormalize": True,
+        "expert_bias": dense.has_bias,
+        "router_scoring": "softmax",
+        "router_renormalize": True,
         "dtype": first.dtype,
     } | dict(layer_options)
     options["device"] = options.get("device") or first.device
@@ -159,7 +159,7 @@ def _copy_bias(target: Tensor, bias: Tensor | None) -> None:
 def _of_shared_expert(mlp: SharedExpert, activation: str | None) -> DenseMLP:
     if activation not in (None, mlp.activation):
         raise ValueError(f"activation must be mlp's own, {mlp.activation!r}, got {activation!r}")
-    sides = 2 if ops.is_gated(mlp.activation) else 1
+    sides = 2 if is_gated(mlp.activation) else 1
     expand = mlp.expand.weight.detach().chunk(sides)
     return DenseMLP(expand, mlp.contract.weight.detach(), (None,) * sides, None, mlp.activation)
 
@@ -206,15 +206,15 @@ def _choose_activation(
     name = _recognise(function)
     told = _GATED_OF.get(name, name) if gated and name is not None else name
     if activation is None:
-        if told is None or ops.is_gated(told) != gated:
+        if told is None or is_gated(told) != gated:
             kind = "gated" if gated else "not gated"
-            known = ", ".join(a for a in ops.ACTIVATIONS if ops.is_gated(a) == gated)
+            known = ", ".join(a for a in ACTIVATIONS if is_gated(a) == gated)
             raise ValueError(
                 f"activation must be given: mlp ({kind}) has {_describe(function)}, "
                 f"known are {known}"
             )
         return told
-    if ops.is_gated(activation) != gated:
+    if is_gated(activation) != gated:
         raise ValueError(
             f"activation must be one {'with' if gated else 'without'} a gate, as mlp has "
             f"{'one' if gated else 'none'}, got {activation!r}"

@@ -1,10 +1,10 @@
-"""Owner groups: who meets whom, over which connections, and who is missing when a meeting fails.
+"""Owner groups: which sites meet, their connections, and who is missing when a meeting fails.
 
-Payloads travel over connections of their own, apart from the default group that the rest of a job
-uses: shares to their owners over one, sums back over another, so that both can be under way in any
-order, and several of each at once. An interface named twice in GLOO_SOCKET_IFNAME (eth0,eth0) has
-two of each; on a link that one connection can fill buckets then only overtake each other, and what
-is needed first comes later.
+Payloads do not use the default process group, which serves the rest of a job. Every owner group has
+one connection for the reduce-scatter and another for the all-gather, so that several of both can be
+under way at once in any order. An interface that is named twice in GLOO_SOCKET_IFNAME (eth0,eth0)
+has two of each. That does not help on a link that one connection can fill: buckets then overtake
+each other, and the one needed first arrives later.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fomoe_ext.config.outer import OuterConfig
 from fomoe_ext.launch.link import CountedLink, active_link
 from fomoe_ext.launch.waiting import wait_for
 from fomoe_ext.placement import wire
 from fomoe_ext.placement.placement import Owners
 
 _THREADS = 16
-"""Exchanges of one kind that a group has under way at once; a slow link needs several."""
+"""Number of exchanges of one kind that a group runs at once; a slow link needs several."""
 _PROBE_S = 5.0
-"""How long the others have to notice a failure too, and to say that they are there."""
+"""Seconds that the other sites have, after a failure, to notice it and to answer."""
 
-# How many SiteGroups a default group has seen: the same on all sites, part of connections' names.
+# Number of SiteGroups made with a default group: equal at all sites, part of connections' names.
 _made: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
@@ -45,8 +46,8 @@ class Handle(Protocol):
 
 
 class _Exchange:
-    """A collective under way in which this site sends so many bytes; on a link that is counted it
-    is complete no sooner than it would be there."""
+    """A collective under way. On an imitated link it completes no earlier than `sent` bytes would
+    need there."""
 
     def __init__(self, work: Any, link: CountedLink | None, sent: int) -> None:
         self._work, self._link = work, link
@@ -66,20 +67,27 @@ class SiteGroup:
     ) -> None:
         self.owners, self.size = owners, len(owners)
         self.rank = owners.index(site)
-        """This site's place among the owners."""
+        """This site's index among the owners."""
         self._scatter, self._gather = channels or (None, None)
         self._link = link
         on_gpu = bool(channels) and not isinstance(self._scatter, dist.ProcessGroupGloo)
         self.device = torch.device("cuda" if on_gpu else "cpu")
-        """Where payloads must be."""
+        """The device on which payloads must be."""
+
+    def release(self) -> list[Any]:
+        """Gives away the connections; the group cannot exchange anything any more."""
+        channels = [self._scatter, self._gather]
+        self._scatter = self._gather = None
+        return channels
 
     def _under_way(self, work: Any, sent: int) -> Handle:
         return _Exchange(work, self._link, sent)
 
     def scatter(self, received: Tensor, sent: Tensor) -> tuple[Handle, int]:
-        """Row i of `sent` [size - 1, n] goes to the i-th other member; `received` is filled alike.
+        """Sends row i of `sent` [size - 1, n] to the i-th other member; row i of `received` comes
+        from it.
 
-        Returns at once: the exchange and the bytes that this site sends.
+        Does not wait. Returns the exchange and the bytes that this site sends.
         """
         each = sent.numel() // (self.size - 1)
         split = [each] * self.size
@@ -90,7 +98,7 @@ class SiteGroup:
     def send_to_each(
         self, received: Tensor, sent: Tensor, received_by: Sequence[int], sent_by: Sequence[int]
     ) -> int:
-        """sent_by[r] elements of `sent` go to member r, received_by[r] come from it; waits.
+        """Sends sent_by[r] elements of `sent` to member r and receives received_by[r]; waits.
 
         Returns the bytes sent.
         """
@@ -100,12 +108,14 @@ class SiteGroup:
         return sent.nbytes
 
     def gather(self, gathered: Tensor, own: Tensor) -> tuple[Handle, int]:
-        """`own` [n] of all members, in rank order, in `gathered` [size * n]; as `scatter`."""
+        """Gathers `own` [n] of all members in rank order into `gathered` [size * n]; returns as
+        `scatter`."""
         sent = (self.size - 1) * own.nbytes
         return self._under_way(self._gather._allgather_base(gathered.view(-1), own), sent), sent
 
     def gather_now(self, own: Tensor) -> tuple[Tensor, int]:
-        """`own` [n] of all members [size, n], on the CPU, and the bytes sent; waits."""
+        """Gathers `own` [n] of all members; waits. Returns them [size, n], on the CPU, and the
+        bytes sent."""
         own = own.contiguous()
         if self.size == 1:
             return own.cpu().unsqueeze(0), 0
@@ -116,7 +126,7 @@ class SiteGroup:
         return gathered.cpu(), count
 
     def broadcast(self, tensor: Tensor, rank: int) -> int:
-        """Member `rank`'s `tensor` in place at all members; the bytes this site sends."""
+        """Overwrites `tensor` with that of member `rank`; returns the bytes this site sends."""
         if self.size == 1:
             return 0
         here = tensor.to(self.device).contiguous()
@@ -143,7 +153,7 @@ class SiteGroups:
         self,
         num_sites: int,
         site: int,
-        timeout_s: float = 300.0,
+        timeout_s: float = OuterConfig.timeout_s,
         *,
         link: wire.Link | None = None,
         rank: int = 0,
@@ -163,6 +173,9 @@ class SiteGroups:
         self._timeout = timedelta(seconds=timeout_s)
         self._groups: dict[Owners, SiteGroup | None] = {}
         self.link, self.link_words = active_link(link=link, ranks=ranks)
+        self._gloo, self._probe, self._control = True, None, None
+        self._bytes: dict[int, Tensor] = {}
+        self._heard: dict[int, Any] = {}
         if num_sites == 1:
             self.create([self.everyone])
             return
@@ -199,7 +212,7 @@ class SiteGroups:
         return tuple(range(self.num_sites))
 
     def _connect(self, owners: Owners, purpose: str, threads: int) -> Any:
-        """A process group of the owners: called by them alone with Gloo, else by all sites."""
+        """A process group of the owners. With Gloo only they must call it, otherwise all sites."""
         if not self._gloo:
             groups = [
                 dist.new_group([s * self.ranks + r for s in owners], timeout=self._timeout)
@@ -221,9 +234,9 @@ class SiteGroups:
         return gloo(store, owners.index(self.site), len(owners), options)
 
     def create(self, owner_sets: Iterable[Owners]) -> None:
-        """Connects the groups that are not there yet; a collective call with the same sets.
+        """Connects the groups that do not exist yet; a collective with the same sets at all sites.
 
-        In ascending order of the sets, so that sites of several groups cannot wait in a circle.
+        In ascending order of the sets, so that sites in several groups cannot deadlock.
         """
         for owners in sorted(set(owner_sets) - self._groups.keys()):
             mine = self.site in owners
@@ -236,17 +249,37 @@ class SiteGroups:
                 SiteGroup(owners, self.site, channels, self.link) if mine else None
             )
 
+    def close(self, wait: bool = True) -> None:
+        """Frees all connections, which cannot be used any more; no collective. May be called twice.
+
+        `wait`: until exchanges under way have ended, at most `timeout_s`; otherwise a thread waits.
+        """
+        channels = [self._probe, self._control]
+        for group in self._groups.values():
+            if group is not None:
+                channels += group.release()
+        self._groups.clear()
+        self._heard.clear()
+        self._bytes.clear()
+        self._probe = self._control = None
+        if wait:
+            _free(channels)
+        else:
+            threading.Thread(target=_free, args=(channels,), daemon=True).start()
+
     def group(self, owners: Owners) -> SiteGroup:
-        """This site's group of an owner set. Raises KeyError where it is no member or not made."""
+        """The group of an owner set. Raises KeyError if it was not created or the site is not in
+        it."""
         group = self._groups.get(owners)
         if group is None:
             raise KeyError(f"site {self.site} has no group of the sites {owners}")
         return group
 
     def gather_numbers(self, own: Tensor) -> tuple[Handle | None, Tensor, int]:
-        """Small CPU tensors [n] of all sites [num_sites, n], while meetings may be under way.
+        """Gathers small CPU tensors [n] of all sites, also while meetings are under way.
 
-        Returns the exchange (None for a single site), the tensor that it fills, the bytes sent.
+        Returns the exchange (None for a single site), the tensor [num_sites, n] that it fills, and
+        the bytes sent.
         """
         if self.num_sites == 1:
             return None, own.unsqueeze(0), 0
@@ -260,8 +293,8 @@ class SiteGroups:
         return _Exchange(work, self.link, sent), gathered, sent
 
     def _listen(self) -> None:
-        """Gets ready to hear a byte of every other site, so that what it says before it ends is not
-        lost."""
+        """Starts to receive a byte from every other site, so that its answer is not lost if it ends
+        right afterwards."""
         self._bytes = {s: torch.zeros(1, dtype=torch.uint8) for s in self.everyone}
         self._heard = {
             site: self._probe.recv([self._bytes[site]], site, site)
@@ -270,10 +303,10 @@ class SiteGroups:
         }
 
     def missing_sites(self) -> str:
-        """After a failure: which sites are gone or silent, in words; empty when all are there.
+        """After a failure: a text that says which sites are gone or silent; empty if all answer.
 
-        Every site says to every other one that it is there. A connection whose other end is closed
-        fails at once; who is alive but says nothing may just not have noticed the failure.
+        Every site sends a byte to every other one. A closed connection fails at once. A site that
+        is alive but silent may just not have noticed the failure.
         """
         if self.num_sites == 1 or self._probe is None:
             return ""
@@ -308,12 +341,21 @@ class SiteGroups:
         return f"no word from {_names(silent)}" if silent else ""
 
 
+def _free(channels: list[Any]) -> None:
+    """Destroys process groups to which there must be no other reference."""
+    while channels:
+        channel = channels.pop()
+        if channel is not None and not isinstance(channel, dist.ProcessGroupGloo):
+            dist.destroy_process_group(channel)
+        del channel  # a Gloo group ends with the last reference
+
+
 def _names(sites: Sequence[int]) -> str:
     return f"{'site' if len(sites) == 1 else 'sites'} {', '.join(map(str, sites))}"
 
 
 def share_statuses(group: SiteGroup, message: str) -> tuple[list[str], int]:
-    """Tells all members a short text and returns theirs in rank order, and the bytes sent."""
+    """Exchanges short texts; returns those of all members in rank order, and the bytes sent."""
     if group.size == 1:
         return [message], 0
     raw = message.encode()[: wire.STATUS_BYTES]
@@ -324,6 +366,7 @@ def share_statuses(group: SiteGroup, message: str) -> tuple[list[str], int]:
 
 
 def sum_floats(group: SiteGroup, value: float) -> tuple[float, int]:
-    """Sum over the members in fp64, in rank order, the same bits for all; and the bytes sent."""
+    """The sum over all members in fp64, in rank order (equal bits everywhere), and the bytes
+    sent."""
     rows, sent = group.gather_now(torch.tensor([value], dtype=torch.float64))
     return sum(rows.view(-1).tolist()), sent

@@ -1,4 +1,4 @@
-"""What a resumed run needs of a site's meetings, as plain data."""
+"""The state dict of an OuterSync: what a resumed run needs, as plain data."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from fomoe_ext.outer.codec import Codec
 from fomoe_ext.outer.log import MeetingLog
 from fomoe_ext.outer.optimizer import OuterRule
+from fomoe_ext.outer.overlap import OverlapTimes
 from fomoe_ext.outer.routed import TokenCounts
 from fomoe_ext.outer.state import OuterState
 from fomoe_ext.outer.step_count import StepCount
@@ -29,13 +30,14 @@ _TENSORS = {
 
 @dataclass
 class Resumable:
-    """All that a run goes on from; each part has an owner of its own."""
+    """Writes and restores the state of the parts of an OuterSync."""
 
     state: OuterState
     counts: TokenCounts
     steps: StepCount
     log: MeetingLog
     warmup: ArrivalWarmup | None
+    times: OverlapTimes
 
     def state_dict(self) -> dict[str, Any]:
         """`OuterSync.state_dict`."""
@@ -54,6 +56,7 @@ class Resumable:
             "met": counts.met.tolist() if layout.site.options.expert_turns > 1 else [],
             **_tensors(self.state),
             "warmup": [[*key, *steps] for key, steps in warming.items()],
+            "overlap": self.times.steps,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -79,6 +82,7 @@ class Resumable:
         self.log.agreements = numbers["agreements"]
         self.steps.taken, self.steps.reductions = numbers["steps"], numbers["reductions"]
         load_met(self.counts.met, state)
+        self.times.resume(int(state.get("overlap", 0)))
         if self.warmup is not None:
             self.warmup.progress = warming
 
@@ -119,8 +123,8 @@ def require_rules(rule: OuterRule, codec: Codec, state: Mapping[str, Any]) -> No
 
 
 def load_met(met: Tensor, state: Mapping[str, Any]) -> None:
-    """When experts last met, with turns. A state without that is of none, or of earlier versions:
-    then all wait alike."""
+    """Restores when each expert last met, with expert_turns. Other states do not have it: then no
+    expert has priority."""
     found = torch.tensor(state.get("met", []), dtype=torch.int64)
     if found.shape == met.shape:
         met.copy_(found)

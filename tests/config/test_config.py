@@ -13,8 +13,15 @@ from hypothesis import strategies as st
 
 from fomoe_ext.config.data import DataConfig
 from fomoe_ext.config.inner import InnerConfig
-from fomoe_ext.config.io import dump_config, load_config, parse_args, read_toml, save_config
-from fomoe_ext.config.job import TrainConfig, preset_config
+from fomoe_ext.config.io import (
+    RENAMED,
+    dump_config,
+    load_config,
+    parse_args,
+    read_toml,
+    save_config,
+)
+from fomoe_ext.config.job import SECTIONS, TrainConfig, preset_config
 from fomoe_ext.config.model import ModelConfig, count_parameters
 from fomoe_ext.config.outer import OuterConfig
 from fomoe_ext.config.presets import PRESETS
@@ -163,9 +170,22 @@ def test_resume_flag(line: str, resume: str | None) -> None:
         ('[sites]\nsites = "four"\n', TypeError, ["sites.sites", "whole number", "'four'"]),
         ("[sites]\nsites = 4.0\n", TypeError, ["sites.sites", "whole number"]),
         ("[sites]\nsites = true\n", TypeError, ["sites.sites", "whole number"]),
-        ("[model]\nrenormalize = 1\n", TypeError, ["model.renormalize", "true or false"]),
-        ('[model]\nscoring = "tanh"\n', ValueError, ["model.scoring", "'sigmoid'", "'tanh'"]),
-        ("[model]\nscoring = 1\n", ValueError, ["model.scoring"]),
+        (
+            "[model]\nz_loss_coef = 0.1\n",
+            ValueError,
+            ["unknown key 'model.z_loss_coef'", "it is called 'model.router_z_loss_coef' now"],
+        ),
+        (
+            "[model]\nrouter_renormalize = 1\n",
+            TypeError,
+            ["model.router_renormalize", "true or false"],
+        ),
+        (
+            '[model]\nrouter_scoring = "tanh"\n',
+            ValueError,
+            ["model.router_scoring", "'sigmoid'", "'tanh'"],
+        ),
+        ("[model]\nrouter_scoring = 1\n", ValueError, ["model.router_scoring"]),
         ('[data]\ndata = "a.txt"\n', TypeError, ["data.data", "a list of"]),
         ("[data]\ndata = [1]\n", TypeError, ["data.data[0]", "a string"]),
         ("[data]\ntokenizer = 3\n", TypeError, ["data.tokenizer", "path"]),
@@ -201,7 +221,7 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
     [
         ("--hiden-size 3", ["hiden-size", "--hidden-size"]),
         ("--sites four", ["four"]),
-        ("--scoring tanh", ["tanh", "sigmoid"]),
+        ("--router-scoring tanh", ["tanh", "sigmoid"]),
         ("--replication 5", ["replication", "[1, 4]"]),
         ("--top-k 17", ["top_k", "num_experts"]),
         ("--sites 3", ["num_experts * sites.replication"]),
@@ -230,12 +250,12 @@ def test_bad_preset_and_flag_without_value() -> None:
         (ModelConfig, {"hidden_size": 0}, "hidden_size"),
         (ModelConfig, {"hidden_size": 130}, "num_heads"),
         (ModelConfig, {"hidden_size": 12, "num_heads": 4}, "even"),
-        (ModelConfig, {"num_groups": 3}, "num_groups"),
-        (ModelConfig, {"num_groups": 4, "groups_kept": 5}, "groups_kept"),
-        (ModelConfig, {"num_groups": 16, "groups_kept": 1}, "top_k"),
+        (ModelConfig, {"router_num_groups": 3}, "router_num_groups"),
+        (ModelConfig, {"router_num_groups": 4, "router_groups_kept": 5}, "router_groups_kept"),
+        (ModelConfig, {"router_num_groups": 16, "router_groups_kept": 1}, "top_k"),
         (ModelConfig, {"rope_base": 1.0}, "rope_base"),
         (ModelConfig, {"depth_multiplier": 0.0}, "depth_multiplier"),
-        (ModelConfig, {"z_loss_coef": -1.0}, "z_loss_coef"),
+        (ModelConfig, {"router_z_loss_coef": -1.0}, "router_z_loss_coef"),
         (DataConfig, {"validation_fraction": 1.0}, "validation_fraction"),
         (DataConfig, {"text_field": ""}, "text_field"),
         (SitesConfig, {"sites": 0}, "sites"),
@@ -278,3 +298,9 @@ def test_configuration_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == dump_config(parse_args(["--top-k", "3"])).strip()
+
+
+def test_renamed_keys_are_unknown_and_their_new_names_known():
+    config = preset_config("tiny")
+    known = {f"{name}.{key}" for name in SECTIONS for key in vars(getattr(config, name))}
+    assert set(RENAMED.values()) <= known and not RENAMED.keys() & known

@@ -18,11 +18,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = {
     "plain": {},
     "softmax and groups": {
-        "scoring": "softmax",
-        "num_groups": 4,
-        "groups_kept": 2,
-        "renormalize": True,
-        "routed_scale": 2.5,
+        "router_scoring": "softmax",
+        "router_num_groups": 4,
+        "router_groups_kept": 2,
+        "router_renormalize": True,
+        "router_scale": 2.5,
         "activation": "geglu",
     },
     "gpt-oss": {"activation": "clamped_swiglu", "expert_bias": True, "top_k": 4, "norm": "rms"},
@@ -32,7 +32,7 @@ OPTIONS = {
         "depth_multiplier": 0.5,
     },
     "resident": {"router_scope": "resident", "activation": "relu2", "rope_base": 500.0},
-    "gelu": {"activation": "gelu", "expert_bias": True, "num_groups": 2, "vocab_size": 300},
+    "gelu": {"activation": "gelu", "expert_bias": True, "router_num_groups": 2, "vocab_size": 300},
 }
 
 
@@ -61,7 +61,7 @@ def test_a_trained_run_gives_the_same_logits_and_loss(trained):
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_gradients_are_the_same(tmp_path):
     model = random_model(
-        tiny_config(renormalize=True, shared_expert_intermediate_size=8, expert_bias=True)
+        tiny_config(router_renormalize=True, shared_expert_intermediate_size=8, expert_bias=True)
     )
     exported = load(write(untrained_run(tmp_path, model), tmp_path / "out"))
     exported.train()

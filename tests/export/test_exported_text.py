@@ -36,7 +36,7 @@ def greedy(model: LanguageModel, tokens: torch.Tensor, count: int) -> torch.Tens
     ids=["cache", "no cache", "static cache"],
 )
 def test_greedy_tokens_are_those_of_our_model(tmp_path, options):
-    model = random_model(tiny_config(renormalize=True))
+    model = random_model(tiny_config(router_renormalize=True))
     exported = load(write(untrained_run(tmp_path, model), tmp_path / "out"))
     prompt = tokens_of(model.config, 3, 6)
     found = exported.generate(
@@ -207,4 +207,4 @@ def test_a_tokenizer_that_is_not_the_runs_is_refused(tmp_path, capsys):
     assert (
         cli.main(["export", str(source), "--out", str(tmp_path / "o"), "--tokenizer", other]) == 2
     )
-    assert "has 290 ids, the model 256" in capsys.readouterr().err
+    assert "must have at most the model's 256 ids, got 290" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from outer_model import EXPERTS, LAYERS, SmallModel, give_gradients
 
-from fomoe_ext.outer import OuterSync
+from fomoe_ext.outer import OuterOptions, OuterSync
 from fomoe_ext.placement import Placement
 
 
@@ -17,9 +17,9 @@ def make(
     placement = Placement.cyclic(
         num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=2
     )
-    model = SmallModel(placement, site, scope, balance="bias", bias_update_rate=0.01)
+    model = SmallModel(placement, site, scope, balance="bias", balance_bias_rate=0.01)
     inner = torch.optim.AdamW(model.parameters(), lr=0.05)
-    sync = OuterSync(model, placement, site, inner_optimizer=inner, **options)
+    sync = OuterSync(model, placement, site, OuterOptions(**options), inner_optimizer=inner)
     return model, inner, sync
 
 

@@ -18,28 +18,32 @@ from fomoe_ext.placement import Placement
 KINDS: dict[str, dict[str, Any]] = {
     "skipping": {
         "resident_experts": [0, 2, 3],
-        "bias": True,
+        "expert_bias": True,
         "balance": "bias",
-        "z_loss_coef": 0.1,
+        "router_z_loss_coef": 0.1,
         "shared_expert_intermediate_size": 8,
     },
     "resident": {
         "router_scope": "resident",
         "resident_experts": [5, 1, 2, 4],
-        "scoring": "softmax",
-        "renormalize": True,
+        "router_scoring": "softmax",
+        "router_renormalize": True,
         "balance": "switch",
         "activation": "clamped_swiglu",
-        "bias": True,
+        "expert_bias": True,
     },
     "groups": {
-        "num_groups": 3,
-        "groups_kept": 2,
-        "scale": 2.5,
+        "router_num_groups": 3,
+        "router_groups_kept": 2,
+        "router_scale": 2.5,
         "balance": "bias",
         "router_bias": True,
     },
-    "empty": {"resident_experts": [], "shared_expert_intermediate_size": 8, "z_loss_coef": 0.1},
+    "empty": {
+        "resident_experts": [],
+        "shared_expert_intermediate_size": 8,
+        "router_z_loss_coef": 0.1,
+    },
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -88,7 +92,7 @@ def language_model(**changes: Any) -> LanguageModel:
     options: dict[str, Any] = {
         "shared_expert_intermediate_size": 8,
         "expert_bias": True,
-        "z_loss_coef": 0.1,
+        "router_z_loss_coef": 0.1,
     }
     config = small(**(options | changes))
     return LanguageModel(

@@ -57,7 +57,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str, type[Exception]]] = [
     ({"top_k": 5}, "top_k", ValueError),
     ({"activation": "relu"}, "activation", ValueError),
     ({"activation": None}, "activation", ValueError),
-    ({"scoring": "tanh"}, "scoring", ValueError),
+    ({"router_scoring": "tanh"}, "router_scoring", ValueError),
     ({"router_scope": "local"}, "router_scope", ValueError),
     ({"balance": "aux"}, "balance", ValueError),
     ({"resident_experts": [0, 4]}, "resident_experts", ValueError),
@@ -68,19 +68,19 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str, type[Exception]]] = [
     ({"resident_experts": 2}, "resident_experts", TypeError),
     ({"resident_experts": [], "router_scope": "resident"}, "resident_experts", ValueError),
     ({"shared_expert_intermediate_size": -1}, "shared_expert_intermediate_size", ValueError),
-    ({"renormalize": "yes"}, "renormalize", TypeError),
-    ({"bias": 1}, "bias", TypeError),
+    ({"router_renormalize": "yes"}, "router_renormalize", TypeError),
+    ({"expert_bias": 1}, "expert_bias", TypeError),
     ({"router_bias": 1}, "router_bias", TypeError),
-    *[({"scale": value}, "scale", ValueError) for value in (NAN, INF, -1.0)],
-    ({"scale": "1"}, "scale", TypeError),
-    ({"num_groups": 3}, "num_groups", ValueError),
-    ({"num_groups": 0}, "num_groups", ValueError),
-    ({"num_groups": 2, "groups_kept": 3}, "groups_kept", ValueError),
-    ({"groups_kept": 0}, "groups_kept", ValueError),
-    ({"num_groups": 4, "groups_kept": 1}, "top_k", ValueError),
+    *[({"router_scale": value}, "router_scale", ValueError) for value in (NAN, INF, -1.0)],
+    ({"router_scale": "1"}, "router_scale", TypeError),
+    ({"router_num_groups": 3}, "router_num_groups", ValueError),
+    ({"router_num_groups": 0}, "router_num_groups", ValueError),
+    ({"router_num_groups": 2, "router_groups_kept": 3}, "router_groups_kept", ValueError),
+    ({"router_groups_kept": 0}, "router_groups_kept", ValueError),
+    ({"router_num_groups": 4, "router_groups_kept": 1}, "top_k", ValueError),
     *[
         ({name: value}, name, ValueError)
-        for name in ("balance_coef", "z_loss_coef", "bias_update_rate")
+        for name in ("balance_coef", "router_z_loss_coef", "balance_bias_rate")
         for value in (NAN, INF, -0.1)
     ],
     ({"balance_coef": None}, "balance_coef", TypeError),

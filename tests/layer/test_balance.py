@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("router_scope", ["global", "resident"])
 def test_statistics_equal_plain_counts(scoring: str, router_scope: str) -> None:
     residents = [0, 2, 3, 4]
-    layer = make(scoring=scoring, router_scope=router_scope, resident_experts=residents)
+    layer = make(router_scoring=scoring, router_scope=router_scope, resident_experts=residents)
     x = tokens(2, 50, 24)
     layer(x)
     flat, logits = x.view(100, 24), layer.router.logits(x.view(100, 24)).detach()
@@ -41,7 +41,7 @@ def test_no_loss_is_zero_and_losses_are_off_in_eval_mode() -> None:
     layer = make()
     layer(tokens(5, 24))
     assert layer.aux_loss.item() == 0 and layer.aux_loss.dim() == 0
-    layer = make(balance="switch", z_loss_coef=1.0).eval()
+    layer = make(balance="switch", router_z_loss_coef=1.0).eval()
     layer(tokens(5, 24))
     assert layer.aux_loss.item() == 0
 
@@ -54,8 +54,8 @@ def test_losses_equal_their_formulas(router_scope: str, scoring: str, kind: str)
     layer = make(
         balance=kind,
         balance_coef=0.3,
-        z_loss_coef=0.07,
-        scoring=scoring,
+        router_z_loss_coef=0.07,
+        router_scoring=scoring,
         router_scope=router_scope,
         resident_experts=residents,
         top_k=2,
@@ -113,7 +113,10 @@ def test_a_loss_balances_a_skewed_router(kind: str) -> None:
 def test_selection_bias_balances_a_skewed_router(router_scope: str) -> None:
     residents = [0, 1, 2, 4]
     layer = skewed_layer(
-        balance="bias", bias_update_rate=0.01, router_scope=router_scope, resident_experts=residents
+        balance="bias",
+        balance_bias_rate=0.01,
+        router_scope=router_scope,
+        resident_experts=residents,
     )
     x = skewed_tokens()
     before = imbalance(layer, x)
@@ -127,7 +130,7 @@ def test_selection_bias_balances_a_skewed_router(router_scope: str) -> None:
 
 
 def test_selection_bias_step_by_hand() -> None:
-    layer = make(balance="bias", bias_update_rate=0.5)
+    layer = make(balance="bias", balance_bias_rate=0.5)
     layer.update_selection_bias(torch.tensor([4, 0, 2, 2, 3, 1]))
     assert layer.router.selection_bias.tolist() == [-0.5, 0.5, 0, 0, -0.5, 0.5]
     layer.update_selection_bias()  # nothing counted: nothing moves

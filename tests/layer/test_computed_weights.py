@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"resident_experts": [0, 2, 5]},
-    "biased": {"bias": True, "router_bias": True, "shared_expert_intermediate_size": 8},
+    "biased": {"expert_bias": True, "router_bias": True, "shared_expert_intermediate_size": 8},
     "resident": {"resident_experts": [0, 2, 5], "router_scope": "resident"},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)

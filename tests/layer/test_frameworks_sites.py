@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 PROCESSES = 2
 STEPS = 2
 # Gradients are a mean over processes, so that every loss must be a mean over tokens.
-BY_TOKEN: dict[str, Any] = {"balance": "bias", "z_loss_coef": 0.1}
+BY_TOKEN: dict[str, Any] = {"balance": "bias", "router_z_loss_coef": 0.1}
 
 
 # ---- what one process and each of many do --------------------------------------------------------
@@ -253,7 +253,11 @@ def test_data_parallel_with_experts_without_tokens() -> None:
 def nothing_chosen(site: int, num_sites: int) -> dict[str, Tensor]:
     """Process 0 gets tokens of which every slot is skipped."""
     layer = layer_of(
-        "skipping", shared_expert_intermediate_size=0, z_loss_coef=0.0, balance="none", top_k=1
+        "skipping",
+        shared_expert_intermediate_size=0,
+        router_z_loss_coef=0.0,
+        balance="none",
+        top_k=1,
     )
     layer.router.selection_bias.fill_(0)
     layer.router.selection_bias[5 if site == 0 else 2] = 100.0
@@ -267,7 +271,11 @@ def nothing_chosen(site: int, num_sites: int) -> dict[str, Tensor]:
 def test_data_parallel_where_one_process_skips_everything() -> None:
     answers = pool().run(PROCESSES, nothing_chosen)
     layer = layer_of(
-        "skipping", shared_expert_intermediate_size=0, z_loss_coef=0.0, balance="none", top_k=1
+        "skipping",
+        shared_expert_intermediate_size=0,
+        router_z_loss_coef=0.0,
+        balance="none",
+        top_k=1,
     )
     layer.router.selection_bias.fill_(0)
     layer.router.selection_bias[2] = 100.0

@@ -40,7 +40,7 @@ def test_forward_and_backward_match_fp64(
         dtype=dtype,
         router_scope=router_scope,
         activation=activation,
-        scoring=scoring,
+        router_scoring=scoring,
         resident_experts=[0, 3, 4, 5],
     )
     check_against_dense(layer, tokens(3, 17, 24, dtype=dtype))
@@ -52,12 +52,12 @@ def test_forward_and_backward_match_fp64(
         {"shared_expert_intermediate_size": 28},
         {"shared_expert_intermediate_size": 28, "activation": "relu2", "dtype": torch.bfloat16},
         {"shared_expert_intermediate_size": 12, "activation": "geglu", "resident_experts": []},
-        {"renormalize": True, "scale": 2.5},
-        {"renormalize": True, "scoring": "softmax", "resident_experts": [1, 2]},
+        {"router_renormalize": True, "router_scale": 2.5},
+        {"router_renormalize": True, "router_scoring": "softmax", "resident_experts": [1, 2]},
         {"top_k": 6},
         {"top_k": 1, "num_experts": 1},
         {"router_scope": "resident", "resident_experts": [2]},
-        {"router_scope": "resident", "resident_experts": [5, 0], "renormalize": True},
+        {"router_scope": "resident", "resident_experts": [5, 0], "router_renormalize": True},
     ],
     ids=str,
 )
@@ -67,7 +67,7 @@ def test_options_match_fp64(options: dict[str, Any]) -> None:
 
 
 def test_group_limited_choice_keeps_to_the_best_groups() -> None:
-    layer = make(num_experts=8, top_k=3, num_groups=4, groups_kept=2)
+    layer = make(num_experts=8, top_k=3, router_num_groups=4, router_groups_kept=2)
     layer.router.selection_bias.copy_(tokens(8, seed=3) * 0.1)
     x = tokens(64, 24)
     weights, experts = layer.router(x)
@@ -91,7 +91,7 @@ def test_selection_bias_moves_the_choice_but_not_the_weights() -> None:
 @pytest.mark.parametrize("router_scope", ["global", "resident"])
 def test_any_leading_dimensions(shape: tuple[int, ...], router_scope: str) -> None:
     layer = make(
-        router_scope=router_scope, resident_experts=[1, 4], balance="switch", z_loss_coef=0.1
+        router_scope=router_scope, resident_experts=[1, 4], balance="switch", router_z_loss_coef=0.1
     )
     x = tokens(*shape).requires_grad_()
     y = layer(x)
@@ -119,8 +119,8 @@ def test_a_view_with_gaps_gives_the_same_as_its_copy() -> None:
 def test_skipped_slots_add_exactly_nothing(scoring: str) -> None:
     """A full layer whose absent experts are zeroed gives the same, bit for bit."""
     x = tokens(200, 24)
-    part = make(resident_experts=[1, 3, 5], scoring=scoring)
-    full = make(scoring=scoring)
+    part = make(resident_experts=[1, 3, 5], router_scoring=scoring)
+    full = make(router_scoring=scoring)
     with torch.no_grad():
         full.experts.contract_weight[[0, 2, 4]] = 0.0
     y, zeroed = part(x), full(x)
@@ -287,7 +287,7 @@ def test_compiles_without_graph_breaks(router_scope: str) -> None:
         router_scope=router_scope,
         shared_expert_intermediate_size=16,
         balance="switch",
-        z_loss_coef=0.1,
+        router_z_loss_coef=0.1,
     )
     copied = copy.deepcopy(layer)
     compiled = torch.compile(copied, fullgraph=True, backend="aot_eager")
@@ -412,6 +412,7 @@ def test_same_input_twice_gives_the_same_bits() -> None:
 
 def test_repr_tells_what_is_resident() -> None:
     text = repr(make(resident_experts=[0, 2], router_scope="resident", balance="entropy"))
-    assert "resident=2/6" in text and "top_k=3" in text and "balance_coef=0.01" in text
+    assert "resident_experts=[0, 2]" in text and "top_k=3" in text and "balance='entropy'" in text
     parts = nn.Sequential(Router(8, 4, 2), Experts(8, 4, 4))
-    assert "Router(8, 4, top_k=2" in repr(parts) and "resident=4/4" in repr(parts)
+    assert "Router(hidden_size=8, num_experts=4, top_k=2)" in repr(parts)
+    assert "Experts(hidden_size=8, intermediate_size=4, num_experts=4)" in repr(parts)

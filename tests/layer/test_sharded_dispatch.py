@@ -52,7 +52,10 @@ CASES: dict[str, tuple[tuple[int, ...], Options]] = {
     "half-by-router": (UNEVEN, {"resident_experts": HALF, "router_scope": "resident"}),
     "few-by-router": (UNEVEN, {"resident_experts": (1, 6), "router_scope": "resident"}),
     "shared-expert": (UNEVEN, {"resident_experts": HALF, "shared_expert_intermediate_size": 20}),
-    "biases": (UNEVEN, {"resident_experts": HALF, "bias": True, "activation": "clamped_swiglu"}),
+    "biases": (
+        UNEVEN,
+        {"resident_experts": HALF, "expert_bias": True, "activation": "clamped_swiglu"},
+    ),
     "top-1": (UNEVEN, {"top_k": 1}),
     "top-1-half": (UNEVEN, {"top_k": 1, "resident_experts": HALF}),
     "idle-rank": (IDLE, {"shared_expert_intermediate_size": 20}),
@@ -62,9 +65,9 @@ CASES: dict[str, tuple[tuple[int, ...], Options]] = {
     "one-expert": (UNEVEN, {"resident_experts": (5,)}),
     "unchosen": ((1, 1), {"top_k": 1}),
     "bf16": (UNEVEN, {"dtype": torch.bfloat16, "shared_expert_intermediate_size": 20}),
-    "three": ((4, 0, 11), {"resident_experts": (0, 1, 2, 4), "bias": True}),
+    "three": ((4, 0, 11), {"resident_experts": (0, 1, 2, 4), "expert_bias": True}),
     "four": ((5, 1, 0, 14), {"shared_expert_intermediate_size": 20}),
-    "four-half": ((5, 1, 0, 14), {"resident_experts": (2, 3, 4, 5, 7), "bias": True}),
+    "four-half": ((5, 1, 0, 14), {"resident_experts": (2, 3, 4, 5, 7), "expert_bias": True}),
     "four-one": ((5, 1, 0, 14), {"resident_experts": (2,), "router_scope": "resident"}),
     "four-bf16": ((5, 1, 8, 14), {"dtype": torch.bfloat16, "resident_experts": HALF}),
 }
@@ -105,7 +108,12 @@ def test_sharded_layer_gives_the_same_bits_twice(case: str) -> None:
 
 def test_sharded_replicas_average_their_gradients() -> None:
     sizes = (5, 1, 0, 14)
-    options = {"num_experts": 7, "top_k": 3, "bias": True, "shared_expert_intermediate_size": 20}
+    options = {
+        "num_experts": 7,
+        "top_k": 3,
+        "expert_bias": True,
+        "shared_expert_intermediate_size": 20,
+    }
     answers = pool().run(4, on_a_rank, sizes, options, (2, 2))
     assert [answer["rank"] for answer in answers] == [0, 1, 0, 1]
     assert answers[0]["experts"] == answers[2]["experts"] == (0, 1, 2, 3)
@@ -183,7 +191,7 @@ def measures(rank: int, ranks: int, options: Options) -> list[Any]:
 @pytest.mark.parametrize("balance", ["switch", "entropy", "bias"])
 def test_sharded_layer_measures_its_own_tokens(scope: str, balance: str) -> None:
     options = {"router_scope": scope, "balance": balance, "resident_experts": (0, 1, 2, 5)}
-    for got, wanted in pool().run(2, measures, options | {"z_loss_coef": 0.1}):
+    for got, wanted in pool().run(2, measures, options | {"router_z_loss_coef": 0.1}):
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
         assert wanted[-2] > 0 or balance != "switch"
         assert (wanted[-1] != 0).any() == (balance == "bias")
@@ -193,8 +201,8 @@ def test_sharded_layer_measures_its_own_tokens(scope: str, balance: str) -> None
 
 
 def shapes_and_state(rank: int, ranks: int, folder: str) -> dict[str, Any]:
-    layer = make(mesh=mesh_of(ranks), num_experts=7, bias=True)
-    whole = make(num_experts=7, bias=True)
+    layer = make(mesh=mesh_of(ranks), num_experts=7, expert_bias=True)
+    whole = make(num_experts=7, expert_bias=True)
     shapes = {n: tuple(p.shape) for n, p in layer.experts.named_parameters()}
     equal = all(
         torch.equal(mine, theirs)
@@ -207,7 +215,7 @@ def shapes_and_state(rank: int, ranks: int, folder: str) -> dict[str, Any]:
     )
     buffer = io.BytesIO()
     torch.save(layer.state_dict(), buffer)
-    again = MoELayer(HIDDEN, 20, 7, 3, bias=True, seed=0, mesh=mesh_of(ranks), device="meta")
+    again = MoELayer(HIDDEN, 20, 7, 3, expert_bias=True, seed=0, mesh=mesh_of(ranks), device="meta")
     again.to_empty(device="cpu")
     again.reset_parameters()
     other = copy.deepcopy(layer)
@@ -373,7 +381,8 @@ def bad_calls(rank: int, ranks: int) -> dict[str, str]:
 def test_sharded_layers_name_what_is_wrong() -> None:
     for rank, found in enumerate(pool().run(2, bad_calls)):
         alike = (
-            "RuntimeError: the ranks of the mesh's axis 'expert' must call the same layers alike"
+            "RuntimeError: the ranks of the mesh's axis 'expert' must make the same calls of the "
+            "same layers"
         )
         for name, values in (
             ("layers", f"in layer {rank} they differ in layer_index: by rank [0, 1]"),
@@ -383,15 +392,15 @@ def test_sharded_layers_name_what_is_wrong() -> None:
             ("no_grad", "in layer 1 they differ in gradient of the experts: by rank [0, 1]"),
         ):
             assert found[name].startswith(alike) and values in found[name], found[name]
-        assert found["no axis"] == (
-            "ValueError: mesh must have an axis 'expert', its axes are: 'model'"
-        )
-        assert found["unnamed"].endswith("an axis 'expert', its axes are: none with a name")
+        assert found["no axis"] == ("ValueError: mesh must have an axis 'expert', got 'model'")
+        assert found["unnamed"].endswith("an axis 'expert', got none with a name")
         assert found["no mesh"].startswith("TypeError: mesh must be a DeviceMesh, got ")
         outside = "ValueError: mesh must hold this process, rank 1, got "
         assert found["outside"].startswith("no error" if rank == 0 else outside)
-        assert found["device"] == "ValueError: mesh must be of cuda as the layer, got one of cpu"
-        assert "mesh must have an axis 'replica', its axes are: 'expert'" in found["no replica"]
+        assert (
+            found["device"] == "ValueError: mesh must be for cuda, the device of the layer, got cpu"
+        )
+        assert "mesh must have an axis 'replica', got 'expert'" in found["no replica"]
         assert found["residents change"].startswith("RuntimeError: set_resident_experts: not")
         assert found["pickle"].startswith(
             "TypeError: a layer sharded over a mesh cannot be pickled"

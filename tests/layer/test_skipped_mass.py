@@ -32,13 +32,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 HALF = (0, 3, 4)
 CASES: dict[str, dict[str, Any]] = {
     "sigmoid": {},
-    "softmax": {"scoring": "softmax"},
-    "renormalize": {"renormalize": True, "scale": 2.5},
-    "softmax-renormalize": {"scoring": "softmax", "renormalize": True},
+    "softmax": {"router_scoring": "softmax"},
+    "renormalize": {"router_renormalize": True, "router_scale": 2.5},
+    "softmax-renormalize": {"router_scoring": "softmax", "router_renormalize": True},
     "top-1": {"top_k": 1},
     "top-6": {"top_k": 6},
-    "one-resident": {"resident_experts": (2,), "scoring": "softmax"},
-    "groups": {"num_groups": 3, "groups_kept": 2, "resident_experts": (0, 1, 3)},
+    "one-resident": {"resident_experts": (2,), "router_scoring": "softmax"},
+    "groups": {"router_num_groups": 3, "router_groups_kept": 2, "resident_experts": (0, 1, 3)},
     "shared": {"shared_expert_intermediate_size": 12},
     "bf16": {"dtype": torch.bfloat16},
 }
@@ -143,7 +143,7 @@ def test_like_experts_give_what_a_full_layer_gives() -> None:
     """Where all experts compute the same, what a token loses is its mass alone."""
     mlp = torch.nn.Sequential(torch.nn.Linear(24, 20), torch.nn.SiLU(), torch.nn.Linear(20, 24))
     x = tokens(80, 24)
-    common = {"top_k": 3, "scoring": "sigmoid", "renormalize": False}
+    common = {"top_k": 3, "router_scoring": "sigmoid", "router_renormalize": False}
     full = MoELayer.from_dense(mlp, 6, **common)(x)
     layer = MoELayer.from_dense(mlp, 6, resident_experts=HALF, skipped_mass="rescale", **common)
     y = layer(x)
@@ -173,7 +173,7 @@ def test_weights_near_zero_stay_finite() -> None:
 
 def test_compiled_once_for_any_number_of_tokens() -> None:
     torch._dynamo.reset()
-    options = {"balance": "bias", "z_loss_coef": 0.1, "shared_expert_intermediate_size": 8}
+    options = {"balance": "bias", "router_z_loss_coef": 0.1, "shared_expert_intermediate_size": 8}
     eager, traced = rescaling(**options), rescaling(**options)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(traced, fullgraph=True, backend=counter)
@@ -240,7 +240,7 @@ def test_the_option_is_checked_and_shown() -> None:
     assert make().skipped_mass == "drop" and "skipped_mass" not in repr(make())
     check_against_dense(make(resident_experts=HALF, skipped_mass="drop"), tokens(20, 24))
     everywhere = Placement.cyclic(num_sites=2, num_experts=16, num_layers=4, replication=2)
-    model = LanguageModel(parse_args(["--skipped-mass=rescale"]).model, everywhere)
+    model = LanguageModel(parse_args(["--skipped-mass=rescale"]).model, everywhere, 0)
     assert {layer.skipped_mass for layer in model.moe_layers()} == {"rescale"}
 
 

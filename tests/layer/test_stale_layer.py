@@ -46,7 +46,7 @@ def run(layer: MoELayer, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("copies", [[0, 2, 3, 6, 7], [2, 7]], ids=["all", "some"])
 def test_a_layer_computes_copies_as_if_it_held_them(copies, dtype, tolerance, kind):
     own = [1, 4, 5]
-    options: dict[str, Any] = {**kind, "bias": True, "dtype": dtype}
+    options: dict[str, Any] = {**kind, "expert_bias": True, "dtype": dtype}
     holder = layer_of(sorted(own + copies), [], **options)
     layer = layer_of(own, copies, **options)
     for mine, theirs in zip(run(layer, dtype), run(holder, dtype), strict=True):
@@ -103,10 +103,16 @@ def test_nothing_of_a_copy_is_trained():
 
 def test_bad_layers_are_named():
     for options, message in (
-        ({"stale_experts": [1, 2]}, r"stale_experts must be absent ones, \[1\] are resident"),
+        (
+            {"stale_experts": [1, 2]},
+            r"stale_experts must be experts that are not resident, got \[1\]",
+        ),
         ({"stale_experts": [2, 2]}, "stale_experts must be distinct"),
         ({"stale_experts": [8]}, r"stale_experts must be in 0..7 .*, got \[8\]"),
-        ({"stale_experts": [2], "router_scope": "resident"}, "needs router_scope 'global'"),
+        (
+            {"stale_experts": [2], "router_scope": "resident"},
+            r"stale_experts must be empty with router_scope .resident., got \[2\]",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             MoELayer(16, 12, 8, 3, resident_experts=[0, 1], **options)

@@ -36,7 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "resident": RESIDENT | {"router_scope": "resident"},
     "stale": RESIDENT | {"stale_experts": [1, 4]},
     "rescale": RESIDENT | {"skipped_mass": "rescale", "shared_expert_intermediate_size": 8},
-    "all": {"bias": True, "balance": "bias"},
+    "all": {"expert_bias": True, "balance": "bias"},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 

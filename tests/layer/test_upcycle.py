@@ -123,12 +123,12 @@ def test_without_noise_the_layer_computes_what_the_mlp_does(name: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"scoring": "sigmoid"},
+        {"router_scoring": "sigmoid"},
         {"top_k": 1},
         {"num_experts": 1, "top_k": 1},
         {"resident_experts": [4, 1], "router_scope": "resident"},
-        {"num_groups": 3, "groups_kept": 2},
-        {"bias": True},
+        {"router_num_groups": 3, "router_groups_kept": 2},
+        {"expert_bias": True},
     ],
     ids=str,
 )
@@ -141,7 +141,7 @@ def test_options_of_the_layer_keep_the_function(options: dict[str, Any]) -> None
 
 def test_without_renormalisation_it_is_another_function() -> None:
     mlp, x = built("llama"), tokens(40)
-    layer = MoELayer.from_dense(mlp, 6, top_k=2, renormalize=False)
+    layer = MoELayer.from_dense(mlp, 6, top_k=2, router_renormalize=False)
     assert relative_error(layer(x), mlp(x)) > 0.3
     assert layer.router.scoring == "softmax"
 
@@ -174,7 +174,9 @@ def test_all_but_the_experts_is_as_in_any_layer() -> None:
         "balance": "bias",
     }
     made = MoELayer.from_dense(built("llama"), 6, top_k=2, **options)
-    plain = MoELayer(WIDTH, INNER, 6, 2, scoring="softmax", renormalize=True, **options)
+    plain = MoELayer(
+        WIDTH, INNER, 6, 2, router_scoring="softmax", router_renormalize=True, **options
+    )
     assert repr(made) == repr(plain)
     for mine, wanted in zip(made.buffers(), plain.buffers(), strict=True):
         assert torch.equal(mine, wanted)
@@ -395,7 +397,7 @@ def test_bad_mlps(make: Any, error: type[Exception], words: str) -> None:
         ({"activation": "relu"}, ValueError, "activation must be one of swiglu, .* got 'relu'"),
         ({"activation": "silu"}, ValueError, "activation must be one with a gate, .* got 'silu'"),
         ({"activation": "geglu"}, ValueError, "activation must be mlp's own, 'swiglu'"),
-        ({"bias": False}, ValueError, "bias must be True or left out"),
+        ({"expert_bias": False}, ValueError, "expert_bias must be True or left out"),
         ({"hidden_size": WIDTH}, TypeError, "hidden_size must not be given"),
         ({"top_k": 5}, ValueError, "top_k must be at most num_experts = 4"),
         ({"resident_experts": [4]}, ValueError, "resident_experts must be in 0..3"),

@@ -83,7 +83,7 @@ def test_a_good_job_starts(job):
         (["--val-data", "no.txt"], "no.txt does not exist"),
         (["--data", "bytes.txt"], "bytes.txt is not UTF-8 text"),
         (["--data", "a.jsonl", "--text-field", "body"], "a.jsonl, line 1: no field 'body'"),
-        (["--data", "short.txt"], "data is too short"),
+        (["--data", "short.txt"], "data must have at least seq_len + 1"),
         (["--tokenizer", "no.json"], "tokenizer no.json does not exist"),
         (["--tokenizer", "text.txt"], "tokenizer text.txt is not a tokenizer.json"),
         pytest.param(["--device", "cuda"], "device is cuda, but", marks=no_gpu),
@@ -179,7 +179,7 @@ def stopped(job):
         Path("run/checkpoints"),
         ckpt.checkpoint_name(8),
         own_global_tensors(model, whole, 0, local_tensors(model)),
-        {"data": data.train_batches(seed=0).state_dict()},
+        {"data": data.train_batches(1, site=0, num_sites=1).state_dict()},
         site=0,
         num_sites=1,
         round=2,
@@ -198,7 +198,7 @@ def test_what_is_whole_and_this_jobs_is_resumed(job, stopped):
     [
         (["--hidden-size", "32"], "is of a job with hidden_size = 16, this one has 32"),
         (["--seed", "1"], "is of a job with seed = 0, this one has 1"),
-        (["--data", "other.txt"], "is of other data"),
+        (["--data", "other.txt"], "was trained on other data"),
     ],
 )
 def test_another_jobs_checkpoint_is_refused(job, stopped, target, flags, said):
@@ -212,7 +212,7 @@ def test_what_is_not_whole_is_refused_by_name(job, stopped):
     state.write_bytes(state.read_bytes()[:-1])
     code, words, started = job("--resume", "run")
     assert (code, started) == (2, 0)
-    assert "no whole checkpoint to resume in run" in words and "state-00000.json has" in words
+    assert "no whole checkpoint to resume in run" in words and "state-00000.json must have" in words
     # But where it is to begin anew if need be, it does.
     code, words, started = job("--resume", "auto", "--run-dir", "run", "--data", "text.txt")
     assert (code, started) == (0, 1), words

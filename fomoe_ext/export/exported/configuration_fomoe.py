@@ -10,22 +10,24 @@ from transformers import PretrainedConfig
 class FomoeConfig(PretrainedConfig):
     """A decoder with rotary attention and a Mixture of Experts in every block.
 
-    Sizes have the names that transformers gives them. The others:
+    Sizes have the usual names of transformers. Other options:
 
-    activation: swiglu, geglu, silu, relu2, gelu or clamped_swiglu, of all experts.
-    expert_bias: biases in the routed experts.
-    scoring: sigmoid or softmax, how router logits become scores.
-    renormalize: divide the chosen experts' scores by their sum; routed_scale: a factor on them.
-    num_groups, groups_kept: equal ranges of experts, and how many of them a token may choose from.
+    activation: of all experts: swiglu, geglu, silu, relu2, gelu or clamped_swiglu.
+    expert_bias: whether routed experts have biases.
+    router_scoring: sigmoid or softmax, how router logits become scores.
+    router_renormalize: divide the chosen experts' scores by their sum.
+    router_scale: factor on the chosen experts' scores.
+    router_num_groups, router_groups_kept: equal ranges of experts, and how many of them a token may
+        choose from.
     shared_expert_intermediate_size: inner width of the expert that every token uses; 0 = none.
     norm: layer (LayerNorm without bias) or rms.
     rope_base: base of the rotary angles.
     depth_multiplier: factor on what a block adds to the residual stream.
-    tokens: "bytes" (UTF-8 bytes are the ids) or "tokenizer.json".
+    tokens: "bytes" (the ids are UTF-8 bytes) or "tokenizer.json".
     """
 
     model_type = "fomoe"
-    # Lists are what Trainer adds to.
+    # Trainer appends to this, so it must be a list.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     def __init__(
@@ -40,11 +42,11 @@ class FomoeConfig(PretrainedConfig):
         moe_intermediate_size: int = 128,
         activation: str = "swiglu",
         expert_bias: bool = False,
-        scoring: str = "sigmoid",
-        renormalize: bool = False,
-        routed_scale: float = 1.0,
-        num_groups: int = 1,
-        groups_kept: int = 1,
+        router_scoring: str = "sigmoid",
+        router_renormalize: bool = False,
+        router_scale: float = 1.0,
+        router_num_groups: int = 1,
+        router_groups_kept: int = 1,
         shared_expert_intermediate_size: int = 0,
         norm: str = "layer",
         rope_base: float = 10000.0,
@@ -67,11 +69,11 @@ class FomoeConfig(PretrainedConfig):
         self.moe_intermediate_size = moe_intermediate_size
         self.activation = activation
         self.expert_bias = expert_bias
-        self.scoring = scoring
-        self.renormalize = renormalize
-        self.routed_scale = routed_scale
-        self.num_groups = num_groups
-        self.groups_kept = groups_kept
+        self.router_scoring = router_scoring
+        self.router_renormalize = router_renormalize
+        self.router_scale = router_scale
+        self.router_num_groups = router_num_groups
+        self.router_groups_kept = router_groups_kept
         self.shared_expert_intermediate_size = shared_expert_intermediate_size
         self.norm = norm
         self.rope_base = rope_base
