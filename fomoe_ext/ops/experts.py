@@ -16,7 +16,7 @@ from torch import Tensor
 from fomoe_ext.activations import ACTIVATIONS, activation_id, is_gated
 from fomoe_ext.ops.derivatives import Gradients, refuse_derivative, register_derivative
 from fomoe_ext.ops.rows import RowTable
-from fomoe_ext.ops.schemas import arguments_type, by_name, tensor_names
+from fomoe_ext.ops.schemas import arguments_type, by_name, in_order, tensor_names
 from fomoe_ext.ops.shapes import register_shapes
 
 _GATED_IDS = frozenset(ACTIVATIONS[name] for name in ACTIVATIONS if is_gated(name))
@@ -351,6 +351,7 @@ def _zero_tail(rows: Tensor, offsets: Tensor) -> Tensor:
 _MoEArguments = arguments_type("moe_experts")
 _MOE_TENSORS = tensor_names("moe_experts")
 _tensors_of = attrgetter(*_MOE_TENSORS)
+_moe_in_order = in_order("moe_experts")
 
 
 def _moe_setup(ctx: Any, given: Any, output: tuple[Tensor, Tensor]) -> None:
@@ -431,8 +432,7 @@ class _MoEExpertsIntoTotals(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple:
         needed = _MoEArguments(*ctx.needs_input_grad[2:])
-        grads = _moe_grads(ctx, needed, grad_y, *ctx.totals)
-        return None, None, *(grads.get(name) for name in _MoEArguments._fields)
+        return None, None, *_moe_in_order(**_moe_grads(ctx, needed, grad_y, *ctx.totals))
 
 
 def _require_saved(saved: bool) -> None:
