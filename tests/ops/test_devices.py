@@ -144,7 +144,7 @@ def test_one_argument_on_a_gpu_is_refused(name: str) -> None:
 
 LAYERS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "biased": {"bias": True, "router_bias": True, "shared_expert_intermediate_size": 8},
+    "biased": {"expert_bias": True, "router_bias": True, "shared_expert_intermediate_size": 8},
     "resident": {"resident_experts": [0, 2, 5], "router_scope": "resident"},
     "stale": {"resident_experts": [0, 2, 5], "stale_experts": [1]},
 }

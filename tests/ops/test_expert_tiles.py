@@ -99,7 +99,7 @@ def test_schedule_for_other_tiles(gpu_device):
     inputs = make((3, 2), 16, 16, torch.bfloat16)
     arguments = [a.to(gpu_device.tensors) if a is not None else None for a in moe_arguments(inputs)]
     arguments[6] = torch.empty(0, 2, dtype=torch.int32, device=gpu_device.tensors)
-    with pytest.raises(ValueError, match=r"tiles must have shape \[2, 2\], got \[0, 2\]"):
+    with pytest.raises(ValueError, match=r"tiles must have shape \[2, 2\], as .*, got \[0, 2\]"):
         gpu_device.op("moe_experts")(*arguments, 0, False)
 
 
