@@ -142,7 +142,7 @@ def test_expected_load():
     half = work.expected_load(model, 4096, "balanced", 2)
     assert half.rows == 4096 * 2 and len(half.groups) == 16
     assert half.touched == round(4096 * (1 - 1820 / 35960))  # 4 of 16, 4 of 32
-    with pytest.raises(ValueError, match="routing: got 'even', wanted one of balanced, zipf"):
+    with pytest.raises(ValueError, match="routing must be one of balanced, zipf, got 'even'"):
         work.expected_load(model, 4096, "even")
 
 
