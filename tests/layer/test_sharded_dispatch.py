@@ -385,11 +385,11 @@ def test_sharded_layers_name_what_is_wrong() -> None:
             "same layers"
         )
         for name, values in (
-            ("layers", f"in layer {rank} they differ in layer_index: by rank [0, 1]"),
-            ("residents", "in layer 1 they differ in site's experts and sizes: by rank ["),
-            ("dtypes", "in layer 1 they differ in dtype: by rank [0, 2]"),
-            ("gradient of x", "in layer 1 they differ in gradient of x: by rank [0, 1]"),
-            ("no_grad", "in layer 1 they differ in gradient of the experts: by rank [0, 1]"),
+            ("layers", f"in layer {rank} they differ in layer_index, by rank: [0, 1]"),
+            ("residents", "in layer 1 they differ in site's experts and sizes, by rank: ["),
+            ("dtypes", "in layer 1 they differ in dtype, by rank: [0, 2]"),
+            ("gradient of x", "in layer 1 they differ in gradient of x, by rank: [0, 1]"),
+            ("no_grad", "in layer 1 they differ in gradient of the experts, by rank: [0, 1]"),
         ):
             assert found[name].startswith(alike) and values in found[name], found[name]
         assert found["no axis"] == ("ValueError: mesh must have an axis 'expert', got 'model'")
