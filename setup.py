@@ -1,7 +1,7 @@
 """Builds the native libraries by driving CMake with ninja; CMakeLists.txt is the build description.
 
 Environment: FOMOE_CUDA=on|off|auto, FOMOE_CUDA_ARCHS="80;90a", TORCH_CUDA_ARCH_LIST (build_tools/
-cuda_archs.py says which is taken and what where none is set), FOMOE_CUDA_FLAGS, MAX_JOBS.
+cuda_archs.py chooses between them, and a default if none is set), FOMOE_CUDA_FLAGS, MAX_JOBS.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class CMakeBuild(build_ext):
             archs = cuda_archs.choose()
         except cuda_archs.BadArchs as error:
             raise SystemExit(f"fomoe-ext: {error}") from None
-        # Said on every run, as pip's isolated environments come and go under the same build folder.
+        # Passed on every run: pip's isolated environments change under the same build folder.
         variables = {
             "CMAKE_MAKE_PROGRAM": program("ninja"),
             "FOMOE_TORCH_ROOT": torch.root,
@@ -82,7 +82,7 @@ class CMakeBuild(build_ext):
         built = sorted(output.glob("libfomoe_*.so"))
         for library in built:
             replace_if_changed(library, package / library.name)
-        # Also the module for one Python that earlier versions built: it would hide _C.py.
+        # Also removes the extension module that earlier versions built: it would hide _C.py.
         old = {*package.glob("libfomoe_*.so"), *package.glob("_C.*.so")}
         for stale in old - {package / library.name for library in built}:
             stale.unlink()
@@ -95,20 +95,20 @@ class CMakeBuild(build_ext):
 
     @staticmethod
     def call(command: list[str]) -> None:
-        """Runs a command; what it printed says more about a failure than a traceback of ours."""
+        """Runs a command. On failure its own output is more useful than a traceback from here."""
         status = subprocess.run(command, check=False).returncode
         if status != 0:
             raise SystemExit(f"fomoe-ext: failed with status {status}: {' '.join(command)}")
 
 
 class Wheel(bdist_wheel):
-    """A wheel of this platform for every Python: the libraries know nothing of Python."""
+    """A wheel of this platform for every Python: the libraries do not depend on Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
 
-# Declared so that the wheel is a platform wheel; the sources are CMake's business.
+# Declared so that the wheel is a platform wheel; CMake knows the sources.
 setup(
     ext_modules=[Extension("fomoe_ext.libfomoe", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},

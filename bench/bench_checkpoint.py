@@ -1,11 +1,11 @@
-"""Checkpoints: how long training waits for one, against a round, and against writing it at once.
+"""Checkpoints: how long training waits for one, compared with a round and with a blocking write.
 
     pytest bench -k checkpoint --benchmark-only
 
-One site with all of the model, on this machine's disk. Floors: of a wait for copies, the bytes
-over the bandwidth of a copy in memory, which hides behind a forward and a backward pass where they
-take longer; of writing, the bytes over the rate at which one file of as many
-is written and synced to the same disk. All in turn, medians.
+One site with the whole model, on this machine's disk. The floor of the wait for copies is the bytes
+over the bandwidth of a copy in memory; it overlaps a forward and a backward pass that take longer.
+The floor of writing is the bytes over the rate at which one file of the same size is written and
+synced to the same disk. All are measured in turn; figures are medians.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def show(console: Console) -> None:
     console.print(table_of(results))
     rates = [r["bytes"] / r["disk_seconds"] / 1e6 for r in results]
     console.print(
-        f"* misses what is wanted: under {WANTED_SHARE:.0%} of a round. Waits: what is no tensor, "
+        f"* misses the target: under {WANTED_SHARE:.0%} of a round. Waits: what is no tensor, "
         "copies that are not done when the first backward pass is, and index, manifest and name at "
         "the end; of the first one, which fills new memory; of copy: the time of a copy in memory, "
         "over the wait. With it: a round with a checkpoint, all of it, over one without. At once: "

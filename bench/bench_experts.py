@@ -1,7 +1,7 @@
 """The expert layer, forward and backward, against ways to compute it in plain torch, on the CPU.
 
-Routing is given; ours is compact, expand, contract, combine and their backward. The rivals sort or
-search the slots themselves, as we do.
+Routing is given. Ours is compact, expand, contract, combine and their backward; the rivals sort or
+search the slots themselves too.
 
 On a GPU: each grouped product and the whole layer at the sizes of real models, against a dense
 product of as many FLOPs and against other packages where they are installed. Floors: FLOPs over the
@@ -132,7 +132,7 @@ class Task:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def add_rival(self, name: str, make: Callable[[], Call], wanted: Sequence[Tensor]) -> None:
-        """Takes it in if it runs here and gives what is wanted."""
+        """Adds the rival if it runs here and its result is right."""
         try:
             call = make()
             common.assert_same(call(), wanted, DTYPE)
@@ -140,7 +140,7 @@ class Task:
             self.absent[name] = "its result is another one"
         except rivals.Absent as reason:
             self.absent[name] = str(reason)
-        except Exception as error:  # whatever somebody else's code may raise; said in the result
+        except Exception as error:  # the rival's code may raise anything; the result names it
             self.absent[name] = f"{type(error).__name__}: {error}"[:200]
         else:
             self.rivals[name] = call
@@ -206,7 +206,7 @@ def add_parts(task: Task, inputs: cases.Inputs, call: Callable[[cases.Inputs], C
     if inputs.x.is_cuda:
         try:
             task.others["graph"] = common.captured(task.ours)
-        except RuntimeError as error:  # the other figures are wanted all the same
+        except RuntimeError as error:  # the other figures are still measured
             torch.cuda.synchronize()
             task.absent["replay in a graph"] = str(error)[:200]
 
@@ -287,7 +287,7 @@ def tiles_of(task: Task, hopper: bool) -> dict[str, str]:
 
 
 class Held:
-    """The inputs of the last benchmark: the next one mostly wants the same, and two do not fit."""
+    """The inputs of the last benchmark: the next mostly needs the same, and two do not fit."""
 
     key: tuple[work.Model, int, str] | None = None
     inputs: cases.Inputs | None = None

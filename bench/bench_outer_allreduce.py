@@ -1,4 +1,4 @@
-"""The whole all-reduce in real processes, on links and without: ours by codec, and Gloo's own.
+"""The whole all-reduce in real processes, with slow links and without: ours by codec, and Gloo's.
 
 Every case starts its sites by `python -m fomoe_ext.link`, which says who shapes the link; the sites
 (outer_site.py) measure all methods in turn. What pytest-benchmark times is the whole case; the

@@ -1,8 +1,8 @@
-"""Codecs of the outer all-reduce: encoding, adding up and both at once, and what they lose.
+"""Codecs of the outer all-reduce: encoding, adding up and both at once, and their errors.
 
-The floor of a verb is its least bytes over the bandwidth of a copy in the same rounds. Rivals do
-the same with one scale per tensor or chunk, whose pass over the values counts; what they have no
-fused operation for, they do in plain torch ops.
+The floor of a verb is its least bytes over the bandwidth of a copy in the same rounds. Rivals use
+one scale per tensor or chunk, and the pass that finds it counts; they use plain torch ops where
+they have no fused operation.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class Timer:
         try:
             with torch.cuda.graph(graph):
                 self._run_all()
-        except RuntimeError:  # a call that waits for the device: timed as it is
+        except RuntimeError:  # a call that waits for the device is timed without a graph
             torch.cuda.synchronize()
             return
         self.graph = graph
@@ -136,11 +136,11 @@ def measure(benchmark: Any, work: Work) -> None:
     if DEVICE == "cuda":
         try:
             torch.compiler.reset()  # versions of earlier cases count against a limit
-            # As one graph: it would go on uncompiled without a word otherwise.
+            # fullgraph: otherwise it would silently run uncompiled.
             compiled = torch.compile(work.theirs, dynamic=False, fullgraph=True)
             common.assert_same(work.ours(*first), compiled(*first), work.dtype)
             timers["compiled"] = timer_of(compiled)
-        except Exception as error:  # whatever a compiler may raise; said in the result
+        except Exception as error:  # a compiler may raise anything; the result names it
             failed = f"{type(error).__name__}: {str(error)[:200]}"
     watch = machine.Watch(DEVICE)
     measures: dict[str, list[float]] = {name: [] for name in timers}
@@ -173,8 +173,8 @@ def random_on_device(seed: int) -> Callable[..., Tensor]:
 
 
 def random_logits(tokens: int, experts: int, seed: int) -> Tensor:
-    """-4 .. 4 in random order for every token: no ties, in bfloat16 and in the scores neither, as
-    rivals break them as they like.
+    """-4 .. 4 in random order for every token. No ties, neither in bfloat16 nor in the scores:
+    rivals break them differently.
     """
     return random_on_device(seed)(tokens, experts).argsort(1) * (8 / experts) - 4
 

@@ -1,7 +1,7 @@
-"""What the benchmarks share: shapes, inputs, interleaved timing, and the machine's own limits.
+"""Shared by the benchmarks: shapes, inputs, interleaved timing, and the limits of the machine.
 
-A time is only comparable with another one taken in the same seconds: machines change clock and
-have other work. So every round of a benchmark first times the rivals and a dense matmul, then us.
+Only times taken within the same seconds are comparable: machines change their clock and run other
+work. So every round of a benchmark first times the rivals and a dense matmul, then ours.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor
 from fomoe_ext import ops
 
 DENSE_SIZE = 2048  # of the square matmul whose rate stands for the machine
-RIVAL_SECONDS = 2.5  # a rival that would need longer gets fewer tokens
+RIVAL_SECONDS = 2.5  # a rival that would take longer gets fewer tokens
 CASE_SECONDS = 12.0  # what the rounds of one case may take, but never fewer than MIN_ROUNDS
 MIN_ROUNDS, MAX_ROUNDS = 3, 7
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of an MoE layer: tokens, hidden size, expert size, experts, slots per token."""
+    """Sizes of an MoE layer: tokens, hidden size, intermediate size, experts, slots per token."""
 
     tokens: int
     hidden: int
@@ -147,7 +147,7 @@ def torch_rate(dtype: torch.dtype) -> float:
 def dense_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the dense matmul to compare with: this one, or fp32 where that is faster.
 
-    Without bf16 instructions torch's bf16 matmul is no yardstick.
+    Without bf16 instructions torch's bf16 matmul is too slow to compare with.
     """
     return max((dtype, torch.float32), key=torch_rate)
 
@@ -159,8 +159,8 @@ COPY_CALLS = {"cuda": "torch.mul(source, 1, out=target)", "cpu": "target.copy_(s
 def copying(source: Tensor, target: Tensor, device: str) -> Callable[[], Any]:
     """A call that reads `source` and writes `target`, as fast as a kernel of the device can.
 
-    On a GPU not copy_: in a CUDA graph that becomes a copy node, which moves 2.7 TB/s on an H200
-    where a kernel moves 4.25.
+    On a GPU this is not copy_, which becomes a copy node in a CUDA graph: 2.7 TB/s on an H200,
+    where a kernel moves 4.25 TB/s.
     """
     if device == "cpu":
         return lambda: target.copy_(source)
@@ -294,9 +294,9 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 
 def normalised_error(got: Tensor, wanted: Tensor) -> float:
-    """Root mean square of the difference over that of what is wanted."""
+    """Root mean square of the difference over that of the reference."""
     error = size = 0.0
-    # In pieces: large tensors have no room for copies in fp64 beside them.
+    # In pieces: copies of large tensors in fp64 would not fit.
     pieces = zip(*(t.detach().flatten().split(1 << 26) for t in (got, wanted)), strict=True)
     for mine, theirs in pieces:
         mine, theirs = mine.double(), theirs.double()

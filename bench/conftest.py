@@ -1,4 +1,4 @@
-"""Prints what the benchmarks found, in tables; options of the benchmarks."""
+"""Prints the results of the benchmarks as tables, and adds their options."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def half_speed_up(case: common.Case) -> float | None:
 
 
 def mark(value: float | None, good: bool, text: str) -> str:
-    """A number, with a * where it misses what is wanted."""
+    """A number, with a * if it misses the target."""
     if value is None:
         return "-"
     return format(value, text) + ("" if good else "*")
@@ -146,7 +146,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if common.layer_results:
         console.print(layer_table())
         console.print(
-            f"* misses what is wanted: {WANTED_RATIO}x the better rival or {WANTED_FRACTION:.0%} "
+            f"* misses the target: {WANTED_RATIO}x the better rival or {WANTED_FRACTION:.0%} "
             f"of the dense rate (the lesser), half resident {WANTED_HALF}x all, verbs under "
             f"{WANTED_SHARE:.0%}. Medians of interleaved rounds; dense is torch.matmul of "
             f"{common.DENSE_SIZE} squared between the rounds, in fp32 where that is the faster. "
@@ -169,7 +169,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if common.hf_results:
         console.print(hf_table())
         wanted = ", ".join(f"{x}x {name}" for name, x in WANTED_OF_BLOCKS.items())
-        console.print(f"* misses what is wanted: {wanted}. The block's own code, the same weights.")
+        console.print(f"* misses the target: {wanted}. The block's own code, the same weights.")
     outer_tables.show(console)
     bench_dispatch.show(console)
     bench_checkpoint.show(console)

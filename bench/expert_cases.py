@@ -1,4 +1,4 @@
-"""Inputs of expert layers of any size, and each verb and layer with rivals that do the same.
+"""Inputs of expert layers of any size; every verb and the layer, with rivals that compute the same.
 
 On any device: tests run all of it on the CPU with tiny sizes, the benchmarks on a GPU.
 """
@@ -29,9 +29,9 @@ _ops = torch.ops.fomoe
 
 def balanced_experts(model: Model, tokens: int, generator: torch.Generator) -> Tensor:
     """int32 [T, K]: every expert equally often, in random order, never twice for a token."""
-    per_round = model.experts // model.top_k  # tokens that share out all experts once
+    per_round = model.experts // model.top_k  # tokens that choose every expert once
     if model.experts % model.top_k:
-        raise ValueError(f"top_k: got {model.top_k}, wanted a divisor of {model.experts} experts")
+        raise ValueError(f"top_k must be a divisor of {model.experts} experts, got {model.top_k}")
     rounds = -(-tokens // per_round)
     keys = torch.rand(rounds, model.experts, generator=generator, device=generator.device)
     return keys.argsort(1).view(-1, model.top_k)[:tokens].int().contiguous()
@@ -288,8 +288,8 @@ def make_layers(inputs: Inputs) -> WholeLayers:
 class Verbs:
     """The six grouped products of a layer: ours, and by any `Products` from the same inputs.
 
-    What a verb takes from the one before comes from the plain torch definition. Rows past the last
-    one are not compared.
+    Inputs of a verb that another verb computes come from the plain torch definition. Rows past the
+    last one are not compared.
     """
 
     inputs: Inputs
@@ -429,7 +429,7 @@ class Verbs:
         return (_ops.weight_grad(i.grad_y, self.scaled_act, *indices, t.offsets),)
 
     def our_rows(self, name: str) -> Outputs:
-        """`ours`, existing rows only."""
+        """`ours`, without the rows past the last one."""
         slots, rows = self.inputs.load.slots, self.inputs.rows
         cut = lambda t: t[:rows] if t.dim() == 2 and t.shape[0] == slots else t
         return tuple(map(cut, self.ours(name)))

@@ -1,8 +1,8 @@
-"""What the expert layers of real models have to do, in numbers: products, FLOPs, bytes, memory.
+"""The work of expert layers of real models in numbers: products, FLOPs, bytes, memory.
 
 Letters: T tokens, K slots per token, D hidden size, N intermediate size, G = 2 for gated
-activations and else 1. Elements have 2 bytes. Plain arithmetic: the benchmarks and the prediction
-share it.
+activations and else 1. Elements have 2 bytes. The benchmarks and the prediction share this plain
+arithmetic.
 """
 
 from __future__ import annotations
@@ -99,15 +99,15 @@ def chosen_shares(popularity: Sequence[float], top_k: int) -> list[float]:
 def expected_load(model: Model, tokens: int, routing: str, parts: int = 1) -> Load:
     """The load to expect when one expert in `parts` is resident, of any popularity.
 
-    Tokens without a row: exact for balanced routing, for Zipf as if experts were chosen
-    independently of each other.
+    Tokens without a row are exact for balanced routing; for Zipf they are counted as if experts
+    were chosen independently of each other.
     """
     if routing == "balanced":
         shares = [model.top_k / model.experts] * model.experts
     elif routing == "zipf":
         shares = chosen_shares(zipf_popularity(model.experts), model.top_k)
     else:
-        raise ValueError(f"routing: got {routing!r}, wanted one of {', '.join(ROUTINGS)}")
+        raise ValueError(f"routing must be one of {', '.join(ROUTINGS)}, got {routing!r}")
     resident = shares[parts // 2 :: parts]
     groups = tuple(round(tokens * share) for share in resident)
     others = model.experts - len(resident)

@@ -1,8 +1,8 @@
-"""What the prediction of the grouped GEMMs knows of the chip and of the kernels.
+"""Parameters of the chip and of the kernels for the prediction of the grouped GEMMs.
 
-Inputs that no data sheet has come from hardware counters of one H200 on 2026-11-29
+Inputs that are in no data sheet come from hardware counters of one H200 on 2026-11-29
 (bench/results/h200-counters-2026-11-29.txt): OLMoE's six products at 16384 tokens, balanced.
-"Deduced" means: so many clocks are left of those counted when the rest of the model is taken away.
+"Deduced" means: the clocks that remain of those counted after the rest of the model is subtracted.
 """
 
 from __future__ import annotations

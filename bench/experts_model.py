@@ -3,15 +3,17 @@
     python bench/experts_model.py [--markdown] [--clock GHz] [--kernels NAME] [--resources]
     python bench/experts_model.py --measured bench/results/<gpu>-experts-<date>.jsonl [--markdown]
 
-A tile's main loop takes, for every slice of 64 terms of the sum, the longest of: products on the
-tensor cores, bytes through shared memory, bytes out of L2, the producer's work, and what a slice
-waits for its turn in the ring of stages. The epilogue hides behind the other warpgroup's main loop
-in ping-pong and is added when both warpgroups share a tile. Tiles go to blocks as scheduler.cuh
-gives them out; the block with most work ends last. No expert takes less than its bytes over the
-bandwidth of a copying kernel. The clock falls with the tensor cores' use: power is limited.
+The main loop of a tile takes, for every k-block (slice) of 64 terms of the sum, the longest of: the
+products on the tensor cores, the bytes through shared memory, the bytes from L2, the producer's
+work, and the wait for a free stage. In ping-pong the epilogue overlaps the other warpgroup's main
+loop; when both warpgroups share a tile it is added. Tiles are assigned to blocks as in
+scheduler.cuh; the block with most work ends last. No expert takes less time than its bytes over the
+bandwidth of a copying kernel. The clock falls as the tensor cores are used more, since power is
+limited.
 
-Inputs that no data sheet has come from hardware counters of one H200: OLMoE's six products at 16384
-tokens, balanced. --measured compares with seconds of benchmarks, of other models and routings, too.
+Inputs that are in no data sheet come from hardware counters of one H200: OLMoE's six products at
+16384 tokens, balanced. --measured compares with seconds of benchmarks, also of other models and
+routings.
 """
 
 from __future__ import annotations
@@ -262,7 +264,7 @@ class Compared:
 
 
 class BadFile(Exception):
-    """A file that is no result; says which and why."""
+    """A file that is not a result; the message names it and says why."""
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
@@ -272,7 +274,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise BadFile(f"{path}: cannot be read as lines of JSON: {error}") from error
     if not all(isinstance(each, dict) and "kind" in each for each in found):
-        raise BadFile(f"{path}: a line has no 'kind', wanted ceilings, verb or layer")
+        raise BadFile(f"{path}: the 'kind' of a line must be ceilings, verb or layer, got none")
     return found
 
 

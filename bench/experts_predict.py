@@ -104,7 +104,7 @@ def chosen_tile(gemm: Gemm) -> Tile:
     """What the kernels run with on Hopper. FOMOE_EXPERTS_TILE overrides it, as it does theirs."""
     name = _C.expert_tile(gemm.verb, "bfloat16", gemm.columns, gemm.terms, True)
     if name not in TILES:
-        raise SystemExit(f"FOMOE_EXPERTS_TILE: {name} is not modelled, only {', '.join(TILES)}")
+        raise SystemExit(f"FOMOE_EXPERTS_TILE must be one of {', '.join(TILES)}, got {name}")
     return TILES[name]
 
 
@@ -213,7 +213,7 @@ def memory_wait(
 ) -> float:
     """Seconds that experts' bytes take longer than their products, which are `seconds` per tile.
 
-    Expert by expert, largest first: many rows do not hide the weights of experts with few.
+    Expert by expert, largest first: many rows of one do not hide the weights of one with few.
     """
     ranked = sorted((group for group in load.groups if group or gemm.makes_weights), reverse=True)
     if gemm.makes_weights:

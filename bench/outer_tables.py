@@ -22,7 +22,7 @@ Result = dict[str, Any]
 
 
 def mark(text: str, good: bool) -> str:
-    """With a * where it misses what is wanted."""
+    """The text, with a * if it misses the target."""
     return text + ("" if good else "*")
 
 
@@ -39,7 +39,7 @@ def columns(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
 
 
 def fraction_is_good(result: Result) -> bool:
-    """Nothing is wanted but of the encodings of int8."""
+    """Only the encodings of int8 have a target."""
     asked = result["codec"] == "int8" and result["verb"].startswith("encode")
     return not asked or result["fraction_of_floor"] >= WANTED_FRACTION[result["device"]]
 
@@ -167,7 +167,7 @@ def show(console: Console) -> None:
         console.print(
             f"Floor: bytes read and written once, at the {min(rates) / 1e9:.1f} .. "
             f"{max(rates) / 1e9:.1f} GB/s of a copy ({codecs[0]['copy_call']}) in the same rounds. "
-            f"* misses what is wanted of int8: {WANTED_FRACTION[codecs[0]['device']]:.0%}."
+            f"* misses the target of int8: {WANTED_FRACTION[codecs[0]['device']]:.0%}."
         )
         for line in filter(None, [load_line(codecs), *absent_lines(codecs)]):
             console.print(line, markup=False, highlight=False)

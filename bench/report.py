@@ -31,7 +31,9 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise BadFile(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("benchmarks"), list):
-        raise BadFile(f"{path}: has no list 'benchmarks', wanted a file of pytest-benchmark")
+        raise BadFile(
+            f"{path} must be a file of pytest-benchmark, got one without a list 'benchmarks'"
+        )
     return found
 
 

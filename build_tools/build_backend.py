@@ -1,8 +1,9 @@
-"""The build backend: setuptools, and torch fetched for the build only where there is none.
+"""The build backend: setuptools; torch is fetched for the build only if none is installed.
 
-Only torch's headers and the names of its libraries are used, and any version from 2.10 on gives the
-same libraries, so the torch of the environment that is installed into serves. Pip's isolation hides
-it from imports, but its place is known. Fetching another would cost gigabytes and minutes.
+The build needs only torch's headers and the names of its libraries, and gives the same libraries
+with any version from 2.10 on, so it uses the torch of the target environment. Pip's isolation hides
+that one from imports, but its folder is known. Fetching another torch would cost gigabytes and
+minutes.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class Torch:
 
 
 def find_torch(folders: list[str] | None = None) -> Torch | None:
-    """The first torch that can be built against, of what can be imported and then of what this
-    Python has installed; None without one. `folders`: where to look instead."""
+    """The first torch that can be built against: an importable one, then one installed for this
+    Python; None without one. `folders`: where to look instead."""
     if folders is None:
         paths = sysconfig.get_paths()
         folders = [*sys.path, paths["purelib"], paths["platlib"]]

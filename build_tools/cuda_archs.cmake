@@ -1,6 +1,6 @@
 # GPU architectures as cuda_archs.py names them (80-real, 90a-real, 80-virtual): flags of nvcc.
 
-# Of the architectures those that this nvcc does not know; empty where it does not tell.
+# The architectures that this nvcc does not know; empty if it does not list what it knows.
 function(unknown_archs out nvcc)
   execute_process(COMMAND "${nvcc}" --list-gpu-code OUTPUT_VARIABLE known
                   ERROR_QUIET RESULT_VARIABLE failed)
@@ -17,9 +17,9 @@ function(unknown_archs out nvcc)
   set(${out} "${unknown}" PARENT_SCOPE)
 endfunction()
 
-# nvcc flags for portable code. Its front end runs once, for the oldest plain architecture: that
-# makes the machine code of all newer ones too; one for each would take a fifth longer and make nearly
-# the same registers (tests/cuda_resources.py shows them). What has no older one gets its own.
+# nvcc flags for portable code. The front end runs once, for the oldest plain architecture, and its
+# result becomes the machine code of all newer ones. A run for each would take a fifth longer and give
+# nearly the same registers (tests/cuda_resources.py). An architecture without an older one has its own.
 function(cuda_arch_flags out)
   set(numbers "")
   foreach(arch ${ARGN})
@@ -37,7 +37,7 @@ function(cuda_arch_flags out)
   foreach(arch ${ARGN})
     string(REGEX MATCH "^(([0-9]+)[a-z]*)-(real|virtual)$" matched ${arch})
     if(NOT matched)
-      message(FATAL_ERROR "FOMOE_CUDA_ARCHS='${ARGN}': wanted the like of 80-real;90a-real;80-virtual")
+      message(FATAL_ERROR "FOMOE_CUDA_ARCHS must be like 80-real;90a-real;80-virtual, got '${ARGN}'")
     endif()
     set(name ${CMAKE_MATCH_1})
     set(number ${CMAKE_MATCH_2})

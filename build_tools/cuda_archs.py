@@ -1,8 +1,8 @@
-"""Which GPU architectures the build is for; setup.py asks, CMakeLists.txt makes flags of it.
+"""Chooses the GPU architectures of the build, for setup.py; CMakeLists.txt turns them into flags.
 
-The first that says something is taken: FOMOE_CUDA_ARCHS ("80;90a"), TORCH_CUDA_ARCH_LIST as torch's
-own builder of extensions reads it ("8.0;9.0a", "8.0 9.0+PTX", "Hopper"), the GPUs of this machine,
-DEFAULT.
+The first of these that is set or found is taken: FOMOE_CUDA_ARCHS ("80;90a"), TORCH_CUDA_ARCH_LIST
+as torch's own builder of extensions reads it ("8.0;9.0a", "8.0 9.0+PTX", "Hopper"), the GPUs of
+this machine, DEFAULT.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ def ordered(entries: Iterable[str]) -> tuple[str, ...]:
 
 def parse_plain(text: str) -> tuple[str, ...]:
     """FOMOE_CUDA_ARCHS: machine code for each, and PTX of the newest one without a letter (those
-    with a letter do not run on newer chips) for GPUs to come. Raises BadArchs."""
+    with a letter do not run on newer chips) for future GPUs. Raises BadArchs."""
     archs = [part.strip() for part in text.split(";")]
     for arch in archs:
         match = re.fullmatch(r"(\d{2,3})[af]?", arch)
         if match is None or int(match[1]) < OLDEST:
             raise BadArchs(
-                f"FOMOE_CUDA_ARCHS: got {arch!r} in {text!r}, wanted architectures from {OLDEST} "
-                'on, e.g. "80;90a"'
+                f'FOMOE_CUDA_ARCHS must be architectures from {OLDEST} on, e.g. "80;90a", '
+                f"got {arch!r} in {text!r}"
             )
     plain = [int(arch) for arch in archs if arch.isdigit()]
     ptx = [f"{max(plain)}-virtual"] if plain else []
@@ -93,15 +93,15 @@ def parse_torch(text: str) -> tuple[str, ...]:
             number, plus, ptx = version.partition("+")
             if number not in SUPPORTED or (plus and ptx != "PTX"):
                 raise BadArchs(
-                    f"TORCH_CUDA_ARCH_LIST: got {part!r} in {text!r}, wanted {wanted} "
-                    '(or set FOMOE_CUDA_ARCHS, e.g. "80;90a")'
+                    f"TORCH_CUDA_ARCH_LIST must be architectures {wanted}, got {part!r} in "
+                    f'{text!r} (or set FOMOE_CUDA_ARCHS, e.g. "80;90a")'
                 )
             arch = number.replace(".", "")
             entries.append(f"{arch}-real")
             if ptx:
                 entries.append(f"{arch}-virtual")
     if not entries:
-        raise BadArchs(f"TORCH_CUDA_ARCH_LIST: got {text!r}, wanted {wanted}")
+        raise BadArchs(f"TORCH_CUDA_ARCH_LIST must be architectures {wanted}, got {text!r}")
     return ordered(entries)
 
 

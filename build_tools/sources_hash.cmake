@@ -1,5 +1,5 @@
-# What the libraries of a source tree are made of, as one hash. fomoe_ext/_C.py takes it of a tree
-# alike, to tell whether libraries that are installed are of that tree.
+# One hash of the sources of the libraries. fomoe_ext/_C.py computes the same hash of a source tree, to
+# tell whether installed libraries were built from it.
 function(sources_hash out root)
   set(patterns "")
   foreach(ending cpp h cu cuh in)

@@ -1,8 +1,8 @@
-// libfomoe_facts.so: what this build is, what it found and which tile a product takes. Read by
+// libfomoe_facts.so: build facts, CPU features, and the tile of each product. Read by
 // fomoe_ext/_C.py through ctypes: plain C functions, so that it needs neither Python nor torch nor a
 // GPU, and one build serves every Python.
 //
-// Texts live as long as the library, except errors: until the next call of the thread.
+// Returned texts live as long as the library; errors live until the next call of the thread.
 #include <cstdint>
 #include <exception>
 #include <iterator>
@@ -20,7 +20,7 @@ namespace {
 
 thread_local std::string last_error;
 
-// What `body` answers, or `failed`; then last_error says why.
+// The result of `body`; if it throws, `failed`, with the reason in last_error.
 template <class Answer, class Body>
 Answer guarded(Answer failed, const Body& body) {
   try {
@@ -40,7 +40,7 @@ const char* kernel_name(cuda::Kernel kernel) {
   return "";
 }
 
-// The index of `got` among names; std::invalid_argument for one that is not there.
+// The index of `got` among names; std::invalid_argument if it is not one of them.
 template <size_t N>
 int index_of(const char* argument, const std::string& got, const char* const (&names)[N]) {
   std::string wanted;
@@ -48,14 +48,14 @@ int index_of(const char* argument, const std::string& got, const char* const (&n
     if (got == names[i]) return static_cast<int>(i);
     wanted += (i == 0 ? "" : ", ") + std::string(names[i]);
   }
-  throw std::invalid_argument(std::string(argument) + ": got '" + got + "', wanted one of " +
-                              wanted);
+  throw std::invalid_argument(std::string(argument) + " must be one of " + wanted + ", got '" +
+                              got + "'");
 }
 
 }  // namespace
 }  // namespace fomoe
 
-// Why the last call of this thread that failed did.
+// The error of the last call of this thread that failed.
 FOMOE_EXPORT const char* fomoe_error() { return fomoe::last_error.c_str(); }
 
 // A JSON object, as CMake wrote it.
@@ -69,7 +69,7 @@ FOMOE_EXPORT const char* fomoe_isa_name(int32_t index) {
 
 FOMOE_EXPORT int32_t fomoe_isa_found() { return static_cast<int32_t>(fomoe::cpu::detected_isa()); }
 
-// -1 where FOMOE_CPU_ISA asks for what is unknown or not there.
+// -1 where FOMOE_CPU_ISA is unknown or more than this CPU and build have.
 FOMOE_EXPORT int32_t fomoe_isa_chosen() {
   return fomoe::guarded(int32_t{-1}, [] { return static_cast<int32_t>(fomoe::cpu::chosen_isa()); });
 }

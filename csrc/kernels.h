@@ -1,17 +1,17 @@
-// The map of the native layer: the contract of every kernel, stated once.
+// The contract of every kernel. Read this first.
 //
 // Plain pointers, shapes and layouts; no torch, no Python. `fomoe::cpu` implements every kernel
 // here; `fomoe::cuda` implements those listed at the bottom, with a stream as an extra argument.
 // The callers (csrc/ops) check shapes, dtypes and devices and allocate every output.
 //
 // Letters: T tokens, K slots per token (top_k), E experts of the layer, R resident experts,
-// D hidden size, N expert size, G = 2 for gated activations (SwiGLU, GeGLU) else 1,
+// D hidden size, N intermediate size, G = 2 for gated activations (SwiGLU, GeGLU) else 1,
 // S = T * K slots. Tensors are dense and row-major unless a leading stride is given.
 #pragma once
 
 #include <cstdint>
 
-// Of functions that kernels call too.
+// Marks functions that kernels call too.
 #ifdef __CUDACC__
 #define FOMOE_ANYWHERE __host__ __device__
 #else
@@ -22,6 +22,7 @@ namespace fomoe {
 
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 enum class Scoring : int32_t { softmax = 0, sigmoid = 1 };
+constexpr const char* kScoringNames[] = {"softmax", "sigmoid"};  // by number, as those below
 
 // Gated: activation(gate) * up. GELU is the tanh form, as in Gemma's GeGLU. clamped_swiglu is that of
 // gpt-oss: with g = min(gate, limit) and u = up clamped to -limit .. limit it is
@@ -34,6 +35,8 @@ enum class Activation : int32_t {
   gelu = 4,
   clamped_swiglu = 5
 };
+constexpr const char* kActivationNames[] = {"swiglu", "geglu", "silu",
+                                            "relu2",  "gelu",  "clamped_swiglu"};
 FOMOE_ANYWHERE constexpr bool is_gated(Activation a) {
   return a == Activation::swiglu || a == Activation::geglu || a == Activation::clamped_swiglu;
 }
@@ -48,9 +51,9 @@ constexpr float kClampedSwigluLimit = 7.0f, kClampedSwigluSlope = 1.702f;
 // experts are allowed in the kept groups the rest of the slots get expert -1 and weight 0.
 // Without a bias and with one group the logits themselves are compared: the same order, and logits
 // whose scores round to the same number do not tie. CPU and CUDA choose the same, bit for bit.
-// NaN logits, and for softmax an infinite largest one, are bad: see the entry points below.
+// A NaN logit, or for softmax an infinite largest logit, is bad: see the entry points below.
 //
-// `statistics`, in units that add up exactly in any order: [0, E) slots that chose each expert,
+// `statistics` are integers, so that sums are exact in any order: [0, E) slots that chose each expert,
 // [E, 2E) the sum over tokens of its score in 2^-24, [2E] the sum of the entropy (nats, of the
 // allowed experts' scores normalised to sum 1) in 2^-32.
 struct RouteArgs {
@@ -93,9 +96,9 @@ struct RouteBackwardArgs {
 //
 // The tile schedule lists what a grouped GEMM with tiles of `tile_rows` rows has to do: (resident,
 // first row) pairs, each tile ending at first row + tile_rows or at the resident's last row. Tiles
-// of one resident stand together, so that its weights stay in cache, residents with more rows come
-// first (ties: lower resident first), so that workers that take every n-th tile share out the heavy
-// groups and end with small ones. Entries past the last tile are (-1, -1).
+// of one resident are consecutive, so that its weights stay in cache. Residents with more rows come
+// first (ties: lower resident first), so that blocks that take every n-th tile share large groups
+// and finish with small ones. Entries past the last tile are (-1, -1).
 struct CompactArgs {
   const int32_t* expert_ids;      // [T, K]
   const int32_t* resident_index;  // [E], position among the resident experts, -1 = not resident
@@ -110,7 +113,7 @@ struct CompactArgs {
   int32_t* workspace;     // CUDA only: cuda::compact_workspace(args) entries
 };
 
-// Tiles that a schedule has room for: every resident may end with a tile that is not full.
+// Capacity of a schedule: every resident may end with a partly filled tile.
 constexpr int64_t max_tiles(int64_t slots, int64_t residents, int64_t tile_rows) {
   return tile_rows > 0 ? slots / tile_rows + residents : 0;
 }
@@ -142,7 +145,7 @@ struct ExpandArgs {
   const int32_t* tiles;         // CUDA only
   DType dtype;                  // of x, weight, bias, act and preact
   int32_t residents;
-  int64_t tokens, slots, hidden, expert_size;
+  int64_t tokens, slots, hidden, intermediate_size;
   Activation activation;
   void* act;     // out [S, N]; rows past offsets[R] untouched
   void* preact;  // out [S, G*N] or null
@@ -157,7 +160,7 @@ struct ContractArgs {
   const int32_t* tiles;    // CUDA only
   DType dtype;
   int32_t residents;
-  int64_t slots, hidden, expert_size;
+  int64_t slots, hidden, intermediate_size;
   void* rows;  // out [S, D]; rows past offsets[R] untouched
 };
 
@@ -206,7 +209,7 @@ struct ContractBackwardArgs {
   const int32_t* tiles;         // CUDA only
   DType dtype;
   int32_t residents;
-  int64_t tokens, slots, hidden, expert_size;
+  int64_t tokens, slots, hidden, intermediate_size;
   Activation activation;
   void* grad_preact;    // out [S, G*N]; rows past offsets[R] untouched
   void* scaled_act;     // out [S, N]; likewise
@@ -267,7 +270,7 @@ struct ActivationBackwardArgs {
   const int32_t* offsets;
   DType dtype;
   int32_t residents;
-  int64_t slots, expert_size;
+  int64_t slots, intermediate_size;
   Activation activation;
   void* grad_preact;  // out [S, G*N]; rows past offsets[R] untouched
 };
@@ -275,12 +278,12 @@ struct ActivationBackwardArgs {
 // ---- delta: fp32 values <-> the bytes that travel -------------------------------------------------
 // A payload holds n values in payload_bytes(codec, n) bytes, little endian, at any address. Decoding
 // needs the payload and n alone, and every decoded value is a product that fp32 holds exactly (or a
-// stored float): all who decode the same bytes get the same bits, with or without fused multiply-adds.
-// Bits that pad a byte are 0.
+// stored float): the same bytes decode to the same bits everywhere, with or without fused multiply-adds.
+// Padding bits of a byte are 0.
 //
 // fp32, bf16: the values (bf16 to nearest, ties to even).
-// int8, int4, int2: blocks of `block` = 64 or 128 values, the last one shorter, one behind the other.
-//   Of each first its step, bf16; then a code of b = 8, 4 or 2 bits per value, its value i at bits
+// int8, int4, int2: consecutive blocks of `block` = 64 or 128 values, the last one shorter.
+//   Each block is its step, bf16, followed by a code of b = 8, 4 or 2 bits per value, its value i at bits
 //   b*i .. b*i + b-1 (low bits of a byte first).
 //   int8, int4: code q in -M .. M, two's complement, M = 127 or 7, value q * step. step is
 //     max|v| / M (an fp32 division) rounded *up* to bf16.
@@ -290,8 +293,8 @@ struct ActivationBackwardArgs {
 //     0.498f * (sqrtf(float(sum of r^2) / count) * 2^(k-10)) rounded to nearest bf16: the best four
 //     even levels for normal values. Nearest: q = v * (0.5f / step) + 1.5f, rounded to nearest even,
 //     clamped to 0 .. 3 (product, then sum: two roundings).
-// topk: chunks of kTopkChunk = 4096 values, the last one shorter; of each the ceil(count / 64) values of
-//   largest magnitude, ties to the lower index. Per chunk: a unit, bf16; the kept indices within the
+// topk: chunks of kTopkChunk = 4096 values, the last one shorter; each keeps the ceil(count / 64) values
+//   of largest magnitude, ties to the lower index. Per chunk: a unit, bf16; the kept indices within the
 //   chunk, ascending, 12 bits each; a 2-bit code per kept value: bit 0 = large, bit 1 = v < 0; indices
 //   and codes each packed like codes above and padded to a byte. Value +-7 or +-10 times unit. With k of
 //   the chunk's largest magnitude and r = |v| * 2^(20-k) rounded to nearest even, unit is
@@ -299,12 +302,13 @@ struct ActivationBackwardArgs {
 //   |v| > 8.5f * unit. All other values decode to 0.
 // A step (unit) is at most max_step(format), the largest bf16 with which all decoded values are finite.
 // A block or chunk whose largest magnitude is under 2^-90 gets step (unit) 0 and codes 0 (topk: and
-// indices 0, 1, ..): it decodes to zeros. One that holds NaN or an infinity is bad: the CPU says so, on
-// CUDA its step is NaN, so that what is decoded is NaN too.
+// indices 0, 1, ..): it decodes to zeros. A block or chunk with NaN or an infinity is bad: the CPU entry
+// point returns its index; on CUDA its step is NaN, and it decodes to NaN.
 //
 // Stochastic rounding (int8, int4, int2; ignored by the others): in place of rounding t to nearest,
 // floor(t + u) with u = (random_bits(seed, first + i) >> 8) * 2^-24, then clamped.
 enum class Format : int32_t { fp32 = 0, bf16 = 1, int8 = 2, int4 = 3, int2 = 4, topk = 5 };
+constexpr const char* kFormatNames[] = {"fp32", "bf16", "int8", "int4", "int2", "topk"};
 
 // Bits of the largest bf16 whose product with the largest factor of a code is finite in fp32.
 constexpr uint16_t max_step(Format format) {
@@ -357,7 +361,7 @@ FOMOE_ANYWHERE constexpr uint32_t random_bits(uint64_t seed, uint64_t index) {
                   uint32_t(index >> 32));
 }
 
-// A stretch of the values that one tensor gives: elements `begin` up to the next part's begin.
+// A contiguous range of the values, taken from one tensor: `begin` up to the next part's begin.
 struct DeltaPart {
   const void* local;  // of dtype; null = these values are 0 before the error is added
   DType dtype;
@@ -379,13 +383,13 @@ struct DeltaEncodeArgs {
   uint8_t* payload;  // out [payload_bytes]
 };
 
-// CUDA takes so many parts in one call; a caller with more copies them into one first.
+// Limit of the CUDA kernel; a caller with more parts first copies them into one tensor.
 constexpr int32_t kMaxDeltaParts = 64;
 
 // v = the sum over the members, in rank order, each addition rounded to fp32, starting with the value
-// of member 0 itself, plus error. Member `own_rank` gives `own` as it is where that is not null; then
-// `payloads` holds those of the others only. Encodes v into `payload` and error becomes v - what that
-// decodes to, or, with `payload` null, writes v to `sum`.
+// of member 0 itself, plus error. If `own` is not null it is the value of member `own_rank`, as it is,
+// and `payloads` holds only those of the other members. Encodes v into `payload`, and error becomes
+// v - what the payload decodes to; or, with `payload` null, writes v to `sum`.
 struct DeltaReduceArgs {
   const uint8_t* payloads;  // member m's, or with own the others' in order, at m * stride
   int64_t stride;           // bytes
@@ -400,7 +404,7 @@ struct DeltaReduceArgs {
 };
 
 // A 64-bit hash of bits: the sum, mod 2^64, over the 4-byte words w_i (the last one padded with zero
-// bytes) of mix64(w_i + (i << 32)), plus the number of bytes. It adds up in any order.
+// bytes) of mix64(w_i + (i << 32)), plus the number of bytes. The order of summation does not matter.
 constexpr uint64_t kMixFactor = 0xd6e8feb86659fd93u;
 FOMOE_ANYWHERE constexpr uint64_t mix64(uint64_t x) {
   x = (x ^ (x >> 32)) * kMixFactor;
@@ -415,7 +419,7 @@ struct HashArgs {
 
 namespace cpu {
 
-// False when logits are bad (nothing is promised about the outputs then).
+// False when logits are bad; outputs are then undefined.
 bool route(const RouteArgs&);
 void route_backward(const RouteBackwardArgs&);
 // False when an expert id is outside -1 .. experts-1.
@@ -430,16 +434,16 @@ void grouped_rows(const GroupedRowsArgs&);
 void weight_grad(const WeightGradArgs&);
 void bias_grad(const BiasGradArgs&);
 void activation_backward(const ActivationBackwardArgs&);
-// The index of a value (of delta_reduce: of a sum) that is NaN or infinite, in whose block nothing is
-// promised; -1 when all are good.
+// The index of a value (delta_reduce: of a sum) that is NaN or infinite, or -1. The block of such a
+// value is undefined.
 int64_t delta_encode(const DeltaEncodeArgs&);
 int64_t delta_reduce(const DeltaReduceArgs&);
 void hash_bits(const HashArgs&);
 
-// Rows multiplied by expand since the library was loaded: what a skipped slot must not add to.
+// Rows multiplied by expand since the library was loaded. Skipped slots do not count.
 int64_t expand_rows_computed();
 
-// How loops reach a thread pool; csrc/ops installs torch's. Serial until then.
+// The thread pool of all loops; csrc/ops installs torch's. Loops are serial until then.
 using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, ParallelBody,
                              void* context);
@@ -449,11 +453,10 @@ void set_parallel_for(ParallelFor, int (*num_threads)());
 
 namespace cuda {
 
-// `stream` is a cudaStream_t; the return value a cudaError_t. Nothing waits for the device and
-// nothing is allocated, so all of it can be captured in a graph. What the CPU entry points refuse is
-// not seen here: a token with bad logits gets experts 0 .. K-1 with NaN weights, so that NaN reaches
-// the output if one of them is resident; ids and rows out of range count as -1 in compact and must
-// not occur elsewhere.
+// `stream` is a cudaStream_t; the return value a cudaError_t. No call waits for the device or
+// allocates memory, so all of them can be captured in a graph. Values are not checked: a token with
+// bad logits gets experts 0 .. K-1 with NaN weights, so that NaN reaches the output if one of them is
+// resident; ids and rows out of range count as -1 in compact and must not occur elsewhere.
 int route(const RouteArgs&, void* stream);
 int route_backward(const RouteBackwardArgs&, void* stream);
 int64_t compact_workspace(const CompactArgs&);

@@ -1,8 +1,8 @@
-"""Build facts, CPU features and the tiles of grouped GEMMs, told by libfomoe_facts.so.
+"""Build facts, CPU features and the tiles of grouped GEMMs, from libfomoe_facts.so.
 
 Plain C functions called through ctypes: neither torch nor a particular Python is needed. Importing
 raises ImportError where the package is not built. In a source tree in which nothing is built,
-`FOLDER` is that of the installed package, if that was made of the same sources.
+`FOLDER` is that of the installed package, if it was built from the same sources.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _open(folder: Path) -> ctypes.CDLL:
 
 
 def sources_hash(root: Path) -> str:
-    """The hash of what the libraries of a source tree are made of, as CMakeLists.txt takes it."""
+    """The hash of the sources of the libraries in a source tree, as CMakeLists.txt computes it."""
     found = [path for path in (root / "csrc").rglob("*") if path.suffix in _HASHED]
     names = ["CMakeLists.txt", *sorted(path.relative_to(root).as_posix() for path in found)]
     hashes = (hashlib.sha256((root / name).read_bytes()).hexdigest() for name in names)
@@ -42,7 +42,7 @@ def _facts_of(library: ctypes.CDLL) -> dict[str, Any]:
 
 
 def _find() -> Path:
-    """The folder of the libraries. Raises ImportError that says how to get there."""
+    """The folder of the libraries. Raises ImportError that says how to build or install them."""
     if (_HERE / _NAME).exists():
         return _HERE
     root = _HERE.parent
@@ -107,7 +107,7 @@ def build_facts() -> dict[str, Any]:
 
 
 def built_from() -> str:
-    """`sources_hash` of the tree that the libraries were built from; "" where they do not tell."""
+    """`sources_hash` of the tree that the libraries were built from; "" if it is not recorded."""
     return str(_facts.get("sources_hash", ""))
 
 
@@ -121,7 +121,7 @@ def _isa_names() -> list[str]:
 def cpu_features() -> dict[str, Any]:
     """found and chosen (instruction set names), available (list, ascending).
 
-    Raises RuntimeError when FOMOE_CPU_ISA asks for what is unknown or not there.
+    Raises RuntimeError when FOMOE_CPU_ISA is unknown or more than this CPU and build have.
     """
     chosen = _isa_chosen()
     if chosen < 0:
@@ -133,8 +133,8 @@ def cpu_features() -> dict[str, Any]:
 def cpu_kernels() -> dict[str, list[str]]:
     """Kernel file compiled into libfomoe_cpu.so -> its instruction sets.
 
-    "gemm_avx2" -> gemm: [..., avx2]; a name without an instruction set counts as scalar, and so
-    does the file beside it that only picks one.
+    "gemm_avx2" -> gemm: [..., avx2]. A name without an instruction set counts as scalar; so does
+    the file that only picks one.
     """
     kernels: dict[str, list[str]] = {}
     for file in _facts["cpu_files"]:
@@ -174,7 +174,7 @@ def expert_tile(verb: str, dtype: str, columns: int, terms: int, hopper: bool) -
 
     verb: expand, contract, contract_backward, grouped_rows or weight_grad; dtype: float32, bfloat16
     or float16; columns: of its sums (expand's gate and up columns both count); terms: of each sum,
-    0 where only the device knows (weight_grad); hopper: whether the device is one.
+    0 where only the device knows (weight_grad); hopper: whether the device is a Hopper GPU.
     FOMOE_EXPERTS_TILE overrides it where dtype and device allow. Raises ValueError for an unknown
     verb, dtype or tile.
     """

@@ -48,7 +48,7 @@ def chosen(steps: list[Step], wanted: str | None) -> list[Step]:
     known = [step.name for step in steps]
     for name in names:
         if name not in known:
-            raise ValueError(f"--steps: got {name!r}, wanted some of {', '.join(known)}")
+            raise ValueError(f"--steps must be some of {', '.join(known)}, got {name!r}")
     return [step for step in steps if step.name in names]
 
 

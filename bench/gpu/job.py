@@ -135,7 +135,7 @@ def run_job(folder: Path, device: str) -> tuple[dict[str, Any], str]:
     saved = sorted((first / "checkpoints").glob("step-*"))
     found: dict[str, Any] = {"seconds": middle - start, "checkpoints": [p.name for p in saved]}
     if len(saved) < 2:
-        return found, f"{len(saved)} checkpoints, wanted 2"
+        return found, f"checkpoints must be 2, got {len(saved)}"
     # A resumed job goes on in the folder of its checkpoint: in a copy, as of when that was new.
     shutil.copytree(first, second)
     for later in saved[1:]:
@@ -150,7 +150,10 @@ def run_job(folder: Path, device: str) -> tuple[dict[str, Any], str]:
     found["largest_difference"] = max(apart, default=None)
     losses = found["first"]["losses"]
     if len(losses) < ROUNDS or len(apart) != ROUNDS - SAVED:
-        return found, f"{len(losses)} rounds and {len(apart)} again, wanted {ROUNDS} and {SAVED}"
+        return (
+            found,
+            f"rounds must be {ROUNDS} and {SAVED} again, got {len(losses)} and {len(apart)}",
+        )
     if not losses[-1] < losses[0]:
         return found, f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f}"
     # On a GPU some of torch's own sums are made in any order.

@@ -57,7 +57,7 @@ class Compared:
         wanted = tensors_in(make("cpu"))
         self.done += 1
         if len(got) != len(wanted):
-            self.results.wrong.append(f"{what}: {len(got)} outputs, wanted {len(wanted)}")
+            self.results.wrong.append(f"{what} must have {len(wanted)} outputs, got {len(got)}")
         for mine, theirs in zip(got, wanted, strict=False):
             if theirs.numel() and float(theirs.float().square().sum()):
                 error = common.normalised_error(mine.cpu(), theirs)

@@ -40,11 +40,12 @@ Isa choose() {
   for (int i = 0; i < kIsaCount; ++i) {
     if (std::string(wanted) != kNames[i]) continue;
     if (i <= static_cast<int>(best)) return static_cast<Isa>(i);
-    throw std::runtime_error(std::string("FOMOE_CPU_ISA: got '") + wanted +
-                             "', but this CPU and build have at most '" + isa_name(best) + "'");
+    throw std::runtime_error(std::string("FOMOE_CPU_ISA must be at most '") + isa_name(best) +
+                             "' on this CPU with this build, got '" + wanted + "'");
   }
-  throw std::runtime_error(std::string("FOMOE_CPU_ISA: got '") + wanted +
-                           "', wanted scalar, avx2, avx512 or avx512_bf16");
+  throw std::runtime_error(
+      std::string("FOMOE_CPU_ISA must be scalar, avx2, avx512 or avx512_bf16, got '") + wanted +
+      "'");
 }
 
 }  // namespace

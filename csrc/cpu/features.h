@@ -1,4 +1,4 @@
-// Which instruction set the CPU kernels use: found by CPUID, lowered by FOMOE_CPU_ISA.
+// The instruction set of the CPU kernels: detected by CPUID, or a less capable one by FOMOE_CPU_ISA.
 #pragma once
 
 #include <cstdint>
@@ -14,11 +14,11 @@ constexpr int kIsaCount = 4;
 
 const char* isa_name(Isa);
 
-// The best that this CPU, its operating system and this build have.
+// The best one that the CPU, its operating system and this build support.
 Isa detected_isa();
 
-// detected_isa(), or what FOMOE_CPU_ISA = scalar | avx2 | avx512 | avx512_bf16 asks for. Throws
-// std::runtime_error when the variable holds another word or asks for more than was detected.
+// detected_isa(), or a less capable one: FOMOE_CPU_ISA = scalar | avx2 | avx512 | avx512_bf16. Throws
+// std::runtime_error for another word, or for one above detected_isa().
 // Read once, at the first call that succeeds.
 Isa chosen_isa();
 

@@ -1,4 +1,4 @@
-// Large outputs in large pages: a fresh buffer of 100 MB costs 25000 page faults in 4 KiB pages,
+// Huge pages for large outputs: a new buffer of 100 MB costs 25000 page faults in 4 KiB pages,
 // which is up to a third of the time of the product that fills it.
 #pragma once
 
@@ -10,8 +10,8 @@
 
 namespace fomoe::cpu {
 
-// Asks for 2 MiB pages in [data, data + bytes) where the system leaves that to programs
-// (transparent_hugepage = madvise). Only a hint: contents and failures do not matter.
+// Requests 2 MiB pages for [data, data + bytes) where the system leaves that to programs
+// (transparent_hugepage = madvise). A hint: contents are kept and failures are ignored.
 inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t(2) << 20;

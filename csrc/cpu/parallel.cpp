@@ -9,7 +9,7 @@ namespace {
 std::atomic<ParallelFor> g_parallel_for{nullptr};
 std::atomic<int (*)()> g_num_threads{nullptr};
 
-// Carries the first exception of a body past the pool, which may be a C interface.
+// Keeps the first exception of a body: it must not pass through the pool, which may be a C interface.
 struct Guarded {
   ParallelBody body;
   void* context;

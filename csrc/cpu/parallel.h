@@ -1,5 +1,5 @@
-// Loops over a pool of threads. The pool is whatever set_parallel_for installed (kernels.h); until
-// then every loop runs on the calling thread. Results must never depend on how work is split.
+// Loops over a pool of threads. set_parallel_for (kernels.h) installs the pool; until
+// then every loop runs on the calling thread. Results must not depend on how work is split.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
 // The kernels that work token by token, one table per instruction set. Each function handles the
-// tokens begin .. end-1 of its arguments; route.cpp and combine.cpp share tokens out over threads.
+// tokens begin .. end-1 of its arguments; route.cpp and combine.cpp distribute tokens over threads.
 #pragma once
 
 #include <type_traits>

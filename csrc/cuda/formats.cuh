@@ -1,6 +1,6 @@
-// How stored elements travel: in units of one register (or of one element where rows leave no
-// better alignment), N units to a vector that moves in one access of up to 16 bytes. Values are
-// unpacked where they are used, so that a load waits for nothing.
+// Access to stored elements in units of one register (or of one element where rows allow no better
+// alignment). N units are a vector, which moves in one access of up to 16 bytes. Values are unpacked at
+// their use, so that nothing waits for a load earlier.
 #pragma once
 
 #include <cuda_bf16.h>

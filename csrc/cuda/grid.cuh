@@ -1,4 +1,4 @@
-// Sizes of launches. Every kernel loops until its items are done, whatever the number of blocks.
+// Sizes of launches. Every kernel loops over its items, with any number of blocks.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,14 +10,14 @@
 
 namespace fomoe::cuda {
 
-// Tests define FOMOE_FEW_BLOCKS, so that small inputs already make blocks and counters go around.
+// Tests define FOMOE_FEW_BLOCKS, so that blocks loop and counters wrap already for small inputs.
 #ifdef FOMOE_FEW_BLOCKS
 constexpr int64_t kFewBlocks = FOMOE_FEW_BLOCKS;
 #else
 constexpr int64_t kFewBlocks = INT64_MAX;
 #endif
 
-// As many blocks as the items need, at least one, no more than `most`.
+// The blocks that the items need, at least 1 and at most `most`.
 inline unsigned blocks_for(int64_t items, int64_t items_per_block, int64_t most) {
   const int64_t wanted = (items + items_per_block - 1) / items_per_block;
   return static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, std::min(most, kFewBlocks)));

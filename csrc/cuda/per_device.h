@@ -1,4 +1,4 @@
-// What is asked of each device once.
+// Facts of a device that are queried once.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,10 +7,10 @@
 
 namespace fomoe::cuda {
 
-// One object for each question; its answers are positive numbers.
+// One object for each fact, a positive number.
 class PerDevice {
  public:
-  // The current device's answer. ask(device, answer) finds it out, and returns a cudaError_t.
+  // The fact of the current device. ask(device, answer) queries it and returns a cudaError_t.
   template <class Ask>
   cudaError_t get(int& answer, const Ask& ask) {
     int device = 0;

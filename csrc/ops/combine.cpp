@@ -13,8 +13,8 @@ namespace {
 void check_range(const Tensor& row_of_slot, int64_t rows) {
   const int32_t* row = pointer<int32_t>(row_of_slot);
   for (int64_t slot = 0; slot < row_of_slot.numel(); ++slot)
-    require(row[slot] >= -1 && row[slot] < rows, "row_of_slot: has ", row[slot], " at slot ", slot,
-            ", wanted -1 .. ", rows - 1);
+    require(row[slot] >= -1 && row[slot] < rows, "row_of_slot must be in -1 .. ", rows - 1,
+            ", got ", row[slot], " at slot ", slot);
 }
 
 // The number of rows n, checked to be 0 .. n-1, each once, as `compact` gives them: only then is
@@ -28,49 +28,47 @@ int64_t check_each_row_once(const Tensor& row_of_slot) {
   std::vector<uint8_t> seen(size_t(rows), 0);
   for (int64_t slot = 0; slot < slots; ++slot) {
     if (row[slot] < 0) continue;
-    require(!seen[size_t(row[slot])], "row_of_slot: has row ", row[slot],
-            " in two slots, wanted each row once");
+    require(!seen[size_t(row[slot])], "row_of_slot must have each row once, got row ", row[slot],
+            " in two slots");
     seen[size_t(row[slot])] = 1;
   }
   return rows;
 }
 
-Tensor combine(const Tensor& rows, const std::optional<Tensor>& weights,
-               const Tensor& row_of_slot) {
-  check(row_of_slot, "row_of_slot").cpu();
-  check_combine(rows, weights, row_of_slot);
-  check_range(row_of_slot, rows.size(0));
-  Tensor y = empty(rows, {row_of_slot.size(0), rows.size(1)});
-  cpu::combine(combine_args(rows, weights, row_of_slot, y));
+Tensor combine(const CombineInputs& in) {
+  check(in.row_of_slot, "row_of_slot").cpu();
+  check_combine(in);
+  check_range(in.row_of_slot, in.rows.size(0));
+  Tensor y = empty(in.rows, {in.row_of_slot.size(0), in.rows.size(1)});
+  cpu::combine(combine_args(in, y));
   return y;
 }
 
-std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad_y, const std::optional<Tensor>& rows,
-                                            const Tensor& weights, const Tensor& row_of_slot) {
-  check(row_of_slot, "row_of_slot").cpu();
-  const CombineBackwardCall call(grad_y, rows, weights, row_of_slot);
-  check_each_row_once(row_of_slot);
+std::tuple<Tensor, Tensor> combine_backward(const CombineBackwardInputs& in) {
+  check(in.row_of_slot, "row_of_slot").cpu();
+  const CombineBackwardCall call(in);
+  check_each_row_once(in.row_of_slot);
   cpu::prefer_huge_pages(call.args.grad_rows,
                          call.grad_rows.numel() * int64_t(call.grad_rows.element_size()));
   cpu::combine_backward(call.args);
   return {call.grad_rows, call.grad_weights};
 }
 
-Tensor gather(const Tensor& x, const Tensor& row_of_slot, const Tensor& offsets) {
-  check(x, "x").cpu();
-  const GatherCall call(x, row_of_slot, offsets);
-  const int64_t rows = check_each_row_once(row_of_slot);
-  require(*call.args.row_count == rows, "offsets: ends at ", *call.args.row_count, ", wanted the ",
-          rows, " rows of row_of_slot");
+Tensor gather(const GatherInputs& in) {
+  check(in.x, "x").cpu();
+  const GatherCall call(in);
+  const int64_t rows = check_each_row_once(in.row_of_slot);
+  require(*call.args.row_count == rows, "offsets must end at ", rows,
+          ", the rows of row_of_slot, got ", *call.args.row_count);
   cpu::prefer_huge_pages(call.args.rows, call.rows.numel() * int64_t(call.rows.element_size()));
   cpu::gather(call.args);
   return call.rows;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FOMOE_NAMESPACE, CPU, m) {
-  m.impl("combine", TORCH_BOX(&combine));
-  m.impl("combine_backward", TORCH_BOX(&combine_backward));
-  m.impl("gather", TORCH_BOX(&gather));
+  implement<&combine>(m);
+  implement<&combine_backward>(m);
+  implement<&gather>(m);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What every op needs from torch: checks with readable messages, dtypes, allocation.
+// What every op needs from torch: checks of arguments, dtypes, allocation.
 // LibTorch's stable ABI only, so that one build serves every torch >= 2.10.
 //
 // Errors are exceptions: std::invalid_argument arrives in Python as ValueError (a bad argument),
@@ -39,13 +39,13 @@ template <class... Parts>
   throw std::invalid_argument(message.str());
 }
 
-// require(top_k >= 1, "top_k: got ", top_k, ", wanted at least 1");
+// require(top_k >= 1, "top_k must be at least 1, got ", top_k);
 template <class... Parts>
 void require(bool condition, const Parts&... parts) {
   if (!condition) bad_argument(parts...);
 }
 
-// The status of a C function of torch's. (The macros for it have other names in other versions.)
+// Throws where a C function of torch has failed. (Torch's macros for it change names by version.)
 inline void require_success(int32_t status, const char* what) {
   if (status != 0) throw std::runtime_error(std::string(what) + " failed in torch");
 }
@@ -84,32 +84,31 @@ inline std::string device_name(const Tensor& tensor) {
 
 // ---- checks --------------------------------------------------------------------------------------
 
-constexpr int64_t kAny = -1;  // any size, in a wanted shape
+constexpr int64_t kAny = -1;  // in a shape that is checked: any size
 constexpr std::initializer_list<ScalarType> kFloatTypes = {ScalarType::Float, ScalarType::BFloat16,
                                                            ScalarType::Half};
 
-// A chain of demands on one argument; each throws ValueError naming the argument, what came and
-// what was wanted:   check(x, "x").same_device(weight, "weight").dtype(kFloatTypes)
-//                        .shape({kAny, hidden}).contiguous();
+// A chain of checks of one argument; each throws ValueError "NAME must be WANTED, got VALUE":
+//   check(x, "x").same_device(weight, "weight").dtype(kFloatTypes).shape({kAny, hidden});
 class check {
  public:
   check(const Tensor& tensor, const char* name) : tensor_(tensor), name_(name) {
-    require(tensor.defined(), name, ": got an undefined tensor");
+    require(tensor.defined(), name, " must be a tensor, got an undefined one");
   }
 
   const check& cpu() const {
-    require(tensor_.is_cpu(), name_, ": is on ", device_name(tensor_), ", wanted cpu");
+    require(tensor_.is_cpu(), name_, " must be on cpu, got ", device_name(tensor_));
     return *this;
   }
 
   const check& cuda() const {
-    require(tensor_.is_cuda(), name_, ": is on ", device_name(tensor_), ", wanted cuda");
+    require(tensor_.is_cuda(), name_, " must be on cuda, got ", device_name(tensor_));
     return *this;
   }
 
   const check& same_device(const Tensor& other, const char* other_name) const {
     const std::string got = device_name(tensor_), wanted = device_name(other);
-    require(got == wanted, name_, ": is on ", got, ", wanted ", wanted, " as ", other_name);
+    require(got == wanted, name_, " must be on ", wanted, " like ", other_name, ", got ", got);
     return *this;
   }
 
@@ -123,15 +122,15 @@ class check {
       if (!names.empty()) names += " or ";
       names += dtype_name(type);
     }
-    bad_argument(name_, ": has dtype ", dtype_name(got), ", wanted ", names);
+    bad_argument(name_, " must have dtype ", names, ", got ", dtype_name(got));
   }
 
   const check& dtype(ScalarType wanted) const { return dtype({wanted}); }
 
   const check& same_dtype(const Tensor& other, const char* other_name) const {
     const ScalarType got = tensor_.scalar_type(), wanted = other.scalar_type();
-    require(got == wanted, name_, ": has dtype ", dtype_name(got), ", wanted ", dtype_name(wanted),
-            " as ", other_name);
+    require(got == wanted, name_, " must have dtype ", dtype_name(wanted), " like ", other_name,
+            ", got ", dtype_name(got));
     return *this;
   }
 
@@ -144,14 +143,13 @@ class check {
       same = size == kAny || size == got[dim];
       ++dim;
     }
-    require(same, name_, ": has shape ", shape_name(got), ", wanted ", shape_name(wanted));
+    require(same, name_, " must have shape ", shape_name(wanted), ", got ", shape_name(got));
     return *this;
   }
 
   const check& contiguous() const {
-    require(tensor_.is_contiguous(), name_, ": is not contiguous (shape ",
-            shape_name(tensor_.sizes()), ", strides ", shape_name(tensor_.strides()),
-            "), call .contiguous()");
+    require(tensor_.is_contiguous(), name_, " must be contiguous, got shape ",
+            shape_name(tensor_.sizes()), " with strides ", shape_name(tensor_.strides()));
     return *this;
   }
 
@@ -162,25 +160,34 @@ class check {
 
 // ---- numbers -------------------------------------------------------------------------------------
 
-// The value as int32, within [low, high].
+// The value as int32; ValueError unless it is in low .. high.
 inline int32_t as_int32(int64_t value, const char* name,
                         int64_t low = std::numeric_limits<int32_t>::min(),
                         int64_t high = std::numeric_limits<int32_t>::max()) {
-  require(value >= low && value <= high, name, ": got ", value, ", wanted ", low, " .. ", high);
+  require(value >= low && value <= high, name, " must be in ", low, " .. ", high, ", got ", value);
   return static_cast<int32_t>(value);
 }
 
-inline Activation as_activation(int64_t value) {
-  return static_cast<Activation>(as_int32(value, "activation", 0, 5));
+// The enumerator with a number; names[number] is its name.
+template <class Enum, size_t kCount>
+Enum as_enum(int64_t number, const char* argument, const char* const (&names)[kCount]) {
+  if (number >= 0 && number < int64_t(kCount)) return static_cast<Enum>(number);
+  std::string known;
+  for (const char* name : names) known += (known.empty() ? "" : ", ") + std::string(name);
+  bad_argument(argument, " must be the number of one of ", known, ", got ", number);
 }
 
-inline Scoring as_scoring(int64_t value) {
-  return static_cast<Scoring>(as_int32(value, "scoring", 0, 1));
+inline Activation as_activation(int64_t number) {
+  return as_enum<Activation>(number, "activation", kActivationNames);
+}
+
+inline Scoring as_scoring(int64_t number) {
+  return as_enum<Scoring>(number, "scoring", kScoringNames);
 }
 
 // ---- tensors -------------------------------------------------------------------------------------
 
-// The kernels' name of the dtype; ValueError for one they do not store.
+// The dtype as the kernels name it; ValueError for a dtype that they do not have.
 inline DType dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return DType::f32;
@@ -188,7 +195,7 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
     case ScalarType::Half: return DType::f16;
     default: check(tensor, name).dtype(kFloatTypes);
   }
-  bad_argument(name, ": unexpected dtype");
+  bad_argument(name, " must have a dtype of the kernels");
 }
 
 // Uninitialised, contiguous, on the device of `like`; dtype of `like` unless given.

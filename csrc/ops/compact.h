@@ -1,23 +1,32 @@
-// What the CPU and the CUDA op of compact check alike, and the arguments they hand on.
+// Of compact on CPU and CUDA: its inputs, their checks, and the arguments of the kernels.
 #pragma once
 
-#include "common.h"
+#include "inputs.h"
 
 namespace fomoe::ops {
 
-// A call of compact: outputs allocated, arguments checked but for values in device memory.
+struct CompactInputs : Inputs<schemas::compact> {
+  using Inputs::Inputs;
+  const Tensor& experts = take<"experts">();
+  const Tensor& resident_index = take<"resident_index">();
+  const int64_t num_resident = take<"num_resident">();
+  const int64_t tile_rows = take<"tile_rows">();
+};
+
+// A call of compact: outputs allocated, arguments checked except for values in device memory.
 struct CompactCall {
-  CompactCall(const Tensor& expert_ids, const Tensor& resident_index, int64_t num_resident,
-              int64_t tile_rows) {
+  explicit CompactCall(const CompactInputs& in) {
+    const Tensor &expert_ids = in.experts, &resident_index = in.resident_index;
+    const int64_t num_resident = in.num_resident, tile_rows = in.tile_rows;
     check(expert_ids, "experts").dtype(ScalarType::Int).shape({kAny, kAny}).contiguous();
     check(resident_index, "resident_index").same_device(expert_ids, "experts");
     check(resident_index, "resident_index").dtype(ScalarType::Int).shape({kAny}).contiguous();
     const int64_t tokens = expert_ids.size(0), top_k = expert_ids.size(1);
     const int64_t slots = tokens * top_k, experts = resident_index.size(0);
-    as_int32(slots, "experts: number of slots", 0);
-    as_int32(experts, "resident_index: number of experts", 0);
-    require(num_resident >= 0 && num_resident <= experts, "num_resident: got ", num_resident,
-            ", wanted 0 .. ", experts, " (the length of resident_index)");
+    as_int32(slots, "experts (number of slots)", 0);
+    as_int32(experts, "resident_index.shape[0] (experts)", 0);
+    require(num_resident >= 0 && num_resident <= experts, "num_resident must be in 0 .. ", experts,
+            " (the length of resident_index), got ", num_resident);
     as_int32(tile_rows, "tile_rows", 0);
     token_of_row = empty(expert_ids, {slots});
     slot_of_row = empty(expert_ids, {slots});

@@ -4,41 +4,34 @@
 namespace fomoe::ops {
 namespace {
 
-void delta_encode(const std::optional<Tensor>& anchor, const std::vector<Tensor>& local,
-                  const std::vector<int64_t>& begins, const std::vector<double>& weights,
-                  const std::optional<Tensor>& error, int64_t numel, int64_t format, int64_t block,
-                  bool stochastic, int64_t seed, int64_t first, const Tensor& payload) {
-  check(payload, "payload").cpu();
-  const DeltaEncodeCall call(anchor, local, begins, weights, error, numel, format, block,
-                             stochastic, seed, first, payload);
+void delta_encode(const DeltaEncodeInputs& in) {
+  check(in.payload, "payload").cpu();
+  const DeltaEncodeCall call(in);
   const int64_t bad = cpu::delta_encode(call.args);
-  require(bad < 0, "values: element ", bad, " (of ", anchor ? "anchor - local" : "local",
-          error ? " plus error" : "", ") is NaN or infinite, wanted finite numbers");
+  require(bad < 0, "values must be finite, got element ", bad, " (of ",
+          in.anchor ? "anchor - local" : "local", in.error ? " plus error" : "",
+          "), which is NaN or infinite");
 }
 
-void delta_reduce(const Tensor& payloads, const std::optional<Tensor>& own, int64_t own_rank,
-                  const std::optional<Tensor>& error, int64_t numel, int64_t format, int64_t block,
-                  bool stochastic, int64_t seed, int64_t first,
-                  const std::optional<Tensor>& payload, const std::optional<Tensor>& sum) {
-  check(payloads, "payloads").cpu();
-  const DeltaReduceCall call(payloads, own, own_rank, error, numel, format, block, stochastic, seed,
-                             first, payload, sum);
+void delta_reduce(const DeltaReduceInputs& in) {
+  check(in.payloads, "payloads").cpu();
+  const DeltaReduceCall call(in);
   const int64_t bad = cpu::delta_reduce(call.args);
-  require(bad < 0, "payloads: element ", bad, " of the members' sum", error ? " plus error" : "",
-          " is NaN or infinite, wanted finite numbers");
+  require(bad < 0, "payloads must have a finite sum", in.error ? " with error" : "",
+          ", got element ", bad, ", which is NaN or infinite");
 }
 
-Tensor hash_bits(const std::vector<Tensor>& tensors) {
-  const HashCall call(tensors);
+Tensor hash_bits(const HashInputs& in) {
+  const HashCall call(in);
   check(call.hashes, "tensors[0]").cpu();
   for (const HashArgs& args : call.args) cpu::hash_bits(args);
   return call.hashes;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FOMOE_NAMESPACE, CPU, m) {
-  m.impl("delta_encode", TORCH_BOX(&delta_encode));
-  m.impl("delta_reduce", TORCH_BOX(&delta_reduce));
-  m.impl("hash_bits", TORCH_BOX(&hash_bits));
+  implement<&delta_encode>(m);
+  implement<&delta_reduce>(m);
+  implement<&hash_bits>(m);
 }
 
 }  // namespace

@@ -8,8 +8,9 @@
 namespace fomoe::ops {
 namespace {
 
-// The table of parts is an argument of the kernel and has room for so many. More of them are brought
-// into one by the kernel itself, as fp32 payloads of what they give: weight * (anchor - local).
+// The table of parts is an argument of the kernel, of at most kMaxDeltaParts. A call with more parts
+// first writes the values of all of them, weight * (anchor - local), as fp32 into one tensor, which
+// is then the only part. The kernel itself does this: an fp32 payload is the values.
 DeltaPart join_parts(const DeltaEncodeArgs& args, const Tensor& joined, void* stream) {
   auto* values = mutable_pointer<float>(joined);
   for (int32_t p = 0; p < args.num_parts; p += kMaxDeltaParts) {
@@ -32,18 +33,14 @@ DeltaPart join_parts(const DeltaEncodeArgs& args, const Tensor& joined, void* st
   return {.local = values, .dtype = DType::f32, .weight = 1.0f, .begin = 0};
 }
 
-void delta_encode(const std::optional<Tensor>& anchor, const std::vector<Tensor>& local,
-                  const std::vector<int64_t>& begins, const std::vector<double>& weights,
-                  const std::optional<Tensor>& error, int64_t numel, int64_t format, int64_t block,
-                  bool stochastic, int64_t seed, int64_t first, const Tensor& payload) {
-  const DeviceOf device(payload, "payload");
-  DeltaEncodeCall call(anchor, local, begins, weights, error, numel, format, block, stochastic,
-                       seed, first, payload);
+void delta_encode(const DeltaEncodeInputs& in) {
+  const DeviceOf device(in.payload, "payload");
+  DeltaEncodeCall call(in);
   if (call.args.num_parts <= kMaxDeltaParts) {
     check_launch(cuda::delta_encode(call.args, device.stream()), "delta_encode");
     return;
   }
-  const Tensor joined = empty(payload, {numel}, ScalarType::Float);
+  const Tensor joined = empty(in.payload, {in.numel}, ScalarType::Float);
   const DeltaPart part = join_parts(call.args, joined, device.stream());
   call.args.anchor = nullptr;
   call.args.parts = &part;
@@ -51,18 +48,14 @@ void delta_encode(const std::optional<Tensor>& anchor, const std::vector<Tensor>
   check_launch(cuda::delta_encode(call.args, device.stream()), "delta_encode");
 }
 
-void delta_reduce(const Tensor& payloads, const std::optional<Tensor>& own, int64_t own_rank,
-                  const std::optional<Tensor>& error, int64_t numel, int64_t format, int64_t block,
-                  bool stochastic, int64_t seed, int64_t first,
-                  const std::optional<Tensor>& payload, const std::optional<Tensor>& sum) {
-  const DeviceOf device(payloads, "payloads");
-  const DeltaReduceCall call(payloads, own, own_rank, error, numel, format, block, stochastic, seed,
-                             first, payload, sum);
+void delta_reduce(const DeltaReduceInputs& in) {
+  const DeviceOf device(in.payloads, "payloads");
+  const DeltaReduceCall call(in);
   check_launch(cuda::delta_reduce(call.args, device.stream()), "delta_reduce");
 }
 
-Tensor hash_bits(const std::vector<Tensor>& tensors) {
-  HashCall call(tensors);
+Tensor hash_bits(const HashInputs& in) {
+  HashCall call(in);
   const DeviceOf device(call.hashes, "tensors[0]");
   torch::stable::zero_(call.hashes);
   for (const HashArgs& args : call.args)
@@ -71,9 +64,9 @@ Tensor hash_bits(const std::vector<Tensor>& tensors) {
 }
 
 FOMOE_CUDA_OPS(m) {
-  m.impl("delta_encode", TORCH_BOX(&delta_encode));
-  m.impl("delta_reduce", TORCH_BOX(&delta_reduce));
-  m.impl("hash_bits", TORCH_BOX(&hash_bits));
+  implement<&delta_encode>(m);
+  implement<&delta_reduce>(m);
+  implement<&hash_bits>(m);
 }
 
 }  // namespace

@@ -14,114 +14,98 @@ void zero_tail(const Tensor& rows, const Tensor& offsets, const DeviceOf& device
                "zero_tail");
 }
 
-std::tuple<Tensor, Tensor> expand(const Tensor& x, const Tensor& weight,
-                                  const std::optional<Tensor>& bias, const Tensor& token_of_row,
-                                  const Tensor& row_of_slot, const Tensor& offsets,
-                                  const Tensor& tiles, int64_t activation, bool save_preact) {
-  const DeviceOf device(x, "x");
-  const ExpandCall call(x, weight, bias, token_of_row, row_of_slot, offsets, tiles, activation,
-                        save_preact);
-  require_schedule(tiles, call.args.slots, call.args.residents);
-  require_chunks(x, "x", "hidden size", call.args.hidden);
-  require_chunks(weight, "expand_weight", "expert size", call.args.expert_size);
+std::tuple<Tensor, Tensor> expand(const ExpandInputs& in) {
+  const DeviceOf device(in.x, "x");
+  const ExpandCall call(in);
+  require_schedule(in.tiles, call.args.slots, call.args.residents);
+  require_chunks(in.x, "x", "hidden size", call.args.hidden);
+  require_chunks(in.expand_weight, "expand_weight", "intermediate size",
+                 call.args.intermediate_size);
   check_launch(cuda::expand(call.args, device.stream()), "expand");
-  zero_tail(call.act, offsets, device);
-  if (save_preact) zero_tail(call.preact, offsets, device);
+  zero_tail(call.act, in.offsets, device);
+  if (in.save_preact) zero_tail(call.preact, in.offsets, device);
   return {call.act, call.preact};
 }
 
-Tensor contract(const Tensor& act, const Tensor& weight, const std::optional<Tensor>& bias,
-                const Tensor& offsets, const Tensor& tiles) {
-  const DeviceOf device(act, "act");
-  const ContractCall call(act, weight, bias, offsets, tiles);
-  require_schedule(tiles, call.args.slots, call.args.residents);
-  require_chunks(act, "act", "expert size", call.args.expert_size);
-  require_chunks(weight, "contract_weight", "hidden size", call.args.hidden);
+Tensor contract(const ContractInputs& in) {
+  const DeviceOf device(in.act, "act");
+  const ContractCall call(in);
+  require_schedule(in.tiles, call.args.slots, call.args.residents);
+  require_chunks(in.act, "act", "intermediate size", call.args.intermediate_size);
+  require_chunks(in.contract_weight, "contract_weight", "hidden size", call.args.hidden);
   check_launch(cuda::contract(call.args, device.stream()), "contract");
-  zero_tail(call.rows, offsets, device);
+  zero_tail(call.rows, in.offsets, device);
   return call.rows;
 }
 
-std::tuple<Tensor, Tensor, Tensor> contract_backward(
-    const Tensor& grad_y, const Tensor& weight, const std::optional<Tensor>& bias,
-    const Tensor& preact, const Tensor& weights, const Tensor& token_of_row,
-    const Tensor& slot_of_row, const Tensor& offsets, const Tensor& tiles, int64_t activation) {
-  const DeviceOf device(grad_y, "grad_y");
-  ContractBackwardCall call(grad_y, weight, bias, preact, weights, token_of_row, slot_of_row,
-                            offsets, tiles, activation);
-  require_schedule(tiles, call.args.slots, call.args.residents);
-  require_chunks(grad_y, "grad_y", "hidden size", call.args.hidden);
-  require_chunks(weight, "contract_weight", "expert size", call.args.expert_size);
-  require_chunks(preact, "preact", "expert size", call.args.expert_size);
-  const Tensor workspace = empty(weights, {cuda::contract_backward_workspace(call.args)});
+std::tuple<Tensor, Tensor, Tensor> contract_backward(const ContractBackwardInputs& in) {
+  const DeviceOf device(in.grad_y, "grad_y");
+  ContractBackwardCall call(in);
+  require_schedule(in.tiles, call.args.slots, call.args.residents);
+  require_chunks(in.grad_y, "grad_y", "hidden size", call.args.hidden);
+  require_chunks(in.contract_weight, "contract_weight", "intermediate size",
+                 call.args.intermediate_size);
+  require_chunks(in.preact, "preact", "intermediate size", call.args.intermediate_size);
+  const Tensor workspace = empty(in.weights, {cuda::contract_backward_workspace(call.args)});
   call.args.workspace = mutable_pointer<float>(workspace);
   check_launch(cuda::contract_backward(call.args, device.stream()), "contract_backward");
   return {call.grad_preact, call.scaled_act, call.grad_weights};
 }
 
-Tensor grouped_rows(const Tensor& rows_in, const Tensor& weight, const Tensor& offsets,
-                    const Tensor& tiles) {
-  const DeviceOf device(rows_in, "rows");
-  const GroupedRowsCall call(rows_in, weight, offsets, tiles);
-  require_schedule(tiles, call.args.slots, call.args.residents);
-  require_chunks(rows_in, "rows", "width", call.args.in);
-  require_chunks(weight, "weight", "width", call.args.out);
+Tensor grouped_rows(const GroupedRowsInputs& in) {
+  const DeviceOf device(in.rows, "rows");
+  const GroupedRowsCall call(in);
+  require_schedule(in.tiles, call.args.slots, call.args.residents);
+  require_chunks(in.rows, "rows", "width", call.args.in);
+  require_chunks(in.weight, "weight", "width", call.args.out);
   check_launch(cuda::grouped_rows(call.args, device.stream()), "grouped_rows");
   return call.rows_out;
 }
 
 void run_weight_grad(const WeightGradCall& call, const Tensor& left, const Tensor& right,
                      const DeviceOf& device) {
-  require(call.args.residents <= kMaxResidents, "offsets: have ", call.args.residents,
-          " residents, wanted at most ", kMaxResidents, " on CUDA");
+  require_residents(call.args.residents);
   require_chunks(left, "left", "width", call.args.left_size);
   require_chunks(right, "right", "width", call.args.right_size);
   require_chunks(call.grad, "total", "width", call.args.right_size);
   check_launch(cuda::weight_grad(call.args, device.stream()), "weight_grad");
 }
 
-Tensor weight_grad(const Tensor& left, const Tensor& right, const std::optional<Tensor>& left_index,
-                   const std::optional<Tensor>& right_index, const Tensor& offsets) {
-  const DeviceOf device(left, "left");
-  const WeightGradCall call(left, right, left_index, right_index, offsets);
-  run_weight_grad(call, left, right, device);
+Tensor weight_grad(const WeightGradInputs& in) {
+  const DeviceOf device(in.left, "left");
+  const WeightGradCall call(in);
+  run_weight_grad(call, in.left, in.right, device);
   return call.grad;
 }
 
-void weight_grad_add(const Tensor& total, const Tensor& left, const Tensor& right,
-                     const std::optional<Tensor>& left_index,
-                     const std::optional<Tensor>& right_index, const Tensor& offsets) {
-  const DeviceOf device(left, "left");
-  run_weight_grad(WeightGradCall(left, right, left_index, right_index, offsets, total), left, right,
-                  device);
+void weight_grad_add(const WeightGradAddInputs& in) {
+  const DeviceOf device(in.left, "left");
+  run_weight_grad(WeightGradCall(in), in.left, in.right, device);
 }
 
-Tensor bias_grad(const Tensor& rows, const std::optional<Tensor>& index,
-                 const std::optional<Tensor>& weights, const std::optional<Tensor>& slot_of_row,
-                 const Tensor& offsets) {
-  const DeviceOf device(rows, "rows");
-  const BiasGradCall call(rows, index, weights, slot_of_row, offsets);
+Tensor bias_grad(const BiasGradInputs& in) {
+  const DeviceOf device(in.rows, "rows");
+  const BiasGradCall call(in);
   check_launch(cuda::bias_grad(call.args, device.stream()), "bias_grad");
   return call.grad;
 }
 
-Tensor activation_backward(const Tensor& grad_act, const Tensor& preact, const Tensor& offsets,
-                           int64_t activation) {
-  const DeviceOf device(grad_act, "grad_act");
-  const ActivationBackwardCall call(grad_act, preact, offsets, activation);
+Tensor activation_backward(const ActivationBackwardInputs& in) {
+  const DeviceOf device(in.grad_act, "grad_act");
+  const ActivationBackwardCall call(in);
   check_launch(cuda::activation_backward(call.args, device.stream()), "activation_backward");
   return call.grad_preact;
 }
 
 FOMOE_CUDA_OPS(m) {
-  m.impl("expand", TORCH_BOX(&expand));
-  m.impl("contract", TORCH_BOX(&contract));
-  m.impl("contract_backward", TORCH_BOX(&contract_backward));
-  m.impl("grouped_rows", TORCH_BOX(&grouped_rows));
-  m.impl("weight_grad", TORCH_BOX(&weight_grad));
-  m.impl("weight_grad_add", TORCH_BOX(&weight_grad_add));
-  m.impl("bias_grad", TORCH_BOX(&bias_grad));
-  m.impl("activation_backward", TORCH_BOX(&activation_backward));
+  implement<&expand>(m);
+  implement<&contract>(m);
+  implement<&contract_backward>(m);
+  implement<&grouped_rows>(m);
+  implement<&weight_grad>(m);
+  implement<&weight_grad_add>(m);
+  implement<&bias_grad>(m);
+  implement<&activation_backward>(m);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// What the CUDA ops of the grouped GEMMs demand beside experts.h: that every row can be read in
-// chunks of 16 bytes, and a schedule for tiles of kTileRows rows.
+// Checks that only the CUDA ops of the grouped GEMMs make: every row can be read in chunks of 16
+// bytes, and the schedule is for tiles of kTileRows rows.
 #pragma once
 
 #include "cuda.h"
@@ -7,24 +7,29 @@
 
 namespace fomoe::ops {
 
+inline void require_residents(int64_t residents) {
+  require(residents <= kMaxResidents, "offsets must have at most ", kMaxResidents,
+          " residents on CUDA, got ", residents);
+}
+
 // `size` is the width of rows of `tensor`.
 inline void require_chunks(const Tensor& tensor, const char* name, const char* size_name,
                            int64_t size) {
   const int64_t per_chunk = 16 / int64_t(tensor.element_size());
-  require(size % per_chunk == 0, name, ": ", size_name, " is ", size, ", wanted a multiple of ",
-          per_chunk, " on CUDA for ", dtype_name(tensor.scalar_type()),
-          " (rows of whole 16-byte chunks)");
+  require(size % per_chunk == 0, name, " (", size_name, ") must be a multiple of ", per_chunk,
+          " on CUDA for ", dtype_name(tensor.scalar_type()),
+          " (rows of whole 16-byte chunks), got ", size);
   require(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0, name,
-          ": starts at an address that is not a multiple of 16, wanted an aligned tensor on CUDA");
+          " must start at a multiple of 16 bytes on CUDA, got an address that does not");
 }
 
-// The schedule is one for tiles of kTileRows rows.
+// Checks the length of the schedule and the number of residents.
 inline void require_schedule(const Tensor& tiles, int64_t slots, int64_t residents) {
   const int64_t wanted = max_tiles(slots, residents, kTileRows);
-  require(tiles.size(0) == wanted, "tiles: has shape ", shape_name(tiles.sizes()), ", wanted [",
-          wanted, ", 2], as compact gives with tile_rows = ", kTileRows);
-  require(residents <= kMaxResidents, "offsets: have ", residents, " residents, wanted at most ",
-          kMaxResidents, " on CUDA");
+  require(tiles.size(0) == wanted, "tiles must have shape [", wanted,
+          ", 2], as compact returns for tile_rows = ", kTileRows, ", got ",
+          shape_name(tiles.sizes()));
+  require_residents(residents);
 }
 
 }  // namespace fomoe::ops

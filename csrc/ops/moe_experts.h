@@ -1,50 +1,90 @@
-// What the CPU and the CUDA op of moe_experts and its backward check alike, and the arguments of the
-// kernels that each is a sequence of. Temporaries, `void*` here, are the device's own business.
+// Of moe_experts and its backward on CPU and CUDA: inputs, their checks, and the arguments of the
+// kernels that each of them runs in turn. The op of the device allocates the temporaries (`void*`).
 #pragma once
 
 #include "experts.h"
 
 namespace fomoe::ops {
 
-// The arguments that forward and backward share, checked but for values, and the sizes they give.
+struct MoeExpertsInputs : Inputs<schemas::moe_experts> {
+  using Inputs::Inputs;
+  const Tensor& x = take<"x">();
+  const Tensor& weights = take<"weights">();
+  const Tensor& token_of_row = take<"token_of_row">();
+  const Tensor& slot_of_row = take<"slot_of_row">();
+  const Tensor& row_of_slot = take<"row_of_slot">();
+  const Tensor& offsets = take<"offsets">();
+  const Tensor& tiles = take<"tiles">();
+  const Tensor& expand_weight = take<"expand_weight">();
+  const std::optional<Tensor>& expand_bias = take<"expand_bias">();
+  const Tensor& contract_weight = take<"contract_weight">();
+  const std::optional<Tensor>& contract_bias = take<"contract_bias">();
+  const int64_t activation = take<"activation">();
+  const bool save_preact = take<"save_preact">();
+};
+
+struct MoeExpertsBackwardInputs : Inputs<schemas::moe_experts_backward> {
+  using Inputs::Inputs;
+  const Tensor& grad_y = take<"grad_y">();
+  const Tensor& x = take<"x">();
+  const Tensor& weights = take<"weights">();
+  const Tensor& token_of_row = take<"token_of_row">();
+  const Tensor& slot_of_row = take<"slot_of_row">();
+  const Tensor& row_of_slot = take<"row_of_slot">();
+  const Tensor& offsets = take<"offsets">();
+  const Tensor& tiles = take<"tiles">();
+  const Tensor& expand_weight = take<"expand_weight">();
+  const std::optional<Tensor>& expand_bias = take<"expand_bias">();
+  const Tensor& contract_weight = take<"contract_weight">();
+  const std::optional<Tensor>& contract_bias = take<"contract_bias">();
+  const Tensor& preact = take<"preact">();
+  const int64_t activation = take<"activation">();
+  const bool need_x = take<"need_x">();
+  const bool need_expand = take<"need_expand">();
+  const bool need_contract = take<"need_contract">();
+  const std::optional<Tensor>& expand_total = take<"expand_total">();
+  const std::optional<Tensor>& contract_total = take<"contract_total">();
+};
+
+// What forward and backward share: their common inputs, checked except for values, and sizes.
 struct MoeCall {
-  MoeCall(const Tensor& x, const Tensor& weights, const Tensor& token_of_row,
-          const Tensor& slot_of_row, const Tensor& row_of_slot, const Tensor& offsets,
-          const Tensor& tiles, const Tensor& expand_weight,
-          const std::optional<Tensor>& expand_bias, const Tensor& contract_weight,
-          const std::optional<Tensor>& contract_bias, int64_t activation_id)
-      : activation(as_activation(activation_id)) {
+  template <class Given>  // MoeExpertsInputs or MoeExpertsBackwardInputs
+  explicit MoeCall(const Given& in) : activation(as_activation(in.activation)) {
+    const Tensor &x = in.x, &weights = in.weights;
     check(x, "x").dtype(kFloatTypes).shape({kAny, kAny}).contiguous();
     tokens = x.size(0), hidden = x.size(1);
-    expert_size = check_expand_weight(expand_weight, x, activation);
-    residents = int32_t(expand_weight.size(0)), slots = slots_of(token_of_row, "token_of_row");
-    check(contract_weight, "contract_weight").same_device(x, "x").same_dtype(x, "x");
-    check(contract_weight, "contract_weight").shape({residents, hidden, expert_size}).contiguous();
-    check_bias(expand_bias, "expand_bias", residents, preact_width(), x, "x");
-    check_bias(contract_bias, "contract_bias", residents, hidden, x, "x");
+    intermediate_size = check_expand_weight(in.expand_weight, x, activation);
+    residents = int32_t(in.expand_weight.size(0));
+    slots = slots_of(in.token_of_row, "token_of_row");
+    check(in.contract_weight, "contract_weight").same_device(x, "x").same_dtype(x, "x");
+    check(in.contract_weight, "contract_weight")
+        .shape({residents, hidden, intermediate_size})
+        .contiguous();
+    check_bias(in.expand_bias, "expand_bias", residents, preact_width(), x, "x");
+    check_bias(in.contract_bias, "contract_bias", residents, hidden, x, "x");
     check(weights, "weights").same_device(x, "x").dtype(ScalarType::Float);
     check(weights, "weights").shape({tokens, kAny}).contiguous();
-    top_k = as_int32(weights.size(1), "top_k");
-    require(slots == tokens * top_k, "token_of_row: has ", slots,
-            " rows, wanted tokens * top_k = ", tokens * top_k);
-    check_offsets(offsets, residents, x, "x");
-    check_table(token_of_row, "token_of_row", {slots}, x, "x");
-    check_table(slot_of_row, "slot_of_row", {slots}, x, "x");
-    check_table(row_of_slot, "row_of_slot", {tokens, top_k}, x, "x");
-    check_tiles(tiles, x, "x");
+    top_k = as_int32(weights.size(1), "weights.shape[1] (top_k)");
+    require(slots == tokens * top_k, "token_of_row must have tokens * top_k = ", tokens * top_k,
+            " entries, got ", slots);
+    check_offsets(in.offsets, residents, x, "x");
+    check_table(in.token_of_row, "token_of_row", {slots}, x, "x");
+    check_table(in.slot_of_row, "slot_of_row", {slots}, x, "x");
+    check_table(in.row_of_slot, "row_of_slot", {tokens, top_k}, x, "x");
+    check_tiles(in.tiles, x, "x");
     dtype = dtype_of(x, "x");
     element = int64_t(x.element_size());
     at_x = x.const_data_ptr(), at_weights = pointer<float>(weights);
-    at_token_of_row = pointer<int32_t>(token_of_row);
-    at_slot_of_row = pointer<int32_t>(slot_of_row);
-    at_row_of_slot = pointer<int32_t>(row_of_slot);
-    at_offsets = pointer<int32_t>(offsets), at_tiles = pointer<int32_t>(tiles);
-    at_expand_weight = expand_weight.const_data_ptr(), at_expand_bias = data_of(expand_bias);
-    at_contract_weight = contract_weight.const_data_ptr();
-    at_contract_bias = data_of(contract_bias);
+    at_token_of_row = pointer<int32_t>(in.token_of_row);
+    at_slot_of_row = pointer<int32_t>(in.slot_of_row);
+    at_row_of_slot = pointer<int32_t>(in.row_of_slot);
+    at_offsets = pointer<int32_t>(in.offsets), at_tiles = pointer<int32_t>(in.tiles);
+    at_expand_weight = in.expand_weight.const_data_ptr(), at_expand_bias = data_of(in.expand_bias);
+    at_contract_weight = in.contract_weight.const_data_ptr();
+    at_contract_bias = data_of(in.contract_bias);
   }
 
-  int64_t preact_width() const { return gates(activation) * expert_size; }
+  int64_t preact_width() const { return gates(activation) * intermediate_size; }
 
   // preact may be null.
   ExpandArgs expand(void* act, void* preact) const {
@@ -59,7 +99,7 @@ struct MoeCall {
             .tokens = tokens,
             .slots = slots,
             .hidden = hidden,
-            .expert_size = expert_size,
+            .intermediate_size = intermediate_size,
             .activation = activation,
             .act = act,
             .preact = preact};
@@ -75,11 +115,11 @@ struct MoeCall {
             .residents = residents,
             .slots = slots,
             .hidden = hidden,
-            .expert_size = expert_size,
+            .intermediate_size = intermediate_size,
             .rows = rows};
   }
 
-  // y [tokens, hidden] = sum of the rows in slot order, `weighted` or as they are.
+  // y [tokens, hidden] = sum of each token's rows in slot order, times their weights if `weighted`.
   CombineArgs combine(const void* rows, bool weighted, const Tensor& y) const {
     return {.rows = rows,
             .weights = weighted ? at_weights : nullptr,
@@ -94,40 +134,39 @@ struct MoeCall {
   Activation activation;
   DType dtype;
   int32_t top_k, residents;
-  int64_t tokens, hidden, expert_size, slots, element;
+  int64_t tokens, hidden, intermediate_size, slots, element;
   const void *at_x, *at_expand_weight, *at_expand_bias, *at_contract_weight, *at_contract_bias;
   const float* at_weights;
   const int32_t *at_token_of_row, *at_slot_of_row, *at_row_of_slot, *at_offsets, *at_tiles;
 };
 
-// A call of the backward: outputs allocated. A gradient that is not needed, or is added to a total
-// [as its weight, fp32], has a first dimension of 0, as that of a bias that is not there.
+// A call of the backward: outputs allocated. A gradient has shape[0] = 0 where it is not needed,
+// where it is added to a total (fp32, of the weight's shape), and where there is no such bias.
 struct MoeBackwardCall : MoeCall {
-  MoeBackwardCall(const MoeCall& layer, const Tensor& x, const Tensor& weights,
-                  const Tensor& grad_y, const Tensor& preact, bool need_x, bool need_expand,
-                  bool need_contract, const std::optional<Tensor>& expand_total,
-                  const std::optional<Tensor>& contract_total)
-      : MoeCall(layer), need_x(need_x), need_expand(need_expand), need_contract(need_contract) {
+  explicit MoeBackwardCall(const MoeExpertsBackwardInputs& in) : MoeCall(in) {
+    const Tensor &x = in.x, &weights = in.weights, &grad_y = in.grad_y, &preact = in.preact;
+    const std::optional<Tensor>&expand_total = in.expand_total, &contract_total = in.contract_total;
     check(grad_y, "grad_y").same_device(x, "x").same_dtype(x, "x");
     check(grad_y, "grad_y").shape({tokens, hidden}).contiguous();
     check(preact, "preact").same_device(x, "x").same_dtype(x, "x");
     check(preact, "preact").shape({slots, preact_width()}).contiguous();
     at_grad_y = grad_y.const_data_ptr(), at_preact = preact.const_data_ptr();
     check_total(expand_total, "expand_total", {residents, preact_width(), hidden}, x);
-    check_total(contract_total, "contract_total", {residents, hidden, expert_size}, x);
+    check_total(contract_total, "contract_total", {residents, hidden, intermediate_size}, x);
     add_expand = expand_total.has_value(), add_contract = contract_total.has_value();
-    grad_x = empty(x, {need_x ? tokens : 0, hidden});
+    grad_x = empty(x, {in.need_x ? tokens : 0, hidden});
     grad_weights = empty(weights, {tokens, top_k});
-    grad_expand = empty(x, {need_expand && !add_expand ? residents : 0, preact_width(), hidden});
-    grad_contract = empty(x, {need_contract && !add_contract ? residents : 0, hidden, expert_size});
+    grad_expand = empty(x, {in.need_expand && !add_expand ? residents : 0, preact_width(), hidden});
+    grad_contract =
+        empty(x, {in.need_contract && !add_contract ? residents : 0, hidden, intermediate_size});
     grad_expand_bias = empty(x, {at_expand_bias ? residents : 0, preact_width()});
     grad_contract_bias = empty(x, {at_contract_bias ? residents : 0, hidden});
     at_grad_expand = (add_expand ? *expand_total : grad_expand).mutable_data_ptr();
     at_grad_contract = (add_contract ? *contract_total : grad_contract).mutable_data_ptr();
   }
 
-  // The kernels in order; grad_preact [slots, preact_width] and scaled_act [slots, expert_size] are
-  // temporaries of dtype. `workspace` is left null.
+  // The kernels in the order of their launches. grad_preact [slots, preact_width] and scaled_act
+  // [slots, intermediate_size] are temporaries of dtype; the caller sets `workspace`.
   ContractBackwardArgs contract_backward(void* grad_preact, void* scaled_act) const {
     return {.grad_y = at_grad_y,
             .weight = at_contract_weight,
@@ -143,7 +182,7 @@ struct MoeBackwardCall : MoeCall {
             .tokens = tokens,
             .slots = slots,
             .hidden = hidden,
-            .expert_size = expert_size,
+            .intermediate_size = intermediate_size,
             .activation = activation,
             .grad_preact = grad_preact,
             .scaled_act = scaled_act,
@@ -163,12 +202,12 @@ struct MoeBackwardCall : MoeCall {
             .left_lines = tokens,
             .right_lines = slots,
             .left_size = hidden,
-            .right_size = expert_size,
+            .right_size = intermediate_size,
             .add = add_contract,
             .grad_weight = at_grad_contract};
   }
 
-  // Where there is such a bias, at_contract_bias.
+  // Where at_contract_bias is not null.
   BiasGradArgs contract_bias_grad() const {
     return {.in = at_grad_y,
             .index = at_token_of_row,
@@ -198,7 +237,7 @@ struct MoeBackwardCall : MoeCall {
             .grad_weight = at_grad_expand};
   }
 
-  // Where there is such a bias, at_expand_bias.
+  // Where at_expand_bias is not null.
   BiasGradArgs expand_bias_grad(const void* grad_preact) const {
     return {.in = grad_preact,
             .index = nullptr,
@@ -211,7 +250,7 @@ struct MoeBackwardCall : MoeCall {
             .grad_bias = grad_expand_bias.mutable_data_ptr()};
   }
 
-  // Where need_x: the rows whose sums `combine(rows, false, grad_x)` is the gradient of x.
+  // Where need_x. The gradient of x is the sum of these rows per token, `combine(rows, false, grad_x)`.
   GroupedRowsArgs grad_rows(const void* grad_preact, void* rows) const {
     return {.rows_in = grad_preact,
             .weight = at_expand_weight,
@@ -225,7 +264,7 @@ struct MoeBackwardCall : MoeCall {
             .rows_out = rows};
   }
 
-  bool need_x, need_expand, need_contract, add_expand, add_contract;
+  bool add_expand, add_contract;
   Tensor grad_x, grad_weights, grad_expand, grad_expand_bias, grad_contract, grad_contract_bias;
 
  private:

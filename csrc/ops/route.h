@@ -1,75 +1,101 @@
-// What the CPU and the CUDA op of route check alike, and the arguments they hand on.
+// Of route on CPU and CUDA: its inputs, their checks, and the arguments of the kernels.
 #pragma once
 
 #include <cmath>
 
-#include "common.h"
+#include "inputs.h"
 
 namespace fomoe::ops {
 
 // Checks logits [T, E] and the flags [E] of the experts that may be chosen.
 inline void check_logits(const Tensor& logits, const std::optional<Tensor>& allowed) {
   check(logits, "logits").dtype(kFloatTypes).shape({kAny, kAny}).contiguous();
-  as_int32(logits.size(1), "logits: experts (dimension 1)", 1);
+  as_int32(logits.size(1), "logits.shape[1] (experts)", 1);
   if (!allowed) return;
   check(*allowed, "allowed").same_device(logits, "logits");
   check(*allowed, "allowed").dtype({ScalarType::Bool, ScalarType::Byte});
   check(*allowed, "allowed").shape({logits.size(1)}).contiguous();
 }
 
-// A call of route: outputs allocated, arguments checked but for values in device memory.
+inline const uint8_t* flags(const std::optional<Tensor>& allowed) {
+  return allowed ? static_cast<const uint8_t*>(allowed->const_data_ptr()) : nullptr;
+}
+
+struct RouteInputs : Inputs<schemas::route> {
+  using Inputs::Inputs;
+  const Tensor& logits = take<"logits">();
+  const int64_t top_k = take<"top_k">();
+  const int64_t scoring = take<"scoring">();
+  const std::optional<Tensor>& selection_bias = take<"selection_bias">();
+  const std::optional<Tensor>& allowed = take<"allowed">();
+  const int64_t num_groups = take<"num_groups">();
+  const int64_t groups_kept = take<"groups_kept">();
+  const bool renormalize = take<"renormalize">();
+  const double scale = take<"scale">();
+  const bool statistics = take<"statistics">();
+};
+
+// A call of route: outputs allocated, arguments checked except for values in device memory.
 struct RouteCall {
-  RouteCall(const Tensor& logits, int64_t top_k, int64_t scoring,
-            const std::optional<Tensor>& selection_bias, const std::optional<Tensor>& allowed,
-            int64_t num_groups, int64_t groups_kept, bool renormalize, double scale,
-            bool with_statistics) {
-    check_logits(logits, allowed);
-    const int64_t tokens = logits.size(0), experts = logits.size(1);
-    if (selection_bias) {
-      check(*selection_bias, "selection_bias").same_device(logits, "logits");
-      check(*selection_bias, "selection_bias").dtype(ScalarType::Float);
-      check(*selection_bias, "selection_bias").shape({experts}).contiguous();
+  explicit RouteCall(const RouteInputs& in) {
+    check_logits(in.logits, in.allowed);
+    const Tensor& logits = in.logits;
+    const int64_t tokens = logits.size(0), experts = logits.size(1), top_k = in.top_k;
+    if (in.selection_bias) {
+      const check bias(*in.selection_bias, "selection_bias");
+      bias.same_device(logits, "logits").dtype(ScalarType::Float).shape({experts}).contiguous();
     }
-    require(top_k >= 1 && top_k <= experts, "top_k: got ", top_k, ", wanted 1 .. ", experts,
-            " (the number of experts)");
+    require(top_k >= 1 && top_k <= experts, "top_k must be in 1 .. ", experts,
+            " (the number of experts), got ", top_k);
+    const int64_t num_groups = in.num_groups, groups_kept = in.groups_kept;
     require(num_groups >= 1 && num_groups <= experts && experts % num_groups == 0,
-            "num_groups: got ", num_groups, ", wanted a divisor of the ", experts, " experts");
-    require(groups_kept >= 1 && groups_kept <= num_groups, "groups_kept: got ", groups_kept,
-            ", wanted 1 .. ", num_groups, " (num_groups)");
-    require(top_k <= groups_kept * (experts / num_groups), "top_k: got ", top_k,
-            ", wanted at most ", groups_kept * (experts / num_groups), ", the experts of ",
-            groups_kept, " groups");
-    require(std::isfinite(scale), "scale: got ", scale, ", wanted a finite number");
+            "num_groups must be a divisor of the ", experts, " experts, got ", num_groups);
+    require(groups_kept >= 1 && groups_kept <= num_groups, "groups_kept must be in 1 .. ",
+            num_groups, " (num_groups), got ", groups_kept);
+    require(top_k <= groups_kept * (experts / num_groups), "top_k must be at most ",
+            groups_kept * (experts / num_groups), ", the experts of ", groups_kept, " groups, got ",
+            top_k);
+    require(std::isfinite(in.scale), "scale must be finite, got ", in.scale);
     weights = empty(logits, {tokens, top_k}, ScalarType::Float);
     expert_ids = empty(logits, {tokens, top_k}, ScalarType::Int);
-    statistics = empty(logits, {with_statistics ? 2 * experts + 1 : 0}, ScalarType::Long);
+    statistics = empty(logits, {in.statistics ? 2 * experts + 1 : 0}, ScalarType::Long);
     torch::stable::zero_(statistics);
     args = {.logits = logits.const_data_ptr(),
             .logits_dtype = dtype_of(logits, "logits"),
-            .selection_bias = pointer<float>(selection_bias),
-            .allowed = allowed ? static_cast<const uint8_t*>(allowed->const_data_ptr()) : nullptr,
+            .selection_bias = pointer<float>(in.selection_bias),
+            .allowed = flags(in.allowed),
             .tokens = tokens,
             .experts = int32_t(experts),
             .top_k = int32_t(top_k),
-            .scoring = as_scoring(scoring),
+            .scoring = as_scoring(in.scoring),
             .groups = int32_t(num_groups),
             .groups_kept = int32_t(groups_kept),
-            .renormalize = renormalize,
-            .scale = float(scale),
+            .renormalize = in.renormalize,
+            .scale = float(in.scale),
             .weights = mutable_pointer<float>(weights),
             .expert_ids = mutable_pointer<int32_t>(expert_ids),
-            .statistics = with_statistics ? mutable_pointer<int64_t>(statistics) : nullptr};
+            .statistics = in.statistics ? mutable_pointer<int64_t>(statistics) : nullptr};
   }
 
   RouteArgs args;
   Tensor weights, expert_ids, statistics;
 };
 
+struct RouteBackwardInputs : Inputs<schemas::route_backward> {
+  using Inputs::Inputs;
+  const Tensor& grad_weights = take<"grad_weights">();
+  const Tensor& logits = take<"logits">();
+  const Tensor& experts = take<"experts">();
+  const std::optional<Tensor>& allowed = take<"allowed">();
+  const int64_t scoring = take<"scoring">();
+  const bool renormalize = take<"renormalize">();
+  const double scale = take<"scale">();
+};
+
 struct RouteBackwardCall {
-  RouteBackwardCall(const Tensor& grad_weights, const Tensor& logits, const Tensor& expert_ids,
-                    const std::optional<Tensor>& allowed, int64_t scoring, bool renormalize,
-                    double scale) {
-    check_logits(logits, allowed);
+  explicit RouteBackwardCall(const RouteBackwardInputs& in) {
+    check_logits(in.logits, in.allowed);
+    const Tensor &logits = in.logits, &expert_ids = in.experts, &grad_weights = in.grad_weights;
     const int64_t tokens = logits.size(0), experts = logits.size(1);
     check(expert_ids, "experts").same_device(logits, "logits").dtype(ScalarType::Int);
     check(expert_ids, "experts").shape({tokens, kAny}).contiguous();
@@ -81,13 +107,13 @@ struct RouteBackwardCall {
             .logits = logits.const_data_ptr(),
             .logits_dtype = dtype_of(logits, "logits"),
             .expert_ids = pointer<int32_t>(expert_ids),
-            .allowed = allowed ? static_cast<const uint8_t*>(allowed->const_data_ptr()) : nullptr,
+            .allowed = flags(in.allowed),
             .tokens = tokens,
             .experts = int32_t(experts),
             .top_k = as_int32(top_k, "top_k"),
-            .scoring = as_scoring(scoring),
-            .renormalize = renormalize,
-            .scale = float(scale),
+            .scoring = as_scoring(in.scoring),
+            .renormalize = in.renormalize,
+            .scale = float(in.scale),
             .grad_logits = grad_logits.mutable_data_ptr()};
   }
 

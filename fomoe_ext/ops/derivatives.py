@@ -61,7 +61,7 @@ def _register(name: str, formula: Formula | None, set_up: SetUp | None) -> None:
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         if formula is None:
             raise _refusal(name)
-        return ordered(formula(ctx, by_name(ctx.needs_input_grad), *grads))
+        return ordered(**formula(ctx, by_name(ctx.needs_input_grad), *grads))
 
     function: Any = type(
         f"Derivative_of_{name}",

@@ -7,6 +7,7 @@ no row, so it costs nothing here. Sums are fp32 whatever the storage.
 from __future__ import annotations
 
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from fomoe_ext.activations import ACTIVATIONS, activation_id, is_gated
 from fomoe_ext.ops.derivatives import Gradients, refuse_derivative, register_derivative
 from fomoe_ext.ops.rows import RowTable
-from fomoe_ext.ops.schemas import arguments_type, by_name, tensor_names
+from fomoe_ext.ops.schemas import arguments_type, by_name, in_order, tensor_names
 from fomoe_ext.ops.shapes import register_shapes
 
 _GATED_IDS = frozenset(ACTIVATIONS[name] for name in ACTIVATIONS if is_gated(name))
@@ -349,17 +350,19 @@ def _zero_tail(rows: Tensor, offsets: Tensor) -> Tensor:
 
 _MoEArguments = arguments_type("moe_experts")
 _MOE_TENSORS = tensor_names("moe_experts")
+_moe_tensors = attrgetter(*_MOE_TENSORS)
+_moe_in_order = in_order("moe_experts")
 
 
 def _tensors_of(given: Any) -> tuple[Tensor | None, ...]:
-    # Not operator.attrgetter, which torch.compile cannot trace.
+    # `_moe_tensors`, but slower: torch.compile cannot trace operator.attrgetter.
     return tuple([getattr(given, name) for name in _MOE_TENSORS])
 
 
 def _moe_setup(ctx: Any, given: Any, output: tuple[Tensor, Tensor]) -> None:
     _, preact = output
     ctx.activation, ctx.saved = given.activation, given.save_preact
-    ctx.save_for_backward(*_tensors_of(given), preact)
+    ctx.save_for_backward(*_moe_tensors(given), preact)
     ctx.mark_non_differentiable(preact)
 
 
@@ -434,8 +437,7 @@ class _MoEExpertsIntoTotals(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple:
         needed = _MoEArguments(*ctx.needs_input_grad[2:])
-        grads = _moe_grads(ctx, needed, grad_y, *ctx.totals)
-        return None, None, *(grads.get(name) for name in _MoEArguments._fields)
+        return None, None, *_moe_in_order(**_moe_grads(ctx, needed, grad_y, *ctx.totals))
 
 
 def _require_saved(saved: bool) -> None:

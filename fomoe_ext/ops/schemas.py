@@ -7,7 +7,7 @@ order too. What is here reads the order from the schema, so that Python names ar
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -40,31 +40,33 @@ def by_name(op: str) -> Callable[..., Any]:
 
     Torch could look names up itself, but takes about 0.1 us for each; this costs nothing.
     """
-    names = ", ".join(argument_names(op))
-    made: dict[str, Any] = {}
-    taken = f"*, {names}" if names else ""
-    source = f"def bind(native):\n    def {op}({taken}):\n        return native({names})\n"
-    exec(source + f"    return {op}", {"__name__": __name__}, made)
-    call: Callable[..., Any] = made["bind"](getattr(torch.ops.fomoe, op).default)
-    return call
+    native = getattr(torch.ops.fomoe, op).default
+    return _function(op, argument_names(op), "native({})", native)
 
 
-def in_order(op: str) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
-    """What puts values by name into the order of the arguments of fomoe::`op`.
+def in_order(op: str) -> Callable[..., tuple[Any, ...]]:
+    """A function of keyword arguments that returns them in the order of fomoe::`op`.
 
-    An argument without a value gets None; a name that is no argument is a TypeError.
+    An argument that is not given is None; a name that is not an argument is a TypeError.
     """
-    places = {name: place for place, name in enumerate(argument_names(op))}
+    optional = [f"{name}=None" for name in argument_names(op)]
+    return _function(f"arguments_of_{op}", optional, "({})", None)
 
-    def ordered(values: dict[str, Any]) -> tuple[Any, ...]:
-        result: list[Any] = [None] * len(places)
-        for name, value in values.items():
-            if name not in places:
-                raise TypeError(f"fomoe::{op} has no argument {name}")
-            result[places[name]] = value
-        return tuple(result)
 
-    return ordered
+def _function(name: str, parameters: Sequence[str], result: str, native: Any) -> Callable[..., Any]:
+    """def name(*, parameters): return result, in which {} stands for the parameters in order."""
+    taken = f"*, {', '.join(parameters)}" if parameters else ""
+    given = "".join(parameter.partition("=")[0] + ", " for parameter in parameters)
+    made: dict[str, Any] = {}
+    lines = [
+        "def bind(native):",
+        f"    def {name}({taken}):",
+        f"        return {result.format(given)}",
+        f"    return {name}",
+    ]
+    exec("\n".join(lines), {"__name__": __name__}, made)
+    function: Callable[..., Any] = made["bind"](native)
+    return function
 
 
 def _schema(op: str) -> Any:

@@ -116,7 +116,7 @@ def test_balanced_routing_is_exact():
     assert chosen.shape == (TOKENS, 2) and chosen.dtype == torch.int32
     assert torch.bincount(chosen.flatten()).tolist() == [12] * 8
     assert (chosen[:, 0] != chosen[:, 1]).all() and len(set(chosen[:, 0].tolist())) == 8
-    with pytest.raises(ValueError, match="top_k: got 3, wanted a divisor of 8"):
+    with pytest.raises(ValueError, match="top_k must be a divisor of 8 experts, got 3"):
         cases.balanced_experts(Model("odd", 8, 8, 8, 3), 8, torch.Generator())
 
 
@@ -142,7 +142,7 @@ def test_expected_load():
     half = work.expected_load(model, 4096, "balanced", 2)
     assert half.rows == 4096 * 2 and len(half.groups) == 16
     assert half.touched == round(4096 * (1 - 1820 / 35960))  # 4 of 16, 4 of 32
-    with pytest.raises(ValueError, match="routing: got 'even', wanted one of balanced, zipf"):
+    with pytest.raises(ValueError, match="routing must be one of balanced, zipf, got 'even'"):
         work.expected_load(model, 4096, "even")
 
 

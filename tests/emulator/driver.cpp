@@ -406,7 +406,7 @@ int main(int count, char** arguments) {
     } else if (kernel == "delta") {
       failed += run_delta_cases(small);
     } else {
-      std::fprintf(stderr, "kernel '%s': wanted route, compact, rows, experts or delta\n",
+      std::fprintf(stderr, "kernel must be route, compact, rows, experts or delta, got '%s'\n",
                    kernel.c_str());
       return 2;
     }

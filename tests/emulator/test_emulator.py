@@ -172,7 +172,7 @@ DEFECTS = [
         "tensor_boxes",
         6,
         "undefined",
-        "coordinate 0 is -1 elements of 2 bytes, wanted a multiple of",
+        "coordinate 0 must be a multiple of",
     ),
     ("tensor_boxes", 7, "undefined", "1048576 bytes in one phase, at most 1048575 can be counted"),
     ("stored_bf16_64", 1, "undefined", None),  # no fence.proxy.async
@@ -287,17 +287,20 @@ def test_emulated_error_is_returned_not_fatal(library, monkeypatch, capfd):
 @pytest.mark.parametrize(
     "variable, value, message",
     [
-        ("ORDER", "sideways", "got 'sideways', wanted forward, reverse, random, priority, laggard"),
-        ("SEED", "x", "got 'x', wanted a number of at least 0"),
-        ("RESIDENT", "0", "got '0', wanted a number of at least 1"),
-        ("ASYNC", "", "got '', wanted early, late, random"),
+        ("ORDER", "sideways", "one of forward, reverse, random, priority, laggard, got 'sideways'"),
+        ("SEED", "x", "a number of at least 0, got 'x'"),
+        ("RESIDENT", "0", "a number of at least 1, got '0'"),
+        ("ASYNC", "", "one of early, late, random, got ''"),
     ],
 )
 def test_emulated_schedule_that_does_not_exist(library, monkeypatch, variable, value, message):
     monkeypatch.setenv(f"FOMOE_EMULATOR_{variable}", value)
     error, _ = call(library, "neighbours", 0)
     assert error == 9
-    assert f"FOMOE_EMULATOR_{variable}: {message}" in library.fomoe_emulator_last_error().decode()
+    assert (
+        f"FOMOE_EMULATOR_{variable} must be {message}"
+        in library.fomoe_emulator_last_error().decode()
+    )
 
 
 MAP = {"dtype": 1, "sizes": (64, 8, 2), "strides": (128, 1024), "box": (64, 8, 1), "shift": 0}
@@ -308,25 +311,25 @@ MAP = {"dtype": 1, "sizes": (64, 8, 2), "strides": (128, 1024), "box": (64, 8, 1
     [
         ({}, None),
         ({"dtype": 2}, None),
-        ({"dtype": 0}, "dtype: wanted bf16 or f16"),
-        ({"shift": 8}, "base: wanted an address that is a multiple of 16"),
+        ({"dtype": 0}, "dtype must be bf16 or f16"),
+        ({"shift": 8}, "base must be a multiple of 16"),
         ({"shift": 16}, None),
-        ({"sizes": (64, 0, 2)}, "sizes: wanted 1 .. 2^32"),
+        ({"sizes": (64, 0, 2)}, "sizes must be in 1 .. 2^32"),
         ({"sizes": (2**32, 8, 2), "strides": (2**33, 2**36)}, None),
-        ({"sizes": (64, 2**32 + 1, 2)}, "sizes: wanted 1 .. 2^32"),
-        ({"sizes": (60, 8, 2)}, "sizes[0]: wanted rows of a multiple of 16 bytes"),
-        ({"strides": (120, 1024)}, "strides: wanted positive multiples of 16 below 2^40"),
-        ({"strides": (128, 2**40)}, "strides: wanted positive multiples of 16 below 2^40"),
-        ({"strides": (0, 1024)}, "strides: wanted positive multiples of 16 below 2^40"),
-        ({"strides": (-128, 1024)}, "strides: wanted positive multiples of 16 below 2^40"),
-        ({"strides": (112, 1024)}, "strides[0]: less than a row"),
-        ({"strides": (128, 1040)}, "strides[1]: wanted a multiple of strides[0]"),
-        ({"strides": (128, 896)}, "strides[1]: less than a plane"),
+        ({"sizes": (64, 2**32 + 1, 2)}, "sizes must be in 1 .. 2^32"),
+        ({"sizes": (60, 8, 2)}, "sizes[0] must be a multiple of 16 bytes"),
+        ({"strides": (120, 1024)}, "strides must be positive multiples of 16 below 2^40"),
+        ({"strides": (128, 2**40)}, "strides must be positive multiples of 16 below 2^40"),
+        ({"strides": (0, 1024)}, "strides must be positive multiples of 16 below 2^40"),
+        ({"strides": (-128, 1024)}, "strides must be positive multiples of 16 below 2^40"),
+        ({"strides": (112, 1024)}, "strides[0] must be at least a row"),
+        ({"strides": (128, 1040)}, "strides[1] must be a multiple of strides[0]"),
+        ({"strides": (128, 896)}, "strides[1] must be at least a plane"),
         ({"strides": (160, 1440)}, None),  # padding after rows and planes
         ({"box": (64, 256, 256)}, None),
-        ({"box": (64, 257, 1)}, "box: wanted 1 .. 256"),
-        ({"box": (64, 8, 0)}, "box: wanted 1 .. 256"),
-        ({"box": (32, 8, 1)}, "box[0]: wanted 64"),
+        ({"box": (64, 257, 1)}, "box must be in 1 .. 256"),
+        ({"box": (64, 8, 0)}, "box must be in 1 .. 256"),
+        ({"box": (32, 8, 1)}, "box[0] must be 64"),
     ],
 )
 def test_emulated_tensor_maps_are_refused_by_name(library, change, fault):

@@ -89,7 +89,7 @@ def test_every_python_reads_the_same_facts():
 
 
 def test_a_word_that_is_not_a_choice_is_refused(tmp_path):
-    with pytest.raises(AssertionError, match="FOMOE_CUDA='maybe', wanted on, off or auto"):
+    with pytest.raises(AssertionError, match="FOMOE_CUDA must be on, off or auto, got 'maybe'"):
         configure(tmp_path, "-DFOMOE_CUDA=maybe")
 
 

@@ -103,18 +103,26 @@ def test_bad_input():
     beyond[1, 1] = 8
     twice = torch.tensor([[0, 1], [1, 2], [-1, -1], [3, 4]], dtype=torch.int32)
     cases = [
-        (op, (rows[:7], weights, row_of_slot), r"rows: has shape \[7, 8\], wanted \[8, \*\]"),
-        (op, (rows.double(), weights, row_of_slot), "rows: has dtype float64"),
-        (op, (rows.T.contiguous().T, weights, row_of_slot), "rows: is not contiguous"),
-        (op, (rows, weights[:3], row_of_slot), r"weights: has shape \[3, 2\], wanted \[4, 2\]"),
-        (op, (rows, weights.bfloat16(), row_of_slot), "weights: has dtype bfloat16"),
-        (op, (rows, weights, row_of_slot.long()), "row_of_slot: has dtype int64"),
-        (op, (rows, weights, row_of_slot.flatten()), "row_of_slot: has shape"),
-        (op, (rows, weights, beyond), "row_of_slot: has 8 at slot 3, wanted -1 .. 7"),
-        (op_backward, (grad[:3], rows, weights, row_of_slot), "grad_y: has shape"),
-        (op_backward, (grad, rows.bfloat16(), weights, row_of_slot), "rows: has dtype bfloat16"),
-        (op_backward, (grad, rows, weights, twice), "row_of_slot: has row 1 in two slots"),
-        (op_backward, (grad, rows, weights, beyond), "row_of_slot: has 8 at slot 3"),
+        (op, (rows[:7], weights, row_of_slot), r"rows must have shape \[8, \*\], got \[7, 8\]"),
+        (op, (rows.double(), weights, row_of_slot), "rows must have dtype .*, got float64"),
+        (op, (rows.T.contiguous().T, weights, row_of_slot), "rows must be contiguous"),
+        (op, (rows, weights[:3], row_of_slot), r"weights must have shape \[4, 2\], got \[3, 2\]"),
+        (op, (rows, weights.bfloat16(), row_of_slot), "weights must have dtype .*, got bfloat16"),
+        (op, (rows, weights, row_of_slot.long()), "row_of_slot must have dtype .*, got int64"),
+        (op, (rows, weights, row_of_slot.flatten()), "row_of_slot must have shape"),
+        (op, (rows, weights, beyond), "row_of_slot must be in -1 .. 7, got 8 at slot 3"),
+        (op_backward, (grad[:3], rows, weights, row_of_slot), "grad_y must have shape"),
+        (
+            op_backward,
+            (grad, rows.bfloat16(), weights, row_of_slot),
+            "rows must have dtype .*, got bfloat16",
+        ),
+        (
+            op_backward,
+            (grad, rows, weights, twice),
+            "row_of_slot must have each row once, got row 1 in two slots",
+        ),
+        (op_backward, (grad, rows, weights, beyond), "row_of_slot must .*, got 8 at slot 3"),
     ]
     for function, arguments, message in cases:
         with pytest.raises(ValueError, match=message):

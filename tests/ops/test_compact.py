@@ -94,17 +94,22 @@ def test_opcheck():
 @pytest.mark.parametrize(
     "experts, index, num_resident, message",
     [
-        (int32([0, 1]), int32([0, 1]), 2, r"experts: has shape \[2\], wanted \[\*, \*\]"),
-        (torch.zeros(2, 2), int32([0, 1]), 2, "experts: has dtype float32, wanted int32"),
-        (torch.zeros(2, 2).long(), int32([0, 1]), 2, "experts: has dtype int64, wanted int32"),
-        (int32([[0, 2]]), int32([0, 1]), 2, "experts: holds a number outside -1 .. 1"),
-        (int32([[0, -2]]), int32([0, 1]), 2, "experts: holds a number outside -1 .. 1"),
-        (int32([[0, 1]]), torch.tensor([0, 1]), 2, "resident_index: has dtype int64"),
-        (int32([[0, 1]]), int32([[0, 1]]), 2, "resident_index: has shape"),
-        (int32([[0, 1]]), int32([0, 2]), 2, "resident_index: is 2 at expert 1, wanted -1 .. 1"),
-        (int32([[0, 1]]), int32([0, -5]), 2, "resident_index: is -5 at expert 1"),
-        (int32([[0, 1]]), int32([0, 1]), -1, "num_resident: got -1, wanted 0 .. 2"),
-        (int32([[0, 1]]), int32([0, 1]), 3, "num_resident: got 3, wanted 0 .. 2"),
+        (int32([0, 1]), int32([0, 1]), 2, r"experts must have shape \[\*, \*\], got \[2\]"),
+        (torch.zeros(2, 2), int32([0, 1]), 2, "experts must have dtype int32.*, got float32"),
+        (torch.zeros(2, 2).long(), int32([0, 1]), 2, "experts must have dtype int32.*, got int64"),
+        (int32([[0, 2]]), int32([0, 1]), 2, "experts must be in -1 .. 1 .*, got a number outside"),
+        (int32([[0, -2]]), int32([0, 1]), 2, "experts must be in -1 .. 1 .*, got a number outside"),
+        (int32([[0, 1]]), torch.tensor([0, 1]), 2, "resident_index must have dtype .*, got int64"),
+        (int32([[0, 1]]), int32([[0, 1]]), 2, "resident_index must have shape"),
+        (int32([[0, 1]]), int32([0, 2]), 2, "resident_index must be in -1 .. 1, got 2 at expert 1"),
+        (
+            int32([[0, 1]]),
+            int32([0, -5]),
+            2,
+            "resident_index must be in -1 .. 1, got -5 at expert 1",
+        ),
+        (int32([[0, 1]]), int32([0, 1]), -1, "num_resident must be in 0 .. 2.*, got -1"),
+        (int32([[0, 1]]), int32([0, 1]), 3, "num_resident must be in 0 .. 2.*, got 3"),
     ],
 )
 def test_bad_input(experts, index, num_resident, message):

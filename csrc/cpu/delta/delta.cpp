@@ -1,4 +1,4 @@
-// delta_encode and delta_reduce: tiles shared out over threads. A tile is one thread's work.
+// delta_encode and delta_reduce, distributed over threads by tiles.
 #include "delta.h"
 
 #include <atomic>
@@ -19,7 +19,7 @@ const DeltaKernels& kernels() {
   return table;
 }
 
-// body(begin, end) returns a bad index or -1; so does this.
+// body(begin, end) returns the index of a bad value or -1; so does this function.
 template <class Body>
 int64_t over_tiles(int64_t numel, Format format, const Body& body) {
   constexpr int64_t kNone = std::numeric_limits<int64_t>::max();

@@ -1,4 +1,4 @@
-// The delta codecs, one table per instruction set; delta.cpp shares tiles out over threads.
+// The delta codecs, one table per instruction set; delta.cpp distributes tiles over threads.
 #pragma once
 
 #include <cstdint>
@@ -13,12 +13,12 @@ static constexpr int64_t delta_tile(Format format) {
   return format == Format::topk ? kTopkChunk : 1024;
 }
 
-// Each function handles the values begin .. end-1, begin at a tile's start, and returns the index of
-// one that is NaN or infinite, or -1.
+// Each function handles the values begin .. end-1, where begin is the start of a tile, and returns the
+// index of a value that is NaN or infinite, or -1.
 struct DeltaKernels {
   int64_t (*encode)(const DeltaEncodeArgs&, int64_t begin, int64_t end);
   int64_t (*reduce)(const DeltaReduceArgs&, int64_t begin, int64_t end);
-  // Of the words of 4 bytes begin .. end-1, without the number of bytes.
+  // The hash of the 4-byte words begin .. end-1, without the number of bytes.
   uint64_t (*hash)(const uint8_t* bytes, int64_t begin, int64_t end);
 };
 

@@ -70,7 +70,7 @@ FOMOE_INLINE vf uniform(uint64_t seed, uint64_t index) {
   return __builtin_convertvector((vi)(bits >> 8), vf) * 0x1p-24f;
 }
 
-// Narrowing and widening of integers in intrinsics: compilers take vectors apart for them.
+// Narrowing and widening of integers by intrinsics: compilers would do it element by element.
 
 // The lowest bytes of integers from -128 to 127.
 FOMOE_INLINE void store_bytes(uint8_t* p, vi x) {
@@ -166,7 +166,7 @@ FOMOE_INLINE vf levels(const uint8_t* packed, int64_t i) {
   if constexpr (kFormat == Format::int8) {
     return __builtin_convertvector(load_signed_bytes(packed + i), vf);
   } else {
-    // Every lane gets a word that its code is in and shifts it to where it is wanted.
+    // Every lane loads a word that contains its code and shifts it into place.
     constexpr int kBytes = kLanes * kBits / 8, kWordLanes = kBytes > 4 ? 32 / kBits : kLanes;
     const uint8_t* bytes = packed + i * kBits / 8;
     vi lane;
@@ -194,7 +194,7 @@ FOMOE_INLINE vf levels(const uint8_t* packed, int64_t i) {
 
 // ---- blocks ----------------------------------------------------------------------------------------
 
-// Where a block's random bits come from.
+// The stream of a block's random bits.
 struct Rounding {
   bool stochastic;
   uint64_t seed, first;  // index of the block's value 0
@@ -283,7 +283,7 @@ FOMOE_INLINE void decode_block(const uint8_t* payload, int64_t count, float* sum
   }
 }
 
-// Bytes of `count` values, a multiple of the block or all that is left.
+// Bytes of `count` values: a multiple of the block, or the rest.
 template <Format kFormat>
 FOMOE_INLINE int64_t blocks_bytes(int64_t count, int64_t block) {
   return 2 * ((count + block - 1) / block) + (count * code_bits(kFormat) + 7) / 8;

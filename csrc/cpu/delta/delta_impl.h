@@ -19,14 +19,14 @@ FOMOE_INLINE void pad(float* v, int64_t count) {
   for (int64_t i = count; i % kLanes != 0; ++i) v[i] = 0.0f;
 }
 
-// The first of `count` values that is NaN or infinite; -1 when none is.
+// The index of the first of `count` values that is NaN or infinite, or -1.
 int64_t find_bad(const float* v, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
     if ((std::bit_cast<int32_t>(v[i]) & 0x7fffffff) >= kInfinity) return i;
   return -1;
 }
 
-// x as a storage type holds it.
+// x rounded to a storage type.
 FOMOE_INLINE vf rounded_as(F32, vf x) { return x; }
 FOMOE_INLINE vf rounded_as(BF16, vf x) {
   const vu bits = (vu)x;
@@ -214,7 +214,7 @@ void sum_members(const DeltaReduceArgs& args, int64_t at, int64_t count, float* 
     if (args.own != nullptr && member == args.own_rank) {
       const float* own = args.own + at;
       if (member == 0) {
-        // Adding what a topk member does not keep, which is skipped below, would turn -0 into 0.
+        // Values that a topk member has not kept are skipped below; adding their 0 would turn -0 into 0.
         const float zero = args.codec.format == Format::topk && args.members > 1 ? 0.0f : -0.0f;
         for (int64_t i = 0; i < count; ++i) sum[i] = own[i] + zero;
       } else {

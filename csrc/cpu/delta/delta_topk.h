@@ -13,7 +13,7 @@ constexpr int kMostKept = int(kTopkChunk / kTopkShare);
 FOMOE_INLINE int64_t kept_of(int64_t count) { return (count + kTopkShare - 1) / kTopkShare; }
 FOMOE_INLINE int64_t index_bytes(int64_t kept) { return (12 * kept + 7) / 8; }
 
-// Bits of a magnitude that at least kMostKept values of a whole chunk reach, not much more of common
+// Bits of a magnitude that at least kMostKept values of a whole chunk reach, and few more in common
 // data: the kMostKept-th largest of the maxima of twice as many interleaved groups.
 FOMOE_INLINE int32_t reached_by_enough(const float* v) {
   constexpr int kGroups = 2 * kMostKept, kVectors = kGroups / kLanes;
@@ -32,8 +32,9 @@ FOMOE_INLINE int32_t reached_by_enough(const float* v) {
   return maxima[kMostKept - 1];
 }
 
-// Keys of the values whose magnitude's bits are at least `least`, in the order of values; how many.
-// Magnitude above, and below it the index turned round, make keys in the order of choice.
+// Writes the keys of the values whose magnitude's bits are at least `least`, in the order of values,
+// and returns their number. A key is the magnitude (high bits) and the inverted index (low bits), so
+// that larger keys are chosen first.
 FOMOE_INLINE int64_t collect(const float* v, int64_t count, int32_t least, uint64_t* keys) {
   int64_t found = 0;
   for (int64_t i = 0; i < count; i += kLanes) {
@@ -114,7 +115,7 @@ bool encode_chunk(const float* v, int64_t count, float* error, uint8_t* payload)
   return true;
 }
 
-// sum = or += the values of a chunk. Indices past the chunk, which no encoder writes, are passed over.
+// sum = or += the values of a chunk. Indices past the chunk, which no encoder writes, are ignored.
 template <bool kAdd>
 void decode_chunk(const uint8_t* payload, int64_t count, float* sum) {
   if constexpr (!kAdd) std::memset(sum, 0, size_t(count) * 4);

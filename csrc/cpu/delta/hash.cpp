@@ -1,4 +1,4 @@
-// A hash of bits for comparing replicas: words of 4 bytes shared out over threads, mod 2^64.
+// A hash of bits for comparing replicas: words of 4 bytes distributed over threads, mod 2^64.
 #include <atomic>
 #include <cstring>
 

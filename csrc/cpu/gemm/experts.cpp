@@ -18,7 +18,7 @@ char* at(void* base, DType dtype, int64_t element) {
 const char* at(const void* base, DType dtype, int64_t element) {
   return static_cast<const char*>(base) + element * size_of(dtype);
 }
-// Of a bias that may be null.
+// Offset into a bias that may be null.
 const char* bias_at(const void* bias, DType dtype, int64_t element) {
   return bias ? at(bias, dtype, element) : nullptr;
 }
@@ -43,7 +43,7 @@ void run_all(const GroupedProduct& p, const std::vector<Item>& items, Epilogue e
 int64_t expand_rows_computed() { return rows_computed.load(); }
 
 void expand(const ExpandArgs& args) {
-  const int64_t n = args.expert_size;
+  const int64_t n = args.intermediate_size;
   const int32_t halves = is_gated(args.activation) ? 2 : 1;
   const GroupedProduct p{.dtype = args.dtype,
                          .a = {args.x, args.hidden, args.token_of_row},
@@ -71,16 +71,17 @@ void expand(const ExpandArgs& args) {
 }
 
 void contract(const ContractArgs& args) {
-  const GroupedProduct p{.dtype = args.dtype,
-                         .a = {args.act, args.expert_size, nullptr},
-                         .a_by_rows = true,
-                         .b = {args.weight, args.expert_size, nullptr},
-                         .b_by_columns = true,
-                         .b_expert_bytes = args.hidden * args.expert_size * size_of(args.dtype),
-                         .columns = args.hidden,
-                         .halves = 1};
-  const auto items =
-      items_by_rows(gemm_kernels(), args.offsets, args.residents, args.hidden, 1, args.expert_size);
+  const GroupedProduct p{
+      .dtype = args.dtype,
+      .a = {args.act, args.intermediate_size, nullptr},
+      .a_by_rows = true,
+      .b = {args.weight, args.intermediate_size, nullptr},
+      .b_by_columns = true,
+      .b_expert_bytes = args.hidden * args.intermediate_size * size_of(args.dtype),
+      .columns = args.hidden,
+      .halves = 1};
+  const auto items = items_by_rows(gemm_kernels(), args.offsets, args.residents, args.hidden, 1,
+                                   args.intermediate_size);
   expect_rows(args.rows, args.dtype, args.offsets[args.residents], args.hidden);
   run_all(p, items, [&](const GemmKernels& g, const Item& item, Block block, int64_t row, int64_t) {
     const int64_t column = item.columns.begin;
@@ -108,7 +109,7 @@ void grouped_rows(const GroupedRowsArgs& args) {
 }
 
 void contract_backward(const ContractBackwardArgs& args) {
-  const int64_t n = args.expert_size;
+  const int64_t n = args.intermediate_size;
   const int64_t preact_width = is_gated(args.activation) ? 2 * n : n;
   const GroupedProduct p{.dtype = args.dtype,
                          .a = {args.grad_y, args.hidden, args.token_of_row},
@@ -165,7 +166,7 @@ void weight_grad(const WeightGradArgs& args) {
                          .b_expert_bytes = 0,
                          .columns = args.right_size,
                          .halves = 1};
-  // A total has its pages already, and keeps what it has where an expert has no rows.
+  // A total has its pages already, and is unchanged where an expert has no rows.
   if (!args.add)
     expect_rows(args.grad_weight, args.dtype, args.residents * args.left_size, args.right_size);
   const int64_t width = item_columns(g, args.right_size, 1, 0);
@@ -194,7 +195,7 @@ void weight_grad(const WeightGradArgs& args) {
 
 void bias_grad(const BiasGradArgs& args) {
   const GemmKernels& g = gemm_kernels();
-  // Ranges of columns, narrow enough for every worker to have some.
+  // Ranges of columns, narrow enough that every worker gets one.
   const int64_t share = args.residents * args.width / (kItemsPerWorker * num_workers());
   const int64_t width = std::clamp<int64_t>(round_up(share, 64), 64, 1024);
   const int64_t ranges = ceil_div(args.width, width);
@@ -217,7 +218,7 @@ void bias_grad(const BiasGradArgs& args) {
 
 void activation_backward(const ActivationBackwardArgs& args) {
   const GemmKernels& g = gemm_kernels();
-  const int64_t n = args.expert_size, width = is_gated(args.activation) ? 2 * n : n;
+  const int64_t n = args.intermediate_size, width = is_gated(args.activation) ? 2 * n : n;
   const int64_t padded = round_up(n, 16);
   parallel_for(0, args.offsets[args.residents], 64, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;

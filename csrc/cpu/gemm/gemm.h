@@ -2,7 +2,7 @@
 //
 // Operands are packed into 4-byte *units*: an fp32 value, or a pair of bf16 values that are
 // neighbours along the sum (for the bf16 dot instruction). The driver in experts.cpp decides which
-// block of which expert is next; the functions here know nothing of experts.
+// block of which expert is next; the functions here do not know about experts.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ constexpr int64_t kRowStrideA = kBlockK + 16;
 
 enum class Unit : int32_t { f32, bf16_pair };
 
-// Where one operand's elements come from. `line` is the strided dimension; if `index` is given,
+// One operand in memory. `line` is the strided dimension; if `index` is given,
 // line i is read from index[i].
 struct Source {
   const void* data;
@@ -26,7 +26,7 @@ struct Source {
   const int32_t* index;  // or null
 };
 
-// A finished block of C, fp32, on its way to the outputs.
+// A finished block of C, fp32, before the epilogue.
 struct Block {
   const float* c;
   int64_t stride;  // floats between rows of c
@@ -66,13 +66,13 @@ struct GemmKernels {
   // The sum over j of a[j] * b[j].
   float (*dot)(DType, const void* a, const void* b, int64_t count);
   // The epilogue of expand: column j of the gate is c[.][j], of the up projection
-  // c[.][up_column + j]. Each plus its bias, at the block's first column, up expert_size further;
-  // bias and preact may be null.
+  // c[.][up_column + j]. Each gets its bias added: bias + j, for up intermediate_size further. bias and
+  // preact may be null.
   void (*activate)(DType, Activation, Block, int64_t up_column, const void* bias, void* act,
-                   int64_t expert_size, void* preact);
+                   int64_t intermediate_size, void* preact);
   // The epilogue of contract's backward; pointers at the block's first row and column.
   // dot[i] = <activation(preact), c> over the block's columns.
-  void (*activate_backward)(DType, Activation, Block, const void* preact, int64_t expert_size,
+  void (*activate_backward)(DType, Activation, Block, const void* preact, int64_t intermediate_size,
                             const float* weights, void* grad_preact, void* scaled_act, float* dot);
 };
 

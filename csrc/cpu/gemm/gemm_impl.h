@@ -26,7 +26,7 @@ struct UnitPair {
   static vf multiply_add(vf a, vf b, vf c) {
 #if defined(__AVX512BF16__) && FOMOE_VECTOR_BYTES == 64
     return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
-#else  // the twin of the instruction, for machines without it
+#else  // the same in portable code, for machines without the instruction
     const vu low_a = (vu)a << 16, low_b = (vu)b << 16;
     const vu high_a = (vu)a & 0xffff0000u, high_b = (vu)b & 0xffff0000u;
     return fmadd((vf)low_a, (vf)low_b, fmadd((vf)high_a, (vf)high_b, c));
@@ -86,8 +86,8 @@ FOMOE_INLINE void gather_units(UnitPair, const uint16_t* line, const uint16_t* n
   for (int64_t i = count; i < width; ++i) out[i] = 0;
 }
 
-// Lines are steps of the sum: tiles of `Width` neighbours, every step of a tile in a row. A few
-// lines at a time across all tiles, so that lines are read from end to end.
+// Lines are steps of the sum: tiles of `Width` neighbours, the steps of a tile consecutive. Takes a
+// few lines at a time across all tiles, so that lines are read sequentially.
 template <class S, class U, int Width>
 void pack_steps(Source source, int64_t first, int64_t count, int64_t k, int64_t depth, float* out) {
   constexpr int64_t kLines = 8;
@@ -162,7 +162,7 @@ template <class S, class U>
 void pack_b_columns(Source source, int64_t column, int64_t columns, int64_t k, int64_t depth,
                     float* out) {
   const int64_t units = (depth + U::depth - 1) / U::depth;
-  const int64_t whole = depth / (8 * U::depth) * 8;  // units packed in full eights
+  const int64_t whole = depth / (8 * U::depth) * 8;  // units in full groups of 8
   for (int64_t done = 0; done < columns; done += kNR, out += units * kNR) {
     for (int64_t j = 0; j < kNR; j += 8) {
       const int64_t live = columns - done - j < 8 ? columns - done - j : 8;
@@ -360,18 +360,19 @@ const GemmKernels gemm_table = {
         },
     .activate =
         [](DType dtype, Activation activation, Block block, int64_t up_column, const void* bias,
-           void* act, int64_t expert_size, void* preact) {
+           void* act, int64_t intermediate_size, void* preact) {
           with_activation(dtype, activation, [&](auto s, auto a, auto gated) {
             activate<decltype(s), decltype(a), decltype(gated)::value>(block, up_column, bias, act,
-                                                                       expert_size, preact);
+                                                                       intermediate_size, preact);
           });
         },
     .activate_backward =
-        [](DType dtype, Activation activation, Block block, const void* preact, int64_t expert_size,
-           const float* weights, void* grad_preact, void* scaled_act, float* dot) {
+        [](DType dtype, Activation activation, Block block, const void* preact,
+           int64_t intermediate_size, const float* weights, void* grad_preact, void* scaled_act,
+           float* dot) {
           with_activation(dtype, activation, [&](auto s, auto a, auto gated) {
             activate_backward<decltype(s), decltype(a), decltype(gated)::value>(
-                block, preact, expert_size, weights, grad_preact, scaled_act, dot);
+                block, preact, intermediate_size, weights, grad_preact, scaled_act, dot);
           });
         },
 };

@@ -2,8 +2,8 @@
 //
 // An item is one expert's rows (a chunk of at most kItemRows) times a range of its columns. A
 // worker packs the item's part of B once, then walks the rows in blocks whose C stays in L2: pack
-// A, multiply, and hand the finished block to the epilogue while it is hot. Every element of C is
-// made by one worker, its sum in one fixed order, so the bits do not depend on the thread count.
+// A, multiply, and pass the finished block to the epilogue while it is in cache. One worker computes
+// each element of C, in one fixed order of summation, so bits do not depend on the thread count.
 #pragma once
 
 #include <algorithm>
@@ -20,9 +20,9 @@ namespace fomoe::cpu {
 
 constexpr int64_t kItemRows = 1024;     // rows of C an item walks with one packed B
 constexpr int64_t kItemColumns = 512;   // columns of C at most
-constexpr int64_t kItemsPerWorker = 8;  // wanted at least, to balance uneven experts
+constexpr int64_t kItemsPerWorker = 8;  // at least, to balance uneven experts
 constexpr int64_t kFewestItemRows = 192;
-#ifndef FOMOE_PACKED_B  // small in tests, so that small products go in stretches
+#ifndef FOMOE_PACKED_B  // small in tests, so that small products need several k-blocks
 #define FOMOE_PACKED_B (1 << 20)
 #endif
 constexpr int64_t kPackedB = FOMOE_PACKED_B;  // units of B packed at a time: 4 MiB, stays in L3
@@ -95,7 +95,7 @@ void run_item(const GemmKernels& g, const GroupedProduct& p, const Item& item, E
   const int64_t stride = width + 16;
   const int64_t block_rows = std::max<int64_t>(kBlockBytesC / 4 / stride / g.mr, 4) * g.mr;
 
-  // A sum too long for one packed B goes in stretches, and C then waits in full.
+  // A sum too long for one packed B is done in k-blocks; all of C is then kept between them.
   const int64_t stretch = std::max(round_up(kPackedB / width, step), step);
   const bool one_stretch = item.sum.size() <= stretch;
   const int64_t kept_rows =
@@ -139,7 +139,7 @@ void run_item(const GemmKernels& g, const GroupedProduct& p, const Item& item, E
   }
 }
 
-// Largest first, so that workers who pull items end together.
+// Largest first, so that workers that pull items finish at about the same time.
 inline void order_items(std::vector<Item>& items) {
   std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) {
     return a.rows.size() * a.columns.size() * a.sum.size() >
@@ -147,8 +147,9 @@ inline void order_items(std::vector<Item>& items) {
   });
 }
 
-// The items of a product whose rows are grouped by `offsets`. Fewer rows an item where that gives
-// every worker some: how rows are split changes no result, but each item packs its B anew.
+// The items of a product whose rows are grouped by `offsets`. Items have fewer rows
+// where not every worker would get one otherwise. The split of rows does not change a result, but each
+// item packs its B again.
 inline std::vector<Item> items_by_rows(const GemmKernels& g, const int32_t* offsets,
                                        int32_t residents, int64_t columns, int32_t halves,
                                        int64_t sum) {
@@ -159,7 +160,7 @@ inline std::vector<Item> items_by_rows(const GemmKernels& g, const int32_t* offs
   std::vector<Item> items;
   for (int32_t e = 0; e < residents; ++e) {
     const int64_t begin = offsets[e], rows = offsets[e + 1] - begin;
-    const int64_t parts = ceil_div(rows, most);  // even ones
+    const int64_t parts = ceil_div(rows, most);  // of equal size
     for (int64_t part = 0; part < parts; ++part)
       for (int64_t column = 0; column < columns; column += width)
         items.push_back({e,

@@ -1,4 +1,4 @@
-// route: tokens shared out over threads.
+// route, distributed over threads by tokens.
 #include <atomic>
 
 #include "../parallel.h"

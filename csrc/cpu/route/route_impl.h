@@ -1,5 +1,5 @@
 // route for one instruction set. Scores are computed a vector of experts at a time; the K best are
-// kept in a short sorted list, into which few experts get once it is full.
+// kept in a short sorted list; once it is full few experts enter it.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -94,7 +94,7 @@ class Best {
   void clear() { count_ = 0; }
   int32_t count() const { return count_; }
   int32_t index(int32_t i) const { return index_[i]; }
-  // What a value must exceed to get in.
+  // A value must exceed this to enter.
   float threshold() const { return count_ < capacity_ ? kNever : value_[capacity_ - 1]; }
 
   void offer(float value, int32_t index) {
@@ -176,7 +176,7 @@ float entropy(const float* scores, const float* mask, int64_t experts) {
   return total > 0.0f ? std::log(total) - weighted.total() / total : 0.0f;
 }
 
-// What a range of tokens adds to the statistics.
+// The statistics of a range of tokens.
 class Statistics {
  public:
   explicit Statistics(const RouteArgs& args)
@@ -231,7 +231,7 @@ bool route_tokens(const RouteArgs& args, int64_t begin, int64_t end) {
   const bool by_logits = args.selection_bias == nullptr && args.groups == 1;
   const bool softmax = args.scoring == Scoring::softmax;
   const bool all_scores = !by_logits || softmax || args.statistics != nullptr;
-  std::vector<float> offset = mask;  // added to a score it makes the choice score
+  std::vector<float> offset = mask;  // choice score - score
   if (args.selection_bias) {
     for (int32_t e = 0; e < args.experts; ++e) offset[e] += args.selection_bias[e];
   }

@@ -1,5 +1,4 @@
-// combine and gather: tokens shared out over threads. A token's sum is one thread's work, in slot
-// order.
+// combine and gather, distributed over threads by tokens. One thread adds up a token, in slot order.
 #include <algorithm>
 #include <cstring>
 
@@ -20,7 +19,7 @@ const CombineKernels& kernels() {
 
 int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-// Rows from `first` on become zeros.
+// Zeroes rows from `first` on.
 void clear_rows(void* rows, int64_t first, int64_t slots, int64_t row_bytes) {
   std::memset(static_cast<char*>(rows) + first * row_bytes, 0, size_t((slots - first) * row_bytes));
 }

@@ -5,7 +5,7 @@
 namespace fomoe::cpu::FOMOE_ISA {
 namespace {
 
-constexpr int kBlockVectors = 4;  // columns summed in registers while the slots go by
+constexpr int kBlockVectors = 4;  // columns that are summed in registers over all slots
 constexpr int64_t kBlock = kBlockVectors * kLanes;
 
 template <class S>

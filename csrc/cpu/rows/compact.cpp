@@ -1,5 +1,5 @@
-// compact: histogram, scan, stable scatter. Slots are cut into one stretch per worker; the order of
-// rows is fixed by the definition, so the cut does not show in the result.
+// compact: histogram, scan, stable scatter. Slots are cut into one range per worker; the order of
+// rows is fixed by the definition, so the result does not depend on the ranges.
 #include <algorithm>
 #include <atomic>
 #include <numeric>
@@ -46,7 +46,7 @@ bool compact(const CompactArgs& args) {
   const int64_t length = (slots + stretches - 1) / stretches;
   const auto stretch_begin = [&](int64_t i) { return std::min(i * length, slots); };
 
-  // next[i, r]: first the number of rows of resident r in stretch i, then where its next row goes.
+  // next[i, r]: first the number of rows of resident r in range i, then the index of its next row.
   std::vector<int32_t> next(size_t(stretches * residents), 0);
   std::atomic<bool> valid{true};
   parallel_for(0, stretches, 1, [&](int64_t begin, int64_t end) {

@@ -1,5 +1,5 @@
-// Functions as the hardware computes them in one instruction: a relative error of some 2^-22, denormals
-// taken and given for zeros of the same sign.
+// Functions that the hardware computes in one instruction: relative error about 2^-22; denormal arguments
+// and results are replaced by zeros of the same sign.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,7 +16,7 @@ namespace fomoe::cuda {
 inline float denormal_to_zero(float x) {
   return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x;
 }
-// 2^x. 0 for -inf, inf for inf and what is too large.
+// 2^x. 0 for -inf; inf for inf and on overflow.
 inline float exp2_approximate(float x) { return denormal_to_zero(std::exp2(x)); }
 // 1 / x. +-inf for +-0 and denormals, +-0 for +-inf and beyond 2^126.
 inline float reciprocal_approximate(float x) {

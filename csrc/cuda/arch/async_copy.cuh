@@ -1,6 +1,6 @@
-// Copies from global to shared memory that go on while the thread does (sm_80: cp.async). Each thread
-// commits and waits for groups of its own copies; others see them after a barrier. Or the copies
-// themselves arrive at an mbarrier (sm_90), and nobody waits but who needs them.
+// Asynchronous copies from global to shared memory (sm_80: cp.async). Each thread commits and waits for
+// groups of its own copies; other threads see them after a barrier. Or the copies themselves arrive at
+// an mbarrier (sm_90), and only the threads that need the data wait.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,20 +17,21 @@ namespace fomoe::cuda {
 
 #ifdef FOMOE_EMULATED
 
-// 16 bytes, both addresses aligned to 16; zeros, and no read, when not `valid`.
+// Copies 16 bytes, both addresses aligned to 16; writes zeros without a read if not `valid`.
 inline void async_copy_16(void* shared, const void* global, bool valid, Here here = {}) {
   emulator::async_copy_16(shared, global, valid, here);
 }
-// The copies since the last commit become a group.
+// Makes the copies since the last commit a group.
 inline void async_copy_commit() { emulator::async_copy_commit(); }
-// All groups but the last `kPending` have arrived.
+// Waits until all groups but the last `kPending` have arrived.
 template <int kPending>
 void async_copy_wait() {
   emulator::async_copy_wait(kPending);
 }
-// One arrival at `barrier`, of those that it was initialised for, when all copies that this thread has
-// issued until now have arrived. Only they are ordered by it, not the thread's ordinary stores. Before
-// the async proxy (wgmma, bulk copies) reads them who waited for the phase needs fence_proxy_async.
+// Arrives once at `barrier` (an arrival that it was initialised for) when all copies issued by this
+// thread so far have arrived. This orders the copies only, not the thread's ordinary stores. A thread
+// that waited for the phase needs fence_proxy_async before the async proxy (wgmma, bulk copies) reads
+// the data.
 inline void async_copy_arrive(uint64_t* barrier, Here here = {}) {
   emulator::async_copy_arrive(barrier, here);
 }
@@ -50,7 +51,7 @@ __device__ void async_copy_wait() {
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-// A kernel with mbarriers is compiled for older chips too, where it must not be launched.
+// Kernels with mbarriers are compiled for older architectures too, and must not be launched there.
 __device__ inline void async_copy_arrive(uint64_t*) { __trap(); }
 #else
 __device__ inline void async_copy_arrive(uint64_t* barrier) {

@@ -16,16 +16,17 @@ namespace fomoe::cuda {
 
 #ifdef FOMOE_EMULATED
 
-// bar.sync: waits until `threads` threads (a multiple of 32) have come to barrier 1 .. 15.
+// bar.sync: waits until `threads` threads (a multiple of 32) have arrived at barrier 1 .. 15.
 inline void barrier_sync(unsigned id, unsigned threads, Here here = {}) {
   emulator::named_barrier(id, threads, true, here);
 }
-// bar.arrive: counts as having come, and goes on.
+// bar.arrive: arrives without waiting.
 inline void barrier_arrive(unsigned id, unsigned threads, Here here = {}) {
   emulator::named_barrier(id, threads, false, here);
 }
 
-// An mbarrier for `count` arrivals per phase. One thread; then mbarrier_init_fence and a barrier.
+// Initialises an mbarrier for `count` arrivals per phase. Called by one thread, followed by
+// mbarrier_init_fence and a barrier.
 inline void mbarrier_init(uint64_t* barrier, unsigned count, Here here = {}) {
   emulator::mbarrier_init(barrier, count, here);
 }
@@ -35,7 +36,7 @@ inline void mbarrier_init_fence() {}
 inline void mbarrier_arrive(uint64_t* barrier, Here here = {}) {
   emulator::mbarrier_arrive(barrier, 0, here);
 }
-// One arrival; the phase also waits for so many more bytes of bulk copies.
+// One arrival; the phase also waits for `bytes` more bytes of bulk copies.
 inline void mbarrier_arrive_expect(uint64_t* barrier, unsigned bytes, Here here = {}) {
   emulator::mbarrier_arrive(barrier, bytes, here);
 }
@@ -55,7 +56,7 @@ __device__ inline void barrier_arrive(unsigned id, unsigned threads) {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 
-// A kernel with mbarriers is compiled for older chips too, where it must not be launched.
+// Kernels with mbarriers are compiled for older architectures too, and must not be launched there.
 __device__ inline void mbarrier_init(uint64_t*, unsigned) { __trap(); }
 __device__ inline void mbarrier_init_fence() { __trap(); }
 __device__ inline void mbarrier_arrive(uint64_t*) { __trap(); }

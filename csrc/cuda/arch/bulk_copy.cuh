@@ -11,34 +11,34 @@ namespace fomoe::cuda {
 
 #ifdef FOMOE_EMULATED
 
-// global -> shared; `bytes` are taken from what `barrier` expects when they have arrived.
+// global -> shared; on arrival `bytes` are subtracted from the bytes that `barrier` expects.
 inline void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* barrier,
                       Here here = {}) {
   emulator::bulk_load(shared, global, bytes, barrier, here);
 }
-// shared -> global; belongs to the thread's next bulk_commit.
+// shared -> global; part of the thread's next bulk_commit.
 inline void bulk_store(void* global, const void* shared, unsigned bytes, Here here = {}) {
   emulator::bulk_store(global, shared, bytes, here);
 }
-// The stores since the last commit become a group.
+// Makes the stores since the last commit a group.
 inline void bulk_commit() { emulator::bulk_commit(); }
-// All groups but the last `kPending` have read their shared memory: it may be written again.
+// Waits until all groups but the last `kPending` have read their shared memory: it may be overwritten.
 template <int kPending>
 void bulk_wait_read() {
   emulator::bulk_wait_read(kPending);
 }
-// All groups but the last `kPending` have been written.
+// Waits until all groups but the last `kPending` have been written.
 template <int kPending>
 void bulk_wait() {
   emulator::bulk_wait(kPending);
 }
-// fence.proxy.async: this thread's ordinary accesses to shared memory come before bulk copies that
-// are issued later. Every thread that wrote what a bulk_store reads needs one, before the barrier.
+// fence.proxy.async: orders this thread's ordinary accesses to shared memory before bulk copies that
+// are issued later. Every thread that wrote data of a bulk_store needs one, before the barrier.
 inline void fence_proxy_async() { emulator::fence_proxy_async(); }
 
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 
-// A kernel with bulk copies is compiled for older chips too, where it must not be launched.
+// Kernels with bulk copies are compiled for older architectures too, and must not be launched there.
 __device__ inline void bulk_load(void*, const void*, unsigned, uint64_t*) { __trap(); }
 __device__ inline void bulk_store(void*, const void*, unsigned) { __trap(); }
 __device__ inline void bulk_commit() { __trap(); }

@@ -1,4 +1,4 @@
-// What the compiler does not find out by itself.
+// Facts that the compiler does not derive by itself.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,11 +11,10 @@ namespace fomoe::cuda {
 
 #ifdef FOMOE_EMULATED
 
-// `value` is the same in all lanes, so that what follows from it can be computed once for the warp. The
-// whole warp comes.
+// Tells that `value` is the same in all lanes, so that code that depends on it runs once for the warp.
+// Called by the whole warp.
 inline int warp_uniform(int value, Here here = {}) { return emulator::warp_uniform(value, here); }
-// `pointer` is one number from here on: what it was summed up from is not taken apart again, to be
-// summed up anew for each access.
+// Makes `pointer` opaque: the compiler does not recompute it from its summands for each access.
 inline void keep_whole(const unsigned char*&) {}
 
 #else

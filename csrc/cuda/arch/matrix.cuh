@@ -55,7 +55,7 @@ __device__ inline void load_matrices_transposed(uint32_t (&matrices)[4], const v
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-// A kernel that stores matrices is compiled for older chips too, where it must not be launched.
+// Kernels that store matrices are compiled for older architectures too, and must not be launched there.
 __device__ inline void store_matrices(const uint32_t (&)[4], void*) { __trap(); }
 #else
 __device__ inline void store_matrices(const uint32_t (&matrices)[4], void* row) {

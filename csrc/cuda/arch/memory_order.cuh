@@ -13,7 +13,7 @@ namespace fomoe::cuda {
 
 #ifdef FOMOE_EMULATED
 
-// ld.acquire.gpu: what was written before the matching store_release is seen after it.
+// ld.acquire.gpu: writes before the matching store_release are visible after it.
 inline uint32_t load_acquire(const uint32_t* p) {
   emulator::maybe_yield();
   return __atomic_load_n(p, __ATOMIC_ACQUIRE);
@@ -31,7 +31,7 @@ inline void store_release(uint64_t* p, uint64_t value) {
   emulator::maybe_yield();
   __atomic_store_n(p, value, __ATOMIC_RELEASE);
 }
-// To be called in a loop that polls.
+// For use in a polling loop.
 inline void polling_pause(Here here = {}) { emulator::yield_polling(here); }
 
 #else

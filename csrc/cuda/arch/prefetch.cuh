@@ -1,4 +1,4 @@
-// Hints about what will be read.
+// Prefetches.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,7 +11,7 @@ namespace fomoe::cuda {
 
 #ifdef FOMOE_EMULATED
 
-// The line at this address of global memory, which must exist, will soon be read: let L2 have it.
+// Prefetches the line at this address of global memory, which must be valid, into L2.
 inline void prefetch_l2(const void* global, Here here = {}) { emulator::prefetch(global, here); }
 
 #else

@@ -1,5 +1,5 @@
 // Loads of boxes of a tensor from global to shared memory by the async proxy (sm_90: TMA,
-// cp.async.bulk.tensor). A tensor map, made on the host, says where the tensor is and how large a box.
+// cp.async.bulk.tensor). A tensor map, made on the host, describes the tensor and the size of a box.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,30 +20,29 @@ using TensorMap = emulator::TensorMap;
 using TensorMap = CUtensorMap;
 #endif
 
-// Why a tensor cannot be mapped with 128-byte swizzle; null when it can. cuda.h's conditions, not all
-// of which the driver checks (each stride is the one before, times the size with its padding), and
-// whole chunks of 16 bytes: what becomes of the rest of a last one is not said anywhere.
+// The reason why a tensor cannot be mapped with 128-byte swizzle, or null. The conditions are those of
+// cuda.h, of which the driver checks only some (each stride is the one before, times the size with its
+// padding), and whole chunks of 16 bytes: a last chunk that is not whole is unspecified.
 inline const char* mapping_fault(DType dtype, const void* base, const int64_t (&sizes)[3],
                                  const int64_t (&strides)[2], const int (&box)[3]) {
   constexpr int64_t kLargestSize = int64_t(1) << 32, kStrideLimit = int64_t(1) << 40;
   constexpr int64_t kElementBytes = 2, kChunkBytes = 16;
   constexpr int kRowElements = 64, kLargestBox = 256;
-  if (dtype != DType::bf16 && dtype != DType::f16) return "dtype: wanted bf16 or f16";
+  if (dtype != DType::bf16 && dtype != DType::f16) return "dtype must be bf16 or f16";
   if (base == nullptr || reinterpret_cast<uintptr_t>(base) % kChunkBytes != 0)
-    return "base: wanted an address that is a multiple of 16";
+    return "base must be a multiple of 16";
   for (const int64_t size : sizes)
-    if (size <= 0 || size > kLargestSize) return "sizes: wanted 1 .. 2^32";
-  if (sizes[0] * kElementBytes % kChunkBytes != 0)
-    return "sizes[0]: wanted rows of a multiple of 16 bytes";
+    if (size <= 0 || size > kLargestSize) return "sizes must be in 1 .. 2^32";
+  if (sizes[0] * kElementBytes % kChunkBytes != 0) return "sizes[0] must be a multiple of 16 bytes";
   for (const int64_t stride : strides)
     if (stride <= 0 || stride >= kStrideLimit || stride % kChunkBytes != 0)
-      return "strides: wanted positive multiples of 16 below 2^40";
-  if (strides[0] < sizes[0] * kElementBytes) return "strides[0]: less than a row";
-  if (strides[1] % strides[0] != 0) return "strides[1]: wanted a multiple of strides[0]";
-  if (strides[1] / strides[0] < sizes[1]) return "strides[1]: less than a plane";
-  if (box[0] != kRowElements) return "box[0]: wanted 64";
+      return "strides must be positive multiples of 16 below 2^40";
+  if (strides[0] < sizes[0] * kElementBytes) return "strides[0] must be at least a row";
+  if (strides[1] % strides[0] != 0) return "strides[1] must be a multiple of strides[0]";
+  if (strides[1] / strides[0] < sizes[1]) return "strides[1] must be at least a plane";
+  if (box[0] != kRowElements) return "box[0] must be 64";
   for (const int size : box)
-    if (size <= 0 || size > kLargestBox) return "box: wanted 1 .. 256";
+    if (size <= 0 || size > kLargestBox) return "box must be in 1 .. 256";
   return nullptr;
 }
 
@@ -91,27 +90,27 @@ inline cudaError_t make_tensor_map(TensorMap* map, DType dtype, const void* base
 
 #ifdef FOMOE_EMULATED
 
-// The box at (c0, c1, c2), innermost first, -> shared memory, aligned to 1024 bytes. What lies outside
-// the tensor, before or behind, becomes zeros; `barrier` gets the bytes of the whole box in any case.
-// c0 is a multiple of 8: a load that begins elsewhere than at 16 bytes is known to be refused.
+// Loads the box at (c0, c1, c2), innermost first, into shared memory aligned to 1024 bytes. Elements
+// outside the tensor, on either side, become zeros; `barrier` always gets the bytes of the whole box.
+// c0 must be a multiple of 8: the hardware refuses a load that does not begin at a multiple of 16 bytes.
 inline void tensor_load(void* shared, const TensorMap* map, uint64_t* barrier, int c0, int c1,
                         int c2, Here here = {}) {
   emulator::tensor_load(shared, map, barrier, c0, c1, c2, here);
 }
-// The map will be used soon.
+// Prefetches the map.
 inline void prefetch_tensor_map(const TensorMap* map, Here here = {}) {
   emulator::prefetch_tensor_map(map, here);
 }
 
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 
-// A kernel with tensor maps is compiled for older chips too, where it must not be launched.
+// Kernels with tensor maps are compiled for older architectures too, and must not be launched there.
 __device__ inline void tensor_load(void*, const TensorMap*, uint64_t*, int, int, int) { __trap(); }
 __device__ inline void prefetch_tensor_map(const TensorMap*) { __trap(); }
 
 #else
 
-// To newer chips' assembler a target that may be in another block is a call with a stack.
+// For newer architectures ptxas turns a target that may be in another block into a call with a stack.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ > 900
 #define FOMOE_TARGET "shared::cta"
 #else

@@ -1,5 +1,5 @@
-// Products on the tensor cores by a warpgroup, 128 threads that begin at a multiple of 128 (sm_90a:
-// wgmma), and how it shares out registers. All of its threads come to every one of these.
+// Matrix products of a warpgroup, 128 threads from a multiple of 128 on (sm_90a: wgmma), and setmaxnreg.
+// All threads of the warpgroup call each of these.
 //
 //   warpgroup_arrive();  warpgroup_multiply(acc, ...) ...;  warpgroup_commit();
 //   warpgroup_wait<0>();  warpgroup_fence(acc);     now acc may be read, and operands overwritten
@@ -51,11 +51,11 @@ inline uint64_t shared_matrix(const void* tile, unsigned leading_bytes, unsigned
   return matrix_descriptor(emulator::matrix_address(tile, here), leading_bytes, stride_bytes);
 }
 
-// wgmma.fence: comes before the first product of accumulators that were read or written.
+// wgmma.fence: needed before the first product of accumulators that were read or written.
 inline void warpgroup_arrive(Here here = {}) { emulator::warpgroup_arrive(here); }
 
-// acc (64 x kColumns) = a (64 x 16) . b (16 x kColumns), plus acc when `accumulate`; by the async
-// proxy, some time before the warpgroup_wait for it returns.
+// acc (64 x kColumns) = a (64 x 16) . b (16 x kColumns), plus acc if `accumulate`; done by the async
+// proxy before the warpgroup_wait for its group returns.
 template <class Format, int kColumns, bool kTransposeA, bool kTransposeB>
 void warpgroup_multiply(float (&acc)[kColumns / 2], uint64_t a, uint64_t b, bool accumulate,
                         Here here = {}) {
@@ -65,9 +65,9 @@ void warpgroup_multiply(float (&acc)[kColumns / 2], uint64_t a, uint64_t b, bool
   emulator::warpgroup_multiply(
       acc, {kElement, kColumns, kTransposeA, kTransposeB, a, b, accumulate}, here);
 }
-// The products since the last commit become a group.
+// Makes the products since the last commit a group.
 inline void warpgroup_commit(Here here = {}) { emulator::warpgroup_commit(here); }
-// All groups but the last `kPending` are done: read their operands, wrote their accumulators.
+// Waits until all groups but the last `kPending` have read their operands and written accumulators.
 template <int kPending>
 void warpgroup_wait(Here here = {}) {
   emulator::warpgroup_wait(kPending, here);
@@ -78,7 +78,7 @@ void warpgroup_wait(Here here = {}) {
 template <int N>
 void warpgroup_fence(float (&)[N]) {}
 
-// setmaxnreg: the warpgroup's threads may use so many registers from here on.
+// setmaxnreg: sets the number of registers of the warpgroup's threads.
 template <int kRegisters>
 void registers_raise(Here here = {}) {
   static_assert(kKnownRegisters<kRegisters>);
@@ -92,7 +92,7 @@ void registers_lower(Here here = {}) {
 
 #elif defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// A kernel for warpgroups is compiled for other chips too, where it must not be launched.
+// Kernels for warpgroups are compiled for other architectures too, and must not be launched there.
 __device__ inline uint64_t shared_matrix(const void*, unsigned, unsigned) { __trap(); }
 __device__ inline void warpgroup_arrive() { __trap(); }
 template <class Format, int kColumns, bool kTransposeA, bool kTransposeB>
@@ -174,7 +174,7 @@ __device__ void registers_lower() {
   FOMOE_VALUES_64, \
   FOMOE_VALUES_16(64), FOMOE_VALUES_16(80), FOMOE_VALUES_16(96), FOMOE_VALUES_16(112)
 
-// `a` ... `transpose_b`: the numbers of the operands behind `registers` accumulators.
+// `a` ... `transpose_b`: the numbers of the operands after `registers` accumulators.
 #define FOMOE_MULTIPLY(columns, type, registers, a, b, add, transpose_a, transpose_b)         \
   asm volatile(                                                                               \
       "{\n"                                                                                   \

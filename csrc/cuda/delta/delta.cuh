@@ -1,8 +1,8 @@
 // Values and payloads of the delta codecs (kernels.h), four neighbouring values to a lane.
 //
-// A warp takes a tile of 128 values: one block of 128 or two of 64. What four values take in a
-// payload is a Piece; payloads stand at any address, so how wide the accesses to pieces may be is
-// known at run time only. Every operation on values rounds once: the build says -fmad=false.
+// A warp takes a tile of 128 values: one block of 128 or two of 64. The bytes of four values in a
+// payload is a Piece; payloads may be at any address, so the width of accesses to pieces is known only at
+// run time. Every operation on values rounds once: this is compiled with -fmad=false.
 #pragma once
 
 #include <cstdint>
@@ -53,7 +53,7 @@ __device__ inline void load_four(const float* values, int64_t i, int present, bo
 __device__ inline void store_four(float* values, int64_t i, int present, bool aligned,
                                   const float (&v)[kFour]) {
   if (aligned && present == kFour) {
-    // A plain store would be merged with those below and cut up again. Nothing reads it soon.
+    // The compiler would merge a plain store with those below and split it again. It is not read soon.
     __stcs(reinterpret_cast<float4*>(values + i), make_float4(v[0], v[1], v[2], v[3]));
   } else {
 #pragma unroll
@@ -163,13 +163,13 @@ struct Place {
   }
 };
 
-// By what payloads are aligned that are so far apart: what accesses may rely on.
+// The alignment of payloads at this distance, on which accesses may rely.
 inline int payload_alignment(const DeltaCodec& codec, const void* payload, int64_t stride) {
   const bool whole = codec.format == Format::fp32 || codec.format == Format::bf16;
   return alignment_of(address(payload), stride, whole ? 16 : 2);
 }
 
-// What the codes of a block mean, and how to find the code of a value.
+// Decoding and encoding with the step of a block.
 struct Scale {
   float step, inverse;
 };

@@ -1,5 +1,5 @@
-// Encoding of every format but top-k: a warp goes from tile to tile, each lane with four values that a
-// Source gives it. What is read is read once, what is written is written once.
+// Encoding of every format but top-k: a warp goes from tile to tile, each lane with four values of a
+// Source. Inputs are read once and outputs written once.
 //
 // A Source is an argument of the kernel; its four(i, present, v) gives values i .. i+3, zeros where
 // not present, and is called by all lanes.
@@ -10,7 +10,7 @@
 
 namespace fomoe::cuda::delta {
 
-// Where payload and error go.
+// The outputs: payload and error.
 struct Target {
   float* error;      // or null
   uint8_t* payload;  // or, for sums, null
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// `kernel` with as many blocks as run at once, or as the items need.
+// Launches `kernel` with as many blocks as run at once, or fewer if the items need fewer.
 template <class Source>
 cudaError_t launch(void (*kernel)(Source, Target), int threads, PersistentGrid& grid,
                    const Source& source, const Target& target, int64_t items, cudaStream_t stream) {

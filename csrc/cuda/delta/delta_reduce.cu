@@ -9,7 +9,7 @@ namespace {
 
 using namespace delta;
 
-// What both kinds of sums are made of.
+// The inputs of both kinds of sums.
 struct Members {
   const uint8_t* payloads;
   int64_t stride;
@@ -74,7 +74,7 @@ struct BlockSum : Members {
   }
 };
 
-// Where the block of a chunk adds up.
+// The sums of a chunk's block.
 __device__ float* chunk_sums() {
   FOMOE_SHARED(float4, sums, [kChunk / kFour]);  // for the alignment
   return &sums[0].x;
@@ -83,8 +83,8 @@ __device__ float* chunk_sums() {
 struct TopkSum : Members {
   static constexpr int kAhead = kChunkThreads / kMaxKept;  // members read at once
 
-  // Members' kept values are added to a dense chunk: those of one member have different places. What
-  // a thread clears it alone has read, as the last chunk's sums.
+  // Members' kept values are added to a dense chunk; those of one member have different places. A
+  // thread clears the sums of the last chunk that it alone has read.
   __device__ void prepare(int64_t chunk, int count) const {
     float* sums = chunk_sums();
     const int kept = kept_of(count);

@@ -1,9 +1,9 @@
 // Encoding of top-k: a block takes a chunk of 4096 values, 8 to a thread. A warp's values are
 // neighbours, so order of index is order of warp, of group of 128, of lane, of value in the lane.
 //
-// The least kept magnitude comes from three histograms of its digits, of 11, 10 and 10 bits; which of
-// the values that equal it stay, and where kept values go, from scans. Every sum is one of integers:
-// nothing depends on the order in which threads run.
+// The least kept magnitude is found by three histograms of its digits, of 11, 10 and 10 bits. Scans
+// decide which of the values that equal it are kept, and where kept values go. All sums are of
+// integers, so results do not depend on the order in which threads run.
 //
 // A Source is as in delta_blocks.cuh; its prepare(chunk, values) is called by all threads before.
 #pragma once
@@ -72,8 +72,8 @@ __device__ inline uint32_t largest_of(const Values& values, Selection& s) {
   return __reduce_max_sync(kAllLanes, s.of_warp[threadIdx.x % kChunkWarps]);
 }
 
-// Of the magnitudes whose bits from kShift + kBits on are `prefix`, the digit of the wanted-th largest is
-// appended to `prefix`; `wanted` becomes its rank among those with that digit.
+// Among the magnitudes whose bits from kShift + kBits on are `prefix`, finds the digit of the wanted-th
+// largest and appends it to `prefix`; `wanted` becomes the rank among those with that digit.
 template <int kShift, int kBits>
 __device__ inline void next_digit(const Values& values, Selection& s, uint32_t& prefix,
                                   uint32_t& wanted) {
@@ -161,7 +161,7 @@ __device__ inline uint32_t select(const Values& values, Selection& s, int kept) 
   return chosen;
 }
 
-// The unit of the kept values, which all of the block's warps know then.
+// The unit of the kept values, for all of the block's warps.
 __device__ inline float unit_of(Selection& s, uint32_t largest, int kept) {
   // The first warp adds up; kMaxKept is two to a lane.
   if (threadIdx.x < kWarp) {
@@ -183,7 +183,7 @@ __device__ inline float topk_value(bool large, bool negative, float unit) {
   return negative ? -magnitude : magnitude;
 }
 
-// Byte `at` of a chunk's payload, behind the unit. `zeros`: all codes are 0.
+// Byte `at` of a chunk's payload, after the unit. `zeros`: all codes are 0.
 __device__ inline uint8_t payload_byte(const Selection& s, int at, int kept, float unit,
                                        bool zeros) {
   const auto index = [&](int i) { return i >= kept ? 0u : zeros ? uint32_t(i) : s.index[i]; };

@@ -1,5 +1,5 @@
-// hash_bits: a sum over 4-byte words of what a mixer makes of each and its place; kernels.h. Sums mod
-// 2^64 come out the same in any order, so blocks add theirs by atomics.
+// hash_bits: the sum over 4-byte words of a mix of each word and its index; kernels.h. Sums mod 2^64 do
+// not depend on the order, so blocks add theirs by atomics.
 #include <cstdint>
 
 #include "../arch/shared_memory.cuh"
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int w = 0; w < kWords; ++w) sum += mixed(read.unit[w], i * kWords + w);
   }
-  // What is left are fewer words than threads.
+  // The rest is fewer words than threads.
   const int64_t last = whole * kWords + thread;
   if (last * 4 < numel) {
     uint32_t word = 0;

@@ -1,5 +1,5 @@
-// The activations of experts on pre-activations gate and up, and their slopes. Which one is known when
-// a kernel is compiled: nothing is asked for an element.
+// The activations of experts on pre-activations gate and up, and their slopes. The activation is a
+// template parameter, so that kernels have no branch per element.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,7 +11,7 @@
 
 namespace fomoe::cuda {
 
-// kExact: to the last bits of fp32; else to what 16-bit results can show.
+// kExact: fp32 precision; else precise enough for 16-bit results.
 template <bool kExact>
 __device__ inline float sigmoid(float x) {
   if constexpr (kExact) return 1.0f / (1.0f + expf(-x));
@@ -46,7 +46,7 @@ struct Activated {
   float act, gate_slope, up_slope;
 };
 
-// `up` means nothing to activations that are not gated.
+// Activations that are not gated ignore `up`.
 template <Activation kActivation, bool kExact>
 __device__ inline Activated activate(float gate, float up) {
   if constexpr (kActivation == Activation::clamped_swiglu) {
@@ -69,8 +69,8 @@ __device__ inline Activated activate(float gate, float up) {
   }
 }
 
-// X(name, ...) for every activation that kernels are compiled for.
-#ifdef FOMOE_FEW_KERNELS  // tests do without those that differ in a formula only
+// X(name, ...) for every activation (kernels.h) that kernels are compiled for.
+#ifdef FOMOE_FEW_KERNELS  // tests leave out activations that differ only by a formula
 #define FOMOE_FOR_ACTIVATIONS(X, ...) \
   X(swiglu, __VA_ARGS__) X(clamped_swiglu, __VA_ARGS__) X(relu2, __VA_ARGS__)
 #else

@@ -1,5 +1,5 @@
-// The gradients that contract's backward leaves beside its GEMM: those of combine weights and of
-// biases, and the elementwise backward of expand.
+// The parts of contract's backward outside its GEMM: gradients of combine weights and of biases; and the
+// elementwise backward of expand.
 #include "../arch/shared_memory.cuh"
 #include "../grid.cuh"
 #include "grouped.cuh"
@@ -13,12 +13,14 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int64_t kMaxBlocks = 1 << 16;
 
-int64_t parts_of(int64_t expert_size) { return (expert_size + kStripColumns - 1) / kStripColumns; }
+int64_t parts_of(int64_t intermediate_size) {
+  return (intermediate_size + kStripColumns - 1) / kStripColumns;
+}
 
 // ---- gradients of combine weights ---------------------------------------------------------------
 
 // grad_weights[slot] = the parts of its row in order, plus <bias, grad_y[token]>. A warp to 32 rows;
-// with a bias it goes through them one by one.
+// with a bias it handles them one by one.
 template <class A>
 __global__ void __launch_bounds__(kThreads, 4)
     weight_dots_kernel(const __grid_constant__ ContractBackwardArgs args, int64_t parts) {
@@ -33,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       for (int64_t part = 0; part < parts; ++part) sum += args.workspace[part * args.slots + row];
     if (args.bias != nullptr) {
       for (int i = 0; i < kWarp && first + i < rows; ++i) {
-        // The resident of the row: the last one that begins at it or before.
+        // The resident of the row: the last one that begins at the row or before.
         int low = 0, high = args.residents - 1;
         while (low < high) {
           const int middle = (low + high + 1) / 2;
@@ -67,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 // ---- gradients of biases -------------------------------------------------------------------------
 
-// A block makes 32 vectors of one resident's bias: its warps take every kWarps-th row, and their
+// A block computes 32 vectors of one resident's bias: its warps take every kWarps-th row, and their
 // sums are added in order.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
@@ -118,7 +120,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t vectors = args.offsets[args.residents] * columns;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < vectors;
        i += int64_t(gridDim.x) * kThreads) {
-    // Without signs: division takes fewer registers.
+    // Unsigned: division takes fewer registers.
     const int64_t row = int64_t(uint64_t(i) / uint64_t(columns));
     const int64_t at = (kGated ? row * columns : 0) + i;
     const V grad_vector = static_cast<const V*>(args.grad_act)[i];
@@ -152,7 +154,7 @@ cudaLaunchConfig_t config_for(unsigned blocks, cudaStream_t stream) {
 }  // namespace
 
 int64_t contract_backward_workspace(const ContractBackwardArgs& args) {
-  return parts_of(args.expert_size) * args.slots;
+  return parts_of(args.intermediate_size) * args.slots;
 }
 
 int contract_backward(const ContractBackwardArgs& args, void* stream) {
@@ -166,7 +168,7 @@ int contract_backward(const ContractBackwardArgs& args, void* stream) {
       config_for(blocks_for(args.slots, kThreads, kMaxBlocks), cuda_stream);
   const auto body = [&](auto access) {
     return cudaLaunchKernelEx(&config, weight_dots_kernel<decltype(access)>, args,
-                              parts_of(args.expert_size));
+                              parts_of(args.intermediate_size));
   };
   return for_widest_access(args.dtype, body, args.hidden, args.bias, args.grad_y);
 }
@@ -187,7 +189,7 @@ int activation_backward(const ActivationBackwardArgs& args, void* stream) {
   if (args.slots == 0) return cudaSuccess;
   const auto body = [&](auto access) {
     using A = decltype(access);
-    const int64_t columns = args.expert_size / A::kWidth;
+    const int64_t columns = args.intermediate_size / A::kWidth;
     const cudaLaunchConfig_t config = config_for(
         blocks_for(args.slots * columns, kThreads, kMaxBlocks), static_cast<cudaStream_t>(stream));
     return with_activation(args.activation, [&](auto activation) {
@@ -195,7 +197,7 @@ int activation_backward(const ActivationBackwardArgs& args, void* stream) {
       return cudaLaunchKernelEx(&config, kernel, args, columns);
     });
   };
-  return for_widest_access(args.dtype, body, args.expert_size, args.grad_act, args.preact,
+  return for_widest_access(args.dtype, body, args.intermediate_size, args.grad_act, args.preact,
                            args.grad_preact);
 }
 

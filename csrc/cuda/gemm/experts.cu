@@ -1,4 +1,4 @@
-// The verbs of the grouped GEMMs: what each multiplies, and which kernel does it.
+// The verbs of the grouped GEMMs: the operands of each, and the choice of its kernel.
 #include "../per_device.h"
 #include "grouped.cuh"
 
@@ -46,7 +46,7 @@ cudaError_t with_format(DType dtype, const Body& body) {
   switch (dtype) {
     case DType::f32: return body(F32{});
     case DType::bf16: return body(Bf16x2{});
-#ifndef FOMOE_FEW_KERNELS  // tests do without one of the 16-bit formats
+#ifndef FOMOE_FEW_KERNELS  // tests leave out one of the 16-bit formats
     case DType::f16: return body(F16x2{});
 #else
     case DType::f16: break;
@@ -55,7 +55,7 @@ cudaError_t with_format(DType dtype, const Body& body) {
   return cudaErrorInvalidValue;
 }
 
-// body(format, activation), both known when it is compiled.
+// Calls body(format, activation), both as compile-time constants.
 template <class Body>
 cudaError_t with_format_and_activation(DType dtype, Activation activation, const Body& body) {
   return with_format(dtype, [&](auto format) {
@@ -63,8 +63,8 @@ cudaError_t with_format_and_activation(DType dtype, Activation activation, const
   });
 }
 
-// Rows are read 16 bytes at a time, at addresses that a 32-bit multiply-add makes, two sizes in a row of
-// pre-activations.
+// Rows are read 16 bytes at a time, at addresses computed by a 32-bit multiply-add; a row of
+// pre-activations has two sizes.
 bool good_row(DType dtype, int64_t size) {
   const int64_t bytes = size * (dtype == DType::f32 ? 4 : 2);
   return bytes % 16 == 0 && bytes < int64_t(1) << 31;
@@ -73,29 +73,29 @@ bool good_row(DType dtype, int64_t size) {
 }  // namespace
 
 int expand(const ExpandArgs& args, void* stream) {
-  if (!good_row(args.dtype, args.hidden) || !good_row(args.dtype, args.expert_size))
+  if (!good_row(args.dtype, args.hidden) || !good_row(args.dtype, args.intermediate_size))
     return cudaErrorInvalidValue;
   const auto body = [&](auto format, auto activation) {
     using Epilogue = Activate<decltype(format), decltype(activation)::value>;
-    const int64_t width = args.expert_size * Epilogue::kGates;
+    const int64_t width = args.intermediate_size * Epilogue::kGates;
     const RowsProblem<Epilogue, Major::sum, true> problem{
         {args.x, args.token_of_row, args.tokens, args.hidden},
         {args.weight, nullptr, width, args.hidden},
-        {args.offsets, args.tiles, args.residents, args.expert_size, args.hidden, nullptr},
-        {args.act, args.preact, args.bias, args.expert_size}};
+        {args.offsets, args.tiles, args.residents, args.intermediate_size, args.hidden, nullptr},
+        {args.act, args.preact, args.bias, args.intermediate_size}};
     return run(Verb::expand, args.dtype, problem, static_cast<cudaStream_t>(stream));
   };
   return with_format_and_activation(args.dtype, args.activation, body);
 }
 
 int contract(const ContractArgs& args, void* stream) {
-  if (!good_row(args.dtype, args.hidden) || !good_row(args.dtype, args.expert_size))
+  if (!good_row(args.dtype, args.hidden) || !good_row(args.dtype, args.intermediate_size))
     return cudaErrorInvalidValue;
   const auto body = [&](auto format) {
     const RowsProblem<StoreRows<decltype(format)>, Major::sum, false> problem{
-        {args.act, nullptr, args.slots, args.expert_size},
-        {args.weight, nullptr, args.hidden, args.expert_size},
-        {args.offsets, args.tiles, args.residents, args.hidden, args.expert_size, nullptr},
+        {args.act, nullptr, args.slots, args.intermediate_size},
+        {args.weight, nullptr, args.hidden, args.intermediate_size},
+        {args.offsets, args.tiles, args.residents, args.hidden, args.intermediate_size, nullptr},
         {args.rows, args.hidden, args.bias}};
     return run(Verb::contract, args.dtype, problem, static_cast<cudaStream_t>(stream));
   };
@@ -103,16 +103,16 @@ int contract(const ContractArgs& args, void* stream) {
 }
 
 int contract_backward_rows(const ContractBackwardArgs& args, void* stream) {
-  if (!good_row(args.dtype, args.hidden) || !good_row(args.dtype, args.expert_size))
+  if (!good_row(args.dtype, args.hidden) || !good_row(args.dtype, args.intermediate_size))
     return cudaErrorInvalidValue;
   const auto body = [&](auto format, auto activation) {
     using Epilogue = ActivateBackward<decltype(format), decltype(activation)::value>;
     const RowsProblem<Epilogue, Major::line, true> problem{
         {args.grad_y, args.token_of_row, args.tokens, args.hidden},
-        {args.weight, nullptr, args.hidden, args.expert_size},
-        {args.offsets, args.tiles, args.residents, args.expert_size, args.hidden, nullptr},
+        {args.weight, nullptr, args.hidden, args.intermediate_size},
+        {args.offsets, args.tiles, args.residents, args.intermediate_size, args.hidden, nullptr},
         {args.preact, args.weights, args.slot_of_row, args.grad_preact, args.scaled_act,
-         args.workspace, args.slots, args.expert_size}};
+         args.workspace, args.slots, args.intermediate_size}};
     return run(Verb::contract_backward, args.dtype, problem, static_cast<cudaStream_t>(stream));
   };
   return with_format_and_activation(args.dtype, args.activation, body);

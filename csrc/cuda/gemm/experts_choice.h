@@ -1,4 +1,4 @@
-// Which kernel and which tile a grouped GEMM runs with. One table, by shape; no trials at run time.
+// The choice of kernel and tile of a grouped GEMM: one table, by shape, without autotuning at run time.
 #pragma once
 
 #include <cstdint>
@@ -15,10 +15,10 @@ constexpr const char* kVerbNames[] = {"expand", "contract", "contract_backward",
                                       "weight_grad"};
 
 // multistage: cp.async and mma.sync, every architecture and dtype. ping_pong and cooperative: TMA
-// and wgmma on Hopper, 16-bit dtypes; two warpgroups make a tile each in turns, or one tile together.
+// and wgmma on Hopper, 16-bit dtypes; two consumer warpgroups alternate tiles, or share each tile.
 enum class Kernel : int32_t { multistage, ping_pong, cooperative };
 
-// `columns` of sums to a tile of kTileRows rows (gate and up columns both count).
+// A tile has kTileRows rows and `columns` columns of sums (gate and up columns both count).
 struct Tile {
   const char* name;
   Kernel kernel;
@@ -31,13 +31,13 @@ constexpr Tile kTiles[] = {{"multistage_64", Kernel::multistage, 64},
 constexpr Tile kMultistage64 = kTiles[0], kMultistage128 = kTiles[1], kPingPong128 = kTiles[2],
                kCooperative256 = kTiles[3];
 
-// The first rule that fits is taken. On an H200 (docs/performance.md) tiles of 256 columns, which read the
-// least of L2 and shared memory for a product, were faster for expand and for gradients of weights.
-// In ping-pong an epilogue hides behind the other warpgroup's products: faster for contract_backward,
-// whose epilogue reads and writes several times what the others do, and for contract and grouped_rows
-// with sums of up to 2048 terms, the longest that were measured; from twice as many on the epilogue is
-// short for its main loop. `columns` and `terms` are the number of columns of sums, and of terms of a
-// sum, from which on a rule holds: a tile that is wider than there are columns would multiply zeros.
+// The first rule that fits is taken. On an H200 (docs/performance.md) tiles of 256 columns, which read
+// the least from L2 and shared memory per product, were faster for expand and for gradients of weights.
+// Ping-pong hides an epilogue behind the other warpgroup's products. It was faster for
+// contract_backward, whose epilogue moves several times as many bytes as the others, and for contract
+// and grouped_rows with sums of up to 2048 terms, the longest that were measured; from twice as many on
+// the epilogue is short compared with its main loop. A rule holds from `columns` columns of sums and
+// `terms` terms of a sum on: a tile wider than the columns would multiply zeros.
 struct Rule {
   bool hopper;
   Verb verb;
@@ -76,12 +76,12 @@ inline const Tile* forced_tile() {
     if (std::string(wanted) == tile.name) return &tile;
     names += (names.empty() ? "" : ", ") + std::string(tile.name);
   }
-  throw std::invalid_argument(std::string("FOMOE_EXPERTS_TILE: got '") + wanted +
-                              "', wanted one of " + names);
+  throw std::invalid_argument("FOMOE_EXPERTS_TILE must be one of " + names + ", got '" +
+                              std::string(wanted) + "'");
 }
 
-// `terms` is 0 where only the device knows them: many. `hopper`: the device runs sm_90a code. A forced
-// tile that dtype or device cannot have is passed over.
+// `terms` is 0 where only the device knows the number, which counts as many. `hopper`: the device runs
+// sm_90a code. A forced tile that dtype or device cannot run is ignored.
 inline Tile choose_tile(Verb verb, DType dtype, int64_t columns, int64_t terms, bool hopper) {
   hopper = hopper && dtype != DType::f32;
   if (const Tile* forced = forced_tile();

@@ -1,4 +1,4 @@
-// The grouped GEMMs as both kinds of kernel (multistage.cuh, warp_specialized.cuh) take them.
+// Descriptions of grouped GEMMs, for both kinds of kernel (multistage.cuh, warp_specialized.cuh).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -60,7 +60,7 @@ __device__ inline Place place_of(const Problem& problem, const Work& work, int r
   place.row = first;
   if constexpr (Problem::kSumsRows) place.row += work.resident * problem.schedule.lines;
   place.rows = int(max(min(work.row_end - first, int64_t(kStripRows)), int64_t(0)));
-  // Nothing to add: not even -0 becomes 0.
+  // Without rows the total stays as it is: adding 0 would turn -0 into 0.
   if (Problem::Epilogue::kAdds && work.sum_begin == work.sum_end) place.rows = 0;
   constexpr int kColumns = result_columns<typename Problem::Epilogue>(kStripColumns);
   place.column = work.column + result_columns<typename Problem::Epilogue>(column);
@@ -69,7 +69,7 @@ __device__ inline Place place_of(const Problem& problem, const Work& work, int r
   return place;
 }
 
-// Which line of A line `line` of a tile of rows holds, -1 for none.
+// The line of A that line `line` of a tile of rows holds, -1 for none.
 template <class Problem>
 __device__ inline int32_t line_of_a(const Problem& problem, const Work& work, int line) {
   const int64_t row = work.row + line;
@@ -77,8 +77,8 @@ __device__ inline int32_t line_of_a(const Problem& problem, const Work& work, in
   return Problem::kGather ? problem.a.index[row] : int32_t(row);
 }
 
-// Which line of B (of its resident) line `line` of a tile of sums holds, -1 for none: gate and up
-// take turns of 32 where the epilogue wants both in one strip.
+// The line of B (of its resident) that line `line` of a tile of sums holds, -1 for none: gate and up
+// alternate by 32 lines if the epilogue needs both in one strip.
 template <class Problem>
 __device__ inline int32_t line_of_b(const Problem& problem, const Work& work, int line) {
   const int64_t columns = problem.schedule.columns;
@@ -91,7 +91,7 @@ __device__ inline int32_t line_of_b(const Problem& problem, const Work& work, in
   }
 }
 
-// Multiplications that need no tensor memory accelerator; experts_*_sm80.cu, experts_f32.cu.
+// For every architecture and format; experts_*_sm80.cu, experts_f32.cu.
 template <class Problem>
 cudaError_t run_multistage(const Problem& problem, const Tile& tile, cudaStream_t stream);
 // sm_90a only; experts_*_sm90.cu.

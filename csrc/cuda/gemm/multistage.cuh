@@ -1,7 +1,7 @@
 // Grouped GEMMs by cp.async, ldmatrix and mma.sync (sm_80 and all after it), and by fused
 // multiply-adds for fp32.
 //
-// A block makes a tile of kTileRows x kN sums: it copies slices of both operands,
+// A block computes a tile of kTileRows x kN sums: it copies slices (k-blocks) of both operands,
 // 128 bytes of the sum deep, into a ring of stages while its warps multiply the slice before. Lines
 // of a slice are swizzled in chunks of 16 bytes, so that the 8 lines that ldmatrix reads at once lie
 // in different banks. Blocks are persistent (scheduler.cuh); two fit on a multiprocessor with 16-bit
@@ -27,8 +27,8 @@ constexpr int kThreads = kIsF32<Format> ? 256 : 128;
 
 // ---- products --------------------------------------------------------------------------------------
 
-// Fragments of 16 x kDepth of A, and of kDepth x 16 of B, from slices in either layout, and what is
-// made of them. The layout of sums is that of epilogue.cuh.
+// Fragments of 16 x kDepth of A and of kDepth x 16 of B, from slices in either layout, and their
+// products. The layout of sums is that of window.cuh.
 template <class Format>
 struct Products {
   static constexpr int kDepth = 16;
@@ -68,7 +68,7 @@ struct Products {
   }
 };
 
-// fp32: every lane multiplies what its sums need, in the order of the sum.
+// fp32: every lane computes its own sums, in the order of the sum.
 template <>
 struct Products<F32> {
   static constexpr int kDepth = 4;
@@ -121,7 +121,7 @@ struct Shape {
   using Format = typename Epilogue::Format;
   static constexpr int kM = kTileRows, kN = kN_, kStages = kStages_;
   static constexpr int kWarps = kThreads<Format> / kWarp;
-  // Blocks to a multiprocessor that registers allow.
+  // Blocks per multiprocessor that registers allow.
   static constexpr int kBlocks = kIsF32<Format> && kN == 128 ? 1 : 2;
   static constexpr int kWarpsN = kN / kStripColumns, kWarpsM = kWarps / kWarpsN;
   static constexpr int kWarpM = kM / kWarpsM, kStrips = kWarpM / kStripRows;
@@ -129,7 +129,7 @@ struct Shape {
   static constexpr int kBytesA = kM * kSliceBytes, kBytesB = kN * kSliceBytes;
   static constexpr int kStageBytes = kBytesA + kBytesB;
   static constexpr int kSharedBytes = kStages * kStageBytes;
-  // Steps of products unrolled: fp32 would run out of registers.
+  // Unrolled steps of products: fp32 would run out of registers.
   static constexpr int kUnroll = kIsF32<Format> ? 1 : kDepth / Products<Format>::kDepth;
   // Lines of a slice in shared memory.
   __host__ __device__ static constexpr int line_bytes(Major major, int lines) {
@@ -146,7 +146,7 @@ using Steps = StepSlice<typename Shape::Format, Shape::kDepth, kColumns, kColumn
 template <class Shape, int kLines>
 using Lines = LineSlice<typename Shape::Format, kLines, kThreads<typename Shape::Format>>;
 
-// Copies the slices of a tile's operands: those of a GEMM over rows ...
+// Copies the slices of a tile's operands, for a GEMM over rows ...
 template <class Shape, class Problem, bool = Problem::kSumsRows>
 class Feeder {
  public:
@@ -178,7 +178,7 @@ class Feeder {
       b_;
 };
 
-// ... and those of a GEMM that sums over rows.
+// ... and for a GEMM that sums over rows.
 template <class Shape, class Problem>
 class Feeder<Shape, Problem, true> {
  public:
@@ -255,7 +255,7 @@ __device__ void make_tile(const typename Shape::Problem& problem, const Work& wo
     }
     async_copy_wait<0>();
   }
-  __syncthreads();  // the stages become staging
+  __syncthreads();  // the stages are reused as staging
   const int warp = threadIdx.x / kWarp;
   const int row = warp / Shape::kWarpsN * Shape::kWarpM;
 #pragma unroll

@@ -1,10 +1,10 @@
-// Which tile of which expert is next. Every block of a grouped GEMM walks the tiles by itself: it
-// takes every gridDim.x-th item of a list that all blocks know, since the list follows from what
-// compact left in device memory. No counters, nothing to reset, the same order every time.
+// The static tile schedule of persistent blocks. A block of a grouped GEMM takes every gridDim.x-th
+// item of a list that every block can compute from the results of compact in device memory. There are
+// no counters to reset, and the order is always the same.
 //
 // Items are ordered in bands of kBand row tiles. Within a band the row tiles of one column tile come
-// first, so that blocks that run together share both: kBand row tiles of A, and of B as many column
-// tiles as blocks / kBand. Both stay in L2 then, whatever the sizes.
+// first, so that blocks that run at the same time share kBand row tiles of A and blocks / kBand column
+// tiles of B. Both then stay in L2, at any size.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,8 +22,8 @@ struct TilePosition {
   int32_t row, column;  // tiles
 };
 
-// In 32 bits, as all of a schedule is: 2^31 tiles would be terabytes of results. Divided without signs,
-// which takes fewer instructions.
+// A schedule is computed in 32 bits: 2^31 tiles would be terabytes of results. Unsigned division takes
+// fewer instructions.
 __device__ inline int32_t divided(int32_t number, int32_t by) {
   return int32_t(uint32_t(number) / uint32_t(by));
 }
@@ -38,7 +38,7 @@ __device__ inline int32_t tiles_of(int64_t size, int32_t tile) {
   return divided(int32_t(size) + tile - 1, tile);
 }
 
-// A tile of C and what is summed: rows [row, row_end) of operand A, columns from `column` on.
+// A tile of C: rows [row, row_end) of operand A, columns from `column` on, and the range of its sum.
 struct Work {
   int32_t resident;
   int32_t row, row_end;
@@ -54,7 +54,7 @@ class RowSchedule {
     int32_t tiles;  // in use
   };
 
-  // All threads of the block.
+  // Called by all threads of the block.
   __device__ void prepare(Shared& shared) {
     if (threadIdx.x == 0) shared.tiles = 0;
     __syncthreads();
@@ -65,10 +65,10 @@ class RowSchedule {
     __syncthreads();
     shared_ = &shared;
   }
-  // False behind the last item.
+  // False past the last item.
   __device__ bool get(int32_t item, int tile_columns, Work& work) const {
     const int32_t column_tiles = tiles_of(columns, tile_columns);
-    const int32_t row_tiles = shared_->tiles;  // read anew: registers are dearer
+    const int32_t row_tiles = shared_->tiles;  // read again: a register would cost more
     if (item >= row_tiles * column_tiles) return false;
     const TilePosition at = in_bands(item, row_tiles, column_tiles);
     const int2 tile = reinterpret_cast<const int2*>(tiles)[at.row];

@@ -1,7 +1,7 @@
-// Slices of operands in shared memory, filled by cp.async: lines in chunks of 16 bytes, swizzled so that
-// the 8 lines that ldmatrix or wgmma reads at once lie in different banks.
+// Slices (k-blocks) of operands in shared memory, filled by cp.async: lines in chunks of 16 bytes,
+// swizzled so that the 8 lines that ldmatrix or wgmma reads at once are in different banks.
 //
-// The address of a copy is one 32-bit multiply-add, so a line takes less than 4 GiB (experts.cu asks).
+// The address of a copy is one 32-bit multiply-add, so a line must be below 4 GiB (experts.cu checks).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,7 +17,7 @@ namespace fomoe::cuda {
 constexpr int kSliceBytes = 128;  // of the sum, where that is the contiguous dimension
 constexpr int kChunk = 16, kSwizzledLines = 8;
 
-// Where in a slice a chunk of a line stands.
+// The place of a chunk of a line in a slice.
 __device__ inline int chunk_offset(int line, int line_bytes, int chunk) {
   return line * line_bytes + (chunk ^ (line & (kSwizzledLines - 1))) * kChunk;
 }
@@ -26,7 +26,7 @@ __device__ inline unsigned char* chunk_at(unsigned char* slice, int line, int li
   return slice + chunk_offset(line, line_bytes, chunk);
 }
 
-// `line` of an operand, -1 for none, as a distance from its first one; 16 bytes there, or zeros.
+// `line` of an operand as a distance from its first line (-1: none); copies 16 bytes, or zeros.
 __device__ inline void copy_chunk(unsigned char* to, const unsigned char* from, int32_t line,
                                   uint32_t line_bytes, bool wanted) {
   async_copy_16(to, from + uint64_t(uint32_t(max(line, 0))) * line_bytes, wanted && line >= 0);
@@ -70,9 +70,9 @@ class LineSlice {
 };
 
 // A slice whose lines are steps of the sum: kDepth lines of kColumns elements, in panels of
-// kPanelColumns, copied by the first kCopying threads of the block. kIndexed: which line of the operand
-// a step is may be for an index to say. The index is read one slice ahead, each entry by one lane of
-// the warp that needs it, so that no copy waits for it.
+// kPanelColumns, copied by the first kCopying threads of the block. kIndexed: an index may give the
+// line of the operand for each step. The index is read one slice ahead, each entry by one lane of the
+// warp that needs it, so that no copy waits for it.
 template <class Format, int kDepth, int kColumns, int kPanelColumns, int kCopying, bool kIndexed>
 class StepSlice {
  public:
@@ -91,7 +91,7 @@ class StepSlice {
                    chunk_offset(first_line() + i * kStep, kLineBytes, chunk % kPanelChunks);
     if (kIndexed && index != nullptr) look_up(index, sum, sum_end);
   }
-  // Steps sum .. sum_end; the ones after them come next. All lanes.
+  // Copies steps sum .. sum_end; the next call continues after them. All lanes.
   __device__ void copy(unsigned char* slice, const int32_t* index, int64_t sum, int64_t sum_end) {
     int32_t lines = 0;
     if constexpr (kIndexed) {

@@ -1,12 +1,12 @@
-// Grouped GEMMs on Hopper: a warpgroup that only loads, two that only multiply (sm_90a).
+// Grouped GEMMs on Hopper: one producer warpgroup and two consumer warpgroups (sm_90a).
 //
-// The producer fills a ring of stages, each a slice of both operands 64 elements of the sum deep:
-// by TMA, or, where rows are gathered, by cp.async into the same swizzled layout. The consumers
-// multiply from shared memory with wgmma and finish tiles with the epilogues of epilogue.cuh. In
-// ping-pong each consumer has every second tile to itself, so that one is in its epilogue while the
-// other multiplies; cooperating, each has one half of the rows of every tile. Stages change hands by
-// mbarriers: `full` when all of a slice has arrived, `empty` when it has been multiplied. Blocks are
-// persistent, one to a multiprocessor.
+// The producer fills a ring of stages. A stage holds a slice (k-block) of both operands, 64 elements of
+// the sum deep, loaded by TMA or, where rows are gathered, by cp.async into the same swizzled layout.
+// The consumers multiply from shared memory with wgmma and run the epilogues of epilogue.cuh. In
+// ping-pong each consumer computes every second tile, so that one is in its epilogue while the other
+// multiplies; cooperating, each computes half of the rows of every tile. Stages are passed on by
+// mbarriers: `full` when a slice has arrived, `empty` when it has been multiplied. Blocks are
+// persistent, one per multiprocessor.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -28,7 +28,7 @@ namespace fomoe::cuda::warp_specialized {
 
 // ---- the consumers -----------------------------------------------------------------------------------
 
-// What a slice looks like to wgmma.
+// The layout of a slice for wgmma.
 template <Major kMajor>
 struct Slices {
   static constexpr bool kTransposed = kMajor == Major::line;
@@ -40,9 +40,9 @@ struct Slices {
   }
 };
 
-// In ping-pong the consumers' slices follow each other, and a consumer may wait for its first one only
-// when the other has seen its last one arrive: a barrier's parity tells one round of the ring from
-// the next, not from the one after.
+// In ping-pong the consumers' slices alternate, and a consumer may wait for its first slice only after
+// the other has seen its last one arrive: the parity of a barrier distinguishes a round of the ring from
+// the next one, not from the one after that.
 struct Turns {
   int consumer;
   bool first, last;  // of the block's tiles
@@ -56,7 +56,7 @@ struct Turns {
 };
 
 // Multiplies all slices of a tile; acc[p] are the sums of rows 64 * (first + p) and on. look_ahead() is
-// called when this consumer's turn has come: a main loop before its epilogue.
+// called at the beginning of this consumer's turn: one main loop before its epilogue.
 template <int kProducts, class Shape, class LookAhead>
 __device__ void multiply_slices(float (&acc)[Shape::kProducts][Shape::kN / 2], int first,
                                 int slices, unsigned char* shared, const Barriers& barriers,
@@ -66,8 +66,8 @@ __device__ void multiply_slices(float (&acc)[Shape::kProducts][Shape::kN / 2], i
   using B = Slices<Shape::Problem::kMajorB>;
   const bool speaks = threadIdx.x % kWarp == 0;
   int before = -1;  // stage of the slice before
-  // A lane speaks for its warp: all of them have seen the slice arrive, or a late one could miss a
-  // whole round of the ring. Products keep the lanes of a warp together; without any they may part.
+  // One lane arrives for its warp after all lanes have seen the slice arrive; a late lane could otherwise
+  // miss a whole round of the ring. Products keep the lanes converged; without products they may diverge.
   const auto let_go = [&] {
     if constexpr (kProducts == 0) __syncwarp();
     if (before >= 0 && speaks) mbarrier_arrive(barriers.empty + before);
@@ -76,7 +76,7 @@ __device__ void multiply_slices(float (&acc)[Shape::kProducts][Shape::kN / 2], i
   look_ahead();
   for (int slice = 0; slice < slices; ++slice) {
     mbarrier_wait(barriers.full + ring.stage, ring.phase);
-    if constexpr (Shape::kCopies) fence_proxy_async();  // what cp.async wrote is for wgmma to read
+    if constexpr (Shape::kCopies) fence_proxy_async();  // wgmma reads what cp.async wrote
     if constexpr (kProducts > 0) {
       const unsigned char* stage = shared + ring.stage * Shape::kStageBytes;
       const uint64_t a = A::at(stage + first * kPanel), b = B::at(stage + Shape::kBytesA);
@@ -146,7 +146,7 @@ __device__ void consume(const typename Shape::Problem& problem, const Schedule& 
     for (int p = 0; p < kProducts; ++p)
 #pragma unroll
       for (int i = 0; i < Shape::kN / 2; ++i) acc[p][i] = 0.0f;
-    // A tile's last rows may leave whole products without work.
+    // At the last rows of a tile whole products may have no rows.
     const int64_t rows = work.row_end - work.row - first * kRowsOfProduct;
     if (rows > (kProducts - 1) * kRowsOfProduct) {
       multiply_slices<kProducts, Shape>(acc, first, slices, shared, barriers, turns, ring,
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // Lines of an operand, as boxes of 64 elements by `box` lines, one box deep in a third dimension of
 // `depth` such matrices. Lines are whole 16-byte chunks without gaps (experts.cu), boxes begin at
-// multiples of 64 elements: nothing that a tensor map or a load by it would be refused for.
+// multiples of 64 elements, so that tensor maps and loads are never refused.
 inline cudaError_t map_lines(TensorMap* map, DType dtype, const Operand& operand, int64_t width,
                              int64_t depth, int box) {
   const int64_t sizes[3] = {width, operand.lines, depth};
@@ -239,7 +239,7 @@ namespace fomoe::cuda {
 template <class Problem>
 cudaError_t run_warp_specialized(const Problem& problem, const Tile& tile, cudaStream_t stream) {
   namespace ws = warp_specialized;
-  // Empty tensors cannot be mapped; there is nothing to be fast at.
+  // Empty tensors cannot be mapped; multistage handles them.
   if (problem.a.lines == 0 || problem.b.lines == 0 || problem.schedule.residents == 0)
     return run_multistage(problem, kMultistage64, stream);
   if (tile.kernel == Kernel::ping_pong)

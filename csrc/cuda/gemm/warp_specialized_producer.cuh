@@ -1,5 +1,6 @@
-// The producer of a grouped GEMM on Hopper (warp_specialized.cuh): waits for nothing but free stages.
-// What comes by TMA, and by cp.async of each thread, tells a stage's mbarrier by itself when it is there.
+// The producer warpgroup of a grouped GEMM on Hopper (warp_specialized.cuh). It waits only for free
+// stages: TMA loads, and the cp.async copies of each thread, arrive at the mbarrier of their stage by
+// themselves.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +15,7 @@
 
 namespace fomoe::cuda::warp_specialized {
 
-// A stage that is free, and the mbarrier that waits for its slices.
+// A free stage, and the mbarrier that waits for its slices.
 template <class Shape>
 struct Stage {
   unsigned char* a;
@@ -22,7 +23,7 @@ struct Stage {
   __device__ unsigned char* b() const { return a + Shape::kBytesA; }
 };
 
-// The boxes of B of a GEMM over rows. One thread.
+// Loads the boxes of B of a GEMM over rows. One thread.
 template <class Shape>
 __device__ void load_b(const Params<typename Shape::Problem>& params, const Work& work, int64_t sum,
                        const Stage<Shape>& stage) {
@@ -46,9 +47,9 @@ __device__ void load_b(const Params<typename Shape::Problem>& params, const Work
 }
 
 // Loaders fill the stages of a tile: begin(params, work), then fill(params, work, sum, stage) for every
-// slice; all threads of the producer where it copies, else its first.
+// slice (k-block). Called by all threads of the producer if it copies, else by its leader.
 
-// A GEMM over rows that lie in order.
+// A GEMM over consecutive rows.
 template <class Shape>
 class OrderedRows {
  public:
@@ -61,7 +62,7 @@ class OrderedRows {
   }
 };
 
-// A GEMM over rows that an index names.
+// A GEMM over gathered rows.
 template <class Shape>
 class GatheredRows {
  public:
@@ -83,8 +84,8 @@ class GatheredRows {
   LineSlice<typename Shape::Format, Shape::kM, kGroup> rows_;
 };
 
-// A GEMM that sums over rows. An operand whose rows lie in order comes by TMA, except where its last
-// slice is not whole: the rows behind it are another resident's.
+// A GEMM that sums over rows. An operand with consecutive rows is loaded by TMA, except for a last slice
+// that is not whole: the rows after it belong to another resident.
 template <class Shape>
 class SummedRows {
  public:

@@ -1,5 +1,5 @@
-// What producer and consumers of a grouped GEMM on Hopper (warp_specialized.cuh) have in common: sizes,
-// parameters, and the ring of stages that goes from one to the others.
+// Shared by producer and consumers of a grouped GEMM on Hopper (warp_specialized.cuh): sizes, parameters,
+// and the ring of stages between them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,7 +21,7 @@ constexpr int kPanel = 64 * kRowBytes;               // 64 lines of 128 bytes
 constexpr int kGroupOf8 = 8 * kRowBytes;
 constexpr int kRowsOfProduct = 64;  // of wgmma
 constexpr int kSumOfProduct = 16;
-// A multiprocessor has 65536 registers: 168 for each of 384 threads to begin with.
+// A multiprocessor has 65536 registers: at first 168 for each of 384 threads.
 constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 constexpr int kSharedLimit = 227 << 10, kBarrierBytes = 4 << 10;
 
@@ -42,8 +42,8 @@ struct Shape {
   static constexpr int kStages = (kSharedLimit - kBarrierBytes - kStagingTotal) / kStageBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes + kStagingTotal;
   static_assert(kStages >= 3);
-  // Whether the producer's threads copy. Then each of them arrives once its copies have, and the first
-  // one once more for what comes by TMA.
+  // Whether the producer's threads copy. Each of them then arrives when its copies have arrived, and the
+  // leader arrives once more for the TMA loads.
   static constexpr bool kCopies = Problem::kSumsRows || Problem::kGather;
   static constexpr unsigned kFullArrivals = kCopies ? kGroup + 1 : 1;
   static constexpr unsigned kEmptyArrivals = (kPingPong ? 1 : kConsumers) * kGroupWarps;
@@ -63,7 +63,7 @@ struct Barriers {
   uint64_t *full, *empty;
 };
 
-// A place in the ring, and how often it has been round.
+// A position in the ring, and the number of rounds so far.
 template <int kStages>
 struct Ring {
   int stage = 0;

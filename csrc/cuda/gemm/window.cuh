@@ -1,4 +1,4 @@
-// Strips of finished sums, and the windows through which a warp reads and writes what belongs to them
+// Strips of finished sums, and the windows through which a warp reads and writes the elements of a strip
 // in global memory.
 //
 // A strip is 16 rows x 64 columns of a warp, in the layout that mma.sync and wgmma leave sums in:
@@ -68,10 +68,10 @@ __device__ inline unsigned char* element_at(const void* base, int64_t index) {
 
 // A warp's window on up to 64 columns of 16 rows in global memory, which it reads and writes by quads.
 // 16-bit elements go through staging in shared memory, so that global memory sees 16 bytes a lane; a
-// staged row is padded, so that the 8 rows of a matrix lie in different banks. fp32 pairs of four lanes
-// fill a sector as they are, and go where they belong at once.
+// staged row is padded, so that the 8 rows of a matrix are in different banks. fp32 pairs of four lanes
+// fill a sector by themselves and are accessed directly, without staging.
 //
-// kStoresMatrices: staging is written by stmatrix, which sm_80 has not, else pair by pair.
+// kStoresMatrices: staging is written by stmatrix (from sm_90 on), else pair by pair.
 template <class Format, bool kStoresMatrices>
 class Window {
  public:
@@ -81,8 +81,8 @@ class Window {
 
   __device__ Window(unsigned char* staging, int lane) : staging_(staging), lane_(lane) {}
 
-  // Moves to the window whose first element is at `corner`, rows `stride` elements apart. Staging stays
-  // as it is: what was read through another window on it may be written here.
+  // Moves to the window whose first element is at `corner`, rows `stride` elements apart. Staging is
+  // unchanged: data read through another window can be written through this one.
   __device__ void aim(void* corner, int64_t stride, int rows, int columns) {
     corner_ = static_cast<unsigned char*>(corner);
     stride_ = uint32_t(stride * kElementBytes<Format>);
@@ -95,11 +95,11 @@ class Window {
     if constexpr (kStaged) __syncwarp();  // what was staged before has been read
   }
 
-  // A lane's share of a window, on its way from global memory.
+  // A lane's part of a window, being loaded from global memory.
   struct Chunks {
     uint4 chunk[kStaged ? kStripRows * kStripColumns * 2 / 16 / kWarp : 1];
   };
-  // Asks for the window's contents, zeros outside of it; waits for nothing.
+  // Starts to load the window's contents, zeros outside of it; does not wait.
   __device__ void load(Chunks& chunks) const {
     if constexpr (kStaged) {
       for_chunks([&](int i, unsigned char*, const unsigned char* global, bool exists) {
@@ -108,7 +108,7 @@ class Window {
       });
     }
   }
-  // Stages what was loaded, for get. All lanes.
+  // Writes the loaded data to staging, for get. All lanes.
   __device__ void stage(const Chunks& chunks) {
     if constexpr (kStaged) {
       for_chunks([&](int i, unsigned char* staged, const unsigned char*, bool) {
@@ -117,7 +117,7 @@ class Window {
       __syncwarp();
     }
   }
-  // Writes to global memory what was put. All lanes.
+  // Writes the data of put to global memory. All lanes.
   __device__ void flush() {
     if constexpr (kStaged) {
       __syncwarp();
@@ -162,7 +162,7 @@ class Window {
   }
 
  private:
-  // Of the lane's pair in matrix i of a quad.
+  // The offset of the lane's pair in matrix i of a quad.
   __device__ int row_of(int i) const { return lane_ / 4 + i % 2 * 8; }
   __device__ int column_of(int quad, int i) const {
     return quad * kQuadColumns + i / 2 * 8 + lane_ % 4 * 2;
@@ -201,7 +201,7 @@ class Window {
   int rows_ = 0, columns_ = 0;
 };
 
-// Bytes of staging that a window takes, whichever way it is written.
+// Bytes of staging of a window, written in either way.
 template <class Format>
 constexpr int kWindowBytes = Window<Format, false>::kBytes;
 

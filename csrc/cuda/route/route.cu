@@ -17,13 +17,13 @@ namespace {
 
 constexpr int kMaxCandidates = 64;
 constexpr int64_t kMaxBlocks = 2048;
-// With statistics every block adds its own to the total at the end.
+// With statistics every block adds its part to the total at the end.
 constexpr int64_t kMaxBlocksCounting = 512;
 // 64 scores of up to 2^24 fit an int32.
 constexpr int kTokensPerFlush = kFewBlocks < 64 ? int(kFewBlocks) : 64;
 constexpr float kScoreUnits = 16777216.0f, kEntropyUnits = 4294967296.0f;
 
-// A choice as one number: larger is better, of equal values the lower expert is.
+// A choice as one number: the larger is better; of equal values the lower expert is better.
 __device__ uint64_t choice_of(uint32_t order, int expert) {
   return uint64_t(order) << 32 | uint32_t(~expert);
 }
@@ -43,11 +43,11 @@ struct Router {
   static constexpr int kExperts = kWarp * kPerLane;
   static constexpr int kWarps = kPerLane == 32 ? 4 : 8;
 
-  // What a warp keeps in shared memory.
+  // The shared memory of a warp.
   struct alignas(16) Space {
     float scores[kExperts];
-    // One place for four, in this order; each is written after a __syncwarp behind the last read of
-    // the one before.
+    // These four share memory, in this order of use; each is written after a __syncwarp that follows
+    // the last read of the one before.
     union {
       float choice[kExperts];               // by expert: order_by_choice, read by group_score()
       float group_score[kExperts];          // by group: keep_best_groups
@@ -156,7 +156,7 @@ struct Router {
     const int steps = (size + p.lanes_per_group - 1) / p.lanes_per_group;
     float first = -INFINITY, second = -INFINITY;
     if (group < p.groups) {
-      int step = group % steps;  // groups start apart: no two lanes on one bank
+      int step = group % steps;  // groups start at different steps: no bank conflicts
       for (int i = 0; i < steps; ++i) {
         const int member = step * p.lanes_per_group + part;
         if (member < size) {
@@ -176,7 +176,7 @@ struct Router {
     return second == -INFINITY ? first : first + second;
   }
 
-  // space: from choice scores by expert to one 1 or 0 per group.
+  // Turns the choice scores by expert in space into a 1 or 0 per group.
   __device__ void keep_best_groups() {
     const int groups_at_once = kWarp / p.lanes_per_group;
     float mine[kPerLane];
@@ -338,7 +338,7 @@ struct Router {
   }
 };
 
-// A block's share of the statistics, added to the total at the end.
+// A block's part of the statistics, added to the total at the end.
 template <int kExperts>
 struct BlockStatistics {
   unsigned long long scores[kExperts];

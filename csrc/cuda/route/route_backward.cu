@@ -1,5 +1,5 @@
 // The gradient of route to its logits; kernels.h. A warp owns a token: lane l has slots l and
-// l + 32. The row of the gradient is put together in shared memory and written once.
+// l + 32. The row of the gradient is assembled in shared memory and written once.
 #include <cstdint>
 #include <type_traits>
 

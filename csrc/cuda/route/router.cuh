@@ -1,5 +1,5 @@
-// What route and its backward share: scores to the last bit as the CPU computes them
-// (csrc/cpu/simd.h), and a token's logits spread over the lanes of one warp.
+// Shared by route and its backward: scores with the same bits as on the CPU (csrc/cpu/simd.h), and a
+// token's logits distributed over the lanes of a warp.
 //
 // Compiled with -fmad=false: a multiply-add is fused only where fmaf says so.
 #pragma once

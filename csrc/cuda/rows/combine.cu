@@ -3,7 +3,7 @@
 // Bound by memory: every row on a resident expert is read once and y is written once. A warp owns
 // the 32 neighbouring vectors (512 bytes where rows allow 16-byte accesses) of one token, each lane
 // one of them, and reads the rows of kSlotsAhead slots before it adds the first, which keeps enough
-// bytes in flight. A token belongs to one lane per column: no atomics, one order of summation.
+// bytes in flight. A token has one lane per column: no atomics, a fixed order of summation.
 #include <cstdint>
 
 #include "../formats.cuh"

@@ -1,10 +1,10 @@
 // compact: histogram, scan, stable scatter, and the tile schedule; kernels.h. Two launches.
 //
-// Slots are cut into one stretch per block. The first kernel counts each stretch's rows per
-// resident. In the second every block adds up the counts of the stretches before its own (all of
-// them lie in L2), which gives it the offsets and the place of its first row of each resident, and
-// then walks its stretch in tiles of slots. A warp owns neighbouring slots of a tile and ranks them
-// with __match_any_sync; nothing depends on the order in which threads run.
+// Slots are cut into one range (stretch) per block. The first kernel counts each range's rows per
+// resident. In the second every block adds up the counts of the ranges before its own (all of them
+// are in L2), which gives it the offsets and the place of its first row of each resident, and then
+// walks its range in tiles of slots. A warp owns neighbouring slots of a tile and ranks them with
+// __match_any_sync; results do not depend on the order in which threads run.
 #include <algorithm>
 #include <cstdint>
 
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__
 }
 
 struct Shared {
-  int32_t next[kMaxResidents];         // where the next row of a resident goes
+  int32_t next[kMaxResidents];         // the next row of each resident
   int32_t offsets[kMaxResidents + 1];  // first its number of rows
   int32_t warp_sum[kWarps];
   // Rows of each resident that the warps of a tile have: first their number, then those of the
@@ -70,7 +70,7 @@ struct Shared {
 __device__ void add_up_counts(const Params& p, Shared& s) {
   for (int r = threadIdx.x; r < p.residents; r += kThreads) s.next[r] = s.offsets[r] = 0;
   __syncthreads();
-  // Warps share out columns of 32 residents and, where there are fewer of those, the blocks.
+  // Warps divide the columns of 32 residents among them and, if there are fewer of those, the blocks.
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int columns = (p.residents + kWarp - 1) / kWarp;
   const int parts = columns == 0 || columns >= kWarps ? 1 : kWarps / columns;
@@ -89,7 +89,7 @@ __device__ void add_up_counts(const Params& p, Shared& s) {
   }
 }
 
-// From numbers of rows to offsets; next[r] moves along.
+// Turns numbers of rows into offsets, and advances next[r] by them.
 __device__ void scan_offsets(const Params& p, Shared& s) {
   constexpr int kPerThread = kMaxResidents / kThreads;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -152,7 +152,7 @@ __device__ void scatter_tile(const Params& p, Shared& s, int64_t tile) {
       s.rows_of_warp[w][r] = static_cast<uint16_t>(rows);
       rows += here;
     }
-    s.offsets[r] = s.next[r];  // of this tile; offsets themselves are done with
+    s.offsets[r] = s.next[r];  // of this tile; offsets themselves are no longer needed
     s.next[r] += rows;
   }
   __syncthreads();
@@ -171,7 +171,7 @@ __device__ void scatter_tile(const Params& p, Shared& s, int64_t tile) {
 
 __device__ int32_t rows_of(const Shared& s, int r) { return s.offsets[r + 1] - s.offsets[r]; }
 
-// A warp writes the tiles of every n-th resident, behind those of all residents with more rows.
+// A warp writes the tiles of every n-th resident, after those of all residents with more rows.
 __device__ void write_tiles(const Params& p, const Shared& s) {
   const int lane = threadIdx.x % kWarp;
   const int first = blockIdx.x * kWarps + threadIdx.x / kWarp, warps = p.blocks * kWarps;
@@ -198,7 +198,7 @@ __device__ void write_tiles(const Params& p, const Shared& s) {
     tiles[i] = make_int2(-1, -1);
 }
 
-// Entries past the last row become -1; block 0 tells the offsets.
+// Fills entries past the last row with -1; block 0 writes the offsets.
 __device__ void write_rest(const Params& p, const Shared& s) {
   const int64_t rows = s.offsets[p.residents];
   for (int64_t row = rows + int64_t(blockIdx.x) * kThreads + threadIdx.x; row < p.slots;

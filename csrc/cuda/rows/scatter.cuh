@@ -1,10 +1,10 @@
-// Spreads the vectors of tokens over their rows: gather without factors, the backward of combine
-// with them.
+// Copies the vectors of tokens to their rows, for gather, and scaled by weights for the backward of
+// combine.
 //
 // Bound by memory: a token's vector is read from device memory once (the warps of a block work on
 // neighbouring slots, so it comes from L1 for the others), every row is written once and, for
 // the gradient of the weights, read once. A warp owns a slot and has kAhead vectors of each in
-// flight. A row belongs to one slot and a dot product to one warp: no atomics, one order of sums.
+// flight. A row belongs to one slot and a dot product to one warp: no atomics, a fixed order of sums.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ struct ScatterArgs {
   const void* rows_in;         // [S, D], for the dot products; null without
   const float* weights;        // [T, K] or null = ones
   const int32_t* row_of_slot;  // [T, K]
-  const int32_t* row_count;    // [1], rows from here on become zeros; null = untouched
+  const int32_t* row_count;    // [1], rows from this one on become zeros; null = untouched
   int64_t slots, columns;      // columns: vectors to a row
   int32_t top_k;
   void* rows_out;  // [S, D]

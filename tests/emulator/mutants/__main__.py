@@ -71,8 +71,8 @@ class Mutant:
         text = path.read_text()
         if text.count(self.find) != 1:
             raise ValueError(
-                f"{self.name}: 'find' stands {text.count(self.find)} times in {self.file}, "
-                f"wanted once; the kernel has changed, so must the mutant"
+                f"{self.name}: 'find' must occur once in {self.file}, got {text.count(self.find)} "
+                "times; the kernel has changed, so must the mutant"
             )
         path.write_text(text.replace(self.find, self.replace))
 

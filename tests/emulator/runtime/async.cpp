@@ -310,7 +310,7 @@ void mbarrier_init(uint64_t* barrier, unsigned count, Here here) {
   if (uintptr_t(barrier) % 8 != 0 || !is_shared(barrier, 8))
     fail(here, "mbarrier.init: %p is not 8 aligned bytes of shared memory", (void*)barrier);
   if (count == 0 || count > kMost)
-    fail(here, "mbarrier.init: count %u, wanted 1 .. %u", count, kMost);
+    fail(here, "mbarrier.init: the count must be in 1 .. %u, got %u", kMost, count);
   *barrier = kMbarrierWord;
   state().mbarriers[barrier] = Mbarrier{count, count, 0, 0, {}, std::make_shared<Unit>()};
 }
@@ -369,7 +369,7 @@ namespace {
 void check_bulk(const char* name, const void* shared, const void* global, unsigned bytes,
                 Here here) {
   if (bytes == 0 || bytes % 16 != 0)
-    fail(here, "%s: %u bytes, wanted a positive multiple of 16", name, bytes);
+    fail(here, "%s: the bytes must be a positive multiple of 16, got %u", name, bytes);
   check_shared(name, shared, bytes, 16, here);
   check_global(name, global, bytes, 16, here);
 }

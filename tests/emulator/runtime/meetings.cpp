@@ -35,7 +35,7 @@ void arrive(unsigned id, unsigned threads, bool wait, const char* name, Here her
     Unseen unseen;
     if (id >= kNamedBarriers) fail(here, "%s: barrier %u, there are %u", name, id, kNamedBarriers);
     if (threads % kLanes != 0)
-      fail(here, "%s: %u threads, wanted a multiple of %u", name, threads, kLanes);
+      fail(here, "%s: the threads must be a multiple of %u, got %u", name, kLanes, threads);
     Barrier& barrier = block.barriers[id];
     if (barrier.arrived > 0 && barrier.needed != threads)
       fail(here, "%s: barrier %u for %u threads, others came for %u", name, id, threads,

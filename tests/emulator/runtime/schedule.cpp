@@ -21,7 +21,8 @@ Word word_of(const char* variable, const char* const (&words)[N], Word otherwise
     if (std::strcmp(value, words[i]) == 0) return static_cast<Word>(i);
     wanted += (i > 0 ? ", " : "") + std::string(words[i]);
   }
-  throw std::invalid_argument(std::string(variable) + ": got '" + value + "', wanted " + wanted);
+  throw std::invalid_argument(std::string(variable) + " must be one of " + wanted + ", got '" +
+                              value + "'");
 }
 
 uint64_t number_of(const char* variable, uint64_t least, uint64_t otherwise) {
@@ -31,8 +32,8 @@ uint64_t number_of(const char* variable, uint64_t least, uint64_t otherwise) {
   const char* end = value + std::strlen(value);
   const auto [rest, error] = std::from_chars(value, end, number);
   if (error != std::errc() || rest != end || number < least)
-    throw std::invalid_argument(std::string(variable) + ": got '" + value +
-                                "', wanted a number of at least " + std::to_string(least));
+    throw std::invalid_argument(std::string(variable) + " must be a number of at least " +
+                                std::to_string(least) + ", got '" + value + "'");
   return number;
 }
 

@@ -68,8 +68,8 @@ void tensor_load(void* shared, const TensorMap* map, uint64_t* barrier, int c0, 
     check_map(kName, map, here);
     box = {*map, {c0, c1, c2}};
     if (c0 * map->element_bytes % kChunkBytes != 0)
-      fail(here, "%s: coordinate 0 is %d elements of %d bytes, wanted a multiple of %d bytes",
-           kName, c0, int(map->element_bytes), int(kChunkBytes));
+      fail(here, "%s: coordinate 0 must be a multiple of %d bytes, got %d elements of %d bytes",
+           kName, int(kChunkBytes), c0, int(map->element_bytes));
     check_shared(kName, shared, box.bytes(), kPatternBytes, here);
     box.for_rows([&](int64_t, const unsigned char* from) {
       if (from != nullptr) check_global(kName, from, box.row_bytes(), 1, here);

@@ -229,8 +229,8 @@ unsigned thread_of_group() { return self()->linear % kThreads; }
 Warpgroup& warpgroup(const char* name, Here here) {
   const Fiber& me = *self();
   if (me.block->fibers.size() % kThreads != 0)
-    fail(here, "%s: a block of %zu threads, wanted whole warpgroups of %u", name,
-         me.block->fibers.size(), kThreads);
+    fail(here, "%s: the block must be whole warpgroups of %u threads, got %zu", name, kThreads,
+         me.block->fibers.size());
   auto& warpgroups = warpgroups_of(*me.block);
   if (warpgroups == nullptr) warpgroups = std::make_shared<Warpgroups>();
   return warpgroups->by_number[me.linear / kThreads];
