@@ -18,7 +18,7 @@ from rivals import Products
 from torch import Tensor, nn
 
 from fomoe_ext import MoELayer, ops
-from fomoe_ext.ops.experts import activation_id
+from fomoe_ext.activations import activation_id
 
 Outputs = tuple[Tensor, ...]
 _ops = torch.ops.fomoe

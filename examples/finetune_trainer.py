@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from fomoe_ext import Placement, hf
+from fomoe_ext import OuterOptions, Placement, hf
 from fomoe_ext.hf.trainer import OuterSyncCallback, one_process
 from fomoe_ext.launch.processes import run_sites
 from fomoe_ext.launch.world import find_world, joined, use_threads
@@ -77,11 +77,15 @@ def train(site: int, folder: Path) -> None:
         num_sites=SITES, num_experts=8, num_layers=4, replication=REPLICATION
     )
     # Not balance="bias": Mixtral's files have no place for a selection bias.
-    loaded = hf.from_pretrained_resident(folder / "start", placement, site, balance="switch")
+    model, info = hf.from_pretrained_resident(
+        folder / "start", placement, site, output_loading_info=True, balance="switch"
+    )
     if site == 0:
-        read, total = loaded.bytes_read / 1e6, loaded.bytes_total / 1e6
+        read, total = info["bytes_read"] / 1e6, info["bytes_total"] / 1e6
         print(f"read {read:.1f} of {total:.1f} MB", flush=True)
-    meetings = OuterSyncCallback(placement, site, local_steps=LOCAL_STEPS, codec="int8")
+    meetings = OuterSyncCallback(
+        placement, site, OuterOptions(local_steps=LOCAL_STEPS, codec="int8")
+    )
     with one_process():
         arguments = TrainingArguments(
             output_dir=str(folder / f"site-{site}"),
@@ -97,7 +101,7 @@ def train(site: int, folder: Path) -> None:
         )
         logging.disable_progress_bar()
         trainer = Trainer(
-            model=loaded.model,
+            model=model,
             args=arguments,
             train_dataset=SourceCode(site),
             callbacks=[meetings],
@@ -105,7 +109,7 @@ def train(site: int, folder: Path) -> None:
         if site != 0:
             trainer.remove_callback(PrinterCallback)
         trainer.train()
-    hf.save_merged(loaded.model, placement, site, folder / "merged")
+    hf.save_merged(model, folder / "merged", placement, site)
     if site == 0:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         sent = sum(report.bytes_sent for report in meetings.reports)

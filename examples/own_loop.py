@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
-from fomoe_ext import OuterSync, Placement, hf
+from fomoe_ext import OuterOptions, OuterSync, Placement, hf
 from fomoe_ext.launch.processes import run_sites
 from fomoe_ext.launch.world import find_world, joined, use_threads
 
@@ -76,9 +76,11 @@ def main() -> None:
         )
         torch.manual_seed(0)  # all sites start from the same weights
         model = AutoModelForCausalLM.from_config(config)
-        hf.convert(model, placement=placement, site=site, balance="switch")
+        hf.convert(model, placement, site, balance="switch")
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
-        sync = OuterSync(model, placement, site, inner_optimizer=optimizer, codec="int8")
+        sync = OuterSync(
+            model, placement, site, OuterOptions(codec="int8"), inner_optimizer=optimizer
+        )
         data, sent = source_code(), 0
         for round_ in range(ROUNDS):
             total = 0.0
@@ -100,7 +102,7 @@ def main() -> None:
 def check(model: torch.nn.Module, placement: Placement, site: int, data: Tensor) -> None:
     """Writes the model of all sites; site 0 loads it with plain transformers."""
     with tempfile.TemporaryDirectory() as folder:
-        hf.save_merged(model, placement, site, Path(folder) / "model")
+        hf.save_merged(model, Path(folder) / "model", placement, site)
         if site == 0:
             merged = AutoModelForCausalLM.from_pretrained(Path(folder) / "model")
             tokens = batch(data, site, 10**6)

@@ -1,26 +1,31 @@
-"""The `fomoe` command: train, plan, export, eval, info. Needs no torch until a command does."""
+"""The `fomoe` command. Needs no torch until a command does."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from fomoe_ext.extras import NotInstalled
 from fomoe_ext.files.outputs import named, options_of
 from fomoe_ext.launch import signals
+from fomoe_ext.launch.console import write_any_character
+from fomoe_ext.launch.logs import shown
+from fomoe_ext.launch.reader import EXIT_UNREAD, ended_by_reader
 from fomoe_ext.version import VERSION
 
 _USAGE = """usage: fomoe COMMAND [flags]
 
 commands:
-  train   train a language model across sites, by default four on this machine
-  plan    what a job costs: bytes, memory, FLOPs and seconds per round and site
-  export  one model folder of a run's experts, for transformers or as plain safetensors
-  eval    validation loss of a run, an exported folder or a transformers model; cost of skipping
-  lighthouse  which sites of a job on several machines are there, where sites come and go
-  info    what this build is, what this machine has, which kernels would run
+  plan        what a job costs: bytes, memory, FLOPs and seconds per round and site
+  train       train a language model across sites, by default four on this machine
+  report      the report of a finished run again, as one HTML page, or of several runs side by side
+  eval        validation loss of a run, an exported folder or a transformers model; cost of skipping
+  export      one model folder of a run's experts, for transformers or as plain safetensors
+  lighthouse  keep the list of the sites of a job on several machines, where sites come and go
+  info        what this build is, what this machine has, which kernels would run
 
-`fomoe COMMAND --help` tells a command's flags. `fomoe --version` tells the version."""
+`fomoe COMMAND --help` shows a command's flags, `fomoe --version` the version."""
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -35,6 +40,13 @@ def plan(arguments: Sequence[str]) -> int:
     from fomoe_ext.plan.command import main as plan_main
 
     return plan_main(arguments)
+
+
+def report(arguments: Sequence[str]) -> int:
+    """`fomoe report`: the report of a run from its folder; returns the exit code."""
+    from fomoe_ext.report.command import main as report_main
+
+    return report_main(arguments)
 
 
 def export(arguments: Sequence[str]) -> int:
@@ -52,7 +64,7 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 
 def lighthouse(arguments: Sequence[str]) -> int:
-    """`fomoe lighthouse`: knows which sites of a job are there; returns the exit code."""
+    """`fomoe lighthouse`: keeps the list of a job's sites; returns the exit code."""
     from fomoe_ext.fault.lighthouse import main as lighthouse_main
 
     return lighthouse_main(arguments)
@@ -68,6 +80,7 @@ def info(arguments: Sequence[str]) -> int:
 _COMMANDS = {
     "train": train,
     "plan": plan,
+    "report": report,
     "export": export,
     "eval": evaluate,
     "info": info,
@@ -78,7 +91,27 @@ _COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `fomoe COMMAND [flags]` and returns its exit code: 2, with a line on stderr, for bad
     arguments."""
+    write_any_character()
     args = list(sys.argv[1:] if arguments is None else arguments)
+    name = f"fomoe {args[0]}" if args and args[0] in _COMMANDS else "fomoe"
+    try:
+        with signals.interrupting(), ended_by_reader(), shown():
+            return _run(args)
+    except signals.Interrupted as stop:
+        if stop.exit_code != EXIT_UNREAD:  # of which nobody wants to read
+            _complain(f"{name}: ended by {stop.name}")
+        return stop.exit_code
+    except (ValueError, TypeError, OSError, NotInstalled) as error:
+        _complain(f"{name}: {named(error, options_of(args[1:]))}")
+        return 2
+    except ImportError as error:
+        if not str(error).startswith("fomoe_ext: "):  # ours: the package is not built
+            raise
+        _complain(f"{name}: {error}")
+        return 1
+
+
+def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(_USAGE)
         return 0 if args else 2
@@ -87,22 +120,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command = _COMMANDS.get(args[0])
     if command is None:
-        print(f"fomoe: unknown command {args[0]!r}\n\n{_USAGE}", file=sys.stderr)
+        _complain(f"fomoe: unknown command {args[0]!r}\n\n{_USAGE}")
         return 2
-    try:
-        with signals.interrupting():
-            return command(args[1:])
-    except signals.Interrupted as stop:
-        print(f"fomoe {args[0]}: ended by {stop.name}", file=sys.stderr)
-        return stop.exit_code
-    except (ValueError, TypeError, OSError, NotInstalled) as error:
-        print(f"fomoe {args[0]}: {named(error, options_of(args[1:]))}", file=sys.stderr)
-        return 2
-    except ImportError as error:
-        if not str(error).startswith("fomoe_ext: "):  # ours: the package is not built
-            raise
-        print(f"fomoe {args[0]}: {error}", file=sys.stderr)
-        return 1
+    return command(args[1:])
+
+
+def _complain(text: str) -> None:
+    with suppress(BrokenPipeError):  # `2>&1 | head`
+        print(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

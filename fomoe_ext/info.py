@@ -10,8 +10,9 @@ from typing import Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
+from fomoe_ext.launch.console import write_any_character
+from fomoe_ext.report.tables import ReportTable, print_tables
 from fomoe_ext.version import VERSION
 
 
@@ -139,6 +140,11 @@ def _rows(info: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def info_table(info: dict[str, Any]) -> ReportTable:
+    """The table of `collect_info`'s facts."""
+    return ReportTable("Build, machine and kernels", ("", ""), tuple(_rows(info)), texts=(0, 1))
+
+
 def print_info(json: bool = False) -> None:
     """What this build is, what this machine has, and which kernels would run.
 
@@ -149,16 +155,12 @@ def print_info(json: bool = False) -> None:
     if json:
         print(json_module.dumps(info, indent=2))
         return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, text in _rows(info):
-        table.add_row(name, text)
-    Console().print(table)
+    print_tables([info_table(info)], Console())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`fomoe info [--json]`; returns the exit status: 1, with a line on stderr, when it fails."""
+    write_any_character()
     try:
         tyro.cli(print_info, args=argv, prog="fomoe info")
     except (ImportError, RuntimeError) as error:

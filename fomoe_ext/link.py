@@ -15,6 +15,7 @@ from pathlib import Path
 from fomoe_ext.config.links import parse_link
 from fomoe_ext.files.outputs import require_folder
 from fomoe_ext.launch.console import outlive_terminal
+from fomoe_ext.launch.logs import shown
 from fomoe_ext.launch.processes import run_sites
 
 
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         link = None if given.link is None else parse_link(given.link)
         if given.log_dir is not None:
             require_folder("--log-dir", given.log_dir)
-        return run_sites(given.command, given.sites, given.log_dir, link)
+        with shown():
+            return run_sites(given.command, given.sites, given.log_dir, link)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2

@@ -64,13 +64,23 @@ def _serve(connection: Connection) -> None:
         connection.send_bytes(_packed(answer))
 
 
+_PRELOADED = [
+    "torch",
+    "torch._dynamo",
+    "fomoe_ext.cli",
+    "fomoe_ext.train.process",
+    "matplotlib.backends.backend_svg",
+    "matplotlib.figure",
+    "jinja2",
+]
+"""What tests' processes would else import one by one."""
+
+
 @lru_cache(maxsize=1)
 def forkserver() -> Any:
     """The multiprocessing context of this test session; its processes begin with all imported."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch", "torch._dynamo", "fomoe_ext.cli", "fomoe_ext.train.process"]
-    )
+    context.set_forkserver_preload(_PRELOADED)
     saved = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME")}
     os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     ensure_running()  # with these variables, which its processes have too

@@ -25,7 +25,7 @@ def calls_of(device: str, name: str | None) -> list[Callable[[], object]]:
     weights = inputs.weights.detach()
     return [
         *(lambda name=name: verbs.ours(name) for name in verbs.names),
-        lambda: ops.measured_route(logits, model.top_k, selection_bias=bias),
+        lambda: ops.route(logits, model.top_k, selection_bias=bias, return_statistics=True),
         lambda: ops.compact(inputs.experts, inputs.resident_index, model.experts, ops.TILE_ROWS),
         lambda: ops.combine(rows, weights, inputs.table),
     ]

@@ -108,8 +108,12 @@ def check_tokens(compared: Compared, dtype: torch.dtype) -> None:
 
     def run(device: str) -> object:
         there = logits.to(device).requires_grad_()
-        weights, chosen, _ = ops.measured_route(
-            there, top_k, selection_bias=bias.to(device), renormalize=True
+        weights, chosen, _ = ops.route(
+            there,
+            top_k,
+            selection_bias=bias.to(device),
+            renormalize=True,
+            return_statistics=True,
         )
         table = ops.compact(chosen, resident.to(device), experts // 2, ops.TILE_ROWS)
         tokens_there = x.to(device, dtype).requires_grad_()

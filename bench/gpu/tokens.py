@@ -94,7 +94,7 @@ def measure_tokens(results: Results, size: tuple[int, int, int, int], device: st
         "route with bias and statistics": (
             route_bytes,
             2 * tokens * experts,
-            {"ours": lambda: ops.measured_route(logits, top_k, selection_bias=bias)},
+            {"ours": lambda: ops.route(logits, top_k, selection_bias=bias, return_statistics=True)},
         ),
         "compact": (16 * slots, 0, {"ours": lambda: compact(chosen)}),
         "route + compact": (

@@ -6,7 +6,7 @@ once all have, index and manifest are written and the folder gets its name (`pub
 
 from __future__ import annotations
 
-import sys
+import logging
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +22,8 @@ from fomoe_ext.checkpoint.publish import Part
 from fomoe_ext.checkpoint.staging import PROBLEMS
 from fomoe_ext.launch.messages import gather_objects
 from fomoe_ext.launch.waiting import wait_for
+
+_log = logging.getLogger(__name__)
 
 _UNDER_WAY, _DONE, _FAILED = range(3)
 _POLL_S = 5.0
@@ -155,8 +157,6 @@ class PendingCheckpoint:
         try:
             publishing.keep_newest(self.path, self._keep, process.site)
         except OSError as error:
-            print(
-                f"{process}: could not remove a checkpoint older than {self.path}: {error}",
-                file=sys.stderr,
-                flush=True,
+            _log.warning(
+                "%s: could not remove a checkpoint older than %s: %s", process, self.path, error
             )

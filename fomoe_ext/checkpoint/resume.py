@@ -84,12 +84,12 @@ def load_into(
             copies = sync.copies.tensors()  # type: ignore[union-attr]
             wanted |= {f"{own}/stale/{name}": tensor for name, tensor in copies.items()}
         if sync.ranks.leads:
-            wanted[f"{own}/tokens"] = sync.tokens
+            wanted[f"{own}/tokens"] = sync.counts.tokens
     shaped = {what: by_parameter(sync.layout, found) for what, found in vectors.items()}
     for what, tensors in shaped.items():
         for entry in entries_of(training.model, lambda p, found=tensors: found.get(id(p))):
             wanted[f"{what}/{entry.name}"] = entry.tensor
-    require_rules(sync.rule, sync.codec, state["sync"])
+    require_rules(sync.layout.site.rule, sync.layout.site.codec, state["sync"])
     read(wanted)
     for what, found in vectors.items():
         from_parameters(sync.layout, shaped[what], found)
@@ -139,14 +139,16 @@ def _inner_targets(
 def _load_numbers(training: TrainingRank, resumed: Resumed) -> None:
     state, sync = resumed.state, training.sync
     numbers = state["sync"]
-    for name in ("round", "steps", "reductions"):
-        setattr(sync, name, int(numbers[name]))
+    sync.log.round = int(numbers["round"])
+    sync.step_count.taken = int(numbers["steps"])
+    sync.step_count.reductions = int(numbers["reductions"])
+    sync.overlap.resume(int(numbers.get("overlap", 0)))
     training.load_progress_state(state, resumed.same)
     if not resumed.same:
         return
     load_met(sync.counts.met, numbers)
-    sync.agreements = int(numbers["agreements"])
+    sync.log.agreements = int(numbers["agreements"])
     # Sums of a site are its first rank's from here on.
-    sync.bytes_sent = int(numbers["bytes_sent"]) if sync.ranks.leads else 0
+    sync.log.bytes_sent = int(numbers["bytes_sent"]) if sync.ranks.leads else 0
     if sync.warmup is not None:
         sync.warmup.progress = {(a, b): (c, d) for a, b, c, d in numbers["warmup"]}

@@ -140,19 +140,26 @@ def inner_names(optimizer: torch.optim.Optimizer) -> list[str]:
 
 
 def shared_vectors(sync: OuterSync) -> dict[str, list[Tensor]]:
-    """What all holders have alike, by name; the same names on all ranks."""
-    if sync.rule.name == "ddp":
+    """What all holders have alike besides the global model, by name; the same names on all ranks.
+
+    The anchor is the global model, and is made of it again (`OuterState.fill`), unless parameters
+    are of fewer bits than it.
+    """
+    rule = sync.layout.site.rule
+    if rule.name == "ddp":
         return {}
-    return {"anchor": sync.anchors} | ({"momentum": sync.momenta} if sync.rule.momentum else {})
+    rounded = any(p.dtype != torch.float32 for p in sync.model.parameters() if p.requires_grad)
+    found = {"anchor": sync.state.anchors} if rounded else {}
+    return found | ({"momentum": sync.state.momenta} if rule.momentum else {})
 
 
 def own_vectors(sync: OuterSync) -> dict[str, list[Tensor]]:
     """The site's own error of every layout; zeros for one where nothing is lost."""
-    if not (sync.codec.lossy and sync.options.error_feedback):
+    if not (sync.layout.site.codec.lossy and sync.options.error_feedback):
         return {}
     errors = [
         torch.zeros(la.numel, device=la.pieces[0].tensor.device) if f.own is None else f.own
-        for la, f in zip(sync.layouts, sync.feedback, strict=True)
+        for la, f in zip(sync.layout.layouts, sync.state.feedback, strict=True)
     ]
     return {"error": errors}
 
@@ -200,7 +207,7 @@ def tensors_of(
     the sites share out the rest. Of the ranks that have the same the first does. Counts, which a
     forward pass changes, are copies; all else changes only with the optimizer's step or a meeting.
     """
-    tokens = training.sync.ranks.sum_(training.sync.tokens.clone())
+    tokens = training.sync.ranks.sum_(training.sync.counts.tokens.clone())
     return _tensors_of(training, local, tokens)
 
 

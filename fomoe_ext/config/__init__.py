@@ -5,7 +5,8 @@ are for users; the package imports the module that defines a name.
 
     sections         model, data, sites, inner, outer, run, fault; limits: ranges of their values
     all together     job, and what they must agree on; presets
-    read, written    io; effects (options that do nothing), changes (where a run goes on)
+    read, written    io; effects (options that do nothing), changes (where a run goes on),
+                     vocabulary (ids that no token of the data has)
     values as text   links, addresses
 """
 

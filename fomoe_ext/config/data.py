@@ -1,4 +1,4 @@
-"""The section [data]: what text there is to train on and to validate with."""
+"""The section [data]: the text for training and validation."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The text to train on."""
+    """The text for training and validation."""
 
     data: tuple[str, ...] = ()
-    """Files, folders and globs of text, .jsonl or .parquet; none = Python's standard library."""
+    """Training text: files, folders or glob patterns of plain text, .jsonl or .parquet; none = the
+    source of Python's standard library."""
     val_data: tuple[str, ...] = ()
-    """Validation text; none = a part of the data, chosen by file."""
+    """Validation text, given like data; none = part of data (validation_fraction)."""
     validation_fraction: float = 0.05
-    """Share of the files (or documents) kept for validation."""
+    """Share of the files (or documents) of data that is set aside for validation."""
     text_field: str = "text"
-    """Field of a .jsonl line, or column of a parquet file, that holds the text."""
+    """Field of a .jsonl line, or column of a parquet file, that contains the text."""
     tokenizer: Path | None = None
-    """A tokenizer.json of the `tokenizers` library; none = bytes."""
+    """A tokenizer.json of the tokenizers library; none = every byte is a token."""
     cache_dir: Path | None = None
-    """Folder for token files; none = the user's cache folder."""
+    """Folder for tokenized data; none = the user's cache folder."""
 
     def __post_init__(self) -> None:
         if not 0 < self.validation_fraction < 1:

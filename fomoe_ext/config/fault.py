@@ -1,4 +1,4 @@
-"""The section [fault]: how a job takes it when sites go and come."""
+"""The section [fault]: what a job does when sites are lost or join."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ from fomoe_ext.config.addresses import parse_address
 
 @dataclass(frozen=True)
 class FaultConfig:
-    """What happens when a site dies, falls silent or comes late."""
+    """What happens when a site dies, stops responding or joins late."""
 
     membership: Literal["static", "torchft"] = "static"
-    """static: when a site is lost the job ends, with the last checkpoint intact; torchft: it goes
-    on with those left, and takes in those that come (needs the extra `fault`)."""
+    """What happens when a site is lost. static: the job ends, and its last checkpoint remains
+    intact; torchft: the job continues with the remaining sites, and sites can join it (needs the
+    extra `fault`)."""
     lighthouse: str | None = None
-    """HOST:PORT ([HOST]:PORT with IPv6) of a running `fomoe lighthouse`, which knows who is there;
-    none = the launcher has one of its own."""
+    """Address HOST:PORT ([HOST]:PORT for IPv6) of a running `fomoe lighthouse`, which keeps track
+    of the sites that are alive; none = the launcher starts one."""
     quorum: int = 1
-    """Fewest sites with which the job goes on."""
+    """Smallest number of sites with which the job continues."""
     silent_s: float = 3.0
-    """A site of which nothing was heard for so many seconds is taken for dead."""
+    """Seconds without a sign of life after which a site is considered dead."""
     grace: float = 4.0
-    """A site that is alive but late is waited for so many times as long as a round's local steps
-    have taken; then the others go on without it."""
+    """How long to wait for a site that is alive but late, as a multiple of the time that the
+    round's local steps took; then the other sites go on without it."""
     restarts: int = 0
-    """How often the launcher starts a lost site again, each of them."""
+    """How often the launcher restarts each lost site."""
     shadow_experts: bool = False
-    """Every expert's last agreed state is kept on one more site, so that the death of an expert's
-    only holder costs one round of its training at most."""
+    """Keep a copy of every expert, as of the last meeting, at one more site. If the only holder of
+    an expert dies, at most one round of its training is lost."""
 
     def __post_init__(self) -> None:
         for name, least in (("quorum", 1), ("restarts", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"fault.{name} must be an int >= {least}, got {value!r}")
+                raise ValueError(f"fault.{name} must be an int of at least {least}, got {value!r}")
         for name in ("silent_s", "grace"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"fault.{name} must be > 0, got {getattr(self, name)!r}")
@@ -48,5 +49,5 @@ class FaultConfig:
 
     @property
     def tolerant(self) -> bool:
-        """Whether the job outlives a site."""
+        """Whether the job continues when a site is lost."""
         return self.membership != "static"

@@ -1,4 +1,4 @@
-"""The section [inner]: how a site trains between two meetings."""
+"""The section [inner]: the optimizer and schedule of a site's local steps."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ class InnerConfig:
     """The local steps of one site."""
 
     inner_optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Optimizer of the local steps."""
+    """Optimizer of the local steps. sgd uses beta1 as its momentum."""
     batch_size: int = 2
-    """Sequences per site and step."""
+    """Sequences per site and local step, over all ranks of the site."""
     inner_lr: float = 5e-3
     """Peak learning rate of the local steps."""
     warmup_steps: int = 32
-    """Steps of linear warm-up to inner_lr."""
+    """Steps over which the learning rate rises linearly to inner_lr."""
     schedule: Literal["constant", "cosine", "linear"] = "linear"
-    """Course of the learning rate after the warm-up."""
+    """How the learning rate falls after the warm-up, until the last step."""
     min_lr_ratio: float = 0.1
-    """Learning rate at the last step as a share of inner_lr (cosine, linear)."""
+    """Learning rate at the last step divided by inner_lr (for schedule = cosine or linear)."""
     beta1: float = 0.9
-    """AdamW decay of the first moment; momentum for sgd."""
+    """AdamW: decay rate of the first moment. sgd: momentum."""
     beta2: float = 0.95
-    """AdamW decay of the second moment."""
+    """AdamW: decay rate of the second moment."""
     adam_eps: float = 1e-8
-    """AdamW epsilon."""
+    """AdamW: added to the denominator for numerical stability."""
     weight_decay: float = 0.0
-    """Decoupled weight decay on matrices (never on norm gains)."""
+    """Decoupled weight decay of weight matrices; norm gains have none."""
     grad_clip: float = 1.0
-    """Largest gradient norm of one site; 0 = no clipping."""
+    """Clip gradients to this norm, which each site computes from its own gradients (ddp: all sites
+    from the averaged ones); 0 = no clipping."""
     uneven_steps: bool = False
-    """Slower sites take fewer local steps, so that nobody waits for them, and their deltas weigh as
-    many tokens as they were trained on."""
+    """Let slower sites take fewer local steps per round, so that faster sites need not wait for
+    them. Means over sites are then weighted by the tokens that each site trained on."""
 
     def __post_init__(self) -> None:
         at = "inner."

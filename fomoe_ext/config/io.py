@@ -40,7 +40,8 @@ def _hints(kind: type) -> dict[str, Any]:
 
 def _type_name(kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
-        return "one of " + ", ".join(repr(choice) for choice in typing.get_args(kind))
+        names = [repr(choice) for choice in typing.get_args(kind)]
+        return names[0] if len(names) == 1 else "one of " + ", ".join(names)
     if typing.get_origin(kind) is tuple:
         return "a list of " + _type_name(typing.get_args(kind)[0])
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
@@ -51,7 +52,7 @@ def _convert(key: str, kind: Any, value: Any) -> Any:
     """The TOML value as the field's type. Raises TypeError or ValueError naming the key."""
     origin, choices = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return _convert(key, next(c for c in choices if c is not type(None)), value)
+        return _convert_one(key, [c for c in choices if c is not type(None)], value)
     if origin is typing.Literal:
         if value not in choices or type(value) is not type(choices[0]):
             raise ValueError(f"{key} must be {_type_name(kind)}, got {value!r}")
@@ -68,6 +69,19 @@ def _convert(key: str, kind: Any, value: Any) -> Any:
     if kind in (int, bool, str) and type(value) is kind:
         return value
     raise TypeError(f"{key} must be {_type_name(kind)}, got {value!r}")
+
+
+def _convert_one(key: str, kinds: Sequence[Any], value: Any) -> Any:
+    """The TOML value as the first of several types that it is of."""
+    if len(kinds) == 1:
+        return _convert(key, kinds[0], value)
+    for kind in kinds:
+        try:
+            return _convert(key, kind, value)
+        except (TypeError, ValueError):
+            continue
+    wanted = " or ".join(map(_type_name, kinds))
+    raise TypeError(f"{key} must be {wanted}, got {value!r}")
 
 
 def _unknown_key(path: Path, key: str, section: str | None) -> ValueError:

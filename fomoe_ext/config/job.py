@@ -103,7 +103,7 @@ class TrainConfig:
             "sites.stale_experts = 0": sites.stale_experts != 0,
             "sites.reshuffle_rounds = 0": sites.reshuffle_rounds > 0,
             "outer.fragments = 1": outer.fragments > 1,
-            "outer.overlap = 0": outer.overlap > 0,
+            "outer.overlap = 0": outer.overlap != 0,
             "outer.expert_turns = 1": outer.expert_turns > 1,
             "an outer.optimizer that is not ddp": outer.optimizer == "ddp",
             "run.probe_tokens = 0": self.run.probe_tokens > 0,

@@ -1,9 +1,14 @@
-"""Ranges of a section's values, with messages that name the section and the field."""
+"""Checks of a section's values, with messages that name the section and the option."""
 
 from __future__ import annotations
 
+import functools
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+from fomoe_ext.checks import a_bool, one_of
 
 
 def at_least(owner: str, low: float, **values: float | None) -> None:
@@ -20,10 +25,31 @@ def inside(owner: str, low: float, high: float, **values: float) -> None:
             raise ValueError(f"{owner}{name} must be in [{low}, {high}], got {value}")
 
 
+def check_choices(options: Any) -> None:
+    """Of a dataclass: each field of a Literal type has one of its values, and each bool is one.
+
+    Raises ValueError or TypeError naming the field. Files and flags are checked when they are read;
+    this is for values that a program passes.
+    """
+    for name, kind in _hints(type(options)).items():
+        value = getattr(options, name)
+        if typing.get_origin(kind) is typing.Literal:
+            one_of(typing.get_args(kind), **{name: value})
+        elif kind is bool:
+            a_bool(**{name: value})
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
 @contextmanager
 def in_section(owner: str) -> Iterator[None]:
-    """Puts the section before the field that an error names first."""
+    """Puts the section (and a dot) before the option that an error's message begins with."""
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except TypeError as error:
+        raise TypeError(f"{owner}{error}") from None
+    except ValueError as error:
         raise ValueError(f"{owner}{error}") from None

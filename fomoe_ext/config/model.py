@@ -11,59 +11,63 @@ from fomoe_ext.config.limits import at_least, inside
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The language model: a decoder with RoPE attention and an MoE in every block."""
+    """The language model: a decoder with RoPE attention and an MoE layer in every block."""
 
     vocab_size: int = 256
-    """Number of token ids; grown to the tokenizer's when that is larger."""
+    """Number of token ids; raised to the tokenizer's number if that is larger."""
     seq_len: int = 256
     """Tokens per training sequence."""
     hidden_size: int = 128
     """Width of the residual stream."""
     num_layers: int = 4
-    """Number of blocks (attention + MoE)."""
+    """Number of blocks, each of attention and an MoE layer."""
     num_heads: int = 4
-    """Attention heads; the head size hidden_size / num_heads must be even."""
+    """Attention heads per block; hidden_size / num_heads must be a whole, even number."""
     num_experts: int = 16
-    """Routed experts per layer, over all sites."""
+    """Routed experts per layer, counted over all sites."""
     intermediate_size: int = 128
-    """Inner width of one routed expert."""
+    """Inner width of a routed expert."""
     top_k: int = 2
-    """Experts chosen per token."""
+    """Number of experts chosen for each token."""
     activation: Activation = "swiglu"
-    """Activation of the experts; those with glu in their name are gated (two up projections)."""
+    """Activation of the experts. Those with glu in their name are gated and have two up
+    projections."""
     expert_bias: bool = False
-    """Biases in the routed experts, as gpt-oss has them."""
+    """Give routed experts biases, as gpt-oss does."""
     router_scoring: Literal["sigmoid", "softmax"] = "sigmoid"
-    """How router logits become scores."""
+    """How the router's logits are turned into scores."""
     router_scope: Literal["global", "resident"] = "global"
-    """global: choose among all experts, skip those not resident; resident: among those resident."""
+    """Among which experts tokens choose. global: all; those that the site does not hold are
+    skipped. resident: only those that the site holds."""
     skipped_mass: Literal["drop", "rescale"] = "drop"
-    """drop: a skipped expert's weight is lost; rescale: the token's computed experts share it."""
+    """What happens to the weight of skipped experts. drop: it is lost; rescale: the token's other
+    chosen experts share it in proportion to their weights."""
     router_renormalize: bool = False
-    """Divide the chosen experts' scores by their sum."""
+    """Divide the scores of a token's chosen experts by their sum."""
     router_scale: float = 1.0
-    """Factor on the chosen experts' scores."""
+    """Factor on the scores of a token's chosen experts."""
     router_num_groups: int = 1
-    """Expert groups for group-limited choice."""
+    """Split the experts into this many groups and choose within the best of them (as DeepSeek-V3);
+    1 = no groups."""
     router_groups_kept: int = 1
-    """Groups a token may choose from."""
+    """Number of groups that each token may choose from."""
     shared_expert_intermediate_size: int = 0
-    """Inner width of an expert that every token uses and every site holds; 0 = none."""
+    """Inner width of a shared expert, which every site holds and every token uses; 0 = none."""
     balance: Literal["none", "switch", "entropy", "bias"] = "bias"
-    """Load balancing: an auxiliary loss (switch, entropy) or a learned selection bias, which each
-    site moves by its own load and which is averaged at the end of a round (also with ddp)."""
+    """How the load of experts is balanced. switch, entropy: an auxiliary loss; bias: a selection
+    bias per expert, which each site adjusts by its own load and which meetings average."""
     balance_coef: float = 0.01
-    """Weight of the auxiliary balance loss."""
+    """Weight of the auxiliary loss for balance = switch or entropy."""
     router_z_loss_coef: float = 0.0
-    """Weight of the router z-loss."""
+    """Weight of the router z-loss; 0 = none."""
     balance_bias_rate: float = 4e-3
-    """Step of the selection bias for balance = bias."""
+    """Step size of the selection bias for balance = bias."""
     norm: Literal["layer", "rms"] = "layer"
     """LayerNorm (without bias) or RMSNorm."""
     rope_base: float = 10000.0
-    """Base of the rotary position angles."""
+    """Base of the rotary position embedding."""
     depth_multiplier: float = 1.0
-    """Factor on every block output before it joins the residual stream (CompleteP)."""
+    """Factor on every block's output before it is added to the residual stream (CompleteP)."""
 
     def __post_init__(self) -> None:
         at = "model."
@@ -119,7 +123,7 @@ class ModelConfig:
 
 
 class ParameterCounts(NamedTuple):
-    """Parameters of a whole model by kind; `dense` is all that is neither expert nor router."""
+    """Parameters of a whole model by kind; `dense`: all but routed experts and routers."""
 
     dense: int
     sparse: int
@@ -132,7 +136,7 @@ class ParameterCounts(NamedTuple):
 
     @property
     def sparse_share(self) -> float:
-        """Share of all parameters that sits in routed experts, 0..1."""
+        """Share of all parameters that are in routed experts, 0 to 1."""
         return self.sparse / self.total
 
 
@@ -151,7 +155,7 @@ def expert_parameters(config: ModelConfig) -> int:
 
 
 def block_parameters(config: ModelConfig) -> int:
-    """Parameters of a block but for router and routed experts: attention, norms, shared expert."""
+    """Parameters of a block without router and routed experts: attention, norms, shared expert."""
     width, shared = (
         config.hidden_size,
         expert_matrices(config, config.shared_expert_intermediate_size),

@@ -1,96 +1,155 @@
-"""The section [outer]: how sites meet, and what of the model travels when."""
+"""The section [outer]: how sites meet, and what of the model travels when.
+
+`OuterConfig` declares every option once, for jobs and for the library:
+`fomoe_ext.outer.options.OuterOptions` extends it with what a job sets in its other sections.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from fomoe_ext.config.limits import at_least, in_section, inside
-from fomoe_ext.placement import wire
+from fomoe_ext.checks import at_least, finite
+from fomoe_ext.config.limits import check_choices, in_section
+from fomoe_ext.placement import buckets, wire
 from fomoe_ext.placement.turns import check_turns, counts_tokens
 
 
 @dataclass(frozen=True)
 class OuterConfig:
-    """The meeting of the sites at the end of a round.
+    """How the sites of a job meet at the end of a round.
 
-    DiLoCo's published 0.7 and 0.9 (arXiv 2311.08105) are made for hundreds of rounds: over a few
-    dozen the momentum overshoots. So jobs default to 1 and 0.2 with it; name both to have the
-    published ones.
+    The published values of DiLoCo, outer_lr = 0.7 and outer_momentum = 0.9 (arXiv 2311.08105), were
+    chosen for runs of hundreds of rounds. Over a few dozen rounds that momentum overshoots, so the
+    defaults are 1 and 0.2. Set both options to get the published values.
     """
 
+    SECTION: ClassVar[str] = "outer."
+    """What error messages put before the name of an option."""
+
     optimizer: Literal["diloco", "fedavg", "local-adamw", "ddp"] = "diloco"
-    """diloco: Nesterov on the mean delta; fedavg: mean parameters; local-adamw: mean of parameters
-    and both moments; ddp: mean of gradients at every step."""
+    """What sites average. diloco: their deltas, which a Nesterov step then applies; fedavg: their
+    parameters; local-adamw: their parameters and both AdamW moments; ddp: their gradients, at every
+    step. (A delta is how far a site's local steps have moved a parameter.)"""
     outer_lr: float | None = None
-    """Learning rate of the outer step; none = 1."""
+    """Learning rate of the outer step; none = 1. DiLoCo's published value is 0.7."""
     outer_momentum: float | None = None
-    """Nesterov momentum of the outer step; none = 0.2 for diloco, else 0."""
+    """Nesterov momentum of the outer step; none = 0.2 for diloco, else 0. DiLoCo's published value
+    is 0.9."""
     codec: Literal[
         "fp32", "bf16", "int8", "int8-128", "int4", "int4-128", "int2", "int2-128", "topk"
     ] = "fp32"
-    """How a delta travels: as floats; in 8, 4 or 2 bits with a scale per block of 64 (or 128)
-    values; topk: the 64 largest of every 4096 values in 14 bits each."""
+    """How deltas (for ddp: gradients) are encoded for the link. fp32, bf16: as floats; int8, int4,
+    int2: as integers with one scale per block of 64 values, or of 128 with "-128"; topk: the 64
+    largest of every 4096 values, in 14 bits each."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
-    """How int8, int4 and int2 round; stochastic: right on average."""
+    """How the codecs int8, int4 and int2 round: to the nearest code, or stochastic: up or down at
+    random, so that the expected value is exact."""
     error_feedback: bool = True
-    """Keep what encoding loses and send it with the next delta."""
+    """Keep the error of a lossy codec and add it to the next delta."""
     router_mean: Literal["holders", "all"] = "holders"
-    """Which sites a router row is averaged over, with router_scope = global."""
+    """Whose router rows are averaged, with router_scope = global: those of the sites that hold the
+    row's expert, or those of all sites."""
     expert_mean: Literal["equal", "tokens"] = "equal"
-    """tokens: an expert's deltas weigh as many tokens as each holder routed to it."""
+    """How the sites that hold an expert are weighted in its mean: all alike, or by the tokens that
+    each routed to the expert in its local steps."""
     clip_delta: float = 0.0
-    """Scale down deltas longer than so many times the median of all sites', and leave out a site
-    whose delta is NaN: against accidents, no defence against a member that wants to do harm; 0 =
-    neither, NaN ends the job."""
+    """Protect a meeting from a site gone wrong by accident; no protection from a malicious site. A
+    site's delta longer than this many times the median of all sites is scaled down to that length,
+    and a site whose delta is NaN is left out. At least 1; 0 = off: a NaN at one site ends the
+    job."""
     rescale: bool = False
-    """Multiply mean deltas by the square root of the number of sites they are of (DiPaCo)."""
+    """Multiply each mean delta by the square root of the number of sites in the mean (DiPaCo)."""
     moment_periods: tuple[int, ...] = (1, 1)
-    """local-adamw: rounds between averages of the first and the second moment (DES-LOC: 3 6)."""
+    """For local-adamw: average the first and the second AdamW moment every so many rounds
+    (DES-LOC: 3 6)."""
     moment_codecs: tuple[str, ...] = ()
-    """local-adamw: codecs of the two moments; none = fp32 with codec fp32, else bf16."""
+    """For local-adamw: codecs of the first and the second AdamW moment, without error feedback; the
+    second must be fp32 or bf16. Empty = fp32 if codec is fp32, else bf16."""
     stale_codec: Literal["fp32", "bf16", "int8", "int4"] = "int8"
-    """How copies of absent experts travel (sites.stale_experts); without error feedback."""
+    """Codec of the frozen copies of absent experts (stale_experts); rounds to nearest, without
+    error feedback."""
     stale_period: int = 1
-    """Rounds between two refreshes of these copies."""
+    """Refresh the frozen copies of absent experts every so many rounds."""
     fragments: int = 1
-    """The model meets in so many parts, at steps spread over a round."""
-    overlap: int = 0
-    """Local steps that go on while a part is under way; 0 = sites wait for it."""
+    """Split the model into this many parts, each averaged at its own step of a round, which spreads
+    the traffic over the round."""
+    overlap: int | Literal["auto"] = 0
+    """Number of local steps that a site takes while a part of the model is on its way; 0 = the site
+    waits until it has arrived; auto = as many as the exchange takes, by the measured times of all
+    sites, at most local_steps - 1. With auto two runs do not end with the same bits."""
     overlap_alpha: float = 0.5
-    """With overlap: the share of a parameter that stays the site's own when a part arrives."""
+    """With overlap: the share of the site's own value in each parameter when a part arrives; the
+    rest is the averaged value. In [0, 1)."""
     expert_turns: int = 1
-    """Experts take turns: each meets in one of so many meetings, the rest of the model in all."""
+    """Average each expert only once in so many meetings, experts taking turns; the rest of the
+    model is averaged in every meeting."""
     turn_order: Literal["least-trained", "most-trained", "numbered"] = "least-trained"
-    """With expert_turns: which experts go first, by the tokens routed to them."""
+    """With expert_turns: which experts go first: those to which the fewest or the most tokens were
+    routed, or by number."""
     on_mismatch: Literal["stop", "heal"] = "stop"
-    """When holders differ after a meeting: stop, or take what the majority has."""
-    bucket_bytes: int = 1 << 22
-    """Size of the buckets in which tensors travel together, bytes of fp32."""
+    """What to do when sites that hold the same expert differ after a meeting: stop with an error,
+    or heal: take the values that most of them have."""
+    bucket_bytes: int = 0
+    """Size of a bucket, the unit in which tensors are sent, in bytes of fp32. 0 = chosen by the
+    size of the model: 4 MiB up to 134 million parameters, more for larger models, so that few
+    latencies of the link are waited for (`fomoe plan` tells the size)."""
     in_flight: int = 8
-    """Buckets under way at once in each direction."""
+    """Number of buckets on their way at once in each direction."""
     timeout_s: float = 300.0
-    """Seconds after which a meeting that does not complete is an error."""
+    """Seconds after which an exchange that has not completed is an error."""
 
     def __post_init__(self) -> None:
-        at = "outer."
-        at_least(at, 4, bucket_bytes=self.bucket_bytes)
-        at_least(at, 1, in_flight=self.in_flight, stale_period=self.stale_period)
-        with in_section(at):
-            wire.check_moments(self.moment_periods, self.resolved_moment_codecs)
-            wire.check_staggering(self.optimizer, self.fragments, self.overlap, self.overlap_alpha)
-            wire.check_clip_delta(self.clip_delta)
-            check_turns(self.expert_turns, self.turn_order, self.optimizer, self.staggered)
+        with in_section(self.SECTION):
+            self._check()
+
+    def _check(self) -> None:
+        """Raises ValueError or TypeError, which begins with the name of the option."""
+        check_choices(self)
+        for name in ("outer_lr", "outer_momentum"):
+            if getattr(self, name) is not None:
+                finite(0.0, **{name: getattr(self, name)})
+        if self.outer_lr == 0:
+            raise ValueError(f"outer_lr must be > 0, got {self.outer_lr}")
+        if self.resolved_momentum >= 1:
+            raise ValueError(f"outer_momentum must be in [0, 1), got {self.outer_momentum}")
+        at_least(1, in_flight=self.in_flight, stale_period=self.stale_period)
+        buckets.check_bucket_bytes(self.bucket_bytes)
         if not self.timeout_s > 0:
-            raise ValueError(f"outer.timeout_s must be > 0, got {self.timeout_s}")
-        if self.outer_lr is not None and not self.outer_lr > 0:
-            raise ValueError(f"outer.outer_lr must be > 0, got {self.outer_lr}")
-        if self.outer_momentum is not None:
-            inside(at, 0, 1, outer_momentum=self.outer_momentum)
-        if self.expert_mean == "tokens" and self.optimizer == "ddp":
-            raise ValueError("outer.expert_mean = tokens needs an optimizer that sends deltas")
+            raise ValueError(f"timeout_s must be > 0, got {self.timeout_s}")
+        wire.check_moments(self.moment_periods, self.resolved_moment_codecs)
+        wire.check_staggering(self.optimizer, self.fragments, self.overlap, self.overlap_alpha)
+        check_turns(self.expert_turns, self.turn_order, self.optimizer, self.staggered)
+        wire.check_clip_delta(self.clip_delta)
         if self.clip_delta:
-            self.require_whole("outer.clip_delta")
+            self.require_whole("clip_delta")
+        if self.expert_mean == "tokens" and self.optimizer == "ddp":
+            raise ValueError(
+                f"expert_mean = tokens needs {self.SECTION}optimizer = diloco, fedavg or "
+                "local-adamw, got ddp"
+            )
+
+    def require_whole(self, what: str) -> None:
+        """Raises ValueError, which says that `what` needs it, unless all of the model's parameters
+        meet at the end of a round."""
+        if self.apart or self.optimizer == "ddp":
+            at = self.SECTION
+            raise ValueError(
+                f"{what} needs {at}fragments = 1, {at}overlap = 0, {at}expert_turns = 1 and "
+                f"{at}optimizer = diloco, fedavg or local-adamw, got {self.fragments}, "
+                f"{self.overlap}, {self.expert_turns} and {self.optimizer}"
+            )
+
+    @property
+    def resolved_lr(self) -> float:
+        """`outer_lr`, or its default."""
+        return 1.0 if self.outer_lr is None else float(self.outer_lr)
+
+    @property
+    def resolved_momentum(self) -> float:
+        """`outer_momentum`, or its default for the chosen optimizer."""
+        default = 0.2 if self.optimizer == "diloco" else 0.0
+        return default if self.outer_momentum is None else float(self.outer_momentum)
 
     @property
     def resolved_moment_codecs(self) -> tuple[str, ...]:
@@ -111,23 +170,3 @@ class OuterConfig:
     def counts_tokens(self) -> bool:
         """Whether sites tell each other how many tokens they have routed to each expert."""
         return counts_tokens(self.expert_mean, self.expert_turns, self.turn_order)
-
-    def require_whole(self, what: str) -> None:
-        """Raises ValueError unless all of the model's parameters meet at the end of a round."""
-        if self.apart or self.optimizer == "ddp":
-            raise ValueError(
-                f"{what} needs outer.fragments = 1, outer.overlap = 0, outer.expert_turns = 1 and "
-                f"an outer.optimizer that is not ddp, got {self.fragments}, {self.overlap}, "
-                f"{self.expert_turns} and {self.optimizer}"
-            )
-
-    @property
-    def resolved_lr(self) -> float:
-        """`outer_lr`, or its default."""
-        return 1.0 if self.outer_lr is None else self.outer_lr
-
-    @property
-    def resolved_momentum(self) -> float:
-        """`outer_momentum`, or its default for the chosen optimizer."""
-        default = 0.2 if self.optimizer == "diloco" else 0.0
-        return default if self.outer_momentum is None else self.outer_momentum

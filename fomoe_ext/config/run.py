@@ -1,4 +1,4 @@
-"""The section [run]: how long, where to, on which device."""
+"""The section [run]: length, output folder, device, checkpoints and validation."""
 
 from __future__ import annotations
 
@@ -11,44 +11,46 @@ from fomoe_ext.config.limits import at_least
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Length, seed, files and device of the job."""
+    """Length, seed, output and device of a job."""
 
     seed: int = 0
     """Seed of the initial weights, the order of the data and random placements."""
     local_steps: int = 16
-    """Steps every site takes between two meetings."""
+    """Local steps that every site takes in a round, i.e. between two meetings."""
     rounds: int = 48
     """Number of rounds."""
     steps: int | None = None
-    """Steps of every site in all; sets `rounds` (rounded up) when given."""
+    """Total local steps of every site, instead of rounds; rounded up to whole rounds."""
     run_dir: Path | None = None
-    """Folder of the run; none = runs/<preset>-<time>."""
+    """Folder for the output of the run; none = runs/<preset>-<time>."""
     resume: str | None = None
-    """Run folder or checkpoint to continue. auto or no value: the newest whole checkpoint of
-    run_dir, or of the newest run in runs/; where there is none the job begins anew."""
+    """Continue from this run folder or checkpoint. auto, or no value: from the newest complete
+    checkpoint in run_dir (in the newest run in runs/, if run_dir is not given); if there is none,
+    the job starts from step 0."""
     eval_rounds: int = 12
-    """Validate every so many rounds, and at the end; 0 = only at the end."""
+    """Compute the validation loss every so many rounds and at the end; 0 = only at the end."""
     eval_tokens: int = 65536
-    """Validation tokens used before the end; at the end eight times as many."""
+    """Number of validation tokens; at the end eight times as many are used."""
     probe_tokens: int = 0
-    """Validation tokens that all sites route before and after every meeting, to measure how stable
-    routing is (metrics.jsonl, report); 0 = none."""
+    """Number of validation tokens routed before and after every meeting to measure how much routing
+    changes (in metrics.jsonl and the report); 0 = none."""
     coactivation: bool = False
-    """Tell in report.json how often a token chose both of two experts, also where that is more than
-    2^18 numbers."""
+    """Write to report.json how often each pair of experts was chosen for the same token, even if
+    the table has more than 2^18 entries. Smaller tables are always written."""
     checkpoint_rounds: int = 0
-    """Write a checkpoint every so many rounds, and at the end; 0 = only at the end."""
+    """Write a checkpoint every so many rounds and at the end; 0 = only at the end."""
     keep_checkpoints: int = 0
-    """Keep so many whole checkpoints, the newest; 0 = all."""
+    """Keep this many complete checkpoints, the newest; 0 = all."""
     async_checkpoints: bool = True
-    """Write checkpoints while training goes on, from a copy in host memory of what a process
-    writes, which is kept for the next; without it training waits, and there is no copy."""
+    """Copy the state to host memory and write checkpoints from there while training continues. The
+    memory is reused for the next checkpoint. Without it training waits and needs no such memory."""
     tensorboard: bool = True
-    """Write TensorBoard events beside metrics.jsonl."""
+    """Also write metrics as TensorBoard events."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto = cuda where there is one, else cpu."""
+    """Where to train; auto = cuda if there is a GPU, otherwise cpu."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: parameters in fp32, matrix products under autocast."""
+    """Data type of matrix products; with bfloat16 they run under autocast. Parameters are fp32 in
+    both cases."""
 
     def __post_init__(self) -> None:
         at = "run."
@@ -60,5 +62,5 @@ class RunConfig:
 
     @property
     def resolved_rounds(self) -> int:
-        """`rounds`, or the rounds that `steps` take."""
+        """`rounds`, or the number of rounds that `steps` take."""
         return self.rounds if self.steps is None else -(-self.steps // self.local_steps)

@@ -1,4 +1,4 @@
-"""The section [sites]: sites and their ranks, who holds what, and the link between them."""
+"""The section [sites]: sites and their ranks, the placement of experts, and the link."""
 
 from __future__ import annotations
 
@@ -12,45 +12,49 @@ from fomoe_ext.config.links import parse_link
 
 @dataclass(frozen=True)
 class SitesConfig:
-    """How many sites there are and which experts each one holds."""
+    """The sites, and which experts each of them holds."""
 
     sites: int = 4
     """Number of sites."""
     replication: int = 2
-    """Number of sites that hold each expert, 1..sites."""
+    """Number of sites that hold each expert, 1 to sites."""
     placement: Literal["cyclic", "random", "together", "apart"] = "cyclic"
-    """cyclic: fixed and evenly spread; random: drawn from the seed, anew at every reshuffle;
-    together, apart: experts that tokens choose together (placement_by) on the same sites or not."""
+    """Which sites hold which expert. cyclic: evenly spread, fixed; random: drawn from the seed,
+    again at every reshuffle; together, apart: experts that are often chosen for the same token
+    (placement_by) on the same sites, or on different ones."""
     placement_by: Path | None = None
-    """Run folder, or JSON table [layer][expert][expert], with how often a token chose both of two
-    experts; for placement = together or apart."""
+    """For placement = together or apart: run folder, or JSON table [layer][expert][expert], that
+    says how often each pair of experts was chosen for the same token."""
     placement_file: Path | None = None
-    """JSON table [layer][expert] -> list of sites; overrides `placement`."""
+    """JSON table [layer][expert] of lists of sites; overrides placement."""
     ranks_per_site: int = 1
-    """Processes of each site: they share its batch, its experts and its dense parameters (FSDP)."""
+    """Processes per site. They share the site's batch, its experts and its dense parameters
+    (FSDP)."""
     replicas: int = 1
-    """Times that each site holds its experts: ranks_per_site / replicas ranks share a copy."""
+    """Number of copies of its experts that a site of several ranks holds; ranks_per_site / replicas
+    ranks share one copy."""
     spread_by: Path | None = None
-    """Run folder, or JSON table [layer][expert], with the load of experts: keeps the hot ones of a
-    site on different ranks; none = ascending by id."""
+    """Run folder, or JSON table [layer][expert], with the load of experts: puts a site's most
+    loaded experts on different ranks; none = in order of their ids."""
     stale_experts: int = 0
-    """Absent experts per layer of which each site computes a frozen copy, refreshed in meetings;
-    -1 = all of them, so that nothing is skipped."""
+    """Number of absent experts per layer of which each site keeps a frozen copy and computes with
+    it. Meetings refresh the copies. -1 = all absent experts, so that no expert is skipped."""
     stale_by: Path | None = None
-    """Run folder, or JSON table [layer][expert], with the load of experts: a site copies those of
-    its absent experts that are chosen most; none = all are copied about as often."""
+    """Run folder, or JSON table [layer][expert], with the load of experts: each site copies its
+    most chosen absent experts; none = every expert is copied about equally often."""
     reshuffle_rounds: int = 0
     """Draw a new random placement every so many rounds; 0 = never."""
     reshuffle_moments: Literal["reset", "carry"] = "reset"
-    """AdamW moments of experts that move: start from zero, or travel along (twice the elements)."""
+    """What happens to the AdamW moments of experts that move to another site. reset: they start
+    from zero; carry: they are sent along, two values per parameter."""
     reshuffle_warmup: int | None = None
-    """Steps over which the learning rate of experts new to a site rises to its full value; none =
-    8, or 0 where their moments travel along."""
+    """Steps over which the learning rate of experts that moved rises to its full value; none = 8,
+    or 0 if their moments are sent along."""
     threads: int = 0
-    """Threads per site; 0 = this machine's cores shared among its sites."""
+    """CPU threads per site; 0 = an equal share of this machine's cores."""
     link: str | None = None
-    """A slow link on this machine, such as 200mbit,50ms (what each site can send, and how long it
-    takes to arrive): meetings take what they would on it; none = as fast as this machine is."""
+    """Imitate a slow link between sites on this machine, such as 200mbit,50ms (bandwidth of each
+    site, one-way latency). Meetings then take as long as over such a link; none = no limit."""
 
     def __post_init__(self) -> None:
         at = "sites."
@@ -64,9 +68,14 @@ class SitesConfig:
                 f"{self.replicas}"
             )
         if self.reshuffle_rounds and self.ranks_per_site > 1:
-            raise ValueError("sites.reshuffle_rounds needs sites.ranks_per_site = 1")
+            raise ValueError(
+                f"sites.reshuffle_rounds needs sites.ranks_per_site = 1, got {self.ranks_per_site}"
+            )
         if self.spread_by is not None and self.ranks_per_site == self.replicas:
-            raise ValueError("sites.spread_by needs several ranks that share a site's experts")
+            raise ValueError(
+                "sites.spread_by needs sites.ranks_per_site > sites.replicas, got "
+                f"{self.ranks_per_site} and {self.replicas}"
+            )
         inside(at, 1, self.sites, replication=self.replication)
         at_least(at, -1, stale_experts=self.stale_experts)
         if self.stale_experts and (self.reshuffle_rounds or self.ranks_per_site > 1):
@@ -86,7 +95,10 @@ class SitesConfig:
         if self.link is not None:
             parse_link(self.link)
         if self.reshuffle_rounds and (self.placement != "random" or self.placement_file):
-            raise ValueError("sites.reshuffle_rounds needs sites.placement = random and no table")
+            raise ValueError(
+                "sites.reshuffle_rounds needs sites.placement = random and no "
+                f"sites.placement_file, got {self.placement} and {self.placement_file}"
+            )
 
     @property
     def resolved_warmup(self) -> int:

@@ -1,10 +1,10 @@
-"""Token arrays as training batches.
+"""Training and validation batches from token arrays.
 
-Batches are rows of an endless stream of windows: each epoch holds every window of `seq_len + 1`
+Batches are rows of an endless stream of windows: each epoch has every window of `seq_len + 1`
 tokens once, in an order drawn from (seed, epoch). A step of N sites with B sequences each takes the
-next N * B windows of the stream, site s the s-th B of them. So the sites' data is disjoint, its
-union is the batch of one process with N * B sequences, and a position in the stream is all there
-is to resume from.
+next N * B windows of the stream; site s gets the s-th B of them. So sites have disjoint data whose
+union is the batch of one process with N * B sequences, and the position in the stream is the only
+state to save.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 
 def _permutation(size: int, *key: object) -> np.ndarray:
-    """A permutation of range(size) drawn from the key: int64 [size].
+    """A permutation of range(size) that depends on the key: int64 [size].
 
-    Sorts by a splitmix64 hash (Steele, Lea, Flood 2014) instead of asking a library's generator, so
-    that sites with different numpy versions agree.
+    It sorts by a splitmix64 hash (Steele, Lea, Flood 2014). A generator of numpy could differ
+    between versions, and so between sites.
     """
     z = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z += np.uint64(hash64(*key))
@@ -68,8 +68,8 @@ class TokenArray:
 class BatchIterator:
     """The endless training batches of one site: `next()` gives int64 [batch_size, seq_len + 1].
 
-    `position` is the number of windows that all sites together have taken. Made by
-    `TextData.train_batches`.
+    Created by `TextData.train_batches`. `position` is the number of windows that all sites together
+    have taken.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class BatchIterator:
     ) -> None:
         _check_sites(site, num_sites)
         if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.data, self.site, self.num_sites = data, site, num_sites
         self.batch_size, self.seed, self.content_hash = batch_size, seed, content_hash
         self.position = 0
@@ -106,23 +106,23 @@ class BatchIterator:
         return self.data.windows(indices)
 
     def skip(self, batches: int) -> None:
-        """Leaves out so many batches of every site: nobody is given their windows in this epoch.
+        """Skips this number of batches on every site; their windows do not occur in this epoch.
 
         Raises ValueError for a negative number.
         """
         if batches < 0:
-            raise ValueError(f"batches must be >= 0, got {batches}")
+            raise ValueError(f"batches must be at least 0, got {batches}")
         self.position += batches * self.num_sites * self.batch_size
 
     @property
     def epoch(self) -> float:
-        """How often the training split has been gone through, by all sites together."""
+        """How many times all sites together have read the training split."""
         return self.position / self.data.num_windows
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands: {"position", "seed", "seq_len", "content_hash"}.
+        """The state of the stream: {"position", "seed", "seq_len", "content_hash"}.
 
-        It does not depend on the site, so it also serves a different number of sites.
+        It does not depend on the site, so another number of sites can continue from it.
         """
         return {
             "position": self.position,
@@ -132,19 +132,24 @@ class BatchIterator:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` stands. Raises ValueError for one of other data or seed."""
+        """Continues from a `state_dict`. Raises ValueError if its data or seed differ."""
         own = self.state_dict()
         if not isinstance(state, dict):
             raise ValueError(f"data state must be a dict, got {type(state).__name__}")
         missing = own.keys() - state.keys()
         if missing:
-            raise ValueError(f"data state lacks {', '.join(sorted(missing))}")
+            raise ValueError(f"data state must have {', '.join(sorted(missing))}, got none")
         for key in ("seed", "seq_len", "content_hash"):
             if state[key] != own[key]:
-                raise ValueError(f"data state has {key} = {state[key]!r}, this job {own[key]!r}")
+                raise ValueError(
+                    f"{key} of the data state must be {own[key]!r}, as in this job, got "
+                    f"{state[key]!r}"
+                )
         position = state["position"]
         if not isinstance(position, int) or position < 0:
-            raise ValueError(f"data state has position = {position!r}, wanted an int >= 0")
+            raise ValueError(
+                f"position of the data state must be an int of at least 0, got {position!r}"
+            )
         self.position = position
 
 
@@ -155,49 +160,64 @@ def _check_sites(site: int, num_sites: int) -> None:
 
 @dataclass
 class TextData:
-    """Training and validation tokens. Made by `open_data`."""
+    """Training and validation tokens. Created by `open_data`."""
 
     train: TokenArray
     val: TokenArray
     vocab_size: int
-    """Token ids are below this."""
+    """Number of token ids: all ids are below."""
     content_hash: str
-    """Hash of all tokens; equal on sites that see the same data."""
+    """Hash of all tokens, equal on sites with the same data."""
     description: str
-    """One line for people: where the text comes from and how much there is."""
+    """One line to read: the source and the size of the text."""
     skipped_files: int
-    """Files below the given folders that are not text."""
+    """Number of files below the given folders that are not text."""
     tokenizer: str = ""
-    """Equal for equal tokenizers, and "byte" for bytes; "" = not known."""
+    """Fingerprint of the tokenizer: equal for equal tokenizers, "byte" for bytes, "" = unknown."""
     uncached: tuple[str, str] | None = None
-    """The cache folder that could not be written, and why; tokens are in memory then."""
+    """The cache folder and the reason if it could not be written; the tokens are in memory then."""
 
     def train_batches(
-        self, site: int = 0, num_sites: int = 1, batch_size: int = 1, seed: int = 0
+        self, batch_size: int, *, site: int, num_sites: int, seed: int = 0
     ) -> BatchIterator:
         """The endless training batches of one site, int64 [batch_size, seq_len + 1] each.
 
-        Raises ValueError when `site`, `num_sites` or `batch_size` is out of range.
+        batch_size: windows of this site. site, num_sites: 0 and 1 in a job without sites. seed: of
+        the order; it must be equal on all sites.
+        Raises ValueError if an argument is out of range.
         """
         return BatchIterator(self.train, self.content_hash, site, num_sites, batch_size, seed)
 
     def val_batches(
-        self, batch_size: int, site: int = 0, num_sites: int = 1, max_tokens: int | None = None
+        self,
+        batch_size: int,
+        *,
+        site: int | None = None,
+        num_sites: int | None = None,
+        max_tokens: int | None = None,
     ) -> Iterator[torch.Tensor]:
-        """This site's share of the fixed validation batches: int64 [<= batch_size, seq_len + 1].
+        """The fixed validation batches, or a site's share: int64 [<= batch_size, seq_len + 1].
 
-        The windows are evenly spread over the validation split when `max_tokens` (predicted tokens,
-        rounded down to whole windows but at least one) does not allow all. Their set does not
-        depend on `num_sites`: batch i goes to site i % num_sites, so a site may get none.
-        Raises ValueError when an argument is out of range.
+        site, num_sites: batch i goes to site i % num_sites, so a site may get none. Without both,
+        this process gets all batches. The windows do not depend on the number of sites.
+        max_tokens: of predicted tokens, rounded down to whole windows but at least one. The windows
+        are then spread evenly over the validation split.
+        Raises ValueError if an argument is out of range, or if only one of site and num_sites is
+        given.
         """
+        if (site is None) != (num_sites is None):
+            raise ValueError(
+                f"site and num_sites must be given together, got site = {site}, "
+                f"num_sites = {num_sites}"
+            )
+        site, num_sites = site or 0, 1 if num_sites is None else num_sites
         _check_sites(site, num_sites)
         if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         count = self.val.num_windows
         if max_tokens is not None:
             if max_tokens < 1:
-                raise ValueError(f"max_tokens must be >= 1, got {max_tokens}")
+                raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
             count = min(count, max(1, max_tokens // self.val.seq_len))
         chosen = np.arange(count) * self.val.num_windows // count
         batches = range(site * batch_size, count, num_sites * batch_size)
@@ -234,27 +254,31 @@ def open_data(
     cache_dir: str | os.PathLike[str] | None = None,
     check: bool = True,
 ) -> TextData:
-    """Find, encode (once) and map the text to train on.
+    """Finds the text to train on, encodes it once and maps the token files; safe in many processes.
 
-    `paths`: files, folders and globs of text, .jsonl (its `text_field`) and parquet (its column
-    `text_field`); None or empty = the source of the installed Python's standard library without its
-    tests. Files below a folder that are not UTF-8 text are left out and counted, but a file that is
-    named must be text. `val_paths`: validation text; None = a share `validation_fraction` of the
-    files (lines, rows), chosen by hash, or the end of every text where that leaves a split empty.
-    A file in both lists is for validation.
-    `tokenizer`: a tokenizer.json of the `tokenizers` library, None = bytes. `cache_dir`: where
-    token files are kept, None = fomoe/tokens in the user's cache folder; where nothing can be
-    written there (a full disk) tokens are kept in memory, and the result says so in `uncached`.
-    `check`: whether to compare token files with their hashes, which reads all of them; without it
-    another process of this machine must just have done so. Safe to call from several processes at
-    once.
+    Args:
+        paths: files, folders and globs of text, .jsonl and parquet files; None or empty = the
+            source of Python's standard library without its tests. In folders, files that are not
+            UTF-8 text are skipped and counted; a file named itself must be text.
+        seq_len: predicted tokens per window.
+        val_paths: validation text; a file in both lists is used for validation only. None = a share
+            `validation_fraction` of the files (lines, rows), chosen by hash. If that leaves a split
+            empty, the end of every text is used instead.
+        text_field: field of a .jsonl line, or column of a parquet file, with the text.
+        tokenizer: a tokenizer.json of the `tokenizers` library; None = tokens are bytes.
+        cache_dir: folder for token files; None = fomoe/tokens in the user's cache folder. If it
+            cannot be written (a full disk), tokens stay in memory, and `uncached` of the result
+            tells why.
+        check: whether to compare token files with their hashes, which reads all of them. Use False
+            only if another process of this machine has just compared them.
 
-    Raises FileNotFoundError for a missing path or an empty glob; ValueError for what is not text, a
-    corrupt parquet file, a bad .jsonl line (with its number), a missing field, or too little text
-    for one sequence per split; RuntimeError when pyarrow or tokenizers is needed and missing.
+    Raises FileNotFoundError for a missing path or a glob without matches; ValueError for a file
+    that is not text, a corrupt parquet file, an invalid .jsonl line (with its number), a missing
+    field, or too little text for one window per split; RuntimeError if pyarrow or tokenizers is
+    needed but not installed.
     """
     if seq_len < 1:
-        raise ValueError(f"seq_len must be >= 1, got {seq_len}")
+        raise ValueError(f"seq_len must be at least 1, got {seq_len}")
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must be in (0, 1), got {validation_fraction}")
     coder = load_tokenizer(tokenizer)

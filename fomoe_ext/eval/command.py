@@ -282,13 +282,20 @@ def eval_table(figures: dict[str, Any]) -> ReportTable:
             row.append("" if result is first else f"{result['loss'] - first['loss']:+.4f}")
         rows.append(tuple(row))
     columns = ("", "loss", "perplexity", "bits/byte", "skipped slots")
-    where = figures.get("round")
+    where, others = figures.get("round"), results[1:]
+    note = (
+        f"Loss in nats per token, over {human_count(first['tokens'])} tokens in windows of "
+        f"{figures['seq_len']}. Text: {figures['data']}."
+    )
+    cost = "cost of skipping"
+    if others and all(result["skipped_share"] == 0 for result in others):
+        cost = "cost of fewer experts"
+        note += " No slot is skipped, as tokens choose among the experts that are there."
     return ReportTable(
         f"{figures['model']}" + ("" if where is None else f", round {where}"),
-        (*columns, "cost of skipping") if len(results) > 1 else columns,
+        (*columns, cost) if others else columns,
         tuple(rows),
-        f"Loss in nats per token, over {human_count(first['tokens'])} tokens in windows of "
-        f"{figures['seq_len']}. Text: {figures['data']}.",
+        note,
     )
 
 
@@ -305,7 +312,8 @@ def main(arguments: Sequence[str]) -> int:
     figures = evaluate_model(options)
     console = Console(highlight=False)
     if figures.get("passed_over"):
-        console.print(f"an older checkpoint is taken, because {figures['passed_over']}")
+        text = f"an older checkpoint is taken, because {figures['passed_over']}"
+        console.print(text, markup=False, soft_wrap=True)
     print_tables([eval_table(figures)], console)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)

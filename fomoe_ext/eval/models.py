@@ -157,7 +157,7 @@ def placement_of(source: Source) -> Placement:
 
 
 def _run_variants(source: Source, skipping: Skipping, device: torch.device) -> Iterator[Variant]:
-    def load(name: str, placement: Placement | None = None, site: int = 0) -> Variant:
+    def load(name: str, placement: Placement | None = None, site: int | None = None) -> Variant:
         model = LanguageModel(source.model, placement, site, device=device)
         load_global_model(source.checkpoint, model)
         return _variant(model, name, skipping)

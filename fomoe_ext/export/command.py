@@ -220,7 +220,7 @@ def main(arguments: Sequence[str]) -> int:
 
     options = tyro.cli(ExportOptions, prog="fomoe export", args=list(arguments))
     source = find_source(options.run, options.checkpoint)
-    say = Console(highlight=False, soft_wrap=True).print
+    say = Console(highlight=False, markup=False, soft_wrap=True).print
     if source.passed_over:
         say(f"an older checkpoint is taken, because {source.passed_over}")
     out, files, size = export(source, options)

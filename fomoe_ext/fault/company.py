@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,10 @@ from fomoe_ext.fault import ownership
 from fomoe_ext.fault.membership import NotAMember, TorchftMembership, View
 from fomoe_ext.fault.reform import Reform, Regrouped
 from fomoe_ext.fault.site import Recoverable
+from fomoe_ext.launch.waiting import reason_of
 from fomoe_ext.launch.world import PeerLost
+
+_log = logging.getLogger(__name__)
 
 LATE = "a site is late"
 _ATTEMPTS = 12
@@ -117,13 +120,14 @@ class Company:
                     patience_s=_LATE_S if late else self.patience_s,
                 )
             except NotAMember as error:
-                number = site.world.number
-                print(f"site {number}: {error}; it joins anew", file=sys.stderr, flush=True)
+                _log.warning("site %d: %s; it joins anew", site.world.number, error)
                 site.late = True
             except dist.DistError as error:
                 # The lighthouse cannot be reached; the heartbeat connects anew when it can.
                 if time.monotonic() > deadline:
-                    raise PeerLost(f"the lighthouse cannot be reached: {error}") from error
+                    raise PeerLost(
+                        f"the lighthouse cannot be reached: {reason_of(error)}"
+                    ) from error
                 time.sleep(1.0)
 
     def _tell(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Self
 from fomoe_ext.config.fault import FaultConfig
 
 _GOODBYE_S = 15.0
+_log = logging.getLogger(__name__)
 
 
 class LighthouseKeeper:
@@ -75,4 +77,4 @@ class LighthouseKeeper:
             self._lighthouse.stdin.write(f"dead {site}\n")
             self._lighthouse.stdin.flush()
         except OSError:
-            print("fomoe: the lighthouse has ended", file=sys.stderr, flush=True)
+            _log.warning("fomoe: the lighthouse has ended")

@@ -9,6 +9,7 @@ a view ends between two rounds, and is taken in then.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
@@ -30,6 +31,9 @@ from fomoe_ext.fault.lighthouse import (
 )
 from fomoe_ext.fault.secret import keyed, matches
 from fomoe_ext.files.json_values import loads
+from fomoe_ext.launch.waiting import reason_of
+
+_log = logging.getLogger(__name__)
 
 _BEAT_S = 0.5
 _LOOK_S = 0.05
@@ -118,7 +122,7 @@ class _Beats:
                 # Without the lighthouse nothing can change: go on as long as all goes well.
                 if self.blind_since is None:
                     self.blind_since = time.monotonic()
-                    print(f"fomoe: the lighthouse does not answer ({error})", flush=True)
+                    _log.info("fomoe: the lighthouse does not answer (%s)", reason_of(error))
                 with suppress(Exception):
                     self._owner.connect()
 
@@ -369,7 +373,7 @@ class TorchftMembership:
                 break
             except (RuntimeError, TimeoutError) as error:
                 if time.monotonic() > deadline:
-                    raise TooFew(f"no quorum of {self.quorum} sites: {error}") from None
+                    raise TooFew(f"no quorum of {self.quorum} sites: {reason_of(error)}") from None
         proven = [p for p in quorum.participants if _is_proven(p.replica_id, p.data)]
         members = tuple(sorted(int(p.replica_id) for p in proven))
         if self.site not in members or len(members) < least:

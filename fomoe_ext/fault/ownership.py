@@ -135,7 +135,7 @@ def is_level(placement: Placement, replication: int) -> bool:
     """Whether every expert has as many holders as can be, and no two sites' loads of a layer differ
     by more than one."""
     wanted = min(replication, placement.num_sites)
-    for experts in placement.owners_of:
+    for experts in placement.table:
         loads = _loads(experts, placement.num_sites)
         if max(loads) - min(loads) > 1 or any(len(owners) != wanted for owners in experts):
             return False

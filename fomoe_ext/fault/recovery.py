@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from fomoe_ext.plan.traffic import NOTE_BYTES
 from fomoe_ext.report.runs import CHECKPOINTS
 from fomoe_ext.report.tally import Tally
 
+_log = logging.getLogger(__name__)
+
 
 def progress(site: Recoverable) -> dict[str, Any]:
     """How far a site is, as one that comes late goes on from it."""
@@ -31,23 +34,27 @@ def progress(site: Recoverable) -> dict[str, Any]:
         "step": site.tally.steps,
         "steps_in_round": site.steps_in_round,
         "data": site.batches.state_dict(),
-        "counters": {name: getattr(sync, name) for name in ("round", "steps", "reductions")},
+        "counters": {
+            "round": sync.round,
+            "steps": sync.steps,
+            "reductions": sync.step_count.reductions,
+        },
         "agreements": sync.agreements,
         "story": site.story,
         "first_validation": site.tally.first_validation,
     }
 
 
-def settle(site: Recoverable, apply: bool) -> None:
-    """Ends a meeting that broke off: applies it, with all that a meeting is followed by, or takes
-    it back."""
-    placement, lost = site.placement, site.sync.pending is not None and not apply
-    outcome = site.sync.settle(apply)
+def end_pending(site: Recoverable, commit: bool) -> None:
+    """Ends a meeting that broke off: commits it, with all that follows a meeting, or rolls it
+    back."""
+    placement, lost = site.placement, site.sync.pending is not None and not commit
+    outcome = site.sync.end_pending(commit)
     if lost:
         # The notes before it will be told again.
         notes = (site.world.num_sites - 1) * NOTE_BYTES
         site.tally.note_bytes -= notes
-        site.sync.lost_bytes += notes
+        site.sync.log.lost_bytes += notes
     if outcome is not None:
         site.tally.meeting_s += site.after_meeting(placement, outcome)
 
@@ -60,9 +67,9 @@ def carry_share_errors(
     pieces: each of them encodes the same sums as before."""
     kept = {
         _key(layout, members): feedback.shares
-        for layout, feedback in zip(old.layouts, old.feedback, strict=True)
+        for layout, feedback in zip(old.layout.layouts, old.state.feedback, strict=True)
     }
-    for layout, feedback in zip(new.layouts, new.feedback, strict=True):
+    for layout, feedback in zip(new.layout.layouts, new.state.feedback, strict=True):
         shares = kept.get(_key(layout, new_members))
         if shares is not None and feedback.shares is not None:
             feedback.shares.copy_(shares)
@@ -79,15 +86,16 @@ def become(site: Recoverable, formed: Formed) -> None:
     """Puts a new model, and the site's place among the others, into force."""
     old = None if site.late else site.sync
     sync, donor = formed.sync, formed.donor
-    for name, value in donor["counters"].items():
-        setattr(sync, name, value)
-    sync.agreements = donor["agreements"]
+    counters = donor["counters"]
+    sync.log.round, sync.log.agreements = counters["round"], donor["agreements"]
+    sync.step_count.taken = counters["steps"]
+    sync.step_count.reductions = counters["reductions"]
     if old is not None:
-        sync.bytes_sent, sync.lost_bytes = old.bytes_sent, old.lost_bytes
-        sync.agreements = old.agreements
-        sync.tokens.copy_(old.tokens)
+        sync.log.bytes_sent, sync.log.lost_bytes = old.log.bytes_sent, old.log.lost_bytes
+        sync.log.agreements = old.log.agreements
+        sync.counts.tokens.copy_(old.counts.tokens)
         if sync.warmup is not None and old.warmup is not None:
-            residents = [layer.site_experts for layer in sync.moe_layers]
+            residents = [layer.site_experts for layer in sync.layout.site.moe_layers]
             sync.warmup.progress = {
                 key: steps
                 for key, steps in old.warmup.progress.items()
@@ -107,7 +115,7 @@ def become(site: Recoverable, formed: Formed) -> None:
     site.world, site.late = formed.world, False
     site.model, site.optimizer, site.sync = formed.model, formed.optimizer, sync
     if old is not None:
-        old.disconnect()
+        old.close()
 
 
 @torch.no_grad()
@@ -124,7 +132,7 @@ def restore_experts(
         try:
             _read_experts(site, model, experts, path)
         except CheckpointError as error:
-            print(f"site {site.world.number}: {error}", flush=True)
+            _log.info("site %d: %s", site.world.number, error)
             continue
         return ckpt.steps_of(path)
     return None

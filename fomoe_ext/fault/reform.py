@@ -166,7 +166,7 @@ class Reform:
             "arrived": sync.pending is not None and sync.pending.arrived,
             "between": site.steps_in_round == 0,
             "shadows": [site.shadows.round, [list(key) for key in site.shadows.experts]],
-            "holds": [list(layer.site_experts) for layer in sync.moe_layers],
+            "holds": [list(layer.site_experts) for layer in sync.layout.site.moe_layers],
             "names": Belongings.of(sync.state).names(),
             **recovery.progress(site),
         }
@@ -179,10 +179,10 @@ class Reform:
         target = max(s["round"] for s in standing if not s["fresh"])
         pending = site.sync.pending is not None
         if site.sync.round == target:
-            recovery.settle(site, apply=False)
+            recovery.end_pending(site, commit=False)
             return "taken back" if pending else ""
         if site.sync.round == target - 1 and site.sync.pending and site.sync.pending.arrived:
-            recovery.settle(site, apply=True)
+            recovery.end_pending(site, commit=True)
             return "applied"
         site.late = True  # it has missed a whole round: others tell it all
         return ""
@@ -305,7 +305,7 @@ def _parcels(
         for place, s in enumerate(standing):
             for expert in [] if s["fresh"] else s["holds"][layer]:
                 held.setdefault(expert, []).append(place)
-        for expert, owners in enumerate(placement.owners_of[layer]):
+        for expert, owners in enumerate(placement.table[layer]):
             for target in owners:
                 have = held.get(expert, [])
                 if have and target not in have:

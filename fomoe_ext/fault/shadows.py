@@ -43,7 +43,7 @@ class Shadows:
         stays.
         """
         placement, me = sync.placement, sync.site
-        names = ["anchor", "momentum"] if sync.momenta else ["anchor"]
+        names = ["anchor", "momentum"] if sync.state.momenta else ["anchor"]
         mine = Belongings.of(sync.state)
         mine.tensors = {k: v for k, v in mine.tensors.items() if k in (*names, "bias")}
         here, biases = items_of(sync.layout), biases_of(sync.layout)

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -27,6 +27,8 @@ try:
     import fcntl
 except ImportError:  # not on this system: what the file says decides
     fcntl = None  # type: ignore[assignment]
+
+_log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 _BEAT_S = 4.0
@@ -213,11 +215,12 @@ def _lives(record: dict[str, Any], path: Path, name: str) -> bool:
 def _beats(record: dict[str, Any], path: Path, name: str) -> bool:
     """Whether a process of another machine gives signs of life."""
     first, end = path.stat().st_mtime_ns, time.monotonic() + _BEATS * _BEAT_S
-    print(
-        f"fomoe: {name} was in use by process {record.get('process')} on {record.get('host')}: "
-        f"waiting {_BEATS * _BEAT_S:.0f} s for a sign of life",
-        file=sys.stderr,
-        flush=True,
+    _log.warning(
+        "fomoe: %s was in use by process %s on %s: waiting %.0f s for a sign of life",
+        name,
+        record.get("process"),
+        record.get("host"),
+        _BEATS * _BEAT_S,
     )
     while time.monotonic() < end:
         time.sleep(_BEAT_S / 8)

@@ -87,7 +87,7 @@ class TensorFiles:
             except (OSError, ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{folder}: cannot read {INDEX} ({error})") from None
         else:
-            raise ValueError(f"path must be a folder with {SINGLE} or {INDEX}, got {folder}")
+            raise ValueError(f"folder must have {SINGLE} or {INDEX}, got {folder}")
 
     def _file(self, name: str) -> Any:
         if name not in self._open:

@@ -5,6 +5,7 @@ A full disk, or one that fails, is no reason to lose what has been trained. Need
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections import deque
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
+
+_log = logging.getLogger(__name__)
 
 EXIT_UNWRITTEN = 74
 """Exit code of a job that has come to its end, but some of its files could not be written
@@ -32,8 +35,7 @@ class Unwritten:
         self._found[name] = f"{name}{f' ({much})' if much else ''}: {reason}"
         if first and not quiet:
             with suppress(OSError, ValueError):
-                sys.stderr.write(f"fomoe train: could not write {name}, going on: {reason}\n")
-                sys.stderr.flush()
+                _log.warning("fomoe train: could not write %s, going on: %s", name, reason)
 
     def forget(self, path: Path | str) -> list[str]:
         """The file was written after all, or something in its place; its line, if it had one."""

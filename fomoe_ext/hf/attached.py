@@ -1,4 +1,4 @@
-"""What a conversion attaches to a transformers model: the balance loss, and how it is saved."""
+"""What a conversion adds to a transformers model: the balance losses, and its own saving."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from fomoe_ext.layer.balance import wants_loss
 from fomoe_ext.layer.moe import MoELayer
 
 _MARK = "fomoe_converted_"
-"""Before a configuration's model_type: transformers refuses it by name."""
+"""Prefix of model_type in a marked config.json, so that transformers refuses it by name."""
 
 
 # ---- the balance loss ----------------------------------------------------------------------------
 
 
 def _share(given: dict[str, Any]) -> Any:
-    """Which part of a step's loss this pass is, where a Trainer says so: it adds them up."""
+    """This pass's share of a step's loss. A Trainer adds the losses of a step's passes, each
+    already divided by the step's number of tokens; elsewhere the share is 1."""
     items, labels = given.get("num_items_in_batch"), given.get("labels")
     if items is None or not isinstance(labels, torch.Tensor):
         return 1.0
@@ -33,10 +34,10 @@ def _share(given: dict[str, Any]) -> Any:
 
 
 def add_balance_loss(model: nn.Module, inputs: Any, given: dict[str, Any], output: Any) -> Any:
-    """A forward hook: adds the layers' balancing losses to `output.loss` in training.
+    """A forward hook: in training, adds the layers' balance losses to `output.loss`.
 
-    What it has added has no gradient any more in `aux_loss`, so that whoever adds it as well does
-    not train on it twice. Raises RuntimeError where a pass has left losses without a graph.
+    It detaches every `aux_loss` that it adds, so that a loop that adds `aux_loss` too does not get
+    its gradient twice. Raises RuntimeError if the losses have no graph although routers train.
     """
     if not model.training:
         return None
@@ -51,7 +52,7 @@ def add_balance_loss(model: nn.Module, inputs: Any, given: dict[str, Any], outpu
     trained = any(p.requires_grad for layer in layers for p in layer.router.parameters())
     if loss.requires_grad and trained and not all(m.aux_loss.requires_grad for m in layers):
         raise RuntimeError(
-            "the balance loss has no gradient: reentrant checkpointing loses it. Give "
+            "the balance loss has no gradient, because reentrant checkpointing discards it: use "
             "gradient_checkpointing_kwargs={'use_reentrant': False}"
         )
     share = _share(given)
@@ -68,18 +69,20 @@ def add_balance_loss(model: nn.Module, inputs: Any, given: dict[str, Any], outpu
 
 
 class SaveConverted:
-    """`save_pretrained` of a converted model, in the place of transformers' own.
+    """`save_pretrained` of a converted model; replaces that of transformers.
 
-    The folder is in the original format where that can hold what the model is. A site's part, a
-    checkpoint of a Trainer (which reads it again into the converted model) and what has no place in
-    the format keep the names of the converted model; such a folder's configuration is marked, so
-    that transformers refuses it instead of making random experts.
+    It writes the original format if that format can store the model. Otherwise the tensors keep the
+    names of the converted model: for a site with only some experts, for a feature that the format
+    lacks, and for a checkpoint of a Trainer, which loads it into the converted model again. The
+    configuration of such a folder is marked, so that transformers refuses it instead of
+    initialising random experts.
     """
 
     def __init__(
         self, model: Any, why_not: Callable[[Any], str], save: Callable[..., None]
     ) -> None:
-        """why_not: why a model cannot be in the original format, or ""; save: writes it so."""
+        """why_not: returns why a model cannot be in the original format, or "". save: writes a
+        model in the original format."""
         self.model, self.why_not, self.save = model, why_not, save
 
     def __call__(self, save_directory: Any, *args: Any, **options: Any) -> None:
@@ -97,29 +100,29 @@ class SaveConverted:
             try:
                 self.save(self.model, folder, **options)
                 return
-            except ValueError as error:  # other names, for example: nothing is written yet
+            except ValueError as error:  # names differ, for example; nothing is written yet
                 reason = str(error)
-        # Else it renames what it takes for blocks, and a Trainer would not find them again.
+        # Otherwise transformers renames tensors, and a Trainer would not find them again.
         options["save_original_format"] = False
         type(self.model).save_pretrained(self.model, save_directory, *args, **options)
         if elsewhere:
             if not of_trainer:  # OuterSyncCallback writes those
                 warnings.warn(
-                    f"nothing was written to {folder}: transformers writes at rank 0 of "
-                    f"torch.distributed only, this is {dist.get_rank()}",
+                    f"nothing was written to {folder}: transformers writes only at rank 0 of "
+                    f"torch.distributed, and this is rank {dist.get_rank()}",
                     stacklevel=2,
                 )
         elif mark(folder) and not of_trainer:
             warnings.warn(
                 f"{folder} has the tensors of a converted model, which plain transformers does not "
-                f"read: {reason or 'its state dict was given'}",
+                f"read: {reason or 'state_dict was given'}",
                 stacklevel=2,
             )
 
 
 def mark(folder: Path) -> bool:
-    """Says in a folder's configuration, if it has one, that its tensors are not of the original
-    format; returns whether it has one."""
+    """Marks a folder's config.json: its tensors are not in the original format. Returns whether the
+    folder has a config.json."""
     path = folder / "config.json"
     if not path.is_file():
         return False
@@ -131,7 +134,7 @@ def mark(folder: Path) -> bool:
 
 
 def attach(model: nn.Module, why_not: Callable[[Any], str], save: Callable[..., None]) -> None:
-    """After a conversion; arguments of `SaveConverted`."""
+    """Adds hook and `save_pretrained` after a conversion; arguments as of `SaveConverted`."""
     if add_balance_loss not in model._forward_hooks.values():
         model.register_forward_hook(add_balance_loss, with_kwargs=True)
     if hasattr(type(model), "save_pretrained"):

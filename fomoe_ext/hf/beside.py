@@ -1,4 +1,4 @@
-"""What stands beside the weights in a folder of transformers: configuration, how to generate."""
+"""The other files of a transformers folder: config.json and generation_config.json."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import nn
 
 
 def read_generation_config(model: Any, folder: Path) -> None:
-    """Gives a model what generation_config.json says, e.g. which tokens end an answer.
+    """Sets a model's generation_config from generation_config.json (end-of-text ids, for example).
 
-    Where there is none, what config.json says of it, as transformers does. Raises ValueError for a
+    Without that file it is derived from config.json, as transformers does. Raises ValueError for a
     file that cannot be read.
     """
     from transformers import GenerationConfig
@@ -34,9 +34,10 @@ def read_generation_config(model: Any, folder: Path) -> None:
 
 
 def write_configs(model: Any, folder: Path, untied: bool) -> None:
-    """config.json and generation_config.json of a model's weights as they are written.
+    """Writes config.json and generation_config.json for weights that are written plain.
 
-    untied: what the configuration ties is written apart. The tokenizer is the caller's to save.
+    untied: tensors that the configuration ties are written separately. The caller saves the
+    tokenizer.
     """
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__.removeprefix("FSDP")]
@@ -46,19 +47,19 @@ def write_configs(model: Any, folder: Path, untied: bool) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # weights are plain
     if type(model).__module__.startswith("transformers.") and hasattr(config, "auto_map"):
-        del config.auto_map  # names files that are not there, of code that is transformers' own
+        del config.auto_map  # names code files that the folder lacks; transformers has the code
     config.save_pretrained(folder)
     generation = getattr(model, "generation_config", None)
     if generation is None:
         return
     try:
         generation.save_pretrained(folder)
-    except ValueError:  # published ones may contradict themselves, and are kept as they are
+    except ValueError:  # some published files are inconsistent; they are kept as they are
         generation.to_json_file(folder / "generation_config.json")
 
 
 def keep_in_fp32(model: Any, dtype: torch.dtype) -> None:
-    """Makes those parameters, on the meta device, fp32 that transformers would keep so."""
+    """Gives parameters on the meta device dtype fp32 if transformers would keep them in fp32."""
     patterns = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if dtype == torch.float16:
         patterns |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
@@ -73,10 +74,10 @@ def keep_in_fp32(model: Any, dtype: torch.dtype) -> None:
 
 
 def ignored_names(model: Any, names: tuple[str, ...]) -> set[str]:
-    """Tensors of a checkpoint that transformers has no use for either, and never had.
+    """Names of checkpoint tensors that transformers ignores, too.
 
-    Rotary angles, which are computed, and the layers that predict further tokens (DeepSeek-V3's
-    after the last).
+    These are rotary frequencies, which are computed, and the layers after the last one that predict
+    further tokens (DeepSeek-V3).
     """
     config = model.config
     patterns = [r"rotary_emb\.inv_freq$"]

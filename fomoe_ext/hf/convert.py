@@ -1,4 +1,4 @@
-"""MoE blocks of a transformers model become `MoELayer`s, in place."""
+"""`convert`: replaces the MoE blocks of a transformers model by `MoELayer`s, in place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fomoe_ext.hf.converted import (
     Origin,
     ScaledExpert,
     converted_layers,
-    forget_between,
+    free_scratch,
     make_tap,
     rearranged,
     shape_of,
@@ -28,11 +28,14 @@ from fomoe_ext.layer.moe import TRAINING_OPTIONS
 from fomoe_ext.placement.placement import Placement
 
 _OPTIONS = (*TRAINING_OPTIONS, "seed")
-"""Of `MoELayer`, those that may be given; what it computes is the block's."""
+"""Options of `MoELayer` that `convert` takes. All others follow from the block."""
 
 
 class _Found(NamedTuple):
-    """A block, where it is, and the layer that will be in its place, still without weights."""
+    """A block, its place in the model, and the layer that will replace it, still without weights.
+
+    path: of the block. parent, name: the module that gets the layer, and the attribute.
+    """
 
     path: str
     parent: nn.Module
@@ -43,39 +46,40 @@ class _Found(NamedTuple):
 
 def convert(
     model: nn.Module,
-    *,
     placement: Placement | None = None,
-    site: int = 0,
+    site: int | None = None,
+    *,
     resident: Sequence[int] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Replaces the MoE blocks of a transformers model by `MoELayer`s, in place; returns the model.
 
-    Weights move, nothing is copied: where all experts stay a stacked weight is the same Parameter
-    as before (gpt-oss's is rearranged within its memory, an expert at a time), else the rows of
-    absent experts are let go. Routing is computed in fp32. Make optimizers after it.
+    Weights are moved, not copied. If all experts stay, a stacked weight is the same Parameter as
+    before (gpt-oss's is rearranged within its memory, one expert at a time); else the memory of the
+    absent experts is freed. Routing is computed in fp32. Create optimizers after the conversion.
 
-    Losses that balance experts are added to `model(..., labels=...).loss` in training; a loss of
-    one's own is to add every layer's `aux_loss`. `balance="bias"` wants `update_selection_bias` of
-    every layer after an optimizer step; families whose files have no place for such a bias, all but
-    DeepSeek-V3, can then not be written or restored unless it is zero (a warning says so).
+    In training, `model(..., labels=...).loss` includes the losses that balance experts. If you
+    compute the loss yourself, add the `aux_loss` of every layer. With `balance="bias"`, call
+    `update_selection_bias` of every layer after each optimizer step. Only the files of DeepSeek-V3
+    can store such a bias: models of the other families cannot be saved or restored while it is
+    nonzero (a warning says so).
 
-    `model.save_pretrained` of a model with all experts writes the original format; else a folder
-    that plain transformers refuses (`attached.SaveConverted`).
+    `model.save_pretrained` of a model with all experts writes the original format; otherwise it
+    writes a folder that plain transformers refuses to load (`attached.SaveConverted`).
 
     Args:
-        model: of a family that `fomoe_ext.hf` knows; on the meta device as well.
-        placement, site: who holds which experts, layer by layer; or
-        resident: ids of the experts to hold, in all layers. Neither = all experts.
+        model: of a supported family; it may be on the meta device.
+        placement, site: which experts each site holds, layer by layer, and the number of this site.
+        resident: instead of a placement: ids of the experts to hold, the same in all layers.
+            Without placement and resident all experts are held.
         options: `router_scope`, `skipped_mass`, `balance`, `balance_coef`, `router_z_loss_coef`,
             `balance_bias_rate` and `seed` of `MoELayer`.
 
-    Raises ValueError or TypeError, with nothing changed, for a model without blocks of a known
-    family or inside of a wrapper, a placement of other sizes, or a block that does what a
-    `MoELayer` cannot.
+    Raises ValueError or TypeError, and leaves the model as it is, for a placement without a site, a
+    placement of other sizes, a model in a wrapper or without blocks of a supported family, or a
+    block with a feature that `MoELayer` lacks.
     """
-    if placement is not None and resident is not None:
-        raise ValueError("give placement or resident, not both")
+    _check_choice(placement, site, resident)
     for name in options.keys() - {*_OPTIONS}:
         raise TypeError(
             f"convert() got an unexpected keyword argument {name!r}, options are "
@@ -92,21 +96,36 @@ def convert(
     for one in found:
         _fill(one.layer, one.block)
         setattr(one.parent, one.name, one.layer)
-    forget_between()
+    free_scratch()
     attach(inside, why_not_original, save_pretrained)
     if options.get("balance") == "bias":
         _warn_of_bias({one.layer.origin.family for one in found})
     return model
 
 
+def _check_choice(
+    placement: Placement | None, site: int | None, resident: Sequence[int] | None
+) -> None:
+    """ValueError unless the arguments name one set of experts."""
+    if placement is not None and resident is not None:
+        raise ValueError("placement and resident must not be given together")
+    if placement is not None and site is None:
+        raise ValueError(
+            f"site must be given with a placement: the number of this site, in "
+            f"[0, {placement.num_sites})"
+        )
+    if placement is None and site is not None:
+        raise ValueError(f"site must be given with a placement, got site = {site} without one")
+
+
 def _why_none(model: nn.Module) -> str:
-    """Why a model has nothing to convert."""
+    """Why a model has no block to convert."""
     if converted_layers(model):
         return "model is converted already; fomoe_ext.hf.restore undoes it"
     known = ", ".join(f"{family.name} ({family.block})" for family in families())
     return (
-        f"model must have MoE blocks of a known family: {known}; {type(model).__name__} has none. "
-        "fomoe_ext.hf.register adds a family"
+        f"model must have MoE blocks of a supported family ({known}), got "
+        f"{type(model).__name__} without one. fomoe_ext.hf.register adds a family"
     )
 
 
@@ -114,9 +133,9 @@ def _warn_of_bias(found: set[Family]) -> None:
     for family in found:
         if not family.selection_bias:
             warnings.warn(
-                f'balance="bias": files of {family.name} have no place for a selection bias, so '
-                "that save_merged, save_pretrained and restore will refuse this model once it has "
-                'one; balance="switch" needs none',
+                f'balance="bias": files of {family.name} cannot store a selection bias. '
+                "save_merged, save_pretrained and restore will refuse this model once the bias is "
+                'not zero. balance="switch" uses no bias',
                 stacklevel=3,
             )
 
@@ -124,7 +143,7 @@ def _warn_of_bias(found: set[Family]) -> None:
 def _find(
     model: nn.Module,
     placement: Placement | None,
-    site: int,
+    site: int | None,
     resident: Sequence[int] | None,
     options: dict[str, Any],
 ) -> Iterator[_Found]:
@@ -135,13 +154,13 @@ def _find(
         if family is None:
             continue
         ids = resident
-        if placement is not None:
+        if placement is not None and site is not None:
             ids = placement.resident(min(number, placement.num_layers - 1), site)
         if config is None:
             raise ValueError(
                 f"model must be one of transformers, with a config, got {type(model).__name__}"
             )
-        # What torch.compile has made of a block goes with the block.
+        # A wrapper of torch.compile around the block is replaced with it.
         parent, _, name = without_compiled(path).rpartition(".")
         try:
             layer = _make_layer(family, block, config, ids, number, options)
@@ -187,7 +206,7 @@ def _make_layer(
 
 
 def _require_known(family: Family, block: nn.Module, layer: ConvertedMoE) -> None:
-    """ValueError for a block with tensors that the layer would not have: adapters, scales."""
+    """ValueError for a block with tensors that the layer lacks, such as adapters or scales."""
     router = (*layer.router.parts, *filter(None, [family.selection_bias]))
     known = {f"{family.router}.{part}" for part in router}
     known |= {f"experts.{PARTS[part]}" for part in layer.experts.parts}
@@ -195,14 +214,14 @@ def _require_known(family: Family, block: nn.Module, layer: ConvertedMoE) -> Non
     names = (name for name in block.state_dict() if not plain_name(name).startswith(shared or "."))
     if unknown := [name for name in names if plain_name(name) not in known]:
         raise ValueError(
-            f"a {family.name} block must have no other tensors than transformers gives it, this "
-            f"has {', '.join(unknown[:3])}"
+            f"a {family.name} block must have only the tensors that transformers gives it, got "
+            f"{', '.join(unknown[:3])} in addition"
         )
 
 
 @torch.no_grad()
 def _fill(layer: ConvertedMoE, block: nn.Module) -> None:
-    """Moves the block's weights into the layer; the block keeps their shapes."""
+    """Moves the block's weights into the layer. The block keeps parameters on the meta device."""
     family, experts = layer.origin.family, block.get_submodule("experts")
     router = block.get_submodule(family.router)
     layer.make_buffers(experts.get_parameter(PARTS["expand_weight"]).device)
@@ -223,7 +242,7 @@ def _fill(layer: ConvertedMoE, block: nn.Module) -> None:
 
 
 def _resident_rows(layer: ConvertedMoE, part: str, stack: nn.Parameter) -> nn.Parameter:
-    """The resident experts of a stack of all, as `Experts` has them."""
+    """The resident experts of a stack of all experts, in the layout of `Experts`."""
     to_ours = partial(layer.origin.family.layout.to_ours, part)
     ids = layer.experts.resident_experts
     if len(ids) == len(stack):

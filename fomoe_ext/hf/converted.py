@@ -1,4 +1,4 @@
-"""A converted model: its layers, what each was, and its weights in the order of either."""
+"""The layers of a converted model, the blocks they replace, and the weight layouts of both."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from fomoe_ext.layer.moe import MoELayer
 
 @dataclass
 class Origin:
-    """What a converted layer was: its family, the block without its weights, and what the block
-    does in terms of a `MoELayer`."""
+    """What a converted layer replaces.
+
+    family: of the block. block: the block itself, without its weights. options: the options of
+    `MoELayer` that compute what the block computes.
+    """
 
     family: Family
     block: nn.Module
@@ -26,18 +29,19 @@ class Origin:
 
 
 class ConvertedMoE(MoELayer):
-    """A `MoELayer` in the place of a transformers block; `origin` is what it takes to go back."""
+    """A `MoELayer` that replaces a transformers block; `origin` has what `restore` needs."""
 
     origin: Origin
 
     def forward(self, x: Tensor) -> Any:
-        """As `MoELayer`; where the block returned (y, scores), which no model reads, (y, None)."""
+        """As `MoELayer.forward`. If the block returned (y, scores), the result is (y, None): no
+        model of transformers reads the scores."""
         y = super().forward(x)
         return (y, None) if self.origin.family.returns_scores else y
 
 
 class ScaledExpert(nn.Module):
-    """A shared expert times the sigmoid of a linear layer, as Qwen2-MoE has it."""
+    """A shared expert times the sigmoid of a linear layer (Qwen2-MoE)."""
 
     def __init__(self, expert: nn.Module, scale: nn.Module) -> None:
         super().__init__()
@@ -59,7 +63,7 @@ def layers(model: nn.Module) -> list[MoELayer]:
 
 
 def shared_modules(layer: ConvertedMoE) -> dict[str, nn.Module]:
-    """The shared expert's modules by the names that the block has for them."""
+    """The shared expert's modules, by their names in the block."""
     names = layer.origin.family.shared
     shared: Any = layer.shared_expert
     if not names:
@@ -76,9 +80,9 @@ def shared_modules(layer: ConvertedMoE) -> dict[str, nn.Module]:
 
 
 def make_tap(router_class: type[nn.Module]) -> nn.Module:
-    """A module of the router's class that returns the logits it is given.
+    """A module of the router's class whose forward returns the logits that it is given.
 
-    transformers records router logits by hooks on modules of that class.
+    transformers records router logits by forward hooks on modules of that class.
     """
     return _tap_class(router_class)()
 
@@ -98,20 +102,21 @@ def _tap_class(router_class: type[nn.Module]) -> type[nn.Module]:
     return Tap
 
 
-# ---- weights in the order of a block or a layer --------------------------------------------------
+# ---- weights in the layout of a block or a layer -------------------------------------------------
 
 
 def shape_of(parameter: nn.Parameter) -> nn.Parameter:
-    """What stays of a parameter whose values have moved: one of the meta device."""
+    """A parameter on the meta device, in place of one whose values were moved elsewhere."""
     return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
 
 def rearranged(
     layer: ConvertedMoE, stack: nn.Parameter, change: Callable[[Tensor], Tensor]
 ) -> nn.Parameter:
-    """Every expert of a stack, and of its gradient, changed to another order of its elements.
+    """A stack of experts, and its gradient, in another layout.
 
-    Within their memory; the same Parameter where the orders are one.
+    change: maps one expert to the new layout. The memory is reused. Returns the same Parameter if
+    both layouts are equal.
     """
     if layer.origin.family.layout.alike:
         return stack
@@ -123,25 +128,25 @@ def rearranged(
 
 def _reorder(stack: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     new = stack.view(len(stack), *change(stack[0]).shape)
-    between = _between(new[0])
+    between = _scratch(new[0])
     for source, target in zip(stack, new, strict=True):
         target.copy_(between.copy_(change(source)))
     return new
 
 
-def _between(like: Tensor) -> Tensor:
-    """Memory for one expert on its way, whose values do not matter: the same for all layers. Pieces
-    of it that come and go would leave a heap full of holes.
+def _scratch(like: Tensor) -> Tensor:
+    """Scratch memory for one expert, kept for all layers: allocating it anew for each would
+    fragment the heap.
     """
-    held = _held_between
+    held = _held_scratch
     if not held or held[0].device != like.device or held[0].numel() < like.nbytes:
         held[:] = [torch.empty(like.nbytes, dtype=torch.uint8, device=like.device)]
     return held[0][: like.nbytes].view(like.dtype).view(like.shape)
 
 
-_held_between: list[Tensor] = []
+_held_scratch: list[Tensor] = []
 
 
-def forget_between() -> None:
-    """Lets go of that memory."""
-    _held_between.clear()
+def free_scratch() -> None:
+    """Frees the scratch memory of `rearranged`."""
+    _held_scratch.clear()

@@ -1,7 +1,7 @@
-"""The MoE blocks of transformers' models: of what they are made and what that is in a `MoELayer`.
+"""The MoE blocks of transformers' models: their modules, and the options of an equal `MoELayer`.
 
-A family says how to read the options of a block, and how its experts are laid out: in memory, where
-transformers stacks them, and in files, where most architectures keep them one by one.
+A family describes how to read the options of a block, and the layout of its experts: in memory,
+where transformers stacks them, and in files, where most architectures store them one by one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fomoe_ext.layer.experts import ExpertWeights
 
-# `Experts.parts` and what transformers calls them.
+# `Experts.parts` and their names in transformers.
 PARTS = {
     "expand_weight": "gate_up_proj",
     "contract_weight": "down_proj",
@@ -32,14 +32,14 @@ Options = dict[str, Any]
 
 
 class Reader(Protocol):
-    """A checkpoint's tensors by name; counts what is read."""
+    """A checkpoint's tensors by name; it counts the bytes that are read."""
 
     def has(self, name: str) -> bool:
         """Whether there is such a tensor."""
         ...
 
     def read(self, name: str, row: int | None = None) -> Tensor:
-        """A tensor, or one row of it; no other row is read then."""
+        """A tensor or, without reading the others, one row of it."""
         ...
 
 
@@ -48,17 +48,17 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class SingleExperts:
-    """In memory [E, 2N, D], gate rows first, and [E, D, N], as ours; in files one by one.
+    """In memory [E, 2N, D], gate rows first, and [E, D, N], as in `Experts`; in files one by one.
 
-    `names`: of gate, up and down projection of one expert.
+    names: of the gate, up and down projections of one expert.
     """
 
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     alike: ClassVar[bool] = True
-    """In memory experts are as `Experts` has them."""
+    """Whether the layout in memory is that of `Experts`."""
 
     def to_ours(self, part: str, values: Tensor) -> Tensor:
-        """One expert's part as `Experts` has it."""
+        """One expert's part in the layout of `Experts`."""
         return values
 
     def to_theirs(self, part: str, values: Tensor) -> Tensor:
@@ -66,7 +66,9 @@ class SingleExperts:
         return values
 
     def read(self, reader: Reader, block: str, expert: int, parts: Iterable[str]) -> ExpertWeights:
-        """One expert as `Experts.parts`, from files of any of the two kinds; `block`: its path."""
+        """One expert in the order of `Experts.parts`, from stacked or single tensors in files.
+
+        block: path of the block."""
         stack = f"{block}.experts.gate_up_proj"
         if reader.has(stack):
             return tuple(reader.read(f"{block}.experts.{PARTS[p]}", expert) for p in parts)
@@ -96,12 +98,13 @@ class SingleExperts:
 
 @dataclass(frozen=True)
 class InterleavedExperts:
-    """Stacked in memory and in files: [E, D, 2N], gate and up columns in turn, and [E, N, D]."""
+    """Stacked in memory and in files: [E, D, 2N], gate and up columns alternating, and
+    [E, N, D]."""
 
     alike: ClassVar[bool] = False
 
     def to_ours(self, part: str, values: Tensor) -> Tensor:
-        """One expert's part as `Experts` has it: rows of gates, then of ups."""
+        """One expert's part in the layout of `Experts`: gate rows first, then up rows."""
         if part.endswith("weight"):
             values = values.T
         if part.startswith("expand"):
@@ -115,7 +118,7 @@ class InterleavedExperts:
         return values.T if part.endswith("weight") else values
 
     def read(self, reader: Reader, block: str, expert: int, parts: Iterable[str]) -> ExpertWeights:
-        """One expert as `Experts.parts`."""
+        """One expert in the order of `Experts.parts`."""
         names = [(part, f"{block}.experts.{PARTS[part]}") for part in parts]
         return tuple(self.to_ours(part, reader.read(name, expert)) for part, name in names)
 
@@ -145,16 +148,16 @@ class Family:
     """One kind of MoE block.
 
     name: of the architecture, for messages.
-    block: name of the block's class. It has `experts` and a router, and what `shared` names.
+    block: name of the block's class. Its modules are `experts`, the router and those in `shared`.
     options: (block, config) -> keyword options of `MoELayer`; sizes are read from the weights.
-        Raises ValueError where the block does what a `MoELayer` cannot.
-    router: name of the router in the block; it has `weight`, perhaps `bias`, and perhaps a
-        selection bias, whose name is `selection_bias`.
-    shared: names of the shared expert in the block and of the linear layer whose sigmoid scales it,
-        as far as there are.
+        Raises ValueError if the block has a feature that `MoELayer` lacks.
+    router: name of the router in the block. It has `weight` and perhaps `bias`.
+    selection_bias: name of the router's selection bias; "" = it has none.
+    shared: names of the shared expert in the block and, if there is one, of the linear layer whose
+        sigmoid scales it; empty = no shared expert.
     layout: of the experts.
-    returns_scores: the block returns (y, scores), not y.
-    block_in_files: what files call the block, where that is not the attribute's name.
+    returns_scores: whether the block returns (y, scores) instead of y.
+    block_in_files: name of the block in files, if it differs from the attribute's name.
     """
 
     name: str
@@ -168,15 +171,15 @@ class Family:
     block_in_files: str = ""
 
     def path_in_files(self, path: str) -> str:
-        """What files call the block at `path` in the model."""
+        """Path in files of the block that is at `path` in the model."""
         parent, _, name = path.rpartition(".")
         return f"{parent}.{self.block_in_files or name}" if parent else name
 
 
 def gated_activation(name: str) -> str:
-    """transformers' name of an activation -> that of a gated expert in `MoELayer`.
+    """The name in `MoELayer` of a gated activation, from its name in transformers.
 
-    Raises ValueError for one that the kernels do not have.
+    Raises ValueError for an activation that the kernels do not support.
     """
     if name not in _ACTIVATIONS:
         raise ValueError(f"hidden_act must be one of {', '.join(_ACTIVATIONS)}, got {name!r}")
@@ -184,7 +187,7 @@ def gated_activation(name: str) -> str:
 
 
 def softmax_options(config: Any, renormalize: bool) -> Options:
-    """Softmax over all experts, then the best `num_experts_per_tok`."""
+    """Options for a softmax over all experts, of which the top `num_experts_per_tok` are kept."""
     return {
         "top_k": config.num_experts_per_tok,
         "activation": gated_activation(config.hidden_act),
@@ -224,7 +227,7 @@ def _gpt_oss(block: nn.Module, config: Any) -> Options:
             "swiglu_alpha and swiglu_limit must be 1.702 and 7.0, got "
             f"{experts.alpha} and {experts.limit}"
         )
-    # Softmax over the logits of the chosen: over all, divided by the sum of the chosen.
+    # A softmax over the chosen logits equals one over all logits, renormalised over the chosen.
     return {
         "top_k": config.num_experts_per_tok,
         "activation": "clamped_swiglu",
@@ -239,17 +242,17 @@ _families: dict[str, Family] = {}
 
 
 def register(family: Family) -> None:
-    """Makes a family known; one of the same block class is replaced."""
+    """Adds a family. It replaces one with the same block class."""
     _families[family.block] = family
 
 
 def families() -> tuple[Family, ...]:
-    """All that are known."""
+    """All supported families."""
     return tuple(_families.values())
 
 
 def family_of(module: nn.Module) -> Family | None:
-    """The family of which a module is a block."""
+    """The family whose block a module is; None = of no supported family."""
     return _families.get(type(module).__name__)
 
 

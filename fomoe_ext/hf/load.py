@@ -1,4 +1,4 @@
-"""A site reads of a checkpoint of transformers only what it holds."""
+"""`from_pretrained_resident`: a site reads only its own experts of a transformers checkpoint."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +20,9 @@ from fomoe_ext.hf.wrappers import tied_names
 from fomoe_ext.placement.placement import Placement
 
 
-class Loaded(NamedTuple):
-    """A converted model, and how much of its checkpoint's tensors was read for it."""
-
-    model: Any
-    bytes_read: int
-    bytes_total: int
-
-
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Parameters of modules made inside have no memory; buffers do, with their values."""
+    """Modules created inside have their parameters on the meta device, but real buffers."""
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -46,35 +38,42 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def from_pretrained_resident(
-    path: str | Path,
+    folder: str | Path,
     placement: Placement,
     site: int,
     *,
+    output_loading_info: bool = False,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     model_class: Any = None,
     **options: Any,
-) -> Loaded:
+) -> Any:
     """A converted causal language model with one site's experts, read from a local folder.
 
-    Of every other expert nothing is read and nothing allocated. The model is in eval mode, with the
-    folder's generation_config.json. Weights in blocks of FP8 (DeepSeek-V3, Qwen3-MoE-FP8) and in
-    MXFP4 (gpt-oss) are worked out, in fp32, and rounded to the parameters' dtype.
+    The other experts are neither read nor allocated. The model is in eval mode and has the folder's
+    generation_config.json. Weights stored as FP8 blocks (DeepSeek-V3, Qwen3-MoE-FP8) or as MXFP4
+    (gpt-oss) are dequantised in fp32 and rounded to the dtype of the parameters.
 
     Args:
-        path: a folder of `save_pretrained` with safetensors files, of a family that is known.
-        placement, site, options: as `convert`.
-        dtype: of the parameters; None = that of the configuration, else float32. As with plain
-            transformers, some stay float32 (DeepSeek-V3's router).
-        device: where they go.
+        folder: as written by `save_pretrained`, with safetensors files, of a supported family.
+        placement, site, options: as in `convert`.
+        output_loading_info: whether to return a dict about the loading as well.
+        dtype: of the parameters; None = as config.json says, else float32. As with plain
+            transformers, some parameters stay float32 (DeepSeek-V3's router).
+        device: where the parameters and buffers go.
         model_class: a class of transformers; None = AutoModelForCausalLM.
 
-    Raises ValueError for a folder without safetensors, with other tensors than the model has or
-    quantised in any other way, naming what it is, and as `convert`.
+    Returns the model or, with output_loading_info, (model, info). info is a dict with
+        bytes_read: bytes of the tensors that were read, as stored;
+        bytes_total: bytes of all tensors in the folder;
+        unexpected_keys: names of the folder's tensors that the model does not use, sorted.
+
+    Raises ValueError for a folder without safetensors files, with tensors that the model lacks, or
+    quantised in another way; and what `convert` raises.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = Path(path)
+    folder = Path(folder)
     files = TensorFiles(folder)
     config = AutoConfig.from_pretrained(folder)
     try:
@@ -87,48 +86,58 @@ def from_pretrained_resident(
     with _parameters_on_meta():
         model = (model_class or AutoModelForCausalLM).from_config(config, dtype=kind)
         keep_in_fp32(model, kind)
-        convert(model, placement=placement, site=site, **options)
+        convert(model, placement, site, **options)
+    ignored = _read_all(reader, model, device)
+    read_generation_config(model, folder)
+    model.eval()
+    sizes = {"bytes_read": files.bytes_read, "bytes_total": files.bytes_total}
+    info = {**sizes, "unexpected_keys": sorted(ignored)}
+    return (model, info) if output_loading_info else model
+
+
+def _read_all(reader: Weights, model: Any, device: torch.device | str) -> set[str]:
+    """Reads all tensors of a converted model; returns names of tensors that it does not use."""
+    files = reader.files
     layers = converted_layers(model)
     others = _names_of_others(reader, model, {path for path, _ in layers})
     of_layers = (name for layer_path, layer in layers for name in _names(reader, layer_path, layer))
     ignored = ignored_names(model, files.names())
     reader.require_only({*of_layers, *others.values()}, ignored)
-    _warn_of_ignored(folder, ignored)
+    _warn_of_ignored(files.folder, ignored)
     with torch.no_grad():
         for layer_path, layer in layers:
             _read_layer(reader, layer_path, layer, device)
         _read_others(reader, model, others, device)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
-    read_generation_config(model, folder)
-    return Loaded(model.eval(), files.bytes_read, files.bytes_total)
+    return ignored
 
 
 def _warn_of_ignored(folder: Path, ignored: set[str]) -> None:
     if more := sorted(name for name in ignored if not name.endswith("inv_freq")):
         warnings.warn(
-            f"{folder}: {more[0]} and {len(more) - 1} other tensors are of layers that predict "
-            "further tokens, which transformers' model has not: they are left out",
-            stacklevel=3,
+            f"{folder}: {more[0]} and {len(more) - 1} other tensors are not read: they belong to "
+            "layers that predict further tokens, which transformers does not implement",
+            stacklevel=4,
         )
 
 
 def _set(module: nn.Module, name: str, values: Tensor, device: torch.device | str) -> None:
-    """Puts values where a parameter or buffer has been, in its dtype."""
+    """Replaces a parameter or buffer by one with these values, in the dtype of the old one."""
     old: Tensor = getattr(module, name)
     if old.shape != values.shape:
         raise ValueError(
-            f"{name} of {type(module).__name__} must have shape {list(old.shape)}, the file has "
-            f"{list(values.shape)}"
+            f"{name} of {type(module).__name__} must have shape {list(old.shape)}, got "
+            f"{list(values.shape)} in the file"
         )
-    # A copy: what safetensors gives may lie in the file, at any address.
+    # A copy: a tensor of safetensors may be mapped from the file, at an unaligned address.
     new = torch.empty_like(old, device=device).copy_(values)
     is_parameter = isinstance(old, nn.Parameter)
     setattr(module, name, nn.Parameter(new, old.requires_grad) if is_parameter else new)
 
 
 def _names(reader: Weights, path: str, layer: ConvertedMoE) -> Iterator[str]:
-    """Names of all tensors of a block in files."""
+    """Names of all of a block's tensors, as files have them."""
     family = layer.origin.family
     block = family.path_in_files(path)
     for part in (*layer.router.parts, *filter(None, [family.selection_bias])):
@@ -150,8 +159,8 @@ def _read_layer(
         for (part, stack), values in zip(stacks.items(), weights, strict=True):
             if stack[row].shape != values.shape:
                 raise ValueError(
-                    f"expert {expert} of {block} must have a {part} of {list(stack[row].shape)}, "
-                    f"the file has {list(values.shape)}"
+                    f"{part} of expert {expert} of {block} must have shape "
+                    f"{list(stack[row].shape)}, got {list(values.shape)} in the file"
                 )
             stack[row].copy_(values)
     layer.make_buffers(device)
@@ -173,10 +182,10 @@ def _read_module(reader: Weights, module: nn.Module, path: str, device: torch.de
 
 
 def _names_of_others(reader: Weights, model: nn.Module, layers: set[str]) -> dict[str, str]:
-    """What is to be read from which name, of all that is not in a converted layer.
+    """Tensors outside of converted layers: their names in the model -> their names in the files.
 
-    What shares memory with another is read once, under the name that the file has. Where it has
-    both, with different values, the configuration is wrong and they are two, as in transformers.
+    Tied tensors are read once, under the name that the files have. If the files have both names
+    with different values, config.json is wrong and the two are untied, as transformers does.
     """
     tied = tied_names(model)
     names = [
@@ -188,14 +197,14 @@ def _names_of_others(reader: Weights, model: nn.Module, layers: set[str]) -> dic
             found[source] = target
         elif reader.has(target) and not torch.equal(reader.read(target), reader.read(source)):
             warnings.warn(
-                f"config.json ties {target} to {source}, but the file has two different ones: they "
-                "are not tied",
-                stacklevel=3,
+                f"config.json ties {target} to {source}, but the files have different values for "
+                "them: they are loaded untied",
+                stacklevel=4,
             )
             _untie(model, target)
             found[target] = target
         elif reader.has(target):
-            found[target] = target  # equal: only known, source is read
+            found[target] = target  # equal: source is read, target is only listed as known
     return found
 
 
@@ -211,7 +220,8 @@ def _untie(model: Any, target: str) -> None:
 def _read_others(
     reader: Weights, model: nn.Module, names: dict[str, str], device: torch.device | str
 ) -> None:
-    """Reads tensors by their names in the files; buffers of no file go to the device."""
+    """Reads tensors by their names in the files, and moves buffers that no file has to the
+    device."""
     for key, in_file in names.items():
         parent, _, name = key.rpartition(".")
         if key not in tied_names(model):

@@ -1,4 +1,4 @@
-"""All sites together write one checkpoint of transformers."""
+"""`save_merged`: all sites together write one checkpoint that transformers loads."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ from fomoe_ext.placement.placement import Placement
 
 def save_merged(
     model: nn.Module,
+    folder: str | Path,
     placement: Placement,
     site: int,
-    folder: str | Path,
     *,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes the model of all sites in the original format; a collective of all sites.
+    """Writes the model of all sites in the original format. All sites must call it together.
 
-    Every expert comes from one of its holders, also its router row; everything else is site 0's,
-    which writes the files, one expert (gpt-oss: one layer) at a time, and needs memory for a file.
-    What plain transformers loads is the model that all sites train, with its configuration and
-    generation_config.json; save the tokenizer beside it. The folder is written under a temporary
-    name. The model may be in wrappers, of torch.compile or data parallelism.
+    Each expert and its router row come from one of the expert's holders, all other tensors from
+    site 0. Site 0 receives and writes one expert (gpt-oss: one layer) at a time; it needs memory
+    for one file of at most max_shard_bytes.
+    Plain transformers can load the folder: it has the global model, config.json and
+    generation_config.json. Save the tokenizer into it yourself. The folder appears under its name
+    once it is complete. The model may be wrapped by torch.compile or data parallelism.
 
-    Raises ValueError on all sites for a model that is not converted, is of another placement, or
-    has been trained since the sites last met in an OuterSync, and for what the format has no place
-    for: a selection bias where only DeepSeek-V3 has one, tensors of other names or shapes than the
-    configuration stands for. FileExistsError where the folder is there and not empty, RuntimeError
-    at the other sites where site 0 could not write.
+    Raises on all sites: ValueError for a model that is not converted, does not fit the placement or
+    has taken steps since the last meeting of its OuterSync, and for what the format cannot store (a
+    selection bias in another family than DeepSeek-V3, tensors whose names or shapes differ from
+    those that config.json implies); FileExistsError if the folder exists and is not empty. If
+    site 0 cannot write, it raises that error and the other sites raise RuntimeError.
     """
     target = Path(folder)
     model = unwrapped(model)
@@ -57,7 +58,7 @@ def save_merged(
             _write(model, tensors, target, max_shard_bytes)
         except Exception as error:
             failed = error
-    for _ in tensors:  # the others send; after a failure site 0 lets them
+    for _ in tensors:  # the other sites send; after an error site 0 receives what is left
         pass
     said = "" if failed is None else f"{type(failed).__name__}: {failed}"
     if placement.num_sites > 1:
@@ -69,7 +70,7 @@ def save_merged(
 
 
 def _why_not(model: Any, placement: Placement, site: int) -> str:
-    """Why this site's part of the model cannot be in the original format, or ""."""
+    """Why this site's part of the model cannot be written in the original format, or ""."""
     layers = converted_layers(model)
     if not layers:
         return f"model must have been converted by fomoe_ext.hf, got {type(model)}"
@@ -77,13 +78,13 @@ def _why_not(model: Any, placement: Placement, site: int) -> str:
         wanted = placement.resident(number, site)
         if layer.experts.resident_experts != wanted:
             return (
-                f"{path} must hold the placement's experts of site {site}, {wanted}, it holds "
+                f"{path} must hold the experts that the placement gives site {site}, {wanted}, got "
                 f"{layer.experts.resident_experts}"
             )
         if reason := why_no_place(path, layer, model.config):
             return reason
     if problem := unmet(model):
-        return f"model is not that of all sites: {problem}"
+        return f"model is not the one that all sites agreed on: {problem}"
     try:
         if wanted_names := skeleton(model, "save_merged"):
             require_names(_plain_tensors(model), wanted_names, _paths(model), "save_merged")
@@ -93,7 +94,7 @@ def _why_not(model: Any, placement: Placement, site: int) -> str:
 
 
 def _agree_to_write(problem: str, num_sites: int, site: int) -> None:
-    """ValueError on all sites where one of them has a problem."""
+    """ValueError on all sites if one of them has a problem."""
     if problem and not dist.is_initialized():
         raise ValueError(problem)
     problems = messages.gather_objects(problem, num_sites, who="site")
@@ -105,21 +106,21 @@ def _agree_to_write(problem: str, num_sites: int, site: int) -> None:
 
 
 def _agree_on_folder(folder: Path, num_sites: int, site: int) -> None:
-    """FileExistsError on all sites where site 0 must not write."""
+    """FileExistsError on all sites if site 0 must not write into the folder."""
     taken = site == 0 and folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if num_sites > 1:
         taken = messages.broadcast(taken, leads=site == 0, who="site 0")
     if taken:
-        raise FileExistsError(f"{folder} must be new or empty")
+        raise FileExistsError(f"folder must be new or empty, got {folder}")
 
 
 def _plain_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A model's tensors by the names that they have without wrappers."""
+    """A model's tensors, by their names without wrappers."""
     return {plain_name(name): value for name, value in local_tensors(model).items()}
 
 
 def _paths(model: nn.Module) -> list[str]:
-    """Where converted layers are, without wrappers."""
+    """Paths of the converted layers, without wrappers."""
     return [plain_name(path) for path, _ in converted_layers(model)]
 
 
@@ -133,7 +134,7 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def _left_out(model: nn.Module, tensors: dict[str, Tensor]) -> set[str]:
-    """Tensors that transformers ties to another that is written, as its configuration says."""
+    """Tensors that are not written because the configuration ties them to one that is."""
     tied = tied_names(model) if getattr(model.config, "tie_word_embeddings", False) else {}
     return {
         name
@@ -144,7 +145,7 @@ def _left_out(model: nn.Module, tensors: dict[str, Tensor]) -> set[str]:
 
 @torch.no_grad()
 def _all_tensors(model: nn.Module, placement: Placement, site: int) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors as files have them, on the CPU; whole only at site 0."""
+    """Names and tensors as files have them, on the CPU. Only site 0 gets all of them."""
     of_routers = {
         f"{path}.router.{part}": getattr(layer.router, part).detach()
         for path, layer in converted_layers(model)
@@ -179,7 +180,7 @@ def _all_tensors(model: nn.Module, placement: Placement, site: int) -> Iterator[
 def _all_experts(
     layer: ConvertedMoE, placement: Placement, number: int, site: int
 ) -> Iterator[ExpertWeights]:
-    """All experts of a layer in order, at site 0; the others send theirs."""
+    """All experts of a layer in ascending order, at site 0. The other sites send theirs."""
     experts = layer.experts
     parts = [experts.part(part) for part in experts.parts]
     for expert in range(layer.num_experts):
@@ -201,7 +202,7 @@ def _all_experts(
 def _write(
     model: Any, tensors: Iterable[tuple[str, Tensor]], target: Path, max_shard_bytes: int
 ) -> None:
-    """The configuration, files of at most so many bytes, and their index."""
+    """Writes the configuration, files of at most max_shard_bytes, and their index."""
     temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

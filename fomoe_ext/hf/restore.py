@@ -1,4 +1,4 @@
-"""`MoELayer`s of a converted model become transformers' blocks again, and files of their format."""
+"""`restore` and `save_pretrained`: a converted model as transformers' blocks and files again."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from fomoe_ext.layer.router import CHOICE_OPTIONS
 
 
 def why_no_place(path: str, layer: ConvertedMoE, config: Any) -> str:
-    """What a converted layer has that its family's files cannot say, or ""."""
+    """Why the files of its family cannot store a converted layer, or ""."""
     family = layer.origin.family
     bias = layer.router.selection_bias
     if not family.selection_bias and (bias.is_meta or bool(bias.any())):
         return (
-            f"{path} has a selection bias (balance='bias'), for which files of {family.name} have "
-            "no place: without it other experts would be chosen. Train on with balance='switch' "
-            "after router.selection_bias.zero_(), or keep model.state_dict()"
+            f"{path} has a selection bias (balance='bias'), which files of {family.name} cannot "
+            "store; without it other experts would be chosen. Call router.selection_bias.zero_() "
+            "and continue to train with balance='switch', or save model.state_dict()"
         )
     now = {
         "top_k": layer.top_k,
@@ -50,8 +50,8 @@ def why_no_place(path: str, layer: ConvertedMoE, config: Any) -> str:
         for name, value in (unless_told | wanted).items():
             if name in now and now[name] != value:
                 return (
-                    f"{path} has {name} = {now[name]!r}, but the configuration, which is all that "
-                    f"files say of it, stands for {value!r}"
+                    f"{name} of {path} must be {value!r}, as the model's configuration says (files "
+                    f"store only that), got {now[name]!r}"
                 )
     known = {f"router.{part}" for part in layer.router.parts}
     known |= {f"experts.{part}" for part in layer.experts.parts}
@@ -59,14 +59,14 @@ def why_no_place(path: str, layer: ConvertedMoE, config: Any) -> str:
     names = (plain_name(name) for name, _ in layer.named_parameters())
     if added := [name for name in names if name not in known and not name.startswith(of_shared)]:
         return (
-            f"{path} has parameters for which files of {family.name} have no place: "
+            f"{path} has parameters that files of {family.name} cannot store: "
             f"{', '.join(added[:3])}"
         )
     return ""
 
 
 def why_not_original(model: nn.Module, what: str = "it") -> str:
-    """Why a converted model cannot be in its original format here, or ""."""
+    """Why a converted model cannot be written in its original format here, or ""."""
     found = converted_layers(model)
     if not found:
         return f"model must have been converted by fomoe_ext.hf, got {type(model)}"
@@ -74,8 +74,8 @@ def why_not_original(model: nn.Module, what: str = "it") -> str:
         residents = layer.experts.resident_experts
         if len(residents) < layer.num_experts:
             return (
-                f"{what} needs all {layer.num_experts} experts of {path}, resident are "
-                f"{residents}; fomoe_ext.hf.save_merged collects those of all sites"
+                f"{what} needs all {layer.num_experts} experts of {path}, got {residents}; "
+                "fomoe_ext.hf.save_merged collects the experts of all sites"
             )
     config = getattr(model, "config", None)
     return next(filter(None, (why_no_place(p, layer, config) for p, layer in found)), "")
@@ -89,9 +89,9 @@ def _require_whole(model: nn.Module, what: str) -> list[tuple[str, ConvertedMoE]
 
 @torch.no_grad()
 def share_with_block(layer: ConvertedMoE) -> nn.Module:
-    """The original block with the layer's weights in it, in the block's order of elements.
+    """The original block with the layer's weights, in the layout of the block.
 
-    They share memory. Where the orders differ (gpt-oss) the layer is not to be used until
+    Block and layer share memory. If the layouts differ (gpt-oss), the layer must not be used before
     `take_back`.
     """
     family, block = layer.origin.family, layer.origin.block
@@ -115,7 +115,7 @@ def share_with_block(layer: ConvertedMoE) -> nn.Module:
 
 @torch.no_grad()
 def take_back(layer: ConvertedMoE) -> None:
-    """After `share_with_block`: the layer's weights are its own again, the same Parameters."""
+    """Undoes `share_with_block`: the layer has its weights again, in the same Parameters."""
     family, block = layer.origin.family, layer.origin.block
     experts, router = block.get_submodule("experts"), block.get_submodule(family.router)
     for part in layer.experts.parts:
@@ -132,11 +132,12 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undoes `convert`, in place: the original blocks with the weights as they are now.
+    """Undoes `convert`, in place: puts the original blocks back, with the current weights.
 
-    Weights move as in `convert`; the state dict has the original names, shapes and bits. Returns
-    the model. Raises ValueError, with nothing changed, where experts are absent, nothing is
-    converted or a block cannot do what its layer does.
+    Weights are moved as in `convert`. An untrained model has the same state dict as before the
+    conversion: names, shapes and bits. Returns the model. Raises ValueError, and leaves the model
+    as it is, if experts are absent, if nothing is converted, or if a block cannot compute what its
+    layer computes.
     """
     inside = require_unwrapped(model, "restore")
     for path, layer in _require_whole(inside, "restore"):
@@ -148,13 +149,14 @@ def restore(model: nn.Module) -> nn.Module:
 def save_pretrained(model: nn.Module, folder: str | Path, **options: Any) -> None:
     """`model.save_pretrained(folder, **options)` in the original format; the model stays converted.
 
-    Raises ValueError, with nothing written, where experts are absent, nothing is converted or the
-    format has no place for what the model is, and RuntimeError where torch.distributed is
-    initialised and this is not its rank 0: transformers writes nothing there.
+    Raises ValueError, and writes nothing, if experts are absent, if nothing is converted, or if the
+    format cannot store the model. Raises RuntimeError at ranks of torch.distributed other than 0,
+    where transformers writes nothing.
     """
     if dist.is_initialized() and dist.get_rank() != 0:
         raise RuntimeError(
-            f"save_pretrained writes at rank 0 of torch.distributed only, this is {dist.get_rank()}"
+            "save_pretrained must be called at rank 0 of torch.distributed, got rank "
+            f"{dist.get_rank()}"
         )
     inside: Any = unwrapped(model)
     whole = _require_whole(inside, "save_pretrained")

@@ -19,10 +19,10 @@ from fomoe_ext.files.tensors import INDEX, SINGLE
 from fomoe_ext.hf.converted import layers
 from fomoe_ext.launch.messages import gather_objects
 from fomoe_ext.outer.errors import MeetingError
+from fomoe_ext.outer.options import OuterOptions
 from fomoe_ext.outer.reports import RoundReport
 from fomoe_ext.outer.sync import OuterSync
 from fomoe_ext.placement.placement import Placement
-from fomoe_ext.placement.wire import is_staggered
 
 STATE_FILE = "outer_sync.safetensors"
 _SHOWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
@@ -73,7 +73,7 @@ def _refusal(args: TrainingArguments, state: TrainerState, staggered: bool, step
 
 
 class OuterSyncCallback(TrainerCallback):
-    """Lets the sites meet after every `local_steps` optimizer steps, and at the end of training.
+    """Lets the sites meet after every `options.local_steps` optimizer steps, and at the end.
 
     `sync` is the `OuterSync`, from the start of training; `reports` those of its rounds. A
     checkpoint of the Trainer gets a file more, the state of the meetings; after
@@ -88,22 +88,22 @@ class OuterSyncCallback(TrainerCallback):
         self,
         placement: Placement,
         site: int,
+        options: OuterOptions,
         *,
-        local_steps: int,
         resume_from: str | Path | None = None,
-        **options: Any,
     ) -> None:
-        """placement, site, options: of `OuterSync`. local_steps: optimizer steps of a round.
+        """placement, site, options: of `OuterSync`; `options.local_steps` must be given, the number
+        of optimizer steps of a round.
 
         resume_from: the Trainer's checkpoint folder that training will go on from, of a step at
-        which sites met. Raises ValueError for local_steps < 1, site_mean "tokens" (a Trainer does
-        not count them) or a folder without the state of meetings.
+        which sites met. Raises ValueError for options without local_steps or with site_mean
+        "tokens" (a Trainer does not count them), or a folder without the state of meetings.
         """
-        if local_steps < 1:
-            raise ValueError(f"local_steps must be at least 1, got {local_steps}")
-        if options.get("site_mean", "equal") != "equal":
-            raise ValueError(f"site_mean must be equal here, got {options['site_mean']!r}")
-        self.placement, self.site, self.local_steps = placement, site, local_steps
+        if options.local_steps is None:
+            raise ValueError("local_steps must be at least 1, got None")
+        if options.site_mean != "equal":
+            raise ValueError(f"site_mean must be equal here, got {options.site_mean!r}")
+        self.placement, self.site, self.local_steps = placement, site, options.local_steps
         self.options = options
         self.sync: OuterSync | None = None
         self.reports: list[RoundReport] = []
@@ -126,9 +126,8 @@ class OuterSyncCallback(TrainerCallback):
             given["model"],
             self.placement,
             self.site,
+            self.options,
             inner_optimizer=getattr(optimizer, "optimizer", optimizer),
-            local_steps=self.local_steps,
-            **self.options,
         )
         if self._state is not None:
             self.sync.load_state_dict(self._state)
@@ -143,9 +142,7 @@ class OuterSyncCallback(TrainerCallback):
 
     def _require_alike(self, args: TrainingArguments, state: TrainerState) -> None:
         """Raises, on all sites, unless training can begin here and everywhere alike."""
-        overlap = self.options.get("overlap", 0)
-        staggered = is_staggered(self.options.get("fragments", 1), overlap)
-        problem = _refusal(args, state, staggered, self.local_steps)
+        problem = _refusal(args, state, self.options.staggered, self.local_steps)
         stored = 0 if self._state is None else int(self._state["steps"])
         if not problem and stored != state.global_step:
             problem = (
@@ -158,7 +155,7 @@ class OuterSyncCallback(TrainerCallback):
                 f"{self.local_steps}, got {stored}"
             )
         facts = {"max_steps": state.max_steps, "first step": state.global_step}
-        if overlap:  # fragments are taken in for a checkpoint
+        if self.options.overlap:  # fragments are taken in for a checkpoint
             facts["save_steps"] = f"{args.save_strategy} {args.save_steps}"
         told = self._tell((problem, facts))
         if problem:

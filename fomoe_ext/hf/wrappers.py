@@ -1,7 +1,7 @@
-"""What others put around a model, or around its modules, and the names of tensors without it.
+"""Wrappers around a model or its modules, and the names of tensors without them.
 
-torch.compile, data parallelism, averaging and activation checkpointing add parts to the names of a
-state dict. Files are to have the names that plain transformers looks for, and no others.
+torch.compile, data parallelism, averaging and activation checkpointing add parts to the names in a
+state dict. Files must have exactly the names that plain transformers looks for.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, nn
 
 _INSIDE = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-"""Children under which torch's wrappers keep a module: torch.compile, checkpointing, FSDP."""
+"""Names under which torch's wrappers keep a module: torch.compile, checkpointing, FSDP."""
 
 
 def plain_name(name: str) -> str:
-    """A path or a tensor's name without the parts that torch's wrappers add."""
+    """A path or tensor name without the parts that torch's wrappers add."""
     return ".".join(part for part in name.split(".") if part not in _INSIDE)
 
 
 def without_compiled(path: str) -> str:
-    """Where torch.compile's wrapper is, given where the module in it is.
+    """The path of torch.compile's wrapper, from the path of the module in it.
 
-    The wrapper keeps calling what it was made of: who replaces that replaces the wrapper.
+    To replace a compiled module, replace its wrapper: the wrapper keeps calling the old module.
     """
     while path.endswith("._orig_mod"):
         path = path.removesuffix("._orig_mod")
@@ -33,15 +33,15 @@ def without_compiled(path: str) -> str:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The module that torch.compile's wrapper stands for; others are returned as they are."""
+    """The module in torch.compile's wrapper; a module without one is returned as it is."""
     while "_orig_mod" in model._modules:
         model = model.get_submodule("_orig_mod")
     return model
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of torch.compile's wrapper and of those that keep it as `module`: DDP, FSDP,
-    DataParallel, AveragedModel, engines."""
+    """The model inside of torch.compile's wrapper and of wrappers that keep it as `module`: DDP,
+    FSDP, DataParallel, AveragedModel, DeepSpeed's engine."""
     while True:
         inside = uncompiled(model)
         child = inside._modules.get("module")
@@ -53,19 +53,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def require_unwrapped(model: nn.Module, what: str) -> nn.Module:
-    """The model, without torch.compile's wrapper. ValueError for one inside of another wrapper,
-    which has its own idea of the parameters that are in it."""
+    """The model without torch.compile's wrapper. ValueError for a model in another wrapper, which
+    keeps its own list of the model's parameters."""
     inside = unwrapped(model)
     if inside is not uncompiled(model):
         raise ValueError(
-            f"{what} needs the model itself, got a {type(model).__name__} around a "
-            f"{type(inside).__name__}: give it what is inside, and wrap it again"
+            f"model of {what} must not be wrapped, got a {type(model).__name__} around a "
+            f"{type(inside).__name__}: pass the inner model, then wrap it again"
         )
     return inside
 
 
 class Skeleton(NamedTuple):
-    """Names of a model's tensors, and what they are, as plain transformers would make it."""
+    """The tensors of the model that plain transformers would create: shapes, names of the
+    floating-point ones, and tied names -> the names they are tied to."""
 
     shapes: Mapping[str, tuple[int, ...]]
     floats: frozenset[str]
@@ -73,17 +74,18 @@ class Skeleton(NamedTuple):
 
 
 def skeleton(model: Any, what: str) -> Skeleton | None:
-    """What transformers makes of the model's class and configuration, without memory.
+    """The tensors that transformers creates for the model's class and configuration; allocates
+    nothing.
 
-    None for a class that wants more than a configuration. ValueError for a model that is none of
-    transformers', whose names nobody can know.
+    None for a class whose constructor needs more than a configuration. ValueError for a model that
+    is not a `PreTrainedModel`: the expected names are unknown.
     """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"{what}: model must be one of transformers, got a {type(model).__name__}: merge "
-            "adapters (merge_and_unload) and give what is inside"
+            f"model of {what} must be one of transformers, got a {type(model).__name__}: merge "
+            "adapters (merge_and_unload) and pass the inner model"
         )
     try:
         with torch.device("meta"):
@@ -99,7 +101,7 @@ def skeleton(model: Any, what: str) -> Skeleton | None:
 
 
 def tied_names(model: Any) -> dict[str, str]:
-    """Which parameter is another one, by name, as transformers ties them."""
+    """Names of tied parameters -> names of the parameters that they are tied to."""
     found = getattr(model, "all_tied_weights_keys", None)
     return dict(found) if isinstance(found, Mapping) else {}
 
@@ -107,32 +109,31 @@ def tied_names(model: Any) -> dict[str, str]:
 def require_names(
     tensors: Mapping[str, Tensor], wanted: Skeleton, apart: Iterable[str], what: str
 ) -> None:
-    """ValueError unless tensors are those that transformers will look for.
+    """ValueError unless the tensors are those that transformers will look for.
 
-    apart: paths of blocks, whose tensors are not looked at.
+    apart: paths of modules whose tensors are not checked.
     """
     paths = tuple(f"{path}." for path in apart)
     expected = {name for name in wanted.shapes if not name.startswith(paths)}
     found = {name for name in tensors if not name.startswith(paths)}
     if found != expected:
         only_here, missing = sorted(found - expected), sorted(expected - found)
-        said = [f"{', '.join(only_here[:3])} nobody would read"] if only_here else []
-        said += [f"{', '.join(missing[:3])} would be missing"] if missing else []
-        hint = "adapters must be merged, wrappers and parametrizations be taken off first"
+        said = [f"unexpected {', '.join(only_here[:3])}"] if only_here else []
+        said += [f"missing {', '.join(missing[:3])}"] if missing else []
         raise ValueError(
-            f"{what}: the model's tensors are not those that its configuration stands for: "
-            f"{'; '.join(said)} ({hint})"
+            f"{what}: the model must have the tensors that its configuration implies, got "
+            f"{'; '.join(said)}. Merge adapters, and remove wrappers and parametrizations first"
         )
     for name in sorted(found):
         value, shape = tensors[name], wanted.shapes[name]
         plain_float = value.is_floating_point() and value.element_size() >= 2
         if tuple(value.shape) != shape or (name in wanted.floats) != plain_float:
-            kind = "a float" if name in wanted.floats else "no float"
+            kind = "floats" if name in wanted.floats else "integers or booleans"
             raise ValueError(
-                f"{what}: by its configuration {name} must be {kind} of shape {list(shape)}, it "
-                f"is {value.dtype} {list(value.shape)}"
+                f"{what}: {name} must be {kind} of shape {list(shape)}, as the configuration "
+                f"says, got {value.dtype} {list(value.shape)}"
             )
         if value.is_meta:
-            raise ValueError(f"{what}: {name} is on the meta device and has no values")
+            raise ValueError(f"{what}: {name} must have values, got a tensor on the meta device")
         if type(value).__name__ == "DTensor":
-            raise ValueError(f"{what}: {name} is sharded over ranks, it must be whole on each site")
+            raise ValueError(f"{what}: {name} must not be sharded over ranks, got a DTensor")

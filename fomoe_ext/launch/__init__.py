@@ -1,6 +1,7 @@
-"""Processes of a job: how they are started, and what each knows of itself and of the others.
+"""Starts the processes of a job, and gives each of them its place and its messages.
 
-The launcher's: processes, link, namespace. In every process: world (which one it is), messages,
-waiting, signals, console, inject (faults on purpose). May import config, placement and files; of
-`fomoe_ext.train` it knows the name, to start it, and of model, meeting, fault tolerance nothing.
+For the launcher: processes, link, namespace. For every process: world (which site and rank it is),
+messages, waiting, signals, console, logs (log messages as a command shows them), reader (a closed
+output pipe) and inject (faults on purpose). May import config, placement and files. It knows
+`fomoe_ext.train` by name only, to start it, and nothing of models, meetings or fault tolerance.
 """

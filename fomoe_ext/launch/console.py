@@ -1,11 +1,13 @@
-"""What a long job says when nobody listens any more: a terminal that was closed, a pipe that ended.
+"""Output of a long job whatever becomes of the terminal: closed, or unable to show a character.
 
-Writing there fails from then on (EIO, EPIPE), which must not end a job that is writing its last
-checkpoint. Needs no torch.
+Writing to a terminal that was closed, or to a pipe that nobody reads, fails from then on (EIO,
+EPIPE). That must not end a job that is writing its last checkpoint. A character that the output's
+encoding lacks is written as a similar one. Needs no torch.
 """
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import sys
@@ -13,6 +15,39 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 _GONE = (errno.EIO, errno.EPIPE)
+
+SIMILAR = "fomoe_similar"
+"""Name of the error handler by which characters become similar ones of ASCII."""
+_SIMILAR = {
+    **{"…": "...", "×": "x", "·": "-", "—": "-", "–": "-", "─": "-", "━": "-", "│": "|", "┃": "|"},
+    **{"\N{NO-BREAK SPACE}": " ", "‘": "'", "’": "'", "“": '"', "”": '"', "→": "->", "≈": "~"},
+    **{"╸": "-", "╺": "-", "•": "*", "²": "2", "µ": "u", "±": "+-", "−": "-", "≤": "<=", "≥": ">="},
+    **dict(zip("▁▂▃▄▅▆▇█", "_.,-=+*#", strict=True)),
+    **dict.fromkeys("╭╮╯╰┌┐└┘├┤┬┴┼", "+"),
+}
+
+
+def _similar(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Bytes that were not text come out as they came in, unknown characters as question marks."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    wanted = error.object[error.start]
+    if "\udc80" <= wanted <= "\udcff":
+        return bytes([ord(wanted) - 0xDC00]), error.start + 1
+    return _SIMILAR.get(wanted, "?"), error.start + 1
+
+
+codecs.register_error(SIMILAR, _similar)
+
+
+def write_any_character() -> None:
+    """From here on this process may print characters that the encoding of stdout or stderr lacks.
+
+    ASCII is what a terminal may have, or a pipe in a bare environment.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=SIMILAR)
 
 
 class _Output:
@@ -50,7 +85,8 @@ class _Output:
 
 
 def outlive_terminal() -> None:
-    """From here on this process may print whether or not anybody listens."""
+    """From here on this process may print any character, whether or not anybody listens."""
+    write_any_character()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, _Output):

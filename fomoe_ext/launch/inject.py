@@ -1,23 +1,24 @@
-"""Faults made on purpose, for tests: FOMOE_FAULTS says what happens to which site, when.
+"""Faults on purpose, for tests. FOMOE_FAULTS lists what happens to which site at which time.
 
-A script is a list of faults, one per line or separated by commas:
+It is a list of faults, one per line or separated by commas:
 
     kill 2 at 3 reduce         site 2 kills itself in round 3 when it reaches the phase "reduce"
     stop 2 at 3 local for 8    it stops, connections open, for 8 seconds
-    slow 2 at 3 local for 8    it sleeps for 8 seconds and goes on beating
+    slow 2 at 3 local for 8    it sleeps for 8 seconds; its heartbeat continues
     cut 2 at 3 gather          all its connections break
-    corrupt 2 at 3 reduce      a byte of the next payload that it sends is another one
+    corrupt 2 at 3 reduce      one byte of the next payload that it sends is changed
     full 2 at 3 checkpoint     its disk is full
 
-Rounds count from 1. A process that is started anew with the same script does nothing.
+Rounds count from 1. A restarted process ignores the list.
 
-It stands here and not in fault/ because meetings and checkpoints have places where a fault may
-happen too (`point`), and they know nothing of fault tolerance. Needs no torch.
+This module is not in fault/, because meetings and checkpoints, which know nothing of fault
+tolerance, call `point` too. Needs no torch.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import socket
@@ -25,6 +26,8 @@ import stat
 import subprocess
 import time
 from dataclasses import dataclass
+
+_log = logging.getLogger(__name__)
 
 VARIABLE = "FOMOE_FAULTS"
 KINDS = ("kill", "stop", "slow", "cut", "corrupt", "full")
@@ -34,7 +37,7 @@ _FOREVER_S = 3600.0
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to a site, in which round and phase; `seconds` for stop and slow."""
+    """One fault of a site, in a round and a phase; `seconds` for stop and slow."""
 
     kind: str
     site: int
@@ -48,7 +51,7 @@ class Fault:
 
 
 def parse(script: str) -> list[Fault]:
-    """The faults of a script. Raises ValueError, with the line, for what is no fault."""
+    """The faults in a list as above. Raises ValueError with the line that is no fault."""
     result = []
     for line in script.replace(",", "\n").splitlines():
         words = line.split()
@@ -61,9 +64,12 @@ def parse(script: str) -> list[Fault]:
                 lasting, number = more
                 seconds = float(number)
                 if lasting != "for":
-                    raise ValueError("wanted 'for SECONDS'")
+                    raise ValueError(f"the duration must be 'for SECONDS', got {lasting!r}")
             if kind not in KINDS or at != "at" or phase not in PHASES:
-                raise ValueError(f"kinds: {', '.join(KINDS)}; phases: {', '.join(PHASES)}")
+                raise ValueError(
+                    f"it must be KIND SITE at ROUND PHASE, with a kind of {', '.join(KINDS)} and "
+                    f"a phase of {', '.join(PHASES)}"
+                )
             result.append(Fault(kind, int(site), int(round_), phase, seconds))
         except ValueError as error:
             raise ValueError(f"fault {line.strip()!r}: {error}") from None
@@ -76,18 +82,18 @@ _corrupts = False
 
 
 def arm(site: int) -> None:
-    """From here on the script's faults of this site happen. Raises ValueError for a bad script."""
+    """Makes the listed faults of this site happen. Raises ValueError for a malformed list."""
     _armed[:] = [f for f in parse(os.environ.get(VARIABLE, "")) if f.site == site]
 
 
 def in_round(number: int) -> None:
-    """The round, from 1, that is under way."""
+    """Sets the current round, counted from 1."""
     global _round
     _round = number
 
 
 def point(phase: str) -> None:
-    """A place where a fault may happen; it costs nothing where there is none."""
+    """Lets a fault of this phase happen, if one is due; costs nothing otherwise."""
     if not _armed:
         return
     for fault in [f for f in _armed if (f.round, f.phase) == (_round, phase)]:
@@ -96,7 +102,7 @@ def point(phase: str) -> None:
 
 
 def corrupted() -> bool:
-    """Whether the next payload is to be damaged; True once."""
+    """Whether the next payload is to be damaged. True only once per fault."""
     global _corrupts
     wanted, _corrupts = _corrupts, False
     return wanted
@@ -104,7 +110,7 @@ def corrupted() -> bool:
 
 def _happen(fault: Fault) -> None:
     global _corrupts
-    print(f"fault: {fault}", flush=True)
+    _log.info("fault: %s", fault)
     if fault.kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault.kind == "stop":

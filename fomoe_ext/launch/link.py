@@ -1,10 +1,10 @@
-"""A slow link on one machine: meetings take what they would at a given bandwidth and latency.
+"""A slow link on one machine: meetings take as long as at a given bandwidth and latency.
 
-Where the kernel allows it, it does the shaping (`fomoe_ext.launch.namespace`); what it cannot do is
-counted: `CountedLink` tells when an exchange would be complete, and the transport waits until then.
-The launcher tells its sites which of the two by the environment variable FOMOE_LINK:
-FOMOE_LINK_MODE=counted does without the kernel, FOMOE_LINK_MODE=kernel fails where the kernel
-cannot even shape the rate. Needs no torch.
+If the kernel allows it, the kernel shapes the traffic (`fomoe_ext.launch.namespace`). Whatever it
+cannot do is counted: `CountedLink` computes when an exchange would be complete, and the transport
+waits until then. The launcher tells its sites by the environment variable FOMOE_LINK which of the
+two they have. The user may choose: FOMOE_LINK_MODE=counted never asks the kernel, and
+FOMOE_LINK_MODE=kernel fails if the kernel cannot shape the rate. Needs no torch.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ VARIABLE = "FOMOE_LINK"
 MODE_VARIABLE = "FOMOE_LINK_MODE"
 
 LinkMode = Literal["kernel", "rate", "counted"]
-"""Who delays: the kernel all of it, the kernel but for the latency, or nobody but `CountedLink`."""
+"""kernel: the kernel shapes rate and latency; rate: the kernel shapes the rate, the latency is
+counted; counted: both are counted by `CountedLink`."""
 
 
 class CountedLink:
-    """When the exchanges of a site would be complete on its link. May be used by several threads.
+    """Computes when the exchanges of a site would be complete on its link. Thread-safe.
 
-    The uplink carries one exchange after the other. `rate` False: the kernel shapes the rate, and
-    only the latency is counted; `latency` False: the other way round. Times are those of `clock`,
-    in seconds.
+    The uplink carries one exchange after the other. `rate`, `latency`: whether this class counts
+    the bandwidth and the latency; False = the kernel shapes it. Times are seconds of `clock`.
     """
 
     def __init__(
@@ -65,15 +65,15 @@ class CountedLink:
             return self._busy + self._latency
 
     def ended(self, until: float) -> float:
-        """The time at which an exchange is complete whose collective has just ended.
+        """The time at which an exchange is complete, called when its collective has ended.
 
-        `until` is what `send` said. Where the kernel shapes the rate the collective took the time
-        of its bits, and the latency comes on top.
+        `until`: from `send`. If the kernel shapes the rate, the collective itself took the transfer
+        time, and the latency is added to it.
         """
         return until if self.rate else max(until, self._clock() + self._latency)
 
     def wait(self, until: float) -> None:
-        """Sleeps until then."""
+        """Sleeps until the time `until`."""
         while (left := until - self._clock()) > 0:
             self._sleep(left)
 
@@ -84,7 +84,7 @@ def link_variable(link: Link, mode: LinkMode) -> str:
 
 
 def wanted_mode(environment: Mapping[str, str] = os.environ) -> str:
-    """What FOMOE_LINK_MODE asks for: auto, kernel or counted. Raises ValueError for others."""
+    """The value of FOMOE_LINK_MODE: auto, kernel or counted. Raises ValueError for others."""
     mode = environment.get(MODE_VARIABLE) or "auto"
     if mode not in ("auto", "kernel", "counted"):
         raise ValueError(f"{MODE_VARIABLE} must be auto, kernel or counted, got {mode!r}")
@@ -94,10 +94,11 @@ def wanted_mode(environment: Mapping[str, str] = os.environ) -> str:
 def active_link(
     environment: Mapping[str, str] = os.environ, link: Link | None = None, ranks: int = 1
 ) -> tuple[CountedLink | None, str]:
-    """What this site must count (None = nothing), and the report's words ("" = there is no link).
+    """The link that this site must count (None = nothing to count), and its description for the
+    report ("" = no link).
 
-    `link` is the job's: it is counted where no launcher has said anything (torchrun). Each of the
-    site's `ranks` counts for itself, with its share of the rate. Raises ValueError for a malformed
+    `link`: the job's option, used if no launcher has set FOMOE_LINK (torchrun); it is counted. Each
+    of the site's `ranks` counts its own share of the rate. Raises ValueError for a malformed
     FOMOE_LINK.
     """
     value = environment.get(VARIABLE)
@@ -106,7 +107,7 @@ def active_link(
         try:
             link = parse_link(text)
         except ValueError as error:
-            raise ValueError(f"{VARIABLE} is {value!r}: {error}") from None
+            raise ValueError(f"{VARIABLE} must be SPEC;MODE, got {value!r}: {error}") from None
     elif link is not None:
         mode = "counted"
     else:

@@ -1,8 +1,8 @@
-"""What processes tell each other besides tensors: JSON, never a pickle.
+"""Messages between processes that are not tensors: JSON, never a pickle.
 
-A message is a value of `json_values.to_json` as UTF-8 text. Its length travels before it, so that
-nothing is allocated for a length that nobody means. What comes is data and nothing else: whoever
-sends bytes can give wrong values, but cannot make the receiver run anything.
+A message is a value of `json_values.to_json` as UTF-8 text. Its length is sent first and checked
+before memory is allocated. A received message is only data: a malicious sender can send wrong
+values but cannot make the receiver execute anything.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from fomoe_ext.files.json_values import from_json, loads, to_json
 from fomoe_ext.launch.waiting import wait_for
 
 MESSAGE_BYTES = 1 << 28
-"""The longest message that is sent or read; the longest known ones, names of a large model's
-tensors, have some 20 MB."""
+"""The longest message that is sent or accepted. The longest in use, the tensor names of a large
+model, has about 20 MB."""
 _NO_MESSAGE = -1
-"""The length that a process announces whose value is no message; it raises the reason itself."""
+"""Announced in place of a length by a process whose value cannot be sent; it raises the reason."""
 
 
 class MessageError(ValueError):
-    """What a process sent is no message, or longer than one may be."""
+    """A received message is malformed, or a message is too long."""
 
 
 def encode(value: Any) -> bytes:
@@ -37,39 +37,40 @@ def encode(value: Any) -> bytes:
     try:
         text = json.dumps(to_json(value, "message"), allow_nan=False, separators=(",", ":"))
     except ValueError as error:
-        raise MessageError(f"no message: {error}") from None
+        raise MessageError(f"a message must be a value that JSON can hold: {error}") from None
     raw = text.encode()
     if len(raw) > MESSAGE_BYTES:
-        raise MessageError(f"a message must have at most {MESSAGE_BYTES} bytes, has {len(raw)}")
+        raise MessageError(f"a message must have at most {MESSAGE_BYTES} bytes, got {len(raw)}")
     return raw
 
 
 def decode(raw: bytes, sender: str) -> Any:
-    """The value that `encode` was given. MessageError, naming the sender, for any other bytes."""
+    """The value that was given to `encode`. Raises MessageError, naming the sender, for other
+    bytes."""
     check_length(len(raw), sender)
     try:
         return from_json(loads(raw))
     except ValueError as error:
-        raise MessageError(f"{sender} sent what is no message ({error})") from None
+        raise MessageError(f"{sender} sent a malformed message ({error})") from None
 
 
 def check_length(length: int, sender: str) -> None:
-    """MessageError, naming the sender, for a length that no message has."""
+    """Raises MessageError, naming the sender, for a length that no message may have."""
     if length == _NO_MESSAGE:
-        raise MessageError(f"{sender} has nothing that could be sent, it says why itself")
+        raise MessageError(f"{sender} could not send its value, and reports the reason itself")
     if not 0 < length <= MESSAGE_BYTES:
         raise MessageError(
-            f"{sender} announces a message of {length} bytes, wanted 1 to {MESSAGE_BYTES}"
+            f"{sender}: the length of a message must be in [1, {MESSAGE_BYTES}], got {length}"
         )
 
 
 def gather_objects(value: Any, size: int, group: Any = None, who: str = "process") -> list[Any]:
-    """What every process passed, by rank; a collective of the `size` processes of a group.
+    """The values of all processes, by rank; a collective of the `size` processes of a group.
 
-    Values are those of `to_json` and come back as they were. `group`: None = all processes. `who`:
-    what messages call a process. With one process nothing is sent and the value itself is returned.
-    Raises TypeError for a value of this process that is none of these, and then MessageError on the
-    others; MessageError on all for a message that is too long or cannot be read.
+    Values must be ones that `to_json` takes; they are returned unchanged. `group`: None = all
+    processes. `who`: the word for a process in errors. With one process the value itself is
+    returned. If a process passes another kind of value, it raises TypeError and the others raise
+    MessageError. All raise MessageError for a message that is too long or malformed.
     """
     if size == 1:
         return [value]
@@ -94,10 +95,10 @@ def gather_objects(value: Any, size: int, group: Any = None, who: str = "process
 
 
 def broadcast(value: Any, leads: bool, group: Any = None, who: str = "process 0") -> Any:
-    """What the first process of a group passed, at all of them; a collective of the group.
+    """The value of the first process of a group; a collective of the group.
 
-    `leads`: whether this is the first; the others' `value` is not looked at. `who`: what messages
-    call it. The first gets its value back as it is; raises as `gather_objects`.
+    `leads`: whether this is the first process; the `value` of others is ignored. `who`: the word
+    for the first process in errors. Raises as `gather_objects`.
     """
     device = _device(group)
     raw, problem = _encoded(value) if leads else (b"", None)
@@ -121,7 +122,7 @@ def _encoded(value: Any) -> tuple[bytes, Exception | None]:
 
 
 def _device(group: Any) -> torch.device:
-    """Where tensors of messages must be: on the CPU wherever the group has a backend for it."""
+    """The device for messages: the CPU if the group has a backend for it, else the GPU."""
     on_cpu = "cpu:" in dist.get_backend_config(group)
     return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
 

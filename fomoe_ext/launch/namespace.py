@@ -1,14 +1,14 @@
-"""Sites in network namespaces of their own, on links that the kernel shapes. Linux only.
+"""Network namespaces for the sites, with links that the kernel shapes. Linux only.
 
     site 0: uplink --- site0 \\
                               bridge `switch`, in a namespace without sites
     site 1: uplink --- site1 /
 
-Both ends of a veth pair are shaped where packets enter it: `uplink` is what a site sends, the
-other end what it receives. Nothing of this can be seen outside, and it needs no privilege where
-users may make user namespaces. The namespaces have no names: this process holds file descriptors
-of them, the sites join them (`nsenter`), and the kernel takes them down when the last of these
-processes has ended, however it ended. Needs util-linux and iproute2, but no torch.
+Both ends of a veth pair are shaped where packets enter it: `uplink` shapes what a site sends, the
+other end what it receives. Nothing of this is visible outside. No privileges are needed if users
+may create user namespaces. The namespaces have no names: this process holds their file descriptors
+and the sites enter them with `nsenter`. The kernel removes them when the last of these processes
+has ended, however it ended. Needs util-linux and iproute2, but no torch.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ INTERFACE = "uplink"
 
 _SWITCH = "switch"
 _TIMEOUT_S = 30
-# A queue so long that nothing is dropped: TCP is slowed by its own limits on what waits here.
+# The queue is so long that no packet is dropped. TCP's own limits on queued data slow it down.
 _QUEUE_BYTES = 32 << 20
 _PACKET_BYTES = 1514
-# What may pass at once, in seconds of the rate. A site receives from all others through one queue,
-# where they get in each other's way more than in routers that share fairly: it may catch up on what
-# it missed, while on average nothing is faster than the link.
+# Burst sizes, in seconds of the rate. A site receives from all others through one queue, in which
+# flows block each other more than in routers with fair queueing. A large burst lets a flow catch
+# up; the average rate is still that of the link.
 _SENT_BURST_S = 0.002
 _RECEIVED_BURST_S = 0.25
 _LARGEST_BURST = 10**9
 
 
 class NamespaceError(OSError):
-    """Network namespaces cannot be had here, or not set up; says why."""
+    """Network namespaces cannot be created or configured here; the message has the reason."""
 
 
 def _tool(name: str) -> str:
     path = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
     found = shutil.which(name, path=path)
     if found is None:
-        raise NamespaceError(f"there is no {name}")
+        raise NamespaceError(f"the program {name} is not installed")
     return found
 
 
@@ -60,7 +60,7 @@ def address(site: int) -> str:
 
 
 class _Holder:
-    """A process in new namespaces, which it keeps until this one ends or lets it go."""
+    """A process in new namespaces. It keeps them alive until `release` or the end of this one."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self._process = subprocess.Popen(
@@ -82,7 +82,7 @@ class _Holder:
         try:
             self._process.stdin.write(b"\n")
             self._process.stdin.flush()
-            answered = self._process.stdout.read(1) == b"\n"  # cat runs: it is inside
+            answered = self._process.stdout.read(1) == b"\n"  # cat answers: it is inside
         except BrokenPipeError:
             answered = False
         if not answered:
@@ -90,7 +90,7 @@ class _Holder:
             raise NamespaceError(reason or f"{os.path.basename(tool)} failed")
 
     def open(self, kind: str) -> int:
-        """A descriptor of its namespace of a kind: it lives as long as that is open."""
+        """A descriptor of its namespace of a kind, which keeps that namespace alive."""
         return os.open(f"/proc/{self.pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
 
     def release(self) -> None:
@@ -100,10 +100,10 @@ class _Holder:
 
 
 class Network:
-    """A switch with `num_sites` links, each of which the kernel shapes in both directions.
+    """A switch with `num_sites` links, which the kernel shapes in both directions.
 
-    `mode` says what the kernel does: "kernel" = rate and latency, "rate" = the rate alone (it has
-    no netem). Raises NamespaceError where it cannot be made. Close it after the sites have ended.
+    `mode`: "kernel" = the kernel shapes rate and latency, "rate" = only the rate, because it has no
+    netem. Raises NamespaceError if it cannot be made. Close it after the sites have ended.
     """
 
     def __init__(self, link: Link, num_sites: int) -> None:
@@ -128,14 +128,14 @@ class Network:
                 holder.release()
 
     def _first_namespace(self) -> tuple[bool, _Holder]:
-        """The switch's namespace, and whether that took a user namespace too."""
+        """The switch's namespace, and whether a user namespace had to be created for it."""
         unshare = _tool("unshare")
         if os.geteuid() == 0:
-            # Without a user namespace root keeps its access to the files of other users.
+            # Without a user namespace, root keeps access to files of other users.
             try:
                 return False, _Holder([unshare, "--net"])
             except NamespaceError:
-                pass  # a container's root has not always the capability
+                pass  # root in a container may lack the capability
         return True, _Holder([unshare, "--user", "--map-root-user", "--net"])
 
     def _enter(self, pid: int) -> list[str]:
@@ -183,9 +183,10 @@ class Network:
         return f"tbf rate {bandwidth:.0f}bit burst {burst:.0f} limit {_QUEUE_BYTES}"
 
     def _shape_received(self, switch: _Holder, num_sites: int) -> LinkMode:
-        """Shapes what sites receive; delays it too, where the kernel has netem.
+        """Shapes what sites receive, and delays it if the kernel has netem.
 
-        Not at the sender, where TCP takes packets that wait for a full queue and sends no more.
+        The delay is not at the sender: there TCP counts delayed packets as queued and stops
+        sending.
         """
         rate = self._rate_shaper(_RECEIVED_BURST_S)
         if self._link.latency:
@@ -207,7 +208,7 @@ class Network:
         return "rate" if self._link.latency else "kernel"
 
     def _open(self, switch: _Holder, sites: Sequence[_Holder]) -> None:
-        """Takes descriptors of all namespaces, so that they outlive their holders."""
+        """Opens descriptors of all namespaces, so that they outlive their holders."""
         self._descriptors.append(switch.open("net"))
         for site in sites:
             self._descriptors.append(site.open("net"))
@@ -215,9 +216,9 @@ class Network:
             self._descriptors.append(switch.open("user"))
 
     def prefix(self, site: int) -> list[str]:
-        """What to put before a command so that it runs in the namespace of `site`.
+        """The words to put before a command to run it in the namespace of `site`.
 
-        It becomes that command (exec), in the same process, with all descriptors it was given.
+        nsenter replaces itself with the command (exec): same process, same descriptors.
         """
         mine = f"/proc/{os.getpid()}/fd"
         user = []
@@ -226,7 +227,7 @@ class Network:
         return [_tool("nsenter"), *user, f"--net={mine}/{self._descriptors[1 + site]}", "--"]
 
     def close(self) -> None:
-        """Lets the namespaces go; those of processes that still run stay without a link."""
+        """Closes the descriptors; namespaces of processes that still run stay, without a link."""
         for descriptor in self._descriptors:
             os.close(descriptor)
         self._descriptors.clear()

@@ -1,12 +1,13 @@
 """Local launch: all processes of all sites on this machine, watched until all have ended.
 
-Each is `python -m fomoe_ext.train`, just as torchrun would start it. The launcher passes
-signals on, ends all sites when one dies, and leaves no process behind. With a slow link between
-them the sites run in network namespaces of their own where that is allowed. Needs no torch.
+Each is `python -m fomoe_ext.train`, started as torchrun would. The launcher forwards signals, ends
+all sites if one dies, and leaves no process behind. With a slow link the sites run in network
+namespaces of their own, if that is allowed. Needs no torch.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -26,31 +27,34 @@ from fomoe_ext.launch import signals
 from fomoe_ext.launch.link import VARIABLE as LINK
 from fomoe_ext.launch.link import link_variable, wanted_mode
 from fomoe_ext.launch.namespace import INTERFACE, NamespaceError, Network
+from fomoe_ext.launch.reader import EXIT_UNREAD, has_left
 from fomoe_ext.placement.wire import Link
 
+_log = logging.getLogger(__name__)
+
 EXIT_STOPPED = 130
-"""Exit code of a job that was asked to stop (as a shell reports SIGINT)."""
+"""Exit code of a job that was stopped by a signal (as a shell reports SIGINT)."""
 EXIT_PEER_LOST = 75
-"""Exit code of a site that failed only because another one went away (EX_TEMPFAIL)."""
+"""Exit code of a site that failed only because another site was lost (EX_TEMPFAIL)."""
 
 RENDEZVOUS = "FOMOE_RENDEZVOUS"
 LAUNCHER_FD = "FOMOE_LAUNCHER_FD"
 CONSOLE_FD = "FOMOE_CONSOLE_FD"
-"""Where a site speaks to the user that was not the first when the job began."""
+"""Descriptor of the launcher's output, for a site that takes over speaking to the user."""
 
 _POLL_S = 0.05
 _LOG_LINES = 15
 
 
 class Keeper(AbstractContextManager[Any], Protocol):
-    """Who keeps up a job that outlives its sites, while they run."""
+    """Support for a job that continues when sites are lost, while its sites run."""
 
     restarts: int
     """How often each lost site is started again."""
     patience_s: float
-    """How long sites that are left have, once the first has come to the job's end."""
+    """Seconds that the other sites have to end, once the first has ended the job."""
     environment: Mapping[str, str]
-    """Variables for every site; once it is entered."""
+    """Variables for every site; complete after `__enter__`."""
 
     def dead(self, site: int) -> None:
         """A site's process has ended."""
@@ -59,7 +63,7 @@ class Keeper(AbstractContextManager[Any], Protocol):
 
 @dataclass
 class _Site:
-    """A process of a site; `name` as messages call it."""
+    """A process of a site; `name`: its name in messages."""
 
     site: int
     name: str
@@ -69,7 +73,7 @@ class _Site:
 
 @dataclass(frozen=True)
 class _Command:
-    """What every site runs, and what the launcher says about it."""
+    """The command that every site runs, and the launcher's messages about it."""
 
     words: Sequence[str]
     on_stop: str = "stopping the sites"
@@ -78,7 +82,7 @@ class _Command:
     unsaved: str = ""
 
     def on_failure(self) -> str:
-        """What is left when the job has failed."""
+        """The end of the message about a failed job: whether there may be a checkpoint."""
         if self.checkpoints is None or not any(self.checkpoints.glob("step-*")):
             return ""
         return " The last whole checkpoint, if any, is intact (--resume)."
@@ -103,12 +107,12 @@ def process_environment(
         LOCAL_WORLD_SIZE=str(processes),
     )
     env[RENDEZVOUS] = rendezvous
-    # The package that is running, not whatever lies in the current folder (a source tree, say).
+    # The running package, not another one in the current folder (such as a source tree).
     home = str(Path(__file__).resolve().parents[2])
     env["PYTHONPATH"] = os.pathsep.join(p for p in (home, base.get("PYTHONPATH")) if p)
     env.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     if sys.platform == "linux":
-        # All sites are here: do not depend on this machine's name or outer interfaces.
+        # All sites are on this machine: the loopback interface is enough.
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return env
 
@@ -116,12 +120,12 @@ def process_environment(
 def _link_environment(
     env: dict[str, str], link: Link | None, network: Network | None
 ) -> dict[str, str]:
-    """The environment of a site on a link; `network` None = all delays are counted."""
+    """The environment of a site with a link; `network` None = all delays are counted."""
     env.pop(LINK, None)
     if link is not None:
         env[LINK] = link_variable(link, "counted" if network is None else network.mode)
     if network is not None:
-        # Each entry is a set of connections; there is one interface here, whatever its name was.
+        # gloo opens a set of connections per entry; here all use the only interface.
         count = len(env.get("GLOO_SOCKET_IFNAME", "").split(","))
         env["GLOO_SOCKET_IFNAME"] = ",".join([INTERFACE] * count)
     return env
@@ -129,7 +133,7 @@ def _link_environment(
 
 @dataclass
 class _Start:
-    """All that it takes to start a site's process, once or again."""
+    """Starts a site's process, for the first time or again."""
 
     command: _Command
     num_sites: int
@@ -139,7 +143,7 @@ class _Start:
     network: Network | None
     rendezvous: str
     alive: int
-    """The end of a pipe that tells the processes that the launcher lives."""
+    """The read end of a pipe that is closed when the launcher ends."""
     more: Mapping[str, str]
     """Variables besides those of every site."""
 
@@ -151,7 +155,7 @@ class _Start:
         env = process_environment(number, processes, self.rendezvous, os.environ)
         env = _link_environment(env, self.link, self.network)
         env |= {LAUNCHER_FD: str(self.alive), **self.more}
-        # The first speaks to the user; the others to their log files.
+        # The first process writes to the user, the others to their log files.
         file = f"{name.replace(', ', '-').replace(' ', '-')}.log"
         log = None if number == 0 or self.log_dir is None else self.log_dir / file
         output = None if log is None else _open_log(log)
@@ -176,11 +180,11 @@ class _Start:
 
 
 def _open_log(path: Path) -> IO[bytes]:
-    """A site's log, or nothing in its place: a full disk is no reason not to start a site."""
+    """A site's log file; /dev/null if it cannot be opened, so that a full disk stops no site."""
     try:
         return path.open("ab")
     except OSError as error:
-        _say(f"could not write {path}, the site goes on without: {error.strerror}")
+        _say(f"could not write {path}, the site runs without a log: {error.strerror}")
         return open(os.devnull, "wb")
 
 
@@ -216,7 +220,8 @@ def _describe(code: int) -> str:
 
 
 def _blame(failed: Sequence[_Site]) -> _Site:
-    """The site that failed first: one that was killed, else one that did not just lose a peer."""
+    """The site to report: one that was killed, else one with an error of its own, not one that only
+    lost another site."""
 
     def order(site: _Site) -> tuple[bool, bool, int]:
         code = site.process.returncode
@@ -226,7 +231,7 @@ def _blame(failed: Sequence[_Site]) -> _Site:
 
 
 def _say(message: str) -> None:
-    print(f"fomoe: {message}", file=sys.stderr, flush=True)
+    _log.warning("fomoe: %s", message)
 
 
 def _report_failure(culprit: _Site, on_failure: str) -> None:
@@ -238,12 +243,12 @@ def _report_failure(culprit: _Site, on_failure: str) -> None:
         tail = culprit.log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
         if tail:
             _say(f"last lines of {culprit.log}:")
-            print("\n".join("  " + line for line in tail), file=sys.stderr, flush=True)
+            _log.warning("%s", "\n".join("  " + line for line in tail))
 
 
 @contextmanager
 def _counted_signals() -> Iterator[list[int]]:
-    """Collect signals that ask to stop in a list instead of dying of them."""
+    """Collects signals that ask to stop in a list, in place of their default action."""
     received: list[int] = []
 
     def note(number: int) -> None:
@@ -258,10 +263,22 @@ def _counted_signals() -> Iterator[list[int]]:
             signal.signal(kind, handler)
 
 
+def _note_reader(received: list[int]) -> None:
+    """Treats a reader who has left as a signal that asks to stop."""
+    if not received and has_left(sys.stdout):
+        received.append(signal.SIGPIPE)
+
+
+def _say_stopping(command: _Command, received: Sequence[int]) -> None:
+    why = "nobody reads the output any more, " if received[0] == signal.SIGPIPE else ""
+    _say(f"{why}{command.on_stop} (once more to stop at once)")
+
+
 def _watch(sites: Sequence[_Site], received: list[int], command: _Command) -> int:
-    """Wait for all sites; pass on the first signal, end all at the second or when one fails."""
+    """Waits for all sites; forwards the first signal, kills all at the second or if one fails."""
     forwarded = False
     while True:
+        _note_reader(received)
         codes = [site.process.poll() for site in sites]
         if len(received) > 1:
             _kill(sites)
@@ -269,14 +286,14 @@ def _watch(sites: Sequence[_Site], received: list[int], command: _Command) -> in
             return EXIT_STOPPED
         if received and not forwarded:
             forwarded = True
-            _say(f"{command.on_stop} (once more to stop at once)")
+            _say_stopping(command, received)
             for site in sites:
                 if site.process.poll() is None:
                     site.process.terminate()
         well = (None, 0, EXIT_STOPPED, EXIT_UNWRITTEN)
         failed = [s for s, code in zip(sites, codes, strict=True) if code not in well]
         if failed:
-            time.sleep(2 * _POLL_S)  # let a second failure show, to blame the right one
+            time.sleep(2 * _POLL_S)  # others may have failed too; `_blame` needs all of them
             for site in sites:
                 site.process.poll()
             ended = [s for s in sites if s.process.returncode not in well]
@@ -294,7 +311,7 @@ def _watch(sites: Sequence[_Site], received: list[int], command: _Command) -> in
 
 
 def _network(link: Link | None, num_sites: int) -> Network | None:
-    """The network that shapes the link, or None where there is no link or it must be counted."""
+    """The network that shapes the link; None without a link, or if it must be counted."""
     if link is None:
         return None
     mode = wanted_mode()
@@ -332,7 +349,7 @@ def _run(
         more: Mapping[str, str] = {}
         if keeper is not None:
             stack.enter_context(keeper)
-            console = os.dup(sys.stdout.fileno())  # under its own number a site's is another one
+            console = os.dup(sys.stdout.fileno())  # descriptor 1 of a site is its log
             stack.callback(os.close, console)
             more = {CONSOLE_FD: str(console), **keeper.environment}
         rendezvous = f"file://{folder}/store"
@@ -342,21 +359,25 @@ def _run(
         sites = _start(start)
         try:
             if keeper is not None:
-                return _watch_tolerant(sites, received, start, keeper)
-            return _watch(sites, received, command)
+                code = _watch_tolerant(sites, received, start, keeper)
+            else:
+                code = _watch(sites, received, command)
+            unread = code == EXIT_STOPPED and received[:1] == [signal.SIGPIPE]
+            return EXIT_UNREAD if unread else code
         finally:
             _kill(sites)
 
 
 def _watch_tolerant(sites: list[_Site], received: list[int], start: _Start, keeper: Keeper) -> int:
-    """Waits for all sites of a job that outlives them; starts lost ones again where it is wanted.
+    """Waits for all sites of a job that continues when sites are lost; restarts lost ones.
 
-    Returns 0 when one has come to the end of the job, and what the last one returned when none has.
+    Returns the exit code of a site that reached the end of the job, else that of the last site.
     """
     forwarded, ended_at = False, None
     restarts = dict.fromkeys((site.site for site in sites), keeper.restarts)
     last = 0
     while True:
+        _note_reader(received)
         if len(received) > 1:
             _kill(sites)
             _say(f"stopped at once{start.command.unsaved}")
@@ -364,7 +385,7 @@ def _watch_tolerant(sites: list[_Site], received: list[int], start: _Start, keep
         running = [site for site in sites if site.process.poll() is None]
         if received and not forwarded:
             forwarded = True
-            _say(f"{start.command.on_stop} (once more to stop at once)")
+            _say_stopping(start.command, received)
             for site in running:
                 site.process.terminate()
         for site in [s for s in sites if s not in running]:
@@ -377,7 +398,7 @@ def _watch_tolerant(sites: list[_Site], received: list[int], start: _Start, keep
                 continue
             keeper.dead(site.site)
             again = restarts[site.site] > 0 and ended_at is None and not forwarded
-            _say(f"{site.name} {_describe(code)}{'; it is started again' if again else ''}")
+            _say(f"{site.name} {_describe(code)}{'; it is restarted' if again else ''}")
             last = last if ended_at else code if code > 0 else 128 - code
             if again:
                 restarts[site.site] -= 1
@@ -387,7 +408,7 @@ def _watch_tolerant(sites: list[_Site], received: list[int], start: _Start, keep
                 _say(f"no site is left.{start.command.on_failure()}")
             return last
         if ended_at is not None and time.monotonic() > ended_at + keeper.patience_s:
-            return last  # who is left hangs, or knows nothing of the end
+            return last  # the remaining sites hang, or have missed the end of the job
         time.sleep(_POLL_S)
 
 
@@ -401,21 +422,26 @@ def launch(
     checkpoints: Path | None = None,
     keeper: Keeper | None = None,
 ) -> int:
-    """Run `python -m fomoe_ext.train` with `arguments` as `num_sites` sites; returns the exit code.
+    """Runs `python -m fomoe_ext.train ARGUMENTS` as `num_sites` sites; returns the exit code.
 
-    The first process writes to this one's stdout, the others to `log_dir`/site-N.log or, where a
-    site has several ranks, site-N-rank-R.log. SIGINT, SIGTERM, SIGHUP
-    or SIGQUIT is passed on as SIGTERM (the sites write a checkpoint; the code is 130), a second one
-    but SIGHUP kills the sites. If one
-    dies the others are killed, a message names it, and its exit code (128 + signal) is returned;
-    with a `keeper`, which is entered and left here, the others go on, and lost ones are started
-    again. `checkpoints` is the folder of the job's checkpoints: where there are any when the job
-    has failed, the message says so.
-    With a `link` every site has one of that bandwidth and latency to the others: shaped by the
-    kernel in private network namespaces, or counted by the sites where that is not allowed or
-    FOMOE_LINK_MODE is "counted" (`fomoe_ext.launch.link.active_link` tells a site which). Raises
-    ValueError for numbers < 1, OSError where FOMOE_LINK_MODE is "kernel" and it cannot shape.
-    Must be called in the main thread.
+    Output: the first process writes to this one's stdout, the others to `log_dir`/site-N.log, or
+    site-N-rank-R.log if a site has several ranks.
+
+    Signals: SIGINT, SIGTERM, SIGHUP or SIGQUIT is forwarded as SIGTERM; the sites write a
+    checkpoint and the exit code is 130. The same happens if stdout is a pipe whose reader has left;
+    the exit code is then 141. A second signal other than SIGHUP kills the sites.
+
+    Failures: if a site dies, the others are killed, a message names it, and its exit code (128 +
+    signal) is returned. With a `keeper`, which is entered and left here, the others continue and
+    lost ones are restarted. `checkpoints`: the folder of the job's checkpoints; the message about a
+    failed job mentions them if there are any.
+
+    Link: with a `link` every site has that bandwidth and latency to the others. The kernel shapes
+    it in private network namespaces. If that is not allowed, or FOMOE_LINK_MODE is "counted", the
+    sites count the delays (`fomoe_ext.launch.link.active_link`).
+
+    Raises ValueError for numbers < 1, and OSError if FOMOE_LINK_MODE is "kernel" and the kernel
+    cannot shape the link. Must be called in the main thread.
     """
     command = _Command(
         [sys.executable, "-P", "-m", "fomoe_ext.train", *arguments],
@@ -433,13 +459,13 @@ def run_sites(
     link: Link | None = None,
     ranks_per_site: int = 1,
 ) -> int:
-    """Run any command once per rank of each site, as `launch` runs the training job.
+    """Runs any command once per rank of each site, as `launch` runs the training job.
 
     Returns the exit code. The processes have the environment of sites. Without `log_dir` all write
-    to this one's stdout. They are killed when this process is, where the machine has `setpriv`.
+    to this one's stdout. If the machine has `setpriv`, they are killed when this process is killed.
     Raises what `launch` does, and OSError for a command that cannot be started.
     """
-    # A site of ours watches LAUNCHER_FD, but this may be any program.
+    # Our training processes watch LAUNCHER_FD; another program does not.
     setpriv = shutil.which("setpriv")
     guard = [] if setpriv is None else [setpriv, "--pdeathsig", "KILL", "--"]
     return _run(_Command([*guard, *words]), num_sites, log_dir, link, ranks_per_site)

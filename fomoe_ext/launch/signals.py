@@ -14,9 +14,9 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def listen(note: Callable[[int], None]) -> dict[int, Any]:
-    """Has `note` called with the number of every such signal; returns the handlers of before.
+    """Calls `note` with the number of every such signal; returns the previous handlers.
 
-    SIGHUP and SIGQUIT stay ignored where they are, as under nohup. Only in the main thread.
+    SIGHUP and SIGQUIT stay ignored if they are, as under nohup. Only in the main thread.
     """
 
     def handler(number: int, frame: FrameType | None) -> None:
@@ -31,15 +31,18 @@ def listen(note: Callable[[int], None]) -> dict[int, Any]:
 
 
 def asks_again(number: int) -> bool:
-    """Whether a signal that comes after the first one asks to stop at once.
+    """Whether a second signal asks to stop at once.
 
-    A terminal that is closed hangs up more than once: its shell does, and the kernel.
+    SIGHUP does not: a closed terminal sends it more than once, from the shell and the kernel.
     """
     return number != signal.SIGHUP
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has come that asks to stop: raised where the command was."""
+    """A signal has come that asks to stop, or the output's reader has left (SIGPIPE).
+
+    It is raised where the command was.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -49,7 +52,7 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def interrupting() -> Iterator[None]:
-    """Inside, such a signal raises Interrupted, so that what was begun is tidied up."""
+    """Inside, such a signal raises Interrupted, so that context managers and `finally` clean up."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

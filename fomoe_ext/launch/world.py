@@ -1,12 +1,13 @@
-"""A process of a job: its site, its rank there, threads, device, signals and errors.
+"""A process of a job: its site and rank, threads, device, signals and errors.
 
-It is started by `fomoe train` (`fomoe_ext.launch.processes`) or by torchrun; both say by the same
-environment variables which one it is: process site * ranks_per_site + rank. Without them the job is
-one site, this process.
+It is started by `fomoe train` (`fomoe_ext.launch.processes`) or by torchrun. Both set the same
+environment variables; RANK is site * ranks_per_site + rank. Without these variables the job is this
+one process.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -24,7 +25,9 @@ import torch.distributed as dist
 from fomoe_ext.config.addresses import Address, require_listener, why_no_host, why_no_port
 from fomoe_ext.launch import signals
 from fomoe_ext.launch.processes import EXIT_PEER_LOST, LAUNCHER_FD, RENDEZVOUS, cores
-from fomoe_ext.launch.waiting import GivenUp
+from fomoe_ext.launch.waiting import GivenUp, reason_of
+
+_log = logging.getLogger(__name__)
 
 _PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _PATIENCE_S = 15.0
@@ -32,12 +35,12 @@ VERBS = ("route", "compact", "expand", "contract", "combine")
 
 
 class PeerLost(RuntimeError):
-    """Another site has gone away, or did not answer in time."""
+    """Another site was lost or did not answer in time."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Which site this is, of how many; which rank in it; which process of this machine."""
+    """The site, rank and local process number of this process, and how many of each there are."""
 
     site: int = 0
     num_sites: int = 1
@@ -46,17 +49,18 @@ class World:
     rank: int = 0
     ranks: int = 1
     members: tuple[int, ...] = ()
-    """Where sites come and go: the number that each of them keeps, ascending."""
+    """In jobs that continue when sites are lost: the permanent numbers of the present sites,
+    ascending."""
 
     @property
     def number(self) -> int:
-        """The number that this site keeps, whichever others there are."""
+        """The permanent number of this site, which does not change when others are lost."""
         return self.members[self.site] if self.members else self.site
 
     def of_members(self, members: tuple[int, ...]) -> World:
-        """This site among others. Raises ValueError where it is none of them."""
+        """The world with other members. Raises ValueError if this site is not among them."""
         if self.number not in members:
-            raise ValueError(f"members must hold site {self.number}, got {members}")
+            raise ValueError(f"members must contain site {self.number}, got {members}")
         place = members.index(self.number)
         return replace(self, site=place, num_sites=len(members), members=members)
 
@@ -79,10 +83,11 @@ class World:
 def find_world(
     num_sites: int, environment: Mapping[str, str] = os.environ, ranks_per_site: int = 1
 ) -> World:
-    """The world that the launcher or torchrun describes in the environment.
+    """The world that the launcher or torchrun describes by environment variables.
 
-    With torchrun a site is a run of `ranks_per_site` processes: on one machine a site, --node-rank
-    is the site. Raises ValueError when it is not one of num_sites * ranks_per_site processes.
+    With torchrun a site consists of `ranks_per_site` consecutive processes; if every machine is one
+    site, --node-rank is the site. Raises ValueError unless there are num_sites * ranks_per_site
+    processes.
     """
     wanted = num_sites * ranks_per_site
     words = f"sites is {num_sites}"
@@ -108,9 +113,9 @@ def find_world(
 
 
 def _process_numbers(environment: Mapping[str, str]) -> tuple[int, ...] | None:
-    """The numbers that torchrun's variables hold; None where none of them is set.
+    """The values of torchrun's variables; None if no variable is set.
 
-    Raises ValueError where they cannot be those of one process of a job.
+    Raises ValueError for values that cannot describe a process of a job.
     """
     missing = [name for name in _PROCESS if name not in environment]
     if len(missing) == len(_PROCESS):
@@ -118,13 +123,13 @@ def _process_numbers(environment: Mapping[str, str]) -> tuple[int, ...] | None:
     given = ", ".join(f"{name}={environment[name]}" for name in _PROCESS if name in environment)
     if missing:
         raise ValueError(
-            f"{', '.join(_PROCESS)} belong together, as torchrun sets them: "
-            f"{' and '.join(missing)} not set, got {given}"
+            f"{', '.join(_PROCESS)} must all be set, as torchrun does, got {given} without "
+            f"{' and '.join(missing)}"
         )
     for name in _PROCESS:
         text = environment[name]
         if not (text.isascii() and text.isdecimal() and len(text) < 10):
-            raise ValueError(f"{name} must be a whole number from 0 on, got {text!r}")
+            raise ValueError(f"{name} must be a whole number >= 0, got {text!r}")
     process, processes, local, locals_ = numbers = tuple(int(environment[n]) for n in _PROCESS)
     wrong = ""
     if process >= processes:
@@ -141,44 +146,45 @@ def _process_numbers(environment: Mapping[str, str]) -> tuple[int, ...] | None:
 
 
 def require_interfaces(environment: Mapping[str, str] = os.environ) -> None:
-    """Raises ValueError where GLOO_SOCKET_IFNAME names what is no network interface here."""
+    """Raises ValueError if GLOO_SOCKET_IFNAME names an interface that this machine lacks."""
     wanted = environment.get("GLOO_SOCKET_IFNAME", "")
     there = [name for _, name in socket.if_nameindex()]
     if unknown := [name for name in filter(None, wanted.split(",")) if name not in there]:
         raise ValueError(
             f"GLOO_SOCKET_IFNAME must name network interfaces of this machine, "
-            f"{', '.join(there)}; got {', '.join(unknown)}"
+            f"{', '.join(there)}, got {', '.join(unknown)}"
         )
 
 
 def meeting_point(environment: Mapping[str, str] = os.environ) -> Address:
-    """MASTER_ADDR and MASTER_PORT, where processes without a launcher of ours meet.
+    """MASTER_ADDR and MASTER_PORT, where processes that torchrun has started meet.
 
-    Raises ValueError where they are not set, or are no address.
+    Raises ValueError if they are not set or are no address.
     """
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
     if missing:
         raise ValueError(
-            f"{' and '.join(missing)} must be set, to where the process of RANK=0 is: torchrun "
-            "does it, with --master-addr and --master-port or --rdzv-endpoint"
+            f"{' and '.join(missing)} must be set to the address of the process with RANK=0; "
+            "torchrun sets them from --master-addr and --master-port, or --rdzv-endpoint"
         )
     host, port = environment["MASTER_ADDR"], environment["MASTER_PORT"]
     if wrong := why_no_host(host):
         raise ValueError(f"MASTER_ADDR must be a host name or an IP address, got {host!r}: {wrong}")
     if wrong := why_no_port(port):
-        raise ValueError(f"MASTER_PORT is {port!r}: {wrong}")
+        raise ValueError(f"MASTER_PORT must be a port, got {port!r}: {wrong}")
     return Address(host, int(port))
 
 
 def use_threads(threads: int, world: World) -> None:
-    """Sets torch's threads; 0 = this machine's cores shared among its processes."""
+    """Sets torch's threads; 0 = an equal share of this machine's cores."""
     torch.set_num_threads(threads or max(1, cores() // world.local_processes))
 
 
 def choose_device(wanted: str, world: World) -> torch.device:
-    """The device of a site: "cpu", "cuda" or "auto" = cuda where all verbs have kernels for it.
+    """The device of a process. `wanted`: "cpu", "cuda", or "auto" = cuda if there is a GPU and the
+    build has CUDA kernels.
 
-    Raises ValueError for "cuda" where there is no GPU or no kernel.
+    Raises ValueError for "cuda" without a GPU or without kernels.
     """
     from fomoe_ext import ops  # noqa: F401  loads the kernels
 
@@ -194,7 +200,10 @@ def choose_device(wanted: str, world: World) -> torch.device:
 
 
 def end_with_launcher() -> None:
-    """Ends this process when the launcher, where there is one, is gone: the pipe's other end."""
+    """Ends this process when its launcher, if it has one, has ended.
+
+    The launcher's end closes the pipe that this process watches.
+    """
     if LAUNCHER_FD not in os.environ:
         return
     descriptor = int(os.environ[LAUNCHER_FD])
@@ -208,9 +217,9 @@ def end_with_launcher() -> None:
 
 @contextmanager
 def joined(world: World, timeout_s: float, device: str = "cpu") -> Iterator[None]:
-    """Inside, torch.distributed's default group is that of all processes (none for a single one).
+    """Inside, torch.distributed's default group holds all processes; a single process has no group.
 
-    `device`: the type on which the ranks of a site exchange rows and dense parameters.
+    `device`: the device type on which the ranks of a site exchange rows and dense parameters.
     """
     end_with_launcher()
     if world.processes == 1:
@@ -234,23 +243,21 @@ def joined(world: World, timeout_s: float, device: str = "cpu") -> Iterator[None
 
 
 def _find_others(world: World, timeout_s: float) -> None:
-    """Waits until the process listens at which all meet, unless that is this one."""
+    """Waits until process 0, at which all meet, accepts connections."""
     address = meeting_point()
     if world.process == 0:
         return
-    hint = "is the process of RANK=0 running there, and can this machine reach it?"
-    say = partial(print, f"fomoe train, site {world.site}:", file=sys.stderr, flush=True)
+    hint = "is the process with RANK=0 running there, and can this machine reach it?"
+    say = partial(_log.warning, "fomoe train, site %d: %s", world.site)
     require_listener(address, "MASTER_ADDR:MASTER_PORT", timeout_s, hint, say)
 
 
 @contextmanager
 def _telling(world: World, timeout_s: float) -> Iterator[None]:
-    """Says that the others have not come, where that takes long."""
-    text = (
-        f"fomoe train, site {world.site}: waits for the other processes of {world.processes}, for "
-        f"up to {timeout_s:g} s"
-    )
-    timer = threading.Timer(_PATIENCE_S, print, [text], {"file": sys.stderr, "flush": True})
+    """Logs that the other processes have not come, if that takes long."""
+    text = "fomoe train, site %d: waits for the other processes of %d, for up to %g s"
+    told = [text, world.site, world.processes, timeout_s]
+    timer = threading.Timer(_PATIENCE_S, _log.warning, told)
     timer.daemon = True
     timer.start()
     try:
@@ -261,17 +268,17 @@ def _telling(world: World, timeout_s: float) -> Iterator[None]:
 
 @contextmanager
 def with_others(what: str, site: int) -> Iterator[None]:
-    """Turns a failed collective inside into PeerLost, which says what broke off."""
+    """Turns the error of a collective inside into PeerLost; `what` names the operation."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, PeerLost) or not is_peer_error(error):
             raise
-        raise PeerLost(f"{what}: site {site} lost another site ({error})") from error
+        raise PeerLost(f"{what}: site {site} lost another site ({reason_of(error)})") from error
 
 
 def is_peer_error(error: BaseException) -> bool:
-    """Whether an error is that of a collective whose other end is gone."""
+    """Whether an error means that a collective failed because another process is gone."""
     if isinstance(error, dist.DistError | GivenUp):
         return True
     text = str(error).lower()
@@ -279,14 +286,16 @@ def is_peer_error(error: BaseException) -> bool:
 
 
 class StopRequest:
-    """Whether a signal that asks to stop has come. A second one ends the process as it would by
-    default, but for SIGHUP."""
+    """Whether a signal has asked this process to stop.
+
+    A second signal other than SIGHUP has its default action, which ends the process.
+    """
 
     def __init__(self) -> None:
         self.asked = False
 
     def install(self) -> None:
-        """Listen to the signals; only in the main thread."""
+        """Installs the signal handlers; only in the main thread."""
         signals.listen(self._note)
 
     def _note(self, number: int) -> None:
@@ -296,7 +305,7 @@ class StopRequest:
 
 
 def end_now(code: int) -> None:
-    """Ends the process at once: after a lost peer, clean ends of its connections may never come."""
+    """Ends the process at once; a clean exit could wait for connections to lost processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -337,7 +337,8 @@ class _ToExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, exchange: _Exchange) -> Tensor:
         ctx.exchange = exchange
-        rows = _ops.gather(x, exchange.table.row_of_slot, exchange.table.offsets)
+        table = exchange.table
+        rows = _ops.gather(x=x, row_of_slot=table.row_of_slot, offsets=table.offsets)
         return exchange.to_experts(rows, "tokens")
 
     @staticmethod
@@ -346,7 +347,7 @@ class _ToExperts(torch.autograd.Function):
         exchange = ctx.exchange
         rows = exchange.to_tokens(grad, "token gradients")
         # Experts got gradients divided by the number of ranks; this rank's tokens get the full one.
-        grad_x = _ops.combine(rows, None, exchange.table.row_of_slot)
+        grad_x = _ops.combine(rows=rows, weights=None, row_of_slot=exchange.table.row_of_slot)
         return grad_x.mul_(exchange.dispatch.axis.size), None
 
 

@@ -168,10 +168,9 @@ class Router(nn.Module):
     def _choose_and_measure(
         self, logits: Tensor, allowed: Tensor | None = None, top_k: int | None = None
     ) -> tuple[Tensor, Tensor, ops.RouterStatistics]:
-        """`choose` and the statistics of `ops.measured_route`, from one pass over the logits."""
-        return ops.measured_route(
-            logits, self.top_k if top_k is None else top_k, allowed=allowed, **self._options()
-        )
+        """`choose` and its `ops.RouterStatistics`, from one pass over the logits."""
+        top_k = self.top_k if top_k is None else top_k
+        return ops.route(logits, top_k, allowed=allowed, return_statistics=True, **self._options())
 
     def _options(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in CHOICE_OPTIONS}

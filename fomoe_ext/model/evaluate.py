@@ -117,7 +117,7 @@ class ExpertStream:
         shapes = {name: experts.part(name).shape[1:] for name in experts.parts}
         one = sum(shape.numel() for shape in shapes.values()) * experts.expand_weight.element_size()
         size = max(1, min(self.placement.num_experts, self.buffer_bytes // one))
-        everywhere = self.placement.everywhere
+        everywhere = self.placement.all_resident
         senders = [self._sender(named.index, e, everywhere) for e in range(experts.num_experts)]
         me = self.site, self.ranks.rank
         order = sorted(range(experts.num_experts), key=lambda e: (senders[e], e))
@@ -235,7 +235,7 @@ def evaluate(
     model: LanguageModel,
     data: TextData,
     placement: Placement,
-    site: int = 0,
+    site: int,
     *,
     max_tokens: int | None = None,
     batch_size: int | None = None,
@@ -254,11 +254,9 @@ def evaluate(
     start = time.perf_counter()
     ranks, device = ranks or SiteRanks(None, placement.num_sites, site), model.embedding.device
     process, processes = site * ranks.size + ranks.rank, placement.num_sites * ranks.size
-    batches = list(
-        data.val_batches(
-            batch_size or validation_batch_size(model), process, processes, max_tokens=max_tokens
-        )
-    )
+    size = batch_size or validation_batch_size(model)
+    share = data.val_batches(size, site=process, num_sites=processes, max_tokens=max_tokens)
+    batches = list(share)
     most = torch.tensor(len(batches))
     if processes > 1:
         wait_for(dist.all_reduce(most, dist.ReduceOp.MAX, async_op=True))

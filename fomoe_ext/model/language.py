@@ -165,7 +165,8 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """A decoder-only language model that holds all dense parameters and one site's experts.
 
-    `placement` tells which experts `site` holds in each layer; None = all of them. Initial weights
+    `placement` tells which experts `site` holds in each layer, and must be given with it;
+    without both the model holds all experts. Initial weights
     depend only on `seed` and on what a parameter is, never on the site. `device` may be "meta".
     `mesh`: of a site of several ranks, as `MoELayer` takes it, and `rank_experts` by layer;
     `stale_experts`, too, by layer.
@@ -176,7 +177,7 @@ class LanguageModel(nn.Module):
         self,
         config: ModelConfig,
         placement: Placement | None = None,
-        site: int = 0,
+        site: int | None = None,
         seed: int = 0,
         *,
         mesh: DeviceMesh | None = None,
@@ -189,7 +190,9 @@ class LanguageModel(nn.Module):
         if not isinstance(config, ModelConfig):
             raise TypeError(f"config must be a ModelConfig, got {type(config).__name__}")
         if placement is not None:
-            _check_placement(config, placement, site)
+            site = _check_placement(config, placement, site)
+        elif site is not None:
+            raise ValueError(f"site must be given with a placement, got site = {site} without one")
         self.config = config
         self.embedding = _matrix(
             seed, "embedding", config.vocab_size, config.hidden_size, device, dtype
@@ -199,7 +202,7 @@ class LanguageModel(nn.Module):
             Block(
                 config,
                 layer,
-                None if placement is None else placement.resident(layer, site),
+                None if placement is None or site is None else placement.resident(layer, site),
                 seed,
                 device,
                 dtype,
@@ -260,7 +263,7 @@ class LanguageModel(nn.Module):
         return [block.moe for block in self.blocks]
 
 
-def _check_placement(config: ModelConfig, placement: Placement, site: int) -> None:
+def _check_placement(config: ModelConfig, placement: Placement, site: int | None) -> int:
     wanted = (config.num_layers, config.num_experts)
     given = (placement.num_layers, placement.num_experts)
     if wanted != given:
@@ -268,8 +271,9 @@ def _check_placement(config: ModelConfig, placement: Placement, site: int) -> No
             f"placement is for {given[0]} layers of {given[1]} experts, the model has "
             f"{wanted[0]} of {wanted[1]}"
         )
-    if not 0 <= site < placement.num_sites:
+    if site is None or not 0 <= site < placement.num_sites:
         raise ValueError(f"site must be in [0, {placement.num_sites}), got {site}")
+    return site
 
 
 def _check_tokens(tokens: Tensor, longest: int) -> None:

@@ -1,19 +1,14 @@
-"""The verbs on tensors, as torch ops: `from fomoe_ext import ops` is how all others use them.
+"""The verbs on tensors as torch ops; the rest of the package uses `from fomoe_ext import ops`.
 
-tokens has route, compact, gather and combine, experts the grouped GEMMs expand and contract and
-both at once (moe_experts), rows what goes between them. Importing it makes the native ops
-(`torch.ops.fomoe.*`) known to torch (native), with their fake kernels (shapes), derivatives and
-flops. Stands on the ground: it knows tensors alone, neither layers nor sites.
+tokens has route, compact, gather and combine; experts has the grouped GEMMs expand and contract and
+the fused pass of both (moe_experts); rows has the table of rows that they pass on. Importing the
+folder registers the native ops `torch.ops.fomoe.*` with torch (native), with their fake kernels
+(shapes), derivatives and flops; schemas has their arguments by name. It may import the table of
+activations and build facts, and must know neither layers nor sites.
 """
 
-from fomoe_ext.ops.experts import (
-    ACTIVATIONS,
-    contract,
-    expand,
-    expand_rows_computed,
-    is_gated,
-    moe_experts,
-)
+from fomoe_ext.activations import ACTIVATIONS, is_gated
+from fomoe_ext.ops.experts import contract, expand, expand_rows_computed, moe_experts
 from fomoe_ext.ops.rows import RowTable
 from fomoe_ext.ops.tokens import (
     SCORINGS,
@@ -22,7 +17,6 @@ from fomoe_ext.ops.tokens import (
     combine,
     compact,
     gather,
-    measured_route,
     route,
 )
 
@@ -39,7 +33,6 @@ __all__ = [
     "expand_rows_computed",
     "gather",
     "is_gated",
-    "measured_route",
     "moe_experts",
     "route",
 ]

@@ -1,46 +1,50 @@
-"""Which derivatives the native ops have: the first, in backward mode. Every other is refused.
+"""First derivatives of the native ops, in backward mode; any other derivative is refused.
 
-Torch gives an op without a formula zeros for a derivative, or none, and says at most a warning.
-Here each op gets a kernel for autograd, which knows a formula for the first derivative or none at
-all, and raises NotImplementedError with the op's name where any other is asked for: of second
-order (`create_graph=True` and what builds on it), in forward mode, or by torch.func.
+For an op without a formula torch returns zeros or None as its derivative, with a warning at most.
+Here each op gets an autograd kernel. It has a formula for the first derivative, or none. It raises
+NotImplementedError with the op's name for second derivatives (`create_graph=True` and what builds
+on it), forward mode and torch.func.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-import fomoe_ext.ops.native  # noqa: F401  (defines the ops)
+from fomoe_ext.ops.schemas import arguments_type, in_order
 
 _ops = torch.ops.fomoe
 _library = torch.library.Library("fomoe", "FRAGMENT")
 
-SetUp = Callable[[Any, tuple, Any], None]
-Formula = Callable[..., tuple]
+Gradients: TypeAlias = dict[str, Tensor | None]
+SetUp = Callable[[Any, Any, Any], None]
+Formula = Callable[..., Gradients]
 
 
 def register_derivative(name: str, formula: Formula, set_up: SetUp) -> None:
-    """The op fomoe::`name` has a first derivative.
+    """Gives the op fomoe::`name` a first derivative.
 
-    `set_up(ctx, inputs, output)` keeps what `formula(ctx, *grads)` needs; that returns a gradient
-    or None per argument. Both as of `torch.library.register_autograd`.
+    `set_up(ctx, given, output)` keeps what the formula needs; `given` has the arguments by name.
+    `formula(ctx, needed, *grads)` returns the gradients by the arguments' names; an argument that
+    is not named gets None. `needed` says of each argument, by name, whether it needs a gradient.
+    The rest is as in `torch.library.register_autograd`.
     """
     _register(name, formula, set_up)
 
 
 def refuse_derivative(*names: str) -> None:
-    """The ops fomoe::`name` have none: those that compute a first derivative, or change tensors."""
+    """Refuses derivatives of the ops fomoe::`name`: they compute a derivative or write tensors."""
     for name in names:
         _register(name, None, None)
 
 
 def _register(name: str, formula: Formula | None, set_up: SetUp | None) -> None:
     op = getattr(_ops, name).default
+    by_name, ordered = arguments_type(name)._make, in_order(name)
     written = [
         at
         for at, argument in enumerate(op._schema.arguments)
@@ -51,13 +55,13 @@ def _register(name: str, formula: Formula | None, set_up: SetUp | None) -> None:
         with torch._C._AutoDispatchBelowAutograd():
             output = op(*arguments)
         if set_up is not None:
-            set_up(ctx, arguments, output)
+            set_up(ctx, by_name(arguments), output)
         return output
 
     def backward(ctx: Any, *grads: Tensor) -> tuple:
         if formula is None:
             raise _refusal(name)
-        return formula(ctx, *grads)
+        return ordered(formula(ctx, by_name(ctx.needs_input_grad), *grads))
 
     function: Any = type(
         f"Derivative_of_{name}",
@@ -83,7 +87,7 @@ def _register(name: str, formula: Formula | None, set_up: SetUp | None) -> None:
                 "implemented, also with torch.func.functional_call"
             )
         if any(arguments[at] is not None for at in written):
-            raise _refusal(name)  # what is written would not know of it
+            raise _refusal(name)  # a tensor that is written has no gradient formula
         return function.apply(*arguments)
 
     _library.impl(name, kernel, "Autograd")

@@ -1,4 +1,4 @@
-"""The expert verbs, expand and contract, and the fused pass `moe_experts`, with autograd.
+"""The expert verbs expand and contract, and the fused pass `moe_experts`, with autograd.
 
 Rows are grouped by resident expert as `fomoe_ext.ops.compact` lays them out; a skipped slot has
 no row, so it costs nothing here. Sums are fp32 whatever the storage.
@@ -6,46 +6,31 @@ no row, so it costs nothing here. Sums are fp32 whatever the storage.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import fomoe_ext.ops.native  # noqa: F401  (defines the ops)
-from fomoe_ext.ops.derivatives import refuse_derivative, register_derivative
+from fomoe_ext.activations import ACTIVATIONS, activation_id, is_gated
+from fomoe_ext.ops.derivatives import Gradients, refuse_derivative, register_derivative
 from fomoe_ext.ops.rows import RowTable
+from fomoe_ext.ops.schemas import arguments_type, by_name, tensor_names
 from fomoe_ext.ops.shapes import register_shapes
 
-ACTIVATIONS: dict[str, int] = {
-    "swiglu": 0,
-    "geglu": 1,
-    "silu": 2,
-    "relu2": 3,
-    "gelu": 4,
-    "clamped_swiglu": 5,
-}
-"""Activation names; GELU in tanh form. Gated: swiglu = silu(gate) * up, geglu = gelu(gate) * up;
-clamped_swiglu = gate * sigmoid(1.702 * gate) * (up + 1), gate at most 7 and up in -7 .. 7, is that
-of gpt-oss (arXiv 2508.10925).
-"""
+_GATED_IDS = frozenset(ACTIVATIONS[name] for name in ACTIVATIONS if is_gated(name))
 
-_GATED = frozenset({"swiglu", "geglu", "clamped_swiglu"})
-_GATED_IDS = frozenset(ACTIVATIONS[name] for name in _GATED)
-_ops = torch.ops.fomoe
-
-
-def is_gated(activation: str) -> bool:
-    """Whether the activation takes a gate and an up projection. ValueError for an unknown name."""
-    activation_id(activation)
-    return activation in _GATED
-
-
-def activation_id(activation: str) -> int:
-    """The kernels' number of an activation. ValueError for an unknown name."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: got {activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[activation]
+_expand = by_name("expand")
+_contract = by_name("contract")
+_moe_experts = by_name("moe_experts")
+_moe_experts_backward = by_name("moe_experts_backward")
+_grouped_rows = by_name("grouped_rows")
+_weight_grad = by_name("weight_grad")
+_bias_grad = by_name("bias_grad")
+_activation_backward = by_name("activation_backward")
+_combine = by_name("combine")
+_expand_rows_computed = by_name("expand_rows_computed")
 
 
 def expand(
@@ -62,7 +47,7 @@ def expand(
         x: tokens [T, D], float32, bfloat16 or float16.
         expand_weight: [R, G*N, D] of x's dtype; G = 2 for gated activations (gate rows first).
         table: where the rows are, from `compact`.
-        activation: a key of `ACTIVATIONS`.
+        activation: a name in `fomoe_ext.activations`.
         expand_bias: [R, G*N] of x's dtype, added before the activation, or None.
 
     Returns:
@@ -72,16 +57,16 @@ def expand(
     Raises:
         ValueError: wrong shape, dtype, device, layout or activation, naming the argument.
     """
-    act, _ = _ops.expand(
-        x.contiguous(),
-        expand_weight.contiguous(),
-        _contiguous(expand_bias),
-        table.token_of_row,
-        table.row_of_slot,
-        table.offsets,
-        table.tiles,
-        activation_id(activation),
-        _needs_grad(x, expand_weight, expand_bias),
+    act, _ = _expand(
+        x=x.contiguous(),
+        expand_weight=expand_weight.contiguous(),
+        expand_bias=_contiguous(expand_bias),
+        token_of_row=table.token_of_row,
+        row_of_slot=table.row_of_slot,
+        offsets=table.offsets,
+        tiles=table.tiles,
+        activation=activation_id(activation),
+        save_preact=_needs_grad(x, expand_weight, expand_bias),
     )
     return act
 
@@ -108,12 +93,12 @@ def contract(
     Raises:
         ValueError: wrong shape, dtype, device or layout, naming the argument.
     """
-    return _ops.contract(
-        act.contiguous(),
-        contract_weight.contiguous(),
-        _contiguous(contract_bias),
-        table.offsets,
-        table.tiles,
+    return _contract(
+        act=act.contiguous(),
+        contract_weight=contract_weight.contiguous(),
+        contract_bias=_contiguous(contract_bias),
+        offsets=table.offsets,
+        tiles=table.tiles,
     )
 
 
@@ -133,8 +118,8 @@ def moe_experts(
     """expand, contract and combine in one differentiable pass that keeps only the pre-activations.
 
     y[t] = sum over the token's computed slots of weights[t, k] * expert(x[t]). The backward
-    recomputes activations and takes the gradient of a combine weight from the activation row, so
-    that neither gathered tokens nor contract outputs are kept (SonicMoE, arXiv 2512.14080).
+    recomputes activations and takes the gradients of combine weights from activation rows, so that
+    neither gathered tokens nor outputs of contract are kept (SonicMoE, arXiv 2512.14080).
 
     Args:
         x: tokens [T, D], float32, bfloat16 or float16.
@@ -142,12 +127,11 @@ def moe_experts(
         table: where the rows are, from `compact`.
         expand_weight: [R, G*N, D] of x's dtype; G = 2 for gated activations (gate rows first).
         contract_weight: [R, D, N] of x's dtype.
-        activation: a key of `ACTIVATIONS`.
+        activation: a name in `fomoe_ext.activations`.
         expand_bias: [R, G*N] of x's dtype, or None.
         contract_bias: [R, D] of x's dtype, or None.
-        expand_total, contract_total: float32 of the weight's shape, or None. In the backward pass
-            the gradient of the weight, in fp32, is added to it, and autograd gets none: for
-            gradients of many passes without one rounding to the weight's dtype each.
+        expand_total, contract_total: float32 of the weight's shape, or None. The backward pass adds
+            the weight's gradient to it in fp32, unrounded, and returns none to autograd.
 
     Returns:
         y [T, D] of x's dtype; a token whose slots are all skipped gets zeros.
@@ -155,32 +139,34 @@ def moe_experts(
     Raises:
         ValueError: wrong shape, dtype, device, layout or activation, naming the argument.
     """
-    arguments = (
-        x.contiguous(),
-        weights.contiguous(),
-        table.token_of_row,
-        table.slot_of_row,
-        table.row_of_slot,
-        table.offsets,
-        table.tiles,
-        expand_weight.contiguous(),
-        _contiguous(expand_bias),
-        contract_weight.contiguous(),
-        _contiguous(contract_bias),
-        activation_id(activation),
-        _needs_grad(x, weights, expand_weight, expand_bias, contract_weight, contract_bias),
-    )
     _check_total(expand_total, "expand_total", expand_weight)
     _check_total(contract_total, "contract_total", contract_weight)
-    if expand_total is None and contract_total is None:
-        y, _ = _ops.moe_experts(*arguments)
-        return y
-    return _MoEExpertsIntoTotals.apply(expand_total, contract_total, *arguments)
+    call = _moe_experts
+    if expand_total is not None or contract_total is not None:
+        call = partial(_moe_experts_into_totals, expand_total, contract_total)
+    y, _ = call(
+        x=x.contiguous(),
+        weights=weights.contiguous(),
+        token_of_row=table.token_of_row,
+        slot_of_row=table.slot_of_row,
+        row_of_slot=table.row_of_slot,
+        offsets=table.offsets,
+        tiles=table.tiles,
+        expand_weight=expand_weight.contiguous(),
+        expand_bias=_contiguous(expand_bias),
+        contract_weight=contract_weight.contiguous(),
+        contract_bias=_contiguous(contract_bias),
+        activation=activation_id(activation),
+        save_preact=_needs_grad(
+            x, weights, expand_weight, expand_bias, contract_weight, contract_bias
+        ),
+    )
+    return y
 
 
 def expand_rows_computed() -> int:
     """Rows that the expand kernel has multiplied on the CPU since the library was loaded."""
-    return int(_ops.expand_rows_computed())
+    return int(_expand_rows_computed())
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -192,17 +178,17 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 def _check_total(total: Tensor | None, name: str, weight: Tensor) -> None:
-    """Here, as the backward pass would say it too late."""
+    """Checked in the forward pass, so that the error appears at the call."""
     if total is None:
         return
     if total.dtype != torch.float32:
-        raise ValueError(f"{name}: has dtype {total.dtype}, wanted torch.float32")
+        raise ValueError(f"{name} must have dtype torch.float32, got {total.dtype}")
     if total.shape != weight.shape:
-        raise ValueError(f"{name}: has shape {list(total.shape)}, wanted {list(weight.shape)}")
+        raise ValueError(f"{name} must have shape {list(weight.shape)}, got {list(total.shape)}")
     if total.device != weight.device:
-        raise ValueError(f"{name}: is on {total.device}, wanted {weight.device} as its weight")
+        raise ValueError(f"{name} must be on {weight.device} like its weight, got {total.device}")
     if not total.is_contiguous():
-        raise ValueError(f"{name}: is not contiguous (strides {total.stride()})")
+        raise ValueError(f"{name} must be contiguous, got strides {total.stride()}")
 
 
 # ---- shapes for tracing --------------------------------------------------------------------------
@@ -210,15 +196,7 @@ def _check_total(total: Tensor | None, name: str, weight: Tensor) -> None:
 
 @register_shapes("expand")
 def _(
-    x: Tensor,
-    expand_weight: Tensor,
-    expand_bias: Tensor | None,
-    token_of_row: Tensor,
-    row_of_slot: Tensor,
-    offsets: Tensor,
-    tiles: Tensor,
-    activation: int,
-    save_preact: bool,
+    x: Tensor, expand_weight: Tensor, token_of_row: Tensor, activation: int, save_preact: bool
 ) -> tuple[Tensor, Tensor]:
     slots, width = token_of_row.shape[0], expand_weight.shape[1]
     gates = 2 if activation in _GATED_IDS else 1
@@ -226,31 +204,13 @@ def _(
 
 
 @register_shapes("contract")
-def _(
-    act: Tensor,
-    contract_weight: Tensor,
-    contract_bias: Tensor | None,
-    offsets: Tensor,
-    tiles: Tensor,
-) -> Tensor:
+def _(act: Tensor, contract_weight: Tensor) -> Tensor:
     return act.new_empty(act.shape[0], contract_weight.shape[1])
 
 
 @register_shapes("moe_experts")
 def _(
-    x: Tensor,
-    weights: Tensor,
-    token_of_row: Tensor,
-    slot_of_row: Tensor,
-    row_of_slot: Tensor,
-    offsets: Tensor,
-    tiles: Tensor,
-    expand_weight: Tensor,
-    expand_bias: Tensor | None,
-    contract_weight: Tensor,
-    contract_bias: Tensor | None,
-    activation: int,
-    save_preact: bool,
+    x: Tensor, token_of_row: Tensor, expand_weight: Tensor, save_preact: bool
 ) -> tuple[Tensor, Tensor]:
     saved = token_of_row.shape[0] if save_preact else 0
     return torch.empty_like(x), x.new_empty(saved, expand_weight.shape[1])
@@ -258,20 +218,12 @@ def _(
 
 @register_shapes("moe_experts_backward")
 def _(
-    grad_y: Tensor,
     x: Tensor,
     weights: Tensor,
-    token_of_row: Tensor,
-    slot_of_row: Tensor,
-    row_of_slot: Tensor,
-    offsets: Tensor,
-    tiles: Tensor,
     expand_weight: Tensor,
     expand_bias: Tensor | None,
     contract_weight: Tensor,
     contract_bias: Tensor | None,
-    preact: Tensor,
-    activation: int,
     need_x: bool,
     need_expand: bool,
     need_contract: bool,
@@ -293,170 +245,173 @@ def _(
 
 
 @register_shapes("contract_backward")
-def _(
-    grad_y: Tensor,
-    contract_weight: Tensor,
-    contract_bias: Tensor | None,
-    preact: Tensor,
-    weights: Tensor,
-    token_of_row: Tensor,
-    slot_of_row: Tensor,
-    offsets: Tensor,
-    tiles: Tensor,
-    activation: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(contract_weight: Tensor, preact: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scaled_act = preact.new_empty(preact.shape[0], contract_weight.shape[2])
     return torch.empty_like(preact), scaled_act, torch.empty_like(weights)
 
 
 @register_shapes("grouped_rows")
-def _(rows: Tensor, weight: Tensor, offsets: Tensor, tiles: Tensor) -> Tensor:
+def _(rows: Tensor, weight: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[2])
 
 
 @register_shapes("weight_grad")
-def _(
-    left: Tensor,
-    right: Tensor,
-    left_index: Tensor | None,
-    right_index: Tensor | None,
-    offsets: Tensor,
-) -> Tensor:
+def _(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     return left.new_empty(offsets.shape[0] - 1, left.shape[1], right.shape[1])
 
 
 @register_shapes("weight_grad_add")
-def _(
-    total: Tensor,
-    left: Tensor,
-    right: Tensor,
-    left_index: Tensor | None,
-    right_index: Tensor | None,
-    offsets: Tensor,
-) -> None:
+def _() -> None:
     return None
 
 
 @register_shapes("bias_grad")
-def _(
-    rows: Tensor,
-    index: Tensor | None,
-    weights: Tensor | None,
-    slot_of_row: Tensor | None,
-    offsets: Tensor,
-) -> Tensor:
+def _(rows: Tensor, offsets: Tensor) -> Tensor:
     return rows.new_empty(offsets.shape[0] - 1, rows.shape[1])
 
 
 @register_shapes("activation_backward")
-def _(grad_act: Tensor, preact: Tensor, offsets: Tensor, activation: int) -> Tensor:
+def _(preact: Tensor) -> Tensor:
     return torch.empty_like(preact)
 
 
 # ---- autograd ------------------------------------------------------------------------------------
 
 
-def _expand_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.activation, ctx.saved = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1])
+def _expand_setup(ctx: Any, given: Any, output: tuple[Tensor, Tensor]) -> None:
+    _, preact = output
+    ctx.activation, ctx.saved = given.activation, given.save_preact
+    ctx.save_for_backward(
+        given.x,
+        given.expand_weight,
+        given.token_of_row,
+        given.row_of_slot,
+        given.offsets,
+        given.tiles,
+        preact,
+    )
+    ctx.mark_non_differentiable(preact)
 
 
-def _expand_backward(ctx: Any, grad_act: Tensor, _grad_preact: Tensor) -> tuple:
-    x, expand_weight, _, token_of_row, row_of_slot, offsets, tiles, preact = ctx.saved_tensors
+def _expand_grad(ctx: Any, needed: Any, grad_act: Tensor, _grad_preact: Tensor) -> Gradients:
+    x, expand_weight, token_of_row, row_of_slot, offsets, tiles, preact = ctx.saved_tensors
     _require_saved(ctx.saved)
-    grad_preact = _ops.activation_backward(grad_act.contiguous(), preact, offsets, ctx.activation)
-    grad_x = grad_weight = grad_bias = None
-    if ctx.needs_input_grad[0]:
+    grad_preact = _activation_backward(
+        grad_act=grad_act.contiguous(), preact=preact, offsets=offsets, activation=ctx.activation
+    )
+    grads: Gradients = {}
+    if needed.x:
         # Row gradients, added per token in slot order.
-        grad_rows = _ops.grouped_rows(grad_preact, expand_weight, offsets, tiles)
-        grad_x = _ops.combine(grad_rows, None, row_of_slot)
-    if ctx.needs_input_grad[1]:
-        grad_weight = _ops.weight_grad(grad_preact, x, None, token_of_row, offsets)
-    if ctx.needs_input_grad[2]:
-        grad_bias = _ops.bias_grad(grad_preact, None, None, None, offsets)
-    return grad_x, grad_weight, grad_bias, *[None] * 6
+        grad_rows = _grouped_rows(
+            rows=grad_preact, weight=expand_weight, offsets=offsets, tiles=tiles
+        )
+        grads["x"] = _combine(rows=grad_rows, weights=None, row_of_slot=row_of_slot)
+    if needed.expand_weight:
+        grads["expand_weight"] = _weight_grad(
+            left=grad_preact, right=x, left_index=None, right_index=token_of_row, offsets=offsets
+        )
+    if needed.expand_bias:
+        grads["expand_bias"] = _sum_of_rows(grad_preact, offsets)
+    return grads
 
 
-def _contract_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    act, contract_weight, _, offsets, tiles = inputs
-    ctx.save_for_backward(act, contract_weight, offsets, tiles)
+def _contract_setup(ctx: Any, given: Any, output: Tensor) -> None:
+    ctx.save_for_backward(given.act, given.contract_weight, given.offsets, given.tiles)
 
 
-def _contract_backward(ctx: Any, grad_rows: Tensor) -> tuple:
+def _contract_grad(ctx: Any, needed: Any, grad_rows: Tensor) -> Gradients:
     act, contract_weight, offsets, tiles = ctx.saved_tensors
     grad_rows = grad_rows.contiguous()
-    grad_act = grad_weight = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_act = _ops.grouped_rows(grad_rows, contract_weight, offsets, tiles)
-        grad_act = _zero_tail(grad_act, offsets)
-    if ctx.needs_input_grad[1]:
-        grad_weight = _ops.weight_grad(grad_rows, act, None, None, offsets)
-    if ctx.needs_input_grad[2]:
-        grad_bias = _ops.bias_grad(grad_rows, None, None, None, offsets)
-    return grad_act, grad_weight, grad_bias, None, None
+    grads: Gradients = {}
+    if needed.act:
+        grad_act = _grouped_rows(
+            rows=grad_rows, weight=contract_weight, offsets=offsets, tiles=tiles
+        )
+        grads["act"] = _zero_tail(grad_act, offsets)
+    if needed.contract_weight:
+        grads["contract_weight"] = _weight_grad(
+            left=grad_rows, right=act, left_index=None, right_index=None, offsets=offsets
+        )
+    if needed.contract_bias:
+        grads["contract_bias"] = _sum_of_rows(grad_rows, offsets)
+    return grads
+
+
+def _sum_of_rows(rows: Tensor, offsets: Tensor) -> Tensor:
+    """[R, width]: the gradient of a bias of each resident expert."""
+    return _bias_grad(rows=rows, index=None, weights=None, slot_of_row=None, offsets=offsets)
 
 
 def _zero_tail(rows: Tensor, offsets: Tensor) -> Tensor:
-    """A gradient that leaves this module has no undefined rows past the last one computed."""
+    """`rows` with zeros past the last row: what autograd hands on must be defined everywhere."""
     live = torch.arange(rows.shape[0], device=rows.device) < offsets[-1]
     return torch.where(live.unsqueeze(1), rows, torch.zeros((), dtype=rows.dtype))
 
 
-def _moe_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.activation, ctx.saved = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1])
+_MoEArguments = arguments_type("moe_experts")
+_MOE_TENSORS = tensor_names("moe_experts")
+_tensors_of = attrgetter(*_MOE_TENSORS)
 
 
-def _moe_backward(ctx: Any, grad_y: Tensor, _grad_preact: Tensor) -> tuple:
-    return _moe_grads(ctx, grad_y, ctx.needs_input_grad, None, None)
+def _moe_setup(ctx: Any, given: Any, output: tuple[Tensor, Tensor]) -> None:
+    _, preact = output
+    ctx.activation, ctx.saved = given.activation, given.save_preact
+    ctx.save_for_backward(*_tensors_of(given), preact)
+    ctx.mark_non_differentiable(preact)
+
+
+def _moe_grad(ctx: Any, needed: Any, grad_y: Tensor, _grad_preact: Tensor) -> Gradients:
+    return _moe_grads(ctx, needed, grad_y, None, None)
 
 
 def _moe_grads(
     ctx: Any,
+    needed: Any,
     grad_y: Tensor,
-    needed: Sequence[bool],
     expand_total: Tensor | None,
     contract_total: Tensor | None,
-) -> tuple:
-    """A gradient or None for every argument of the op moe_experts; `needed` is of these."""
+) -> Gradients:
+    """The gradients of the op moe_experts by its arguments' names."""
     saved = ctx.saved_tensors  # once: activation checkpointing recomputes at the first access
-    *tensors, expand_bias, contract_weight, contract_bias, preact = saved
     _require_saved(ctx.saved)
-    need_x, need_expand, need_contract = needed[0], needed[7], needed[9]
-    grad_x, grad_weights, *of_experts = _ops.moe_experts_backward(
-        grad_y.contiguous(),
-        *tensors,
-        expand_bias,
-        contract_weight,
-        contract_bias,
-        preact,
-        ctx.activation,
-        need_x,
-        need_expand,
-        need_contract,
-        expand_total,
-        contract_total,
+    tensors = dict(zip(_MOE_TENSORS, saved[:-1], strict=True))
+    grad_x, grad_weights, grad_expand, grad_expand_bias, grad_contract, grad_contract_bias = (
+        _moe_experts_backward(
+            grad_y=grad_y.contiguous(),
+            preact=saved[-1],
+            activation=ctx.activation,
+            need_x=needed.x,
+            need_expand=needed.expand_weight,
+            need_contract=needed.contract_weight,
+            expand_total=expand_total,
+            contract_total=contract_total,
+            **tensors,
+        )
     )
-    returned = (
-        need_expand and expand_total is None,
-        expand_bias is not None,
-        need_contract and contract_total is None,
-        contract_bias is not None,
-    )
-    return (
-        grad_x if need_x else None,
-        grad_weights,
-        *[None] * 5,
-        *(grad if wanted else None for grad, wanted in zip(of_experts, returned, strict=True)),
-        None,
-        None,
-    )
+    # What the op has not computed is empty.
+    grads: Gradients = {"weights": grad_weights}
+    if needed.x:
+        grads["x"] = grad_x
+    if needed.expand_weight and expand_total is None:
+        grads["expand_weight"] = grad_expand
+    if tensors["expand_bias"] is not None:
+        grads["expand_bias"] = grad_expand_bias
+    if needed.contract_weight and contract_total is None:
+        grads["contract_weight"] = grad_contract
+    if tensors["contract_bias"] is not None:
+        grads["contract_bias"] = grad_contract_bias
+    return grads
+
+
+def _moe_experts_into_totals(
+    expand_total: Tensor | None, contract_total: Tensor | None, **arguments: Any
+) -> tuple[Tensor, None]:
+    given = _MoEArguments(**arguments)
+    return _MoEExpertsIntoTotals.apply(expand_total, contract_total, *given), None
 
 
 class _MoEExpertsIntoTotals(torch.autograd.Function):
-    """moe_experts whose backward adds the weights' gradients to totals.
+    """moe_experts whose backward adds the gradients of the weights to totals.
 
     The totals are not inputs to autograd: other backward passes may have added to them since.
     """
@@ -465,28 +420,31 @@ class _MoEExpertsIntoTotals(torch.autograd.Function):
     def forward(
         ctx: Any, expand_total: Tensor | None, contract_total: Tensor | None, *arguments: Any
     ) -> Tensor:
-        *tensors, ctx.activation, ctx.saved = arguments
+        given = _MoEArguments(*arguments)
+        ctx.activation, ctx.saved = given.activation, given.save_preact
         ctx.totals = (expand_total, contract_total)
-        y, preact = _ops.moe_experts(*arguments)
-        ctx.save_for_backward(*tensors, preact)
+        y, preact = _moe_experts(**given._asdict())
+        ctx.save_for_backward(*_tensors_of(given), preact)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple:
-        return None, None, *_moe_grads(ctx, grad_y, ctx.needs_input_grad[2:], *ctx.totals)
+        needed = _MoEArguments(*ctx.needs_input_grad[2:])
+        grads = _moe_grads(ctx, needed, grad_y, *ctx.totals)
+        return None, None, *(grads.get(name) for name in _MoEArguments._fields)
 
 
 def _require_saved(saved: bool) -> None:
     if not saved:
         raise RuntimeError(
-            "save_preact: was False in the forward pass, wanted True where a gradient is taken"
+            "save_preact must be True in the forward pass where a gradient is taken, got False"
         )
 
 
-register_derivative("expand", _expand_backward, _expand_setup)
-register_derivative("contract", _contract_backward, _contract_setup)
-register_derivative("moe_experts", _moe_backward, _moe_setup)
+register_derivative("expand", _expand_grad, _expand_setup)
+register_derivative("contract", _contract_grad, _contract_setup)
+register_derivative("moe_experts", _moe_grad, _moe_setup)
 refuse_derivative(
     "moe_experts_backward",
     "contract_backward",

@@ -1,36 +1,42 @@
-"""What the native ops give on tensors without memory: for tracing, fake tensors, the meta device.
+"""Fake kernels of the native ops: shapes and dtypes for tracing, fake tensors and meta tensors.
 
-Torch takes such a kernel as soon as any one argument is on the meta device. What it would then give
-for the others' device is memory that nobody has written, so arguments on several devices are
-refused here, as the kernels of real devices do.
+Torch runs a fake kernel as soon as one argument is on the meta device. Results on the device of the
+other arguments would then be uninitialised memory, so arguments on several devices are refused
+here, as in the kernels of real devices.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import fomoe_ext.ops.native  # noqa: F401  (defines the ops)
+from fomoe_ext.ops.schemas import argument_names
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def register_shapes(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates what makes the results of fomoe::`name` from its arguments, as
-    `torch.library.register_fake`. ValueError, naming the argument, for tensors on several devices.
+    """Registers a fake kernel of fomoe::`name`, as `torch.library.register_fake`.
+
+    The decorated function names the arguments that its results depend on, whichever these are, and
+    is called with them alone. The fake kernel raises ValueError, naming the argument, for tensors
+    on several devices. TypeError where the function names what is no argument.
     """
-    op = getattr(torch.ops.fomoe, name).default
-    names = tuple(argument.name for argument in op._schema.arguments)
+    names = argument_names(name)
 
     def decorate(shapes: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(shapes)
+        taken = tuple(inspect.signature(shapes).parameters)
+        if unknown := set(taken) - set(names):
+            raise TypeError(f"fomoe::{name} has no argument {', '.join(sorted(unknown))}")
+
         def checked(*arguments: Any) -> Any:
-            on_one_device(dict(zip(names, arguments, strict=False)))
-            return shapes(*arguments)
+            given = dict(zip(names, arguments, strict=True))
+            on_one_device(given)
+            return shapes(**{name: given[name] for name in taken})
 
         torch.library.register_fake(f"fomoe::{name}", checked)
         return shapes
@@ -49,16 +55,21 @@ def on_one_device(arguments: dict[str, Any]) -> None:
                 first = name, tensor.device
             elif tensor.device != first[1]:
                 raise ValueError(
-                    f"{name}: is on {tensor.device}, wanted {first[1]} as {first[0]}"
+                    f"{name} must be on {first[1]} like {first[0]}, got {tensor.device}"
                     + (" (meta tensors have no values)" if tensor.is_meta else "")
                 )
 
 
 def plain_floats(tensors: dict[str, Tensor]) -> None:
-    """ValueError, naming it, for one that is not of a dtype whose values are what it stands for:
-    integers and 8-bit floats need scales, which nobody here knows of.
+    """ValueError, naming the tensor, unless each is float32, bfloat16, float16 or float64.
+
+    Integers and 8-bit floats are refused: their values mean nothing without scales.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in _FLOATS:
-            kinds = ", ".join(str(kind).removeprefix("torch.") for kind in _FLOATS)
-            raise ValueError(f"{name}: has dtype {tensor.dtype}, wanted one of {kinds}")
+            kinds = " or ".join(map(_dtype_name, _FLOATS))
+            raise ValueError(f"{name} must have dtype {kinds}, got {_dtype_name(tensor.dtype)}")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -8,15 +8,15 @@ experts, D hidden size, N intermediate size. A slot whose expert is not resident
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-import fomoe_ext.ops.flops
-import fomoe_ext.ops.native  # noqa: F401  (defines the ops)
-from fomoe_ext.ops.derivatives import refuse_derivative, register_derivative
+import fomoe_ext.ops.flops  # noqa: F401  (registers formulas)
+from fomoe_ext.ops.derivatives import Gradients, refuse_derivative, register_derivative
 from fomoe_ext.ops.rows import RowTable
+from fomoe_ext.ops.schemas import arguments_type, by_name
 from fomoe_ext.ops.shapes import register_shapes
 
 TILE_ROWS = 128
@@ -25,13 +25,18 @@ TILE_ROWS = 128
 SCORINGS: dict[str, int] = {"softmax": 0, "sigmoid": 1}
 """How logits become scores: softmax over the allowed experts, or each one's sigmoid."""
 
-_ops = torch.ops.fomoe
+_route = by_name("route")
+_route_backward = by_name("route_backward")
+_compact = by_name("compact")
+_gather = by_name("gather")
+_combine = by_name("combine")
+_combine_backward = by_name("combine_backward")
 
 
 class RouterStatistics(NamedTuple):
-    """What `measured_route` counts beside choosing: sums over all tokens, on the logits' device.
+    """Sums over all tokens that `route` counts while it chooses, on the logits' device.
 
-    Sums are exact integers, so that they are the same bits in any order.
+    They are added as integers, exactly, so the order of the tokens does not change a bit.
     """
 
     sums: Tensor  # int64 [2 E + 1]: slots; scores in 2^-24; entropies in 2^-32
@@ -54,6 +59,34 @@ class RouterStatistics(NamedTuple):
         return self.sums[-1].double() * 2.0**-32
 
 
+@overload
+def route(
+    logits: Tensor,
+    top_k: int,
+    *,
+    scoring: str = ...,
+    selection_bias: Tensor | None = ...,
+    allowed: Tensor | None = ...,
+    num_groups: int = ...,
+    groups_kept: int = ...,
+    renormalize: bool = ...,
+    scale: float = ...,
+    return_statistics: Literal[False] = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def route(
+    logits: Tensor,
+    top_k: int,
+    *,
+    scoring: str = ...,
+    selection_bias: Tensor | None = ...,
+    allowed: Tensor | None = ...,
+    num_groups: int = ...,
+    groups_kept: int = ...,
+    renormalize: bool = ...,
+    scale: float = ...,
+    return_statistics: Literal[True],
+) -> tuple[Tensor, Tensor, RouterStatistics]: ...
 def route(
     logits: Tensor,
     top_k: int,
@@ -65,18 +98,19 @@ def route(
     groups_kept: int = 1,
     renormalize: bool = False,
     scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+    return_statistics: bool = False,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, RouterStatistics]:
     """Chooses each token's experts and their combine weights.
 
     An expert is chosen by score + selection_bias, ties going to the lower index; its weight is the
     score without the bias. With groups, the num_groups equal ranges of experts are ranked by the
-    sum of their two best choice scores and only groups_kept of them stay (DeepSeek-V3,
-    arXiv 2412.19437). All arithmetic is fp32, and CPU and CUDA choose the same experts, bit for
-    bit. Without a bias and groups the logits themselves are compared, which is the same order, but
-    logits whose scores round to the same number do not tie.
+    sum of their two best choice scores, and only experts of the best groups_kept groups can be
+    chosen (DeepSeek-V3, arXiv 2412.19437). All arithmetic is fp32; CPU and CUDA choose the same
+    experts. Without a bias and groups the logits themselves are compared: the same order, except
+    that logits whose scores round to the same number do not tie.
 
-    On CUDA nothing waits for the device, so values there are not checked: a token with NaN logits
-    gets experts 0 .. top_k - 1 with NaN weights. E is at most 1024, top_k at most 64 there.
+    On CUDA values are not checked, as that would wait for the device: a token with NaN logits gets
+    experts 0 .. top_k - 1 with NaN weights. E is at most 1024, top_k at most 64 there.
 
     Args:
         logits: [T, E], float32, bfloat16 or float16.
@@ -88,67 +122,36 @@ def route(
         groups_kept: 1 .. num_groups.
         renormalize: divide a token's weights by their sum.
         scale: factor on the weights, after renormalisation.
+        return_statistics: also return `RouterStatistics`, counted in the same pass over the logits.
 
     Returns:
-        weights [T, K] float32, differentiable in logits; experts [T, K] int32. Slots in descending
-        order of choice score; where fewer than top_k experts may be chosen the rest of the slots
-        have expert -1 and weight 0.
+        weights [T, K] float32, differentiable in logits, and experts [T, K] int32, in descending
+        order of choice score; slots beyond the experts that may be chosen have expert -1 and weight
+        0. With return_statistics also the statistics, without gradient.
 
     Raises:
         ValueError: wrong shape, dtype, device or number, or (CPU) NaN logits, naming the argument.
     """
-    weights, experts, _ = _call_route(
-        logits,
-        top_k,
-        scoring,
-        selection_bias,
-        allowed,
-        num_groups,
-        groups_kept,
-        renormalize,
-        scale,
-        False,
+    weights, experts, sums = _route(
+        logits=logits.contiguous(),
+        top_k=top_k,
+        scoring=_scoring_id(scoring),
+        selection_bias=selection_bias,
+        allowed=allowed,
+        num_groups=num_groups,
+        groups_kept=groups_kept,
+        renormalize=renormalize,
+        scale=scale,
+        statistics=return_statistics,
     )
-    return weights, experts
+    chosen = (weights, experts)
+    return (*chosen, RouterStatistics(sums)) if return_statistics else chosen
 
 
-def measured_route(
-    logits: Tensor,
-    top_k: int,
-    *,
-    scoring: str = "sigmoid",
-    selection_bias: Tensor | None = None,
-    allowed: Tensor | None = None,
-    num_groups: int = 1,
-    groups_kept: int = 1,
-    renormalize: bool = False,
-    scale: float = 1.0,
-) -> tuple[Tensor, Tensor, RouterStatistics]:
-    """`route` that also measures, in the same pass over the logits.
-
-    Arguments, first two results and errors as `route`; third the statistics, without gradient.
-    """
-    weights, experts, sums = _call_route(
-        logits,
-        top_k,
-        scoring,
-        selection_bias,
-        allowed,
-        num_groups,
-        groups_kept,
-        renormalize,
-        scale,
-        True,
-    )
-    return weights, experts, RouterStatistics(sums)
-
-
-def _call_route(
-    logits: Tensor, top_k: int, scoring: str, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _scoring_id(scoring: str) -> int:
     if scoring not in SCORINGS:
-        raise ValueError(f"scoring: got {scoring!r}, wanted one of {', '.join(SCORINGS)}")
-    return _ops.route(logits.contiguous(), top_k, SCORINGS[scoring], *options)
+        raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, got {scoring!r}")
+    return SCORINGS[scoring]
 
 
 def compact(
@@ -175,7 +178,14 @@ def compact(
     """
     if tile_rows is None:
         tile_rows = TILE_ROWS if experts.is_cuda else 0
-    return RowTable(*_ops.compact(experts.contiguous(), resident_index, num_resident, tile_rows))
+    return RowTable(
+        *_compact(
+            experts=experts.contiguous(),
+            resident_index=resident_index,
+            num_resident=num_resident,
+            tile_rows=tile_rows,
+        )
+    )
 
 
 def gather(x: Tensor, table: RowTable) -> Tensor:
@@ -192,7 +202,7 @@ def gather(x: Tensor, table: RowTable) -> Tensor:
     Raises:
         ValueError: wrong shape, dtype, device or layout, naming the argument.
     """
-    return _ops.gather(x.contiguous(), table.row_of_slot, table.offsets)
+    return _gather(x=x.contiguous(), row_of_slot=table.row_of_slot, offsets=table.offsets)
 
 
 def combine(rows: Tensor, weights: Tensor | None, table: RowTable) -> Tensor:
@@ -212,25 +222,14 @@ def combine(rows: Tensor, weights: Tensor | None, table: RowTable) -> Tensor:
         ValueError: wrong shape, dtype, device or layout, naming the argument.
     """
     weights = None if weights is None else weights.contiguous()
-    return _ops.combine(rows.contiguous(), weights, table.row_of_slot)
+    return _combine(rows=rows.contiguous(), weights=weights, row_of_slot=table.row_of_slot)
 
 
 # ---- shapes for tracing --------------------------------------------------------------------------
 
 
 @register_shapes("route")
-def _(
-    logits: Tensor,
-    top_k: int,
-    scoring: int,
-    selection_bias: Tensor | None,
-    allowed: Tensor | None,
-    num_groups: int,
-    groups_kept: int,
-    renormalize: bool,
-    scale: float,
-    statistics: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(logits: Tensor, top_k: int, statistics: bool) -> tuple[Tensor, Tensor, Tensor]:
     shape = (logits.shape[0], top_k)
     return (
         logits.new_empty(shape, dtype=torch.float32),
@@ -240,21 +239,13 @@ def _(
 
 
 @register_shapes("route_backward")
-def _(
-    grad_weights: Tensor,
-    logits: Tensor,
-    experts: Tensor,
-    allowed: Tensor | None,
-    scoring: int,
-    renormalize: bool,
-    scale: float,
-) -> Tensor:
+def _(logits: Tensor) -> Tensor:
     return torch.empty_like(logits)
 
 
 @register_shapes("compact")
 def _(
-    experts: Tensor, resident_index: Tensor, num_resident: int, tile_rows: int
+    experts: Tensor, num_resident: int, tile_rows: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     slots = experts.shape[0] * experts.shape[1]
     return (
@@ -267,12 +258,12 @@ def _(
 
 
 @register_shapes("gather")
-def _(x: Tensor, row_of_slot: Tensor, offsets: Tensor) -> Tensor:
+def _(x: Tensor, row_of_slot: Tensor) -> Tensor:
     return x.new_empty(row_of_slot.shape[0] * row_of_slot.shape[1], x.shape[1])
 
 
 @register_shapes("combine")
-def _(rows: Tensor, weights: Tensor | None, row_of_slot: Tensor) -> Tensor:
+def _(rows: Tensor, row_of_slot: Tensor) -> Tensor:
     return rows.new_empty(row_of_slot.shape[0], rows.shape[1])
 
 
@@ -288,51 +279,55 @@ def _(
 # ---- autograd ------------------------------------------------------------------------------------
 
 
-def _route_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    logits, _, ctx.scoring, _, allowed, _, _, ctx.renormalize, ctx.scale, _ = inputs
-    ctx.save_for_backward(logits, output[1], allowed)
-    ctx.mark_non_differentiable(*output[1:])
+def _route_setup(ctx: Any, given: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, experts, statistics = output
+    ctx.scoring, ctx.renormalize, ctx.scale = given.scoring, given.renormalize, given.scale
+    ctx.save_for_backward(given.logits, experts, given.allowed)
+    ctx.mark_non_differentiable(experts, statistics)
 
 
-def _route_backward(ctx: Any, grad_weights: Tensor, *_no_grads: Tensor) -> tuple:
+def _route_grad(ctx: Any, needed: Any, grad_weights: Tensor, *_no_grads: Tensor) -> Gradients:
     logits, experts, allowed = ctx.saved_tensors
-    grad_logits = _ops.route_backward(
-        grad_weights.contiguous(),
-        logits,
-        experts,
-        allowed,
-        ctx.scoring,
-        ctx.renormalize,
-        ctx.scale,
+    grad_logits = _route_backward(
+        grad_weights=grad_weights.contiguous(),
+        logits=logits,
+        experts=experts,
+        allowed=allowed,
+        scoring=ctx.scoring,
+        renormalize=ctx.renormalize,
+        scale=ctx.scale,
     )
-    return grad_logits, *[None] * 9
+    return {"logits": grad_logits}
 
 
-def _combine_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    rows, weights, row_of_slot = inputs
+def _combine_setup(ctx: Any, given: Any, output: Tensor) -> None:
     # Rows are kept only where the gradient of the weights will read them.
-    kept = rows if weights is not None and ctx.needs_input_grad[1] else None
-    ctx.save_for_backward(kept, weights, row_of_slot)
+    needed = arguments_type("combine")._make(ctx.needs_input_grad)
+    kept = given.rows if given.weights is not None and needed.weights else None
+    ctx.save_for_backward(kept, given.weights, given.row_of_slot)
 
 
-def _combine_backward(ctx: Any, grad_y: Tensor) -> tuple:
+def _combine_grad(ctx: Any, needed: Any, grad_y: Tensor) -> Gradients:
     rows, weights, row_of_slot = ctx.saved_tensors
     if weights is None:
         weights = torch.ones(row_of_slot.shape, dtype=torch.float32, device=grad_y.device)
-    grad_rows, grad_weights = _ops.combine_backward(grad_y.contiguous(), rows, weights, row_of_slot)
-    return grad_rows, None if rows is None else grad_weights, None
+    grad_rows, grad_weights = _combine_backward(
+        grad_y=grad_y.contiguous(), rows=rows, weights=weights, row_of_slot=row_of_slot
+    )
+    return {"rows": grad_rows, "weights": None if rows is None else grad_weights}
 
 
-def _gather_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
+def _gather_setup(ctx: Any, given: Any, output: Tensor) -> None:
+    ctx.save_for_backward(given.row_of_slot)
 
 
-def _gather_backward(ctx: Any, grad_rows: Tensor) -> tuple:
+def _gather_grad(ctx: Any, needed: Any, grad_rows: Tensor) -> Gradients:
     (row_of_slot,) = ctx.saved_tensors
-    return _ops.combine(grad_rows.contiguous(), None, row_of_slot), None, None
+    grad_x = _combine(rows=grad_rows.contiguous(), weights=None, row_of_slot=row_of_slot)
+    return {"x": grad_x}
 
 
-register_derivative("gather", _gather_backward, _gather_setup)
-register_derivative("route", _route_backward, _route_setup)
-register_derivative("combine", _combine_backward, _combine_setup)
+register_derivative("gather", _gather_grad, _gather_setup)
+register_derivative("route", _route_grad, _route_setup)
+register_derivative("combine", _combine_grad, _combine_setup)
 refuse_derivative("route_backward", "combine_backward")

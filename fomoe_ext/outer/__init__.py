@@ -9,7 +9,8 @@ language model, of checkpoints, of `fomoe train`, or of sites that come and go.
     as bytes         codec, reduce (buckets on their way)
     what is kept     state (anchor, momentum, error feedback), inner_state, state_dict, belongings
     one meeting      meeting: announce and census before, agreement after it; driver holds it at
-                     once, staged all or nothing, flight behind local steps (background); errors
+                     once, staged all or nothing, flight behind local steps (background), how many
+                     of them: overlap; errors
     what a mean is   averaging, optimizer, gradients (ddp)
     what is counted  step_count, steps (hooks that see them), routed (tokens), log, reports
     besides          beginning (all alike), reshuffle, warmup (of moved experts), stale (copies)

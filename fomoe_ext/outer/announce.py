@@ -38,7 +38,7 @@ def bad_tensor(
 
 def meeting_name(placement: Placement, completed: int, fragment: int = 0) -> str:
     """The meeting after so many rounds: its round and fragment, and a hash of the placement."""
-    digest = hashlib.blake2b(repr(placement.owners_of).encode(), digest_size=4).hexdigest()
+    digest = hashlib.blake2b(repr(placement.table).encode(), digest_size=4).hexdigest()
     return f"{completed + 1}.{fragment} {digest}"
 
 

@@ -1,4 +1,4 @@
-"""Background: the thread on which exchanges go on behind local steps."""
+"""Background: the thread that exchanges data while local steps go on."""
 
 from __future__ import annotations
 
@@ -10,16 +10,26 @@ _T = TypeVar("_T")
 
 
 class Background:
-    """One thread that does exchanges in the order in which they were handed in.
+    """A thread that runs exchanges one after the other, in the order of `submit`.
 
-    All sites hand in the same exchanges in the same order, so that they cannot wait in a circle.
+    All sites submit the same exchanges in the same order, so that they cannot deadlock. The thread
+    starts with the first `submit` and ends with `close`.
     """
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
 
     def submit(self, work: Callable[[], _T]) -> Future[_T]:
-        """Does `work` after all that was handed in before."""
+        """Runs `work` after everything submitted before."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="fomoe-exchange")
         return self._pool.submit(work)
+
+    def close(self, wait: bool) -> None:
+        """Ends the thread after the exchange it is in; drops those it has not begun.
+
+        `wait`: until it has ended.
+        """
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(wait, cancel_futures=True)

@@ -14,14 +14,17 @@ from fomoe_ext.outer.errors import MeetingError
 from fomoe_ext.outer.layout import Layout
 from fomoe_ext.outer.routed import TokenCounts
 from fomoe_ext.outer.site import Site
+from fomoe_ext.placement.overlap import AUTO, TIMES
 
 
 class Census:
     """Numbers of every site, fp64 [num_sites, n]: tokens routed to each expert [L E], tokens
-    trained on [1], the norm of its delta [1]; of these what the options ask for, or none at all.
+    trained on [1], the norm of its delta [1], its times [3]; of these what the options ask for, or
+    none at all.
 
     of_deltas, of_rest: how deltas are averaged, and all else; None = as by default, or not known
     yet. treatment: what is done to deltas. square: of the norm, fp64 scalar, set before `count`.
+    times: of this site, set before `count`; told_times: of all sites, once told.
     """
 
     def __init__(self, site: Site, counts: TokenCounts, layouts: Sequence[Layout]) -> None:
@@ -31,6 +34,7 @@ class Census:
         self._own: Tensor | None = None
         self._told: Tensor | None = None
         self.square = torch.zeros((), dtype=torch.float64)
+        self.times: tuple[float, ...] = ()
         self.treatment = UNTREATED
         self.of_deltas: Averaging | None = None
         self.of_rest: Averaging | None = None
@@ -45,6 +49,14 @@ class Census:
         """The tokens that each site has routed to each expert, [num_sites, L, E], once told."""
         return None if self._told is None else self._by_expert(self._told)
 
+    @property
+    def told_times(self) -> list[list[float]]:
+        """With overlap "auto": the times of all sites; else empty."""
+        if self._told is None or self._site.options.overlap != AUTO:
+            return []
+        found: list[list[float]] = self._told[:, -TIMES:].tolist()
+        return found
+
     def _by_expert(self, told: Tensor) -> Tensor:
         shape = self._counts.tokens.shape
         return told[:, : shape.numel()].view(-1, *shape)
@@ -57,7 +69,8 @@ class Census:
             parts.append(torch.tensor([self._counts.trained], dtype=torch.float64))
         counts = ranks.sum_(torch.cat(parts)) if parts else torch.empty(0, dtype=torch.float64)
         norm = [self.square.sqrt().view(1)] if options.clip_delta else []
-        self._own = torch.cat([counts, *norm])
+        times = [torch.tensor(self.times, dtype=torch.float64)] if options.overlap == AUTO else []
+        self._own = torch.cat([counts, *norm, *times])
 
     def suppose(self) -> None:
         """Goes by this site's own numbers until the others' are there: encoding takes no more."""

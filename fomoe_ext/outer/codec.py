@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-import fomoe_ext.ops.native  # noqa: F401  (defines the ops)
+from fomoe_ext.ops.schemas import by_name
 from fomoe_ext.ops.shapes import register_shapes
 from fomoe_ext.placement import wire
 
@@ -22,7 +22,9 @@ __all__ = ["Codec", "DeltaPart", "get_codec", "hash_bits"]
 Rounding = Literal["nearest", "stochastic"]
 
 _FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3, "int2": 4, "topk": 5}
-_ops = torch.ops.fomoe
+_delta_encode = by_name("delta_encode")
+_delta_reduce = by_name("delta_reduce")
+_hash_bits = by_name("hash_bits")
 
 
 class DeltaPart(NamedTuple):
@@ -68,7 +70,11 @@ class Codec:
         self.name, self.rounding, self.lossy = name, rounding, name != "fp32"
         base, _, block = name.partition("-")
         stochastic = rounding == "stochastic" and base.startswith("int")
-        self._format = (_FORMATS[base], int(block or 64), stochastic)
+        self._format = {
+            "format": _FORMATS[base],
+            "block": int(block or 64),
+            "stochastic": stochastic,
+        }
 
     def __repr__(self) -> str:
         return f"Codec({self.name!r}, rounding={self.rounding!r})"
@@ -77,7 +83,7 @@ class Codec:
         return isinstance(other, Codec) and self._format == other._format
 
     def __hash__(self) -> int:
-        return hash(self._format)
+        return hash(tuple(self._format.values()))
 
     def wire_bytes(self, numel: int) -> int:
         """Bytes of the payload of `numel` values."""
@@ -123,17 +129,17 @@ class Codec:
         ends = [*(part.begin for part in parts[1:]), numel]
         given = [(p, end) for p, end in zip(parts, ends, strict=False) if p.begin != end]
         nothing = out.new_empty(0, dtype=torch.float32)
-        _ops.delta_encode(
-            anchor,
-            [nothing if part.local is None else part.local for part, _ in given],
-            [part.begin for part, _ in given],
-            [float(part.weight) for part, _ in given],
-            error,
-            numel,
-            *self._format,
-            seed,
-            first,
-            out,
+        _delta_encode(
+            anchor=anchor,
+            local=[nothing if part.local is None else part.local for part, _ in given],
+            begins=[part.begin for part, _ in given],
+            weights=[float(part.weight) for part, _ in given],
+            error=error,
+            numel=numel,
+            seed=seed,
+            first=first,
+            payload=out,
+            **self._format,
         )
 
     def decode(self, payload: Tensor, numel: int, out: Tensor | None = None) -> Tensor:
@@ -161,7 +167,18 @@ class Codec:
         rows = self._rows(payloads, numel, own)
         if out is None:
             out = torch.empty(numel, dtype=torch.float32, device=rows.device)
-        _ops.delta_reduce(rows, own, own_rank, None, numel, *self._format, 0, 0, None, out)
+        _delta_reduce(
+            payloads=rows,
+            own=own,
+            own_rank=own_rank,
+            error=None,
+            numel=numel,
+            seed=0,
+            first=0,
+            payload=None,
+            sum=out,
+            **self._format,
+        )
         return out
 
     def reduce(
@@ -182,7 +199,18 @@ class Codec:
         must not overlap `payloads`.
         """
         rows = self._rows(payloads, numel, own)
-        _ops.delta_reduce(rows, own, own_rank, error, numel, *self._format, seed, first, out, None)
+        _delta_reduce(
+            payloads=rows,
+            own=own,
+            own_rank=own_rank,
+            error=error,
+            numel=numel,
+            seed=seed,
+            first=first,
+            payload=out,
+            sum=None,
+            **self._format,
+        )
 
     def _rows(self, payloads: Tensor | Sequence[Tensor], numel: int, own: Tensor | None) -> Tensor:
         if isinstance(payloads, Tensor):
@@ -210,16 +238,16 @@ def hash_bits(tensors: Sequence[Tensor]) -> list[int]:
     """
     if not len(tensors):
         return []
-    return [h & 0xFFFFFFFFFFFFFFFF for h in _ops.hash_bits(list(tensors)).tolist()]
+    return [h & 0xFFFFFFFFFFFFFFFF for h in _hash_bits(tensors=list(tensors)).tolist()]
 
 
 @register_shapes("delta_encode")
-def _(*arguments: object) -> None:
+def _() -> None:
     return None
 
 
 @register_shapes("delta_reduce")
-def _(*arguments: object) -> None:
+def _() -> None:
     return None
 
 

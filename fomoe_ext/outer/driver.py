@@ -1,7 +1,7 @@
-"""Driver: holds a site's meetings, when and as far as they are due; here the site waits for each.
+"""Driver: holds the meetings that are due; the site waits for each of them.
 
-Meetings that go on behind local steps, or that all sites apply or none, take the same steps
-(`fomoe_ext.outer.meeting`) at other times: `flight.InFlight` and `staged.Staged`.
+`flight.InFlight` goes on with local steps meanwhile, and in `staged.Staged` either all sites apply
+a meeting or none does. Both take the same steps (`fomoe_ext.outer.meeting`) at other times.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from fomoe_ext.outer.background import Background
 from fomoe_ext.outer.errors import MeetingError
 from fomoe_ext.outer.log import MeetingLog
 from fomoe_ext.outer.meeting import Meeting
+from fomoe_ext.outer.overlap import OverlapTimes
 from fomoe_ext.outer.reduce import Bucket, exchange
 from fomoe_ext.outer.routed import TokenCounts
 from fomoe_ext.outer.stale import StaleCopies
@@ -26,9 +27,10 @@ from fomoe_ext.placement import stale, wire
 
 @dataclass
 class Pending:
-    """With `staged`: a meeting that is neither applied nor taken back.
+    """With `staged`: a meeting that is neither committed nor rolled back.
 
-    `errors`: the error feedback as it was before. `arrived`: whether all of it is here.
+    `errors`: vectors of error feedback, each with a copy of its values before the meeting.
+    `arrived`: whether everything has arrived at this site.
     """
 
     meeting: Meeting
@@ -39,9 +41,10 @@ class Pending:
 
 
 class Driver:
-    """Every meeting is held at once, from its check to its verification.
+    """Holds every meeting without interruption, from the check of values to that of hashes.
 
-    With `fragments` at several steps of a round, else at its end.
+    With `fragments` at several steps of a round, otherwise at its end. times: how many local steps
+    are taken meanwhile, which are none here.
     """
 
     def __init__(
@@ -52,20 +55,18 @@ class Driver:
         log: MeetingLog,
         copies: StaleCopies | None = None,
     ) -> None:
-        """`copies`: frozen ones of absent experts, to be refreshed after meetings."""
+        """`copies`: the frozen copies of absent experts, refreshed after meetings."""
         self._state, self._counts, self._steps, self._log = state, counts, steps, log
         self._site, self._copies = state.layout.site, copies
         self._options = self._site.options
         self._background = Background()
         self.pending: Pending | None = None
+        self.times = OverlapTimes(self._options)
 
     # ----------------------------------------------------------------------------- when it is due
 
     def hold_round(self) -> None:
-        """The meeting at the end of a round.
-
-        Raises MeetingError where it is not the end of one.
-        """
+        """The meeting at the end of a round. Raises MeetingError in the middle of one."""
         if self._options.staggered:
             steps, since = self._options.local_steps, self._steps.since
             if since != steps:
@@ -92,7 +93,8 @@ class Driver:
             self.land(None)
 
     def _meet_where_due(self, last: bool) -> None:
-        """Meetings of this step: the last of a round are `hold_round`'s."""
+        """Holds the meetings that are due at this step. `last`: called by `hold_round`, which holds
+        those of a round's last step."""
         options = self._options
         assert options.local_steps is not None
         steps = wire.fragment_steps(options.fragments, options.local_steps)
@@ -104,18 +106,18 @@ class Driver:
                 self.meet(fragment)
 
     def end_round(self) -> None:
-        """A round is over."""
+        """Counts a completed round."""
         self._log.round += 1
         self._steps.round_over(self._site.moe_layers)
 
     def refresh_copies(self) -> None:
-        """Makes frozen copies of absent experts those of their holders; a collective."""
+        """`OuterSync.refresh_copies`."""
         if self._copies is not None:
             begun = time.perf_counter()
             self._log.sent(self._copies.refresh())
             self._log.exchange_s += time.perf_counter() - begun
 
-    # -------------------------------------------------------------------------------- how it goes
+    # -------------------------------------------------------------------------------- one meeting
 
     def meet(self, fragment: int) -> None:
         """The meeting of a fragment."""
@@ -128,7 +130,7 @@ class Driver:
         self._log.sent(exchange(buckets, self._options.in_flight))  # encodes and applies each
         compared = meeting.agreement()
         compared.exchange()
-        self._settle(compared)
+        self._require_agreement(compared)
         self._give_back(meeting)
         self._log.exchange_s += time.perf_counter() - begun
 
@@ -139,8 +141,9 @@ class Driver:
         meeting.give_back()
         self._log.treatment = meeting.treatment
 
-    def _settle(self, compared: Agreement) -> None:
-        """Stops, or mends, where holders differ. All of a group do the same."""
+    def _require_agreement(self, compared: Agreement) -> None:
+        """Where holders differ: heals, or raises MeetingError, by `on_mismatch`. All members of an
+        owner group do the same."""
         try:
             if compared.differs and self._options.on_mismatch == "heal":
                 mend = self._background.submit(compared.heal)  # after what is under way
@@ -153,23 +156,29 @@ class Driver:
         finally:
             self._log.sent(compared.bytes_sent)
 
-    # ------------------------------------------------------------- what other drivers leave open
+    # ----------------------------------------------------------------- what subclasses override
 
     @property
     def under_way(self) -> bool:
         """Whether a fragment is under way, or being compared."""
         return False
 
+    def close(self, wait: bool) -> None:
+        """Ends the thread and drops what has not ended; `wait`: for exchanges under way."""
+        self._background.close(wait)
+        self.pending = None
+
     def land(self, step: int | None) -> None:
-        """Takes in the fragments that are due at a step; all of them, and compared, for None."""
+        """Takes in the fragments that are due at a step. None: takes in all of them, and compares
+        their hashes."""
 
     def compare(self) -> None:
-        """After the meeting: verifies what it has left to be verified."""
+        """After a meeting: compares hashes where `hold_round` has not done so."""
 
-    def settle(self, apply: bool) -> bool:
-        """Ends the pending meeting: applies it, or makes everything as it was before.
+    def end_pending(self, commit: bool) -> bool:
+        """Ends the pending meeting: commits it, or rolls everything back to what it was before.
 
-        Returns whether there was one. Raises ValueError when something to be applied has not
-        arrived.
+        Returns whether there was one. Raises ValueError when it is to be committed and not all of
+        it has arrived.
         """
         return False

@@ -1,15 +1,12 @@
-"""What meetings fail with."""
+"""The exceptions that meetings raise."""
 
 from __future__ import annotations
 
 
 class MeetingError(RuntimeError):
-    """A meeting that did not come about, or broke off."""
+    """A meeting could not be held, or broke off."""
 
 
 class MeetingLost(MeetingError):
-    """With `staged`: a meeting that broke off because a site is lost; nothing was applied, it can
-    be held again.
-
-    Call `OuterSync.settle` first.
-    """
+    """With `staged`: a meeting that broke off because a site is lost. This site has changed no
+    parameter. Call `OuterSync.end_pending`; after a rollback the meeting can be held again."""

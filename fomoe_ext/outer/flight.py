@@ -1,4 +1,4 @@
-"""Fragments in flight: encoded at one local step, taken in at a later one, exchanged meanwhile."""
+"""Fragments in flight: encoded at one local step, exchanged during the next ones, then applied."""
 
 from __future__ import annotations
 
@@ -18,30 +18,37 @@ from fomoe_ext.outer.reduce import Bucket, exchange
 
 
 class Flight:
-    """A meeting on its way: what has been encoded, and the exchange of it."""
+    """A meeting under way: its encoded buckets and their exchange."""
 
     def __init__(self, meeting: Meeting, due: int, buckets: Sequence[Bucket]) -> None:
         self.meeting, self.due, self.buckets = meeting, due, list(buckets)
-        """`due`: the local step, counted since the start, after which it lands."""
-        self.exchange_s = 0.0
+        """`due`: the local step, counted from the start of training, after which it is applied."""
+        self.handed_in = 0.0
+        self.exchange_s = self.announced_s = self.moved_s = 0.0
+        """announced_s: seconds from `start` until all sites had announced the exchange, which
+        begins after those before it; moved_s: seconds from then to its end."""
         self.bytes_sent = 0
         self.arrived: Future[Any] | None = None
 
     def start(self, background: Background, work: Callable[[Flight], Any]) -> None:
-        """Hands the exchange in; `work` is done on the other thread and timed."""
+        """Submits the exchange: `work` runs on the background thread and is timed."""
+
+        self.handed_in = time.perf_counter()
 
         def timed() -> Any:
             begun = time.perf_counter()
             try:
                 return work(self)
             finally:
-                self.exchange_s = time.perf_counter() - begun
+                ended = time.perf_counter()
+                self.exchange_s = ended - begun
+                self.moved_s = ended - self.handed_in - self.announced_s
 
         self.arrived = background.submit(timed)
 
 
 class _Check(NamedTuple):
-    """A comparison under way: the local step at which it began, and when it is done."""
+    """A comparison of hashes under way, and the local step at which it began."""
 
     step: int
     compared: Agreement
@@ -51,7 +58,7 @@ class _Check(NamedTuple):
 class InFlight(Driver):
     """With `overlap`: local steps go on while a fragment is under way.
 
-    flights: those under way, in the order in which they land.
+    flights: fragments under way, in the order in which they are due.
     """
 
     def __init__(self, *parts: Any) -> None:
@@ -64,11 +71,32 @@ class InFlight(Driver):
     def under_way(self) -> bool:
         return bool(self.flights or self._checks)
 
+    def after_step(self) -> None:
+        self.times.step_ended()
+        super().after_step()
+        self.times.step_begins()
+
+    def hold_round(self) -> None:
+        self.times.not_a_step()
+        super().hold_round()
+
+    def finish(self) -> None:
+        self.times.not_a_step()
+        super().finish()
+
+    def close(self, wait: bool) -> None:
+        super().close(wait)
+        if wait:
+            warn_of_lost(self.flights)
+        self.flights.clear()
+        self._checks.clear()
+
     def meet(self, fragment: int) -> None:
         """Sends a fragment off."""
-        # What has just landed is still being compared; to wait for that is to wait for all sites.
-        self._settle_checks(before=self._steps.taken)
+        # Not those that began at this step: waiting for them would be waiting for all sites.
+        self._finish_checks(before=self._steps.taken)
         meeting = self._begin(fragment)
+        meeting.tell_times(self.times.told())
         problem = meeting.check()
         buckets = [] if problem else meeting.buckets()
         for bucket in buckets:
@@ -79,9 +107,10 @@ class InFlight(Driver):
 
         def fly(flight: Flight) -> None:
             flight.bytes_sent += meeting.announce(problem)
+            flight.announced_s = time.perf_counter() - flight.handed_in
             flight.bytes_sent += exchange(buckets, in_flight, encode=False, apply=False)
 
-        flight = Flight(meeting, self._steps.taken + self._options.overlap, buckets)
+        flight = Flight(meeting, self._steps.taken + self.times.steps, buckets)
         flight.start(self._background, fly)
         self.flights.append(flight)
 
@@ -89,19 +118,21 @@ class InFlight(Driver):
         while self.flights and (step is None or self.flights[0].due <= step):
             self._take_in(self.flights.pop(0))
         if step is None:
-            self._settle_checks()
+            self._finish_checks()
 
     def _take_in(self, flight: Flight) -> None:
         assert flight.arrived is not None
         try:
             flight.arrived.result()
         except MeetingError as error:
-            # What has been encoded is not sent again.
+            # The encoded deltas are lost, so the meeting cannot be repeated.
             self._log.broken = str(error)
             raise
         finally:
             self._log.sent(flight.bytes_sent)
             self._log.exchange_s += flight.exchange_s
+        self.times.exchanged(flight.meeting.fragment, flight.announced_s, flight.moved_s)
+        self.times.choose(flight.meeting.told_times)
         self._state.layout.hold(flight.meeting.fragment)
         for bucket in flight.buckets:
             bucket.apply()
@@ -110,19 +141,19 @@ class InFlight(Driver):
         done = self._background.submit(compared.exchange)
         self._checks.append(_Check(self._steps.taken, compared, done))
 
-    def _settle_checks(self, before: int | None = None) -> None:
-        """Settles what is compared in the background: what landed before a step, or all of it.
+    def _finish_checks(self, before: int | None = None) -> None:
+        """Waits for comparisons in the background: of what landed before a step, or all.
 
-        At the same steps at all sites: what heals is an exchange too.
+        At the same steps at all sites, because healing is an exchange too.
         """
         while self._checks and (before is None or self._checks[0].step < before):
             check = self._checks.pop(0)
             check.done.result()
-            self._settle(check.compared)
+            self._require_agreement(check.compared)
 
 
 def warn_of_lost(flights: Sequence[Flight]) -> None:
-    """Warns of what is still under way when nobody will take it in any more."""
+    """Warns of fragments that are under way when their OuterSync is closed or collected."""
     if flights:
         warnings.warn(
             "the last fragments of an OuterSync are lost: finish was not called", stacklevel=2

@@ -119,8 +119,8 @@ class Gradients:
     # -------------------------------------------------------------------------------------- norm
 
     @torch.no_grad()
-    def clip(self, max_norm: float) -> float:
-        """`OuterSync.clip_grad_norm`."""
+    def clip(self, max_norm: float) -> Tensor:
+        """`OuterSync.clip_grad_norm_`."""
         finite(0.0, max_norm=max_norm)
         if max_norm == 0:
             raise ValueError(f"max_norm must be > 0, got {max_norm}")
@@ -129,7 +129,7 @@ class Gradients:
             self.reduce()
         parameters = [p for p in model.parameters() if p.grad is not None]
         if not ddp and ranks.size == 1:
-            return float(nn.utils.clip_grad_norm_(parameters, max_norm))
+            return nn.utils.clip_grad_norm_(parameters, max_norm)
         with self._log.meeting("the clipping of gradients"):
             own = self._square_of_pieces() if ddp else self._square_of(parameters)
             total = float(ranks.sum_(torch.tensor(own, dtype=torch.float64)))
@@ -143,7 +143,7 @@ class Gradients:
         torch._foreach_mul_(local, min(1.0, max_norm / (norm + 1e-6)))
         if ddp:
             self._mark(anew=False)
-        return norm
+        return torch.tensor(norm, device=local[0].device if local else None)
 
     def _square_of_pieces(self) -> float:
         """Of the pieces for which this site, and this rank, speaks."""

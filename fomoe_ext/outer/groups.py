@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fomoe_ext.config.outer import OuterConfig
 from fomoe_ext.launch.link import CountedLink, active_link
 from fomoe_ext.launch.waiting import wait_for
 from fomoe_ext.placement import wire
@@ -72,6 +73,12 @@ class SiteGroup:
         on_gpu = bool(channels) and not isinstance(self._scatter, dist.ProcessGroupGloo)
         self.device = torch.device("cuda" if on_gpu else "cpu")
         """Where payloads must be."""
+
+    def release(self) -> list[Any]:
+        """Gives away the connections; the group cannot exchange anything any more."""
+        channels = [self._scatter, self._gather]
+        self._scatter = self._gather = None
+        return channels
 
     def _under_way(self, work: Any, sent: int) -> Handle:
         return _Exchange(work, self._link, sent)
@@ -143,7 +150,7 @@ class SiteGroups:
         self,
         num_sites: int,
         site: int,
-        timeout_s: float = 300.0,
+        timeout_s: float = OuterConfig.timeout_s,
         *,
         link: wire.Link | None = None,
         rank: int = 0,
@@ -163,6 +170,9 @@ class SiteGroups:
         self._timeout = timedelta(seconds=timeout_s)
         self._groups: dict[Owners, SiteGroup | None] = {}
         self.link, self.link_words = active_link(link=link, ranks=ranks)
+        self._gloo, self._probe, self._control = True, None, None
+        self._bytes: dict[int, Tensor] = {}
+        self._heard: dict[int, Any] = {}
         if num_sites == 1:
             self.create([self.everyone])
             return
@@ -236,6 +246,24 @@ class SiteGroups:
                 SiteGroup(owners, self.site, channels, self.link) if mine else None
             )
 
+    def close(self, wait: bool = True) -> None:
+        """Frees all connections, which cannot be used any more; no collective. May be called twice.
+
+        `wait`: until exchanges under way have ended, at most `timeout_s`; otherwise a thread waits.
+        """
+        channels = [self._probe, self._control]
+        for group in self._groups.values():
+            if group is not None:
+                channels += group.release()
+        self._groups.clear()
+        self._heard.clear()
+        self._bytes.clear()
+        self._probe = self._control = None
+        if wait:
+            _free(channels)
+        else:
+            threading.Thread(target=_free, args=(channels,), daemon=True).start()
+
     def group(self, owners: Owners) -> SiteGroup:
         """This site's group of an owner set. Raises KeyError where it is no member or not made."""
         group = self._groups.get(owners)
@@ -306,6 +334,15 @@ class SiteGroups:
         if gone:
             return f"{_names(gone)} {'is' if len(gone) == 1 else 'are'} gone"
         return f"no word from {_names(silent)}" if silent else ""
+
+
+def _free(channels: list[Any]) -> None:
+    """Destroys process groups, of which nobody else must know any more."""
+    while channels:
+        channel = channels.pop()
+        if channel is not None and not isinstance(channel, dist.ProcessGroupGloo):
+            dist.destroy_process_group(channel)
+        del channel  # a Gloo group ends with the last reference
 
 
 def _names(sites: Sequence[int]) -> str:

@@ -134,6 +134,16 @@ def find_moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, MoELayer)]
 
 
+def trained_elements(model: nn.Module) -> int:
+    """Trained elements of the whole model, of all sites: every expert once."""
+    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for _, layer in find_moe_layers(model):
+        for stack in layer.experts.parameters():
+            if stack.requires_grad:
+                total += (layer.num_experts - len(stack)) * stack.shape[1:].numel()
+    return total
+
+
 def check_model(model: nn.Module, placement: Placement, site: int, expert_ranks: int = 1) -> None:
     """Raises ValueError when the model's MoE layers are not those of the placement's site, shared
     out over so many ranks."""

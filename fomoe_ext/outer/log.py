@@ -18,7 +18,8 @@ class MeetingLog:
 
     round: rounds completed. bytes_sent: in all meetings and reshuffles. agreements: meetings after
     which all holders were found to hold the same bits. lost_bytes: with `staged`, sent in meetings
-    that broke off. broken: why no meeting can be held any more, in words.
+    that broke off. broken: why no meeting can be held any more, in words. closed: whether
+    `OuterSync.close` was called.
 
     Since the last report: round_bytes, seconds and exchange_s as `RoundReport` has them; healed:
     what was restored; treatment: whose deltas the last meeting has scaled down or left out.
@@ -31,6 +32,7 @@ class MeetingLog:
         self.agreements = 0
         self.lost_bytes = 0
         self.broken = ""
+        self.closed = False
         self._begin()
 
     def _begin(self) -> None:
@@ -46,6 +48,8 @@ class MeetingLog:
     @contextmanager
     def meeting(self, what: str) -> Iterator[None]:
         """Measures a meeting, and makes a failure in it final."""
+        if self.closed:
+            raise MeetingError(f"{what} cannot be held: this OuterSync is closed")
         if self.broken:
             raise MeetingError(f"this OuterSync cannot go on: {self.broken}; resume a checkpoint")
         start, site = time.perf_counter(), self._site

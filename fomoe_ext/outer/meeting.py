@@ -55,7 +55,7 @@ class Meeting:
         self._counts, self._steps, self._completed = counts, steps, completed
         self.fragment = fragment
         due = wire.moments_due(completed + 1, site.options.moment_periods)
-        names = zip(opt.MOMENTS, site.options.codecs_of_moments, due, strict=True)
+        names = zip(opt.MOMENTS, site.options.resolved_moment_codecs, due, strict=True)
         self._moments = {
             name: get_codec(codec, site.options.rounding)
             for name, codec, wanted in names
@@ -75,6 +75,15 @@ class Meeting:
     def treatment(self) -> Treatment:
         """What was done to the sites' deltas."""
         return self._census.treatment
+
+    def tell_times(self, times: Sequence[float]) -> None:
+        """With overlap "auto": what this site will tell of its times (`outer.overlap`)."""
+        self._census.times = tuple(times)
+
+    @property
+    def told_times(self) -> list[list[float]]:
+        """What all sites have told of theirs; empty with a given overlap."""
+        return self._census.told_times
 
     # ----------------------------------------------------------------------------------- check
 

@@ -126,7 +126,7 @@ class ModelLayout:
             clip=clip,
             round_index=round_index,
             moment_periods=options.moment_periods,
-            moment_codecs=options.codecs_of_moments,
+            moment_codecs=options.resolved_moment_codecs,
             counted_experts=counted if options.counts_tokens else 0,
             numbers=options.site_numbers,
             staged=options.staged,

@@ -1,7 +1,7 @@
 """Outer optimizers, and what meetings and reshuffles ask of the inner one.
 
 * fedavg: parameters become their mean over the holders (McMahan et al., arXiv 1602.05629).
-* diloco: Nesterov SGD on the mean delta, lr 0.7, momentum 0.9 (DiLoCo, arXiv 2311.08105).
+* diloco: Nesterov SGD on the mean delta (DiLoCo, arXiv 2311.08105).
 * local-adamw: mean of the parameters and of both AdamW moments (LocalAdam, Cheng & Glasgow 2025),
   the moments optionally every few rounds only (DES-LOC, arXiv 2505.22549: every 3 and 6).
 * ddp: mean of the gradients before every step; no outer step.
@@ -19,12 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fomoe_ext.checks import finite, one_of
-from fomoe_ext.placement.wire import OPTIMIZERS
-
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """The names of AdamW's moments in torch.optim's state."""
-_DEFAULTS = {"diloco": (0.7, 0.9)}
 
 
 @dataclass(frozen=True)
@@ -32,26 +28,9 @@ class OuterRule:
     """The outer step: Nesterov SGD on the anchor."""
 
     name: str
+    """Of the outer optimizer."""
     lr: float
     momentum: float
-
-    @classmethod
-    def make(cls, name: str, lr: float | None = None, momentum: float | None = None) -> OuterRule:
-        """The rule of an outer optimizer; None = its default, 0.7 and 0.9 for diloco, else 1 and 0.
-
-        Raises ValueError for an unknown name, lr <= 0 or a momentum outside [0, 1), TypeError for
-        what is no number.
-        """
-        one_of(OPTIMIZERS, optimizer=name)
-        default_lr, default_momentum = _DEFAULTS.get(name, (1.0, 0.0))
-        lr = default_lr if lr is None else lr
-        momentum = default_momentum if momentum is None else momentum
-        finite(0.0, outer_lr=lr, outer_momentum=momentum)
-        if lr == 0:
-            raise ValueError(f"outer_lr must be > 0, got {lr}")
-        if momentum >= 1:
-            raise ValueError(f"outer_momentum must be in [0, 1), got {momentum}")
-        return cls(name, float(lr), float(momentum))
 
     def apply_(self, anchor: Tensor, delta: Tensor, momentum: Tensor | None) -> None:
         """In place, flat fp32: m = mu m + d; anchor -= lr (d + mu m). `delta` is used up.

@@ -11,7 +11,7 @@ class RoundReport(NamedTuple):
     """What the meetings of a round cost this site.
 
     round: counts from 1. bytes_sent and seconds: of `step`, of fragments that arrived since the
-    last one and, with "ddp", of all `reduce_gradients` and `clip_grad_norm`; seconds that the site
+    last one and, with "ddp", of all `reduce_gradients` and `clip_grad_norm_`; seconds that the site
     waited, for others too. moments: how many of the two AdamW moments were averaged. exchange_s:
     seconds from the start of exchanges to their end, of which all but `seconds` were hidden behind
     local steps. healed: pieces that had to be restored from the majority. treatment: with

@@ -88,7 +88,7 @@ def _problem(layout: ModelLayout, steps: StepCount) -> str:
 
 def _agree(layout: ModelLayout, steps: StepCount, new: Placement, moments: str) -> int:
     """Raises MeetingError unless all sites want the same, and can do it; the bytes sent."""
-    digest = hashlib.sha256(repr((new.owners_of, moments)).encode()).hexdigest()
+    digest = hashlib.sha256(repr((new.table, moments)).encode()).hexdigest()
     lacking, inner = "", layout.site.inner_optimizer
     if moments == "carry":
         assert inner is not None

@@ -32,7 +32,7 @@ class Site:
 
     def __post_init__(self) -> None:
         options = self.options
-        self.rule = OuterRule.make(options.optimizer, options.outer_lr, options.outer_momentum)
+        self.rule = OuterRule(options.optimizer, options.resolved_lr, options.resolved_momentum)
         self.codec = get_codec(options.codec, options.rounding)
         self.moe_layers = [layer for _, layer in find_moe_layers(self.model)]
 

@@ -1,12 +1,12 @@
-"""A meeting in two phases: everything arrives everywhere, then everybody applies it, or nobody.
+"""A meeting as a two-phase commit: after everything has arrived at all sites, all apply it.
 
-A site's death in the middle of an ordinary meeting leaves some sites with buckets applied that
-others never got. Here nothing is applied before every site has told every other one that all of it
-has arrived. Whoever has heard that from all applies; so if any site has applied, every site has
-everything, and those left can apply as well, whatever happens next (`settle`). If none has, all go
-back to what they were before and may meet again without the lost one.
+If a site dies in the middle of an ordinary meeting, some sites have applied buckets that others
+never received. Here a site applies nothing before it has heard from every other site that
+everything has arrived there. So if any site has committed, everything has arrived everywhere, and
+the remaining sites can commit as well (`end_pending`). If none has, all of them roll back and can
+hold the meeting again without the lost site.
 
-It takes the memory of all payloads, where an ordinary meeting holds a few buckets.
+It needs memory for all payloads of a meeting, an ordinary one for a few buckets.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from fomoe_ext.outer.reduce import exchange
 
 
 class Staged(Driver):
-    """With `staged`: the model meets as a whole, and nothing is applied that has not arrived
-    everywhere."""
+    """With `staged`: the whole model meets at once, and nothing is applied before everything has
+    arrived at all sites."""
 
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
         self._applied: Meeting | None = None
-        """What was applied and has not been compared yet."""
+        """A committed meeting whose hashes have not been compared yet."""
 
     def hold_round(self) -> None:
         begun = time.perf_counter()
@@ -40,10 +40,10 @@ class Staged(Driver):
 
     @torch.no_grad()
     def meet(self, fragment: int) -> None:
-        """The meeting, up to and with its application; not yet compared.
+        """The meeting up to its commit; `compare` verifies it.
 
-        Raises MeetingError as `OuterSync.step`, with everything as it was, and what the transport
-        raises when a site is lost: then `settle` is to be called.
+        Raises MeetingError as `OuterSync.step`, with nothing changed. When a site is lost it raises
+        the transport's error and leaves the meeting pending, for `end_pending`.
         """
         meeting = self._begin(fragment)
         problem = meeting.check()
@@ -53,7 +53,7 @@ class Staged(Driver):
         try:
             pending.bytes_sent += meeting.announce(problem)
         except MeetingError:
-            self.settle(apply=False)
+            self.end_pending(commit=False)
             raise
         pending.buckets = meeting.buckets()
         inject.point("encode")
@@ -64,18 +64,20 @@ class Staged(Driver):
         # wire.COMMIT_BYTES
         _, sent = self._site.everyone.gather_now(torch.ones(1, dtype=torch.int64))
         pending.bytes_sent += sent
-        self.settle(apply=True)
+        self.end_pending(commit=True)
         self._applied = meeting
 
     @torch.no_grad()
-    def settle(self, apply: bool) -> bool:
+    def end_pending(self, commit: bool) -> bool:
         pending, self.pending = self.pending, None
         if pending is None:
             return False
-        if apply and not pending.arrived:
+        if commit and not pending.arrived:
             self.pending = pending
-            raise ValueError("apply: not all of the pending meeting has arrived at this site")
-        if not apply:
+            raise ValueError(
+                "commit must be False where part of the pending meeting has not arrived, got True"
+            )
+        if not commit:
             for vector, before in pending.errors:
                 vector.copy_(before)
             self._log.lost_bytes += pending.bytes_sent
@@ -88,12 +90,17 @@ class Staged(Driver):
         self.end_round()
         return True
 
+    def close(self, wait: bool) -> None:
+        super().close(wait)
+        self._applied = None
+
     def compare(self) -> None:
-        """Verifies what was applied; where a site is lost meanwhile the next meeting will tell."""
+        """Verifies the committed meeting. If a site is lost meanwhile, the next meeting reports
+        it."""
         applied, self._applied = self._applied, None
         if applied is None:
             return
         with suppress(MeetingLost), self._log.meeting("the comparison"):
             compared = applied.agreement()
             compared.exchange()
-            self._settle(compared)
+            self._require_agreement(compared)

@@ -31,6 +31,8 @@ def check_stale(model: nn.Module, options: OuterOptions, ranks: int) -> None:
             f"is not ddp, got {options.fragments}, {options.overlap}, {options.expert_turns} and "
             f"{options.optimizer!r}"
         )
+    if options.staged:
+        raise ValueError("staged needs a model without stale_experts: it does not refresh copies")
     if ranks > 1:
         raise ValueError(f"stale_experts need one rank per site, got {ranks}")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fomoe_ext.outer.codec import Codec
 from fomoe_ext.outer.log import MeetingLog
 from fomoe_ext.outer.optimizer import OuterRule
+from fomoe_ext.outer.overlap import OverlapTimes
 from fomoe_ext.outer.routed import TokenCounts
 from fomoe_ext.outer.state import OuterState
 from fomoe_ext.outer.step_count import StepCount
@@ -36,6 +37,7 @@ class Resumable:
     steps: StepCount
     log: MeetingLog
     warmup: ArrivalWarmup | None
+    times: OverlapTimes
 
     def state_dict(self) -> dict[str, Any]:
         """`OuterSync.state_dict`."""
@@ -54,6 +56,7 @@ class Resumable:
             "met": counts.met.tolist() if layout.site.options.expert_turns > 1 else [],
             **_tensors(self.state),
             "warmup": [[*key, *steps] for key, steps in warming.items()],
+            "overlap": self.times.steps,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -79,6 +82,7 @@ class Resumable:
         self.log.agreements = numbers["agreements"]
         self.steps.taken, self.steps.reductions = numbers["steps"], numbers["reductions"]
         load_met(self.counts.met, state)
+        self.times.resume(int(state.get("overlap", 0)))
         if self.warmup is not None:
             self.warmup.progress = warming
 

@@ -1,7 +1,8 @@
-"""Who holds which expert, and what travels for it: plain arithmetic, without torch.
+"""Which site holds which expert, and how many bytes it sends: plain arithmetic, without torch.
 
-Placements and the tables and searches that make them, experts in turns, frozen copies, hot experts
-spread over ranks, bytes on the wire. May import checks; knows no file, tensor, process or job.
+Placements and the designs and searches that make them, experts that meet in turns, frozen copies,
+experts spread over the ranks of a site, bytes on the wire. May import checks; knows no file,
+tensor, process or job.
 """
 
 from fomoe_ext.placement.placement import Placement

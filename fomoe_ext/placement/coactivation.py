@@ -1,9 +1,8 @@
-"""Experts that the same tokens choose, on the same sites or on different ones. Needs no torch.
+"""The search of `Placement.from_coactivation`, which describes its objective. Needs no torch.
 
-`Placement.from_coactivation` says what is searched for, `fomoe_ext.model.evaluate` counts. A
-placement is searched for all layers at once: they are independent, and numpy is slow on one alone.
-Counts are whole numbers that fp64 adds up exactly, so that every site and machine finds the same
-placement.
+`fomoe_ext.model.evaluate` counts which experts are chosen together. The layers are independent, and
+all are searched at once, because numpy is slow on small arrays. Counts are integers that fp64 adds
+exactly, so that every site and machine finds the same placement.
 """
 
 from __future__ import annotations
@@ -22,43 +21,43 @@ _Ints = NDArray[np.int64]
 _SMALL = 1 << 18
 _MOST_PASSES = 50
 _EXACT = 2**50
-"""Sums of counts stay below: fp64 then adds and subtracts them without rounding."""
+"""Limit of sums of counts: below it fp64 adds and subtracts them without rounding."""
 
 
 def is_small(num_layers: int, num_experts: int) -> bool:
-    """Whether the counts of all pairs are few enough for every report (2^18 numbers)."""
+    """Whether the counts of all pairs are few enough (2^18 numbers) to be part of every report."""
     return num_layers * num_experts**2 <= _SMALL
 
 
-def pairs_together(counts: Any, owners_of: Sequence[Row]) -> list[int]:
-    """What `Placement.from_coactivation` makes large or small, by layer: pairs of experts that one
-    token has chosen, each times the number of sites that hold both.
+def pairs_together(counts: Any, table: Sequence[Row]) -> list[int]:
+    """The objective of `Placement.from_coactivation` by layer: the sum over all pairs of experts of
+    their count times the number of sites that hold both.
 
-    `owners_of`: a placement's. Raises as that does, and ValueError where the counts are of other
-    sizes than the placement.
+    table: of a placement. Raises as `from_coactivation`, and ValueError if the counts and the table
+    differ in size.
     """
-    table = checked_counts(counts)
-    wanted = (len(owners_of), len(owners_of[0]))
-    if table.shape[:2] != wanted:
+    found = checked_counts(counts)
+    wanted = (len(table), len(table[0]))
+    if found.shape[:2] != wanted:
         raise ValueError(
-            f"counts must be of the placement's {wanted[0]} layers of {wanted[1]} experts, got "
-            f"{table.shape[0]} of {table.shape[1]}"
+            f"counts must be for the placement's {wanted[0]} layers of {wanted[1]} experts, got "
+            f"{found.shape[0]} of {found.shape[1]}"
         )
-    num_sites = 1 + max(site for experts in owners_of for sites in experts for site in sites)
-    return [int(value) for value in _objective(_pairs(table), _incidence(owners_of, num_sites))]
+    num_sites = 1 + max(site for experts in table for sites in experts for site in sites)
+    return [int(value) for value in _objective(_pairs(found), _incidence(table, num_sites))]
 
 
 def checked_counts(counts: Any) -> _Ints:
     """Counts as an array of ints [L, E, E].
 
-    Raises TypeError for what holds other than ints, ValueError for another shape, and for counts
-    that are negative, not symmetric, or too many to be added exactly.
+    Raises TypeError for a dtype other than ints, and ValueError for another shape and for counts
+    that are negative, not symmetric, or too large to be added exactly.
     """
     try:
         table = np.asarray(counts)
     except ValueError:
         raise ValueError(
-            "counts must be a table [layer][expert][expert], got rows of several lengths"
+            "counts must be a table [layer][expert][expert], got rows of different lengths"
         ) from None
     if table.ndim != 3 or 0 in table.shape or table.shape[1] != table.shape[2]:
         raise ValueError(
@@ -85,7 +84,7 @@ def checked_counts(counts: Any) -> _Ints:
 
 
 def _pairs(counts: _Ints) -> _Floats:
-    """fp64, without the pairs of an expert with itself."""
+    """Counts in fp64 with a zero diagonal."""
     result = counts.astype(np.float64)
     diagonal = np.arange(counts.shape[1])
     result[:, diagonal, diagonal] = 0.0
@@ -98,11 +97,11 @@ def _pairs(counts: _Ints) -> _Floats:
 def search(
     counts: _Ints, start: Sequence[Row], num_sites: int, together: bool
 ) -> list[list[list[int]]]:
-    """A table [layer][expert] -> sites, of the sizes of `start`, an even one; counts as of
-    `checked_counts`.
+    """A table [layer][expert] -> sites of the size of `start`, which is an even table.
 
-    A local optimum, where no two sites would do better by a swap of an expert for another: from a
-    greedy placement or, in layers where that ends worse than `start`, from there.
+    counts: from `checked_counts`. The result is a local optimum: no swap of two experts between two
+    sites improves it. The search starts from a greedy placement and, in layers where that ends
+    worse than `start`, from `start`.
     """
     signed = _pairs(counts) if together else -_pairs(counts)
     first = _incidence(start, num_sites)
@@ -113,23 +112,24 @@ def search(
     return [[np.flatnonzero(sites).tolist() for sites in layer.T] for layer in held]
 
 
-def _incidence(owners_of: Sequence[Row], num_sites: int) -> NDArray[np.bool_]:
+def _incidence(table: Sequence[Row], num_sites: int) -> NDArray[np.bool_]:
     """Bool [L, S, E]: which site holds which expert."""
-    held = np.zeros((len(owners_of), num_sites, len(owners_of[0])), dtype=bool)
-    for layer, experts in enumerate(owners_of):
+    held = np.zeros((len(table), num_sites, len(table[0])), dtype=bool)
+    for layer, experts in enumerate(table):
         for expert, sites in enumerate(experts):
             held[layer, sites, expert] = True
     return held
 
 
 def _objective(counts: _Floats, held: NDArray[np.bool_]) -> _Floats:
-    """Counts of the pairs within a site, over all sites, [L]."""
+    """Sum of the counts of all pairs that share a site, over all sites, [L]."""
     return (np.matmul(held.astype(np.float64), counts) * held).sum(axis=(1, 2)) / 2
 
 
 def _greedy(counts: _Floats, num_sites: int, size: int) -> NDArray[np.bool_]:
-    """Fills one site after the other: the heaviest expert that is left, then the one that has most
-    in common with those already there. An expert that all sites left must hold comes first.
+    """Fills one site after the other: first the remaining expert with the largest total count, then
+    the one with the largest count with those already there. An expert that all remaining sites must
+    hold takes precedence.
     """
     layers, experts = counts.shape[:2]
     rows = np.arange(layers)
@@ -137,7 +137,7 @@ def _greedy(counts: _Floats, num_sites: int, size: int) -> NDArray[np.bool_]:
     left = np.full((layers, experts), num_sites * size // experts)
     heaviest = counts.sum(axis=2)
     for site in range(num_sites):
-        common = heaviest.copy()  # decides on the first one alone
+        common = heaviest.copy()  # only for the choice of the first expert
         for place in range(size):
             free = (left > 0) & ~held[:, site]
             due = free & (left >= num_sites - site)
@@ -151,7 +151,7 @@ def _greedy(counts: _Floats, num_sites: int, size: int) -> NDArray[np.bool_]:
 
 
 def _swapped(counts: _Floats, held: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Improves placements until no swap of two experts between two sites does."""
+    """Swaps two experts between two sites until no swap improves the objective."""
     swaps = _Swaps(counts, held.copy())
     for _ in range(_MOST_PASSES):
         if not swaps.improve():
@@ -160,10 +160,10 @@ def _swapped(counts: _Floats, held: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 class _Swaps:
-    """Swaps between two sites, in all layers at once: of each the best one.
+    """Applies the best swap between two sites, in all layers at once.
 
-    members: [L, S, M], experts of each site. common: [L, S, E], what an expert has in common with
-    those of a site.
+    members: [L, S, M], experts of each site. common: [L, S, E], sum of an expert's counts with the
+    experts of a site.
     """
 
     def __init__(self, counts: _Floats, held: NDArray[np.bool_]) -> None:
@@ -176,7 +176,7 @@ class _Swaps:
         self._looked = np.full((layers, sites, sites), -1, dtype=np.int64)
 
     def improve(self) -> bool:
-        """One pass over all pairs of sites; False where nothing is left to gain."""
+        """One pass over all pairs of sites; returns whether it swapped anything."""
         before, sites = self._time, self.held.shape[1]
         for first in range(sites):
             for second in range(first + 1, sites):
@@ -188,13 +188,13 @@ class _Swaps:
         return self._time > before
 
     def _swap(self, layers: _Ints, first: int, second: int) -> _Ints:
-        """The best swap between two sites in each of the layers; those where it gained."""
+        """Applies the best swap between two sites in each layer; returns the layers that gained."""
         there, back = self.members[layers, first], self.members[layers, second]
         at = layers[:, None]
         difference = self.common[layers, second] - self.common[layers, first]
         gives = np.take_along_axis(difference, there, axis=1)
         takes = -np.take_along_axis(difference, back, axis=1)
-        # What both sites hold cannot be swapped.
+        # An expert that both sites hold cannot be swapped.
         gives[self.held[at, second, there]] = -np.inf
         takes[self.held[at, first, back]] = -np.inf
         gain = gives[:, :, None] + takes[:, None, :]

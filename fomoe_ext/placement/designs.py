@@ -1,8 +1,8 @@
-"""Tables of who holds what, made of nothing but sizes: evenly spread, or drawn at random.
+"""Tables [layer][expert] -> sites that depend only on sizes (and a seed): cyclic and random.
 
-The cyclic table spreads the owner sets so that any two sites share about the same number of experts
-(a cyclic design: the owner sets of a layer are the shifts of few base blocks). The random one is
-that of the FoMoE paper (arXiv 2606.19025, Algorithm 1).
+In the cyclic table any two sites share about the same number of experts (a cyclic design: the owner
+sets of a layer are shifts of a few base blocks). The random table is that of the FoMoE paper (arXiv
+2606.19025, Algorithm 1).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from itertools import combinations
 from math import gcd
 
 Row = tuple[tuple[int, ...], ...]
-"""By expert of a layer, the sites that hold it, ascending."""
+"""One layer: for each expert the sites that hold it, ascending."""
 
 _LAYER_WEIGHT = 1000
-"""Evenness within a layer counts so much more than evenness over all layers."""
+"""Weight of evenness within a layer, relative to evenness over all layers."""
 _MOST_WORK = 100_000
 _SWITCHES_PER_EDGE = 10
 
@@ -25,7 +25,7 @@ _SWITCHES_PER_EDGE = 10
 def check_sizes(
     num_sites: int, num_experts: int, num_layers: int, replication: int, even: bool = True
 ) -> None:
-    """Refuses sizes for which no placement exists, with sizes that would do."""
+    """ValueError for sizes without a placement; the message names sizes that work."""
     sizes = {
         "num_sites": num_sites,
         "num_experts": num_experts,
@@ -36,7 +36,7 @@ def check_sizes(
         if isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f"{name} must be an int, got {value!r}")
         if value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
+            raise ValueError(f"{name} must be at least 1, got {value}")
     if replication > num_sites:
         raise ValueError(f"replication must be in [1, num_sites = {num_sites}], got {replication}")
     if even and num_experts * replication % num_sites:
@@ -47,7 +47,7 @@ def check_sizes(
         experts = f"{below} or {above}" if below else f"{above}"
         raise ValueError(
             f"num_experts * replication must be a multiple of num_sites, so that every site holds "
-            f"the same number; got {num_experts} * {replication} over {num_sites} sites. "
+            f"the same number, got {num_experts} * {replication} with {num_sites} sites. "
             f"Possible: replication {', '.join(map(str, works))} with {num_experts} experts, or "
             f"{experts} experts with replication {replication}"
         )
@@ -59,11 +59,11 @@ def check_sizes(
 def cyclic_table(
     num_sites: int, num_experts: int, num_layers: int, replication: int
 ) -> tuple[Row, ...]:
-    """The owners of `Placement.cyclic`, by layer; layers that are alike are one object.
+    """The table of `Placement.cyclic`; equal layers are one object.
 
-    The experts take their sites in turn from the cycle 0, 1, .. N-1, 0, .., layer l beginning at
-    site l; then switches even out how many experts each pair of sites shares, in the layer and over
-    all layers. Raises ValueError for impossible sizes.
+    The experts take their sites in turn from the cycle 0, 1, .. N-1, 0, ..; layer l begins at site
+    l. Then switches even out how many experts each pair of sites shares, in the layer and over all
+    layers. Raises ValueError for impossible sizes.
     """
     check_sizes(num_sites, num_experts, num_layers, replication)
     designs = _even_designs(num_sites, num_experts, min(num_layers, num_sites), replication)
@@ -84,7 +84,7 @@ def cyclic_table(
 def _even_designs(
     num_sites: int, num_experts: int, num_designs: int, replication: int
 ) -> list[Row]:
-    """Owner sets of all experts for `num_designs` layers; every one evens out the ones before."""
+    """Owner sets of all experts for `num_designs` layers; each layer evens out those before it."""
     total = [[0] * num_sites for _ in range(num_sites)]
     designs = []
     for shift in range(num_designs):
@@ -100,33 +100,33 @@ def _even_designs(
 
 
 def _even_out(owners: list[set[int]], total: list[list[int]]) -> None:
-    """Switches sites between experts while that makes the pair counts more even.
+    """Switches sites between experts as long as that makes the pair counts more even.
 
-    A switch (expert a gives site s to b and gets t) leaves every site its number of experts. What
-    falls is the sum of squared pair counts, those of this layer first, then those of all layers so
-    far, `total`, to which this layer's are added at the end.
+    A switch (expert a gives site s to b and gets t) keeps the number of experts of every site. Each
+    one reduces the sum of squared pair counts: first of this layer, then of all layers so far
+    (`total`). At the end the counts of this layer are added to `total`.
     """
     sites, weight = range(len(total)), _LAYER_WEIGHT + 1
-    # By pair of sites, half of what the sum grows by when they share one expert more.
+    # For each pair of sites, half the increase of the sum if the two share one more expert.
     cost = [list(row) for row in total]
     for holders in owners:
         for s in holders:
             for t in holders:
                 cost[s][t] += weight
     names = [tuple(sorted(holders)) for holders in owners]
-    settled: dict[Row, int] = {}  # pairs without a good switch, and their work
+    exhausted: dict[Row, int] = {}  # pairs without an improving switch, and their work
     work, improved = 0, True
     while improved:
         improved = False
         for first, second in combinations(range(len(owners)), 2):
             pair = names[first], names[second]
             a, b = owners[first], owners[second]
-            effort = settled.get(pair)
+            effort = exhausted.get(pair)
             known = effort is not None
             if effort is None:
                 effort = 2 * len(a - b) ** 3
             work += effort
-            if work > _MOST_WORK:  # large tables are about even as they are
+            if work > _MOST_WORK:  # large tables are about even without switches
                 improved = False
                 break
             if known:
@@ -134,10 +134,10 @@ def _even_out(owners: list[set[int]], total: list[list[int]]) -> None:
             only_a, only_b = sorted(a - b), sorted(b - a)
             switch = _best_switch(cost, only_a, only_b)
             if switch is None:
-                settled[pair] = effort
+                exhausted[pair] = effort
                 continue
             improved = True
-            settled.clear()
+            exhausted.clear()
             _count_switch(cost, only_a, only_b, switch)
             a.symmetric_difference_update(switch)
             b.symmetric_difference_update(switch)
@@ -150,10 +150,10 @@ def _even_out(owners: list[set[int]], total: list[list[int]]) -> None:
 def _best_switch(
     cost: Sequence[Sequence[int]], only_a: Sequence[int], only_b: Sequence[int]
 ) -> tuple[int, int] | None:
-    """The sites of a and of b that change places, or None where no switch makes the sum less."""
+    """The best sites of a and b to switch; None if no switch reduces the sum."""
 
     def gains(sites: Sequence[int], others: Sequence[int]) -> list[int]:
-        # Switched, s costs with those of b what it cost with those of a; so does t the other way.
+        # After the switch, s pairs with the sites of b instead of those of a, and t vice versa.
         found = []
         for site in sites:
             row = cost[site]
@@ -193,10 +193,10 @@ def _count_switch(
 
 
 def random_table(table: Sequence[Row], seed: int, epoch: int) -> tuple[Row, ...]:
-    """The owners of `Placement.random`, by layer; `table`: of the cyclic placement of these sizes.
+    """The table of `Placement.random`, from the cyclic table of these sizes.
 
-    Each layer's experts are shuffled, then ten random switches are tried per (expert, site) pair (a
-    Markov chain whose stationary distribution is uniform).
+    The experts of each layer are shuffled, then ten random switches per (expert, site) pair are
+    tried (a Markov chain whose stationary distribution is uniform).
     """
     drawn = []
     for layer, experts in enumerate(table):
@@ -207,9 +207,9 @@ def random_table(table: Sequence[Row], seed: int, epoch: int) -> tuple[Row, ...]
 
 
 def _switched(experts: Row, generator: random.Random) -> Row:
-    """The owner sets after random switches: two experts each give one holder to the other.
+    """The owner sets after random switches, in which two experts exchange one holder each.
 
-    Only `generator.random()` is used: its stream is the same in all versions of Python.
+    It uses only `generator.random()`, whose stream is equal in all versions of Python.
     """
 
     def below(bound: int) -> int:

@@ -1,8 +1,8 @@
 """Placement: which site holds which expert, layer by layer. Plain Python, no torch.
 
-Every expert is on exactly `replication` sites and every site holds the same number of experts of
-each layer, so that all sites need the same memory and work. The tables of cyclic and random
-placements come from `fomoe_ext.placement.designs`, those by what tokens choose together from
+Every expert is on exactly `replication` sites, and every site holds the same number of experts of
+each layer, so that all sites need the same memory and do the same work. The tables of cyclic and
+random placements are made in `fomoe_ext.placement.designs`, those of `from_coactivation` in
 `fomoe_ext.placement.coactivation`.
 """
 
@@ -22,7 +22,7 @@ Owners = tuple[int, ...]
 
 
 class Transfer(NamedTuple):
-    """Expert `expert` of layer `layer` is sent by site `source` to site `target`."""
+    """Site `source` sends expert `expert` of layer `layer` to site `target`."""
 
     layer: int
     expert: int
@@ -30,91 +30,71 @@ class Transfer(NamedTuple):
     target: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Who holds what: `owners_of[layer][expert]` is the ascending tuple of the holders' numbers.
+    """Which sites hold which experts.
 
-    Raises ValueError when the table is not of these sizes, an expert is not on exactly
-    `replication` sites, or a site holds more experts of a layer than another.
+    Usually made by `cyclic`, `random`, `from_coactivation` or `from_table`. Names that begin with
+    num_ are counts; `owners` and `resident` return numbers (ids) of sites and experts.
+
+    Raises ValueError if the table does not have these sizes, if an expert is not on exactly
+    `replication` sites, or if sites hold different numbers of experts of a layer.
     """
 
     num_sites: int
     num_experts: int
+    """Experts of one layer."""
     num_layers: int
+    """MoE layers."""
     replication: int
-    owners_of: tuple[tuple[Owners, ...], ...]
+    """Sites that hold each expert."""
+    table: tuple[tuple[Owners, ...], ...]
+    """table[layer][expert] = numbers of the sites that hold the expert, ascending."""
     even: bool = True
     """False: an expert may be on fewer than `replication` sites, and sites may hold different
-    numbers of experts, as after a site's death."""
+    numbers of experts, as after the loss of a site."""
 
     def __post_init__(self) -> None:
         a_bool(even=self.even)
         sizes = self.num_sites, self.num_experts, self.num_layers, self.replication
         check_sizes(*sizes, even=self.even)
-        if len(self.owners_of) != self.num_layers:
+        if len(self.table) != self.num_layers:
             raise ValueError(
-                f"owners_of must have num_layers = {self.num_layers} layers, got "
-                f"{len(self.owners_of)}"
+                f"table must have num_layers = {self.num_layers} layers, got {len(self.table)}"
             )
         residents: dict[int, tuple[tuple[int, ...], ...]] = {}
-        for layer, experts in enumerate(self.owners_of):
-            if id(experts) in residents:  # layers of a cyclic placement are few different ones
+        for layer, experts in enumerate(self.table):
+            if id(experts) in residents:  # a cyclic placement repeats a few different layers
                 continue
-            self._check_layer(layer, experts)
+            _check_layer(self, layer, experts)
             held: list[list[int]] = [[] for _ in range(self.num_sites)]
             for expert, owners in enumerate(experts):
                 for site in owners:
                     held[site].append(expert)
             residents[id(experts)] = tuple(map(tuple, held))
-        of_layers = tuple(residents[id(experts)] for experts in self.owners_of)
+        of_layers = tuple(residents[id(experts)] for experts in self.table)
         object.__setattr__(self, "_residents", of_layers)
-        object.__setattr__(self, "_owner_counts", {})
+        object.__setattr__(self, "_num_by_owners", {})
 
-    def _check_layer(self, layer: int, experts: Sequence[Owners]) -> None:
-        if len(experts) != self.num_experts:
-            raise ValueError(
-                f"owners_of[{layer}] must have num_experts = {self.num_experts} entries, got "
-                f"{len(experts)}"
-            )
-        good: set[Owners] = set()
-        for expert, owners in enumerate(experts):
-            if isinstance(owners, tuple) and owners in good:
-                continue
-            where = f"owners_of[{layer}][{expert}]"
-            if not isinstance(owners, tuple) or not all(type(s) is int for s in owners):
-                raise ValueError(f"{where} must be a tuple of site numbers, got {owners!r}")
-            if any(not 0 <= s < self.num_sites for s in owners):
-                raise ValueError(f"{where} must be sites in [0, {self.num_sites}), got {owners}")
-            if list(owners) != sorted(set(owners)):
-                raise ValueError(f"{where} must be ascending and without repeats, got {owners}")
-            if len(owners) != self.replication and (self.even or not owners):
-                raise ValueError(
-                    f"{where} must name replication = {self.replication} sites, got {owners}"
-                )
-            good.add(owners)
-        if not self.even:
-            return
-        counts = Counter(chain.from_iterable(experts))
-        held = [counts[site] for site in range(self.num_sites)]
-        if len(set(held)) > 1:
-            raise ValueError(
-                f"every site must hold {self.experts_per_site} experts of layer {layer}, sites "
-                f"0..{self.num_sites - 1} hold {held}"
-            )
-
-    # -------------------------------------------------------------------------------- makers
+    # -------------------------------------------------------------------------- constructors
 
     @classmethod
     def cyclic(
         cls, *, num_sites: int, num_experts: int, num_layers: int, replication: int
     ) -> Placement:
-        """The fixed, evenly spread placement; depends on nothing but these sizes.
+        """The default placement, which depends only on these sizes.
 
-        Any two sites share about the same number of experts, in a layer and over all layers. Raises
-        ValueError for impossible sizes.
+        Any two sites share about the same number of experts, in each layer and over all layers.
+        Raises ValueError for impossible sizes.
         """
         table = cyclic_table(num_sites, num_experts, num_layers, replication)
-        return cls(num_sites, num_experts, num_layers, replication, table)
+        return cls(
+            num_sites=num_sites,
+            num_experts=num_experts,
+            num_layers=num_layers,
+            replication=replication,
+            table=table,
+        )
 
     @classmethod
     def random(
@@ -127,37 +107,44 @@ class Placement:
         seed: int,
         epoch: int = 0,
     ) -> Placement:
-        """A placement drawn from (seed, epoch), the same one on every site and machine.
+        """A random placement that depends only on the arguments: it is equal on all sites.
 
-        Drawn near uniformly among all placements of these sizes: the cyclic one with its experts
-        shuffled, then ten random switches per (expert, site) pair (a Markov chain whose stationary
-        distribution is uniform). Raises ValueError for impossible sizes.
+        It is drawn almost uniformly from all placements of these sizes: the experts of the cyclic
+        placement are shuffled, then ten random switches per (expert, site) pair are tried (a Markov
+        chain whose stationary distribution is uniform). Raises ValueError for impossible sizes.
         """
         start = cyclic_table(num_sites, num_experts, num_layers, replication)
         table = random_table(start, seed, epoch)
-        return cls(num_sites, num_experts, num_layers, replication, table)
+        return cls(
+            num_sites=num_sites,
+            num_experts=num_experts,
+            num_layers=num_layers,
+            replication=replication,
+            table=table,
+        )
 
     @classmethod
     def from_coactivation(
         cls, counts: Any, *, num_sites: int, replication: int, together: bool = True
     ) -> Placement:
-        """A placement by how often the same token has chosen two experts.
+        """A placement from measured counts of how often one token chooses two experts together.
 
-        Large (`together`) or small (else) is made, in every layer, the sum over sites of the counts
-        of all pairs of experts that a site holds. What a token finds of its experts on a site is on
-        average the same in every placement of these sizes; with experts of a token together it
-        finds all of them or none more often, with them apart some of them. Loads are not evened
-        out: a site may hold hotter experts than another. A local optimum, by a greedy start and
-        swaps, the same on every machine, and never worse than the cyclic placement.
+        In each layer it maximises (`together`) or minimises (not `together`) the sum of the counts
+        of all pairs of experts that share a site, over all sites. The expected number of a token's
+        experts on a site is the same in all placements of these sizes. With pairs together, a token
+        finds all or none of its experts on a site more often; with pairs apart, some of them. Load
+        is not balanced: one site may hold more heavily used experts than another. The result is a
+        local optimum of a greedy start and pairwise swaps, equal on all machines and never worse
+        than the cyclic placement.
 
         Args:
-            counts: ints [L, E, E] by layer, not negative and symmetric, as nested lists, array or
-                tensor; what is on the diagonal does not matter. `fomoe_ext.report.measured`
-                reads those of a run.
-            num_sites, replication: as of the other placements.
-            together: on the same sites, or apart.
+            counts: ints [L, E, E] by layer, at least 0 and symmetric, as nested lists, an array or
+                a tensor; the diagonal is ignored. `fomoe_ext.report.measured` reads the counts of
+                a run.
+            num_sites, replication: as in `cyclic`.
+            together: whether pairs with large counts go to the same sites or to different ones.
 
-        Raises ValueError or TypeError naming the argument, for impossible sizes too.
+        Raises ValueError or TypeError naming the argument, also for impossible sizes.
         """
         from fomoe_ext.placement.coactivation import checked_counts, search  # loads numpy
 
@@ -171,16 +158,17 @@ class Placement:
     def from_table(
         cls, table: Sequence[Sequence[Sequence[int]]], num_sites: int | None = None
     ) -> Placement:
-        """A given table [layer][expert] -> sites, in any order; `num_sites` None = the largest + 1.
+        """A placement from a table [layer][expert] -> sites, in any order.
 
-        Replication is read off the table. Raises ValueError when it is no valid placement.
+        num_sites: None = the largest site number + 1. The replication is the length of the table's
+        entries. Raises ValueError if the table is not a valid even placement.
         """
         try:
             rows = tuple(tuple(tuple(sorted(sites)) for sites in experts) for experts in table)
         except TypeError as error:
             raise ValueError(f"table must be [layer][expert] -> list of sites: {error}") from None
         if not rows or not rows[0] or not rows[0][0]:
-            raise ValueError("table must have a layer, an expert and a site at least")
+            raise ValueError("table must have at least one layer, one expert and one site")
         held = chain.from_iterable(chain.from_iterable(rows))
         largest = 0
         for site in held:
@@ -188,28 +176,40 @@ class Placement:
                 raise ValueError(f"table must hold site numbers, got {site!r}")
             largest = max(largest, site)
         sites = largest + 1 if num_sites is None else num_sites
-        return cls(sites, len(rows[0]), len(rows), len(rows[0][0]), rows)
+        return cls(
+            num_sites=sites,
+            num_experts=len(rows[0]),
+            num_layers=len(rows),
+            replication=len(rows[0][0]),
+            table=rows,
+        )
 
     @classmethod
     def uneven(cls, table: Sequence[Sequence[Sequence[int]]], num_sites: int) -> Placement:
-        """A given table [layer][expert] -> sites in which sites may hold different numbers.
+        """As `from_table`, but sites may hold different numbers of experts.
 
-        `replication` is the largest number of holders. An even table gives an even placement.
-        Raises ValueError when an expert has no holder or sites are not in [0, num_sites).
+        `replication` is the largest number of holders of an expert. If the table is even, so is the
+        placement. Raises ValueError if an expert has no holder or a site is not in [0, num_sites).
         """
         try:
             rows = tuple(tuple(tuple(sorted(sites)) for sites in experts) for experts in table)
             most = max(len(sites) for experts in rows for sites in experts)
         except (TypeError, ValueError) as error:
             raise ValueError(f"table must be [layer][expert] -> list of sites: {error}") from None
+        sizes = {
+            "num_sites": num_sites,
+            "num_experts": len(rows[0]),
+            "num_layers": len(rows),
+            "replication": most,
+        }
         try:
-            return cls(num_sites, len(rows[0]), len(rows), most, rows)
+            return cls(**sizes, table=rows)
         except ValueError:
-            return cls(num_sites, len(rows[0]), len(rows), most, rows, even=False)
+            return cls(**sizes, table=rows, even=False)
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Placement:
-        """The placement that `to_dict` wrote. Raises ValueError when it is not one."""
+        """The placement that `to_dict` was called on. Raises ValueError for any other dict."""
         try:
             if value.get("even", True):
                 placement = cls.from_table(value["owners"], value["num_sites"])
@@ -222,86 +222,88 @@ class Placement:
         return placement
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists, for JSON: num_sites and owners [layer][expert] -> sites."""
-        owners = [[list(sites) for sites in experts] for experts in self.owners_of]
+        """A dict for JSON: "num_sites" and "owners", a list [layer][expert] of lists of sites."""
+        owners = [[list(sites) for sites in experts] for experts in self.table]
         uneven = {} if self.even else {"even": False}
         return {"num_sites": self.num_sites, "owners": owners, **uneven}
 
-    # ------------------------------------------------------------------------------- questions
+    # --------------------------------------------------------------------------------- queries
 
     @property
     def experts_per_site(self) -> int:
-        """Experts of one layer that every site holds; the most that one does, where not even."""
+        """Number of experts of one layer that each site holds; if not even, the largest number."""
         if self.even:
             return self.num_experts * self.replication // self.num_sites
         held: tuple[tuple[tuple[int, ...], ...], ...] = self._residents  # type: ignore[attr-defined]
         return max(len(experts) for of_sites in held for experts in of_sites)
 
     @property
-    def everywhere(self) -> bool:
+    def all_resident(self) -> bool:
         """Whether all sites hold all experts."""
-        sets = {owners for experts in self.owners_of for owners in experts}
+        sets = {owners for experts in self.table for owners in experts}
         return all(len(owners) == self.num_sites for owners in sets)
 
     def owners(self, layer: int, expert: int) -> Owners:
-        """The sites that hold an expert, ascending. Raises ValueError for no such expert."""
+        """Numbers of the sites that hold an expert, ascending. ValueError for a wrong number."""
         self._check_layer_number(layer)
         if not 0 <= expert < self.num_experts:
             raise ValueError(f"expert must be in [0, {self.num_experts}), got {expert}")
-        return self.owners_of[layer][expert]
+        return self.table[layer][expert]
 
     def resident(self, layer: int, site: int) -> tuple[int, ...]:
-        """The experts of a layer that a site holds, ascending. ValueError for wrong numbers."""
+        """Numbers of the experts of a layer that a site holds, ascending. ValueError for a wrong
+        number."""
         self._check_layer_number(layer)
         self._check_site(site)
         return self._residents[layer][site]  # type: ignore[attr-defined,no-any-return]
 
     def num_resident(self, site: int) -> int:
-        """How many experts a site holds, over all layers. ValueError for a wrong number."""
+        """Number of experts that a site holds, over all layers. ValueError for a wrong number."""
         self._check_site(site)
         return sum(len(of_layer[site]) for of_layer in self._residents)  # type: ignore[attr-defined]
 
     def owner_sets(self) -> tuple[Owners, ...]:
-        """The distinct owner sets of all experts, in ascending order."""
-        return tuple(sorted({owners for experts in self.owners_of for owners in experts}))
+        """All distinct `owners` of experts, in ascending order."""
+        return tuple(sorted({owners for experts in self.table for owners in experts}))
 
-    def owner_counts(self, layers: tuple[int, ...]) -> Mapping[Owners, int]:
-        """Experts of these layers, all counted together, by the sites that hold them."""
-        known: dict[tuple[int, ...], Counter[Owners]] = self._owner_counts  # type: ignore[attr-defined]
+    def num_by_owners(self, layers: tuple[int, ...]) -> Mapping[Owners, int]:
+        """Numbers of experts, over these layers, by the sites that hold them."""
+        known: dict[tuple[int, ...], Counter[Owners]] = self._num_by_owners  # type: ignore[attr-defined]
         if layers not in known:
             known[layers] = Counter()
             for layer in layers:
-                known[layers].update(self.owners_of[layer])
+                known[layers].update(self.table[layer])
         return known[layers]
 
-    def shared_experts(self, first: int, second: int) -> int:
-        """Experts, over all layers, that both of two sites hold."""
+    def num_shared(self, first: int, second: int) -> int:
+        """Number of experts, over all layers, that two sites both hold."""
         self._check_site(first)
         self._check_site(second)
         return sum(
-            first in owners and second in owners for experts in self.owners_of for owners in experts
+            first in owners and second in owners for experts in self.table for owners in experts
         )
 
     def transfers(self, new: Placement) -> tuple[Transfer, ...]:
-        """What must be sent so that `new` holds, in order of layer, expert and target.
+        """What sites must send to change from this placement to `new`, in order of layer, expert
+        and target.
 
-        Every expert a site holds in `new` but not now comes from a present holder; the one that
-        has been given the least so far sends it (the lowest number among equals). Raises
-        ValueError when `new` is of other sizes.
+        An expert that a site holds only in `new` comes from a current holder: the one with the
+        fewest transfers so far, among equals the one with the lowest number. Raises ValueError if
+        `new` has other sizes.
         """
         mine = (self.num_sites, self.num_experts, self.num_layers, self.replication)
         given = (new.num_sites, new.num_experts, new.num_layers, new.replication)
         if mine != given:
             raise ValueError(
-                f"new must be of the same (num_sites, num_experts, num_layers, replication) = "
+                f"new must have the same (num_sites, num_experts, num_layers, replication) = "
                 f"{mine}, got {given}"
             )
         sends = [0] * self.num_sites
         result = []
         for layer in range(self.num_layers):
             for expert in range(self.num_experts):
-                held = self.owners_of[layer][expert]
-                for target in new.owners_of[layer][expert]:
+                held = self.table[layer][expert]
+                for target in new.table[layer][expert]:
                     if target not in held:
                         source = min(held, key=lambda site: (sends[site], site))
                         sends[source] += 1
@@ -309,7 +311,7 @@ class Placement:
         return tuple(result)
 
     def arrivals(self, new: Placement, site: int) -> tuple[Transfer, ...]:
-        """The `transfers` to one site: experts it holds in `new` and not yet, with senders."""
+        """The `transfers` to one site: the experts that it holds only in `new`, with senders."""
         self._check_site(site)
         return tuple(t for t in self.transfers(new) if t.target == site)
 
@@ -320,3 +322,37 @@ class Placement:
     def _check_site(self, site: int) -> None:
         if not 0 <= site < self.num_sites:
             raise ValueError(f"site must be in [0, {self.num_sites}), got {site}")
+
+
+def _check_layer(placement: Placement, layer: int, experts: Sequence[Owners]) -> None:
+    """ValueError unless a layer of the table fits the sizes of the placement."""
+    if len(experts) != placement.num_experts:
+        raise ValueError(
+            f"table[{layer}] must have num_experts = {placement.num_experts} entries, got "
+            f"{len(experts)}"
+        )
+    good: set[Owners] = set()
+    for expert, owners in enumerate(experts):
+        if isinstance(owners, tuple) and owners in good:
+            continue
+        where = f"table[{layer}][{expert}]"
+        if not isinstance(owners, tuple) or not all(type(s) is int for s in owners):
+            raise ValueError(f"{where} must be a tuple of site numbers, got {owners!r}")
+        if any(not 0 <= s < placement.num_sites for s in owners):
+            raise ValueError(f"{where} must be sites in [0, {placement.num_sites}), got {owners}")
+        if list(owners) != sorted(set(owners)):
+            raise ValueError(f"{where} must be ascending and without repeats, got {owners}")
+        if len(owners) != placement.replication and (placement.even or not owners):
+            raise ValueError(
+                f"{where} must name replication = {placement.replication} sites, got {owners}"
+            )
+        good.add(owners)
+    if not placement.even:
+        return
+    counts = Counter(chain.from_iterable(experts))
+    held = [counts[site] for site in range(placement.num_sites)]
+    if len(set(held)) > 1:
+        raise ValueError(
+            f"every site must hold {placement.experts_per_site} experts of layer {layer}, sites "
+            f"0..{placement.num_sites - 1} hold {held}"
+        )

@@ -49,9 +49,9 @@ def wanted_copies(
             )
         return tuple(
             _most_chosen(owners, placement.num_sites, count, row)
-            for owners, row in zip(placement.owners_of, load, strict=True)
+            for owners, row in zip(placement.table, load, strict=True)
         )
-    return tuple(_of_layer(owners, placement.num_sites, count) for owners in placement.owners_of)
+    return tuple(_of_layer(owners, placement.num_sites, count) for owners in placement.table)
 
 
 @lru_cache(maxsize=64)

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from fomoe_ext.checks import at_least, finite, one_of
+from fomoe_ext.placement.overlap import AUTO, TIMES
 from fomoe_ext.placement.placement import Owners, Placement, Transfer
 from fomoe_ext.placement.turns import GroupExperts, waiting_elements
 
@@ -123,7 +124,7 @@ def bucket_sizes(numel: int, bucket_bytes: int) -> list[int]:
     return [min(size, numel - start) for start in range(0, numel, size)]
 
 
-def _bucket_counts(numel: int, bucket_bytes: int) -> list[tuple[int, int]]:
+def bucket_counts(numel: int, bucket_bytes: int) -> list[tuple[int, int]]:
     """Sizes of the buckets, and how many there are of each."""
     size = bucket_elements(bucket_bytes)
     full, rest = divmod(numel, size)
@@ -139,7 +140,7 @@ def all_gather_bytes(numel: int, members: int, codec: str, bucket_bytes: int) ->
     """Bytes a member sends to give all others its shares of `numel` elements."""
     return (members - 1) * sum(
         times * (wire_bytes(codec, share_elements(n, members)) + HASH_BYTES)
-        for n, times in _bucket_counts(numel, bucket_bytes)
+        for n, times in bucket_counts(numel, bucket_bytes)
     )
 
 
@@ -151,7 +152,7 @@ def all_reduce_bytes(numel: int, members: int, codec: str, bucket_bytes: int) ->
     if is_sparse(codec):
         return (members - 1) * sum(
             times * (wire_bytes(codec, n) + HASH_BYTES)
-            for n, times in _bucket_counts(numel, bucket_bytes)
+            for n, times in bucket_counts(numel, bucket_bytes)
         )
     return 2 * all_gather_bytes(numel, members, codec, bucket_bytes)
 
@@ -161,7 +162,7 @@ def own_elements(numel: int, members: int, codec: str, bucket_bytes: int) -> int
     if is_sparse(codec):
         return 0
     return sum(
-        times * share_elements(n, members) for n, times in _bucket_counts(numel, bucket_bytes)
+        times * share_elements(n, members) for n, times in bucket_counts(numel, bucket_bytes)
     )
 
 
@@ -233,7 +234,7 @@ def group_elements(
     parameters[0][everyone] += sizes.outside
     for fragment, layers in enumerate(_blocks_of_fragments(placement.num_layers, fragments)):
         parameters[fragment][everyone] += len(layers) * sizes.block
-        for owners, experts in placement.owner_counts(layers).items():
+        for owners, experts in placement.num_by_owners(layers).items():
             router_owners = everyone if router_scope == "global" else owners
             if site in owners:
                 of_experts[fragment][owners] = GroupExperts(experts, sizes.expert + own_row)
@@ -279,22 +280,25 @@ def check_moments(moment_periods: Sequence[int], moment_codecs: Sequence[str]) -
     one_of(("fp32", "bf16"), **{"moment_codecs: second": second})
 
 
-def is_staggered(fragments: int, overlap: int) -> bool:
+def is_staggered(fragments: int, overlap: int | str) -> bool:
     """Whether meetings are spread over a round, or go on during its steps."""
-    return fragments > 1 or overlap > 0
+    return fragments > 1 or overlap != 0
 
 
 def check_staggering(
     optimizer: str,
     fragments: int,
-    overlap: int,
+    overlap: int | str,
     overlap_alpha: float,
     local_steps: int | None = None,
 ) -> None:
     """ValueError or TypeError, naming the argument, unless a round of `local_steps` (None = not
-    known yet) can be spread so."""
+    known yet) can be spread so. `overlap` is a number of steps or "auto"."""
     at_least(1, fragments=fragments)
-    at_least(0, overlap=overlap)
+    if isinstance(overlap, str) and overlap != AUTO:
+        raise ValueError(f"overlap must be a number of steps or {AUTO!r}, got {overlap!r}")
+    if not isinstance(overlap, str):
+        at_least(0, overlap=overlap)
     finite(0.0, overlap_alpha=overlap_alpha)
     if overlap_alpha >= 1:
         raise ValueError(f"overlap_alpha must be in [0, 1), got {overlap_alpha}")
@@ -307,7 +311,10 @@ def check_staggering(
     if local_steps is None:
         return
     fragment_steps(fragments, local_steps)
-    if overlap >= local_steps:
+    if isinstance(overlap, str):
+        if local_steps < 2:
+            raise ValueError(f"overlap = {AUTO} needs local_steps >= 2, got {local_steps}")
+    elif overlap >= local_steps:
         raise ValueError(f"overlap must be less than local_steps = {local_steps}, got {overlap}")
 
 
@@ -318,10 +325,11 @@ def check_clip_delta(clip_delta: float) -> None:
         raise ValueError(f"clip_delta must be 0 or at least 1, got {clip_delta}")
 
 
-def site_numbers(by_tokens: bool, clip_delta: float) -> int:
+def site_numbers(by_tokens: bool, clip_delta: float, overlap: int | str = 0) -> int:
     """How many numbers a site tells of itself before a meeting: the tokens that it has trained on,
-    where its values weigh by them; the norm of its delta, where deltas are clipped."""
-    return int(by_tokens) + int(clip_delta > 0)
+    where its values weigh by them; the norm of its delta, where deltas are clipped; the `TIMES` by
+    which overlap "auto" is chosen."""
+    return int(by_tokens) + int(clip_delta > 0) + (TIMES if overlap == AUTO else 0)
 
 
 def _reduced(groups: Mapping[Owners, int], codec: str, bucket_bytes: int) -> int:

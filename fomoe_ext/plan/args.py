@@ -30,7 +30,11 @@ def _convert(kind: Any, text: str) -> Any:
     """A flag's value. Raises _Unclear unless it plainly is one."""
     origin, choices = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType) and text != "None":
-        return _convert(next(choice for choice in choices if choice is not type(None)), text)
+        for choice in choices:
+            try:
+                return _convert(choice, text)
+            except _Unclear:
+                continue
     if origin is typing.Literal and text in choices:
         return text
     if kind is int and re.fullmatch(r"-?[0-9]+", text):

@@ -15,6 +15,7 @@ from fomoe_ext.config.io import flag_value
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.config.links import parse_link
 from fomoe_ext.config.model import ModelConfig
+from fomoe_ext.config.vocabulary import vocabulary_notes
 from fomoe_ext.placement.wire import Link
 from fomoe_ext.plan.args import parse_job, parse_options
 from fomoe_ext.plan.jobs import compared_costs
@@ -123,8 +124,8 @@ def planned_job(options: PlanOptions, arguments: Sequence[str]) -> tuple[TrainCo
         ("num-experts", sizes.num_experts),
         ("num-layers", sizes.num_layers),
         ("top-k", sizes.top_k),
-        ("num-groups", 1),
-        ("groups-kept", 1),
+        ("router-num-groups", 1),
+        ("router-groups-kept", 1),
     ):
         rest += [f"--{name}", str(value)]
     config = parse_job(rest)
@@ -144,7 +145,8 @@ def main(arguments: Sequence[str]) -> int:
     options, rest = parse_options(PlanOptions, arguments)
     config, name = planned_job(options, rest)
     if options.hf_config is None:
-        for line in without_effect(config, rest, flag_value(rest, "--config")):
+        idle = without_effect(config, rest, flag_value(rest, "--config"))
+        for line in [*idle, *vocabulary_notes(config)]:
             print(f"fomoe plan: {line}", file=sys.stderr)
     return _show(config, name, options)
 

@@ -6,16 +6,19 @@ FoMoE paper (arXiv 2606.19025, section on cost models) are the functions that be
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.placement import stale, wire
+from fomoe_ext.placement.overlap import AUTO, chosen_overlap, most_overlap
 from fomoe_ext.placement.placement import Placement
 from fomoe_ext.placement.wire import Link
 from fomoe_ext.plan.memory import job_memory
 from fomoe_ext.plan.sizes import ModelSizes, sizes_of
 from fomoe_ext.plan.traffic import (
+    bucket_bytes,
     copied_bytes,
     copies_per_layer,
     job_placement,
@@ -94,7 +97,8 @@ class RoundCost(NamedTuple):
     local_s: seconds of arithmetic. meeting_s: seconds of sending, of which `hidden_s` pass while
     local steps go on (`hideable_s` could). bytes_sent. memory: bytes, as `SiteMemory.total`. flops:
     of all local steps. waits: exchanges one after the other, each of which costs a latency. waves:
-    times that `in_flight` buckets travel; a latency each at the least.
+    times that `in_flight` buckets travel; each costs a latency at least. overlap: local steps that
+    go on while a fragment is under way; with overlap "auto" those that would be chosen.
     """
 
     local_s: float
@@ -105,6 +109,7 @@ class RoundCost(NamedTuple):
     waits: int
     waves: int
     hideable_s: float
+    overlap: int = 0
 
     @property
     def hidden_s(self) -> float:
@@ -126,6 +131,31 @@ class RoundCost(NamedTuple):
         sending_s = max(8 * self.bytes_sent / link.bandwidth, self.waves * link.latency)
         return self._replace(meeting_s=self.waits * link.latency + sending_s)
 
+    def limit(self, link: Link) -> str:
+        """Which of `LIMITS` makes the meetings as long as they are over this link."""
+        if not self.bytes_sent:
+            return "nothing"
+        if self.hidden_s == self.meeting_s:
+            return "nothing: hidden"
+        bandwidth_s = 8 * self.bytes_sent / link.bandwidth
+        waves_s, waits_s = self.waves * link.latency, self.waits * link.latency
+        if bandwidth_s >= max(waves_s, waits_s):
+            return "bandwidth"
+        return "latency x buckets" if waves_s > waits_s else "latency"
+
+
+LIMITS = {
+    "bandwidth": "the link is full: a codec of fewer bits, more local steps or less replication "
+    "would help",
+    "latency x buckets": "buckets travel in waves, each of which costs a latency at least: larger "
+    "buckets (--bucket-bytes) or more of them at once (--in-flight) would help, and take memory",
+    "latency": "a few exchanges one after the other, which no bandwidth makes shorter: more local "
+    "steps or --overlap would help",
+    "nothing: hidden": "local steps go on meanwhile, and take longer",
+    "nothing": "there are no others to meet",
+}
+"""What limits meetings, and what that means. Time to encode is not in the model."""
+
 
 def meeting_waits(config: TrainConfig, placement: Placement, site: int) -> tuple[int, int]:
     """Exchanges of a round that a site waits for one after the other, and waves of its buckets.
@@ -134,7 +164,7 @@ def meeting_waits(config: TrainConfig, placement: Placement, site: int) -> tuple
     these, `in_flight` buckets are under way at once. ddp has a status and buckets in every step.
     Frozen copies of experts are exchanged after that; of several rounds' exchanges, the mean.
     """
-    size, in_flight = wire.bucket_elements(config.outer.bucket_bytes), config.outer.in_flight
+    size, in_flight = wire.bucket_elements(bucket_bytes(config)), config.outer.in_flight
     waits, waves = 1 + _copy_waits(config, placement), 0
     for of_model in site_elements(config, placement, site):
         fragment = of_model.of_round(config.outer.expert_turns, config.outer.expert_turns)
@@ -153,8 +183,9 @@ def meeting_waits(config: TrainConfig, placement: Placement, site: int) -> tuple
 
 def _tells_numbers(config: TrainConfig) -> bool:
     """Whether sites tell each other numbers before a meeting, besides their statuses."""
-    by_tokens = config.outer.counts_tokens or config.inner.uneven_steps
-    return by_tokens or config.outer.clip_delta > 0
+    outer = config.outer
+    by_tokens = outer.counts_tokens or config.inner.uneven_steps
+    return by_tokens or outer.clip_delta > 0 or outer.overlap == AUTO
 
 
 def _copy_waits(config: TrainConfig, placement: Placement) -> int:
@@ -163,7 +194,7 @@ def _copy_waits(config: TrainConfig, placement: Placement) -> int:
         return 0
     wanted = [(tuple(range(count)),)] * placement.num_layers  # every site as many of each layer
     sizes = [sizes_of(config.model).expert] * placement.num_layers
-    most_bytes = outer.bucket_bytes * outer.in_flight
+    most_bytes = bucket_bytes(config) * outer.in_flight
     waits = len(stale.copy_waves(wanted, sizes, outer.stale_codec, most_bytes))
     return -(-waits // outer.stale_period)
 
@@ -187,7 +218,8 @@ def round_cost(
 ) -> RoundCost:
     """The cost of a round of a job: local steps and meetings.
 
-    With overlap, of each fragment's exchange as much is hidden as its `overlap` steps take.
+    With overlap, of each fragment's exchange as much is hidden as its `overlap` steps take, and of
+    all of them together no more than the round's steps take.
     `flops_per_s`: what a site reaches in training. With `reshuffle_rounds` the experts moved by one
     reshuffle are spread over its rounds. Raises ValueError unless bandwidth and `flops_per_s` are
     positive and the latency is not negative.
@@ -204,21 +236,38 @@ def round_cost(
     flops = tokens * flops_per_token(config.model, share, stale_share(config)).training
     local_s = flops / flops_per_s
     sending_s = max(8 * sent / link.bandwidth, waves * link.latency)
-    behind = config.outer.overlap * config.outer.fragments / config.run.local_steps
+    meeting_s = waits * link.latency + sending_s
+    steps, fragments = config.run.local_steps, config.outer.fragments
+    of_fragment = meeting_s / fragments * steps / local_s
+    behind = overlap_steps(config.outer.overlap, of_fragment, steps)
+    # Over another link "auto" would choose another overlap, up to the most that is possible.
+    most = most_overlap(steps) if config.outer.overlap == AUTO else behind
     return RoundCost(
         local_s=local_s,
-        meeting_s=waits * link.latency + sending_s,
+        meeting_s=meeting_s,
         bytes_sent=sent,
         memory=job_memory(config, placement, site).total,
         flops=flops,
         waits=waits,
         waves=waves,
-        hideable_s=behind * local_s,
+        hideable_s=min(1.0, most * fragments / steps) * local_s,
+        overlap=behind,
     )
 
 
+def overlap_steps(overlap: int | str, exchange_steps: float, local_steps: int) -> int:
+    """The overlap of a job; "auto" chooses it for an exchange as long as so many steps."""
+    return chosen_overlap(exchange_steps, local_steps) if overlap == AUTO else int(overlap)
+
+
+def most_utilization(cost: RoundCost, latency: float) -> float:
+    """The share of the time in local steps that the latency allows, whatever the bandwidth."""
+    return cost.over(Link(math.inf, latency)).utilization
+
+
 def bandwidth_needed(cost: RoundCost, utilization: float, latency: float) -> float | None:
-    """Bits per second for a share `utilization` of the time in local steps; None = not by any.
+    """Bits per second for a share `utilization` of the time in local steps; None = latency alone
+    takes more (`most_utilization`).
 
     Raises ValueError unless 0 < utilization < 1.
     """

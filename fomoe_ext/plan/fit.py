@@ -40,11 +40,11 @@ class Candidate(NamedTuple):
         return self.config.outer.codec
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data; memory in bytes, without activations."""
+        """Plain data; memory in bytes, of a meeting too, without activations."""
         return {
             "replication": self.replication,
             "codec": self.codec,
-            "memory": self.cost.rank_memory,
+            "memory": self.cost.peak_memory,
             "bytes_sent": self.cost.round.bytes_sent,
             "seconds": self.cost.round.seconds,
             "utilization": self.cost.round.utilization,
@@ -64,7 +64,7 @@ def fit_candidates(
             job = with_replication(config, replication)
             job = job if codec == own else with_codec(job, codec)
             cost = job_cost(job, link, flops_per_s)
-            result.append(Candidate(job, cost, cost.rank_memory <= memory))
+            result.append(Candidate(job, cost, cost.peak_memory <= memory))
     return result
 
 
@@ -82,7 +82,7 @@ def fit_dict(candidates: Sequence[Candidate], memory: float) -> dict[str, Any]:
         "memory": memory,
         "candidates": [candidate.as_dict() for candidate in candidates],
         "choice": None if choice is None else choice.as_dict(),
-        "smallest_memory": min(candidate.cost.rank_memory for candidate in candidates),
+        "smallest_memory": min(candidate.cost.peak_memory for candidate in candidates),
     }
 
 
@@ -98,7 +98,7 @@ def fit_table(candidates: Sequence[Candidate], memory: float) -> ReportTable:
             (
                 f"{candidate.replication}",
                 candidate.codec,
-                human_bytes(cost.rank_memory),
+                human_bytes(cost.peak_memory),
                 "chosen" if candidate is choice else verdict,
                 human_bytes(cost.round.bytes_sent),
                 f"{cost.round.seconds:.3g} s",
@@ -117,9 +117,9 @@ def fit_table(candidates: Sequence[Candidate], memory: float) -> ReportTable:
 
 def no_fit(candidates: Sequence[Candidate], memory: float) -> str:
     """Says that nothing fits, and what comes nearest."""
-    best = min(candidates, key=lambda candidate: candidate.cost.rank_memory)
+    best = min(candidates, key=lambda candidate: candidate.cost.peak_memory)
     return (
         f"nothing fits into {human_bytes(memory)}: the least is "
-        f"{human_bytes(best.cost.rank_memory)}, with replication {best.replication} and codec "
+        f"{human_bytes(best.cost.peak_memory)}, with replication {best.replication} and codec "
         f"{best.codec}"
     )

@@ -18,14 +18,15 @@ from fomoe_ext.placement.wire import Link
 from fomoe_ext.plan.cost import (
     RoundCost,
     bandwidth_needed,
+    most_utilization,
     paper_memory_bytes,
     paper_round_bytes,
     round_cost,
     sent_bytes,
 )
-from fomoe_ext.plan.memory import SiteMemory, job_memory, rank_memories
+from fomoe_ext.plan.memory import SiteMemory, job_memory, meeting_memory, rank_memories
 from fomoe_ext.plan.sizes import sizes_of
-from fomoe_ext.plan.traffic import full_replica, job_placement
+from fomoe_ext.plan.traffic import bucket_bytes, full_replica, job_placement
 
 CODECS = ("bf16", "int8", "int4", "int2", "topk")
 """Codecs that stand beside fp32 and the job's own."""
@@ -36,14 +37,15 @@ UTILIZATIONS = (0.50, 0.75, 0.90, 0.95, 0.99)
 class JobCost(NamedTuple):
     """A job's round, of the site that sends most.
 
-    rank_memory: bytes on the fullest rank of all sites. sent_by_all: bytes of all sites. tokens: of
-    all sites.
+    rank_memory: bytes on the fullest rank of all sites. meeting_memory: bytes that a rank needs
+    besides, during meetings. sent_by_all: bytes of all sites. tokens: of all sites.
     """
 
     config: TrainConfig
     round: RoundCost
     memory: SiteMemory
     rank_memory: int
+    meeting_memory: int
     sent_by_all: int
     tokens: int
 
@@ -52,8 +54,14 @@ class JobCost(NamedTuple):
         """Bytes that all sites send per token that they train on: the paper's BPT."""
         return self.sent_by_all / self.tokens
 
-    def as_dict(self, latency: float) -> dict[str, Any]:
-        """Plain data, with the bandwidth needed (bits per second; None = by no bandwidth)."""
+    @property
+    def peak_memory(self) -> int:
+        """Bytes on the fullest rank while sites meet, without activations."""
+        return self.rank_memory + self.meeting_memory
+
+    def as_dict(self, link: Link) -> dict[str, Any]:
+        """Plain data, with the bandwidth needed (bits per second; None = latency alone takes
+        more)."""
         return {
             **self.round._asdict(),
             "seconds": self.round.seconds,
@@ -63,8 +71,12 @@ class JobCost(NamedTuple):
             "bytes_per_token": self.bytes_per_token,
             "memory_parts": self.memory._asdict(),
             "rank_memory": self.rank_memory,
+            "meeting_memory": self.meeting_memory,
+            "bucket_bytes": bucket_bytes(self.config),
+            "limit": self.round.limit(link),
+            "most_utilization": most_utilization(self.round, link.latency),
             "bandwidth_needed": {
-                f"{share:.0%}": bandwidth_needed(self.round, share, latency)
+                f"{share:.0%}": bandwidth_needed(self.round, share, link.latency)
                 for share in UTILIZATIONS
             },
         }
@@ -193,6 +205,7 @@ def job_cost(
         round_cost(config, placement, link, flops_per_s, site),
         memories[site],
         max(memory.total for memory in ranks),
+        meeting_memory(config, placement, site),
         sum(sent),
         local_tokens * placement.num_sites,
     )

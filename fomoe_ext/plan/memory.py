@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.config.model import ModelConfig, ParameterCounts
-from fomoe_ext.placement import wire
+from fomoe_ext.placement import buckets, wire
+from fomoe_ext.placement.overlap import AUTO, most_overlap
 from fomoe_ext.placement.placement import Placement
 from fomoe_ext.placement.spread import chunk_sizes
 from fomoe_ext.plan.sizes import ModelSizes, sizes_of
 from fomoe_ext.plan.traffic import (
+    bucket_bytes,
     copies_per_layer,
     full_replica,
     job_placement,
@@ -101,9 +103,10 @@ def job_memory(config: TrainConfig, placement: Placement | None, site: int = 0) 
         ranks = rank_memories(config, of_job, site)
         return SiteMemory(*(sum(parts) for parts in zip(*ranks, strict=True)))
     feedback = 0
-    if _feeds_back(config):
+    if feeds_back(config):
+        bucket = bucket_bytes(config)
         feedback = sum(
-            n + wire.own_elements(n, len(owners), config.outer.codec, config.outer.bucket_bytes)
+            n + wire.own_elements(n, len(owners), config.outer.codec, bucket)
             for fragment in site_elements(config, of_job, site)
             for owners, n in fragment.parameters.items()
             if len(owners) > 1
@@ -119,6 +122,25 @@ def job_memory(config: TrainConfig, placement: Placement | None, site: int = 0) 
         stale_experts=0 if placement is None else _copies_held(config, placement),
     )
     return own._replace(shadow_copies=shadow_memory(config, of_job, site))
+
+
+def meeting_memory(config: TrainConfig, placement: Placement, site: int) -> int:
+    """Bytes that a rank of a site needs besides, for the buckets under way in a meeting.
+
+    Of several ranks each has its own under way. With overlap all buckets of a fragment are, and of
+    as many fragments as are under way at once.
+    """
+    outer, at_once = config.outer, 1
+    if outer.overlap:
+        overlap = most_overlap(config.run.local_steps) if outer.overlap == AUTO else outer.overlap
+        at_once = min(outer.fragments, -(-overlap * outer.fragments // config.run.local_steps))
+    codecs = buckets.codecs_of(outer.optimizer, outer.codec, outer.resolved_moment_codecs)
+    elements, size = site_elements(config, placement, site), bucket_bytes(config)
+    whole, ranks = bool(outer.overlap) or config.fault.tolerant, config.sites.ranks_per_site
+    return at_once * max(
+        buckets.buffer_bytes(elements, codec, size, outer.in_flight, ranks=ranks, whole=whole)
+        for codec in codecs
+    )
 
 
 def _copies_held(config: TrainConfig, placement: Placement) -> int:
@@ -145,17 +167,17 @@ def rank_memories(config: TrainConfig, placement: Placement, site: int) -> list[
     ]
     anchors = 0 if outer.optimizer == "ddp" else 1
     momenta = anchors if outer.resolved_momentum > 0 else 0
+    bucket = bucket_bytes(config)
     result = []
     for rank in range(sites.ranks_per_site):
         experts = held[rank % sharing] * sizes_of(model).expert
         unit = FLOAT_BYTES * (experts + _dense_share(model, rank, sites.ranks_per_site))
         kept = lost = 0
         for owners, numel, turn in shared:
-            mine = wire.lane_elements(numel, turn, rank, sites.ranks_per_site, outer.bucket_bytes)
+            mine = wire.lane_elements(numel, turn, rank, sites.ranks_per_site, bucket)
             kept += mine
-            if len(owners) > 1 and _feeds_back(config):
-                codec, size = outer.codec, outer.bucket_bytes
-                lost += mine + wire.own_elements(mine, len(owners), codec, size)
+            if len(owners) > 1 and feeds_back(config):
+                lost += mine + wire.own_elements(mine, len(owners), outer.codec, bucket)
         result.append(
             SiteMemory(
                 parameters=unit,
@@ -184,7 +206,8 @@ def _dense_share(model: ModelConfig | ModelSizes, rank: int, ranks: int) -> int:
     return sum(held(rows) * size * times for rows, size, times in tensors)
 
 
-def _feeds_back(config: TrainConfig) -> bool:
+def feeds_back(config: TrainConfig) -> bool:
+    """Whether a job keeps what encoding loses."""
     return config.outer.codec != "fp32" and config.outer.error_feedback
 
 

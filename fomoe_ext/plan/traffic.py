@@ -14,7 +14,7 @@ from typing import NamedTuple
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.files.json_values import loads
-from fomoe_ext.placement import stale, wire
+from fomoe_ext.placement import buckets, stale, wire
 from fomoe_ext.placement.placement import Placement
 from fomoe_ext.placement.spread import spread_experts
 from fomoe_ext.plan.sizes import ModelSizes, sizes_of
@@ -161,6 +161,16 @@ def full_replica(config: TrainConfig) -> TrainConfig:
 # ----------------------------------------------------------------------------------------- bytes
 
 
+def bucket_bytes(config: TrainConfig) -> int:
+    """The size of a job's buckets, bytes of fp32: as given, or chosen as `OuterSync` chooses it."""
+    outer = config.outer
+    if outer.bucket_bytes:
+        return outer.bucket_bytes
+    codecs = buckets.codecs_of(outer.optimizer, outer.codec, outer.resolved_moment_codecs)
+    trained = sizes_of(config.model).counts.total
+    return buckets.chosen_bytes(trained, codecs, outer.in_flight, outer.fragments)
+
+
 def model_sizes(model: ModelConfig | ModelSizes) -> wire.Sizes:
     """Elements outside of the blocks (also of blocks without experts), of a block, of one expert
     and of one router row."""
@@ -199,14 +209,16 @@ def meeting_bytes(
         placement.num_sites,
         optimizer=config.outer.optimizer,
         codec=config.outer.codec,
-        bucket_bytes=config.outer.bucket_bytes,
+        bucket_bytes=bucket_bytes(config),
         local_steps=config.run.local_steps,
         clip=config.inner.grad_clip > 0,
         round_index=round_index,
         moment_periods=config.outer.moment_periods,
         moment_codecs=config.outer.resolved_moment_codecs,
         counted_experts=experts if config.outer.counts_tokens else 0,
-        numbers=wire.site_numbers(config.inner.uneven_steps, config.outer.clip_delta),
+        numbers=wire.site_numbers(
+            config.inner.uneven_steps, config.outer.clip_delta, config.outer.overlap
+        ),
         staged=config.fault.tolerant,
         expert_turns=config.outer.expert_turns,
     )
@@ -304,5 +316,5 @@ def full_replica_bytes(config: TrainConfig, rounds: int, first: int = 0) -> int:
 def ddp_bytes(config: TrainConfig, steps: int) -> int:
     """Bytes a site would send in `steps` steps of plain DDP: all gradients, fp32, every step."""
     total = sizes_of(config.model).counts.total
-    sites, bucket = config.sites.sites, config.outer.bucket_bytes
+    sites, bucket = config.sites.sites, bucket_bytes(config)
     return steps * wire.all_reduce_bytes(total, sites, "fp32", bucket)

@@ -1,6 +1,6 @@
-"""The report at the end of a run: report.json for machines, report.md and the terminal for people.
+"""The report of a run: report.json for machines, report.md and the terminal for people.
 
-Both renderings are made of the same tables, and the tables of nothing but report.json's content.
+Both renderings show the same tables, made of report.json and the records of metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -15,34 +15,32 @@ from rich.console import Console
 
 from fomoe_ext.files.atomic import sealed, write_text
 from fomoe_ext.files.unwritten import Unwritten
+from fomoe_ext.report.course import Course, loss_table, read_course
+from fomoe_ext.report.spent import bytes_table, seconds, time_table, training_table
 from fomoe_ext.report.story import what
-from fomoe_ext.report.tables import ReportTable, markdown_table, print_tables, shown_parts
+from fomoe_ext.report.tables import (
+    ReportTable,
+    markdown_table,
+    print_tables,
+    shown_parts,
+    site_rows,
+)
 from fomoe_ext.report.units import human_bytes, human_count
 
 _MOST_EXPERTS, _MOST_LAYERS = 64, 8
 """Up to so many experts and layers the load of each expert is shown."""
 
 
-def _ratio(whole: float, part: float) -> str:
-    if not part:
-        return "-" if not whole else "all saved"
-    return f"{whole / part:.2f}x"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.1f} s"
-
-
 def _result(report: Mapping[str, Any]) -> ReportTable:
     validation, run = report["validation"], report["run"]
-    first = report.get("first_validation")
     rows = [
         ("validation loss", f"{validation['loss']:.4f} nats/token"),
         ("validation bits per byte", f"{validation['bits_per_byte']:.3f}"),
         ("validation tokens", human_count(validation["tokens"])),
         ("training tokens, all sites", human_count(run["tokens"])),
+        *_tokens_per_s(report),
         ("rounds x local steps", f"{run['rounds']} x {run['local_steps']}"),
-        ("time, from start to report", _seconds(run["wall_s"])),
+        ("time, from start to report", seconds(run["wall_s"])),
     ]
     if run["sites"] > 1:
         healed = sum(site["healed"] for site in report["sites"])
@@ -50,17 +48,26 @@ def _result(report: Mapping[str, Any]) -> ReportTable:
         if healed:
             rows.append(("tensors restored from a majority", str(healed)))
     rows += _checkpoints(report)
-    if first is not None:
-        text = f"{first['bits_per_byte']:.3f} after round {first['round']}"
-        rows.insert(2, ("earliest bits per byte", text))
     ranks = f" of {run['ranks_per_site']} ranks" if run.get("ranks_per_site", 1) > 1 else ""
     note = f"{run['sites']} sites{ranks}, replication {run['replication']}, {run['data']}"
+    if run.get("router_scope") == "resident" and run["replication"] < run["sites"]:
+        note += ". Tokens choose among the experts that their site holds"
     if run.get("from_round"):
         note += (
             f". Bytes, tokens and times are since round {run['from_round']}, when the job was "
             "resumed with other sites or another placement"
         )
-    return ReportTable("Result", ("", ""), tuple(rows), note)
+    return ReportTable("Result", ("", ""), tuple(rows), note, texts=(0, 1))
+
+
+def _tokens_per_s(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Tokens per second of all sites together: while they trained, and of the whole time."""
+    tokens, wall = report["run"]["tokens"], report["run"]["wall_s"]
+    busy = max(site["local_s"] + site["meeting_s"] for site in report["sites"])
+    if not (busy and wall):
+        return []
+    text = f"{human_count(tokens / busy)} in rounds, {human_count(tokens / wall)} overall"
+    return [("tokens/s, all sites", text)]
 
 
 def _checkpoints(report: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -80,112 +87,16 @@ def _checkpoints(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _time(report: Mapping[str, Any]) -> ReportTable:
-    rows, uneven = [], report["run"].get("uneven_steps", False)
-    for site in report["sites"]:
-        busy = site["local_s"] + site["meeting_s"]
-        rows.append(
-            (
-                f"site {site['site']}",
-                _seconds(site["local_s"]),
-                _seconds(site["meeting_s"]),
-                f"{site['local_s'] / busy:.1%}" if busy else "-",
-                _seconds(site["exchange_s"]),
-                _hidden(site),
-                _seconds(site["validation_s"]),
-                human_count(site["tokens"] / site["local_s"]) if site["local_s"] else "-",
-                f"{site['skipped_share']:.1%}",
-                *([str(site["steps"] - site["from_step"])] if uneven else []),
-            )
-        )
-    return ReportTable(
-        "Time and skipping",
-        (
-            "",
-            "local steps",
-            "meetings",
-            "training share",
-            "exchange",
-            "hidden",
-            "validation",
-            "tokens/s",
-            "skipped slots",
-            *(["steps taken"] if uneven else []),
-        ),
-        tuple(rows),
-        "A meeting includes waiting for the slowest site. Exchange: from the first byte to the "
-        "last; hidden: the share of it that passed during local steps"
-        f"{_spread(report['run'])}.{_link(report['run'])} Skipped slots cost no arithmetic."
-        f"{_UNEVEN if uneven else ''}{_turns(report['run'])}",
-    )
-
-
-_UNEVEN = (
-    " Slower sites took fewer local steps, and their deltas weighed as many tokens as they had "
-    "trained on."
-)
-
-
-def _turns(run: Mapping[str, Any]) -> str:
-    turns = run.get("expert_turns", 1)
-    if turns == 1:
-        return ""
-    return f" Experts took turns: each met in one of {turns} meetings, {run['turn_order']} first."
-
-
-def _hidden(site: Mapping[str, Any]) -> str:
-    """The share of exchanges during which the site went on."""
-    whole = site["exchange_s"]
-    return f"{max(0.0, 1 - site['meeting_s'] / whole):.1%}" if whole else "-"
-
-
-def _spread(run: Mapping[str, Any]) -> str:
-    if not run["overlap"] and run["fragments"] == 1:
-        return " (none without overlap)"
-    return f" ({run['fragments']} fragments, {run['overlap']} steps of overlap)"
-
-
-def _link(run: Mapping[str, Any]) -> str:
-    return f" Link: {run['link']}." if run["link"] else ""
-
-
-def _bytes(report: Mapping[str, Any]) -> ReportTable:
-    rows = []
-    for site in report["sites"]:
-        sent, plan = site["bytes_sent"], site["planned"]
-        rows.append(
-            (
-                f"site {site['site']}",
-                human_bytes(sent),
-                human_bytes(plan["bytes"]),
-                human_bytes(plan["full_replica_bytes"]),
-                human_bytes(plan["ddp_bytes"]),
-                _ratio(plan["full_replica_bytes"], sent),
-                _ratio(plan["ddp_bytes"], sent),
-            )
-        )
-    difference = sum(s["bytes_sent"] - s["planned"]["bytes"] for s in report["sites"])
-    agree = "equal" if not difference else f"differ by {difference} bytes over all sites"
-    moved = sum(site["moved_bytes"] for site in report["sites"])
-    validating = sum(site["validation_bytes"] for site in report["sites"])
-    return ReportTable(
-        "Bytes sent by each site in meetings",
-        ("", "counted", "predicted", "full replica", "DDP", "vs full replica", "vs DDP"),
-        tuple(rows),
-        f"Counted and predicted {agree}. Full replica and DDP: the same tokens and steps. "
-        f"Besides, all sites sent {human_bytes(moved)} for experts that moved and "
-        f"{human_bytes(validating)} to validate.",
-    )
-
-
 def _memory(report: Mapping[str, Any]) -> ReportTable:
     whole = report["full_replica_memory"]
     parts = shown_parts([whole, *(site["memory"] for site in report["sites"])])
     full = {part: whole[part] for part in parts}
-    rows = [
-        (f"site {site['site']}", *(human_bytes(site["memory"][part]) for part in full))
-        for site in report["sites"]
-    ]
+    rows = site_rows(
+        {
+            site["site"]: tuple(human_bytes(site["memory"][part]) for part in full)
+            for site in report["sites"]
+        }
+    )
     rows.append(("full replica", *(human_bytes(size) for size in full.values())))
     mean = [sum(s["memory"][p] for s in report["sites"]) / len(report["sites"]) for p in full]
     shares = (
@@ -237,20 +148,19 @@ def _load(report: Mapping[str, Any]) -> ReportTable:
 
 
 def _clipped(report: Mapping[str, Any]) -> ReportTable:
-    rows = [
-        (
-            f"site {site['site']}",
+    cells = {
+        site["site"]: (
             str(site["clipped"]),
             f"{site['least_factor']:.3g}" if site["clipped"] else "-",
             str(site["left_out"]),
         )
         for site in report["sites"]
-    ]
+    }
     limit = report["run"]["clip_delta"]
     return ReportTable(
         "Deltas that were scaled down or left out",
         ("", "scaled down", "smallest factor", "left out"),
-        tuple(rows),
+        tuple(site_rows(cells)),
         f"In so many meetings: scaled down where longer than {limit:g} times the median of all "
         "sites', left out where NaN or infinite. This helps against accidents, not against a site "
         "that wants to do harm.",
@@ -281,16 +191,17 @@ def arithmetic_table(flops: Mapping[str, Mapping[str, float]]) -> ReportTable:
     return ReportTable("FLOPs per token (model)", ("", *names), tuple(rows))
 
 
-def report_tables(report: Mapping[str, Any]) -> list[ReportTable]:
-    """The tables of a report."""
-    makers = (_result, _bytes, _memory, _time)
-    tables = [make(report) for make in makers]
+def report_tables(report: Mapping[str, Any], course: Course | None = None) -> list[ReportTable]:
+    """The tables of a report; `course`: of its loss, None = not known."""
+    story = _story(report) if report.get("story") else None
+    losses = None if course is None else loss_table(report, course)
+    tables = [_result(report), losses, story]
+    tables += [time_table(report), training_table(report), bytes_table(report), _memory(report)]
     if report["run"].get("clip_delta"):
         tables.append(_clipped(report))
     tables += [arithmetic_table(report["flops_per_token"]), _load(report)]
-    if report.get("story"):
-        tables.insert(1, _story(report))
-    return [*tables, _routing(report)] if report.get("routing") else tables
+    tables.append(_routing(report) if report.get("routing") else None)
+    return [table for table in tables if table is not None]
 
 
 def _story(report: Mapping[str, Any]) -> ReportTable:
@@ -300,7 +211,7 @@ def _story(report: Mapping[str, Any]) -> ReportTable:
             what(event),
             str(event["round"]),
             ", ".join(map(str, event["members"])),
-            _seconds(event["seconds"]),
+            seconds(event["seconds"]),
         )
         for event in report["story"]
     ]
@@ -313,18 +224,26 @@ def _story(report: Mapping[str, Any]) -> ReportTable:
         note += f" Training was {busy / (busy + slowest):.1%} of training and recovery"
         note += f" ({run['rounds']} rounds)."
     columns = ("What happened to the sites", "after round", "goes on with", "after")
-    return ReportTable("Sites that were lost and came", columns, tuple(rows), note)
+    return ReportTable("Sites that were lost and came", columns, tuple(rows), note, texts=(0, 2))
 
 
-def markdown(report: Mapping[str, Any]) -> str:
+def markdown(report: Mapping[str, Any], course: Course | None = None) -> str:
     """The report as Markdown."""
-    tables = "\n\n".join(markdown_table(table) for table in report_tables(report))
+    tables = "\n\n".join(markdown_table(table) for table in report_tables(report, course))
     return f"# Run {report['run']['name']}\n\n{tables}\n"
 
 
-def print_report(report: Mapping[str, Any], console: Console) -> None:
+def print_report(report: Mapping[str, Any], console: Console, course: Course | None = None) -> None:
     """The report on a terminal, or as plain text where there is none."""
-    print_tables(report_tables(report), console)
+    print_tables(report_tables(report, course), console)
+
+
+def known_course(run_dir: Path) -> Course | None:
+    """The course of a run; None where its metrics cannot be read, as on a full disk."""
+    try:
+        return read_course(run_dir)
+    except (OSError, ValueError):
+        return None
 
 
 def write_report(run_dir: Path, report: Mapping[str, Any], unwritten: Unwritten) -> None:
@@ -334,7 +253,7 @@ def write_report(run_dir: Path, report: Mapping[str, Any], unwritten: Unwritten)
     """
     texts = {
         "report.json": json.dumps(sealed(report), indent=1) + "\n",
-        "report.md": markdown(report),
+        "report.md": markdown(report, known_course(run_dir)),
     }
     for name, text in texts.items():
         try:

@@ -9,14 +9,15 @@ import io
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import Progress
+from rich.text import Text
 
 from fomoe_ext.files.unwritten import AppendedFile, Unwritten
 from fomoe_ext.report.metrics import MetricsFile
@@ -70,6 +71,50 @@ class _Board:
         self._file.close()
 
 
+class _ProgressLine(Progress):
+    """The live line of a job. What has no room on it goes to a line below: nothing is cut."""
+
+    def get_renderable(self) -> RenderableType:
+        lines = [
+            line
+            for task in self.tasks
+            for line in progress_lines(
+                (int(task.completed), int(task.total or 0)),
+                task.time_remaining,
+                task.fields["note"],
+                self.console.width,
+            )
+        ]
+        return Text("\n".join(lines), overflow="fold")
+
+
+_BAR = 20
+
+
+def progress_lines(
+    steps: tuple[int, int], seconds_left: float | None, note: Sequence[str], width: int
+) -> list[str]:
+    """How far a job is, in lines of at most `width` characters: a bar where there is room, the
+    steps taken of how many, the time that is left (None = not known), the parts of the note."""
+    done, total = steps
+    left = "-:--:--"
+    if seconds_left is not None:
+        minutes, seconds = divmod(int(seconds_left), 60)
+        left = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    parts = ["training", f"{done}/{total}", left]
+    if len("  ".join(parts)) + 2 + _BAR <= width:
+        filled = _BAR * done // max(1, total)
+        parts.insert(1, "━" * filled + "·" * (_BAR - filled))
+    lines = [""]
+    for part in [*parts, *note]:
+        longer = f"{lines[-1]}  {part}" if lines[-1] else part
+        if len(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    return lines
+
+
 class RunLog:
     """The run's voice: records to files, progress to the console. Use as a context manager."""
 
@@ -93,20 +138,13 @@ class RunLog:
             self._board = _Board(run_dir / "tensorboard", first_step, unwritten)
         self._total_rounds, self._local_steps = total_rounds, local_steps
         self._shown = 0.0
-        self._round_note = ""
+        self._round_note: list[str] = []
         self._progress: Progress | None = None
         if self.console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=self.console,
-            )
+            self._progress = _ProgressLine(console=self.console)
             total = total_rounds * local_steps
             self._task = self._progress.add_task(
-                "training", total=total, completed=first_step, note=""
+                "training", total=total, completed=first_step, note=[]
             )
 
     def __enter__(self) -> Self:
@@ -142,22 +180,21 @@ class RunLog:
         if self._progress is None or time.monotonic() - self._shown < _REFRESH_S:
             return
         self._shown = time.monotonic()
-        note = f"loss {loss():.3f}  {human_count(tokens_per_s)} tok/s{self._round_note}"
+        note = [f"loss {loss():.3f}", f"{human_count(tokens_per_s)} tok/s", *self._round_note]
         self._progress.update(self._task, completed=step, note=note)
 
     def round(self, record: Mapping[str, Any]) -> None:
         """After a meeting. Wants round, step, loss, lr, tokens_per_s, skipped_share, bytes_sent and
         meeting_s; all numbers go to the files."""
         self._record("round", record)
-        sent = human_bytes(record["bytes_sent"])
-        self._round_note = f"  skipped {record['skipped_share']:.0%}  sent {sent}/site"
+        self._round_note = _noteworthy(record)
         if self._progress is not None:
             self._progress.update(self._task, completed=record["step"])
             return
         self.say(
             f"round {record['round']:>4}/{self._total_rounds}  loss {record['loss']:.4f}  "
-            f"lr {record['lr']:.2e}  {human_count(record['tokens_per_s'])} tok/s"
-            f"{self._round_note}  meeting {record['meeting_s']:.2f} s"
+            f"lr {record['lr']:.2e}  {human_count(record['tokens_per_s'])} tok/s  "
+            f"{'  '.join([*self._round_note, ''])}meeting {record['meeting_s']:.2f} s"
         )
 
     def validation(self, record: Mapping[str, Any]) -> None:
@@ -181,3 +218,13 @@ class RunLog:
                 if isinstance(value, (int, float)) and key != "step"
             }
             self._board.add_scalars(scalars, record["step"])
+
+
+def _noteworthy(record: Mapping[str, Any]) -> list[str]:
+    """What a round skipped and sent; nothing where it skipped or sent nothing."""
+    words = []
+    if record["skipped_share"] >= 0.005:  # 0% is no news
+        words.append(f"skipped {record['skipped_share']:.0%}")
+    if record["bytes_sent"]:
+        words.append(f"sent {human_bytes(record['bytes_sent'])}/site")
+    return words

@@ -8,6 +8,7 @@
 <run>/checkpoints/step-00000640/ see `fomoe_ext.checkpoint`
 <run>/logs/site-1.log            what the sites but the first had to say (local launch)
 <run>/report.md, report.json     at the end
+<run>/report.html                the same with plots, where the extra `plot` is installed
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 REPORT = "report.json"
+PAGE = "report.html"
 RUNS = Path("runs")
 
 
@@ -54,20 +56,20 @@ def _run_to_resume(resume: str, run_dir: Path | None) -> Path | None:
 
 
 class Job(NamedTuple):
-    """A job's configuration, its run folder settled; `unnamed`: nobody named that folder, so that
-    another will do where it is taken."""
+    """A job's configuration, which names its run folder. `unnamed`: the user did not name one, so
+    that another is taken where that one is in use."""
 
     config: TrainConfig
     unnamed: bool
 
 
 def job_config(args: Sequence[str], prog: str = "fomoe train") -> TrainConfig:
-    """The configuration of `settled_job`."""
-    return settled_job(args, prog).config
+    """The configuration of `find_job`."""
+    return find_job(args, prog).config
 
 
-def settled_job(args: Sequence[str], prog: str = "fomoe train") -> Job:
-    """The configuration of a job from its arguments, with run folder and what it resumes settled.
+def find_job(args: Sequence[str], prog: str = "fomoe train") -> Job:
+    """A job from its arguments: its configuration with the run folder and what it resumes.
 
     A resumed job takes the configuration saved with its run, unless --config or --preset is given;
     other flags change it. `--resume auto` of a run folder that does not exist yet, or of none where

@@ -15,6 +15,8 @@ class Tally:
     computed. `exchange_s`: from the start of exchanges to their end; `meeting_s`: what the site
     waited in meetings, for others too. `healed`: tensors restored from the majority.
     `from_round` and `from_step`: where counting began anew, with other sites than before.
+    `startup_s`: from the start of the process to its first local step, of every start of the job;
+    `wall_s` from there to the report.
     `agreements`: meetings after which the hashes of all that was exchanged were the same.
     `checkpoints` during the training, `checkpoints_failed`: of which it could not be written;
     `checkpoint_s`: what the site waited for them. With another the job ends, or stops.
@@ -40,6 +42,7 @@ class Tally:
     checkpoint_s: float = 0.0
     recovery_s: float = 0.0
     recovery_bytes: int = 0
+    startup_s: float = 0.0
     wall_s: float = 0.0
     bytes_sent: int = 0
     moved_bytes: int = 0
@@ -95,4 +98,12 @@ _OF_RANKS = (
     "planned_bytes",
 )
 """Counts of which every rank of a site has a part."""
-_SECONDS = ("local_s", "meeting_s", "exchange_s", "validation_s", "checkpoint_s", "wall_s")
+_SECONDS = (
+    "startup_s",
+    "local_s",
+    "meeting_s",
+    "exchange_s",
+    "validation_s",
+    "checkpoint_s",
+    "wall_s",
+)

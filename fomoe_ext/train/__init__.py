@@ -1,11 +1,13 @@
-"""`fomoe train`: before the start, one process of a job, and the loop of its site.
+"""`fomoe train`: starts the sites of a job; each process runs the training loop of its site.
 
-May import all that is below it; knows no other command.
+May import everything below it; knows no other command.
 
-    before the sites    command starts them, after preflight
-    one process         process; start: all agree where the job begins; job: what a job is
-    its site            site, of state and the parts below; making: model, optimizer, connections
+    launching half      command, after the checks of preflight
+    one process         process; start: all processes agree where the job begins; job: how options
+                        become optimizer, schedule and OuterSync
+    its site            site, built on state; making: model, optimizer, connections; divergence:
+                        errors about NaN
     the loop            trainer: local_steps (pace, round_progress), notes, meeting (probing),
                         validation, saving
-    what is told        speaker meanwhile, job_report at the end
+    what is reported    speaker during the job, job_report at its end
 """

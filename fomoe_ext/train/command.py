@@ -1,4 +1,4 @@
-"""`fomoe train`: one process per site on this machine. Needs no torch; the sites do."""
+"""`fomoe train`: starts one process per rank of each site on this machine. Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from fomoe_ext.fault.keeper import LighthouseKeeper
 from fomoe_ext.files.unwritten import Unwritten, tolerant_output
 from fomoe_ext.launch.console import outlive_terminal
 from fomoe_ext.launch.processes import launch
-from fomoe_ext.report.runs import CHECKPOINTS, claimed, settled_job
+from fomoe_ext.report.runs import CHECKPOINTS, claimed, find_job
 from fomoe_ext.train.preflight import check_job
 
 
 def main(arguments: Sequence[str]) -> int:
     """Starts all sites of a job and watches them until they have ended; returns the exit code.
 
-    Raises what says why the job cannot begin: ValueError, TypeError, OSError, ImportError where the
-    package is not built, NotInstalled.
+    An error before the start is raised: ValueError, TypeError, OSError, NotInstalled, or
+    ImportError if the package is not built.
     """
     outlive_terminal()
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -31,18 +31,19 @@ def main(arguments: Sequence[str]) -> int:
             "this is a process of torchrun, and `fomoe train` starts all sites itself: with "
             "torchrun, run -m fomoe_ext.train"
         )
-    job = settled_job(arguments)
+    job = find_job(arguments)
     for line in without_effect(job.config, arguments, flag_value(arguments, "--config")):
         print(f"fomoe train: {line}", file=sys.stderr)
     check_job(job.config)
     with claimed(job) as config, tempfile.TemporaryDirectory(prefix="fomoe-") as folder:
         run_dir = config.run.run_dir
         assert run_dir is not None
-        settled = Path(folder) / "config.toml"
-        save_config(config, settled)
-        with tolerant_output(Unwritten()):  # or a full disk would end the sites by their launcher
+        file = Path(folder) / "config.toml"
+        save_config(config, file)
+        # If the launcher died of a full disk, the sites would die with it.
+        with tolerant_output(Unwritten()):
             return launch(
-                ["--config", str(settled)],
+                ["--config", str(file)],
                 config.sites.sites,
                 run_dir / "logs",
                 None if config.sites.link is None else parse_link(config.sites.link),

@@ -1,4 +1,4 @@
-"""What a job is: learning rate, optimizers, and which checkpoints are its own."""
+"""What a job's options mean: learning rate, optimizers, and which checkpoints it can resume."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from fomoe_ext.checkpoint.resume import Resumed
 from fomoe_ext.config.inner import InnerConfig
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.config.model import ModelConfig
-from fomoe_ext.config.outer import OuterConfig
 from fomoe_ext.model.language import LanguageModel, optimizer_groups
 from fomoe_ext.outer.options import OuterOptions
 from fomoe_ext.placement.placement import Placement
@@ -43,28 +42,19 @@ def make_optimizer(model: LanguageModel, inner: InnerConfig) -> torch.optim.Opti
     return torch.optim.AdamW(groups, lr=inner.inner_lr, betas=betas, eps=inner.adam_eps, fused=True)
 
 
-def outer_options(config: TrainConfig) -> dict[str, Any]:
-    """The options of OuterSync that a job's configuration stands for."""
-    outer = config.outer
-    return {
-        **{name: getattr(outer, name) for name in _OUTER_FIELDS},
-        "outer_lr": outer.resolved_lr,
-        "outer_momentum": outer.resolved_momentum,
-        "moment_codecs": outer.resolved_moment_codecs,
-        "local_steps": config.run.local_steps,
-        "seed": config.run.seed,
-        "site_mean": "tokens" if config.inner.uneven_steps else "equal",
-        "staged": config.fault.tolerant,
-    }
-
-
-_OUTER_FIELDS = tuple(
-    {field.name for field in fields(OuterConfig)} & {field.name for field in fields(OuterOptions)}
-)
+def outer_options(config: TrainConfig) -> OuterOptions:
+    """The options of a job's OuterSync."""
+    return OuterOptions.of_config(
+        config.outer,
+        local_steps=config.run.local_steps,
+        site_mean="tokens" if config.inner.uneven_steps else "equal",
+        staged=config.fault.tolerant,
+        seed=config.run.seed,
+    )
 
 
 def job_identity(config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint's manifest says of its job; `check_same_job` tells what must be alike."""
+    """The options that a checkpoint's manifest records; `check_same_job` compares them."""
     return {
         "model": asdict(config.model),
         "sites": config.sites.sites,
@@ -77,7 +67,7 @@ def job_identity(config: TrainConfig) -> dict[str, Any]:
 
 
 def find_state(path: Path, config: TrainConfig, site: int) -> Resumed:
-    """A checkpoint's state as a site of this job goes on from it. Raises CheckpointError."""
+    """The state from which a site of this job resumes a checkpoint. Raises CheckpointError."""
     manifest = ckpt.read_manifest(path)
     check_same_job(manifest, config, path)
     state = load_state(path, site % manifest.num_sites)
@@ -91,16 +81,16 @@ def find_state(path: Path, config: TrainConfig, site: int) -> Resumed:
 
 
 def check_same_job(manifest: ckpt.Manifest, config: TrainConfig, path: Path) -> None:
-    """Raises CheckpointError naming what differs between a checkpoint's job and this one.
+    """Raises CheckpointError naming the first option in which a checkpoint's job differs.
 
-    Sites and replication may.
+    The number of sites and the replication may differ.
     """
     for key, wanted in job_identity(config).items():
         if key in ("sites", "replication"):
             continue
         found = manifest.meta.get(key)
         if key == "model" and isinstance(found, dict):
-            # A checkpoint from before a field was there is of a model as by its default.
+            # An older checkpoint lacks newer fields: its model has their defaults.
             found = {f.name: f.default for f in fields(ModelConfig)} | found
             differing = [name for name in wanted if found[name] != wanted[name]]
             if differing:

@@ -1,4 +1,4 @@
-"""The report of a job, made of what all its sites have counted."""
+"""The report of a job, from the counts of all its sites."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fomoe_ext.train.state import SiteState
 
 
 def job_report(site: SiteState, validation: Validation) -> dict[str, Any]:
-    """The report, the same on all sites; a collective."""
+    """The report, equal on all sites; a collective."""
     site.count_wall()
     site.tally.bytes_sent = site.bytes_sent
     site.tally.agreements = site.sync.agreements
@@ -45,7 +45,7 @@ def job_report(site: SiteState, validation: Validation) -> dict[str, Any]:
 
 
 def memory_of(site: SiteState) -> dict[str, int]:
-    """Bytes of this process's tensors by the parts of `plan.memory.SiteMemory`."""
+    """Bytes of this process's tensors, by the fields of `plan.memory.SiteMemory`."""
     states = site.optimizer.state.values()
     tensors = [v for state in states for v in state.values() if isinstance(v, Tensor)]
     anchor, outer_state, error_feedback = site.sync.state_bytes()
@@ -90,9 +90,9 @@ def _of_all(
     validation: Mapping[str, Any],
     digest: str,
 ) -> dict[str, Any]:
-    """The report (`fomoe_ext.report`) of the parts of all sites and the last validation.
+    """The report (`fomoe_ext.report`), from the parts of all sites and the last validation.
 
-    `validation`: loss, bits_per_byte, tokens, load [L][E]. `digest`: of all parameters.
+    `validation`: loss, bits_per_byte, tokens, load [L][E]. `digest`: SHA-256 of all parameters.
     """
     config, placement = site.config, site.placement
     model, counts = config.model, count_parameters(config.model)
@@ -119,7 +119,7 @@ def _of_all(
 
 
 def _run(site: SiteState, parts: Sequence[Mapping[str, Any]], digest: str) -> dict[str, Any]:
-    """What was run, of all sites together."""
+    """The report's section about the job as a whole."""
     config = site.config
     return {
         "name": config.run.run_dir.name if config.run.run_dir else "run",
@@ -130,6 +130,7 @@ def _run(site: SiteState, parts: Sequence[Mapping[str, Any]], digest: str) -> di
         "optimizer": config.outer.optimizer,
         "codec": config.outer.codec,
         "router_scope": config.model.router_scope,
+        "vocab_size": config.model.vocab_size,
         "rounds": site.round,
         "local_steps": config.run.local_steps,
         "tokens": sum(part["tokens"] for part in parts),
@@ -139,7 +140,8 @@ def _run(site: SiteState, parts: Sequence[Mapping[str, Any]], digest: str) -> di
         "link": site.link,
         "agreements": min(part["agreements"] for part in parts),
         "fragments": config.outer.fragments,
-        "overlap": config.outer.overlap,
+        "overlap": site.sync.overlap.steps if config.outer.overlap else 0,
+        "overlap_reason": site.sync.overlap.reason,
         "expert_turns": config.outer.expert_turns,
         "turn_order": config.outer.turn_order,
         "uneven_steps": config.inner.uneven_steps,

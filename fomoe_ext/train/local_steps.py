@@ -1,6 +1,7 @@
 """The local steps of a site.
 
-With several ranks a site's batch is shared among them, experts by the mesh and all else by FSDP.
+Several ranks of a site split its batch. They share its experts over the mesh (expert parallel), and
+FSDP shards the other parameters.
 """
 
 from __future__ import annotations
@@ -15,23 +16,25 @@ from fomoe_ext.launch import inject
 from fomoe_ext.launch.world import StopRequest
 from fomoe_ext.layer.dense import average_experts
 from fomoe_ext.layer.mesh import local_tensor
+from fomoe_ext.train.divergence import Diverged
 from fomoe_ext.train.job import learning_rate
 from fomoe_ext.train.state import SiteState
 
 
 class LocalSteps:
-    """Takes the local steps of one rank of a site, and counts them."""
+    """Takes and counts the local steps of one rank of a site."""
 
     def __init__(self, site: SiteState, before_update: Callable[[], None]) -> None:
-        """`before_update` is called when a step is about to change the optimizer's state."""
+        """`before_update` is called in each step before parameters or optimizer state change."""
         self._site, self._before_update = site, before_update
         self.clock = time.perf_counter
 
     def take(self, stop: StopRequest, after_step: Callable[[Tensor], None]) -> None:
-        """The round's remaining local steps, cut short when this site is asked to stop.
+        """Takes the remaining local steps of the round, fewer if this site is asked to stop.
 
-        Where a step can be a meeting (ddp, fragments, overlap) all sites take all of them.
-        `after_step` gets the cross entropy of every step, nats per token, as a scalar.
+        If a meeting may fall on any step (ddp, fragments, overlap), all sites take all steps.
+        `after_step` gets the cross entropy of every step: a scalar, in nats per token. Raises
+        Diverged for NaN or infinite values.
         """
         site, progress = self._site, self._site.progress
         outer = site.config.outer
@@ -40,13 +43,16 @@ class LocalSteps:
         while progress.left and (all_of_them or not self._asked(stop)):
             position = site.batches.position
             try:
-                after_step(self.step())
-            except ValueError:  # routers on the CPU refuse NaN
+                with site.course.explained(site.round + 1, progress.steps + 1):
+                    after_step(self.step())
+            except Diverged:
                 if not self._can_be_left_out():
                     raise
                 progress.spoilt, site.batches.position = True, position
                 site.optimizer.zero_grad()
             inject.point("local")
+        if not self._may_be_left_out:
+            site.course.check()
         site.pace.took(progress.steps - before, self.clock() - begun)
 
     def step(self) -> Tensor:
@@ -58,6 +64,9 @@ class LocalSteps:
             site.device.type, dtype=site.autocast, enabled=site.autocast is not None
         ):
             loss = site.model.loss(tokens)
+        place = site.round + 1, site.progress.steps + 1
+        if not self._may_be_left_out:
+            site.course.loss(loss.cross_entropy.detach(), *place)
         loss.total.backward()
         self._before_update()
         if site.mesh is not None:
@@ -65,9 +74,12 @@ class LocalSteps:
         if ddp:
             site.sync.reduce_gradients()
         if inner.grad_clip:
-            site.sync.clip_grad_norm(inner.grad_clip)
+            norm = site.sync.clip_grad_norm_(inner.grad_clip)
+            if not self._may_be_left_out:
+                site.course.norm(norm, *place)
         step = site.round * site.local_steps + site.progress.scheduled
         lr = learning_rate(inner, step, site.rounds * site.local_steps)
+        site.course.rate(lr)
         for group in site.optimizer.param_groups:
             group["lr"] = lr
         site.optimizer.step()
@@ -103,15 +115,20 @@ class LocalSteps:
             progress.slots += count * chosen
             layer.update_selection_bias(load)
 
+    @property
+    def _may_be_left_out(self) -> bool:
+        """Whether meetings go on without a site whose parameters are NaN or infinite."""
+        return bool(self._site.config.outer.clip_delta) and self._site.world.ranks == 1
+
     def _can_be_left_out(self) -> bool:
-        """Whether parameters here are not finite, and the meeting will go without this site."""
-        site = self._site
-        if not site.config.outer.clip_delta or site.world.ranks > 1:
+        """Whether the next meeting will go on without this site."""
+        if not self._may_be_left_out:
             return False
-        return not all(bool(p.detach().isfinite().all()) for p in site.model.parameters())
+        parameters = self._site.model.parameters()
+        return not all(bool(p.detach().isfinite().all()) for p in parameters)
 
     def _asked(self, stop: StopRequest) -> bool:
-        """Whether any rank of this site was asked to stop."""
+        """Whether any rank of this site was asked to stop; a collective of its ranks."""
         site = self._site
         if site.world.ranks == 1:
             return stop.asked

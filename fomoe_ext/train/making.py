@@ -1,5 +1,5 @@
-"""What a site trains with, made of its job's configuration: mesh, connections, model, optimizer and
-outer sync. Collectives of all sites.
+"""Makes what a site trains with from the job's configuration: mesh, connections, model, optimizer
+and outer sync. All functions are collectives of all sites.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fomoe_ext.train.job import make_optimizer, outer_options
 
 
 def make_site_mesh(config: TrainConfig, world: World, device: torch.device) -> DeviceMesh | None:
-    """The mesh of all sites' ranks; None where a site is one process."""
+    """The device mesh over all ranks of all sites; None if a site is one process."""
     if world.ranks == 1:
         return None
     with with_others("the mesh", world.site):
@@ -32,7 +32,7 @@ def make_site_mesh(config: TrainConfig, world: World, device: torch.device) -> D
 
 
 def connect(config: TrainConfig, world: World) -> SiteGroups:
-    """The connections of all sites."""
+    """The process groups of the sites."""
     outer, link = config.outer, config.sites.link
     with with_others("connecting the sites", world.site):
         return SiteGroups(
@@ -55,9 +55,9 @@ def make_training(
     resume: Path | None = None,
     arriving: bool = False,
 ) -> tuple[LanguageModel, torch.optim.Optimizer, OuterSync]:
-    """A model of what a site holds by a placement, its optimizer and outer sync.
+    """A model with the experts that a placement gives the site, its optimizer and its outer sync.
 
-    `resume`: a checkpoint with the weights. `arriving`: see `OuterSync`.
+    `resume`: a checkpoint from which the weights are loaded. `arriving`: see `OuterSync`.
     """
     model = LanguageModel(
         config.model,
@@ -79,10 +79,10 @@ def make_training(
             model,
             placement,
             world.site,
+            outer_options(config),
             inner_optimizer=optimizer,
             groups=groups,
             mesh=mesh,
             arriving=arriving,
-            **outer_options(config),
         )
     return model, optimizer, sync

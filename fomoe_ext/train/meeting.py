@@ -1,10 +1,10 @@
-"""What a site does in a meeting besides the meeting itself (`fomoe_ext.outer`): the reshuffle where
-one is due, shadow copies, the routing probe, and its counts.
+"""What a site does around a meeting (`fomoe_ext.outer` holds it): a reshuffle if one is due, shadow
+copies, the routing probe, and the counts.
 """
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Callable
 
@@ -15,25 +15,29 @@ from fomoe_ext.plan import traffic as plan
 from fomoe_ext.train.probing import SiteProbe
 from fomoe_ext.train.state import SiteState
 
+_log = logging.getLogger(__name__)
+
 
 class Meetings:
     """The meetings of one rank of a site."""
 
     def __init__(self, site: SiteState, before_change: Callable[[], None]) -> None:
-        """`before_change` is called when a meeting is about to change the model."""
+        """`before_change` is called before a meeting changes the model."""
         self._site, self._before_change = site, before_change
         self._probe = SiteProbe(site) if site.config.run.probe_tokens else None
 
     def meet(self) -> float:
-        """The meeting, and a reshuffle where one is due.
+        """Holds the meeting, and a reshuffle if one is due.
 
-        Returns the seconds it took; with ddp those of all reductions of the round.
+        Returns the seconds spent; with ddp, those of all gradient reductions of the round.
         """
         site = self._site
         self._before_change()
         if self._probe is not None:
             self._probe.before_meeting()
-        seconds = self.count(site.placement, site.sync.step(site.progress.tokens))
+        with site.course.explained(site.round + 1, None):
+            outcome = site.sync.step(site.progress.tokens)
+        seconds = self.count(site.placement, outcome)
         if site.config.fault.shadow_experts:
             seconds += self._refresh_shadows()
         every = site.config.sites.reshuffle_rounds
@@ -44,15 +48,20 @@ class Meetings:
         return seconds
 
     def finish(self) -> None:
-        """Takes in what is under way, after the last round; a collective."""
+        """Waits for exchanges that overlap local steps and applies them, after the last round.
+
+        A collective.
+        """
         self._before_change()
         outcome = self._site.sync.finish()
         self._site.tally.meeting_s += outcome.seconds
         self._tell_of(outcome)
 
     def count(self, placement: Placement, outcome: RoundReport) -> float:
-        """Counts what a meeting of `placement` was, and begins the next round; returns the seconds
-        it took."""
+        """Counts a meeting that was held with `placement` and begins the next round.
+
+        Returns the seconds that the meeting took.
+        """
         site, progress = self._site, self._site.progress
         self._tell_of(outcome)
         site.tally.rows += int(progress.rows)
@@ -61,14 +70,14 @@ class Meetings:
             site.tally.planned_bytes += plan.meeting_bytes(
                 site.config, placement, site.world.site, site.round
             )
-        # What slower sites have not taken of the round's data is taken by nobody, so that all go on
-        # from the same place in the stream.
+        # A site that took fewer steps skips the rest of the round's batches: all sites continue
+        # from the same position in the data.
         site.batches.skip(site.local_steps - progress.steps)
         progress.begin_next()
         return outcome.seconds
 
     def _reshuffle(self, new: Placement) -> float:
-        """Moves experts to where the new placement has them; the seconds it took."""
+        """Moves experts to the sites that hold them in the new placement; returns the seconds."""
         site, old = self._site, self._site.placement
         moved = site.sync.reshuffle(
             new,
@@ -80,10 +89,10 @@ class Meetings:
         return moved.seconds
 
     def _refresh_shadows(self) -> float:
-        """Brings shadow copies up to the last meeting; the seconds it took."""
+        """Updates the shadow copies to the state after the meeting; returns the seconds."""
         site, start = self._site, time.perf_counter()
-        with site.sync.meeting("the refresh of shadow copies"):
-            site.sync.sent(site.shadows.refresh(site.sync))
+        with site.sync.log.meeting("the refresh of shadow copies"):
+            site.sync.log.sent(site.shadows.refresh(site.sync))
         site.tally.planned_bytes += plan.shadow_bytes(site.config, site.placement, site.world.site)
         return time.perf_counter() - start
 
@@ -93,11 +102,11 @@ class Meetings:
         site.tally.healed += len(outcome.healed)
         self._tell_of_treatment(outcome.treatment)
         if outcome.healed and site.world.rank == 0:
-            print(
-                f"site {site.world.site}: restored from the majority after round {site.round}: "
-                f"{', '.join(outcome.healed)}",
-                file=sys.stderr,
-                flush=True,
+            _log.warning(
+                "site %d: restored from the majority after round %d: %s",
+                site.world.site,
+                site.round,
+                ", ".join(outcome.healed),
             )
 
     def _tell_of_treatment(self, treatment: Treatment) -> None:
@@ -105,11 +114,11 @@ class Meetings:
         if world.site in treatment.left_out:
             tally.left_out += 1
             if world.rank == 0:
-                print(
-                    f"site {world.number}: what it had after round {self._site.round} was NaN or "
-                    "infinite: left out, it goes on with what the others have agreed on",
-                    file=sys.stderr,
-                    flush=True,
+                _log.warning(
+                    "site %d: its parameters after round %d were NaN or infinite; the meeting left "
+                    "them out, and the site continues with the mean of the others",
+                    world.number,
+                    self._site.round,
                 )
         elif treatment.factors and treatment.factors[world.site] < 1:
             tally.clipped += 1

@@ -1,4 +1,4 @@
-"""The notes by which sites tell each other before a meeting how the round went."""
+"""The notes that sites exchange before a meeting: steps, loss, pace, and whether to stop."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from fomoe_ext.train.state import SiteState
 
 
 class Notes:
-    """Exchanges the notes of a site; its first rank speaks for it."""
+    """Exchanges the notes of a site; its first rank sends for all its ranks."""
 
     def __init__(self, site: SiteState) -> None:
         self._site = site
         self._under_way: tuple[Handle, Tensor] | None = None
-        """With overlap: those of the last exchange."""
+        """With overlap: the exchange that was started before the last meeting."""
 
     def exchange(self, stop: bool, knocks: bool = False) -> list[RoundNote]:
-        """Tells all sites how the round went here, and returns the notes of all.
+        """Sends this site's note of the round to all sites and returns the notes of all.
 
-        `stop`: whether this site was asked to stop; `knocks`: whether a site waits to be taken in.
-        With overlap nobody waits: these are the notes of the round before (after the first round
-        this site's own, which asks nobody to stop).
+        `stop`: this site was asked to stop. `knocks`: a late site asks to join. With overlap the
+        exchange is not waited for, and the notes returned are those of the round before. After the
+        first round it is this site's own note alone, with `stop` cleared.
         """
         site, ranks = self._site, self._site.sync.ranks
         with with_others(f"the notes of round {site.round + 1}", site.world.site):

@@ -1,8 +1,8 @@
-"""How many local steps each site takes in a round, where slower sites take fewer of them.
+"""How many local steps each site takes in a round if slower sites take fewer (`uneven_steps`).
 
-Every site measures the seconds of its local steps and tells them in its note before a meeting. From
-the same notes all sites compute alike how many steps each takes in the next round, so that all are
-done at about the same time.
+Every site measures the seconds per local step and sends them in its note before a meeting. From
+these notes all sites compute the same step counts for the next round, chosen so that all sites
+finish at about the same time.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _NEWEST = 0.5
-"""What the newest measurement weighs against all before it."""
+"""Weight of the newest measurement in the moving average."""
 
 
 class Pace:
-    """A site's seconds per local step, the newest the most; 0 = not known yet."""
+    """Moving average of a site's seconds per local step; 0 = not measured yet."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
 
     def took(self, steps: int, seconds: float) -> None:
-        """So many steps have taken so long; nothing is learned from none."""
+        """Adds a measurement: `steps` local steps took `seconds`. No steps change nothing."""
         if steps:
             mean = seconds / steps
             known = self.seconds > 0
@@ -28,14 +28,14 @@ class Pace:
 
 
 def steps_of_round(paces: Sequence[float], local_steps: int) -> list[int]:
-    """Local steps of each site in a round, from the seconds that a step takes each, 0 = not known.
+    """Local steps of each site in a round. `paces`: seconds per local step, 0 = not measured.
 
-    The fastest takes all `local_steps`, the others what they have time for meanwhile, rounded, but
-    at least one; one that is not known takes all. Raises ValueError for a pace that is negative,
-    NaN or infinite.
+    The fastest site takes all `local_steps`. The others take as many as fit into the same time,
+    rounded, and at least one. A site that was not measured takes all. Raises ValueError for a pace
+    that is negative, NaN or infinite.
     """
     for site, pace in enumerate(paces):
         if not 0 <= pace < float("inf"):
-            raise ValueError(f"paces must be finite and >= 0, got {pace} of site {site}")
+            raise ValueError(f"paces must be finite and >= 0, got {pace} for site {site}")
     fastest = min((pace for pace in paces if pace), default=0.0)
     return [max(1, round(local_steps * fastest / pace)) if pace else local_steps for pace in paces]

@@ -1,7 +1,7 @@
-"""What can be known to be wrong with a job before its sites are started, said at once.
+"""Finds errors of a job before its sites are started.
 
-The sites would find the same, after seconds in which each of them imports torch. Needs no torch
-itself, unless a GPU is asked for or a run is resumed.
+The sites would find the same errors, but only after each has spent seconds on importing torch. This
+needs torch only if the job asks for a GPU or resumes a run.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 
 def check_job(config: TrainConfig) -> None:
-    """Raises what says why a job cannot begin: ValueError, OSError, ImportError where the package
-    is not built, NotInstalled.
+    """Raises an error if a job cannot begin: ValueError, OSError, NotInstalled, or ImportError if
+    the package is not built.
 
-    `config`: as `runs.job_config` makes it, for a job of which all sites are on this machine. The
-    text is encoded, unless it is already; nothing else is written.
+    `config`: from `runs.job_config`, for a job with all sites on this machine. The text is
+    tokenized and cached unless that was done before; nothing else is written.
     """
     assert config.run.run_dir is not None
     require_folder("run_dir", config.run.run_dir)
-    if config.data.cache_dir is not None:  # which need not be written where all is there
+    if config.data.cache_dir is not None:  # nothing is written there if it has all tokens
         require_place("cache_dir", config.data.cache_dir)
     _check_build()
     if config.run.resume is None:
@@ -62,7 +62,7 @@ def _check_build() -> None:
 
 
 def _check_tables(config: TrainConfig) -> None:
-    """The files that placements and copies are made by."""
+    """Reads the files that placements and stale copies are computed from."""
     placement = plan.job_placement(config)
     plan.rank_experts(config, placement, 0)
     if config.sites.stale_experts:
@@ -85,14 +85,14 @@ def _check_membership(config: TrainConfig) -> None:
 
 
 def _check_device(config: TrainConfig) -> None:
-    if config.run.device == "cuda":  # torch alone knows whether it can be had
+    if config.run.device == "cuda":  # whether there is a GPU can only be asked of torch
         from fomoe_ext.launch.world import World, choose_device
 
         choose_device(config.run.device, World())
 
 
 def _check_resume(config: TrainConfig, data: TextData) -> None:
-    """Raises ValueError where no checkpoint can be one of this job's."""
+    """Raises ValueError if this job cannot resume any of the checkpoints."""
     from fomoe_ext.checkpoint import manifest as ckpt
     from fomoe_ext.checkpoint.reader import load_state
     from fomoe_ext.checkpoint.whole import require_whole
@@ -108,7 +108,7 @@ def _check_resume(config: TrainConfig, data: TextData) -> None:
     reasons: list[str] = []
     for path in reversed(found):
         try:
-            require_whole(path)  # by sizes; the sites read the content
+            require_whole(path)  # sizes only; the sites check the content
             whole.append((path, ckpt.read_manifest(path), load_state(path, 0)["data"]))
         except (ckpt.CheckpointError, OSError, KeyError, TypeError) as error:
             reasons.append(str(error))
@@ -125,9 +125,10 @@ def _check_resume(config: TrainConfig, data: TextData) -> None:
             refused.append(str(error))
             continue
         try:
-            data.train_batches(seed=run.seed).load_state_dict(state)
+            stream = data.train_batches(1, site=0, num_sites=1, seed=run.seed)
+            stream.load_state_dict(state)
             return
         except ValueError as error:
-            refused.append(f"checkpoint {path} is of other data: {error}")
+            refused.append(f"checkpoint {path} was trained on other data: {error}")
     if refused:
         raise ValueError(f"--resume {run.resume}: {refused[0]}")

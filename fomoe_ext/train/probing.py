@@ -13,24 +13,27 @@ from fomoe_ext.train.state import SiteState
 
 
 class SiteProbe:
-    """A site's probe; what it takes counts as validation, which is no part of training."""
+    """A site's probe; its time counts as validation, not as training."""
 
     def __init__(self, site: SiteState) -> None:
-        """Of some validation text, the same at all sites."""
+        """Takes its tokens from the validation text; they are the same at all sites."""
         self._site = site
         seq_len = site.config.model.seq_len
         windows = max(1, site.config.run.probe_tokens // seq_len)
-        batch = next(iter(site.data.val_batches(windows, 0, 1, max_tokens=windows * seq_len)))
+        batch = next(iter(site.data.val_batches(windows, max_tokens=windows * seq_len)))
         tokens = batch[:, :-1].to(site.device)
         self._probe = RoutingProbe(site.model, site.model.moe_layers(), tokens)
 
     def before_meeting(self) -> None:
-        """What this site chooses on its own; a collective of its ranks."""
+        """Records which experts the site's own model chooses; a collective of its ranks."""
         with self._counted():
             self._probe.before_meeting()
 
     def after_meeting(self) -> None:
-        """`site.routing` becomes what all sites have found; a collective."""
+        """Compares with the averaged model; sets `site.routing` to the figures of all sites.
+
+        A collective.
+        """
         site = self._site
         with self._counted(), with_others("the routing probe", site.world.site):
             mine = pack(self._probe.after_meeting())

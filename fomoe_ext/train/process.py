@@ -1,11 +1,13 @@
 """A process of the training job: `python -m fomoe_ext.train`, by `fomoe train` or torchrun.
 
-It finds its place among the others, agrees with them where to begin, and trains to the end.
+It finds out which site and rank it is, agrees with the others where to begin, and trains to the
+end.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ from fomoe_ext.files.outputs import named, options_of
 from fomoe_ext.files.unwritten import Unwritten, tolerant_output
 from fomoe_ext.launch import inject
 from fomoe_ext.launch.console import outlive_terminal
+from fomoe_ext.launch.logs import shown
 from fomoe_ext.launch.processes import EXIT_PEER_LOST
 from fomoe_ext.launch.waiting import watched
 from fomoe_ext.launch.world import (
@@ -41,7 +44,8 @@ from fomoe_ext.launch.world import (
     with_others,
 )
 from fomoe_ext.outer.errors import MeetingError
-from fomoe_ext.report.runs import HELD, Job, settled_job
+from fomoe_ext.report.runs import HELD, Job, find_job
+from fomoe_ext.train.divergence import Diverged
 from fomoe_ext.train.site import TrainingSite
 from fomoe_ext.train.start import (
     OtherSiteFailed,
@@ -53,6 +57,8 @@ from fomoe_ext.train.start import (
 )
 from fomoe_ext.train.trainer import Trainer
 
+_log = logging.getLogger(__name__)
+
 
 def run_site(
     config: TrainConfig,
@@ -62,12 +68,12 @@ def run_site(
     unnamed: bool = False,
     unwritten: Unwritten | None = None,
 ) -> int:
-    """Runs one site of a job to its end; all sites of the job must. Returns the exit code.
+    """Runs one process of a job to its end and returns the exit code; all processes must call it.
 
-    `config` and `unnamed` are as `runs.settled_job` makes them, `unwritten` has what could not be
-    written. Raises ValueError, TypeError, FileNotFoundError and
-    CheckpointError for what the user can mend, MeetingError and PeerLost when the sites fall apart,
-    or too few of them are left.
+    `config` and `unnamed`: from `runs.find_job`. `unwritten` collects files that could not be
+    written. Raises ValueError, TypeError, FileNotFoundError and CheckpointError for errors in
+    options or files, Diverged for NaN, and MeetingError or PeerLost if a meeting fails, a site is
+    lost or too few sites are left.
     """
     unwritten, job = unwritten or Unwritten(), Job(config, unnamed)
     use_threads(config.sites.threads, world)
@@ -79,7 +85,7 @@ def run_site(
 def _run_among_all(
     job: Job, world: World, device: torch.device, stop: StopRequest, unwritten: Unwritten
 ) -> int:
-    """A site of a job that ends with the first that is lost."""
+    """Runs a site of a job that ends as soon as one site is lost."""
     with ExitStack() as stack, joined(world, job.config.outer.timeout_s, device.type):
         start = agree_on_start(job, world, stack)
         site = TrainingSite(start.config, world, start.data, device, start.resumed)
@@ -89,7 +95,10 @@ def _run_among_all(
 def _run_among_changing(
     job: Job, world: World, device: torch.device, stop: StopRequest, unwritten: Unwritten
 ) -> int:
-    """A site of a job that outlives its sites (`fomoe_ext.fault`); it may come late itself."""
+    """Runs a site of a job that continues when sites are lost (`fomoe_ext.fault`).
+
+    This site may itself join late.
+    """
     config, timeout_s = job.config, job.config.outer.timeout_s
     end_with_launcher()
     try:
@@ -113,7 +122,7 @@ def _run_among_changing(
             company = Company(membership, site)
             return _train(site, start, stop, unwritten, company)
     except Finished:
-        print(f"site {world.number}: the job has ended without it", flush=True)
+        _log.info("site %d: the job has ended without it", world.number)
     except TooFew as error:
         raise PeerLost(str(error)) from error
     return 0
@@ -126,7 +135,7 @@ def _train(
     unwritten: Unwritten,
     company: Company | None = None,
 ) -> int:
-    """What a site does once it is made; the exit code."""
+    """Trains with a site that is ready, and returns the exit code."""
     stop.install()
     trainer = Trainer(site, stop, company, start, unwritten)
     note_uncached(start.data, site.world, unwritten)
@@ -142,7 +151,7 @@ def _train(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The process of one site; returns its exit code, or ends the process when a site is lost."""
+    """Runs one process; returns its exit code, or ends the process at once after an error."""
     outlive_terminal()
     args = sys.argv[1:] if arguments is None else arguments
     unwritten = Unwritten()
@@ -153,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(args: Sequence[str], unwritten: Unwritten) -> int:
     where, code = "fomoe train", 1
     try:
-        config, unnamed = settled_job(args, "python -m fomoe_ext.train")
+        config, unnamed = find_job(args, "python -m fomoe_ext.train")
         world = find_world(config.sites.sites, ranks_per_site=config.sites.ranks_per_site)
         if world.process == 0 and HELD not in os.environ:
             lines = without_effect(config, args, flag_value(args, "--config"))
@@ -164,15 +173,18 @@ def _main(args: Sequence[str], unwritten: Unwritten) -> int:
         where = f"fomoe train, site {world.site}"
         if world.ranks > 1:
             where += f", rank {world.rank}"
-        code = run_site(config, world, StopRequest(), unnamed=unnamed, unwritten=unwritten)
+        with shown():
+            code = run_site(config, world, StopRequest(), unnamed=unnamed, unwritten=unwritten)
         if config.fault.tolerant:
-            end_now(code)  # groups of sites that are gone would be waited for
+            end_now(code)  # a normal exit would wait for process groups of lost sites
         return code
     except (PeerLost, OtherSiteFailed) as error:
         message, code = error, EXIT_PEER_LOST
     except MeetingError as error:
         lost = error.__cause__ is not None and is_peer_error(error.__cause__)
         message, code = error, EXIT_PEER_LOST if lost else 1
+    except Diverged as error:
+        message = error
     except (ValueError, TypeError, OSError, ckpt.CheckpointError, NotInstalled) as error:
         message = named(error, options_of(list(args)))
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""How far one rank of a site is in the round under way, and what it has counted in it."""
+"""Progress of one rank in the current round, and its counts."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import torch
 
 
 class RoundProgress:
-    """Steps taken and due, tokens of text, and sums over the steps of this rank."""
+    """Steps taken and due, tokens, and sums over the steps of this rank."""
 
     def __init__(self, local_steps: int, device: torch.device) -> None:
-        """`local_steps`: of a whole round; where sites take fewer, fewer are due."""
+        """`local_steps`: of a whole round; a slower site may have fewer steps due."""
         self.local_steps = local_steps
         self.steps = 0
         """Local steps taken."""
         self.due = local_steps
         """Local steps that this site takes in the round."""
         self.due_next = local_steps
-        """The same of the next one."""
+        """Local steps that this site takes in the next round."""
         self.spoilt = False
-        """Whether no more steps can be taken in the round: parameters are not finite."""
+        """Parameters are NaN or infinite: this site takes no more steps in the round."""
         self.tokens = 0
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
         """Sum of the steps' cross entropies, nats per token."""
@@ -34,8 +34,10 @@ class RoundProgress:
 
     @property
     def scheduled(self) -> int:
-        """Where in a whole round the learning rate is: who takes fewer steps goes as far along the
-        schedule as the others."""
+        """Position of the learning rate schedule within a whole round.
+
+        A site with fewer steps advances further per step, so all sites end at the same position.
+        """
         return self.steps * self.local_steps // self.due
 
     def counts(self) -> tuple[float, int, int]:
@@ -43,17 +45,17 @@ class RoundProgress:
         return float(self.loss), int(self.rows), self.slots
 
     def set_counts(self, counts: tuple[float, int, int]) -> None:
-        """Goes on from what `counts` said."""
+        """Sets the counts to what `counts` returned."""
         self.loss.fill_(counts[0])
         self.rows.fill_(counts[1])
         self.slots = counts[2]
 
     def set_due(self, due: int) -> None:
-        """So many steps are due, in this round and the next."""
+        """Sets the steps due in this round and the next."""
         self.due = self.due_next = due
 
     def begin_next(self) -> None:
-        """The next round, of which nothing is done."""
+        """Begins the next round: all counts are zero."""
         self.steps, self.due, self.spoilt = 0, self.due_next, False
         self.slots, self.tokens = 0, 0
         self.loss.zero_()
@@ -61,6 +63,6 @@ class RoundProgress:
 
 
 def of_site(counts: Sequence[tuple[float, int, int]]) -> tuple[float, int, int]:
-    """Loss, rows and slots of a round of a site from `RoundProgress.counts` of its ranks."""
+    """Loss, rows and slots of a site's round, from `RoundProgress.counts` of all its ranks."""
     losses, rows, slots = zip(*counts, strict=True)
     return sum(losses) / len(losses), sum(rows), sum(slots)

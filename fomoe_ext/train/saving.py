@@ -1,4 +1,4 @@
-"""The checkpoints of a job: begun, copied and written while it trains, and what the waits cost."""
+"""The checkpoints of a job: started, copied and written during training; waits are counted."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ from fomoe_ext.report.tally import Tally
 
 
 class SavedRank(TrainingRank, Protocol):
-    """A training rank whose checkpoints are counted, and which can be made ready for one."""
+    """A training rank that can prepare for a checkpoint, with a tally that counts it."""
 
     tally: Tally
 
     def finish(self) -> None:
-        """Takes in what is under way; a collective."""
+        """Waits for exchanges that overlap local steps and applies them; a collective."""
         ...
 
     def global_model(self) -> AbstractContextManager[dict[str, Tensor] | None]:
-        """Inside, the model is that of the last meeting; gives this site's where that differs."""
+        """Inside, the model is that of the last meeting. Yields the site's own parameters if they
+        differ from it, else None."""
         ...
 
 
 class Checkpoints:
-    """Begins the checkpoints of a training rank, one at a time; all ranks of all sites do.
+    """Starts the checkpoints of a training rank, one at a time, as all ranks of all sites do.
 
-    Counts in its tally how many there were and how long training waited for them.
+    Its tally counts the checkpoints and the seconds that training waited for them.
     """
 
     def __init__(
@@ -46,14 +47,14 @@ class Checkpoints:
         local_steps: int,
         meta: Mapping[str, Any],
     ) -> None:
-        """`local_steps`: of a round. `meta`: what the manifest says of the job."""
+        """`local_steps`: of a round. `meta`: options of the job for the manifest."""
         self._training, self._writer = training, writer
         self._local_steps, self._meta = local_steps, meta
 
     def save(self, steps: int) -> Outcome:
-        """Writes a checkpoint with all others and waits for it; `steps` as for `start`.
+        """Writes a checkpoint together with all processes and waits for it; `steps` as in `start`.
 
-        It is not counted as one of the training: with it the job ends or stops.
+        The tally does not count it: it is the last one, at which the job ends or stops.
         """
         waited = self._training.tally.checkpoint_s
         pending = self.start(steps, copy=False)
@@ -66,24 +67,25 @@ class Checkpoints:
 
     @torch.no_grad()
     def start(self, steps: int, copy: bool = True) -> PendingCheckpoint:
-        """Begins a checkpoint with all other sites; `steps` is the most that a site has taken.
+        """Starts a checkpoint together with all sites; `steps`: the most steps any site has taken.
 
-        With `copy` it is written while training goes on, and `poll` tells when it is there. Where
-        that needs no other process it is copied while training goes on as well; before anything
-        changes that is in it, `settle` is to be called. The one before must have ended. The global
-        model is that of the last meeting; where a site's own may differ (in the middle of a round,
-        with fragments, overlap or expert_turns) its state holds that too. Fragments under way are
-        taken in before.
+        With `copy` it is written during training, and `poll` tells when it is complete. If copying
+        needs no other process, it too happens during training: call `wait_copied` before anything
+        changes that the checkpoint holds. The checkpoint before must have ended.
+
+        The global model is that of the last meeting. If a site's own parameters may differ from it
+        (in the middle of a round, or with fragments, overlap or expert_turns), the site's state
+        holds them as well. Exchanges that overlap local steps are completed first.
         """
         training = self._training
         training.finish()
         with self._counted(), training.global_model() as local:
             if local is None and steps > training.sync.round * self._local_steps:
-                # Others are in the middle of the round, and some of the global model is from them:
-                # selection biases, which have moved on there.
+                # Other sites are in the middle of the round. The global model takes selection
+                # biases from them, which have changed since the meeting.
                 here = local_tensors(training.model)
                 local = {name: value.clone() for name, value in here.items()}
-            # Without copying, the model must stay as it is until all is written.
+            # Without copying, the model must not change until everything is written.
             with self._with_others():
                 return self._start(steps, local, copy or local is not None)
 
@@ -101,21 +103,21 @@ class Checkpoints:
             meta=self._meta,
             named=tensors_of(training, local),
             copy=copy,
-            # Several ranks put together what is sharded, and a global model of the site's own
-            # making is about to go.
+            # Not with several ranks, which gather shards (a collective), and not if the global
+            # model is in place only inside `global_model`.
             beside=copy and local is None and ranks.size == 1,
         )
 
-    def settle(self) -> None:
-        """Waits until all of a checkpoint is copied, before it changes."""
+    def wait_copied(self) -> None:
+        """Waits until the current checkpoint is copied; call it before its tensors change."""
         with self._counted():
             if (pending := self._writer.pending) is not None:
                 pending.copied.wait()
 
     def poll(self, wait: bool = False) -> Outcome | None:
-        """How the checkpoint under way has ended, if it has; all sites must ask.
+        """The outcome of the current checkpoint, or None while it is not complete or there is none.
 
-        Quick, unless it is to `wait` for the end. None where there is none under way.
+        A collective; quick unless `wait` is set, which waits for the end.
         """
         pending, tally = self._writer.pending, self._training.tally
         if pending is None:
@@ -128,7 +130,7 @@ class Checkpoints:
         return outcome
 
     def abandon(self) -> None:
-        """Gives up the checkpoint under way, if there is one: for when a site is lost."""
+        """Abandons the current checkpoint, if there is one, because a site is lost."""
         if (pending := self._writer.pending) is not None:
             pending.abandon()
 
@@ -137,7 +139,7 @@ class Checkpoints:
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
-        """What goes on inside counts as waiting for checkpoints."""
+        """Counts the time inside as waiting for checkpoints."""
         start = time.perf_counter()
         yield
         self._training.tally.checkpoint_s += time.perf_counter() - start

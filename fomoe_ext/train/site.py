@@ -1,7 +1,8 @@
-"""A site of a job: what it has, and the parts that train with it.
+"""A site of a job: its state and the parts that train it.
 
-With several ranks a site's batch is shared among them, experts by the mesh and all else by FSDP;
-this is then one rank, all of a site go through the same calls, and the first speaks for it.
+If a site has several ranks, each process has its own `TrainingSite`. The ranks split the batch,
+share the experts over the mesh and shard the other parameters by FSDP. All make the same calls, and
+the first rank sends for the site.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from fomoe_ext.train.state import SiteState
 
 
 class TrainingSite(SiteState):
-    """A site of a job (one of its ranks), from its start or from a checkpoint to the report."""
+    """One rank of a site of a job, from the start or a checkpoint to the report."""
 
     def __init__(
         self,
@@ -45,8 +46,8 @@ class TrainingSite(SiteState):
         resume: Path | None,
         late: bool = False,
     ) -> None:
-        """`config` is resolved; `resume` is a checkpoint. All processes must make theirs at once;
-        a `late` one has no model before `fomoe_ext.fault.reform` has made one.
+        """A collective. `config`: resolved. `resume`: a checkpoint. `late`: the site joins a
+        running job, and `fomoe_ext.fault.reform` makes its model later.
 
         Raises CheckpointError for a checkpoint of another job.
         """
@@ -63,17 +64,17 @@ class TrainingSite(SiteState):
             self.local_steps,
             job_identity(config) | {"tokenizer": data.tokenizer},
         )
-        self.steps = LocalSteps(self, before_update=self.checkpoints.settle)
+        self.steps = LocalSteps(self, before_update=self.checkpoints.wait_copied)
         self.notes = Notes(self)
-        self.meetings = Meetings(self, before_change=self.checkpoints.settle)
+        self.meetings = Meetings(self, before_change=self.checkpoints.wait_copied)
         self.remarks: list[str] = []
-        """What the user is to be told of the checkpoint that it goes on from."""
+        """Lines for the user about the checkpoint that was resumed."""
         if resumed is not None:
             assert resume is not None
             self._load(resumed, resume)
 
     def make_groups(self, world: World) -> SiteGroups:
-        """The connections of all sites; a collective."""
+        """The process groups of the sites; a collective."""
         return connect(self.config, world)
 
     def make(
@@ -84,28 +85,28 @@ class TrainingSite(SiteState):
         resume: Path | None = None,
         arriving: bool = False,
     ) -> tuple[LanguageModel, torch.optim.Optimizer, OuterSync]:
-        """A model of what the site is to hold, as `make_training`; a collective."""
+        """Model, optimizer and outer sync, from `make_training`; a collective."""
         return make_training(
             self.config, world, placement, groups, self.device, self.mesh, resume, arriving
         )
 
     def _load(self, resumed: Resumed, path: Path) -> None:
-        """Goes on from a checkpoint, of which the weights have been loaded."""
+        """Loads the training state of a checkpoint; its weights have been loaded."""
         load_into(self, resumed, partial(load_tensors, path))
         if self.sync.copies is not None:
             with GlobalModelReader(path) as reader:
                 fill_copies(self, resumed, reader.tensor)
         if not resumed.same:
             self.remarks.append(
-                f"counts begin anew: the checkpoint is of {resumed.num_sites} sites, or of "
-                "another placement"
+                f"counts start from zero: the checkpoint has {resumed.num_sites} sites or another "
+                "placement"
             )
         self._before_s = self.tally.wall_s
 
     def after_meeting(self, placement: Placement, outcome: RoundReport) -> float:
-        """Counts a meeting that broke off and was settled; returns the seconds it took."""
+        """Counts an interrupted meeting that was then applied; returns the seconds it took."""
         return self.meetings.count(placement, outcome)
 
     def finish(self) -> None:
-        """Takes in what is under way, after the last round; a collective."""
+        """Waits for exchanges that overlap local steps and applies them; a collective."""
         self.meetings.finish()

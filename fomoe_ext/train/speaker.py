@@ -1,10 +1,11 @@
-"""What is told of a job while it goes on: metrics, the lines on the terminal, what was saved.
+"""Reports a job while it runs: metrics files, lines on the terminal, checkpoints.
 
-One process speaks for all; a `Speaker` that was not opened says nothing.
+One process speaks for all. In the others the `Speaker` is not opened and does nothing.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -22,11 +23,14 @@ from fomoe_ext.checkpoint.pending import Outcome
 from fomoe_ext.config.changes import told
 from fomoe_ext.config.model import count_parameters
 from fomoe_ext.files.unwritten import Unwritten, tolerant
+from fomoe_ext.launch.console import SIMILAR
 from fomoe_ext.launch.processes import CONSOLE_FD
 from fomoe_ext.model.evaluate import Validation
+from fomoe_ext.plan.disk import checkpoint_size, described
 from fomoe_ext.plan.traffic import RoundNote
 from fomoe_ext.report.metrics import rewind_metrics
-from fomoe_ext.report.report import print_report, write_report
+from fomoe_ext.report.page import write_page
+from fomoe_ext.report.report import known_course, print_report, write_report
 from fomoe_ext.report.run_log import RunLog
 from fomoe_ext.report.runs import METRICS
 from fomoe_ext.report.story import describe
@@ -34,18 +38,22 @@ from fomoe_ext.train.job import learning_rate
 from fomoe_ext.train.site import TrainingSite
 from fomoe_ext.train.start import Start
 
+_log = logging.getLogger(__name__)
+
 
 class Speaker:
     """Speaks for all sites of a job, between `open` and `close`."""
 
     def __init__(self, site: TrainingSite, start: Start | None, unwritten: Unwritten) -> None:
-        """`start`: where the job began, None where nothing is to be told of that."""
+        """`start`: from where the job began; None if that is not to be reported."""
         self._site, self._start, self._unwritten = site, start, unwritten
         self._log: RunLog | None = None
         self._failed: list[Path] = []
-        """Checkpoints that could not be written, since the last that was."""
+        """Checkpoints that could not be written since the last successful one."""
         self._made_up_for: list[str] = []
-        """What is told of those before it."""
+        """Lines about failed checkpoints that a later one has replaced."""
+        self._overlap = ""
+        """What was last said of a chosen overlap."""
 
     @property
     def speaks(self) -> bool:
@@ -53,7 +61,8 @@ class Speaker:
         return self._log is not None
 
     def open(self, at_start: bool) -> None:
-        """Begins to speak; `at_start`: of the job, or of its going on from a checkpoint."""
+        """Begins to speak. `at_start`: the job starts or resumes now; else a site takes over from a
+        lost one."""
         site, start = self._site, self._start
         run = site.config.run
         if run.resume is not None:
@@ -79,7 +88,7 @@ class Speaker:
         self._log = log.__enter__()
 
     def close(self) -> None:
-        """Closes the log, where this site keeps it."""
+        """Closes the log if this process keeps it."""
         log, self._log = self._log, None
         if log is not None:
             log.__exit__(None, None, None)
@@ -87,7 +96,7 @@ class Speaker:
     # --------------------------------------------------------------------------- while it goes on
 
     def step(self, loss: Tensor, tokens: int, since: float) -> None:
-        """A local step; `tokens`: of this process in the round so far, which began at `since`."""
+        """Reports a local step. `tokens`: of this process in the round, which began at `since`."""
         if self._log is not None:
             all_sites = tokens / (time.perf_counter() - since) * self._site.world.processes
             self._log.step(self._site.step, lambda: float(loss), all_sites)
@@ -102,12 +111,12 @@ class Speaker:
         meeting_s: float,
         exchange_s: float,
     ) -> None:
-        """A round that has ended: the notes of all sites, and what this one's counts grew by."""
+        """Reports a round from the notes of all sites and from this site's counts in the round."""
         if self._log is None:
             return
         site, step = self._site, self._site.step
         slots = sum(note.slots for note in notes)
-        # A site whose parameters are NaN is left out here too.
+        # The mean leaves out sites with NaN, as the meeting does.
         losses = [(note.loss, note.taken) for note in notes if math.isfinite(note.loss)]
         taken = sum(note.taken for note in notes)
         per_site = taken / len(notes) / (notes[site.world.site].taken or 1)
@@ -117,6 +126,8 @@ class Speaker:
                 "round": site.round,
                 "step": step,
                 "loss": sum(loss for loss, _ in losses) / (sum(steps for _, steps in losses) or 1),
+                "losses": [note.loss / (note.taken or 1) for note in notes],
+                "tokens": round(taken * site.config.inner.batch_size * site.config.model.seq_len),
                 "lr": learning_rate(site.config.inner, step - 1, total),
                 "tokens_per_s": tokens * per_site * site.world.processes / wall_s,
                 "skipped_share": 1 - sum(note.rows for note in notes) / slots,
@@ -126,11 +137,14 @@ class Speaker:
                 "epoch": site.batches.epoch,
             }
         )
+        if site.sync.overlap.reason != self._overlap:
+            self._overlap = site.sync.overlap.reason
+            self._log.say(self._overlap)
         if site.routing is not None:
             self._log.event("routing", round=site.round, step=step, **site.routing)
 
     def validation(self, result: Validation) -> None:
-        """A validation."""
+        """Reports a validation."""
         if self._log is not None:
             self._log.validation(
                 {
@@ -145,13 +159,16 @@ class Speaker:
             )
 
     def sites(self, event: dict[str, Any]) -> None:
-        """The sites are others than before (`Company.recover`). Only where this process speaks."""
+        """Reports that sites were lost or have joined. `event`: from `Company.recover` or `renew`.
+
+        Only where this process speaks.
+        """
         assert self._log is not None
         self._log.event("sites", **event)
         self._log.say(describe(event))
 
     def saved(self, outcome: Outcome | None, goes_on: str = ", training goes on") -> None:
-        """A checkpoint that is there, or could not be written; None = neither yet."""
+        """Reports a checkpoint that was written or failed; None = nothing to report yet."""
         if outcome is None or self._log is None:
             return
         path, steps = outcome.path, ckpt.steps_of(outcome.path)
@@ -163,11 +180,7 @@ class Speaker:
                 self._made_up_for += self._unwritten.forget(failed)
             self._failed.clear()
             return
-        print(
-            f"fomoe train: could not write checkpoint {path}{goes_on}: {outcome.error}",
-            file=sys.stderr,
-            flush=True,
-        )
+        _log.error("fomoe train: could not write checkpoint %s%s: %s", path, goes_on, outcome.error)
         self._failed.append(path)
         self._unwritten.note(path, outcome.error, quiet=True)
         self._log.event("checkpoint_failed", **about, error=outcome.error)
@@ -181,18 +194,19 @@ class Speaker:
             write_report(self._site.run_dir, report, self._unwritten)
 
     def end(self, report: dict[str, Any]) -> None:
-        """The job is done."""
+        """Reports the end of the job."""
         if self._log is None:
             return
         self._log.event("end", step=self._site.step, wall_s=report["run"]["wall_s"])
         self._log.say("")
-        print_report(report, self._log.console)
+        print_report(report, self._log.console, known_course(self._site.run_dir))
         written = self._site.run_dir / "report.md"
         if not self._unwritten.has(written):
-            self._log.say(f"report in {written}")
+            page = write_page(self._site.run_dir, report, self._unwritten)
+            self._log.say(f"report in {written}" + (f" and {page.name}" if page else ""))
 
     def lost(self, lost: list[list[str]]) -> None:
-        """What could not be written, by process; this one's is known here."""
+        """Reports files that could not be written. `lost`: by process; this one's are added."""
         if self._log is None:
             return
         lost[self._site.world.process] = self._unwritten.entries()
@@ -200,19 +214,20 @@ class Speaker:
         lines |= dict.fromkeys(f"{line} (but a later one was)" for line in self._made_up_for)
         if lines:
             text = "\n".join(f"  {line}" for line in lines)
-            print(f"fomoe train: could not be written:\n{text}", file=sys.stderr, flush=True)
+            _log.error("fomoe train: could not be written:\n%s", text)
 
 
 def _console(unwritten: Unwritten) -> Console | None:
-    """The launcher's own, for a site that has not always spoken for all; None = standard output."""
+    """The launcher's output, for a site that takes over speaking; None = standard output."""
     if CONSOLE_FD not in os.environ:
         return None
-    file = os.fdopen(os.dup(int(os.environ[CONSOLE_FD])), "w")
+    own = os.dup(int(os.environ[CONSOLE_FD]))
+    file = os.fdopen(own, "w", encoding=sys.stdout.encoding, errors=SIMILAR)
     return Console(file=tolerant(file, unwritten))
 
 
 def _about(site: TrainingSite) -> list[str]:
-    """What is trained, and where."""
+    """Lines that describe the run, the model and the machine."""
     config, world = site.config, site.world
     counts = count_parameters(config.model)
     over = f" over {site.link}" if site.link else ""
@@ -224,11 +239,12 @@ def _about(site: TrainingSite) -> list[str]:
         f"{config.outer.codec} on the wire{over}; {counts.total / 1e6:.2f} M parameters, "
         f"{counts.sparse_share:.0%} in experts; {site.device}, {torch.get_num_threads()} threads "
         f"per {'rank' if world.ranks > 1 else 'site'}",
+        described(checkpoint_size(config, site.placement)),
     ]
 
 
 def _tell_resumed(log: RunLog, site: TrainingSite, start: Start) -> None:
-    """From where the job goes on, and what of its configuration is another since then."""
+    """Reports the checkpoint that was resumed and the options that have changed."""
     step = site.step
     log.say(f"resumed from {start.resumed}: round {site.round}, step {step}")
     log.event("resumed", round=site.round, step=step, path=str(start.resumed))

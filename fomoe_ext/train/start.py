@@ -1,5 +1,5 @@
-"""How the processes of a job agree where it starts: the run folder, the checkpoint, the text, and
-what of the configuration is another than before; and what they write down of it.
+"""How the processes of a job agree on its start: run folder, checkpoint, text and changed options.
+The configuration is then saved in the run folder.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fomoe_ext.checkpoint.whole import newest_whole, require_whole_everywhere
 from fomoe_ext.config.changes import changes, check_changes
 from fomoe_ext.config.io import save_config
 from fomoe_ext.config.job import TrainConfig
+from fomoe_ext.config.vocabulary import vocabulary_notes
 from fomoe_ext.data.sequences import TextData, open_job_data
 from fomoe_ext.fault.lighthouse import LIGHTHOUSE
 from fomoe_ext.files.atomic import replace_file
@@ -41,11 +42,11 @@ from fomoe_ext.report.runs import (
 from fomoe_ext.train.job import learning_rate
 
 _SCHEDULE_POINTS = 1000
-"""At so many steps courses of the learning rate are compared."""
+"""Number of steps at which two learning rate schedules are compared."""
 
 
 def open_text(config: TrainConfig, world: World) -> TextData:
-    """The text; the first site of a machine encodes it for the others."""
+    """The tokenized text; the first process of a machine tokenizes it, and the others read that."""
 
     def read() -> TextData:
         return open_job_data(config, check=world.leads_machine)
@@ -63,17 +64,23 @@ def open_text(config: TrainConfig, world: World) -> TextData:
 
 
 def gather(value: Any, world: World, what: str) -> list[Any]:
-    """Everyone's value, by process; `what` is waited for if one is lost."""
+    """The values of all processes, in order; a collective.
+
+    `what` names it in the error if a site is lost.
+    """
     with with_others(what, world.site):
         return gather_objects(value, world.processes)
 
 
 class OtherSiteFailed(RuntimeError):
-    """A site could not begin; it says why itself."""
+    """Another site could not begin; it reports the reason itself."""
 
 
 def agree(problem: Exception | None, world: World, what: str) -> None:
-    """Raises this site's problem, or OtherSiteFailed when another one has one; a collective."""
+    """Raises this process's problem, or OtherSiteFailed if another process has one.
+
+    A collective.
+    """
     problems = gather(str(problem) if problem else "", world, what)
     if problem is not None:
         raise problem
@@ -83,7 +90,7 @@ def agree(problem: Exception | None, world: World, what: str) -> None:
 
 
 class Start(NamedTuple):
-    """From where a process begins: what it agreed on with all others."""
+    """What all processes have agreed on before training begins."""
 
     config: TrainConfig
     """With site 0's run folder and the text's vocabulary."""
@@ -91,23 +98,26 @@ class Start(NamedTuple):
     resumed: Path | None = None
     """The checkpoint to continue."""
     notes: Sequence[str] = ()
-    """What is to be said of that."""
+    """Lines for the user about the choice of the checkpoint."""
     changes: Mapping[str, tuple[Any, Any]] = MappingProxyType({})
-    """What of the run's configuration is another from now on (`config.changes.changes`)."""
+    """Options that differ from those of the run so far (`config.changes.changes`)."""
 
 
 def agree_on_start(job: Job, world: World, stack: ExitStack) -> Start:
-    """From where the job starts, the same on all sites; a collective. `stack`: the end of which
-    lets go of the run folder."""
+    """What the job starts from, equal on all processes; a collective.
+
+    The run folder is locked until `stack` is closed.
+    """
     config = _hold_folder(job, world, stack)
     resumed, notes = _checkpoint_of(config, world)
     data = open_text(config, world)
     config = config.with_vocab(data.vocab_size)
-    return Start(config, data, resumed, notes, _settle_changes(config, world, resumed))
+    notes = [*notes, *vocabulary_notes(config, data.vocab_size)]
+    return Start(config, data, resumed, notes, _agree_on_changes(config, world, resumed))
 
 
 def start_alone(job: Job, stack: ExitStack) -> Start:
-    """From where a site starts that comes late: the others know the rest."""
+    """What a site that joins late starts from; it gets everything else from the other sites."""
     config = job.config
     assert config.run.run_dir is not None
     stack.callback(join_folder(config.run.run_dir, job_name(config)).release)
@@ -116,7 +126,7 @@ def start_alone(job: Job, stack: ExitStack) -> Start:
 
 
 def job_name(config: TrainConfig) -> str | None:
-    """What the processes of a job that are started one by one, or by `fomoe train`, call it."""
+    """The name by which the processes of one job share its run folder; None without such a name."""
     lighthouse = None
     if config.fault.membership == "torchft":
         lighthouse = config.fault.lighthouse or os.environ.get(LIGHTHOUSE)
@@ -124,8 +134,10 @@ def job_name(config: TrainConfig) -> str | None:
 
 
 def _hold_folder(job: Job, world: World, stack: ExitStack) -> TrainConfig:
-    """The configuration with site 0's run folder, which all processes hold until `stack` ends; a
-    collective."""
+    """The configuration with site 0's run folder, which all processes lock until `stack` is closed.
+
+    A collective.
+    """
     config, name = job.config, job_name(job.config)
     held: Held | None = None
     problem: Exception | None = None
@@ -158,7 +170,7 @@ def _hold_folder(job: Job, world: World, stack: ExitStack) -> TrainConfig:
 
 
 def _checkpoint_of(config: TrainConfig, world: World) -> tuple[Path | None, list[str]]:
-    """The checkpoint that the job goes on from, and what is to be said of it; a collective."""
+    """The checkpoint to resume, if any, and lines for the user about it; a collective."""
     run_dir = config.run.run_dir
     if config.run.resume is None:
         return None, []
@@ -183,10 +195,10 @@ def _checkpoint_of(config: TrainConfig, world: World) -> tuple[Path | None, list
     return found.path, notes
 
 
-def _settle_changes(config: TrainConfig, world: World, resumed: Path | None) -> dict[str, Any]:
-    """What of a run's configuration is another from now on; a collective.
+def _agree_on_changes(config: TrainConfig, world: World, resumed: Path | None) -> dict[str, Any]:
+    """Options that differ from those of the resumed run; a collective.
 
-    Raises ValueError, on all processes something, for what cannot change.
+    If an option may not change, this raises ValueError, or OtherSiteFailed on the other processes.
     """
     problem: Exception | None = None
     found: dict[str, Any] = {}
@@ -207,8 +219,10 @@ def _settle_changes(config: TrainConfig, world: World, resumed: Path | None) -> 
 
 
 def _check_schedule(old: TrainConfig, new: TrainConfig, done: int) -> None:
-    """Raises ValueError for a change of the learning rate's course that changes none of what is
-    left of it, after so many rounds."""
+    """Raises ValueError for a changed schedule option that has no effect on the remaining rounds.
+
+    `done`: rounds that are completed.
+    """
     each = new.run.local_steps
     first, total = done * each, new.run.resolved_rounds * each
     left = range(first, total, max(1, (total - first) // _SCHEDULE_POINTS))
@@ -217,22 +231,23 @@ def _check_schedule(old: TrainConfig, new: TrainConfig, done: int) -> None:
         before = dataclasses.replace(new.inner, **{name: getattr(old.inner, name)})
         if left and before != new.inner and course(before) == course(new.inner):
             raise ValueError(
-                f"inner.{name} has no effect any more: in the rounds that are left the learning "
-                "rate would be the same"
+                f"inner.{name} has no effect any more: the learning rate of the remaining rounds "
+                "stays the same"
             )
 
 
 def note_uncached(data: TextData, world: World, unwritten: Unwritten) -> None:
-    """Tells, for all processes of a machine, of tokens that could not be kept."""
+    """Notes tokens that could not be cached on disk, once per machine."""
     if data.uncached is not None and world.leads_machine:
         unwritten.note(*data.uncached, "tokens are kept in memory")
 
 
 def save_run_config(start: Start, world: World, step: int, unwritten: Unwritten) -> None:
-    """The configuration in force, and beside it the one of before where that was another until the
-    local step `step`.
+    """Saves the configuration in the run folder.
 
-    Raises OSError where a run that begins cannot be written to; one that goes on does.
+    If it differs from the one there, that one is kept under a name with `step`, the last local step
+    that it was used for. Raises OSError if the folder of a new run cannot be written to; a resumed
+    run continues without.
     """
     if not world.leads_machine:
         return
@@ -250,8 +265,7 @@ def save_run_config(start: Start, world: World, step: int, unwritten: Unwritten)
 
 
 def _keep_config(config: TrainConfig, run_dir: Path, step: int) -> None:
-    """Keeps the configuration of before beside the one in force, where they differ in more than
-    where the run is and what it goes on from."""
+    """Keeps the old configuration beside the new one, unless only run_dir and resume differ."""
     if not changes(load_run_config(run_dir), config):
         return
     name = f"config-until-step-{step:08d}"

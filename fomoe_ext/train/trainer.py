@@ -1,8 +1,8 @@
-"""The loop of a site, round by round: local steps, a note to all others, the meeting; then
-validation and a checkpoint where they are due.
+"""The training loop of a site. A round is: local steps, the exchange of notes, the meeting, then
+validation and a checkpoint if they are due.
 
-When a site was asked to stop, a round ends in a checkpoint, without the meeting where not all steps
-were taken. Every site counts what it does (`fomoe_ext.report.tally`); one speaks.
+If any site was asked to stop, the round ends in a checkpoint; the meeting is skipped if not all
+steps were taken. Every site counts what it does (`fomoe_ext.report.tally`); one process speaks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fomoe_ext.train.start import Start, gather
 from fomoe_ext.train.validation import validate
 
 _FINAL_EVAL = 8
-"""The last validation uses so many times the tokens of those before it."""
+"""The last validation uses this many times the tokens of earlier ones."""
 
 
 class Trainer:
@@ -43,22 +43,23 @@ class Trainer:
         start: Start | None = None,
         unwritten: Unwritten | None = None,
     ) -> None:
-        """`company`: the others, where sites come and go. `start`: what is told of the beginning;
-        `unwritten` has what could not be written."""
+        """`company`: for jobs that continue when sites are lost. `start`: for the first lines of
+        the log. `unwritten` collects files that could not be written."""
         self.site, self.stop, self.company = site, stop, company
         self.unwritten = unwritten or Unwritten()
         self.speaker = Speaker(site, start, self.unwritten)
         self.run = site.config.run
         self._renew, self._came = False, False
         self._due_at_end = False
-        """Whether the last checkpoint is still to be written."""
+        """The last checkpoint is still to be written."""
         self._unsaved = False
-        """Whether the last one that was waited for could not be."""
+        """The last checkpoint that was waited for could not be written."""
 
     def run_to_end(self) -> int:
-        """What is left of the job, and its report; the exit code."""
+        """Trains the remaining rounds and writes the report; returns the exit code."""
         try:
             code = 0
+            self.site.count_startup()
             if self.train():
                 code = EXIT_STOPPED
                 self.speaker.lost([[] for _ in range(self.site.world.processes)])
@@ -69,12 +70,12 @@ class Trainer:
         return EXIT_UNWRITTEN if self._lost_work(code) else code
 
     def _lost_work(self, code: int) -> bool:
-        """Whether what could not be written is to be the exit code. A job that was stopped says so,
-        unless it has no checkpoint to go on from."""
+        """Whether the exit code is to say that files could not be written. A stopped job keeps its
+        own exit code unless the checkpoint to resume is missing."""
         return self._unsaved if code == EXIT_STOPPED else bool(self.unwritten.entries())
 
     def train(self) -> bool:
-        """All rounds that are left; True when the job was stopped (a checkpoint is written)."""
+        """Trains the remaining rounds; True if the job was stopped (after a checkpoint)."""
         while self.site.round < self.site.rounds:
             try:
                 if self._came:
@@ -88,7 +89,7 @@ class Trainer:
         return False
 
     def finish(self) -> None:
-        """The last checkpoint, the last validation and the report."""
+        """Writes the last checkpoint, validates and writes the report."""
         while True:
             try:
                 return self._finish()
@@ -98,7 +99,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------ a round
 
     def _round(self) -> bool:
-        """One round; True when it ended in a checkpoint because a site was asked to stop."""
+        """One round; True if it ended in a checkpoint because a site was asked to stop."""
         site, tally, start = self.site, self.site.tally, time.perf_counter()
         tokens, sent, exchange_s = tally.tokens, site.bytes_sent, tally.exchange_s
         inject.in_round(site.round + 1)
@@ -136,7 +137,7 @@ class Trainer:
         return stopping
 
     def _exchange_notes(self) -> list[RoundNote]:
-        """The notes of all sites; who does not come in time may be gone on without."""
+        """The notes of all sites. With a `company`, a site that is late is left behind."""
         if self.company is None:
             return self.site.notes.exchange(self.stop.asked)
         inject.point("notes")
@@ -146,7 +147,7 @@ class Trainer:
         return notes
 
     def _after_round(self) -> None:
-        """What is due after a round."""
+        """Validation, changes of the sites and a checkpoint, whichever are due."""
         site = self.site
         self.speaker.saved(site.checkpoints.poll())
         if site.round == site.rounds:
@@ -172,7 +173,7 @@ class Trainer:
         validation = self._validate(_FINAL_EVAL * self.run.eval_tokens)
         report = job_report(site, validation)
         self.speaker.write(report)
-        # Who leaves before all have what they need would be missed by the others.
+        # No process may leave before all have received what they need from it.
         lost = gather(self.unwritten.entries(), site.world, "the end")
         if self.company is not None:
             self.company.membership.finish()
@@ -182,15 +183,15 @@ class Trainer:
     # ------------------------------------------------------------------------------- other sites
 
     def _recover(self, error: Exception) -> None:
-        """Goes on with the sites that are left; raises the error where the job cannot."""
+        """Continues with the remaining sites; raises `error` in a job that cannot."""
         if self.company is None:
             raise error
         self._renew = False
         self.company_changed(self.company.recover(str(error)))
 
     def company_changed(self, event: dict[str, Any]) -> None:
-        """The sites are others than before (`Company.recover`)."""
-        # Who has come joins in with what the others do next, between two rounds.
+        """Reacts to lost or new sites. `event`: from `Company.recover`, `renew` or `join`."""
+        # A new site takes part in what the others do next between two rounds: a checkpoint.
         self._came = self.site.world.number in event["joined"]
         if self.site.world.process == 0:
             if not self.speaker.speaks:
@@ -202,19 +203,19 @@ class Trainer:
     # -------------------------------------------------------------------------------- checkpoints
 
     def _save(self, steps: int) -> None:
-        """A checkpoint that is waited for; where it cannot be written that is told."""
+        """Writes a checkpoint and waits for it. A failure is reported."""
         self.speaker.saved(self.site.checkpoints.poll(wait=True))
         outcome = self.site.checkpoints.save(steps)
         self._unsaved = bool(outcome.error)
         self.speaker.saved(outcome, "")
 
     def _start_save_if_due(self) -> None:
-        """A checkpoint during the training, which goes on where it cannot be written."""
+        """Starts a checkpoint if one is due. A failed one is reported and training continues."""
         every, site = self.run.checkpoint_rounds, self.site
         if not (every and site.round and site.round % every == 0):
             return
         checkpoints, behind = site.checkpoints, self.run.async_checkpoints
-        self.speaker.saved(checkpoints.poll(wait=True))  # of the one before, if that still lasts
+        self.speaker.saved(checkpoints.poll(wait=True))  # the one before, if it is not complete
         checkpoints.start(site.step, copy=behind)
         if not behind:
             self.speaker.saved(checkpoints.poll(wait=True))

@@ -15,7 +15,8 @@ def validate(site: SiteState, max_tokens: int) -> Validation:
     """Validation of the global model, counted; a collective."""
     model, tally = site.config.model, site.tally
     what = f"the validation after round {site.round}"
-    with site.global_model(), with_others(what, site.world.site):
+    explained = site.course.explained(site.round, None)
+    with explained, site.global_model(), with_others(what, site.world.site):
         result = evaluate(
             site.model,
             site.data,

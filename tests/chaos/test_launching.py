@@ -32,7 +32,7 @@ def test_the_launcher_starts_a_lost_site_again(tmp_path: Path) -> None:
     """Here the first one, which speaks to the user: another one goes on with that."""
     result = train(tmp_path, ["--rounds", "40", "--restarts", "1"], "kill 0 at 3 reduce")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "site 0 was killed by SIGKILL; it is started again" in result.stderr
+    assert "site 0 was killed by SIGKILL; it is restarted" in result.stderr
     rounds = re.findall(r"^round +(\d+)/40  loss", result.stdout, re.MULTILINE)
     assert list(dict.fromkeys(map(int, rounds))) == list(range(1, 41))
     assert "site 0 lost, its process has ended" in result.stdout

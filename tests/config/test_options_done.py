@@ -19,7 +19,7 @@ from fomoe_ext.config.io import dump_config, load_config
 from fomoe_ext.config.job import TrainConfig, preset_config
 from fomoe_ext.eval.command import EvalOptions
 from fomoe_ext.report.metrics import read_metrics
-from fomoe_ext.report.runs import settled_job
+from fomoe_ext.report.runs import find_job
 
 # ---- options without effect ----------------------------------------------------------------------
 
@@ -80,7 +80,7 @@ def test_an_option_that_does_nothing_is_named(flags, wanted, tmp_path):
         (tmp_path / "a.txt").write_text("text")
         args += ["--data", str(tmp_path / "a.txt")]
     option, _, why = wanted.strip().partition(" ")
-    config = settled_job(args).config
+    config = find_job(args).config
     found = [line for line in without_effect(config, args) if line.startswith(f"--{option} ")]
     assert len(found) == 1 and f"--{option} has no effect" in found[0] and why in found[0]
     # In a file it is seen too, where it is not what the preset has anyway.
@@ -115,7 +115,7 @@ def test_every_option_of_the_table_is_tried_and_is_one():
     ],
 )
 def test_nothing_is_said_of_options_that_do_something(flags):
-    assert without_effect(settled_job(flags.split()).config, flags.split()) == []
+    assert without_effect(find_job(flags.split()).config, flags.split()) == []
 
 
 @pytest.mark.parametrize(
@@ -152,20 +152,20 @@ def test_a_run_goes_on_in_its_own_folder(run, tmp_path, monkeypatch):
     for resume in (run, run / "checkpoints/step-00000012"):
         message = f"goes on in its own folder, .*, but run_dir is {other}"
         with pytest.raises(ValueError, match=message):
-            settled_job(["--resume", str(resume), "--run-dir", str(other)])
+            find_job(["--resume", str(resume), "--run-dir", str(other)])
         file = tmp_path / "job.toml"
         file.write_text(f'[run]\nrun_dir = "{other}"\n')
         with pytest.raises(ValueError, match=message):
-            settled_job(["--resume", str(resume), "--config", str(file)])
+            find_job(["--resume", str(resume), "--config", str(file)])
     assert not other.exists()
     # Another way to say the same.
     monkeypatch.chdir(tmp_path)
     for name in ("run", "./run/../run"):
-        config = settled_job(["--resume", str(run), "--run-dir", name]).config
+        config = find_job(["--resume", str(run), "--run-dir", name]).config
         assert config.run.run_dir.resolve() == run
     # What was moved goes on where it is.
     moved = run.rename(tmp_path / "moved")
-    assert settled_job(["--resume", str(moved)]).config.run.run_dir == moved
+    assert find_job(["--resume", str(moved)]).config.run.run_dir == moved
 
 
 def test_what_changes_is_told_and_kept(run):

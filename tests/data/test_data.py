@@ -283,7 +283,7 @@ def test_bad_parquet_columns_and_pages(opened: Callable, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"seq_len": 0}, "seq_len must be >= 1, got 0"),
+        ({"seq_len": 0}, "seq_len must be at least 1, got 0"),
         ({"validation_fraction": 0.0}, r"validation_fraction must be in \(0, 1\), got 0.0"),
         ({"validation_fraction": math.nan}, "validation_fraction"),
     ],

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from outer_model import EXPERTS, LAYERS, SmallModel, give_gradients
 
-from fomoe_ext.outer import OuterSync
+from fomoe_ext.outer import OuterOptions, OuterSync
 from fomoe_ext.placement import Placement
 
 
@@ -19,7 +19,7 @@ def make(
     )
     model = SmallModel(placement, site, scope, balance="bias", balance_bias_rate=0.01)
     inner = torch.optim.AdamW(model.parameters(), lr=0.05)
-    sync = OuterSync(model, placement, site, inner_optimizer=inner, **options)
+    sync = OuterSync(model, placement, site, OuterOptions(**options), inner_optimizer=inner)
     return model, inner, sync
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fomoe_ext.fault import ownership
 from fomoe_ext.fault.shadows import Shadows
-from fomoe_ext.outer import OuterSync
+from fomoe_ext.outer import OuterOptions, OuterSync
 from fomoe_ext.outer.belongings import Belongings, biases_of, items_of, ship
 from fomoe_ext.outer.reduce import Damaged
 from fomoe_ext.placement import Placement, wire
@@ -126,13 +126,19 @@ def moved_over(site: int, num_sites: int) -> None:
     assert sent == (4 * length + wire.HASH_BYTES if site == 0 else 0)
     assert list(arrived) == ([item] if site == target else [])
 
-    table = [[list(o) for o in layer] for layer in old.owners_of]
+    table = [[list(o) for o in layer] for layer in old.table]
     table[0][item[1]] = [*old.owners(*item), target]
     new = Placement.uneven(table, num_sites)
     model2 = SmallModel(new, site, "resident", balance="bias", balance_bias_rate=0.01)
     inner2 = torch.optim.AdamW(model2.parameters(), lr=0.05)
     sync2 = OuterSync(
-        model2, new, site, inner_optimizer=inner2, groups=sync.groups, arriving=True, codec="int4"
+        model2,
+        new,
+        site,
+        OuterOptions(codec="int4"),
+        inner_optimizer=inner2,
+        groups=sync.groups,
+        arriving=True,
     )
     wanted = items_of(sync2.layout)
     for found, vector in arrived.items():
@@ -183,7 +189,9 @@ def kept_shadows(site: int, num_sites: int, scope: str, optimizer: str) -> dict[
     )
     model = SmallModel(placement, site, scope, balance="bias", balance_bias_rate=0.01)
     inner = torch.optim.AdamW(model.parameters(), lr=0.05)
-    sync = OuterSync(model, placement, site, inner_optimizer=inner, optimizer=optimizer)
+    sync = OuterSync(
+        model, placement, site, OuterOptions(optimizer=optimizer), inner_optimizer=inner
+    )
     take_steps(model, inner, site, 0)
     sync.step()
     shadows = Shadows()
@@ -192,7 +200,7 @@ def kept_shadows(site: int, num_sites: int, scope: str, optimizer: str) -> dict[
     row = model.layers[0].router.weight.shape[1]
     sizes = wire.Sizes(0, 0, expert - (row if scope == "resident" else 0), row)
     elements = wire.shadow_elements(
-        sizes, router_scope=scope, selection_bias=True, outer_momentum=bool(sync.momenta)
+        sizes, router_scope=scope, selection_bias=True, outer_momentum=bool(sync.state.momenta)
     )
     assert sent == wire.shadow_bytes(placement, site, elements)
     assert shadows.round == 1

@@ -10,7 +10,7 @@ from outer_model import EXPERTS, LAYERS, SmallModel, bits
 from sites import pool
 from small_sync import make, take_steps
 
-from fomoe_ext.outer import MeetingError, OuterSync, staged
+from fomoe_ext.outer import MeetingError, OuterOptions, OuterSync, staged
 from fomoe_ext.outer.errors import MeetingLost
 from fomoe_ext.outer.staged import Staged
 from fomoe_ext.placement import Placement, wire
@@ -19,8 +19,8 @@ from fomoe_ext.placement import Placement, wire
 def all_bits(sync: OuterSync) -> list[bytes]:
     """Everything that a meeting may change."""
     tensors = [p.detach() for p in sync.model.parameters()]
-    tensors += sync.anchors + sync.momenta
-    tensors += [v for f in sync.feedback for v in (f.own, f.shares) if v is not None]
+    tensors += sync.state.anchors + sync.state.momenta
+    tensors += [v for f in sync.state.feedback for v in (f.own, f.shares) if v is not None]
     tensors += [piece.values() for layout in sync.layout.bias_layouts for piece in layout.pieces]
     return [bits(tensor.clone()) for tensor in tensors]
 
@@ -76,9 +76,9 @@ def broken_off(site: int, num_sites: int, where: str) -> list[bytes]:
         finally:
             setattr(module, name, right)
         assert sync.round == 1 and sync.bytes_sent == sent
-        assert sync.settle(apply=False) is None
+        assert sync.end_pending(commit=False) is None
         assert all_bits(sync) == before
-        assert sync.settle(apply=False) is None  # there is none any more
+        assert sync.end_pending(commit=False) is None  # there is none any more
     sync.step()
     assert sync.round == 2
     return all_bits(sync)
@@ -108,7 +108,7 @@ def applied_by_some(site: int, num_sites: int) -> list[bytes]:
         Staged.settle = right
     if site:
         assert sync.pending is not None and sync.pending.arrived
-        report = sync.settle(apply=True)
+        report = sync.end_pending(commit=True)
         assert report is not None and report.round == 1
     assert sync.round == 1
     sync.verify()
@@ -138,8 +138,8 @@ def not_arrived(site: int, num_sites: int) -> str:
     finally:
         staged.exchange = right
     with pytest.raises(ValueError, match="not all of the pending meeting has arrived") as caught:
-        sync.settle(apply=True)
-    sync.settle(apply=False)
+        sync.end_pending(commit=True)
+    sync.end_pending(commit=False)
     return str(caught.value)
 
 
@@ -167,5 +167,5 @@ def test_a_refused_staged_meeting_changes_nothing() -> None:
 def test_staged_is_refused_where_meetings_are_spread_over_a_round() -> None:
     placement = Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS, replication=1)
     for options in ({"optimizer": "ddp"}, {"fragments": 2, "local_steps": 4}):
-        with pytest.raises(ValueError, match="staged, site_mean = tokens and clip_delta need"):
-            OuterSync(SmallModel(placement, 0), placement, 0, staged=True, **options)
+        with pytest.raises(ValueError, match="staged needs fragments = 1"):
+            OuterSync(SmallModel(placement, 0), placement, 0, OuterOptions(staged=True, **options))

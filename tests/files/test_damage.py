@@ -28,7 +28,7 @@ from fomoe_ext.files.tensors import CHECKSUMS, TensorFiles, write_tensors
 from fomoe_ext.model.language import LanguageModel
 from fomoe_ext.report.measured import measured_coactivation, measured_load
 from fomoe_ext.report.metrics import read_metrics
-from fomoe_ext.report.runs import load_run_config, settled_job
+from fomoe_ext.report.runs import find_job, load_run_config
 
 NEWEST = "checkpoints/step-00000024"
 
@@ -120,13 +120,13 @@ def test_a_configuration_that_was_edited_by_hand_is_named_and_can_be_taken(run):
     file = run / "config.toml"
     before = load_run_config(run)
     edit(r"inner_lr = [0-9.]+", "inner_lr = 0.25")(file)
-    for read in (lambda: load_run_config(run), lambda: settled_job(["--resume", str(run)])):
+    for read in (lambda: load_run_config(run), lambda: find_job(["--resume", str(run)])):
         with pytest.raises(ValueError, match=r"damaged, or was changed by hand.*its first line"):
             read()
     # As a file of somebody's own it may be anything.
     assert load_config(file).inner.inner_lr == 0.25 != before.inner.inner_lr
     file.write_text(file.read_text().partition("\n")[2])
-    assert settled_job(["--resume", str(run)]).config.inner.inner_lr == 0.25
+    assert find_job(["--resume", str(run)]).config.inner.inner_lr == 0.25
 
 
 def test_damaged_statistics_are_not_planned_with(run):

@@ -184,7 +184,7 @@ def test_a_placement_says_who_holds_what_in_each_layer():
     placement = Placement.random(
         num_sites=2, num_experts=EXPERTS, num_layers=3, replication=1, seed=3
     )
-    model = hf.convert(make_model("olmoe"), placement=placement, site=1, router_scope="resident")
+    model = hf.convert(make_model("olmoe"), placement, 1, router_scope="resident")
     for number, (_, layer) in enumerate(converted_layers(model)):
         assert layer.experts.resident_experts == placement.resident(number, 1)
         assert layer.router_scope == "resident" and layer.layer_index == number
@@ -345,7 +345,8 @@ def test_unknown_models_are_told_what_is_known():
             {
                 "placement": Placement.cyclic(
                     num_sites=2, num_experts=8, num_layers=2, replication=1
-                )
+                ),
+                "site": 0,
             },
             "for the model's 3 MoE layers",
         ),
@@ -355,7 +356,8 @@ def test_unknown_models_are_told_what_is_known():
             {
                 "placement": Placement.cyclic(
                     num_sites=2, num_experts=4, num_layers=3, replication=1
-                )
+                ),
+                "site": 0,
             },
             "for the 8 experts of model.l",
         ),
@@ -368,8 +370,19 @@ def test_unknown_models_are_told_what_is_known():
                 ),
                 "resident": [0],
             },
-            "placement or resident",
+            "placement and resident must not be given together",
         ),
+        (
+            "olmoe",
+            {},
+            {
+                "placement": Placement.cyclic(
+                    num_sites=2, num_experts=8, num_layers=3, replication=1
+                )
+            },
+            r"site must be given with a placement: the number of this site, in \[0, 2\)",
+        ),
+        ("olmoe", {}, {"site": 1}, "site must be given with a placement, got site = 1 without"),
     ],
 )
 def test_bad_conversions_change_nothing(name, changes, options, message):

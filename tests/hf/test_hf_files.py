@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 from hf_models import EXPERTS, FAMILIES, blocks, make_model, relative_error, text
 from sites import pool
 
-from fomoe_ext import OuterSync, Placement, hf
+from fomoe_ext import OuterOptions, OuterSync, Placement, hf
 from fomoe_ext.hf.converted import converted_layers
 
 LAYERS_OF = {"qwen3_moe": 2, "deepseek_v3": 2}
@@ -54,20 +54,20 @@ def test_a_site_reads_its_own_experts_only(family, tmp_path, shard):
     experts = sum(p.nbytes for n, p in whole.named_parameters() if ".experts." in n)
     total = sum(t.nbytes for t in whole.state_dict().values())
     placement = placement_of(family, sites=4)
-    loaded = hf.from_pretrained_resident(tmp_path, placement, 3)
-    assert loaded.bytes_total == total
-    assert loaded.bytes_read == total - experts * 3 // 4  # to the byte
-    allocated = sum(p.nbytes for p in loaded.model.parameters())
+    loaded, info = hf.from_pretrained_resident(tmp_path, placement, 3, output_loading_info=True)
+    read = total - experts * 3 // 4  # to the byte
+    assert info == {"bytes_read": read, "bytes_total": total, "unexpected_keys": []}
+    allocated = sum(p.nbytes for p in loaded.parameters())
     assert allocated == sum(p.nbytes for p in whole.parameters()) - experts * 3 // 4
-    hf.convert(whole, placement=placement, site=3)
-    assert not loaded.model.training
+    hf.convert(whole, placement, 3)
+    assert not loaded.training
     wanted = dict(whole.named_parameters()) | dict(whole.named_buffers())
-    found = dict(loaded.model.named_parameters()) | dict(loaded.model.named_buffers())
+    found = dict(loaded.named_parameters()) | dict(loaded.named_buffers())
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
-    loaded.model.set_attn_implementation("eager")
-    assert torch.equal(loaded.model(text()).logits, whole(text()).logits)
+    loaded.set_attn_implementation("eager")
+    assert torch.equal(loaded(text()).logits, whole(text()).logits)
 
 
 def test_options_and_dtypes(tmp_path):
@@ -76,10 +76,10 @@ def test_options_and_dtypes(tmp_path):
     loaded = hf.from_pretrained_resident(
         tmp_path, placement, 1, dtype=torch.bfloat16, router_scope="resident", balance="switch"
     )
-    assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
-    assert {layer.balance for layer in hf.layers(loaded.model)} == {"switch"}
-    loaded.model(text())
-    assert {float(layer.stats.skipped_share) for layer in hf.layers(loaded.model)} == {0.0}
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert {layer.balance for layer in hf.layers(loaded)} == {"switch"}
+    loaded(text())
+    assert {float(layer.stats.skipped_share) for layer in hf.layers(loaded)} == {0.0}
 
 
 def test_tied_embeddings_stay_tied(tmp_path):
@@ -89,18 +89,18 @@ def test_tied_embeddings_stay_tied(tmp_path):
     loaded = hf.from_pretrained_resident(
         tmp_path, Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=3, replication=1), 0
     )
-    assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
-    assert relative_error(loaded.model(text()).logits, whole(text()).logits) <= 1e-5
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert relative_error(loaded(text()).logits, whole(text()).logits) <= 1e-5
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
     placement = placement_of("olmoe")
-    with pytest.raises(ValueError, match=r"path must be a folder with model.safetensors or"):
+    with pytest.raises(ValueError, match=r"folder must have model.safetensors or"):
         hf.from_pretrained_resident(tmp_path, placement, 0)
     saved("olmoe", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 16}))
-    with pytest.raises(ValueError, match=r"expert \d of model.layers.0.mlp must have a expand_we"):
+    with pytest.raises(ValueError, match=r"expand_weight of expert \d of model.layers.0.mlp must"):
         hf.from_pretrained_resident(tmp_path, placement, 0)
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
     longer = Placement.cyclic(num_sites=2, num_experts=EXPERTS, num_layers=4, replication=1)
@@ -115,7 +115,7 @@ def test_a_left_over_index_is_not_followed(tmp_path):
     (tmp_path / "new/model.safetensors").rename(tmp_path / "model.safetensors")
     found = hf.from_pretrained_resident(
         tmp_path, Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=3, replication=1), 0
-    ).model
+    )
     assert torch.equal(found.lm_head.weight, whole.lm_head.weight)
 
 
@@ -129,9 +129,9 @@ def train(site: int, num_sites: int, family: str, folder: str, scope: str) -> di
     loaded = hf.from_pretrained_resident(
         f"{folder}/start", placement, site, router_scope=scope, balance=balance
     )
-    model = loaded.model.train()
+    model = loaded.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    sync = OuterSync(model, placement, site, inner_optimizer=optimizer, codec="int8")
+    sync = OuterSync(model, placement, site, OuterOptions(codec="int8"), inner_optimizer=optimizer)
     for step in range(4):
         tokens = text(seed=10 * step + site)
         model(tokens, labels=tokens).loss.backward()
@@ -142,7 +142,7 @@ def train(site: int, num_sites: int, family: str, folder: str, scope: str) -> di
         if step % 2:
             sync.step()
     sync.verify()
-    hf.save_merged(model, placement, site, f"{folder}/merged", max_shard_bytes=60_000)
+    hf.save_merged(model, f"{folder}/merged", placement, site, max_shard_bytes=60_000)
     return {
         "experts": [
             {e: [w.clone() for w in layer.experts.expert_weights(e)] for e in ids}
@@ -197,12 +197,12 @@ def test_sites_train_and_plain_transformers_loads_what_they_trained(family, scop
 
 def write_twice(site: int, num_sites: int, folder: str) -> list[str]:
     placement = placement_of("olmoe")
-    model = hf.convert(make_model("olmoe"), placement=placement, site=site)
+    model = hf.convert(make_model("olmoe"), placement, site)
     errors = []
     other = Placement.cyclic(num_sites=2, num_experts=EXPERTS, num_layers=3, replication=1)
     for target, where in ((placement, "full"), (other, "new"), (placement, "full/precious/in")):
         try:
-            hf.save_merged(model, target, site, f"{folder}/{where}")
+            hf.save_merged(model, f"{folder}/{where}", target, site)
         except (ValueError, OSError, RuntimeError) as error:
             errors.append(f"{type(error).__name__} {error}")
     return errors
@@ -216,7 +216,7 @@ def test_what_cannot_be_written_is_said_at_all_sites(tmp_path):
         told = "RuntimeError site 0 could not write" if site else "NotADirectoryError"
         assert below_a_file.startswith(told) and "Not a directory" in below_a_file
         assert full.startswith("FileExistsError") and "must be new or empty" in full
-        assert "must hold the placement's experts of site" in other
+        assert "must hold the experts that the placement gives site" in other
     assert [p.name for p in tmp_path.iterdir()] == ["full"]
     assert (tmp_path / "full" / "precious").read_text() == "kept"
 
@@ -229,9 +229,9 @@ def test_one_site_needs_no_others(tmp_path):
     hf.convert(model)
     hf.save_merged(
         model,
+        tmp_path / "model",
         Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=3, replication=1),
         0,
-        tmp_path / "model",
     )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
     assert relative_error(merged(text()).logits, wanted) <= 1e-5

@@ -64,9 +64,10 @@ def to_fp8(tensors: Tensors) -> None:
         tensors[name], tensors[f"{name}_scale_inv"] = quantised(tensors[name])
 
 
-def read(folder: Path, family: str, placement: Placement | None = None) -> Any:
+def read(folder: Path, family: str, placement: Placement | None = None) -> tuple[Any, Any]:
+    """A site's model, and the loading info."""
     return hf.from_pretrained_resident(
-        folder, placement or one_site(family), 0, dtype=torch.float32
+        folder, placement or one_site(family), 0, dtype=torch.float32, output_loading_info=True
     )
 
 
@@ -80,9 +81,9 @@ def test_blocks_of_fp8_are_what_transformers_makes_of_them(tmp_path, family):
 
     write(tmp_path, family, to_fp8, FP8)
     wanted = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    loaded = read(tmp_path, family)
-    hf.restore(loaded.model)
-    found = loaded.model.state_dict()
+    loaded, whole_info = read(tmp_path, family)
+    hf.restore(loaded)
+    found = loaded.state_dict()
     assert found.keys() == wanted.state_dict().keys()
     for name, value in wanted.state_dict().items():
         assert torch.equal(found[name], value), name
@@ -93,18 +94,18 @@ def test_blocks_of_fp8_are_what_transformers_makes_of_them(tmp_path, family):
     placement = Placement.cyclic(
         num_sites=2, num_experts=EXPERTS, num_layers=LAYERS_OF[family], replication=1
     )
-    half = read(tmp_path, family, placement)
-    assert half.bytes_read < 0.8 * loaded.bytes_read
-    hf.convert(wanted, placement=placement, site=0)
-    assert torch.equal(half.model(text()).logits, wanted(text()).logits)
+    half, info = read(tmp_path, family, placement)
+    assert info["bytes_read"] < 0.8 * whole_info["bytes_read"]
+    hf.convert(wanted, placement, 0)
+    assert torch.equal(half(text()).logits, wanted(text()).logits)
 
 
 def test_what_was_quantised_is_written_plain(tmp_path):
     from transformers import AutoModelForCausalLM
 
     write(tmp_path / "in", "qwen3_moe", to_fp8, FP8)
-    model = read(tmp_path / "in", "qwen3_moe").model
-    hf.save_merged(model, one_site("qwen3_moe"), 0, tmp_path / "out")
+    model, _ = read(tmp_path / "in", "qwen3_moe")
+    hf.save_merged(model, tmp_path / "out", one_site("qwen3_moe"), 0)
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     hf.restore(model)
@@ -139,9 +140,9 @@ def test_mxfp4_is_what_transformers_makes_of_it(tmp_path):
 
     write(tmp_path, "gpt_oss", to_mxfp4, {"quant_method": "mxfp4"}, intermediate_size=32)
     tensors = load_file(tmp_path / "model.safetensors")
-    loaded = read(tmp_path, "gpt_oss")
-    hf.restore(loaded.model)
-    found, compared = loaded.model.state_dict(), 0
+    loaded, whole_info = read(tmp_path, "gpt_oss")
+    hf.restore(loaded)
+    found, compared = loaded.state_dict(), 0
     for name in [n.removesuffix("_blocks") for n in tensors if n.endswith("_blocks")]:
         packed = tensors[f"{name}_blocks"], tensors[f"{name}_scales"]
         wanted = convert_moe_packed_tensors(*packed, dtype=torch.float32)
@@ -150,10 +151,10 @@ def test_mxfp4_is_what_transformers_makes_of_it(tmp_path):
         compared += 1
     assert compared == 6
     placement = Placement.cyclic(num_sites=2, num_experts=EXPERTS, num_layers=3, replication=1)
-    half = read(tmp_path, "gpt_oss", placement)
-    assert half.bytes_read < 0.8 * loaded.bytes_read
-    hf.convert(loaded.model, placement=placement, site=0)
-    assert torch.equal(half.model(text()).logits, loaded.model(text()).logits)
+    half, info = read(tmp_path, "gpt_oss", placement)
+    assert info["bytes_read"] < 0.8 * whole_info["bytes_read"]
+    hf.convert(loaded, placement, 0)
+    assert torch.equal(half(text()).logits, loaded(text()).logits)
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -197,23 +198,43 @@ def gptq(tensors: Tensors) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Tensors], None], Any, str]] = {
-    "fp8 and no config": (to_fp8, None, r"float8_e4m3fn, and the quantization_config .* no method"),
+    "fp8 and no config": (
+        to_fp8,
+        None,
+        r"float8_e4m3fn without its scales: config.json has no quant",
+    ),
     "fp8 without scale": (remove_scale, FP8, rf"no tensor {SCALE}"),
-    "scales of another shape": (cut_scale, FP8, r"a float per block of 8x4, \[3, 8\] for \[24, 32"),
+    "scales of another shape": (
+        cut_scale,
+        FP8,
+        r"floats of shape \[3, 8\], one per 8x4 block of \[24, 32",
+    ),
     "another block": (
         to_fp8,
         FP8 | {"weight_block_size": [128, 128]},
-        r"per block of 128x128, \[1, 1\] for",
+        r"of shape \[1, 1\], one per 128x128 block",
     ),
-    "no block": (to_fp8, FP8 | {"weight_block_size": None}, "weight_block_size must be two numb"),
-    "fixed activations": (to_fp8, FP8 | {"activation_scheme": "static"}, "activation_scheme must"),
-    "another fp8": (to_fp8, FP8 | {"fmt": "e5m2"}, "fmt must be 'e4m3', got 'e5m2'"),
+    "no block": (
+        to_fp8,
+        FP8 | {"weight_block_size": None},
+        "weight_block_size of .* must be two numb",
+    ),
+    "fixed activations": (
+        to_fp8,
+        FP8 | {"activation_scheme": "static"},
+        "activation_scheme of .* must",
+    ),
+    "another fp8": (to_fp8, FP8 | {"fmt": "e5m2"}, "fmt of .* must be 'e4m3', got 'e5m2'"),
     "e5m2": (
         put(HEAD, lambda t: t[HEAD].to(torch.float8_e5m2)),
         FP8,
-        "lm_head.weight is stored as torch.float8_e5m2, which is no float",
+        "lm_head.weight must be stored as floats, got torch.float8_e5m2",
     ),
-    "int8": (put(EXPERT, lambda t: (t[EXPERT] * 9).to(torch.int8)), None, "int8, which is no floa"),
+    "int8": (
+        put(EXPERT, lambda t: (t[EXPERT] * 9).to(torch.int8)),
+        None,
+        "must be stored as floats, got torch.int8",
+    ),
     "int8 and SCB": (
         put(EXPERT.replace("weight", "SCB"), lambda t: t[EXPERT][:, 0].clone()),
         None,
@@ -222,18 +243,22 @@ REFUSED: dict[str, tuple[Callable[[Tensors], None], Any, str]] = {
     "a plain one with a scale": (
         put(SCALE, lambda t: torch.ones(3, 8)),
         None,
-        r"is torch\.float32 and has a .*_scale_inv all the same",
+        r"_scale_inv must not exist, because .* is torch\.float32",
     ),
     "packed": (packed, None, r"weight_packed, .*weight_scale\. If it is quantised"),
-    "gptq": (gptq, {"quant_method": "gptq", "bits": 4}, "quant_method 'gptq', which is not known"),
+    "gptq": (
+        gptq,
+        {"quant_method": "gptq", "bits": 4},
+        "quant_method of .* must be .*, got 'gptq'",
+    ),
     "gptq, unsaid": (gptq, None, r"g_idx, .*qweight, .*qzeros"),
-    "awq": (gptq, {"quant_method": "awq"}, "quant_method 'awq'"),
-    "bitsandbytes": (gptq, {"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes'"),
+    "awq": (gptq, {"quant_method": "awq"}, "got 'awq'"),
+    "bitsandbytes": (gptq, {"quant_method": "bitsandbytes"}, "got 'bitsandbytes'"),
     "compressed": (packed, {"quant_method": "compressed-tensors"}, "'compressed-tensors'"),
     "one more layer": (
         put("model.layers.3.input_layernorm.weight", lambda t: torch.ones(32)),
         None,
-        r"tensors that the model of its config.json has not: model\.layers\.3\.input",
+        r"tensors that the model of its config.json lacks: model\.layers\.3\.input",
     ),
 }
 
@@ -261,7 +286,7 @@ def test_mxfp4_that_is_not_one_is_refused(tmp_path, what):
     write(tmp_path, "gpt_oss", change, {"quant_method": "mxfp4"}, intermediate_size=32)
     match = {
         "shape": "down_proj_scales uint8",
-        "nan": "stands for NaN",
+        "nan": "must not have the scale 255",
         "half": "has no tensor .*down_proj_scales",
     }
     with pytest.raises(ValueError, match=match[what]):
@@ -272,7 +297,8 @@ def test_further_tokens_layers_are_named_and_left(tmp_path):
     """DeepSeek-V3's files have a layer more, for predicting further tokens."""
     extra = put("model.layers.3.eh_proj.weight", lambda t: torch.ones(2, 2))
     write(tmp_path, "deepseek_v3", extra, num_nextn_predict_layers=1)
-    with pytest.warns(UserWarning, match=r"model\.layers\.3\.eh_proj\.weight .* left out"):
-        found = read(tmp_path, "deepseek_v3").model
+    with pytest.warns(UserWarning, match=r"model\.layers\.3\.eh_proj\.weight .* are not read"):
+        found, info = read(tmp_path, "deepseek_v3")
+    assert "model.layers.3.eh_proj.weight" in info["unexpected_keys"]
     wanted = make_model("deepseek_v3")
     assert relative_error(found(text()).logits, wanted(text()).logits) <= 1e-5

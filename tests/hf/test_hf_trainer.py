@@ -20,7 +20,7 @@ pytest.importorskip("accelerate")
 from hf_models import EXPERTS, make_model, relative_error, text
 from sites import pool
 
-from fomoe_ext import OuterSync, Placement, hf
+from fomoe_ext import OuterOptions, OuterSync, Placement, hf
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PLACEMENT = Placement.cyclic(num_sites=2, num_experts=EXPERTS, num_layers=3, replication=1)
@@ -84,9 +84,9 @@ def trained(
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    model = hf.convert(make_model("olmoe"), placement=PLACEMENT, site=site, balance="bias").train()
+    model = hf.convert(make_model("olmoe"), PLACEMENT, site, balance="bias").train()
     meetings = OuterSyncCallback(
-        PLACEMENT, site, local_steps=LOCAL_STEPS, resume_from=resume, **options
+        PLACEMENT, site, OuterOptions(local_steps=LOCAL_STEPS, **options), resume_from=resume
     )
     os.environ.update(RANK=str(site), WORLD_SIZE="2", LOCAL_RANK=str(site))
     with one_process():
@@ -102,9 +102,9 @@ def trained(
 
 def by_hand(site: int, options: dict[str, Any]) -> Any:
     """The same in a loop of one's own, with what the Trainer does by default."""
-    model = hf.convert(make_model("olmoe"), placement=PLACEMENT, site=site, balance="bias").train()
+    model = hf.convert(make_model("olmoe"), PLACEMENT, site, balance="bias").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    sync = OuterSync(model, PLACEMENT, site, inner_optimizer=optimizer, **options)
+    sync = OuterSync(model, PLACEMENT, site, OuterOptions(**options), inner_optimizer=optimizer)
     for step, sample in enumerate(Texts(site)):
         if step == STEPS:
             break
@@ -168,14 +168,14 @@ def test_the_last_steps_end_with_a_meeting(tmp_path):
 def test_bad_arguments_are_named(tmp_path):
     from fomoe_ext.hf.trainer import OuterSyncCallback
 
-    with pytest.raises(ValueError, match="local_steps must be at least 1, got 0"):
-        OuterSyncCallback(PLACEMENT, 0, local_steps=0)
+    with pytest.raises(ValueError, match="local_steps must be at least 1, got None"):
+        OuterSyncCallback(PLACEMENT, 0, OuterOptions())
     with pytest.raises(ValueError, match="site_mean must be equal here, got 'tokens'"):
-        OuterSyncCallback(PLACEMENT, 0, local_steps=2, site_mean="tokens")
+        OuterSyncCallback(PLACEMENT, 0, OuterOptions(local_steps=2, site_mean="tokens"))
     with pytest.raises(
         ValueError, match=r"folder with outer_sync.safetensors, got .*outer_sync.safetensors"
     ):
-        OuterSyncCallback(PLACEMENT, 0, local_steps=2, resume_from=tmp_path)
+        OuterSyncCallback(PLACEMENT, 0, OuterOptions(local_steps=2), resume_from=tmp_path)
 
 
 # ---- what would part the sites ------------------------------------------------------------------
@@ -204,7 +204,9 @@ def begin(
     from fomoe_ext.hf.trainer import OuterSyncCallback
 
     placement = Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=3, replication=1)
-    meetings = OuterSyncCallback(placement, 0, local_steps=LOCAL_STEPS, **(options or {}))
+    meetings = OuterSyncCallback(
+        placement, 0, OuterOptions(local_steps=LOCAL_STEPS, **options or {})
+    )
     if stored:
         meetings._state = {"steps": stored}
     state = TrainerState(global_step=step, max_steps=steps)
@@ -272,7 +274,7 @@ def test_sites_that_take_other_steps_are_named(how, words, tmp_path):
 def otherwise(site: int, num_sites: int, folder: str, options: dict[str, Any]) -> tuple[int, int]:
     _, meetings = trained(site, folder, options, STEPS)
     meetings.sync.verify()
-    return meetings.sync.reductions, meetings.sync.steps
+    return meetings.sync.step_count.reductions, meetings.sync.steps
 
 
 @pytest.mark.parametrize(

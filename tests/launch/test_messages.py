@@ -77,7 +77,7 @@ def test_what_is_no_message_is_named(wrong):
     ids=lambda raw: repr(raw[:24]),
 )
 def test_bytes_that_are_no_message(raw):
-    with pytest.raises(MessageError, match=r"^site 3 (sent what is no message|announces)"):
+    with pytest.raises(MessageError, match=r"^site 3( sent a malformed message|: the length)"):
         decode(raw, "site 3")
 
 
@@ -119,7 +119,9 @@ def test_nested_too_deeply(wrap):
 
 @pytest.mark.parametrize("length", [0, -2, MESSAGE_BYTES + 1, 2**62])
 def test_lengths(length):
-    with pytest.raises(MessageError, match=rf"site 1 announces a message of {length} bytes"):
+    with pytest.raises(
+        MessageError, match=rf"site 1: the length of a message must be .* got {length}"
+    ):
         messages.check_length(length, "site 1")
 
 
@@ -164,11 +166,11 @@ def unsendable(site, num_sites):
 def test_who_cannot_say_it_is_named():
     first, second = pool().run(2, unsendable)
     assert first[0] == (
-        "MessageError: process 1 has nothing that could be sent, it says why itself"
+        "MessageError: process 1 could not send its value, and reports the reason itself"
     )
     assert second[0].startswith("TypeError: message must be of numbers")
     assert first[1].startswith("TypeError: message must be of numbers")
-    assert second[1].startswith("MessageError: process 0 has nothing")
+    assert second[1].startswith("MessageError: process 0 could not send")
 
 
 def hostile(site, num_sites, length, body):
@@ -189,9 +191,9 @@ def hostile(site, num_sites, length, body):
 @pytest.mark.parametrize(
     ("length", "body", "words"),
     [
-        (2**62, b"", f"site 1 announces a message of {2**62} bytes"),
-        (-5, b"", "site 1 announces a message of -5 bytes"),
-        (9, b"cos\nsystem", "site 1 sent what is no message"),
+        (2**62, b"", f"site 1: the length of a message must be in [1, {1 << 28}], got {2**62}"),
+        (-5, b"", f"site 1: the length of a message must be in [1, {1 << 28}], got -5"),
+        (9, b"cos\nsystem", "site 1 sent a malformed message"),
     ],
 )
 def test_a_hostile_process_is_refused_and_named(length, body, words):

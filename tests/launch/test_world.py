@@ -35,7 +35,7 @@ def test_good_ones():
         ((1, 4, 0, 5), "LOCAL_WORLD_SIZE must be at most WORLD_SIZE"),
         ((0, 4, 1, 2), "LOCAL_RANK must be at most RANK"),
         *(
-            ((v, 4, 0, 1), f"RANK must be a whole number from 0 on, got '{v}'")
+            ((v, 4, 0, 1), f"RANK must be a whole number >= 0, got '{v}'")
             for v in ("-1", "x", "", "1.0", "²", "9" * 20)
         ),
         ((0, "-4", 0, 1), "WORLD_SIZE must be a whole number"),
@@ -43,11 +43,11 @@ def test_good_ones():
         ((0, 4, 0, "one"), "LOCAL_WORLD_SIZE must be a whole number"),
         (
             (None, 4, None, None),
-            "RANK and LOCAL_RANK and LOCAL_WORLD_SIZE not set, got WORLD_SIZE=4",
+            "got WORLD_SIZE=4 without RANK and LOCAL_RANK and LOCAL_WORLD_SIZE",
         ),
-        ((0, None, 0, 1), "WORLD_SIZE not set"),
-        ((0, 4, None, None), "LOCAL_RANK and LOCAL_WORLD_SIZE not set"),
-        ((None, None, 0, None), "not set, got LOCAL_RANK=0"),
+        ((0, None, 0, 1), "without WORLD_SIZE"),
+        ((0, 4, None, None), "got RANK=0, WORLD_SIZE=4 without LOCAL_RANK and LOCAL_WORLD_SIZE"),
+        ((None, None, 0, None), "got LOCAL_RANK=0 without"),
         ((0, 8, 0, 1), "sites is 4, but there are 8 processes"),
         ((None, None, None, None), "this is one process and sites is 4"),
     ],
@@ -62,7 +62,7 @@ def test_what_cannot_be_is_refused_at_once(values, said):
 def test_interfaces_that_are_not_here():
     here = [name for _, name in socket.if_nameindex()]
     find_world(1, {"GLOO_SOCKET_IFNAME": ",".join([here[0]] * 2)})
-    with pytest.raises(ValueError, match=r"GLOO_SOCKET_IFNAME must name .*; got nothing0"):
+    with pytest.raises(ValueError, match=r"GLOO_SOCKET_IFNAME must name .*, got nothing0"):
         find_world(1, {"GLOO_SOCKET_IFNAME": f"{here[0]},nothing0"})
 
 
@@ -72,9 +72,9 @@ def test_interfaces_that_are_not_here():
         (None, None, "MASTER_ADDR and MASTER_PORT must be set"),
         ("host0", None, "MASTER_PORT must be set"),
         ("", "29500", "MASTER_ADDR must be set"),
-        ("host0", "0", "MASTER_PORT is '0': the port must be a number from 1"),
-        ("host0", "70000", "MASTER_PORT is '70000'"),
-        ("host0", "-1", "MASTER_PORT is '-1'"),
+        ("host0", "0", "MASTER_PORT must be a port, got '0': the port must be a number from 1"),
+        ("host0", "70000", "MASTER_PORT must be a port, got '70000'"),
+        ("host0", "-1", "MASTER_PORT must be a port, got '-1'"),
         ("host0:29500", "29500", "MASTER_ADDR must be a host name or an IP address"),
         ("[::1]", "29500", "MASTER_ADDR must be a host name or an IP address"),
         ("10.0.0.256", "29500", "MASTER_ADDR must be a host name or an IP address"),
@@ -93,7 +93,7 @@ def test_where_processes_meet_is_read():
         assert meeting_point(given) == Address(host, 29500)
 
 
-def test_who_waits_says_for_whom(monkeypatch, capsys):
+def test_who_waits_says_for_whom(monkeypatch, caplog):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -103,11 +103,11 @@ def test_who_waits_says_for_whom(monkeypatch, capsys):
         ConnectionError, match=r"MASTER_PORT 127\.0\.0\.1:\d+ does not answer .*RANK=0"
     ):
         world._find_others(World(1, 2), 0.5)
-    said = capsys.readouterr().err
+    said = caplog.messages[0]
     assert said.startswith("fomoe train, site 1: MASTER_ADDR:MASTER_PORT") and "yet" in said
     world._find_others(World(0, 2), 0.5)  # there the others come
 
     monkeypatch.setattr(world, "_PATIENCE_S", 0.0)
     with world._telling(World(0, 2), 300.0):
         world.threading.Event().wait(0.1)
-    assert "waits for the other processes of 2, for up to 300 s" in capsys.readouterr().err
+    assert "waits for the other processes of 2, for up to 300 s" in caplog.messages[-1]

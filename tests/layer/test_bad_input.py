@@ -232,8 +232,6 @@ BAD_CALLS: list[tuple[str, dict[str, Any], str, type[Exception]]] = [
     ("route", {"num_groups": 3}, "num_groups", ValueError),
     ("route", {"groups_kept": 2}, "groups_kept", ValueError),
     ("route", {"scale": NAN}, "scale", ValueError),
-    ("measured_route", {"scoring": "x"}, "scoring", ValueError),
-    ("measured_route", {"logits": torch.full((3, 4), NAN)}, "logits", ValueError),
     ("compact", {"experts": EXPERTS.long()}, "experts", ValueError),
     ("compact", {"experts": EXPERTS[0]}, "experts", ValueError),
     ("compact", {"experts": EXPERTS + 1}, "experts", ValueError),
@@ -288,7 +286,6 @@ def good_call(verb: str) -> dict[str, Any]:
     expand_weight, contract_weight = torch.ones(2, 12, 8), torch.ones(2, 8, 6)
     return {
         "route": {"logits": torch.zeros(3, 4), "top_k": 2},
-        "measured_route": {"logits": torch.zeros(3, 4), "top_k": 2},
         "gather": {"x": x, "table": TABLE},
         "compact": {"experts": EXPERTS, "resident_index": INDEX, "num_resident": 2},
         "expand": {"x": x, "expand_weight": expand_weight, "table": TABLE},

@@ -240,7 +240,7 @@ def test_the_option_is_checked_and_shown() -> None:
     assert make().skipped_mass == "drop" and "skipped_mass" not in repr(make())
     check_against_dense(make(resident_experts=HALF, skipped_mass="drop"), tokens(20, 24))
     everywhere = Placement.cyclic(num_sites=2, num_experts=16, num_layers=4, replication=2)
-    model = LanguageModel(parse_args(["--skipped-mass=rescale"]).model, everywhere)
+    model = LanguageModel(parse_args(["--skipped-mass=rescale"]).model, everywhere, 0)
     assert {layer.skipped_mass for layer in model.moe_layers()} == {"rescale"}
 
 

@@ -101,7 +101,7 @@ def test_against_fp64(norm: str, resident: bool) -> None:
         if resident
         else None
     )
-    model = LanguageModel(config, placement, site=1, seed=5)
+    model = LanguageModel(config, placement, None if placement is None else 1, seed=5)
     with torch.no_grad():  # gains of 1 would hide a norm that is left out
         for name, p in model.named_parameters():
             if p.dim() == 1:
@@ -363,7 +363,10 @@ def test_same_input_twice_gives_the_same_bits() -> None:
     results = []
     for _ in range(2):
         model = LanguageModel(
-            SMALL, Placement.cyclic(num_sites=2, num_experts=8, num_layers=2, replication=1), seed=4
+            SMALL,
+            Placement.cyclic(num_sites=2, num_experts=8, num_layers=2, replication=1),
+            site=0,
+            seed=4,
         )
         model.loss(tokens(5, 20)).total.backward()
         results.append([bits(p.grad) for p in model.parameters()])
@@ -472,9 +475,15 @@ def test_nan_weights_are_reported_not_trained_on() -> None:
             -1,
             r"site must be in \[0, 4\), got -1",
         ),
+        (
+            Placement.cyclic(num_sites=4, num_experts=8, num_layers=2, replication=2),
+            None,
+            r"site must be in \[0, 4\), got None",
+        ),
+        (None, 1, "site must be given with a placement, got site = 1 without one"),
     ],
 )
-def test_bad_placements(placement: Placement, site: int, words: str) -> None:
+def test_bad_placements(placement: Placement | None, site: int | None, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         LanguageModel(SMALL, placement, site)
 

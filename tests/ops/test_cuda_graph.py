@@ -26,7 +26,9 @@ def make_inputs(seed, skew):
 
 
 def layer(logits, x, resident_index, num_resident):
-    weights, experts, statistics = ops.measured_route(logits, TOP_K, renormalize=True)
+    weights, experts, statistics = ops.route(
+        logits, TOP_K, renormalize=True, return_statistics=True
+    )
     table = ops.compact(experts, resident_index, num_resident, 128)
     y = ops.combine(ops.gather(x, table), weights, table)
     return experts, weights, statistics.load, y, table.offsets, table.tiles

@@ -55,11 +55,33 @@ def every_op() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         ),
         "delta_encode": (
             fomoe.delta_encode,
-            (values, [values], [0], [1.0], values.clone(), 64, *codec._format, 0, 0, payload),
+            (
+                values,
+                [values],
+                [0],
+                [1.0],
+                values.clone(),
+                64,
+                *codec._format.values(),
+                0,
+                0,
+                payload,
+            ),
         ),
         "delta_reduce": (
             fomoe.delta_reduce,
-            (payload[None], values, 0, None, 64, *codec._format, 0, 0, None, values.clone()),
+            (
+                payload[None],
+                values,
+                0,
+                None,
+                64,
+                *codec._format.values(),
+                0,
+                0,
+                None,
+                values.clone(),
+            ),
         ),
         "hash_bits": (fomoe.hash_bits, ([values, payload],)),
     }
@@ -101,7 +123,7 @@ def test_one_argument_on_meta_is_refused(name: str) -> None:
     for at in places:
         changed = list(arguments)
         changed[at] = on_meta(changed[at], last_alone=True)
-        with pytest.raises(ValueError, match=rf"^({names}): is on \w+, wanted \w+ as ({names})"):
+        with pytest.raises(ValueError, match=rf"^({names}) must be on \w+ like ({names}), got \w+"):
             op(*changed)
     op(*map(on_meta, arguments))
 
@@ -113,7 +135,7 @@ def test_one_argument_on_a_gpu_is_refused(name: str) -> None:
     for at, argument in enumerate(arguments):
         if isinstance(argument, Tensor):
             changed = list(arguments)
-            with mode, pytest.raises(ValueError, match=r": is on \S+, wanted \S+ as"):
+            with mode, pytest.raises(ValueError, match=r"must be on \S+ like \S+, got \S+"):
                 changed[at] = torch.empty_like(argument, device="cuda")
                 op(*changed)
 
@@ -148,14 +170,14 @@ def test_parts_alone_refuse_parameters_on_meta() -> None:
     layer, x = make(shared_expert_intermediate_size=8), tokens(5, 24)
     weights, experts = layer.router(x)
     layer.router.weight = nn.Parameter(layer.router.weight.to("meta"))
-    with pytest.raises(ValueError, match=r"^weight: is on meta, wanted cpu as x"):
+    with pytest.raises(ValueError, match=r"^weight must be on cpu like x, got meta"):
         layer.router(x)
     layer.experts.contract_weight = nn.Parameter(layer.experts.contract_weight.to("meta"))
-    with pytest.raises(ValueError, match=r"^contract_weight: is on meta, wanted cpu as x"):
+    with pytest.raises(ValueError, match=r"^contract_weight must be on cpu like x, got meta"):
         layer.experts(x, weights, experts)
     linear = layer.shared_expert.contract
     linear.weight = nn.Parameter(linear.weight.to("meta"))
-    with pytest.raises(ValueError, match=r"^contract\.weight: is on meta, wanted cpu as x"):
+    with pytest.raises(ValueError, match=r"^contract\.weight must be on cpu like x, got meta"):
         layer.shared_expert(x)
 
 
@@ -182,7 +204,7 @@ def test_fake_tensors() -> None:
 def test_deltas_and_hashes_of_nothing_are_refused() -> None:
     codec = Codec("int8")
     out = torch.empty(codec.wire_bytes(64), dtype=torch.uint8)
-    with pytest.raises(ValueError, match="is on cpu, wanted meta as local"):
+    with pytest.raises(ValueError, match="must be on meta like local, got cpu"):
         codec.encode_delta([DeltaPart(torch.empty(64, device="meta"), 0)], 64, out)
-    with pytest.raises(ValueError, match="tensors: is on meta, wanted cpu"):
+    with pytest.raises(ValueError, match="tensors must be on cpu like tensors, got meta"):
         hash_bits([torch.zeros(3), torch.zeros(3, device="meta")])

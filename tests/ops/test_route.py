@@ -230,7 +230,7 @@ def test_opcheck(scoring, dtype):
         ({"top_k": 0}, r"top_k: got 0, wanted 1 .. 8"),
         ({"top_k": 9}, r"top_k: got 9, wanted 1 .. 8"),
         ({"top_k": 5, "num_groups": 2}, "top_k: got 5, wanted at most 4"),
-        ({"scoring": "relu"}, "scoring: got 'relu'"),
+        ({"scoring": "relu"}, "scoring must be one of softmax, sigmoid, got 'relu'"),
         ({"selection_bias": torch.zeros(7)}, r"selection_bias: has shape \[7\], wanted \[8\]"),
         ({"selection_bias": torch.zeros(8).bfloat16()}, "selection_bias: has dtype bfloat16"),
         ({"selection_bias": torch.full((8,), torch.nan)}, "selection_bias: is nan at expert 0"),
@@ -261,12 +261,12 @@ def test_one_nan_anywhere_is_found():
 @pytest.mark.parametrize("restricted", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_statistics(scoring, restricted, biased):
-    """Load, score sums and entropy of `measured_route` against fp64; the rest is `route`'s."""
+    """Load, score sums and entropy against fp64; asking for them changes nothing else."""
     logits = make_logits(300, 20, torch.float32, seed=13)
     allowed = torch.arange(20) % 3 != 0 if restricted else None
     bias = torch.linspace(-0.2, 0.2, 20) if biased else None
     options = {"scoring": scoring, "allowed": allowed, "selection_bias": bias}
-    weights, experts, statistics = ops.measured_route(logits, 3, **options)
+    weights, experts, statistics = ops.route(logits, 3, return_statistics=True, **options)
     plain = ops.route(logits, 3, **options)
     assert torch.equal(weights, plain[0]) and torch.equal(experts, plain[1])
 
@@ -286,11 +286,11 @@ def test_statistics_of_extreme_logits():
     """A certain router has no entropy; tiny scores neither overflow nor become NaN."""
     logits = torch.tensor([[100.0, -100.0, -torch.inf, -3e38]])
     for scoring in SCORINGS:
-        _, _, statistics = ops.measured_route(logits, 2, scoring=scoring)
+        _, _, statistics = ops.route(logits, 2, scoring=scoring, return_statistics=True)
         assert statistics.entropy_sum == pytest.approx(0.0, abs=1e-6)
         assert statistics.score_sum.tolist() == [1.0, 0.0, 0.0, 0.0]
     none = torch.zeros(4, dtype=torch.bool)
-    _, _, statistics = ops.measured_route(logits, 2, allowed=none)
+    _, _, statistics = ops.route(logits, 2, allowed=none, return_statistics=True)
     assert statistics.load.sum() == 0 and statistics.entropy_sum == 0
 
 

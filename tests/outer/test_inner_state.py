@@ -11,7 +11,7 @@ from outer_model import EXPERTS, LAYERS, SmallModel, bits, give_gradients, noise
 from sites import pool
 from torch import Tensor, nn
 
-from fomoe_ext.outer import MeetingError, OuterSync
+from fomoe_ext.outer import MeetingError, OuterOptions, OuterSync
 from fomoe_ext.outer.belongings import Belongings
 from fomoe_ext.outer.inner_state import problem_with_rows, reset_bad_state
 from fomoe_ext.placement import Placement
@@ -194,7 +194,9 @@ def stepped_by_another(site: int, num_sites: int, optimizer: str) -> str:
     )
     model = SmallModel(placement, site)
     inner = torch.optim.AdamW(model.parameters())
-    sync = OuterSync(model, placement, site, inner_optimizer=inner, optimizer=optimizer)
+    sync = OuterSync(
+        model, placement, site, OuterOptions(optimizer=optimizer), inner_optimizer=inner
+    )
     for one in (inner, torch.optim.AdamW(model.parameters())):
         give_gradients(model, site, 0)
         one.step()

@@ -13,7 +13,7 @@ from new_process import environment
 from outer_model import EXPERTS, LAYERS, SmallModel, bits, give_gradients, pieces
 from sites import pool
 
-from fomoe_ext.outer import MeetingError, OuterSync, SiteGroups
+from fomoe_ext.outer import MeetingError, OuterOptions, OuterSync, SiteGroups
 from fomoe_ext.outer.agreement import Agreement, Held
 from fomoe_ext.placement import Placement, wire
 
@@ -23,7 +23,7 @@ def make(site: int, num_sites: int, replication: int = 2, **options: Any) -> Out
         num_sites=num_sites, num_experts=EXPERTS, num_layers=LAYERS, replication=replication
     )
     model = SmallModel(placement, site)
-    return OuterSync(model, placement, site, **{"timeout_s": 20, **options})
+    return OuterSync(model, placement, site, OuterOptions(**{"timeout_s": 20, **options}))
 
 
 def train(sync: OuterSync, site: int, step: int) -> None:
@@ -94,9 +94,9 @@ def drift(site: int, num_sites: int, mode: str, culprits: tuple[int, ...]) -> An
     sync = make(site, num_sites, on_mismatch=mode, codec="int8")
     train(sync, site, 0)
     sync.step()
-    layout = next(i for i, la in enumerate(sync.layouts) if la.group.size == num_sites)
+    layout = next(i for i, la in enumerate(sync.layout.layouts) if la.group.size == num_sites)
     if site in culprits:
-        sync.anchors[layout][2] += 2.0**-10 * (1 + site)
+        sync.state.anchors[layout][2] += 2.0**-10 * (1 + site)
     train(sync, site, 1)
     message, again = "", ""
     healed: tuple[str, ...] = ()
@@ -215,7 +215,8 @@ torch.optim.SGD(model.parameters(), lr=0.0).step()  # imports what takes seconds
 options = dict(codec="int8", bucket_bytes=256)
 if how == "overlap":
     options |= dict(fragments=2, overlap=1, local_steps=2)
-sync = OuterSync(model, placement, site, timeout_s=5 if how == "silent" else 60, **options)
+sync = OuterSync(model, placement, site, OuterOptions(**options),
+                 timeout_s=5 if how == "silent" else 60)
 
 def end():
     os.kill(os.getpid(), signal.SIGSTOP if how == "silent" else signal.SIGKILL)

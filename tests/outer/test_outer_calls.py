@@ -18,7 +18,7 @@ from sites import pool
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fomoe_ext.outer import MeetingError, OuterSync
+from fomoe_ext.outer import MeetingError, OuterOptions, OuterSync
 from fomoe_ext.outer.flight import warn_of_lost
 from fomoe_ext.outer.steps import unmet
 from fomoe_ext.placement import Placement
@@ -40,7 +40,7 @@ def made(site: int, num_sites: int, **options: Any) -> tuple[SmallModel, Any, Ou
     placement = place(num_sites)
     model = SmallModel(placement, site, balance="bias", balance_bias_rate=0.01)
     inner = torch.optim.AdamW(model.parameters(), lr=0.01)
-    sync = OuterSync(model, placement, site, **{"inner_optimizer": inner, **options})
+    sync = OuterSync(model, placement, site, OuterOptions(**options), inner_optimizer=inner)
     return model, inner, sync
 
 
@@ -68,8 +68,8 @@ def trained(site: int, num_sites: int, options: dict[str, Any], by_hand: bool) -
             sync.step()
     sync.finish()
     sync.verify()
-    anchors = [bits(anchor) for anchor in sync.anchors]
-    return pieces(model), anchors, sync.bytes_sent, sync.steps, sync.tokens.tolist()
+    anchors = [bits(anchor) for anchor in sync.state.anchors]
+    return pieces(model), anchors, sync.bytes_sent, sync.steps, sync.counts.tokens.tolist()
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def several_optimizers(site: int, num_sites: int) -> int:
     experts = [p for layer in model.layers for p in layer.experts.parameters()]
     others = [p for p in model.parameters() if not any(p is e for e in experts)]
     inner = [torch.optim.SGD(experts, lr=0.1), torch.optim.AdamW(others, lr=0.01)]
-    sync = OuterSync(model, place(num_sites), site, fragments=2, local_steps=2)
+    sync = OuterSync(model, place(num_sites), site, OuterOptions(fragments=2, local_steps=2))
     stranger = nn.Linear(2, 2)
     for step in range(4):
         give_gradients(model, site, step)
@@ -136,7 +136,7 @@ def ddp(site: int, num_sites: int, how: str) -> tuple[dict[Any, Tensor], int]:
         inner.zero_grad(set_to_none=how != "accumulated")
     different = pieces(model)
     sync.step()
-    return different, sync.reductions
+    return different, sync.step_count.reductions
 
 
 @pytest.mark.parametrize("how", ["never", "made after", "once", "accumulated", "clipped"])
@@ -350,7 +350,7 @@ def only_forward(model: nn.Module, x: Tensor) -> None:
 def test_every_token_that_trains_is_counted_once(one_pass: Pass, told: bool) -> None:
     placement = place(1)
     model = SmallModel(placement, 0)
-    sync = OuterSync(model, placement, 0, expert_mean="tokens")
+    sync = OuterSync(model, placement, 0, OuterOptions(expert_mean="tokens"))
     inner = torch.optim.SGD(model.parameters(), lr=1e-6)
     x = noise("tokens", 40, HIDDEN)
     model(x)
@@ -363,9 +363,9 @@ def test_every_token_that_trains_is_counted_once(one_pass: Pass, told: bool) -> 
         if told:
             sync.after_step()
     sync.watch.catch_up()
-    assert sync.tokens.sum() == wanted.sum() == 2 * 40 * 2 * LAYERS
+    assert sync.counts.tokens.sum() == wanted.sum() == 2 * 40 * 2 * LAYERS
     # Steps of 1e-6 move no token from one expert to another here.
-    assert torch.equal(sync.tokens, wanted)
+    assert torch.equal(sync.counts.tokens, wanted)
 
 
 def weighed(site: int, num_sites: int, chunks: int) -> float:
@@ -397,7 +397,7 @@ def test_a_model_can_be_copied_stored_compiled_and_met_anew() -> None:
     placement = place(1)
     options = {"fragments": 2, "local_steps": 2, "expert_mean": "tokens"}
     model = SmallModel(placement, 0)
-    sync = OuterSync(model, placement, 0, **options)
+    sync = OuterSync(model, placement, 0, OuterOptions(**options))
     x = noise("x", 8, HIDDEN)
     twin = copy.deepcopy(model)
     file = io.BytesIO()
@@ -407,7 +407,7 @@ def test_a_model_can_be_copied_stored_compiled_and_met_anew() -> None:
         torch.optim.SGD(other.parameters(), lr=0.1).step()
     assert sync.steps == 0 and not sync.watch.waiting and not sync.watch._routed.take().any()
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
-    later = OuterSync(model, placement, 0, **options)
+    later = OuterSync(model, placement, 0, OuterOptions(**options))
     whole(model, x)
     inner.step()
     assert later.watch.waiting and not sync.watch.waiting
@@ -415,7 +415,7 @@ def test_a_model_can_be_copied_stored_compiled_and_met_anew() -> None:
     whole(model, x)
     assert later.steps == 0
     names = len(HOOKS)
-    third = OuterSync(model, placement, 0, **options)
+    third = OuterSync(model, placement, 0, OuterOptions(**options))
     assert len(HOOKS) == names + 1
     assert len(model.layers[0]._forward_hooks) == 1
     del third
@@ -427,7 +427,9 @@ def test_a_model_can_be_copied_stored_compiled_and_met_anew() -> None:
 def test_counts_of_a_compiled_model_are_the_same() -> None:
     placement = place(1)
     model = SmallModel(placement, 0)
-    sync = OuterSync(model, placement, 0, fragments=2, local_steps=2, expert_mean="tokens")
+    sync = OuterSync(
+        model, placement, 0, OuterOptions(fragments=2, local_steps=2, expert_mean="tokens")
+    )
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     inner = torch.optim.SGD(model.parameters(), lr=1e-6)
     for _ in range(2):
@@ -435,4 +437,4 @@ def test_counts_of_a_compiled_model_are_the_same() -> None:
         inner.step()
     sync.watch.catch_up()
     assert sync.steps == 2
-    assert sync.tokens.sum(1).tolist() == [8 * 2, 2 * 8 * 2]  # the first fragment has met
+    assert sync.counts.tokens.sum(1).tolist() == [8 * 2, 2 * 8 * 2]  # the first fragment has met

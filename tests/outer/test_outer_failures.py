@@ -16,7 +16,7 @@ from outer_model import EXPERTS, HIDDEN, LAYERS, SmallModel, bits, give_gradient
 from sites import pool
 from torch import nn
 
-from fomoe_ext.outer import MeetingError, OuterSync, SiteGroups
+from fomoe_ext.outer import MeetingError, OuterOptions, OuterSync, SiteGroups
 from fomoe_ext.placement import Placement
 
 # ---------------------------------------------------------------------------------------- resuming
@@ -27,7 +27,9 @@ def make(
 ) -> tuple[SmallModel, torch.optim.Optimizer, OuterSync]:
     model = SmallModel(placement, site, scope)
     inner = torch.optim.AdamW(model.parameters(), lr=0.05)
-    sync = OuterSync(model, placement, site, optimizer=optimizer, inner_optimizer=inner)
+    sync = OuterSync(
+        model, placement, site, OuterOptions(optimizer=optimizer), inner_optimizer=inner
+    )
     return model, inner, sync
 
 
@@ -36,7 +38,7 @@ def one_round(
 ) -> None:
     for step in range(2):
         give_gradients(model, site, 2 * index + step)
-        if sync.rule.name == "ddp":
+        if sync.layout.site.rule.name == "ddp":
             sync.reduce_gradients()
         inner.step()
     sync.step()
@@ -96,8 +98,8 @@ def test_state_of_another_job_is_refused() -> None:
     placement = Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS, replication=1)
     model, _, sync = make(placement, 0, "diloco")
     good = copy.deepcopy(sync.state_dict())
-    without = OuterSync(model, placement, 0, outer_momentum=0.0)
-    fedavg = OuterSync(model, placement, 0, optimizer="fedavg")
+    without = OuterSync(model, placement, 0, OuterOptions(outer_momentum=0.0))
+    fedavg = OuterSync(model, placement, 0, OuterOptions(optimizer="fedavg"))
     elsewhere = Placement.cyclic(
         num_sites=1, num_experts=EXPERTS, num_layers=LAYERS + 1, replication=1
     ).to_dict()
@@ -134,15 +136,15 @@ def test_bf16_parameters_without_learning_stay(site: int = 0) -> None:
     """The anchor keeps what bf16 cannot: no local step means no delta, whatever was rounded."""
     placement = Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS, replication=1)
     model = SmallModel(placement, 0).bfloat16()
-    sync = OuterSync(model, placement, 0, outer_lr=0.3)
+    sync = OuterSync(model, placement, 0, OuterOptions(outer_lr=0.3))
     give_gradients(model, 0, 0)
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     sync.step()
-    sync.momenta[0].zero_()
-    anchor = sync.anchors[0].clone()
+    sync.state.momenta[0].zero_()
+    anchor = sync.state.anchors[0].clone()
     assert not torch.equal(anchor, anchor.bfloat16().float())
     sync.step()
-    assert bits(sync.anchors[0]) == bits(anchor)
+    assert bits(sync.state.anchors[0]) == bits(anchor)
 
 
 # ---------------------------------------------------------------------------------- bad arguments
@@ -157,7 +159,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"outer_lr": "1"}, TypeError, "outer_lr must be a number"),
     ({"outer_momentum": 1.0}, ValueError, r"outer_momentum must be in \[0, 1\)"),
     ({"outer_momentum": -0.1}, ValueError, "outer_momentum must be finite and at least 0"),
-    ({"bucket_bytes": 3}, ValueError, "bucket_bytes must be >= 4"),
+    ({"bucket_bytes": 3}, ValueError, "bucket_bytes must be 0 or at least 4"),
     ({"moment_periods": (1, 0)}, ValueError, "moment_periods: second must be at least 1"),
     ({"moment_periods": (1,)}, ValueError, "moment_periods must be two"),
     ({"moment_periods": 3}, TypeError, "."),
@@ -191,7 +193,12 @@ def test_bad_arguments_are_refused(
 ) -> None:
     arguments = {"placement": SINGLE, "site": 0} | changes
     with pytest.raises(kind, match=message):
-        OuterSync(SmallModel(SINGLE, 0), **arguments)
+        OuterSync(
+            SmallModel(SINGLE, 0),
+            arguments.pop("placement"),
+            arguments.pop("site"),
+            OuterOptions(**arguments),
+        )
 
 
 def test_bad_models_are_refused() -> None:
@@ -206,7 +213,7 @@ def test_bad_models_are_refused() -> None:
     groups = SiteGroups(1, 0)
     amsgrad = torch.optim.AdamW(model.parameters(), amsgrad=True)
     with pytest.raises(ValueError, match="amsgrad"):
-        OuterSync(model, SINGLE, 0, optimizer="local-adamw", inner_optimizer=amsgrad)
+        OuterSync(model, SINGLE, 0, OuterOptions(optimizer="local-adamw"), inner_optimizer=amsgrad)
     with pytest.raises(ValueError, match="groups must be of site 0 of 2"):
         OuterSync(model, half, 0, groups=groups)
     with pytest.raises(RuntimeError, match="must be initialised"):
@@ -222,7 +229,7 @@ def test_methods_refuse_what_does_not_fit() -> None:
         sync.reshuffle(SINGLE)
     for norm in (0.0, float("nan")):
         with pytest.raises(ValueError, match="max_norm must be"):
-            sync.clip_grad_norm(norm)
+            sync.clip_grad_norm_(norm)
     sync = OuterSync(model, SINGLE, 0, inner_optimizer=torch.optim.SGD(model.parameters(), lr=1))
     with pytest.raises(ValueError, match="warmup_steps must be at least 0, got -1"):
         sync.reshuffle(SINGLE, warmup_steps=-1)
@@ -253,9 +260,15 @@ def disagree(site: int, num_sites: int) -> list[str]:
     )
     model = SmallModel(placement, site)
     messages = [
-        refused(OuterSync, model, placement, site, codec=("fp32", "bf16")[site == 2]),
-        refused(OuterSync, model, placement, site, outer_lr=0.5 + (site == 1)),
-        refused(OuterSync, model, placement, site, optimizer="oops" if site == 1 else "ddp"),
+        refused(OuterSync, model, placement, site, OuterOptions(codec=("fp32", "bf16")[site == 2])),
+        refused(OuterSync, model, placement, site, OuterOptions(outer_lr=0.5 + (site == 1))),
+        refused(
+            OuterSync,
+            model,
+            placement,
+            site,
+            OuterOptions(optimizer="local-adamw" if site == 1 else "ddp"),
+        ),
     ]
     with torch.no_grad():
         model.layers[1].experts.contract_weight[0, 0, 0] += float(site == 1)
@@ -268,7 +281,8 @@ def test_sites_that_disagree_are_told() -> None:
     for site, messages in enumerate(answers):
         assert "all sites must have the same codec" in messages[0]
         assert "all sites must have the same outer_lr" in messages[1]
-        own = "optimizer must be one of" if site == 1 else "site 1: optimizer must be one of"
+        own = "optimizer 'local-adamw' needs inner_optimizer"
+        own = own if site == 1 else f"site 1: {own}"
         assert messages[2].startswith(own)
         assert "must hold the same bits of what they share, but site" in messages[3]
 

@@ -20,7 +20,7 @@ from outer_model import (
 from sites import pool
 from torch import Tensor
 
-from fomoe_ext.outer import OuterSync
+from fomoe_ext.outer import OuterOptions, OuterSync
 from fomoe_ext.placement import Placement
 
 
@@ -38,7 +38,10 @@ def drift(site: int, num_sites: int, codec: str, feedback: bool, rounds: int) ->
     placement = place(num_sites)
     model = SmallModel(placement, site)
     sync = OuterSync(
-        model, placement, site, optimizer="fedavg", codec=codec, error_feedback=feedback
+        model,
+        placement,
+        site,
+        OuterOptions(optimizer="fedavg", codec=codec, error_feedback=feedback),
     )
     start = pieces(model)
     for _ in range(rounds):
@@ -47,7 +50,7 @@ def drift(site: int, num_sites: int, codec: str, feedback: bool, rounds: int) ->
                 parameter += step_of(name, parameter.shape)
         sync.step()
     moved = {key: value - start[key] for key, value in pieces(model).items()}
-    waiting = sum(float(f.own.abs().sum()) for f in sync.feedback if f.own is not None)
+    waiting = sum(float(f.own.abs().sum()) for f in sync.state.feedback if f.own is not None)
     return moved["dense", "first"], waiting, sync.state_bytes()[2]
 
 
@@ -77,13 +80,13 @@ def test_feedback_brings_back_what_is_lost(codec: str) -> None:
 def one_meeting(site: int, num_sites: int, codec: str) -> Any:
     placement = place(num_sites, num_sites)
     model = SmallModel(placement, site)
-    sync = OuterSync(model, placement, site, optimizer="fedavg", codec=codec)
+    sync = OuterSync(model, placement, site, OuterOptions(optimizer="fedavg", codec=codec))
     give_gradients(model, site, 0)
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     local = pieces(model)
     start = {
-        p.key: sync.anchors[i][at].clone()
-        for i, la in enumerate(sync.layouts)
+        p.key: sync.state.anchors[i][at].clone()
+        for i, la in enumerate(sync.layout.layouts)
         for p, at in la.slices()
     }
     sync.step()
@@ -93,7 +96,7 @@ def one_meeting(site: int, num_sites: int, codec: str) -> Any:
         pieces(model)["dense", "first"],
         [
             (f.own.clone(), f.shares.clone(), la.group.rank)
-            for f, la in zip(sync.feedback, sync.layouts, strict=True)
+            for f, la in zip(sync.state.feedback, sync.layout.layouts, strict=True)
         ],
     )
 
@@ -117,7 +120,9 @@ def test_own_part_is_exact_and_nothing_is_forgotten() -> None:
 def weigh(site: int, num_sites: int, mode: str, rescale: bool) -> Any:
     placement = place(num_sites)
     model = SmallModel(placement, site)
-    sync = OuterSync(model, placement, site, optimizer="fedavg", expert_mean=mode, rescale=rescale)
+    sync = OuterSync(
+        model, placement, site, OuterOptions(optimizer="fedavg", expert_mean=mode, rescale=rescale)
+    )
     start, loads = pieces(model), torch.zeros(LAYERS, EXPERTS, dtype=torch.float64)
     for step in range(2):
         model(noise(("x", site, step), 3 + 5 * site, HIDDEN))
@@ -169,7 +174,7 @@ def moved_feedback(site: int, num_sites: int) -> Any:
     ]
     model = SmallModel(placements[0], site)
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
-    sync = OuterSync(model, placements[0], site, codec="int4", inner_optimizer=inner)
+    sync = OuterSync(model, placements[0], site, OuterOptions(codec="int4"), inner_optimizer=inner)
     give_gradients(model, site, 0)
     inner.step()
     sync.step()
@@ -177,12 +182,12 @@ def moved_feedback(site: int, num_sites: int) -> Any:
     def errors() -> dict[str, Tensor]:
         return {
             piece.key: feedback.own[at].clone()
-            for layout, feedback in zip(sync.layouts, sync.feedback, strict=True)
+            for layout, feedback in zip(sync.layout.layouts, sync.state.feedback, strict=True)
             if feedback.own is not None
             for piece, at in layout.slices()
         }
 
-    before, residents = errors(), {p.key for la in sync.layouts for p in la.pieces}
+    before, residents = errors(), {p.key for la in sync.layout.layouts for p in la.pieces}
     arrived = sync.reshuffle(placements[1]).arrived
     return before, errors(), residents, arrived
 

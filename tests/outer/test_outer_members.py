@@ -12,7 +12,7 @@ from sites import pool
 from torch import nn
 
 from fomoe_ext import MoELayer
-from fomoe_ext.outer import MeetingError, OuterSync
+from fomoe_ext.outer import MeetingError, OuterOptions, OuterSync
 from fomoe_ext.placement import Placement
 
 
@@ -133,7 +133,7 @@ def changed(site: int, num_sites: int, at: int, change: Change, how: str) -> tup
     model = Model(placement, site)
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     options = {"ddp": {"optimizer": "ddp"}, "staged": {"staged": True}}.get(how, {})
-    sync = OuterSync(model, placement, site, inner_optimizer=inner, **options)
+    sync = OuterSync(model, placement, site, OuterOptions(**options), inner_optimizer=inner)
     sync.step()
     sync.verify()
     give_gradients(model, site, 0)
@@ -184,7 +184,7 @@ def other_frozen_weights(site: int, num_sites: int, options: dict[str, Any]) -> 
     with torch.no_grad():
         model.frozen.weight += 1e-3 * site
     with pytest.raises(MeetingError) as caught:
-        OuterSync(model, placement, site, **options)
+        OuterSync(model, placement, site, OuterOptions(**options))
     return str(caught.value)
 
 
@@ -204,9 +204,9 @@ def test_an_optimizer_of_other_parameters_is_refused() -> None:
 def thawed_properly(site: int, num_sites: int) -> bytes:
     placement = placement_of(num_sites)
     model = Model(placement, site)
-    OuterSync(model, placement, site, optimizer="fedavg").step()
+    OuterSync(model, placement, site, OuterOptions(optimizer="fedavg")).step()
     model.frozen.weight.requires_grad_(True)
-    sync = OuterSync(model, placement, site, optimizer="fedavg")
+    sync = OuterSync(model, placement, site, OuterOptions(optimizer="fedavg"))
     give_gradients(model, site, 0)
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     sync.step()

@@ -24,6 +24,7 @@ from sites import pool
 from torch import Tensor
 
 from fomoe_ext.outer import MeetingError, OuterOptions, OuterSync, SiteGroups
+from fomoe_ext.outer.overlap import OverlapTimes
 from fomoe_ext.placement import Placement, wire
 
 STEPS, ROUNDS, LR, ALPHA = 4, 3, 0.1, 0.25
@@ -37,7 +38,7 @@ def place(num_sites: int) -> Placement:
 
 
 def make(
-    site: int, num_sites: int, fragments: int, overlap: int, **options: Any
+    site: int, num_sites: int, fragments: int, overlap: Any, **options: Any
 ) -> tuple[SmallModel, torch.optim.Optimizer, OuterSync]:
     placement = place(num_sites)
     model = SmallModel(placement, site)
@@ -46,14 +47,18 @@ def make(
         model,
         placement,
         site,
+        OuterOptions(
+            fragments=fragments,
+            overlap=overlap,
+            overlap_alpha=ALPHA,
+            local_steps=STEPS,
+            bucket_bytes=600,
+            outer_lr=0.7,
+            outer_momentum=0.9,
+            **options,
+        ),
         inner_optimizer=inner,
         groups=SiteGroups(num_sites, site, 20),
-        fragments=fragments,
-        overlap=overlap,
-        overlap_alpha=ALPHA,
-        local_steps=STEPS,
-        bucket_bytes=600,
-        **options,
     )
     return model, inner, sync
 
@@ -71,8 +76,8 @@ def train(
 
 def anchors(sync: OuterSync) -> dict[str, Tensor]:
     return {
-        piece.key: sync.anchors[i][place].clone()
-        for i, layout in enumerate(sync.layouts)
+        piece.key: sync.state.anchors[i][place].clone()
+        for i, layout in enumerate(sync.layout.layouts)
         for piece, place in layout.slices()
     }
 
@@ -278,8 +283,8 @@ def test_step_out_of_turn_is_refused() -> None:
     ("changes", "kind", "message"),
     [
         ({"fragments": 0}, ValueError, "fragments must be at least 1"),
-        ({"fragments": 2}, ValueError, "need local_steps"),
-        ({"overlap": 1}, ValueError, "need local_steps"),
+        ({"fragments": 2}, ValueError, "local_steps must be given"),
+        ({"overlap": 1}, ValueError, "local_steps must be given"),
         ({"overlap": 4, "local_steps": 4}, ValueError, "overlap must be less than local_steps = 4"),
         ({"fragments": 5, "local_steps": 4}, ValueError, r"fragments must be in \[1, local_steps"),
         ({"overlap": 1, "local_steps": 4, "optimizer": "ddp"}, ValueError, "for optimizer diloco"),
@@ -287,7 +292,11 @@ def test_step_out_of_turn_is_refused() -> None:
         ({"rounding": "up"}, ValueError, "rounding must be"),
         ({"error_feedback": 1}, TypeError, "error_feedback must be True or False"),
         ({"expert_mean": "all"}, ValueError, "expert_mean must be one of equal, tokens"),
-        ({"expert_mean": "tokens", "optimizer": "ddp"}, ValueError, "optimizer must not be ddp"),
+        (
+            {"expert_mean": "tokens", "optimizer": "ddp"},
+            ValueError,
+            "needs optimizer = diloco",
+        ),
         ({"on_mismatch": "pray"}, ValueError, "on_mismatch must be one of stop, heal"),
         ({"moment_codecs": ("int8", "int8")}, ValueError, "moment_codecs: second must be one of"),
         ({"moment_codecs": ("topk", "fp32")}, ValueError, "moment_codecs: first must be one of"),
@@ -307,3 +316,98 @@ def test_fragments_are_spread_over_a_round() -> None:
     assert wire.fragment_steps(4, 16) == [4, 8, 12, 16]
     assert wire.fragment_steps(3, 16) == [5, 10, 16]
     assert [wire.fragment_of_block(block, 3) for block in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+
+
+# ---- overlap chosen by measured times ------------------------------------------------------------
+
+
+def test_times_are_those_of_steps_and_exchanges_alone() -> None:
+    times = OverlapTimes(OuterOptions(overlap="auto", local_steps=16))
+    assert times.steps == 1 and times.told() == (0.0, 0.0, 0.0)
+    now = [0.0]
+    times.clock = lambda: now[0]
+
+    def passes(seconds: float) -> None:
+        now[0] += seconds
+
+    for _ in range(3):  # rounds: what is between a round's end and its first step is not measured
+        passes(100.0)
+        times.step_ended()
+        passes(50.0)  # a fragment lands
+        times.step_begins()
+        passes(2.0)
+        times.step_ended()
+        times.step_begins()
+        times.not_a_step()
+    assert times.told() == (0.0, 0.0, 0.0)  # no exchange yet
+    times.exchanged(0, 0.5, 6.0)
+    times.exchanged(1, 9.0, 5.0)
+    assert times.told() == (0.5, 6.0, 2.0)  # of the fragment that takes longest
+    times.exchanged(0, 0.5, 3.0)
+    assert times.told() == (9.0, 5.0, 2.0)
+
+
+def test_the_site_with_most_steps_decides_and_zeros_decide_nothing() -> None:
+    times = OverlapTimes(OuterOptions(overlap="auto", local_steps=16))
+    times.choose([(0.1, 4.0, 1.0), (0.0, 0.0, 0.0)])
+    assert times.steps == 1 and not times.reason
+    # A second site waits 7 s for the first to announce: that is not what the exchange takes.
+    times.choose([(0.1, 4.0, 1.0), (7.0, 4.0, 0.5)])
+    assert times.steps == 11  # (0.1 + 4) / 0.5 = 8.2 steps, and a quarter
+    assert times.reason.startswith("overlap 11: the exchange takes 8.2 steps; more would only")
+    given = OverlapTimes(OuterOptions(overlap=3, local_steps=16))
+    given.choose([(0.1, 4.0, 1.0)])
+    given.resume(7)
+    assert given.steps == 3 and not given.reason
+
+
+def follow_chosen(site: int, num_sites: int, fragments: int) -> Any:
+    """With told times, so that it does not depend on this machine: the overlap after every step."""
+    model, inner, sync = make(site, num_sites, fragments, "auto", codec="int8")
+    sync.overlap.told = lambda: (0.1 + site, 1.9, 1.0 if site == 0 else 1.5)
+    chosen, predicted = [], 0
+    for step in range(ROUNDS * STEPS):
+        if step % STEPS == 0:
+            predicted += sync.predicted_bytes()
+        train(model, inner, sync, site, step)
+        chosen.append(sync.overlap.steps)
+    sync.finish()
+    sync.verify()
+    state = sync.state_dict()
+    again = make(site, num_sites, fragments, "auto", codec="int8")[2]
+    again.load_state_dict(state)
+    fixed = make(site, num_sites, fragments, 1, codec="int8")[2]
+    fixed.load_state_dict(state)
+    kept = again.overlap.steps, fixed.overlap.steps
+    return anchors(sync), chosen, sync.bytes_sent, predicted, kept, sync.overlap.reason
+
+
+@pytest.mark.parametrize("fragments", [1, 2])
+def test_all_sites_choose_alike_and_at_the_same_step(fragments: int) -> None:
+    answers = pool().run(3, follow_chosen, fragments)
+    first = STEPS // fragments  # the first fragment is sent after this step, and lands one later
+    for ended, chosen, sent, predicted, kept, reason in answers:
+        assert chosen == [1] * first + [3] * (ROUNDS * STEPS - first)
+        assert sent == predicted
+        assert kept == (3, 1)
+        assert reason.startswith("overlap 3: the exchange takes 2.0 steps; more would only")
+        other = next(a for a in answers if a[0] is not ended)
+        shared = ended.keys() & other[0].keys()
+        assert shared and all(bits(ended[k]) == bits(other[0][k]) for k in shared)
+
+
+def measure(site: int, num_sites: int) -> tuple[int, str, float]:
+    """Nothing is put in: the sites measure, and choose some overlap of 1 .. 3."""
+    model, inner, sync = make(site, num_sites, 1, "auto")
+    for step in range(ROUNDS * STEPS):
+        train(model, inner, sync, site, step)
+    sync.finish()
+    return sync.overlap.steps, sync.overlap.reason, min(sync.overlap.told())
+
+
+def test_what_is_measured_is_what_all_choose_by() -> None:
+    answers = pool().run(3, measure)
+    assert len({answer[:2] for answer in answers}) == 1
+    steps, reason, _ = answers[0]
+    assert 1 <= steps < STEPS and reason.startswith(f"overlap {steps}: the exchange takes ")
+    assert all(least > 0 for *_, least in answers)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fomoe_ext.config.inner import InnerConfig
 from fomoe_ext.config.io import parse_args
 from fomoe_ext.config.model import expert_parameters
-from fomoe_ext.outer import OuterSync
+from fomoe_ext.outer import OuterOptions, OuterSync
 from fomoe_ext.outer.errors import MeetingError
 from fomoe_ext.outer.inner_state import move_state_rows
 from fomoe_ext.outer.optimizer import MOMENTS
@@ -52,7 +52,7 @@ def drawn(num_sites: int, replication: int, epoch: int) -> Placement:
 
 def one_round(model: nn.Module, sync: OuterSync, site: int, index: int) -> None:
     give_gradients(model, site, index)
-    if sync.rule.name == "ddp":
+    if sync.layout.site.rule.name == "ddp":
         sync.reduce_gradients()
     sync.inner_optimizer.step()
     sync.step()
@@ -70,7 +70,7 @@ def biases(model: SmallModel) -> list[Tensor]:
 def momentum_of(sync: OuterSync) -> dict[str, Tensor]:
     return {
         piece.key: momentum[place].clone()
-        for layout, momentum in zip(sync.layouts, sync.momenta, strict=False)
+        for layout, momentum in zip(sync.layout.layouts, sync.state.momenta, strict=False)
         for piece, place in layout.slices()
     }
 
@@ -82,7 +82,11 @@ def reshuffle_once(
     model = SmallModel(old, site, scope, balance="bias", expert_bias=True)
     inner = torch.optim.AdamW(model.parameters(), lr=0.05)
     sync = OuterSync(
-        model, old, site, optimizer=optimizer, inner_optimizer=inner, bucket_bytes=3000
+        model,
+        old,
+        site,
+        OuterOptions(optimizer=optimizer, bucket_bytes=3000),
+        inner_optimizer=inner,
     )
     set_biases(model, site)
     predicted = sync.predicted_bytes()
@@ -209,7 +213,7 @@ def check_bytes(
 
 def swapped(placement: Placement) -> Placement:
     """Two sites give each other all that they hold."""
-    table = [[[1 - s for s in owners] for owners in experts] for experts in placement.owners_of]
+    table = [[[1 - s for s in owners] for owners in experts] for experts in placement.table]
     return Placement.from_table(table, 2)
 
 
@@ -225,7 +229,9 @@ def train_experts(site: int, num_sites: int, moments: str | None) -> list[float]
     for parameter in model.parameters():
         parameter.requires_grad_(any(parameter is p for p in experts))
     inner = torch.optim.AdamW(experts, lr=0.05)
-    sync = OuterSync(model, placement, site, optimizer="fedavg", inner_optimizer=inner)
+    sync = OuterSync(
+        model, placement, site, OuterOptions(optimizer="fedavg"), inner_optimizer=inner
+    )
     for step in range(18):
         x, y = noise(("x", stream, step), 20, HIDDEN), noise(("y", stream, step), 20, 3)
         loss = (model(x) - y).square().mean()
@@ -317,7 +323,9 @@ def reshuffle_twice(site: int, num_sites: int) -> tuple[dict[Any, Any], dict[Any
     placements = [drawn(num_sites, 2, epoch) for epoch in range(3)]
     model = SmallModel(placements[0], site)
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
-    sync = OuterSync(model, placements[0], site, optimizer="fedavg", inner_optimizer=inner)
+    sync = OuterSync(
+        model, placements[0], site, OuterOptions(optimizer="fedavg"), inner_optimizer=inner
+    )
     sync.reshuffle(placements[1], warmup_steps=5)
     for step in range(2):
         give_gradients(model, site, step)

@@ -23,7 +23,7 @@ from outer_model import (
 from sites import pool
 from torch import Tensor, nn
 
-from fomoe_ext.outer import OuterSync, SiteGroups
+from fomoe_ext.outer import OuterOptions, OuterSync, SiteGroups
 from fomoe_ext.outer.optimizer import MOMENTS
 from fomoe_ext.placement import Placement, wire
 
@@ -61,7 +61,9 @@ def train_on_sites(
     placement = place(num_sites, num_sites)
     model = SmallModel(placement, site)
     inner = make_inner(model, inner_kind)
-    sync = OuterSync(model, placement, site, optimizer=optimizer, inner_optimizer=inner)
+    sync = OuterSync(
+        model, placement, site, OuterOptions(optimizer=optimizer), inner_optimizer=inner
+    )
     result = []
     for step in range(steps):
         inner.zero_grad()
@@ -69,7 +71,7 @@ def train_on_sites(
         if optimizer == "ddp":
             sync.reduce_gradients()
         if clip:
-            sync.clip_grad_norm(clip)
+            sync.clip_grad_norm_(clip)
         inner.step()
         sync.step()
         result.append(pieces(model))
@@ -121,7 +123,12 @@ def nesterov_round(site: int, num_sites: int, rounds: int) -> tuple[Pieces, list
     placement = place(num_sites, 2)
     model = SmallModel(placement, site)
     start = pieces(model)
-    sync = OuterSync(model, placement, site, optimizer="diloco", bucket_bytes=BUCKET_BYTES)
+    sync = OuterSync(
+        model,
+        placement,
+        site,
+        OuterOptions(outer_lr=0.7, outer_momentum=0.9, bucket_bytes=BUCKET_BYTES),
+    )
     locals_ = []
     for step in range(rounds):
         give_gradients(model, site, step)
@@ -231,12 +238,16 @@ def train_case(
         model,
         placement,
         site,
-        optimizer=case.optimizer,
-        codec=case.codec,
+        OuterOptions(
+            optimizer=case.optimizer,
+            outer_lr=0.7 if case.optimizer == "diloco" else None,
+            outer_momentum=0.9 if case.optimizer == "diloco" else None,
+            codec=case.codec,
+            router_mean=case.router_mean,
+            moment_periods=case.moment_periods,
+            bucket_bytes=BUCKET_BYTES,
+        ),
         inner_optimizer=inner,
-        router_mean=case.router_mean,
-        moment_periods=case.moment_periods,
-        bucket_bytes=BUCKET_BYTES,
         groups=groups,
     )
     ddp = case.optimizer == "ddp"
@@ -251,7 +262,7 @@ def train_case(
                 sync.reduce_gradients()
             reduced = pieces(model, lambda p: p.grad)
             if ddp:
-                sync.clip_grad_norm(0.5)
+                sync.clip_grad_norm_(0.5)
             inner.step()
         states = {m: pieces(model, lambda p, m=m: inner.state[p][m]) for m in MOMENTS}
         local = pieces(model)

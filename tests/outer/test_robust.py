@@ -65,7 +65,7 @@ def meet(
     placement = place(replication)
     model = SmallModel(placement, site, scope, balance="bias")
     inner = torch.optim.AdamW(model.parameters(), lr=0.01)
-    sync = OuterSync(model, placement, site, inner_optimizer=inner, **options)
+    sync = OuterSync(model, placement, site, OuterOptions(**options), inner_optimizer=inner)
     for step in range(rounds):
         before = pieces(model)
         give_gradients(model, site, step)
@@ -80,8 +80,8 @@ def meet(
     moments = {
         m: pieces(model, lambda p, m=m: inner.state[p][m]) for m in ("exp_avg", "exp_avg_sq")
     }
-    local, momenta = pieces(model), [m.clone() for m in sync.momenta]
-    anchors = [a.clone() for a in sync.anchors]
+    local, momenta = pieces(model), [m.clone() for m in sync.state.momenta]
+    anchors = [a.clone() for a in sync.state.anchors]
     predicted, error = sync.predicted_bytes(), ""
     try:
         report = sync.step(tokens=float(10 * (site + 1)))
@@ -90,11 +90,11 @@ def meet(
     except MeetingError as caught:
         error, factors, left_out = str(caught), (), ()
     kept = {
-        piece.key: (torch.equal(sync.anchors[i][at], anchors[i][at]), site)
-        for i, la in enumerate(sync.layouts)
+        piece.key: (torch.equal(sync.state.anchors[i][at], anchors[i][at]), site)
+        for i, la in enumerate(sync.layout.layouts)
         for piece, at in la.slices()
         if piece.expert is not None
-        and (not momenta or torch.equal(sync.momenta[i][at], momenta[i][at]))
+        and (not momenta or torch.equal(sync.state.momenta[i][at], momenta[i][at]))
     }
     state = [v for s in inner.state.values() for v in s.values() if v.dim()]
     return {
@@ -388,7 +388,7 @@ def test_weights_of_clipped_and_left_out_members() -> None:
         ({"clip_delta": 0.5}, ValueError, "clip_delta must be 0 or at least 1, got 0.5"),
         ({"clip_delta": math.nan}, ValueError, "clip_delta must be finite"),
         ({"clip_delta": "2"}, TypeError, "clip_delta must be a number, got '2'"),
-        ({"clip_delta": 2.0, "optimizer": "ddp"}, ValueError, "clip_delta need fragments = 1"),
+        ({"clip_delta": 2.0, "optimizer": "ddp"}, ValueError, "clip_delta needs fragments = 1"),
         ({"clip_delta": 2.0, "overlap": 1, "local_steps": 4}, ValueError, "overlap = 0"),
     ],
 )

@@ -12,7 +12,7 @@ from sites import pool
 from torch import Tensor, nn
 
 from fomoe_ext.layer.mesh import make_mesh
-from fomoe_ext.outer import OuterSync
+from fomoe_ext.outer import OuterOptions, OuterSync
 from fomoe_ext.placement import Placement
 
 BUCKET_BYTES = 4 * 131  # several buckets, and none that ends with a piece
@@ -85,18 +85,17 @@ def meet(
         model,
         placement,
         site,
+        OuterOptions(bucket_bytes=BUCKET_BYTES, **options),
         inner_optimizer=inner,
         mesh=mesh,
         timeout_s=20,
-        bucket_bytes=BUCKET_BYTES,
-        **options,
     )
     norms, predicted, per_round = [], 0, options.get("local_steps", 1)
     for step in range(ROUNDS * per_round):
         local_steps(model, inner, site, step)
         if options.get("optimizer") == "ddp":
             sync.reduce_gradients()
-            norms.append(sync.clip_grad_norm(0.05))
+            norms.append(sync.clip_grad_norm_(0.05))
         sync.after_step()
         if (step + 1) % per_round == 0:
             predicted += sync.predicted_bytes(1, clip=True)
@@ -241,10 +240,15 @@ def different(process: int, processes: int, mode: str) -> str:
     mesh, placement = make_mesh(3 if processes == 6 else 2, 2), place(processes // 2, 2)
     model = SmallModel(placement, site, mesh=mesh)
     sync = OuterSync(
-        model, placement, site, mesh=mesh, timeout_s=20, bucket_bytes=BUCKET_BYTES, on_mismatch=mode
+        model,
+        placement,
+        site,
+        OuterOptions(bucket_bytes=BUCKET_BYTES, on_mismatch=mode),
+        mesh=mesh,
+        timeout_s=20,
     )
     if (site, rank) == (1, 1):
-        sync.anchors[0][0] += 1
+        sync.state.anchors[0][0] += 1
     try:
         sync.step()
     except RuntimeError as error:
@@ -261,7 +265,9 @@ def not_finite(process: int, processes: int) -> str:
     site, rank = divmod(process, 2)
     mesh, placement = make_mesh(2, 2), place(2, 1)
     model = SmallModel(placement, site, mesh=mesh)
-    sync = OuterSync(model, placement, site, mesh=mesh, timeout_s=20, bucket_bytes=BUCKET_BYTES)
+    sync = OuterSync(
+        model, placement, site, OuterOptions(bucket_bytes=BUCKET_BYTES), mesh=mesh, timeout_s=20
+    )
     before = pieces(model)
     if (site, rank) == (0, 1):
         with torch.no_grad():

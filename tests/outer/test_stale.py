@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fomoe_ext.layer.assemble import expert_key
 from fomoe_ext.layer.moe import MoELayer
-from fomoe_ext.outer import MeetingError, OuterSync
+from fomoe_ext.outer import MeetingError, OuterOptions, OuterSync
 from fomoe_ext.outer.codec import get_codec
 from fomoe_ext.placement import Placement, stale, wire
 
@@ -80,10 +80,8 @@ def meet(
         model,
         placement,
         site,
+        OuterOptions(stale_codec=codec, stale_period=period, **options),
         inner_optimizer=inner,
-        stale_codec=codec,
-        stale_period=period,
-        **options,
     )
     copies, rounds = sync.copies, []
     for index in range(3):
@@ -219,7 +217,7 @@ def refused(site: int, num_sites: int, options: dict[str, Any], reshuffle: bool)
     model = CopyModel(placement, site, stale.wanted_copies(placement, 1))
     inner = torch.optim.AdamW(model.parameters())
     with pytest.raises((ValueError, TypeError)) as caught:
-        sync = OuterSync(model, placement, site, inner_optimizer=inner, **options)
+        sync = OuterSync(model, placement, site, OuterOptions(**options), inner_optimizer=inner)
         assert reshuffle
         sync.reshuffle(placement)
     return str(caught.value)
@@ -231,6 +229,7 @@ def refused(site: int, num_sites: int, options: dict[str, Any], reshuffle: bool)
         ({"optimizer": "ddp"}, "an optimizer that is not ddp, got 1, 0, 1 and 'ddp'"),
         ({"fragments": 2, "local_steps": 4}, "stale_experts need fragments = 1"),
         ({"overlap": 1, "local_steps": 4}, "overlap = 0"),
+        ({"staged": True}, "staged needs a model without stale_experts"),
         ({"stale_codec": "topk"}, "stale_codec must be one of fp32, bf16, int8, int4, got 'topk'"),
         ({"stale_period": 0}, "stale_period must be at least 1, got 0"),
         ({}, "reshuffle: not possible with stale experts"),

@@ -9,8 +9,8 @@ from fomoe_ext.placement import Placement
 
 def check_load(placement: Placement) -> None:
     """The definition: sizes, distinct sites, the same number of experts for every site."""
-    assert len(placement.owners_of) == placement.num_layers
-    for experts in placement.owners_of:
+    assert len(placement.table) == placement.num_layers
+    for experts in placement.table:
         assert len(experts) == placement.num_experts
         held = Counter(site for owners in experts for site in owners)
         assert all(len(set(owners)) == placement.replication for owners in experts)

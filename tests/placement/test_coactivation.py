@@ -145,9 +145,9 @@ def test_every_placement_is_balanced_and_no_worse_than_cyclic(
     cyclic = Placement.cyclic(
         num_sites=sites, num_experts=experts, num_layers=layers, replication=replication
     )
-    found = pairs_together(counts, placement.owners_of)
+    found = pairs_together(counts, placement.table)
     assert found == [by_definition(counts, placement, layer) for layer in range(layers)]
-    for ours, theirs in zip(found, pairs_together(counts, cyclic.owners_of), strict=True):
+    for ours, theirs in zip(found, pairs_together(counts, cyclic.table), strict=True):
         assert ours >= theirs if together else ours <= theirs
 
 
@@ -158,18 +158,18 @@ def test_no_swap_of_two_experts_would_be_better(together: bool, replication: int
     placement = Placement.from_coactivation(
         counts, num_sites=4, replication=replication, together=together
     )
-    found = pairs_together(counts, placement.owners_of)
+    found = pairs_together(counts, placement.table)
     tried = 0
-    for layer, experts in enumerate(placement.owners_of):
+    for layer, experts in enumerate(placement.table):
         for a, b in combinations(range(12), 2):
             for s in set(experts[a]) - set(experts[b]):
                 for t in set(experts[b]) - set(experts[a]):
                     owners = [set(held) for held in experts]
                     owners[a] ^= {s, t}
                     owners[b] ^= {s, t}
-                    table = list(placement.owners_of)
+                    table = list(placement.table)
                     table[layer] = tuple(tuple(sorted(held)) for held in owners)
-                    other = pairs_together(counts, Placement.from_table(table, 4).owners_of)[layer]
+                    other = pairs_together(counts, Placement.from_table(table, 4).table)[layer]
                     assert other <= found[layer] if together else other >= found[layer]
                     tried += 1
     assert tried > 100
@@ -183,9 +183,7 @@ def test_a_swap_is_the_best_one_between_two_sites(sign: int) -> None:
         start = Placement.random(
             num_sites=3, num_experts=9, num_layers=3, replication=1 + seed % 2, seed=seed
         )
-        swaps = coactivation._Swaps(
-            counts, coactivation._incidence(start.owners_of, start.num_sites)
-        )
+        swaps = coactivation._Swaps(counts, coactivation._incidence(start.table, start.num_sites))
         before = swaps.held.copy()
         swaps._swap(np.arange(3), 0, 1)
         assert np.array_equal(swaps.common, np.matmul(swaps.held.astype(float), counts))
@@ -232,7 +230,7 @@ BAD: list[tuple[Any, str]] = [
     ([[[]]], "got one of shape"),
     ([[1, 2], [2, 1]], r"got one of shape \[2, 2\]"),
     ([[[0, 1, 2], [1, 0, 3]]], r"got one of shape \[1, 2, 3\]"),
-    ([[[0, 1], [1]]], "rows of several lengths"),
+    ([[[0, 1], [1]]], "rows of different lengths"),
     ([[[0, 1], [1, 0.5]]], "counts must be ints, got float64"),
     ([[[True, False], [False, True]]], "ints, got bool"),
     ([[["a", "b"], ["b", "a"]]], "counts must be ints"),
@@ -260,7 +258,7 @@ def test_other_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"the placement's 2 layers of 6 experts, got 1 of 6"):
         pairs_together(
             counts,
-            Placement.cyclic(num_sites=2, num_experts=6, num_layers=2, replication=1).owners_of,
+            Placement.cyclic(num_sites=2, num_experts=6, num_layers=2, replication=1).table,
         )
 
 
@@ -303,9 +301,7 @@ def test_a_job_is_placed_by_what_an_earlier_run_has_counted() -> None:
         sum(
             pairs_together(
                 counts,
-                Placement.from_coactivation(
-                    counts, num_sites=2, replication=1, together=t
-                ).owners_of,
+                Placement.from_coactivation(counts, num_sites=2, replication=1, together=t).table,
             )
         )
         for t in (False, True)
@@ -315,7 +311,7 @@ def test_a_job_is_placed_by_what_an_earlier_run_has_counted() -> None:
         < sum(
             pairs_together(
                 counts,
-                Placement.cyclic(num_sites=2, num_experts=8, num_layers=2, replication=1).owners_of,
+                Placement.cyclic(num_sites=2, num_experts=8, num_layers=2, replication=1).table,
             )
         )
         < many

@@ -21,7 +21,7 @@ def pair_counts(placement: Placement, layers: range) -> list[int]:
     """Experts that each pair of sites shares in the given layers."""
     counts = Counter(dict.fromkeys(combinations(range(placement.num_sites), 2), 0))
     for layer in layers:
-        for owners in placement.owners_of[layer]:
+        for owners in placement.table[layer]:
             counts.update(combinations(owners, 2))
     return list(counts.values())
 
@@ -59,7 +59,7 @@ def test_every_placement_is_balanced(
                 assert residents == tuple(
                     e for e in range(placement.num_experts) if site in placement.owners(layer, e)
                 )
-        wanted = {owners for experts in placement.owners_of for owners in experts}
+        wanted = {owners for experts in placement.table for owners in experts}
         assert placement.owner_sets() == tuple(sorted(wanted))
 
 
@@ -79,8 +79,8 @@ def test_cyclic_spreads_pairs_evenly(num_sites: int) -> None:
             counts = pair_counts(placement, range(num_sites))
             assert max(counts) - min(counts) <= 4, (replication, factor)
             a, b = 0, num_sites - 1
-            shared = sum(a in o and b in o for e in placement.owners_of for o in e)
-            assert placement.shared_experts(a, b) == shared
+            shared = sum(a in o and b in o for e in placement.table for o in e)
+            assert placement.num_shared(a, b) == shared
 
 
 def test_cyclic_beats_windows_and_uses_every_owner_set() -> None:
@@ -172,17 +172,23 @@ def test_transfers_lead_to_the_new_placement(seed: int) -> None:
 
 def test_from_table_takes_any_order() -> None:
     placement = Placement.from_table([[[1, 0], [2, 1], [0, 2]]])
-    assert placement == Placement(3, 3, 1, 2, (((0, 1), (1, 2), (0, 2)),))
+    assert placement == Placement(
+        num_sites=3,
+        num_experts=3,
+        num_layers=1,
+        replication=2,
+        table=(((0, 1), (1, 2), (0, 2)),),
+    )
 
 
 IMPOSSIBLE: list[tuple[tuple[Any, ...], str]] = [
     ((4, 8, 1, 5), r"replication must be in \[1, num_sites = 4\], got 5"),
-    ((4, 6, 1, 1), r"got 6 \* 1 over 4 sites.*replication 2, 4 with 6 experts, or 4 or 8 experts"),
+    ((4, 6, 1, 1), r"got 6 \* 1 with 4 sites.*replication 2, 4 with 6 experts, or 4 or 8 experts"),
     ((3, 1, 1, 1), "or 3 experts with replication 1"),
-    ((0, 4, 1, 1), "num_sites must be >= 1, got 0"),
-    ((2, 0, 1, 1), "num_experts must be >= 1"),
-    ((2, 4, 0, 1), "num_layers must be >= 1"),
-    ((2, 4, 1, 0), "replication must be >= 1"),
+    ((0, 4, 1, 1), "num_sites must be at least 1, got 0"),
+    ((2, 0, 1, 1), "num_experts must be at least 1"),
+    ((2, 4, 0, 1), "num_layers must be at least 1"),
+    ((2, 4, 1, 0), "replication must be at least 1"),
     ((2, 4, 1, 1.0), "replication must be an int, got 1.0"),
     ((True, 4, 1, 1), "num_sites must be an int, got True"),
 ]
@@ -203,12 +209,12 @@ BAD_TABLES: list[tuple[Any, str]] = [
     (3, "must be"),
     ([[0, 1]], "list of sites"),
     ([[["a"]]], "site numbers"),
-    ([[[0], [0, 1]]], r"owners_of\[0\]\[1\] must name replication = 1 sites"),
+    ([[[0], [0, 1]]], r"table\[0\]\[1\] must name replication = 1 sites"),
     ([[[0, 0], [1, 1]]], "without repeats"),
     ([[[0, 1], [-1, 1]]], r"must be sites in \[0, 2\)"),
     ([[[0], [0], [1]]], r"num_experts \* replication must be a multiple"),
     ([[[0], [0], [0], [1]]], r"hold 2 experts of layer 0, sites 0..1 hold \[3, 1\]"),
-    ([[[0], [1]], [[0]]], r"owners_of\[1\] must have num_experts = 2"),
+    ([[[0], [1]], [[0]]], r"table\[1\] must have num_experts = 2"),
     ([[[0], [1.5]]], "."),
 ]
 
@@ -227,7 +233,7 @@ def test_questions_out_of_range_are_refused() -> None:
         (lambda: placement.owners(0, 4), r"expert must be in \[0, 4\), got 4"),
         (lambda: placement.resident(0, 2), r"site must be in \[0, 2\), got 2"),
         (lambda: placement.arrivals(placement, -1), "site"),
-        (lambda: placement.shared_experts(0, 2), "site"),
+        (lambda: placement.num_shared(0, 2), "site"),
         (
             lambda: placement.transfers(
                 Placement.cyclic(num_sites=2, num_experts=4, num_layers=2, replication=2)

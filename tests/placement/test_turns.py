@@ -24,7 +24,7 @@ from outer_model import (
 from sites import pool
 from torch import Tensor
 
-from fomoe_ext.outer import MeetingError, OuterSync
+from fomoe_ext.outer import MeetingError, OuterOptions, OuterSync
 from fomoe_ext.outer.turns import TurnLayout
 from fomoe_ext.placement import Placement, wire
 from fomoe_ext.placement.turns import ORDERS, GroupExperts, experts_of_turn, turn_size
@@ -108,7 +108,7 @@ def test_bytes_by_hand() -> None:
 def anchors_of(sync: OuterSync) -> dict[str, Tensor]:
     return {
         piece.key: anchor[place].clone()
-        for layout, anchor in zip(sync.layouts, sync.anchors, strict=True)
+        for layout, anchor in zip(sync.layout.layouts, sync.state.anchors, strict=True)
         for piece, place in layout.slices()
     }
 
@@ -116,7 +116,7 @@ def anchors_of(sync: OuterSync) -> dict[str, Tensor]:
 def errors_of(sync: OuterSync) -> dict[str, Tensor]:
     """What encoding has lost of every piece; nothing of sums is kept apart."""
     result = {}
-    for layout, feedback in zip(sync.layouts, sync.feedback, strict=True):
+    for layout, feedback in zip(sync.layout.layouts, sync.state.feedback, strict=True):
         if feedback.own is not None:
             assert feedback.shares is not None and not bool(feedback.shares.any())
             result |= {p.key: feedback.own[at].clone() for p, at in layout.slices()}
@@ -129,7 +129,9 @@ def train(
     """Rounds of steps that route tokens unevenly; all that is known of each."""
     placement = place(num_sites, replication)
     model = SmallModel(placement, site, scope)
-    sync = OuterSync(model, placement, site, bucket_bytes=600, **options)
+    if options.get("optimizer") != "fedavg":
+        options = {"outer_lr": 0.7, "outer_momentum": 0.9, **options}
+    sync = OuterSync(model, placement, site, OuterOptions(bucket_bytes=600, **options))
     inner, told = torch.optim.SGD(model.parameters(), lr=0.1), []
     for index in range(ROUNDS):
         loads = torch.zeros(LAYERS, EXPERTS, dtype=torch.float64)
@@ -177,7 +179,7 @@ def by_key(model: SmallModel) -> dict[str, Tensor]:
 
 def elements_bytes(placement: Placement, site: int, scope: str, sync: OuterSync) -> int:
     """The bytes of this round by sizes alone, as a plan knows them."""
-    experts = sync.moe_layers[0].experts
+    experts = sync.layout.site.moe_layers[0].experts
     sizes = wire.Sizes(
         outside=HIDDEN * 3 + 1,
         block=0,
@@ -189,7 +191,7 @@ def elements_bytes(placement: Placement, site: int, scope: str, sync: OuterSync)
         wire.group_elements(placement, site, sizes, router_scope=scope),
         placement.num_sites,
         optimizer=options.optimizer,
-        codec=sync.codec.name,
+        codec=sync.layout.site.codec.name,
         bucket_bytes=600,
         round_index=sync.round,
         counted_experts=0 if options.turn_order == "numbered" else LAYERS * EXPERTS,
@@ -328,7 +330,9 @@ def resumed(site: int, num_sites: int, codec: str) -> Any:
 
     def make() -> tuple[SmallModel, torch.optim.Optimizer, OuterSync]:
         model = SmallModel(placement, site)
-        sync = OuterSync(model, placement, site, codec=codec, expert_turns=3, bucket_bytes=600)
+        sync = OuterSync(
+            model, placement, site, OuterOptions(codec=codec, expert_turns=3, bucket_bytes=600)
+        )
         return model, torch.optim.SGD(model.parameters(), lr=0.1), sync
 
     def go_on(model: Any, inner: Any, sync: OuterSync, first: int, last: int) -> Any:
@@ -366,7 +370,7 @@ def global_model(site: int, num_sites: int) -> Any:
     """The anchor after a last meeting, as the model of all sites."""
     placement = place(num_sites)
     model = SmallModel(placement, site)
-    sync = OuterSync(model, placement, site, optimizer="fedavg", expert_turns=2)
+    sync = OuterSync(model, placement, site, OuterOptions(optimizer="fedavg", expert_turns=2))
     give_gradients(model, site, 0)
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     sync.step()
@@ -390,7 +394,7 @@ def one_order_differs(site: int, num_sites: int) -> str:
     model = SmallModel(place(num_sites), site)
     order = ORDERS[site]
     try:
-        OuterSync(model, place(num_sites), site, expert_turns=2, turn_order=order)
+        OuterSync(model, place(num_sites), site, OuterOptions(expert_turns=2, turn_order=order))
     except MeetingError as error:
         return str(error)
     return ""
@@ -402,7 +406,7 @@ def test_sites_must_agree_on_the_order() -> None:
 
 def alone(**options: Any) -> OuterSync:
     placement = place(1, 1)
-    return OuterSync(SmallModel(placement, 0), placement, 0, **options)
+    return OuterSync(SmallModel(placement, 0), placement, 0, OuterOptions(**options))
 
 
 @pytest.mark.parametrize(
@@ -413,8 +417,8 @@ def alone(**options: Any) -> OuterSync:
         ({"expert_turns": 2, "optimizer": "ddp"}, "needs optimizer diloco or fedavg"),
         ({"expert_turns": 2, "optimizer": "local-adamw"}, "needs optimizer diloco or fedavg"),
         ({"expert_turns": 2, "overlap": 1, "local_steps": 2}, "fragments = 1 and overlap = 0"),
-        ({"expert_turns": 2, "staged": True}, "staged, site_mean = tokens and clip_delta need"),
-        ({"expert_turns": 2, "clip_delta": 2.0}, "staged, site_mean = tokens and clip_delta need"),
+        ({"expert_turns": 2, "staged": True}, "staged needs fragments = 1"),
+        ({"expert_turns": 2, "clip_delta": 2.0}, "clip_delta needs fragments = 1"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:
@@ -457,13 +461,13 @@ def test_experts_of_unlike_sizes_are_refused() -> None:
         parts.register_parameter(name, torch.nn.Parameter(wider))
     OuterSync(model, place(1, 1), 0)
     with pytest.raises(ValueError, match="experts of one size"):
-        OuterSync(model, place(1, 1), 0, expert_turns=2)
+        OuterSync(model, place(1, 1), 0, OuterOptions(expert_turns=2))
 
 
 def test_reshuffle_is_refused() -> None:
     placement = place(1, 1)
     model = SmallModel(placement, 0)
     inner = torch.optim.AdamW(model.parameters())
-    sync = OuterSync(model, placement, 0, expert_turns=2, inner_optimizer=inner)
+    sync = OuterSync(model, placement, 0, OuterOptions(expert_turns=2), inner_optimizer=inner)
     with pytest.raises(ValueError, match="not possible with expert_turns > 1"):
         sync.reshuffle(placement)

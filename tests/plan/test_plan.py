@@ -14,7 +14,6 @@ from fomoe_ext.placement import wire
 from fomoe_ext.plan import cost as plan_cost
 from fomoe_ext.plan import memory as plan_memory
 from fomoe_ext.plan import traffic as plan
-from fomoe_ext.report.report import markdown, report_tables
 
 
 @pytest.mark.parametrize("replication", [1, 2, 4])
@@ -122,79 +121,6 @@ def test_unknown_commands_are_refused(capsys):
     assert cli.main(["--help"]) == 0 and "plan" in capsys.readouterr().out
 
 
-# ---- the report ----------------------------------------------------------------------------------
-
-
-def sample_report(num_experts: int = 4, num_layers: int = 2) -> dict:
-    memory = {"parameters": 40, "gradients": 40, "anchor": 0, "total": 80}
-    site = {
-        "site": 0,
-        "local_s": 9.0,
-        "meeting_s": 1.0,
-        "exchange_s": 4.0,
-        "healed": 0,
-        "validation_s": 0.5,
-        "tokens": 900,
-        "skipped_share": 0.25,
-        "bytes_sent": 1000,
-        "moved_bytes": 0,
-        "validation_bytes": 5,
-        "planned": {"bytes": 1000, "full_replica_bytes": 2500, "ddp_bytes": 40_000},
-        "memory": memory,
-    }
-    load = [[10 * (e + layer) for e in range(num_experts)] for layer in range(num_layers)]
-    return {
-        "run": {
-            "name": "x",
-            "sites": 1,
-            "replication": 1,
-            "rounds": 3,
-            "local_steps": 2,
-            "tokens": 900,
-            "wall_s": 12.0,
-            "data": "text",
-            "link": "",
-            "fragments": 1,
-            "overlap": 0,
-            "agreements": 3,
-        },
-        "validation": {"loss": 1.5, "bits_per_byte": 2.16, "tokens": 100, "load": load},
-        "first_validation": None,
-        "sites": [site],
-        "full_replica_memory": {part: 2 * size for part, size in memory.items()},
-        "model_parameters": {"total": 10, "sparse": 9},
-        "flops_per_token": {"this run": {"attention": 5.0, "forward": 5.0, "training": 15.0}},
-    }
-
-
-def test_report_says_what_was_counted():
-    text = markdown(sample_report())
-    for line in (
-        "| validation bits per byte | 2.160 |",
-        "| site 0 | 1 kB | 1 kB | 2.5 kB | 40 kB | 2.50x | 40.00x |",
-        "| site / full | 50.0% | 50.0% | - | 50.0% |",
-        "| site 0 | 9.0 s | 1.0 s | 90.0% | 4.0 s | 75.0% | 0.5 s | 100 | 25.0% |",
-        "| expert 3 | 2.00 | 1.60 |",
-        "Counted and predicted equal.",
-    ):
-        assert line in text, text
-    assert "(none without overlap)" in text and "Link:" not in text and "restored" not in text
-    report = sample_report()
-    report["run"] |= {"sites": 2, "link": "1 Mbit/s: counted delays", "overlap": 4}
-    report["sites"][0] |= {"bytes_sent": 1024, "healed": 2}
-    text = markdown(report)
-    assert "Counted and predicted differ by 24 bytes" in text and "| 1.02 kB | 1 kB |" in text
-    assert "| same bits on all holders | after 3 meetings |" in text
-    assert "| tensors restored from a majority | 2 |" in text
-    assert "(1 fragments, 4 steps of overlap). Link: 1 Mbit/s: counted delays." in text
-
-
-def test_loads_of_many_layers_are_summed_up():
-    table = report_tables(sample_report(num_experts=4, num_layers=30))[-1]
-    assert table.columns == ("", "least", "most", "spread") and len(table.rows) == 30
-    assert table.rows[0] == ("layer 0", "0.00", "2.00", "0.75")
-
-
 def test_overlap_hides_meetings():
     config = config_of(outer={"overlap": 4, "fragments": 2}, run={"local_steps": 16})
     placement, link = plan.job_placement(config), wire.Link(1e8, 0.01)
@@ -295,3 +221,48 @@ def test_experts_in_turns_are_spread_over_their_cycle(scope):
     assert waits[0] == plan_cost.meeting_waits(every, placement, 1)[0] and waits[1] > 0
     counting = plan_cost.meeting_waits(of(expert_turns=3), placement, 1)
     assert counting == (waits[0] + 1, waits[1])
+
+
+# ---- what limits meetings ------------------------------------------------------------------------
+
+
+def test_what_limits_meetings():
+    """By hand: the same round over links of which another thing is the worst."""
+    of = lambda **options: config_of("54m", outer={"codec": "int4", **options})
+    placement = plan.job_placement(of())
+    cost = plan_cost.round_cost(of(), placement, wire.Link(1e9, 0.05), 1e14)
+    limit = lambda bandwidth, latency: cost.limit(wire.Link(bandwidth, latency))
+    assert cost.waits == 5 and cost.waves == 7
+    sending_s = 8 * cost.bytes_sent / 1e9
+    assert limit(1e9, 0.99 * sending_s / 7) == "bandwidth"
+    assert limit(1e9, 1.01 * sending_s / 7) == "latency x buckets"
+    assert limit(1e9, 0.0) == "bandwidth"
+    few = plan_cost.round_cost(of(in_flight=64), placement, wire.Link(1e9, 0.05), 1e14)
+    assert few.waves == 1 and few.limit(wire.Link(1e12, 0.05)) == "latency"
+    # With overlap, a slow site and a fast link: nothing is waited for.
+    hidden = plan_cost.round_cost(of(overlap=8), placement, wire.Link(1e9, 0.05), 1e12)
+    assert hidden.limit(wire.Link(1e9, 0.05)) == "nothing: hidden"
+    alone = config_of(sites={"sites": 1, "replication": 1})
+    cost = plan_cost.round_cost(alone, plan.job_placement(alone), wire.Link(1e9, 0.05), 1e13)
+    assert cost.bytes_sent == 0 and cost.limit(wire.Link(1e9, 0.05)) == "nothing"
+
+
+def test_no_bandwidth_is_said_to_be_enough_where_latency_is_the_limit():
+    """A share of the time is within reach of some bandwidth up to what latency alone leaves."""
+    config = config_of("54m", outer={"codec": "int4"})
+    placement = plan.job_placement(config)
+    cost = plan_cost.round_cost(config, placement, wire.Link(1e9, 0.05), 1e14)
+    most = plan_cost.most_utilization(cost, 0.05)
+    assert most == pytest.approx(cost.local_s / (cost.local_s + 12 * 0.05))
+    assert plan_cost.bandwidth_needed(cost, most + 1e-6, 0.05) is None
+    needed = plan_cost.bandwidth_needed(cost, most - 1e-6, 0.05)
+    reached = plan_cost.round_cost(config, placement, wire.Link(needed, 0.05), 1e14)
+    assert reached.utilization == pytest.approx(most, abs=2e-6)
+
+
+def test_no_more_than_a_round_is_hidden():
+    """However many fragments are under way: there is one exchange at a time."""
+    outer = {"fragments": 4, "overlap": 12}
+    config = config_of(outer=outer, run={"local_steps": 16})
+    cost = plan_cost.round_cost(config, plan.job_placement(config), wire.Link(1e3, 0.01), 1e13)
+    assert cost.meeting_s > cost.local_s and cost.hidden_s == cost.local_s

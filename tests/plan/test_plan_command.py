@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,34 @@ def told(capsys, *arguments: str) -> dict:
 
 
 # ---- side by side --------------------------------------------------------------------------------
+
+
+def test_large_models_are_not_limited_by_buckets(capsys):
+    """13.3 billion parameters at 8 sites: buckets of 4 MiB take five times as long for topk."""
+    job = ["--preset", "13.3b", "--sites", "8", "--replication", "2"]
+    jobs = told(capsys, *job)["jobs"]
+    small = told(capsys, *job, "--bucket-bytes", str(4 << 20))["jobs"]
+    for name, cost in jobs.items():
+        assert cost["limit"] == "bandwidth", name
+        assert cost["meeting_s"] <= small[name]["meeting_s"]
+        assert cost["meeting_memory"] < cost["memory"] / 50
+    assert jobs["FoMoE, topk"]["meeting_s"] < 8.2 and small["FoMoE, topk"]["meeting_s"] > 41
+    assert small["FoMoE, topk"]["limit"] == "latency x buckets"
+    assert cli.main(["plan", *job]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "by none" not in shown and "max 98." in shown  # int8, for 99 %
+    assert "Limited by bandwidth: the link is full" in shown
+
+
+def test_the_plan_of_a_chosen_overlap_says_why(capsys):
+    job = ["--preset", "54m", "--codec", "int4", "--local-steps", "64", "--overlap", "auto"]
+    planned = told(capsys, *job)
+    own = planned["jobs"][planned["job"]]
+    steps = own["meeting_s"] / own["local_s"] * 64
+    assert own["overlap"] == math.ceil(1.25 * steps) < 64 and own["hidden_s"] == own["meeting_s"]
+    assert cli.main(["plan", *job]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"overlap {own['overlap']}: the exchange takes {steps:.1f} steps; more" in shown
 
 
 def test_jobs_side_by_side():
@@ -206,6 +235,8 @@ FLAGS = [
     ["--config", "job.toml", "--outer-momentum", "0.5", "--spread-by", "x", "--ranks-per-site=2"],
     ["--moment-periods", "3", "6", "--optimizer", "local-adamw"],
     ["--resume", "--rounds", "5"],
+    ["--overlap", "auto", "--local-steps", "8"],
+    ["--overlap=3", "--local-steps", "8", "--bucket-bytes", "0"],
     ["--weight-decay", ".1", "--outer-lr", "None", "--router_scope", "resident"],
 ]
 
@@ -268,7 +299,7 @@ def test_fit_chooses_what_trying_all_chooses(ranks, scope, capsys):
         for codec in ("fp32", "bf16", "int8", "int4", "int2", "int8-128"):
             job = parse_args([*flags, "--replication", str(replication), "--codec", codec])
             cost = plan_jobs.job_cost(job, LINK, SPEED * ranks)
-            tried.append((cost.round.seconds, replication, codec, cost.rank_memory))
+            tried.append((cost.round.seconds, replication, codec, cost.peak_memory))
     sizes = sorted({memory for *_, memory in tried})
     assert len(sizes) >= 8
     for limit in (sizes[0], sizes[len(sizes) // 2], sizes[-1]):
@@ -287,16 +318,16 @@ def test_fit_chooses_what_trying_all_chooses(ranks, scope, capsys):
 
 
 def test_fit_shows_the_candidates(capsys):
-    assert cli.main(["plan", "--preset", "54m", "--fit", "1.275GB"]) == 0
+    assert cli.main(["plan", "--preset", "54m", "--fit", "1.375GB"]) == 0
     shown = capsys.readouterr().out
     lines = [line for line in shown.splitlines() if "chosen" in line]
-    assert len(lines) == 1 and "What fits into 1.27 GB" in shown
+    assert len(lines) == 1 and "What fits into 1.38 GB" in shown
 
 
 def test_nothing_fits(capsys):
     assert cli.main(["plan", "--preset", "54m", "--fit", "1GB"]) == 1
     output = capsys.readouterr()
-    assert "nothing fits into 1 GB: the least is 1.27 GB, with replication 1" in output.err
+    assert "nothing fits into 1 GB: the least is 1.37 GB, with replication 1" in output.err
     assert "chosen" not in output.out
     assert cli.main(["plan", "--preset", "54m", "--fit", "1GB", "--json"]) == 1
     fit = json.loads(capsys.readouterr().out)["fit"]

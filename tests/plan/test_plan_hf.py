@@ -148,7 +148,7 @@ def test_bytes_are_those_that_the_converted_model_sends(family, tmp_path):
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    hf.convert(model, placement=placement, site=1)
+    hf.convert(model, placement, 1)
     laid: dict[tuple[int, ...], int] = {}
     for piece in parameter_pieces(model, placement, 1, "all"):
         laid[piece.owners] = laid.get(piece.owners, 0) + piece.numel

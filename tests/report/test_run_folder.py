@@ -92,7 +92,7 @@ def test_the_kernel_knows_it_where_the_file_says_nothing(tmp_path, holder):
 
 @pytest.mark.parametrize("locks", [True, False], ids=["flock", "no flock"])
 def test_a_process_of_another_machine_is_watched_for_signs_of_life(
-    tmp_path, monkeypatch, capfd, locks
+    tmp_path, monkeypatch, caplog, locks
 ):
     """Where flock does not reach that far."""
     monkeypatch.setattr(folder_lock, "_BEAT_S", 0.05)
@@ -116,7 +116,7 @@ def test_a_process_of_another_machine_is_watched_for_signs_of_life(
         beating.join()
     before = (tmp_path / LOCK).stat().st_mtime_ns
     hold(tmp_path, "run_dir").release()
-    assert "waiting" in capfd.readouterr().err
+    assert "waiting" in caplog.text
     # Our own sign of life.
     held = hold(tmp_path, "run_dir")
     time.sleep(0.2)
@@ -147,7 +147,7 @@ def seconds_stand_still(tmp_path, monkeypatch):
 
 
 def test_two_jobs_of_the_same_second_have_a_folder_each(seconds_stand_still):
-    first, second = (runs.settled_job(["--sites", "2"]) for _ in range(2))
+    first, second = (runs.find_job(["--sites", "2"]) for _ in range(2))
     assert first.config.run.run_dir == second.config.run.run_dir
     with runs.claimed(first) as one, runs.claimed(second) as other:
         names = [config.run.run_dir.name for config in (one, other)]
@@ -159,7 +159,7 @@ def test_two_jobs_of_the_same_second_have_a_folder_each(seconds_stand_still):
 
 def test_a_named_folder_is_refused_while_another_job_has_it(tmp_path, holder):
     run = tmp_path / "run"
-    job = runs.settled_job(["--run-dir", str(run)])
+    job = runs.find_job(["--run-dir", str(run)])
     with runs.claimed(job):
         with pytest.raises(InUse, match=f"run_dir {run} is in use by process {os.getpid()}"):
             runs.claim(job)
@@ -168,12 +168,12 @@ def test_a_named_folder_is_refused_while_another_job_has_it(tmp_path, holder):
     save_config(job.config, run / "config.toml")
     holder(run)
     for args in (["--resume", str(run)], ["--resume", "auto", "--run-dir", str(run)]):
-        with pytest.raises(InUse), runs.claimed(runs.settled_job(args)):
+        with pytest.raises(InUse), runs.claimed(runs.find_job(args)):
             pass
 
 
 def test_an_empty_folder_of_the_users_stays(tmp_path):
-    with runs.claimed(runs.settled_job(["--run-dir", str(tmp_path)])):
+    with runs.claimed(runs.find_job(["--run-dir", str(tmp_path)])):
         pass
     assert tmp_path.is_dir()
 

@@ -179,7 +179,7 @@ def stopped(job):
         Path("run/checkpoints"),
         ckpt.checkpoint_name(8),
         own_global_tensors(model, whole, 0, local_tensors(model)),
-        {"data": data.train_batches(seed=0).state_dict()},
+        {"data": data.train_batches(1, site=0, num_sites=1).state_dict()},
         site=0,
         num_sites=1,
         round=2,
@@ -198,7 +198,7 @@ def test_what_is_whole_and_this_jobs_is_resumed(job, stopped):
     [
         (["--hidden-size", "32"], "is of a job with hidden_size = 16, this one has 32"),
         (["--seed", "1"], "is of a job with seed = 0, this one has 1"),
-        (["--data", "other.txt"], "is of other data"),
+        (["--data", "other.txt"], "was trained on other data"),
     ],
 )
 def test_another_jobs_checkpoint_is_refused(job, stopped, target, flags, said):

@@ -20,9 +20,11 @@ from torch import Tensor
 
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.reader import load_state
-from fomoe_ext.config.io import parse_args
+from fomoe_ext.config.io import load_config, parse_args
 from fomoe_ext.launch.world import find_world
 from fomoe_ext.placement import Placement
+from fomoe_ext.plan.disk import CheckpointSize, checkpoint_size
+from fomoe_ext.plan.traffic import job_placement
 
 JOB = [*TWO.split(), "--codec", "int8", "--rounds", "4", "--checkpoint-rounds", "2"]
 
@@ -71,6 +73,22 @@ def test_what_was_interrupted_goes_on_bit_for_bit(whole, tmp_path):
     for mine, other in zip(again.report["sites"], whole.report["sites"], strict=True):
         for what in ("tokens", "rows", "slots", "bytes_sent", "planned", "agreements"):
             assert mine[what] == other[what], what
+
+
+def test_a_checkpoint_takes_what_the_plan_says(whole):
+    """Of each kind of tensor, to the byte; the anchor is not stored beside the model."""
+    config = load_config(whole.run / "config.toml")
+    planned = checkpoint_size(config, job_placement(config))
+    sizes = dict.fromkeys(CheckpointSize._fields, 0)
+    sizes["model"] = sum(tensor.nbytes for tensor in model_of(whole.checkpoint).values())
+    kinds = {"exp_avg": "inner_state", "exp_avg_sq": "inner_state", "local": "own_models"}
+    kinds |= {"error": "error_feedback", "share": "error_feedback"}
+    for name, tensor in state_of(whole.checkpoint).items():
+        first, second = name.split("/")[:2]
+        if second != "tokens":
+            sizes["outer_state" if first == "momentum" else kinds[second]] += tensor.nbytes
+    assert sizes == planned._asdict()
+    assert all(sizes[kind] for kind in sizes if kind != "own_models")
 
 
 @pytest.mark.parametrize("ranks", [["--ranks-per-site", "1"], ["--replicas", "2"]], ids=" ".join)
@@ -134,7 +152,7 @@ def test_other_sites_go_on(whole, tmp_path, changes):
             assert not tensor.any(), name
     result = resumed(run, *changes.split())
     assert result.report["run"]["from_round"] == 2 and result.report["run"]["rounds"] == 4
-    assert "counts begin anew" in result.said
+    assert "counts start from zero" in result.said
     for site in result.report["sites"]:
         assert site["bytes_sent"] == site["planned"]["bytes"]
     assert result.rounds("loss")[-1] < result.rounds("loss")[0]

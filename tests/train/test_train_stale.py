@@ -79,7 +79,7 @@ def test_a_job_goes_on_at_other_sites_with_other_copies(flags, tmp_path):
         ("--stale-codec topk", "stale-codec"),
         ("--stale-by x.json", "sites.stale_by needs sites.stale_experts of 1 or more, got 0"),
         ("--stale-experts -1 --stale-by x.json", "of 1 or more, got -1"),
-        ("--stale-period 0", "outer.stale_period must be >= 1, got 0"),
+        ("--stale-period 0", "outer.stale_period must be at least 1, got 0"),
         ("--stale-experts 1 --optimizer ddp", "got 1, 0, 1 and ddp"),
         ("--stale-experts 1 --overlap 1", "sites.stale_experts needs outer.fragments = 1"),
         ("--stale-experts 1 --router-scope resident", "needs model.router_scope = global"),

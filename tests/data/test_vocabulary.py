@@ -1,0 +1,45 @@
+"""What a job says of a vocabulary that its tokens cannot fill."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fomoe_ext.config.io import parse_args
+from fomoe_ext.config.model import count_parameters
+from fomoe_ext.config.vocabulary import BYTES, vocabulary_notes
+from fomoe_ext.data.text import ByteTokenizer
+
+
+def test_bytes_in_a_large_vocabulary_are_told_once() -> None:
+    config = parse_args(["--preset", "153m"])
+    model = config.model
+    unused = (200_019 - 256) * model.hidden_size
+    share = f"{unused / count_parameters(model).total:.0%}"
+    (note,) = vocabulary_notes(config)
+    assert note == vocabulary_notes(config, ByteTokenizer.vocab_size)[0]
+    assert "(bytes) use 256 of the 200019 ids" in note and f"{share} of all parameters" in note
+    assert f"({unused / 1e6:.1f} million)" in note and "--vocab-size 256" in note
+    assert vocabulary_notes(parse_args(["--preset", "153m", "--vocab-size", "256"])) == []
+    assert vocabulary_notes(parse_args([])) == []
+
+
+def test_bytes_are_what_data_says() -> None:
+    assert ByteTokenizer.vocab_size == BYTES
+
+
+@pytest.mark.parametrize(("num_ids", "notes"), [(None, 0), (200_000, 0), (50_257, 1)])
+def test_a_tokenizer_that_nearly_fills_it_is_not_told(num_ids: int | None, notes: int) -> None:
+    config = parse_args(["--preset", "153m", "--tokenizer", "some/tokenizer.json"])
+    found = vocabulary_notes(config, num_ids)
+    assert len(found) == notes
+    assert all("(tokenizer.json) use 50257 of" in note for note in found)
+
+
+def test_the_plan_says_it() -> None:
+    command = [sys.executable, "-m", "fomoe_ext.cli", "plan", "--preset", "153m", "--json"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path.cwd())
+    assert told.stderr.count("--vocab-size 256 leaves them out") == 1
