@@ -408,7 +408,7 @@ def test_sharded_cuts_that_are_wrong_are_named() -> None:
     entries = (
         "ValueError: rank_experts must have an entry for each rank of the mesh's axis 'expert'"
     )
-    differ = "in layer 1 they differ in rank_experts: by rank ["
+    differ = "in layer 1 they differ in rank_experts, by rank: ["
     for found in pool().run(2, bad_cuts):
         assert found["too few"] == f"{entries}, 2, got 1"
         assert found["too many"] == f"{entries}, 2, got 3"

@@ -236,7 +236,7 @@ def test_the_option_is_checked_and_shown() -> None:
     with pytest.raises(SystemExit):
         parse_args(["--skipped-mass", "keep"])
     assert TrainConfig().model.skipped_mass == "drop"
-    assert "skipped_mass=rescale" in repr(rescaling())
+    assert "skipped_mass='rescale'" in repr(rescaling())
     assert make().skipped_mass == "drop" and "skipped_mass" not in repr(make())
     check_against_dense(make(resident_experts=HALF, skipped_mass="drop"), tokens(20, 24))
     everywhere = Placement.cyclic(num_sites=2, num_experts=16, num_layers=4, replication=2)
