@@ -261,7 +261,7 @@ def make_layers(inputs: Inputs) -> WholeLayers:
         model.experts,
         model.top_k,
         activation=model.activation,
-        bias=model.bias,
+        expert_bias=model.bias,
         resident_experts=range(residents),
         device="meta",
         dtype=inputs.x.dtype,

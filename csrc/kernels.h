@@ -5,7 +5,7 @@
 // The callers (csrc/ops) check shapes, dtypes and devices and allocate every output.
 //
 // Letters: T tokens, K slots per token (top_k), E experts of the layer, R resident experts,
-// D hidden size, N intermediate size, G = 2 for gated activations (SwiGLU, GeGLU) else 1,
+// D hidden size, N expert size, G = 2 for gated activations (SwiGLU, GeGLU) else 1,
 // S = T * K slots. Tensors are dense and row-major unless a leading stride is given.
 #pragma once
 
@@ -142,7 +142,7 @@ struct ExpandArgs {
   const int32_t* tiles;         // CUDA only
   DType dtype;                  // of x, weight, bias, act and preact
   int32_t residents;
-  int64_t tokens, slots, hidden, intermediate_size;
+  int64_t tokens, slots, hidden, expert_size;
   Activation activation;
   void* act;     // out [S, N]; rows past offsets[R] untouched
   void* preact;  // out [S, G*N] or null
@@ -157,7 +157,7 @@ struct ContractArgs {
   const int32_t* tiles;    // CUDA only
   DType dtype;
   int32_t residents;
-  int64_t slots, hidden, intermediate_size;
+  int64_t slots, hidden, expert_size;
   void* rows;  // out [S, D]; rows past offsets[R] untouched
 };
 
@@ -206,7 +206,7 @@ struct ContractBackwardArgs {
   const int32_t* tiles;         // CUDA only
   DType dtype;
   int32_t residents;
-  int64_t tokens, slots, hidden, intermediate_size;
+  int64_t tokens, slots, hidden, expert_size;
   Activation activation;
   void* grad_preact;    // out [S, G*N]; rows past offsets[R] untouched
   void* scaled_act;     // out [S, N]; likewise
@@ -267,7 +267,7 @@ struct ActivationBackwardArgs {
   const int32_t* offsets;
   DType dtype;
   int32_t residents;
-  int64_t slots, intermediate_size;
+  int64_t slots, expert_size;
   Activation activation;
   void* grad_preact;  // out [S, G*N]; rows past offsets[R] untouched
 };

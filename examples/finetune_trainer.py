@@ -2,9 +2,9 @@
 
     python examples/finetune_trainer.py
 
-writes a small random Mixtral, from which each site reads its own experts only, trains it on
-Python's own source code (bytes are tokens), and writes one model of both sites that plain
-transformers loads. On two machines start it once on each under torchrun, as own_loop.py.
+writes a small random Mixtral. Each site reads only its own experts and trains them on Python's own
+source code (tokens are bytes). Both sites then write one model that plain transformers loads. To
+use two machines, start it on each with torchrun, as own_loop.py, with --folder.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BATCH, LENGTH = 8, 128
 
 
 class SourceCode(Dataset):
-    """Windows of some modules of the standard library; every site has others."""
+    """Windows of some modules of the standard library, different ones for each site."""
 
     def __init__(self, site: int) -> None:
         folder = Path(argparse.__file__).parent
@@ -55,7 +55,7 @@ class SourceCode(Dataset):
 
 
 def write_start(folder: Path) -> None:
-    """A model to start from, as one would download it."""
+    """Writes the model to start from; usually you would download one."""
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=256,
@@ -76,7 +76,7 @@ def train(site: int, folder: Path) -> None:
     placement = Placement.cyclic(
         num_sites=SITES, num_experts=8, num_layers=4, replication=REPLICATION
     )
-    # Not balance="bias": Mixtral's files have no place for a selection bias.
+    # Not balance="bias": Mixtral's files cannot store a selection bias.
     model, info = hf.from_pretrained_resident(
         folder / "start", placement, site, output_loading_info=True, balance="switch"
     )
@@ -122,7 +122,7 @@ def train(site: int, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--folder", type=Path, help="where the models go; must be shared by sites")
+    parser.add_argument("--folder", type=Path, help="folder for the models, shared by all sites")
     folder = parser.parse_args().folder
     world = find_world(SITES)
     use_threads(0, world)
@@ -133,7 +133,7 @@ def main() -> None:
 if __name__ == "__main__":
     if "RANK" in os.environ:
         main()
-    else:  # not started by torchrun: both sites on this machine
+    else:  # not started by torchrun: start both sites on this machine
         with tempfile.TemporaryDirectory() as temporary:
             write_start(Path(temporary) / "start")
             sys.exit(run_sites([sys.executable, __file__, "--folder", temporary], SITES))

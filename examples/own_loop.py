@@ -2,8 +2,8 @@
 
     python examples/own_loop.py
 
-trains a small random OLMoE on Python's own source code (bytes are tokens) and writes one model of
-both sites that plain transformers loads. On two machines start it once on each under torchrun:
+trains a small random OLMoE on Python's own source code (tokens are bytes). Both sites then write
+one model that plain transformers loads. To use two machines, start it on each with torchrun:
 
     torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint host0:29500 \\
         examples/own_loop.py
@@ -56,51 +56,46 @@ def source_code() -> Tensor:
 
 
 def batch(data: Tensor, site: int, step: int) -> Tensor:
-    """Windows of the text, other ones for every site and step: int64 [BATCH, LENGTH]."""
+    """Windows of the text, different ones for each site and step: int64 [BATCH, LENGTH]."""
     generator = torch.Generator().manual_seed(1000 * step + site)
     starts = torch.randint(len(data) - LENGTH, (BATCH,), generator=generator)
     return torch.stack([data[start : start + LENGTH] for start in starts.tolist()])
 
 
-def main() -> None:
-    world = find_world(SITES)
-    use_threads(0, world)
-    with joined(world, timeout_s=300):
-        site = world.site
-        config = make_config()
-        placement = Placement.cyclic(
-            num_sites=SITES,
-            num_experts=config.num_experts,
-            num_layers=config.num_hidden_layers,
-            replication=REPLICATION,
-        )
-        torch.manual_seed(0)  # all sites start from the same weights
-        model = AutoModelForCausalLM.from_config(config)
-        hf.convert(model, placement, site, balance="switch")
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
-        sync = OuterSync(
-            model, placement, site, OuterOptions(codec="int8"), inner_optimizer=optimizer
-        )
-        data, sent = source_code(), 0
-        for round_ in range(ROUNDS):
-            total = 0.0
-            for step in range(LOCAL_STEPS):
-                tokens = batch(data, site, round_ * LOCAL_STEPS + step)
-                loss = model(tokens, labels=tokens).loss  # with the loss that balances experts
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                total += loss.item() / LOCAL_STEPS
-            report = sync.step()  # the sites meet
-            sent += report.bytes_sent
-            if site == 0:
-                megabytes = f"{report.bytes_sent / 1e6:.2f} MB"
-                print(f"round {report.round:2d}  loss {total:.3f}  sent {megabytes}", flush=True)
-        check(model, placement, site, data)
+def train(site: int) -> None:
+    config = make_config()
+    placement = Placement.cyclic(
+        num_sites=SITES,
+        num_experts=config.num_experts,
+        num_layers=config.num_hidden_layers,
+        replication=REPLICATION,
+    )
+    torch.manual_seed(0)  # all sites start from the same weights
+    model = AutoModelForCausalLM.from_config(config)
+    hf.convert(model, placement, site, balance="switch")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
+    options = OuterOptions(codec="int8")
+    data, losses = source_code(), []
+    with OuterSync(model, placement, site, options, inner_optimizer=optimizer) as sync:
+        for step in range(ROUNDS * LOCAL_STEPS):
+            tokens = batch(data, site, step)
+            loss = model(tokens, labels=tokens).loss  # includes the loss that balances experts
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            if (step + 1) % LOCAL_STEPS == 0:  # the sites meet
+                report = sync.step()
+                if site == 0:
+                    mean, sent = sum(losses[-LOCAL_STEPS:]) / LOCAL_STEPS, report.bytes_sent / 1e6
+                    print(
+                        f"round {report.round:2d}  loss {mean:.3f}  sent {sent:.2f} MB", flush=True
+                    )
+    check(model, placement, site, data)
 
 
 def check(model: torch.nn.Module, placement: Placement, site: int, data: Tensor) -> None:
-    """Writes the model of all sites; site 0 loads it with plain transformers."""
+    """All sites write the global model; site 0 loads it with plain transformers."""
     with tempfile.TemporaryDirectory() as folder:
         hf.save_merged(model, Path(folder) / "model", placement, site)
         if site == 0:
@@ -113,6 +108,9 @@ def check(model: torch.nn.Module, placement: Placement, site: int, data: Tensor)
 
 
 if __name__ == "__main__":
-    if "RANK" not in os.environ:  # not started by torchrun: both sites on this machine
+    if "RANK" not in os.environ:  # not started by torchrun: start both sites on this machine
         sys.exit(run_sites([sys.executable, __file__], SITES))
-    main()
+    world = find_world(SITES)
+    use_threads(0, world)
+    with joined(world, timeout_s=300):
+        train(world.site)

@@ -72,7 +72,7 @@ struct ExpandCall {
              const Tensor& tiles, int64_t activation_id, bool save_preact) {
     const Activation activation = as_activation(activation_id);
     check(x, "x").dtype(kFloatTypes).shape({kAny, kAny}).contiguous();
-    const int64_t intermediate_size = check_expand_weight(weight, x, activation);
+    const int64_t expert_size = check_expand_weight(weight, x, activation);
     const int64_t residents = weight.size(0), slots = slots_of(token_of_row, "token_of_row");
     check_bias(bias, "expand_bias", residents, weight.size(1), x, "x");
     check_table(token_of_row, "token_of_row", {slots}, x, "x");
@@ -81,7 +81,7 @@ struct ExpandCall {
             shape_name(row_of_slot.sizes()), ", wanted one entry for each of ", slots, " slots");
     check_offsets(offsets, residents, x, "x");
     check_tiles(tiles, x, "x");
-    act = empty(x, {slots, intermediate_size});
+    act = empty(x, {slots, expert_size});
     preact = empty(x, {save_preact ? slots : 0, weight.size(1)});
     args = {.x = x.const_data_ptr(),
             .weight = weight.const_data_ptr(),
@@ -94,7 +94,7 @@ struct ExpandCall {
             .tokens = x.size(0),
             .slots = slots,
             .hidden = x.size(1),
-            .intermediate_size = intermediate_size,
+            .expert_size = expert_size,
             .activation = activation,
             .act = act.mutable_data_ptr(),
             .preact = save_preact ? preact.mutable_data_ptr() : nullptr};
@@ -123,7 +123,7 @@ struct ContractCall {
             .residents = as_int32(weight.size(0), "contract_weight: number of residents", 0),
             .slots = as_int32(act.size(0), "act: number of slots", 0),
             .hidden = weight.size(1),
-            .intermediate_size = act.size(1),
+            .expert_size = act.size(1),
             .rows = rows.mutable_data_ptr()};
   }
 
@@ -142,10 +142,10 @@ struct ContractBackwardCall {
     const int64_t slots = slots_of(token_of_row, "token_of_row");
     check(weight, "contract_weight").same_device(grad_y, "grad_y").same_dtype(grad_y, "grad_y");
     check(weight, "contract_weight").shape({kAny, hidden, kAny}).contiguous();
-    const int64_t residents = weight.size(0), intermediate_size = weight.size(2);
+    const int64_t residents = weight.size(0), expert_size = weight.size(2);
     check_bias(bias, "contract_bias", residents, hidden, grad_y, "grad_y");
     check(preact, "preact").same_device(grad_y, "grad_y").same_dtype(grad_y, "grad_y");
-    check(preact, "preact").shape({slots, gates(activation) * intermediate_size}).contiguous();
+    check(preact, "preact").shape({slots, gates(activation) * expert_size}).contiguous();
     check(weights, "weights").same_device(grad_y, "grad_y").dtype(ScalarType::Float);
     check(weights, "weights").shape({tokens, kAny}).contiguous();
     require(weights.numel() == slots, "weights: has shape ", shape_name(weights.sizes()),
@@ -155,7 +155,7 @@ struct ContractBackwardCall {
     check_offsets(offsets, residents, grad_y, "grad_y");
     check_tiles(tiles, grad_y, "grad_y");
     grad_preact = empty(grad_y, {slots, preact.size(1)});
-    scaled_act = empty(grad_y, {slots, intermediate_size});
+    scaled_act = empty(grad_y, {slots, expert_size});
     grad_weights = empty(weights, {tokens, weights.size(1)});
     args = {.grad_y = grad_y.const_data_ptr(),
             .weight = weight.const_data_ptr(),
@@ -171,7 +171,7 @@ struct ContractBackwardCall {
             .tokens = tokens,
             .slots = slots,
             .hidden = hidden,
-            .intermediate_size = intermediate_size,
+            .expert_size = expert_size,
             .activation = activation,
             .grad_preact = grad_preact.mutable_data_ptr(),
             .scaled_act = scaled_act.mutable_data_ptr(),
@@ -290,9 +290,9 @@ struct ActivationBackwardCall {
                          int64_t activation_id) {
     const Activation activation = as_activation(activation_id);
     check(grad_act, "grad_act").dtype(kFloatTypes).shape({kAny, kAny}).contiguous();
-    const int64_t slots = grad_act.size(0), intermediate_size = grad_act.size(1);
+    const int64_t slots = grad_act.size(0), expert_size = grad_act.size(1);
     check(preact, "preact").same_device(grad_act, "grad_act").same_dtype(grad_act, "grad_act");
-    check(preact, "preact").shape({slots, gates(activation) * intermediate_size}).contiguous();
+    check(preact, "preact").shape({slots, gates(activation) * expert_size}).contiguous();
     const int32_t residents = residents_of(offsets);
     check_offsets(offsets, residents, grad_act, "grad_act");
     grad_preact = empty(grad_act, {slots, preact.size(1)});
@@ -302,7 +302,7 @@ struct ActivationBackwardCall {
             .dtype = dtype_of(grad_act, "grad_act"),
             .residents = residents,
             .slots = as_int32(slots, "grad_act: number of slots", 0),
-            .intermediate_size = intermediate_size,
+            .expert_size = expert_size,
             .activation = activation,
             .grad_preact = grad_preact.mutable_data_ptr()};
   }

@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor> expand(const Tensor& x, const Tensor& weight,
                         save_preact);
   require_schedule(tiles, call.args.slots, call.args.residents);
   require_chunks(x, "x", "hidden size", call.args.hidden);
-  require_chunks(weight, "expand_weight", "intermediate size", call.args.intermediate_size);
+  require_chunks(weight, "expand_weight", "expert size", call.args.expert_size);
   check_launch(cuda::expand(call.args, device.stream()), "expand");
   zero_tail(call.act, offsets, device);
   if (save_preact) zero_tail(call.preact, offsets, device);
@@ -35,7 +35,7 @@ Tensor contract(const Tensor& act, const Tensor& weight, const std::optional<Ten
   const DeviceOf device(act, "act");
   const ContractCall call(act, weight, bias, offsets, tiles);
   require_schedule(tiles, call.args.slots, call.args.residents);
-  require_chunks(act, "act", "intermediate size", call.args.intermediate_size);
+  require_chunks(act, "act", "expert size", call.args.expert_size);
   require_chunks(weight, "contract_weight", "hidden size", call.args.hidden);
   check_launch(cuda::contract(call.args, device.stream()), "contract");
   zero_tail(call.rows, offsets, device);
@@ -51,8 +51,8 @@ std::tuple<Tensor, Tensor, Tensor> contract_backward(
                             offsets, tiles, activation);
   require_schedule(tiles, call.args.slots, call.args.residents);
   require_chunks(grad_y, "grad_y", "hidden size", call.args.hidden);
-  require_chunks(weight, "contract_weight", "intermediate size", call.args.intermediate_size);
-  require_chunks(preact, "preact", "intermediate size", call.args.intermediate_size);
+  require_chunks(weight, "contract_weight", "expert size", call.args.expert_size);
+  require_chunks(preact, "preact", "expert size", call.args.expert_size);
   const Tensor workspace = empty(weights, {cuda::contract_backward_workspace(call.args)});
   call.args.workspace = mutable_pointer<float>(workspace);
   check_launch(cuda::contract_backward(call.args, device.stream()), "contract_backward");

@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor> moe_experts(const Tensor& x, const Tensor& weights,
                       expand_weight, expand_bias, contract_weight, contract_bias, activation);
   const int64_t row_count = check_values(layer);
   Tensor preact = empty(x, {save_preact ? layer.slots : 0, layer.preact_width()});
-  const int64_t act_bytes = bytes(layer, row_count, layer.intermediate_size);
+  const int64_t act_bytes = bytes(layer, row_count, layer.expert_size);
   const int64_t row_bytes = bytes(layer, row_count, layer.hidden);
   cpu::Workspace workspace(act_bytes + row_bytes);
   void* act = workspace.take(act_bytes);
@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_experts_backward(
   // The row gradients of x may take the place of the scaled activations, which are used before.
   const int64_t grad_bytes = bytes(call, rows, call.preact_width());
   const int64_t shared_bytes =
-      std::max(bytes(call, rows, call.intermediate_size), bytes(call, rows, call.hidden));
+      std::max(bytes(call, rows, call.expert_size), bytes(call, rows, call.hidden));
   cpu::Workspace workspace(grad_bytes + shared_bytes);
   void* grad_preact = workspace.take(grad_bytes);
   void* scaled_act = workspace.take(shared_bytes);

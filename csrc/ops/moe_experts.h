@@ -16,12 +16,10 @@ struct MoeCall {
       : activation(as_activation(activation_id)) {
     check(x, "x").dtype(kFloatTypes).shape({kAny, kAny}).contiguous();
     tokens = x.size(0), hidden = x.size(1);
-    intermediate_size = check_expand_weight(expand_weight, x, activation);
+    expert_size = check_expand_weight(expand_weight, x, activation);
     residents = int32_t(expand_weight.size(0)), slots = slots_of(token_of_row, "token_of_row");
     check(contract_weight, "contract_weight").same_device(x, "x").same_dtype(x, "x");
-    check(contract_weight, "contract_weight")
-        .shape({residents, hidden, intermediate_size})
-        .contiguous();
+    check(contract_weight, "contract_weight").shape({residents, hidden, expert_size}).contiguous();
     check_bias(expand_bias, "expand_bias", residents, preact_width(), x, "x");
     check_bias(contract_bias, "contract_bias", residents, hidden, x, "x");
     check(weights, "weights").same_device(x, "x").dtype(ScalarType::Float);
@@ -46,7 +44,7 @@ struct MoeCall {
     at_contract_bias = data_of(contract_bias);
   }
 
-  int64_t preact_width() const { return gates(activation) * intermediate_size; }
+  int64_t preact_width() const { return gates(activation) * expert_size; }
 
   // preact may be null.
   ExpandArgs expand(void* act, void* preact) const {
@@ -61,7 +59,7 @@ struct MoeCall {
             .tokens = tokens,
             .slots = slots,
             .hidden = hidden,
-            .intermediate_size = intermediate_size,
+            .expert_size = expert_size,
             .activation = activation,
             .act = act,
             .preact = preact};
@@ -77,7 +75,7 @@ struct MoeCall {
             .residents = residents,
             .slots = slots,
             .hidden = hidden,
-            .intermediate_size = intermediate_size,
+            .expert_size = expert_size,
             .rows = rows};
   }
 
@@ -96,7 +94,7 @@ struct MoeCall {
   Activation activation;
   DType dtype;
   int32_t top_k, residents;
-  int64_t tokens, hidden, intermediate_size, slots, element;
+  int64_t tokens, hidden, expert_size, slots, element;
   const void *at_x, *at_expand_weight, *at_expand_bias, *at_contract_weight, *at_contract_bias;
   const float* at_weights;
   const int32_t *at_token_of_row, *at_slot_of_row, *at_row_of_slot, *at_offsets, *at_tiles;
@@ -116,20 +114,19 @@ struct MoeBackwardCall : MoeCall {
     check(preact, "preact").shape({slots, preact_width()}).contiguous();
     at_grad_y = grad_y.const_data_ptr(), at_preact = preact.const_data_ptr();
     check_total(expand_total, "expand_total", {residents, preact_width(), hidden}, x);
-    check_total(contract_total, "contract_total", {residents, hidden, intermediate_size}, x);
+    check_total(contract_total, "contract_total", {residents, hidden, expert_size}, x);
     add_expand = expand_total.has_value(), add_contract = contract_total.has_value();
     grad_x = empty(x, {need_x ? tokens : 0, hidden});
     grad_weights = empty(weights, {tokens, top_k});
     grad_expand = empty(x, {need_expand && !add_expand ? residents : 0, preact_width(), hidden});
-    grad_contract =
-        empty(x, {need_contract && !add_contract ? residents : 0, hidden, intermediate_size});
+    grad_contract = empty(x, {need_contract && !add_contract ? residents : 0, hidden, expert_size});
     grad_expand_bias = empty(x, {at_expand_bias ? residents : 0, preact_width()});
     grad_contract_bias = empty(x, {at_contract_bias ? residents : 0, hidden});
     at_grad_expand = (add_expand ? *expand_total : grad_expand).mutable_data_ptr();
     at_grad_contract = (add_contract ? *contract_total : grad_contract).mutable_data_ptr();
   }
 
-  // The kernels in order; grad_preact [slots, preact_width] and scaled_act [slots, intermediate_size] are
+  // The kernels in order; grad_preact [slots, preact_width] and scaled_act [slots, expert_size] are
   // temporaries of dtype. `workspace` is left null.
   ContractBackwardArgs contract_backward(void* grad_preact, void* scaled_act) const {
     return {.grad_y = at_grad_y,
@@ -146,7 +143,7 @@ struct MoeBackwardCall : MoeCall {
             .tokens = tokens,
             .slots = slots,
             .hidden = hidden,
-            .intermediate_size = intermediate_size,
+            .expert_size = expert_size,
             .activation = activation,
             .grad_preact = grad_preact,
             .scaled_act = scaled_act,
@@ -166,7 +163,7 @@ struct MoeBackwardCall : MoeCall {
             .left_lines = tokens,
             .right_lines = slots,
             .left_size = hidden,
-            .right_size = intermediate_size,
+            .right_size = expert_size,
             .add = add_contract,
             .grad_weight = at_grad_contract};
   }

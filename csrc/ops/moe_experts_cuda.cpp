@@ -12,8 +12,8 @@ void require_readable(const MoeCall& call, const Tensor& x, const Tensor& tiles,
                       const Tensor& expand_weight, const Tensor& contract_weight) {
   require_schedule(tiles, call.slots, call.residents);
   require_chunks(x, "x", "hidden size", call.hidden);
-  require_chunks(expand_weight, "expand_weight", "intermediate size", call.intermediate_size);
-  require_chunks(contract_weight, "contract_weight", "intermediate size", call.intermediate_size);
+  require_chunks(expand_weight, "expand_weight", "expert size", call.expert_size);
+  require_chunks(contract_weight, "contract_weight", "expert size", call.expert_size);
 }
 
 std::tuple<Tensor, Tensor> moe_experts(const Tensor& x, const Tensor& weights,
@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor> moe_experts(const Tensor& x, const Tensor& weights,
   require_readable(call, x, tiles, expand_weight, contract_weight);
   void* stream = device.stream();
   const Tensor preact = empty(x, {save_preact ? call.slots : 0, call.preact_width()});
-  const Tensor act = empty(x, {call.slots, call.intermediate_size});
+  const Tensor act = empty(x, {call.slots, call.expert_size});
   const Tensor rows = empty(x, {call.slots, call.hidden});
   const Tensor y = empty(x, {call.tokens, call.hidden});
   check_launch(cuda::expand(call.expand(act.mutable_data_ptr(),
@@ -55,16 +55,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_experts_backward(
                       expand_weight, expand_bias, contract_weight, contract_bias, activation);
   require_readable(layer, x, tiles, expand_weight, contract_weight);
   require_chunks(grad_y, "grad_y", "hidden size", layer.hidden);
-  require_chunks(preact, "preact", "intermediate size", layer.intermediate_size);
+  require_chunks(preact, "preact", "expert size", layer.expert_size);
   if (expand_total) require_chunks(*expand_total, "expand_total", "hidden size", layer.hidden);
   if (contract_total)
-    require_chunks(*contract_total, "contract_total", "intermediate size", layer.intermediate_size);
+    require_chunks(*contract_total, "contract_total", "expert size", layer.expert_size);
   const MoeBackwardCall call(layer, x, weights, grad_y, preact, need_x, need_expand, need_contract,
                              expand_total, contract_total);
   void* stream = device.stream();
   const Tensor grad_preact = empty(x, {call.slots, call.preact_width()});
   {
-    const Tensor scaled_act = empty(x, {call.slots, call.intermediate_size});
+    const Tensor scaled_act = empty(x, {call.slots, call.expert_size});
     ContractBackwardArgs args =
         call.contract_backward(grad_preact.mutable_data_ptr(), scaled_act.mutable_data_ptr());
     const Tensor workspace = empty(weights, {cuda::contract_backward_workspace(args)});

@@ -1,7 +1,7 @@
-"""Checkpoints: what they hold, how they are written behind the training, and read again.
+"""Checkpoints: their content, writing them during training, and reading them.
 
-`manifest` says what one is, `state` what it holds of a training, `writer` begins one (staging,
-file_writer, pending, publish), `whole`, `reader` and `resume` find it, read it and go on from it.
-May import outer, layer, launch, placement and files. What is saved of a training it is told by an
-interface (`state.TrainingRank`); it knows no trainer, and nobody who exports or evaluates.
+`manifest` describes the format and `state` the content. `writer` starts a checkpoint (with staging,
+file_writer, pending and publish). `whole`, `reader` and `resume` find it, read it and resume from
+it. May import outer, layer, launch, placement and files. It knows training only by an interface
+(`state.TrainingRank`), and nothing of trainer, export or evaluation.
 """

@@ -1,6 +1,6 @@
-"""What a process writes for a checkpoint, behind its training: a thread, and the files it writes.
+"""The thread of a process that writes its files of a checkpoint during training.
 
-The thread speaks to nobody, so the death of a site cannot hang it.
+The thread does not communicate, so a lost site cannot block it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from fomoe_ext.files.atomic import sync_folder, write_text
 from fomoe_ext.files.tensors import WrittenFile, write_synced
 
 _NICENESS = 10
-"""How much the writing threads step back behind the training, where the system can do that."""
+"""Added to the nice value of writing threads, if the system allows it."""
 
 
 def _step_back() -> None:
-    """Lets this thread have a processor only where the training leaves one."""
+    """Lowers the priority of this thread below that of training."""
     with suppress(OSError, AttributeError):
         own = threading.get_native_id()
         os.setpriority(os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, own) + _NICENESS)
@@ -42,25 +42,25 @@ class FileWriter:
     """Writes the files of one process for one checkpoint, in a thread of its own."""
 
     def __init__(self, temporary: Path, process: Process, limit: int) -> None:
-        """`limit`: bytes of the global model in a file."""
+        """`limit`: the most bytes of the global model in a file."""
         self.temporary, self.process, self._limit = temporary, process, limit
         self.error = ""
-        """Why the files could not be written, with the process's name."""
+        """Why the files could not be written, with the name of the process; "" = no error."""
         self.part = Part({}, {}, None)
         """What has been written."""
         self.copied = threading.Event()
-        """Set when nothing more that matters is read of what the training has."""
+        """Set when no more tensors of the training are read: they may change again."""
         self._cancelled = threading.Event()
         self._written: list[str] = []
         self._thread: threading.Thread | None = None
 
     @property
     def running(self) -> bool:
-        """Whether the thread copies or writes."""
+        """Whether the thread is running."""
         return self._thread is not None and self._thread.is_alive()
 
     def begin(self, source: Source, in_thread: bool) -> None:
-        """Copies the content, here or with `in_thread` in the thread, and begins to write it."""
+        """Copies the content, in the thread if `in_thread`, and starts to write it."""
         if in_thread:
             self._begin_thread(self._copy_and_write, source, Gpu.now())
             return
@@ -75,15 +75,15 @@ class FileWriter:
             self._thread.join(timeout_s)
 
     def cancel(self) -> None:
-        """Ends the thread, after the file that it is writing."""
+        """Ends the thread after the current file."""
         self._cancelled.set()
         self.copied.set()
 
     def remove(self) -> None:
-        """Removes what this process has written.
+        """Removes the files that this process has written.
 
-        Not the folders: others may be at the next checkpoint of this name, which, or a later one,
-        will clear them away.
+        The folders stay, because other processes may already write the next checkpoint of this
+        name. That one or a later one removes them.
         """
         for name in self._written:
             with suppress(OSError):
@@ -101,8 +101,8 @@ class FileWriter:
         try:
             call(*arguments)
         except _Cancelled:
-            self.error = f"{self.process}: given up"
-        except Exception as error:  # whatever it is, the others are told
+            self.error = f"{self.process}: abandoned"
+        except Exception as error:  # any error is reported to the other processes
             self.error = f"{self.process}: {str(error) or type(error).__name__}"
         finally:
             self.copied.set()
@@ -121,13 +121,13 @@ class FileWriter:
         return content
 
     def _write(self, content: Content) -> None:
-        _step_back()  # only now: training may wait for the copies
+        _step_back()  # not before: training may wait for the copies
         folder = self.temporary
         (folder / TRAINING).mkdir(parents=True, exist_ok=True)
         self.part = Part({}, {}, place_of(folder))
         self._write_model(content)
         self._write_training_state(content)
-        # Their names must last too; the first of all is not there yet.
+        # Sync the names of files and folders as well.
         sync_folder(folder / TRAINING)
         sync_folder(folder.parent)
 
@@ -167,7 +167,7 @@ class FileWriter:
 
 
 def _in_files(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
-    """Tensors in files of at most `limit` bytes each (a larger tensor has a file of its own)."""
+    """Splits tensors into files of at most `limit` bytes; a larger tensor has its own file."""
     files: list[dict[str, Tensor]] = []
     filled = limit
     for name, tensor in tensors.items():

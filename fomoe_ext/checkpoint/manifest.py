@@ -1,19 +1,19 @@
-"""What a checkpoint is: the global model and the training state of all sites.
+"""The format of a checkpoint: the global model and the training state of all sites.
 
-It is a folder of safetensors and JSON:
+It is a folder of safetensors and JSON files:
 
-    model-00001-of-00004.safetensors ...   the global model; every tensor written by one process
+    model-00001-of-00004.safetensors ...   the global model; each tensor is written by one process
     model.safetensors.index.json           which file holds which tensor
-    state-00000.json ...                   one per site: counts, placement, where the data stands
+    state-00000.json ...                   one per site: counts, placement, position in the data
     training/*.safetensors                 tensors of the training state (`shards`)
-    manifest.json                          written last: round, sizes and SHA-256 of all files, and
-                                           its own
+    manifest.json                          written last: round, size and SHA-256 of every file, and
+                                           a SHA-256 of itself
 
-It is written (`writer`) under a temporary name and renamed when all of it is there and synced to
-disk, so a folder with its final name is whole. Sites need not share a file system: then each
-machine has the files of its own sites, and all have index and manifest; to resume, every machine
-needs all of them. Nothing in it is a pickle. Process site * ranks_per_site + rank of
-torch.distributed's default group is a site's rank.
+`writer` writes it under a temporary name and renames it when all files are complete and synced to
+disk, so a folder with its final name is whole. Sites need not share a file system. Without a shared
+one, each machine has the files of its own sites, and all have index and manifest; to resume, copy
+all files to every machine. No file is a pickle. The rank of a process in torch.distributed's
+default group is site * ranks_per_site + rank.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ MANIFEST = "manifest.json"
 TRAINING = "training"
 _NAME = re.compile(r"step-(\d{8})")
 _HEADER = 100_000_000
-"""No header of a safetensors file has so many bytes."""
+"""A longer header of a safetensors file is invalid."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, damaged, or not of this job."""
+    """A checkpoint is missing, damaged, or of another job."""
 
 
 @dataclass(frozen=True)
 class FileEntry:
     """A file of a checkpoint: the site that wrote it, its size in bytes and its SHA-256.
 
-    rank: which of the site's ranks wrote it. header_sha256: of the header alone, which names the
-    tensors, for files of the training state.
+    rank: the rank of the site that wrote it. header_sha256: SHA-256 of the header, which has the
+    tensor names; only for files of the training state.
     """
 
     site: int
@@ -64,9 +64,9 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is: finished rounds, number of sites, files, and what the job adds.
+    """The manifest of a checkpoint: completed rounds, number of sites, and files.
 
-    ranks_per_site: processes of each of the sites that wrote it.
+    meta: options of the job. ranks_per_site: processes per site when it was written.
     """
 
     round: int
@@ -78,7 +78,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Process:
-    """A process of the job, as it was when a checkpoint began."""
+    """A process of the job, when a checkpoint was started."""
 
     site: int
     num_sites: int
@@ -108,7 +108,7 @@ class Process:
 
 
 def checkpoint_name(steps: int) -> str:
-    """Folder name of a checkpoint after so many local steps."""
+    """Folder name of a checkpoint after `steps` local steps."""
     return f"step-{steps:08d}"
 
 
@@ -116,7 +116,7 @@ def steps_of(path: Path) -> int:
     """The local steps in a checkpoint's name. Raises ValueError for another name."""
     found = _NAME.fullmatch(path.name)
     if found is None:
-        raise ValueError(f"path must be of a checkpoint, step-XXXXXXXX, got {path.name}")
+        raise ValueError(f"path must be a checkpoint, step-XXXXXXXX, got {path.name}")
     return int(found[1])
 
 
@@ -126,7 +126,7 @@ def state_name(site: int) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first, whole or not, without those being written."""
+    """The checkpoints in a folder, oldest first, whole or damaged; not those being written."""
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name) and p.is_dir())
@@ -140,7 +140,7 @@ def read_manifest(path: Path) -> Manifest:
         raw = unsealed(loads((path / MANIFEST).read_bytes(), nan=True), "it")
         if raw["format"] != FORMAT:
             raise CheckpointError(
-                f"checkpoint {path} has format {raw['format']}, this version reads {FORMAT}"
+                f"checkpoint {path}: format must be {FORMAT}, got {raw['format']}"
             )
         files = {require_inside(n): FileEntry(**entry) for n, entry in raw["files"].items()}
         return Manifest(raw["round"], raw["num_sites"], files, raw["meta"], raw["ranks_per_site"])
@@ -157,7 +157,7 @@ def sha256(path: Path) -> str:
 
 
 def header_sha256(path: Path) -> str:
-    """SHA-256 of a safetensors file's header with its length, or "" where there is none."""
+    """SHA-256 of a safetensors file's length field and header, or "" for an invalid length."""
     with path.open("rb") as file:
         length = file.read(8)
         count = int.from_bytes(length, "little")

@@ -1,7 +1,7 @@
-"""A checkpoint under way, and how all processes agree on its end.
+"""The handle of a checkpoint that is being written, and how all processes agree on its end.
 
-Whenever all processes come by anyway they tell each other whether they have finished their files;
-once all have, index and manifest are written and the folder gets its name (`publish`).
+At `poll`, which all processes call between rounds, they tell each other whether their files are
+complete. Once all are, index and manifest are written and the folder gets its name (`publish`).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _log = logging.getLogger(__name__)
 
 _UNDER_WAY, _DONE, _FAILED = range(3)
 _POLL_S = 5.0
-"""Seconds between two questions whether the others have finished, when that is waited for."""
+"""Seconds between two exchanges while `wait` waits for the other processes."""
 
 
 class Outcome(NamedTuple):
-    """How a checkpoint ended: where it is, its round, and why it could not be written, or ""."""
+    """How a checkpoint ended: its path, its round, and the error, or "" for success."""
 
     path: Path
     round: int
@@ -39,7 +39,7 @@ class Outcome(NamedTuple):
 
 
 def _gather_number(number: int) -> list[int]:
-    """A number of every process: the least that they can tell each other."""
+    """The numbers of all processes; the cheapest exchange there is."""
     count = dist.get_world_size() if dist.is_initialized() else 1
     if count == 1:
         return [number]
@@ -49,11 +49,11 @@ def _gather_number(number: int) -> list[int]:
 
 
 class PendingCheckpoint:
-    """A handle of a checkpoint that was begun, with two ends, as torch's async_save has.
+    """The handle of a started checkpoint. It ends in two stages, as torch's async_save does.
 
-    When all is copied, `copied` is set: training may change it again. That every process knows for
-    itself. When it is written and published, or could not be, all learn together by `poll` or
-    `wait`, which are collectives of all processes of the default group.
+    First `copied` is set: the tensors may change again. Each process knows that by itself. Later
+    the checkpoint is published or has failed. All processes learn that together from `poll` or
+    `wait`, which are collectives of the default group.
     """
 
     def __init__(
@@ -63,15 +63,15 @@ class PendingCheckpoint:
         self.path, self.round = final, round
         self._files, self._meta, self._keep = files, dict(meta), keep
         self.copied: threading.Event = files.copied
-        """Set when all is copied, or nothing is to be for want of `copy`, or it was given up."""
+        """Set when all tensors are copied, when none is to be copied, or when it was abandoned."""
         self.under_way = True
-        """Whether its end is not known yet; the same on all processes."""
+        """The outcome is not known yet; equal on all processes."""
         self._removal: threading.Thread | None = None
 
     def poll(self) -> Outcome | None:
-        """How it has ended; None while it has not, and once that was told. A collective.
+        """The outcome; None while the checkpoint is being written, and after it was returned once.
 
-        As long as a process writes, all exchange a number and nobody waits.
+        A collective. While any process still writes, all exchange one number and do not wait.
         """
         if not self.under_way:
             return None
@@ -87,7 +87,7 @@ class PendingCheckpoint:
         return self._publish()
 
     def wait(self) -> Outcome | None:
-        """As `poll`, but waits for the end. A collective."""
+        """As `poll`, but waits for the outcome. A collective."""
         while self.under_way:
             self._files.wait(_POLL_S)
             if (outcome := self.poll()) is not None:
@@ -95,9 +95,9 @@ class PendingCheckpoint:
         return None
 
     def abandon(self) -> None:
-        """Gives it up, if it is under way: it will not be, its files are removed.
+        """Abandons the checkpoint, if it is being written, and removes its files in a thread.
 
-        No collective, and nothing is waited for: for when a site is lost.
+        No collective and no waiting: it is called when a site is lost.
         """
         if not self.under_way:
             return
@@ -112,20 +112,23 @@ class PendingCheckpoint:
         self._removal.start()
 
     def wait_removed(self) -> None:
-        """Waits until the files are gone, where it was given up."""
+        """Waits until the files of an abandoned checkpoint are removed."""
         if self._removal is not None:
             self._removal.join()
 
     def _failed(self, also: str = "") -> Outcome:
-        """Removes all files, at the end of all threads; a collective."""
+        """Removes all files after the threads have ended; a collective."""
         self.under_way = False
         texts = gather_objects(self._files.error or also, self._files.process.count)
         publishing.remove_folder(self._files.temporary)
-        _gather_number(0)  # nobody begins another one of this name before
+        _gather_number(0)  # a barrier: the next checkpoint may have the same name
         return Outcome(self.path, self.round, "; ".join(filter(None, texts)))
 
     def _publish(self) -> Outcome:
-        """Index, manifest and name, by the first process of every folder; a collective."""
+        """Writes index and manifest and renames the folder; a collective.
+
+        The first process of every folder does it.
+        """
         process = self._files.process
         parts = [Part(*part) for part in gather_objects(list(self._files.part), process.count)]
         files, weights, renamed = publishing.numbered(parts)
@@ -136,7 +139,7 @@ class PendingCheckpoint:
             self._meta,
             process.ranks_per_site,
         )
-        # Process 0 publishes; then the first of every place that does not share its folder.
+        # Process 0 publishes, then the first process of every other folder.
         for turn in publishing.turns(parts):
             problem = ""
             if process.number in turn:
@@ -152,7 +155,7 @@ class PendingCheckpoint:
         return Outcome(self.path, self.round, "")
 
     def _remove_older(self) -> None:
-        """The new one is whole, also where an older one cannot be removed."""
+        """Removes older checkpoints. A failure is only reported: the new one is whole."""
         process = self._files.process
         try:
             publishing.keep_newest(self.path, self._keep, process.site)

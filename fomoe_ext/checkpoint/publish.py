@@ -1,7 +1,6 @@
-"""The last steps of a checkpoint: its files' final names, index, manifest, and its own name.
+"""The last steps of writing a checkpoint: final file names, index, manifest, and its own name.
 
-Also what is done to folders of checkpoints besides: older ones are removed, and what a job that was
-killed has left behind is completed or cleared away.
+Also removes older checkpoints, and completes or removes what a killed job has left behind.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ _PARTIAL, _OLD, _GOING = ".partial", ".old", ".going"
 
 
 class Part(NamedTuple):
-    """What one process has written, as it tells the others.
+    """What one process has written, as a message to the others.
 
-    files: fields of a `FileEntry` by name. weights: the tensors of the global model in each of its
-    files. place: which folder they are in (`place_of`).
+    files: the fields of a `FileEntry`, by file name. weights: the tensor names in each file of the
+    global model. place: identifies the folder (`place_of`).
     """
 
     files: dict[str, dict[str, Any]]
@@ -52,7 +51,7 @@ class Part(NamedTuple):
 
 
 def place_of(folder: Path) -> list[Any]:
-    """Which folder this is: the same for two processes only if they see the same one."""
+    """Identifies a folder: equal for two processes only if they see the same folder."""
     found = folder.stat()
     return [socket.gethostname(), found.st_dev, found.st_ino]
 
@@ -63,7 +62,7 @@ def size_and_hash(path: Path) -> tuple[int, str]:
 
 
 def turns(parts: Sequence[Part]) -> Iterator[set[int]]:
-    """Who publishes, one set of processes after the other: process 0, then one of every place."""
+    """The processes that publish, in order: process 0, then one of every other folder."""
     yield {0}
     first: dict[str, int] = {}
     for number, part in enumerate(parts):
@@ -74,9 +73,9 @@ def turns(parts: Sequence[Part]) -> Iterator[set[int]]:
 def numbered(
     parts: Sequence[Part],
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str], dict[str, str]]:
-    """All files by their final names, which tensor is in which, and the final names by the first.
+    """All files by final name, the file of each tensor, and the final names by temporary name.
 
-    The global model's files are numbered through, as transformers has them.
+    The files of the global model are numbered as transformers does it.
     """
     written = [name for part in parts for name in part.weights]
     renamed = {
@@ -100,20 +99,20 @@ def publish(
     weights: dict[str, str],
     renamed: dict[str, str],
 ) -> None:
-    """Completes a temporary folder and gives it its name, in place of an older one if there is.
+    """Completes a temporary folder and renames it, replacing an older one of that name.
 
-    What is left of checkpoints that were given up goes away. Does nothing where the folder is gone,
-    published by a process that shares it. Raises OSError.
+    Removes leftovers of abandoned checkpoints. Does nothing if the temporary folder is gone: then
+    a process that shares it has published it. Raises OSError.
     """
     if not temporary.exists():
         return
     for partial in temporary.parent.glob(f".step-*{_PARTIAL}"):
-        if partial != temporary:  # nobody writes there: a checkpoint begins after the one before
+        if partial != temporary:  # unused: a checkpoint starts only after the one before has ended
             remove_folder(partial)
     for before, after in renamed.items():
         if (temporary / before).exists():
             os.rename(temporary / before, temporary / after)
-    for path in temporary.rglob("*"):  # of an earlier job that was killed, say
+    for path in temporary.rglob("*"):  # such as files of an earlier job that was killed
         if not path.is_dir() and path.relative_to(temporary).as_posix() not in manifest.files:
             path.unlink()
     total = sum(manifest.files[name].size for name in set(weights.values()))
@@ -141,7 +140,7 @@ def _give_name(temporary: Path, final: Path) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    """Writes a file whose folder nobody reads yet; its content is synced, its name is not."""
+    """Writes a file and syncs its content; the folder, with its name, is synced later."""
     with naming(path), path.open("w", encoding="utf-8") as file:
         file.write(json.dumps(value, indent=1) + "\n")
         file.flush()
@@ -149,12 +148,12 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder and all in it, as far as that goes."""
+    """Removes a folder and everything in it; errors are ignored."""
     shutil.rmtree(path, ignore_errors=True)
 
 
 def reading(path: Path) -> Any:
-    """While what this returns is kept, a job that writes beside a checkpoint does not remove it."""
+    """Keeps a running job from removing a checkpoint, as long as the result is referenced."""
     file = (path / MANIFEST).open("rb")
     if fcntl is not None:
         with suppress(OSError):  # no locks here
@@ -163,7 +162,7 @@ def reading(path: Path) -> Any:
 
 
 def is_read(path: Path) -> bool:
-    """Whether somebody has asked for the checkpoint to stay (`reading`)."""
+    """Whether another process reads the checkpoint (`reading`)."""
     if fcntl is None:
         return False
     try:
@@ -179,8 +178,8 @@ def is_read(path: Path) -> bool:
 def keep_newest(newest: Path, keep: int, site: int) -> None:
     """Removes checkpoints older than `newest`, which is whole, so that `keep` whole ones are left.
 
-    keep 0: none is removed. `site`: whose files must be there; others may be on other machines.
-    One that is being read (`reading`) stays for now.
+    keep 0: removes none. `site`: only this site's files must exist; others may be on other
+    machines. A checkpoint that is being read (`reading`) is kept until a later call.
     """
     if not keep:
         return
@@ -188,7 +187,7 @@ def keep_newest(newest: Path, keep: int, site: int) -> None:
     whole = [path for path in older if is_whole(path, site)]
     for path in whole[: max(0, len(whole) - (keep - 1))]:
         if is_read(path):
-            continue  # another time
+            continue  # a later call removes it
         going = path.with_name(f".{path.name}{_GOING}")
         remove_folder(going)
         os.rename(path, going)  # never half removed under its own name
@@ -196,9 +195,10 @@ def keep_newest(newest: Path, keep: int, site: int) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Clears away what a killed job has left in a folder of checkpoints; nobody may write there.
+    """Removes what a killed job has left in a folder of checkpoints. No job may be writing there.
 
-    A checkpoint that lacked nothing but its name gets it; one that was being replaced comes back.
+    A complete checkpoint under a temporary name is renamed, and one that was being replaced gets
+    its name back.
     """
     for going in folder.glob(f".step-*{_GOING}"):
         remove_folder(going)

@@ -1,6 +1,6 @@
-"""Reads what a checkpoint holds: a site's state, tensors of the training state, the global model.
+"""Reads a checkpoint: the state of a site, tensors of the training state, the global model.
 
-Of every file from which something is read the SHA-256 is compared, once per process.
+The SHA-256 of every file that is read is checked, once per process.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from fomoe_ext.layer.assemble import fill_model, global_names
 
 
 def load_state(path: Path, site: int) -> dict[str, Any]:
-    """The state that a site saved, without tensors; CheckpointError when missing or damaged."""
+    """The state that a site saved, without tensors. Raises CheckpointError."""
     manifest = read_manifest(path)
     name = state_name(site)
     if name not in manifest.files:
         raise CheckpointError(
-            f"checkpoint {path} is of {manifest.num_sites} sites and has no state of site {site}"
+            f"checkpoint {path} has {manifest.num_sites} sites and no state of site {site}"
         )
     require_file(path, name, manifest.files[name], content=True)
     try:
@@ -44,20 +44,20 @@ def load_state(path: Path, site: int) -> dict[str, Any]:
 
 
 def tensor_names(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the training state's tensors (no dimension: (1,)), of all sites.
+    """Names and shapes of the training state's tensors, of all sites; scalars have shape (1,).
 
-    Only the files' headers are read, and their SHA-256 compared. Raises CheckpointError when files
-    are missing, of another size or with a damaged header.
+    Reads only the files' headers and checks their SHA-256. Raises CheckpointError if files are
+    missing, have another size or a damaged header.
     """
     return names_in_folder(path / TRAINING) if _training_files(path) else {}
 
 
 def load_tensors(path: Path, wanted: Mapping[str, Tensor]) -> None:
-    """Fill tensors of the training state in place, as `shards.read_tensors` does.
+    """Fills tensors of the training state in place, as `shards.read_tensors` does.
 
-    Plain or DTensors, in whatever sharding and by however many processes they were written; nothing
-    is sent. Raises CheckpointError when files are missing or damaged (of those that are read the
-    SHA-256 is compared, once per process), for missing tensors and other shapes or dtypes.
+    They may be plain tensors or DTensors, written in any sharding by any number of processes;
+    nothing is sent. The SHA-256 of files that are read is checked, once per process. Raises
+    CheckpointError for missing or damaged files, missing tensors, and other shapes or dtypes.
     """
     entries = _training_files(path)
     if not entries and wanted:
@@ -71,7 +71,7 @@ def load_tensors(path: Path, wanted: Mapping[str, Tensor]) -> None:
 
 
 def _training_files(path: Path) -> dict[str, FileEntry]:
-    """The files of the training state's tensors, all there, with their sizes and headers."""
+    """The files of the training state; checks that all exist, with right sizes and headers."""
     entries = {
         name: entry
         for name, entry in read_manifest(path).files.items()
@@ -83,15 +83,17 @@ def _training_files(path: Path) -> dict[str, FileEntry]:
             raise CheckpointError(f"checkpoint {path}: the header of {name} is damaged")
     for file in (path / TRAINING).glob("*"):
         if f"{TRAINING}/{file.name}" not in entries:
-            raise CheckpointError(f"checkpoint {path}: {file.name} in {TRAINING} is not its own")
+            raise CheckpointError(
+                f"checkpoint {path}: {file.name} in {TRAINING} is not in its manifest"
+            )
     return entries
 
 
 class GlobalModelReader:
-    """Reads single tensors of a checkpoint's global model; only what is asked for is read.
+    """Reads single tensors of a checkpoint's global model. Use it as a context manager.
 
-    Of a file from which something is read the SHA-256 is compared, once per process. Use as a
-    context manager. Raises CheckpointError for missing or damaged files and unknown names.
+    The SHA-256 of every file that is read is checked, once per process. Raises CheckpointError for
+    missing or damaged files and unknown names.
     """
 
     def __init__(self, path: Path) -> None:
@@ -130,16 +132,16 @@ class GlobalModelReader:
 
 
 def load_global_model(path: Path, model: nn.Module) -> None:
-    """Fill a model, which may hold any choice of experts, from a checkpoint's global model.
+    """Fills a model from a checkpoint's global model; of the experts only the resident ones.
 
-    Only the resident experts are read. Raises CheckpointError for a damaged checkpoint or one of
-    another model (names or shapes differ).
+    Raises CheckpointError for a damaged checkpoint or another model (names or shapes differ).
     """
     with GlobalModelReader(path) as reader:
         differing = global_names(model) ^ set(reader.names())
         if differing:
             raise CheckpointError(
-                f"checkpoint {path} is of another model: {sorted(differing)[:3]} are only in one"
+                f"checkpoint {path} is of another model: only one of the two has "
+                f"{sorted(differing)[:3]}"
             )
         try:
             fill_model(model, reader.tensor)

@@ -1,9 +1,9 @@
-"""Going on from a checkpoint, with the sites that wrote it or with others.
+"""Resumes a checkpoint, with the same sites or with others.
 
-At other sites, or with another placement, a job goes on from the global model, the outer momentum
-and the data position. A site's inner optimizer state then comes from an old site: that of its own
-number (modulo the old sites), for experts that this one did not hold from one that did. Errors of
-encoding begin at zero, and counts as well.
+With another number of sites or another placement, a job resumes the global model, the outer
+momentum and the data position. A site takes its inner optimizer state from the old site of the same
+number (modulo the number of old sites); for experts that this old site did not hold, from one that
+did. Error feedback and counts start from zero.
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ from fomoe_ext.outer.state_dict import load_met, require_rules
 from fomoe_ext.placement.placement import Placement
 
 SourceOf = Callable[[tuple[int, int] | None], int]
-"""The old site that answers for an expert (layer, expert), or for what every site has (None)."""
+"""The old site from which to take the state of an expert (layer, expert), or of dense parameters
+(None)."""
 
 
 class Resumed(NamedTuple):
-    """A checkpoint's state, as this site will go on from it."""
+    """The state of a checkpoint from which this site resumes."""
 
     state: dict[str, Any]
     placement: Placement
     same: bool
-    """Whether it is of as many sites with the same placement: then all of the state is kept."""
+    """The number of sites and the placement are the same, so that all state is kept."""
     num_sites: int
-    """Sites that wrote it."""
+    """Number of sites that wrote it."""
 
 
 def source_of(resumed: Resumed, site: int) -> SourceOf:
-    """Which old site this site's own state comes from."""
+    """From which old site this site takes its own state."""
     old = Placement.from_dict(resumed.state["sync"]["placement"])
 
     def source(expert: tuple[int, int] | None) -> int:
@@ -60,15 +61,15 @@ def source_of(resumed: Resumed, site: int) -> SourceOf:
 def load_into(
     training: TrainingRank, resumed: Resumed, read: Callable[[Mapping[str, Tensor]], None]
 ) -> None:
-    """Goes on from a checkpoint; the global model has been loaded. A collective of the site.
+    """Loads the training state; the global model must be loaded. A collective of the site's ranks.
 
-    `read` fills tensors by name. Raises ValueError or CheckpointError for a state of another job.
+    `read` fills tensors by name. Raises ValueError or CheckpointError for another job's state.
     """
     state, sync = resumed.state, training.sync
     if not resumed.same and state["steps_in_round"]:
         raise CheckpointError(
-            "a checkpoint in the middle of a round can be resumed with its own sites, replication "
-            "and placement only"
+            "a checkpoint in the middle of a round can only be resumed with the same sites, "
+            "replication and placement"
         )
     source = source_of(resumed, training.sync.site)
     wanted = _inner_targets(training, state["inner"], source)
@@ -97,16 +98,16 @@ def load_into(
 
 
 def _keeps_copies(training: TrainingRank, resumed: Resumed) -> bool:
-    """Whether the state has the copies of absent experts, of an earlier meeting than the last."""
+    """Whether the checkpoint holds this site's copies of absent experts (`tensors_of`)."""
     copies = training.sync.copies
     return copies is not None and resumed.state.get("stale") == copies.description()
 
 
 def fill_copies(training: TrainingRank, resumed: Resumed, read: Callable[[str], Tensor]) -> None:
-    """Copies of absent experts that `load_into` has not read, from the global model.
+    """Fills copies of absent experts that `load_into` has not read, from the global model.
 
-    `read` gives its tensors by name. That model is of the last meeting, so the copies are what its
-    refresh made of them; before the first meeting they are as at the start.
+    `read` returns its tensors by name. That model is of the last meeting, after which the copies
+    were refreshed. Before the first meeting the copies keep their initial weights.
     """
     copies = training.sync.copies
     kept = resumed.same and _keeps_copies(training, resumed)
@@ -117,7 +118,7 @@ def fill_copies(training: TrainingRank, resumed: Resumed, read: Callable[[str], 
 def _inner_targets(
     training: TrainingRank, inner: Mapping[str, Any], source: SourceOf
 ) -> dict[str, Tensor]:
-    """Makes the inner optimizer's state and names what is to be read into it."""
+    """Creates the inner optimizer's state; returns the tensors to be read, by name."""
     optimizer, steps = training.optimizer, inner["steps"]
     usual = max(steps.values(), default=0.0)
     for name, parameter in training.model.named_parameters():
@@ -148,7 +149,7 @@ def _load_numbers(training: TrainingRank, resumed: Resumed) -> None:
         return
     load_met(sync.counts.met, numbers)
     sync.log.agreements = int(numbers["agreements"])
-    # Sums of a site are its first rank's from here on.
+    # From here on the first rank holds the sums of the site.
     sync.log.bytes_sent = int(numbers["bytes_sent"]) if sync.ranks.leads else 0
     if sync.warmup is not None:
         sync.warmup.progress = {(a, b): (c, d) for a, b, c, d in numbers["warmup"]}

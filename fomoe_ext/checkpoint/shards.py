@@ -1,9 +1,8 @@
-"""Named tensors of all processes in one folder, written in shards, read back in any sharding.
+"""Named tensors of all processes in one folder: written in shards, read in any other sharding.
 
-Tensors are plain or DTensors. Every process writes its own shards to safetensors files in the form
-that torch.distributed.checkpoint reads: nothing on disk is a pickle, and nothing is sent to write.
-A file says in its header which part of a tensor it holds, so a reader needs to know nothing of the
-processes that wrote it.
+Tensors are plain tensors or DTensors. Every process writes its own shards, without communication,
+to safetensors files in the format of torch.distributed.checkpoint; no file is a pickle. A file's
+header records which part of a tensor it holds, so a reader needs no knowledge of the writers.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _SUFFIX = ".safetensors"
 
 @contextmanager
 def _dcp_errors(what: str) -> Iterator[None]:
-    """Turns what torch.distributed.checkpoint raises on every process into CheckpointError."""
+    """Turns errors of torch.distributed.checkpoint into CheckpointError."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -60,11 +59,11 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _stored(name: str, tensor: Tensor) -> Tensor:
-    """A tensor as it is on disk, which shares its memory: of at least one dimension."""
+    """The tensor as it is stored: a scalar becomes shape (1,). It shares the memory."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"tensor {name} must be a Tensor, got {type(tensor).__name__}")
     if isinstance(tensor, DTensor) and any(place.is_partial() for place in tensor.placements):
-        raise ValueError(f"tensor {name} is a partial sum, {tensor.placements}, not a value")
+        raise ValueError(f"tensor {name} must not be a partial sum, got {tensor.placements}")
     tensor = tensor.detach()
     return tensor if tensor.dim() else _local(tensor).view(1)
 
@@ -73,18 +72,19 @@ def _stored(name: str, tensor: Tensor) -> Tensor:
 
 
 class TensorPart(NamedTuple):
-    """A part of a tensor, of at least one dimension, and where in the whole it begins."""
+    """A part of a tensor, with at least one dimension, and its offsets in the whole tensor."""
 
     tensor: Tensor
     offsets: tuple[int, ...]
 
 
 def shard_of(name: str, tensor: Tensor) -> TensorPart | None:
-    """What this process is to write of a tensor; it shares the tensor's memory.
+    """The part of a tensor that this process writes; it shares the tensor's memory.
 
-    Of a DTensor its shard, or None where another process has the same one (the first along a mesh's
-    replicated dimensions writes), has all there is, or where this one is not in the mesh. Of a
-    plain tensor all. Raises TypeError for what is no tensor, ValueError for a partial sum.
+    Of a plain tensor all. Of a DTensor the local shard, or None if this process writes nothing: it
+    is not in the mesh, its shard is empty, or another process has the same shard (the first along
+    replicated mesh dimensions writes). Raises TypeError for another type, ValueError for a partial
+    sum.
     """
     stored = _stored(name, tensor)
     if not isinstance(tensor, DTensor):
@@ -105,7 +105,7 @@ def shard_of(name: str, tensor: Tensor) -> TensorPart | None:
 
 
 def _in_files(shards: Mapping[str, TensorPart], limit: int) -> list[dict[str, TensorPart]]:
-    """Shards by name in files of at most `limit` bytes each, or with a single shard."""
+    """Splits shards into files of at most `limit` bytes; a larger shard has its own file."""
     files: list[dict[str, TensorPart]] = []
     filled = 0
     for name, shard in sorted(shards.items()):
@@ -120,11 +120,11 @@ def _in_files(shards: Mapping[str, TensorPart], limit: int) -> list[dict[str, Te
 def write_shards(
     folder: Path, shards: Mapping[str, TensorPart], *, process: int = 0, limit: int = FILE_BYTES
 ) -> Iterator[tuple[str, WrittenFile]]:
-    """Writes this process's shards into a folder, as HuggingFaceStorageReader of
-    torch.distributed.checkpoint reads them; gives every file's name when it is written and synced.
+    """Writes this process's shards into a folder, in the format that HuggingFaceStorageReader of
+    torch.distributed.checkpoint reads; yields each file's name when it is written and synced.
 
-    A file has at most `limit` bytes of tensors, or a single one. Processes of other numbers have
-    files of other names. Raises OSError, and ValueError for a dtype that cannot be stored.
+    A file has at most `limit` bytes of tensors, or a single tensor. File names contain the number
+    `process`. Raises OSError, and ValueError for a dtype that cannot be stored.
     """
     files = _in_files(shards, limit)
     for number, held in enumerate(files, 1):
@@ -136,7 +136,7 @@ def write_shards(
 
 
 def _differing(kinds: Sequence[Mapping[str, str]]) -> list[str]:
-    """What processes that give a tensor of one name do not agree on: its dtype and shape."""
+    """Tensors for which processes pass different dtypes or shapes, as text."""
     first: dict[str, tuple[int, str]] = {}
     problems = []
     for process, of in enumerate(kinds):
@@ -153,11 +153,11 @@ def _differing(kinds: Sequence[Mapping[str, str]]) -> list[str]:
 def only_once(
     tensors: Mapping[str, Tensor], *, process: int = 0, num_processes: int = 1
 ) -> dict[str, Tensor]:
-    """Of this process's tensors those that it is to write; a collective.
+    """The tensors that this process writes, of those that it passes; a collective.
 
-    A DTensor is given by all processes of its mesh, a plain tensor by one process; what several
-    have alike, with the same bits, the first of them writes. Raises CheckpointError on every
-    process when any has what is no tensor, or two differ in a tensor's dtype or shape.
+    All processes of its mesh pass a DTensor; one process passes a plain tensor. If several pass the
+    same plain tensor, with equal bits, the first of them writes it. Raises CheckpointError on every
+    process if any passes something else, or if two differ in a tensor's dtype or shape.
     """
     problem, kinds, parts = "", {}, []
     try:
@@ -187,9 +187,8 @@ def write_tensors(
     """Writes the tensors of all processes into a folder; returns the names of this one's files.
 
     A collective of the `num_processes` processes of the default group, of which this is number
-    `process`; with one process torch.distributed is not needed. `tensors` as for `only_once`.
-    Tensors of no dimension are stored with shape [1]. Raises what `only_once` does, and where it
-    cannot write what `write_shards` does.
+    `process`; one process needs no torch.distributed. `tensors`: as for `only_once`. Scalars are
+    stored with shape [1]. Raises the errors of `only_once` and `write_shards`.
     """
     own = only_once(tensors, process=process, num_processes=num_processes)
     shards = {name: shard_of(name, tensor) for name, tensor in own.items()}
@@ -202,7 +201,7 @@ def write_tensors(
 
 
 def _read_metadata(folder: Path) -> Metadata:
-    """What the headers of all files say."""
+    """The metadata in the headers of all files."""
     try:
         return HuggingFaceStorageReader(str(folder)).read_metadata()
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -216,7 +215,7 @@ def _read_metadata(folder: Path) -> Metadata:
 
 
 def tensor_names(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a folder; no dimension is shape (1,).
+    """Names and shapes of the tensors in a folder; scalars have shape (1,).
 
     Raises CheckpointError for damaged files.
     """
@@ -231,7 +230,7 @@ def _numel_here(tensor: Tensor) -> int:
 
 
 class _Reader(HuggingFaceStorageReader):
-    """Reads with headers that are known, when all that is wanted is there and the files checked."""
+    """Reads with known headers; checks first that all wanted parts exist and the files are good."""
 
     def __init__(
         self,
@@ -254,7 +253,7 @@ class _Reader(HuggingFaceStorageReader):
         holes = [name for name, t in self._wanted.items() if found[name] != _numel_here(t)]
         if holes:
             raise CheckpointError(
-                f"{self._folder} has not all of {len(holes)} tensors, {sorted(holes)[:3]}"
+                f"{self._folder} lacks parts of {len(holes)} tensors, {sorted(holes)[:3]}"
             )
         for file in sorted({self.storage_data[i.storage_index].relative_path for i in plan.items}):
             self._check_file(Path(file))
@@ -270,8 +269,8 @@ def _check_wanted(folder: Path, metadata: Metadata, wanted: Mapping[str, Tensor]
         there = found[name].size, found[name].properties.dtype
         if there != (tensor.shape, tensor.dtype):
             raise CheckpointError(
-                f"{folder}: {name} is {there[1]} of shape {list(there[0])}, wanted {tensor.dtype} "
-                f"of shape {list(tensor.shape)}"
+                f"{folder}: {name} must be {tensor.dtype} of shape {list(tensor.shape)}, got "
+                f"{there[1]} of shape {list(there[0])}"
             )
 
 
@@ -281,12 +280,12 @@ def read_tensors(
     wanted: Mapping[str, Tensor],
     check_file: Callable[[Path], None] = lambda file: None,
 ) -> None:
-    """Fills tensors in place from a folder that `write_tensors` wrote with any processes.
+    """Fills tensors in place from a folder that any number of processes wrote (`write_tensors`).
 
-    Every process asks for what it wants, plain or as DTensors of any sharding; only those parts are
-    read, and nothing is sent. `check_file` sees each file before it is read. Raises CheckpointError
-    for missing tensors, other shapes or dtypes, and damaged files; tensors may be filled in part
-    then.
+    Every process passes the tensors that it wants, plain or as DTensors of any sharding. Only these
+    parts are read, and nothing is sent. `check_file` is called with each file before it is read.
+    Raises CheckpointError for missing tensors, other shapes or dtypes, and damaged files; some
+    tensors may be filled by then.
     """
     if not wanted:
         return

@@ -1,7 +1,7 @@
-"""What a process copies for a checkpoint: into host memory that is kept for the next one.
+"""Copies a process's part of a checkpoint into host memory, which the next checkpoint reuses.
 
-Copies are made where the checkpoint begins, or by the thread that writes them then, beside the
-forward and backward pass that follow; of a GPU's tensors by a stream of their own.
+The copies are made when the checkpoint starts, or later by the writing thread, concurrently with
+the next forward and backward pass. Tensors on a GPU are then copied on a stream of their own.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 from fomoe_ext.checkpoint.shards import TensorPart, shard_of
 
 PROBLEMS = (OSError, TypeError, ValueError, RuntimeError)
-"""What may go wrong in one process, and is told to the others."""
+"""Errors of one process that are reported to the others."""
 
 
 class Content(NamedTuple):
-    """What a process writes: its part of the global model, of the training state, and for JSON."""
+    """What a process writes: its part of the global model, of the training state, and JSON."""
 
     model: dict[str, Tensor]
     shards: dict[str, TensorPart]
@@ -29,7 +29,7 @@ class Content(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where the content comes from; `buffers` None = it is written from where it is."""
+    """Where the content comes from; `buffers` None = it is written without a copy."""
 
     tensors: Iterable[tuple[str, Tensor]]
     named: Iterable[tuple[str, Tensor]]
@@ -38,14 +38,14 @@ class Source(NamedTuple):
 
 
 class Buffers:
-    """Host memory for copies, kept from one checkpoint for the next: new memory is slow to fill."""
+    """Host memory for copies, reused by every checkpoint: fresh memory is slow to fill."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, str], Tensor] = {}
         self._used: dict[tuple[str, str], Tensor] = {}
 
     def copy(self, key: tuple[str, str], tensor: Tensor) -> Tensor:
-        """A copy in host memory; of a GPU's tensor it is whole after the next synchronisation."""
+        """A copy in host memory; for a GPU's tensor it is complete after a synchronization."""
         copy = self._kept.get(key)
         if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
             on_gpu = tensor.device.type == "cuda"
@@ -62,10 +62,10 @@ class Buffers:
 
 @torch.no_grad()
 def stage(source: Source, cancelled: threading.Event) -> tuple[Content, str | None]:
-    """What is to be written, in buffers if there are any, and what is wrong with it, if anything.
+    """The content to write, copied to buffers if there are any, and the error, if any.
 
-    The iterables may be collectives, so they are gone through to their ends all the same, unless
-    the checkpoint is given up.
+    The iterables may be collectives, so they are consumed to the end even after an error, unless
+    the checkpoint is abandoned.
     """
     problem = None
     content = Content({}, {}, source.state)
@@ -73,7 +73,7 @@ def stage(source: Source, cancelled: threading.Event) -> tuple[Content, str | No
     for part, pairs in (("model", source.tensors), ("state", source.named)):
         for name, tensor in pairs:
             if cancelled.is_set():
-                return content, "given up"
+                return content, "abandoned"
             if problem is not None:
                 continue
             try:
@@ -97,14 +97,14 @@ def stage(source: Source, cancelled: threading.Event) -> tuple[Content, str | No
 
 
 class Gpu(NamedTuple):
-    """A GPU, and an event after which what is to be copied is there."""
+    """A GPU, and an event after which the tensors are ready to be copied."""
 
     device: int
     ready: torch.cuda.Event
 
     @classmethod
     def now(cls) -> Gpu | None:
-        """The GPU of this thread, which a new thread does not know; None without one."""
+        """The current GPU of this thread, for use in another thread; None without one."""
         if not torch.cuda.is_initialized():
             return None
         ready = torch.cuda.Event()
@@ -114,7 +114,7 @@ class Gpu(NamedTuple):
 
 @contextmanager
 def beside(gpu: Gpu | None) -> Iterator[None]:
-    """Inside, a GPU's copies go by a stream of their own, from what was there at an event."""
+    """Inside, copies of a GPU's tensors use a stream of their own, which waits for the event."""
     if gpu is None:
         yield
         return

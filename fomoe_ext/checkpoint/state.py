@@ -1,8 +1,8 @@
-"""What a checkpoint holds of a training rank besides the global model, and how that is called.
+"""The training state in a checkpoint, besides the global model, and the names of its tensors.
 
-Tensors are called as in the global model (`fomoe_ext.layer.assemble`), with what they are before
-it: `momentum/blocks.0.attention.qkv_weight` is of all sites, `site1/exp_avg/...` of one. So any
-other sites and ranks than wrote them can read them (`fomoe_ext.checkpoint.resume`).
+A name is that of the parameter in the global model (`fomoe_ext.layer.assemble`) with a prefix:
+`momentum/blocks.0.attention.qkv_weight` is shared by all sites, `site1/exp_avg/...` belongs to one.
+So other numbers of sites and ranks can read it (`fomoe_ext.checkpoint.resume`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from fomoe_ext.outer.sync import OuterSync
 
 
 class TrainingRank(Protocol):
-    """One rank of a site in training, as far as a checkpoint holds it.
+    """One rank of a site in training, as far as a checkpoint saves it.
 
-    Tensors are taken from its model, inner optimizer and outer sync, and filled there again. How
-    far it is it tells itself, as JSON of which nothing but `steps_in_round` is known here.
+    Tensors are read from its model, inner optimizer and outer sync, and loaded into them. Its
+    progress is JSON of its own, of which only `steps_in_round` is used here.
     """
 
     @property
@@ -38,28 +38,28 @@ class TrainingRank(Protocol):
     def sync(self) -> OuterSync: ...
 
     def counts(self) -> Any:
-        """What this rank has counted, as a message (`launch.messages`)."""
+        """The counts of this rank, as a message (`launch.messages`)."""
         ...
 
     def progress_state(self, counts: Sequence[Any]) -> dict[str, Any]:
-        """How far the site is; `counts` are those of all its ranks. Asked of the first one."""
+        """The progress of the site; `counts`: of all its ranks. Called on the first rank."""
         ...
 
     def load_progress_state(self, state: Mapping[str, Any], same: bool) -> None:
-        """Goes on from what `progress_state` said, in a `state` that says more than that.
+        """Loads what `progress_state` returned; `state` has more entries.
 
-        `same` False: it is of other sites, or of another placement. Raises ValueError.
+        `same` False: the checkpoint has other sites or another placement. Raises ValueError.
         """
         ...
 
 
 Rows = dict[int | None, Tensor]
-"""Parts of a tensor of a parameter's shape: some of its rows by number, or by None all of it."""
+"""Parts of a tensor of a parameter's shape: rows by number, or the whole tensor by None."""
 TensorOf = Callable[[nn.Parameter], Tensor | Rows | None]
 
 
 class Entry(NamedTuple):
-    """A tensor by its name in the global model; of an expert, which (layer, expert).
+    """A tensor with its name in the global model; expert: (layer, expert) or None.
 
     alone: no other rank of the site has it.
     """
@@ -71,9 +71,10 @@ class Entry(NamedTuple):
 
 
 def entries_of(model: nn.Module, tensor_of: TensorOf) -> list[Entry]:
-    """What this rank holds of tensors shaped as the trained parameters; experts one by one.
+    """This rank's tensors with the shapes of the trained parameters; experts one by one.
 
-    Where sites choose among their residents, router rows as well: each is its holders' business.
+    With router_scope "resident" the router's rows are separate entries too, because each is
+    averaged over the holders of its expert.
     """
     stacks: dict[int, tuple[str, int, str, tuple[int, ...]]] = {}
     routers: dict[int, tuple[int, tuple[int, ...]]] = {}
@@ -135,15 +136,16 @@ def local_entries(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[Entry
 
 
 def inner_names(optimizer: torch.optim.Optimizer) -> list[str]:
-    """What the inner optimizer keeps in the shape of its parameters; ValueError for other state."""
+    """Names of the inner optimizer's state tensors with the shape of their parameter, such as
+    exp_avg. Raises ValueError for other state."""
     return list(dict.fromkeys(name for _, name, _ in shaped_state(optimizer)))
 
 
 def shared_vectors(sync: OuterSync) -> dict[str, list[Tensor]]:
-    """What all holders have alike besides the global model, by name; the same names on all ranks.
+    """Vectors that are equal on all holders, besides the global model; equal names on all ranks.
 
-    The anchor is the global model, and is made of it again (`OuterState.fill`), unless parameters
-    are of fewer bits than it.
+    The anchor is left out if all parameters are fp32: it then equals the global model, from which
+    `OuterState.fill` restores it.
     """
     rule = sync.layout.site.rule
     if rule.name == "ddp":
@@ -154,7 +156,7 @@ def shared_vectors(sync: OuterSync) -> dict[str, list[Tensor]]:
 
 
 def own_vectors(sync: OuterSync) -> dict[str, list[Tensor]]:
-    """The site's own error of every layout; zeros for one where nothing is lost."""
+    """The site's own error feedback of every layout; zeros for a layout without error."""
     if not (sync.layout.site.codec.lossy and sync.options.error_feedback):
         return {}
     errors = [
@@ -168,9 +170,10 @@ def own_vectors(sync: OuterSync) -> dict[str, list[Tensor]]:
 
 
 def state_of(training: TrainingRank, has_local: bool) -> dict[str, Any] | None:
-    """What of a site's state is no tensor, on its first rank; a collective of the site's ranks.
+    """The part of a site's state that is JSON, on its first rank; None on the others.
 
-    `has_local`: whether `tensors_of` gives the site's own parameters and buffers too.
+    A collective of the site's ranks. `has_local`: `tensors_of` yields the site's own parameters and
+    buffers too.
     """
     sync, ranks = training.sync, training.sync.ranks
     numbers = {
@@ -199,13 +202,15 @@ def state_of(training: TrainingRank, has_local: bool) -> dict[str, Any] | None:
 def tensors_of(
     training: TrainingRank, local: Mapping[str, Tensor] | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the training state that this process has to write, by name, one after another.
+    """Yields the tensors of the training state that this process writes, with their names.
 
-    `local`: the site's own parameters and buffers, where they are not those of the global model. A
-    collective of the site's ranks, and with several to be gone through to its end. A site writes
-    what is its own; of what all holders have alike an expert's `responsible_site` writes it, and
-    the sites share out the rest. Of the ranks that have the same the first does. Counts, which a
-    forward pass changes, are copies; all else changes only with the optimizer's step or a meeting.
+    `local`: the site's own parameters and buffers, if they differ from the global model. A
+    collective of the site's ranks; with several ranks it must be consumed to the end.
+
+    A site writes its own tensors. Tensors that are equal on all holders of an expert are written by
+    its `responsible_site`; other shared tensors are divided among the sites. If several ranks have
+    the same tensor, the first writes it. Counts, which a forward pass changes, are copies; all
+    other tensors change only in an optimizer step or a meeting.
     """
     tokens = training.sync.ranks.sum_(training.sync.counts.tokens.clone())
     return _tensors_of(training, local, tokens)
@@ -241,7 +246,7 @@ def _tensors_of(
 def _written_here(
     training: TrainingRank, prefix: str, entries: Iterable[Entry]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Of what a site's ranks hold what this one writes; of DTensors each has its shard."""
+    """The entries that this rank of the site writes; every rank writes its shard of a DTensor."""
     ranks = training.sync.ranks
     for entry in entries:
         first = ranks.rank < ranks.expert_ranks if entry.expert is not None else ranks.leads
@@ -250,7 +255,7 @@ def _written_here(
 
 
 def _shared_out(training: TrainingRank, entries: Iterable[Entry]) -> Iterator[Entry]:
-    """Of what other sites have as well what this site writes."""
+    """The entries that this site writes, of those that several sites have."""
     placement, mine = training.sync.placement, training.sync.site
     dense = 0
     for entry in entries:

@@ -1,6 +1,6 @@
-"""Whether checkpoints are whole, and which is the newest that is.
+"""Checks whether checkpoints are whole and finds the newest whole one.
 
-A file is whole when it has the size and the SHA-256 that the manifest says; each is read once per
+A file is whole if it has the size and the SHA-256 of the manifest. Each file is read once per
 process.
 """
 
@@ -20,22 +20,22 @@ from fomoe_ext.checkpoint.manifest import (
 from fomoe_ext.launch.messages import gather_objects
 
 _checked: set[tuple[str, int, int, str]] = set()
-"""Files whose SHA-256 this process has found right: path, inode, time of change, SHA-256."""
+"""Files whose SHA-256 this process has checked: path, inode, modification time, SHA-256."""
 
 
 def require_file(path: Path, name: str, entry: FileEntry, content: bool) -> None:
-    """Raises CheckpointError unless a file is there in size and, where asked, in content."""
+    """Raises CheckpointError unless a file exists with its size and, if `content`, its SHA-256."""
     file = path / name
     try:
         there = file.is_file()
-    except OSError as error:  # no file can have such a name
+    except OSError as error:  # such as a name that is too long
         raise CheckpointError(f"checkpoint {path}: {name[:80]!r}: {error.strerror}") from None
     if not there:
         raise CheckpointError(f"checkpoint {path} lacks {name}")
     found = file.stat()
     if found.st_size != entry.size:
         raise CheckpointError(
-            f"checkpoint {path}: {name} has {found.st_size} bytes, wanted {entry.size}"
+            f"checkpoint {path}: {name} must have {entry.size} bytes, got {found.st_size}"
         )
     if not content or (known := _known(file, entry)) in _checked:
         return
@@ -49,22 +49,22 @@ def require_file(path: Path, name: str, entry: FileEntry, content: bool) -> None
 
 
 def require_content(path: Path, names: Iterable[str]) -> None:
-    """Raises CheckpointError unless the named files are what was written; each is read once per
-    process."""
+    """Raises CheckpointError unless the named files have the SHA-256 of the manifest."""
     files = read_manifest(path).files
     for name in names:
         require_file(path, name, files[name], content=True)
 
 
 def require_whole(path: Path, site: int | None = None) -> None:
-    """Raises CheckpointError unless manifest and files (all, or one site's) are there, in size."""
+    """Raises CheckpointError unless the manifest and the files (of all sites or one) exist, with
+    their sizes."""
     for name, entry in read_manifest(path).files.items():
         if site is None or entry.site == site:
             require_file(path, name, entry, content=False)
 
 
 def is_whole(path: Path, site: int | None = None) -> bool:
-    """Whether `require_whole` has nothing to say."""
+    """Whether `require_whole` raises no error."""
     try:
         require_whole(path, site)
     except CheckpointError:
@@ -73,7 +73,7 @@ def is_whole(path: Path, site: int | None = None) -> bool:
 
 
 class Found(NamedTuple):
-    """The newest whole checkpoint of a folder, or None; and why each newer one was skipped."""
+    """The newest whole checkpoint of a folder, or None, and why newer ones were skipped."""
 
     path: Path | None
     skipped: list[str]
@@ -82,10 +82,10 @@ class Found(NamedTuple):
 def newest_whole(
     folder: Path, num_processes: int = 1, *, content: bool = True, share: tuple[int, int] = (0, 1)
 ) -> Found:
-    """The newest checkpoint of which every process finds all files whole; a collective of all.
+    """The newest checkpoint of which all files are whole for every process; a collective of all.
 
-    A file is whole when it has its size and, with `content`, its SHA-256. `share`: (i, n) for the
-    i-th of n processes that see the same folder; then each reads an n-th of the files.
+    Checks sizes and, with `content`, SHA-256. `share`: (i, n) for the i-th of n processes that see
+    the same folder; each then reads every n-th file.
     """
     listed = gather_objects([path.name for path in list_checkpoints(folder)], num_processes)
     skipped = []
@@ -101,8 +101,9 @@ def newest_whole(
 
 
 def require_whole_everywhere(path: Path, num_processes: int, share: tuple[int, int]) -> None:
-    """Raises CheckpointError on all processes unless every one of them finds a checkpoint whole,
-    with the content of all files; a collective. `share` as for `newest_whole`.
+    """Raises CheckpointError on all processes unless the checkpoint is whole for every one.
+
+    A collective. Checks sizes and SHA-256; `share` as for `newest_whole`.
     """
     reasons = gather_objects(_what_is_wrong(path, True, share), num_processes)
     if reason := next(filter(None, reasons), ""):
@@ -111,7 +112,7 @@ def require_whole_everywhere(path: Path, num_processes: int, share: tuple[int, i
 
 
 def _what_is_wrong(path: Path, content: bool, share: tuple[int, int]) -> str:
-    """Why a checkpoint is not whole, or ""; with `content` every share[1]-th file is read."""
+    """Why a checkpoint is not whole, or ""; with `content` reads this process's share of files."""
     try:
         require_whole(path)
         if content:
@@ -128,6 +129,6 @@ def _known(file: Path, entry: FileEntry) -> tuple[str, int, int, str]:
 
 
 def _trust(path: Path) -> None:
-    """All files here have been read, by this process or by others that see them too."""
+    """Records all files as checked: this process or others with the same folder have read them."""
     for name, entry in read_manifest(path).files.items():
         _checked.add(_known(path / name, entry))

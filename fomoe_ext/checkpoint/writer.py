@@ -1,10 +1,9 @@
-"""Writing checkpoints (`manifest` says what that is) while training goes on.
+"""Writes checkpoints (their format: `manifest`) during training.
 
-At a checkpoint's time every process copies what it is to write into host memory (`staging`), at
-once or beside the forward and backward pass that follow; nothing else keeps training waiting. A
-thread of each process then writes, hashes and syncs its files in a temporary folder
-(`file_writer`). What `CheckpointWriter.start` returns (`pending`) tells when all is copied, and
-when the checkpoint is whole.
+First every process copies its part into host memory (`staging`), at once or during the next forward
+and backward pass. Training waits for nothing else. Then a thread of each process writes, hashes and
+syncs its files in a temporary folder (`file_writer`). The handle that `CheckpointWriter.start`
+returns (`pending`) tells when all is copied and when the checkpoint is whole.
 """
 
 from __future__ import annotations
@@ -28,8 +27,10 @@ SHARD_BYTES = 4 << 30
 
 
 def _json_of(process: Process, state: Mapping[str, Any] | None) -> Any:
-    """A copy of the state, whatever it is of; ValueError where rank and state do not go together,
-    TypeError for what `to_json` does not take.
+    """A copy of the state as JSON values.
+
+    Raises ValueError unless rank 0, and no other, passes a state; TypeError for values that
+    `to_json` does not take.
     """
     if (state is None) != (process.rank != 0):
         wrong = f"state must be given by rank 0 of a site and no other, got {state!r:.60}"
@@ -40,9 +41,9 @@ def _json_of(process: Process, state: Mapping[str, Any] | None) -> Any:
 class CheckpointWriter:
     """Writes the checkpoints of a folder, one at a time.
 
-    `start` is called by all processes of the default group, which may be another one at each
-    checkpoint. `keep`: how many whole checkpoints to keep, 0 = all; older ones are removed once a
-    newer one is whole.
+    All processes of the default group call `start`; the group may change between checkpoints.
+    `keep`: how many whole checkpoints to keep, 0 = all; older ones are removed once a newer one is
+    whole.
     """
 
     def __init__(self, folder: Path, keep: int = 0) -> None:
@@ -54,7 +55,7 @@ class CheckpointWriter:
 
     @property
     def pending(self) -> PendingCheckpoint | None:
-        """The checkpoint whose end is not known yet; None on all processes or on none."""
+        """The checkpoint that is being written, or None; equal on all processes."""
         return self._last if self._last is not None and self._last.under_way else None
 
     def start(
@@ -71,22 +72,28 @@ class CheckpointWriter:
         copy: bool = True,
         beside: bool = False,
     ) -> PendingCheckpoint:
-        """Begins a checkpoint `name`: returns when all is copied; the rest happens meanwhile.
+        """Starts a checkpoint `name`; returns when everything is copied. Writing continues in a
+        thread, and errors are reported in the outcome.
 
-        With `beside` it returns before: the iterables, which then must be no collectives, are gone
-        through and copied by a thread, and neither the tensors nor what the iterables take them
-        from may change until `copied` is set. With `copy` False nothing is copied, and the tensors
-        must not change until the end is known. What goes wrong is told then.
+        With `beside` it returns at once and the thread copies too. The iterables must then be no
+        collectives, and neither the tensors nor their sources may change until `copied` is set.
+        With `copy` False nothing is copied, and the tensors must not change until the outcome is
+        known.
 
-        `tensors`: this process's part of the global model (`assemble.own_global_tensors`), whole.
-        `state`: what a site needs to go on and is no tensor, as `to_json` takes it, from rank 0 of
-        the site; None from the others. `named`: of the training state what this process has to
-        write, any tensor by one process only, but of DTensors their shards by all
-        (`shards.shard_of`). Raises RuntimeError while another checkpoint is under way.
+        Args:
+            name, process: folder name of the checkpoint, and this process.
+            tensors: this process's part of the global model (`assemble.own_global_tensors`).
+            state: from rank 0 of a site, its state as values that `to_json` takes; else None.
+            round, meta: for the manifest.
+            named: this process's part of the training state. One process passes a plain tensor; all
+                processes of its mesh pass a DTensor, of which each writes its shard.
+            shard_bytes: the most bytes of the global model in a file.
+
+        Raises RuntimeError while another checkpoint is being written.
         """
         if self._last is not None:
             if self._last.under_way:
-                raise RuntimeError(f"checkpoint {self._last.path.name} is still under way")
+                raise RuntimeError(f"checkpoint {self._last.path.name} is still being written")
             self._last.wait_removed()
         files = FileWriter(self.folder / f".{name}.partial", process, shard_bytes)
         buffers = self._buffers if copy or beside else None
@@ -118,12 +125,12 @@ def save_checkpoint(
     named: Mapping[str, Tensor] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Writes a checkpoint `folder/name` together with all other processes, and returns its path.
+    """Writes a checkpoint `folder/name` together with all other processes and returns its path.
 
-    A collective, which waits for the end and copies nothing. Arguments as `CheckpointWriter.start`
-    has them, but `named` may have plain tensors that other processes give as well, with the same
-    bits. Raises ValueError for a site or rank that cannot be, CheckpointError on every process when
-    any of them cannot write its files; then nothing is left.
+    A collective, which waits for the end and copies nothing. Arguments as for
+    `CheckpointWriter.start`, but several processes may pass the same plain tensor in `named`, with
+    equal bits. Raises ValueError for an invalid site or rank, and CheckpointError on every process
+    if any of them cannot write its files; then no file is left.
     """
     process = Process(site, num_sites, rank, ranks_per_site)
     final, parts = folder / name, list(tensors)

@@ -1,8 +1,8 @@
-"""Texts as token arrays: encoded once into a cache folder and memory-mapped from there.
+"""Texts as token arrays: encoded once into a cache folder, then memory-mapped.
 
-Texts go to training or to validation by a hash of their relative path (and line or row), so the
-split is the same on every machine. They are encoded under a temporary name that is changed when the
-folder is whole; where nothing can be written tokens stay in memory.
+A hash of a text's relative path (and line or row) decides whether it is for training or validation,
+so the split is equal on all machines. A cache folder is written under a temporary name and renamed
+when it is complete. If it cannot be written, the tokens stay in memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FORMAT = 1  # of the cache; raise it when the encoding changes
 
 
 def hash64(*parts: object) -> int:
-    """A 64-bit hash of the parts' text that is the same everywhere."""
+    """A 64-bit hash of the parts as text, equal on all machines."""
     text = "\0".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
 
@@ -42,21 +42,21 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How texts become the tokens of two splits."""
+    """How texts are encoded and split."""
 
     tokenizer: Tokenizer
     text_field: str
     validation_fraction: float
     seq_len: int
-    """Decides whether a split is too short."""
+    """A split with fewer tokens than one window of this length is too short."""
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the tokens."""
+        """Dtype of the tokens."""
         return np.dtype(token_dtype(self.tokenizer.vocab_size))
 
     def key(self, found: FoundTexts) -> str:
-        """The name of the cache folder of these texts, as they are now."""
+        """Name of the cache folder for these texts; it changes when a file changes."""
         key = hashlib.sha256()
         for unit in found.units:
             stat = unit.path.stat()
@@ -69,8 +69,8 @@ class Encoding:
 
 
 class Encoded(NamedTuple):
-    """Tokens and UTF-8 bytes of text by split, the hash of all tokens, and where they could not be
-    cached: the folder, and why."""
+    """Tokens and UTF-8 bytes of text by split, and the hash of all tokens. uncached: the folder and
+    the reason, if the cache could not be written."""
 
     tokens: dict[str, np.ndarray]
     num_bytes: dict[str, int]
@@ -81,7 +81,7 @@ class Encoded(NamedTuple):
 def encode(
     found: FoundTexts, how: Encoding, cache_dir: str | os.PathLike[str] | None, check: bool
 ) -> Encoded:
-    """The tokens of texts, from the cache where they are there; arguments and errors as of
+    """The tokens of texts, from the cache if it has them; arguments and errors as of
     `sequences.open_data`."""
     folder = _cache_root(cache_dir) / how.key(found)
     uncached = None
@@ -101,7 +101,7 @@ def encode(
 
 
 class _Unwritable(Exception):
-    """The cache cannot be written: `path` and, as an OSError, why."""
+    """The cache at `path` cannot be written, because of `error`."""
 
     def __init__(self, path: Path, error: OSError) -> None:
         super().__init__(path, error)
@@ -110,7 +110,7 @@ class _Unwritable(Exception):
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Inside, OSErrors are the cache's, not the text's."""
+    """Turns OSErrors into _Unwritable, to tell errors of the cache from errors of the text."""
     try:
         yield
     except OSError as error:
@@ -118,7 +118,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 class _SplitWriter:
-    """Appends the tokens of texts to one split's file (None = in memory) and counts bytes and
+    """Appends the tokens of texts to the file of a split (None = to memory); counts bytes and
     tokens."""
 
     def __init__(self, path: Path | None, dtype: np.dtype) -> None:
@@ -151,7 +151,7 @@ def _goes_to_validation(name: str, fraction: float) -> bool:
 def _encode(
     writers: dict[str, _SplitWriter], units: Sequence[TextUnit], how: Encoding, cut_each_text: bool
 ) -> dict[str, Any]:
-    """Encode all texts into both splits; returns the counts per split."""
+    """Encodes all texts into both splits; returns the counts of each split."""
     tokenizer, fraction = how.tokenizer, how.validation_fraction
     for unit in units:
         for name, chunks in read_texts(unit, how.text_field):
@@ -181,9 +181,9 @@ def _too_short(counts: dict[str, Any], seq_len: int) -> str | None:
 def _encode_splits(
     make: Callable[[str], _SplitWriter], found: FoundTexts, how: Encoding
 ) -> tuple[dict[str, _SplitWriter], dict[str, Any]]:
-    """Encode all texts by writers made for the splits; these, and the counts per split."""
+    """Encodes all texts with new writers; returns the writers and the counts of each split."""
     writers: dict[str, _SplitWriter] = {}
-    # Few files may leave one side empty: then every text gives its last part to validation.
+    # With few files a split may be empty: then the last part of every text is for validation.
     for cut_each_text in (False, True):
         writers = {split: make(split) for split in SPLITS}
         counts = _encode(writers, found.units, how, cut_each_text)
@@ -192,15 +192,14 @@ def _encode_splits(
     short = _too_short(counts, how.seq_len)
     total = sum(counts[split]["tokens"] for split in SPLITS)
     raise ValueError(
-        f"data is too short: {total} tokens in {len(found.units)} files "
-        f"({found.description}) leave {counts[short]['tokens']} for the "
-        f"{'validation' if short == 'val' else 'training'} split, and one sequence "
-        f"needs seq_len + 1 = {how.seq_len + 1}"
+        f"data must have at least seq_len + 1 = {how.seq_len + 1} tokens in each split, got "
+        f"{counts[short]['tokens']} for {'validation' if short == 'val' else 'training'} "
+        f"({total} tokens in {len(found.units)} files, {found.description})"
     )
 
 
 def _fill_cache(target: Path, found: FoundTexts, how: Encoding) -> None:
-    """Encode into a temporary folder beside `target`, then rename it. Raises _Unwritable."""
+    """Encodes into a temporary folder beside `target`, then renames it. Raises _Unwritable."""
     with _writing(target.parent):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -217,7 +216,7 @@ def _fill_cache(target: Path, found: FoundTexts, how: Encoding) -> None:
         except OSError as error:
             if target.is_dir() and not (target / "meta.json").exists():
                 raise _damaged(target, "no meta.json") from None
-            if not target.is_dir():  # else another process was first: use its files
+            if not target.is_dir():  # otherwise another process was faster: its files are used
                 raise _Unwritable(target, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -235,7 +234,7 @@ def _cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
 
 
 def _read_counts(folder: Path) -> dict[str, Any]:
-    """What `_encode` returned for this cache folder."""
+    """The counts that `_encode` returned when the folder was written."""
     try:
         counts = unsealed(loads((folder / "meta.json").read_bytes()), "meta.json")
         for split in SPLITS:

@@ -1,4 +1,4 @@
-"""Finding and reading texts (plain files, .jsonl, parquet) and turning them into token ids."""
+"""Finds and reads texts (plain files, .jsonl, parquet) and turns them into token ids."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test
 
 @dataclass(frozen=True)
 class TextUnit:
-    """One file: its path, its name relative to what the user gave, its kind and its fixed split."""
+    """One file: its path, its name relative to what the user gave, and its split if fixed."""
 
     path: Path
     name: str
@@ -31,7 +31,7 @@ class TextUnit:
 
     @property
     def kind(self) -> str:
-        """jsonl, parquet or text, by suffix."""
+        """ "jsonl", "parquet" or "text", by suffix."""
         suffix = self.path.suffix.lower()
         kinds = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
         return kinds.get(suffix, "text")
@@ -39,14 +39,15 @@ class TextUnit:
 
 @dataclass(frozen=True)
 class FoundTexts:
-    """Files in a fixed order, how many were left out as not text, and where they are from."""
+    """Files in a fixed order, the number of files skipped because they are not text, and a
+    description of the source."""
 
     units: tuple[TextUnit, ...]
     skipped: int
     description: str
 
     def without_those_of(self, other: FoundTexts) -> FoundTexts:
-        """These files less the other's."""
+        """These files without those of `other`."""
         others = {unit.path for unit in other.units}
         return replace(self, units=tuple(u for u in self.units if u.path not in others))
 
@@ -64,7 +65,7 @@ def _standard_library() -> tuple[Path, list[Path]]:
         path for path in root.rglob("*.py") if not _STDLIB_SKIPPED & {*path.relative_to(root).parts}
     ]
     if not files:
-        raise FileNotFoundError(f"no Python source below {root}: name your own text with --data")
+        raise FileNotFoundError(f"no Python source below {root}: use --data to name your own text")
     return root, files
 
 
@@ -82,7 +83,7 @@ def _looks_like_text(path: Path) -> bool:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """All files below a folder but hidden ones and byte code; no pipes, no broken links."""
+    """All regular files below a folder, without hidden files and byte code."""
     found = []
     for base, folders, files in os.walk(folder):
         folders[:] = [f for f in folders if not f.startswith(".") and f != "__pycache__"]
@@ -91,14 +92,14 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 def find_texts(paths: Sequence[str] | None, split: str | None = None) -> FoundTexts:
-    """The files that the given files, folders and globs mean, sorted by name, each once.
+    """All text files in the given files, folders and globs, sorted by name, each once.
 
-    None = the installed Python's standard library. Raises FileNotFoundError for a path that does
-    not exist, a glob that matches nothing or a folder without text, ValueError for a path that is
-    neither file nor folder, TypeError for a bare string.
+    None = the standard library of the running Python. Raises FileNotFoundError for a path that does
+    not exist, a glob without matches or a folder without text, ValueError for a path that is
+    neither file nor folder, TypeError for a single string.
     """
     if isinstance(paths, (str, Path)):
-        raise TypeError(f"paths must be a list of paths, got the single {paths!r}")
+        raise TypeError(f"paths must be a list of paths, got {paths!r}")
     units: dict[Path, TextUnit] = {}
     skipped = 0
 
@@ -210,8 +211,8 @@ def _parquet_texts(path: Path, column: str) -> Iterator[tuple[int, str]]:
 def read_texts(unit: TextUnit, text_field: str) -> Iterator[tuple[str, Iterator[str]]]:
     """The texts of one file: pairs of a name (path, and line or row) and the text in chunks.
 
-    Empty texts are left out. Raises ValueError for undecodable bytes, bad JSON lines, missing
-    fields and corrupt parquet files, RuntimeError when pyarrow is missing.
+    Empty texts are skipped. Raises ValueError for bytes that are not UTF-8, invalid JSON lines,
+    missing fields and corrupt parquet files, RuntimeError if pyarrow is not installed.
     """
     if unit.kind == "text":
         if unit.path.stat().st_size:
@@ -224,20 +225,20 @@ def read_texts(unit: TextUnit, text_field: str) -> Iterator[tuple[str, Iterator[
 
 
 class Tokenizer(Protocol):
-    """What `open_data` needs of a tokenizer."""
+    """The interface of a tokenizer for `open_data`."""
 
     name: str
     fingerprint: str  # equal for equal tokenizers
     vocab_size: int
-    separator: np.ndarray  # ids put after every text, possibly none
+    separator: np.ndarray  # ids appended to every text, possibly none
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of a text: unsigned integers [length]; never one that ends a text. Raises
-        ValueError for a text that has none else."""
+        """Ids of a text: unsigned integers [length], without special tokens such as the separator.
+        Raises ValueError for a text that cannot be encoded without them."""
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as ids 0..255; NUL, which no text may contain, ends every text."""
+    """UTF-8 bytes as ids 0..255. NUL is the separator, so texts must not contain it."""
 
     name = "byte"
     fingerprint = "byte"
@@ -245,19 +246,20 @@ class ByteTokenizer:
     separator = np.zeros(1, dtype=np.uint8)
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of a text: uint8 [bytes]. Raises ValueError for one with NUL characters."""
+        """Ids of a text: uint8 [bytes]. Raises ValueError for a text with NUL characters."""
         if "\0" in text:
             raise ValueError(
-                f"a text of bytes must have no NUL, which ends it, character {text.index(chr(0))} "
-                "is one"
+                "a text must have no NUL, which separates texts, got one at character "
+                f"{text.index(chr(0))}"
             )
         return np.frombuffer(text.encode(), dtype=np.uint8)
 
 
 class FileTokenizer:
-    """A tokenizer.json of the `tokenizers` library; its end-of-text id, if any, ends every text.
+    """A tokenizer.json of the `tokenizers` library. Its end-of-text id, if it has one, is the
+    separator.
 
-    A text that spells such a token, or another special one, does not become it.
+    Text that spells a special token, such as "</s>", is encoded as ordinary text.
     """
 
     _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
@@ -276,15 +278,15 @@ class FileTokenizer:
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"tokenizer {path} is not a tokenizer.json file: {error}") from None
         self.name = path.name
-        # What "nothing but text" changes are ids, so that caches of before are not taken.
+        # Older versions made other ids: the prefix keeps their caches from being used.
         self.fingerprint = hashlib.sha256(b"nothing but text\0" + content).hexdigest()
-        # A file may ask to cut or pad every text, and may leave holes among its ids.
+        # A file may configure truncation and padding, and its ids may have gaps.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         if not hasattr(self._tokenizer, "encode_special_tokens"):
             raise RuntimeError(
-                f"tokenizer {path} needs a newer tokenizers library, which can take special tokens "
-                f"in a text for text; installed is {tokenizers.__version__}"
+                f"tokenizer {path} needs a newer version of the tokenizers library, one with "
+                f"encode_special_tokens, got {tokenizers.__version__}"
             )
         self._tokenizer.encode_special_tokens = True
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
@@ -298,7 +300,7 @@ class FileTokenizer:
         self._reserved = np.array(sorted(special - {self._unknown(content)}), dtype=np.uint32)
 
     def _unknown(self, content: bytes) -> int | None:
-        """The id of what is not in the vocabulary, which a text may well have."""
+        """The id of the unknown token, which may occur in text."""
         model = json.loads(content)["model"]
         if isinstance(model.get("unk_id"), int):
             return model["unk_id"]
@@ -312,29 +314,29 @@ class FileTokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Ids of a text without special tokens: uint32 [length].
 
-        Raises ValueError for a text that has no other ids than those of special tokens.
+        Raises ValueError for a text that the tokenizer can only encode with special tokens.
         """
         ids, places = self._encoded(text)
         reserved = np.flatnonzero(np.isin(ids, self._reserved))
         if not len(reserved):
             return ids
-        # Some models have special tokens among their words: one that is cut in two is none.
+        # Some models have special tokens in their vocabulary: their text is encoded in two parts.
         cuts = [0, *(places[i][0] + 1 for i in reserved), len(text)]
         parts = [self._encoded(text[start:end])[0] for start, end in pairwise(cuts) if start < end]
         ids = np.concatenate(parts)
         if left := sorted({*ids.tolist()} & {*self._reserved.tolist()}):
             tokens = ", ".join(repr(self._tokenizer.id_to_token(i)) for i in left)
             raise ValueError(
-                f"a text spells {tokens}, which tokenizer {self.name} cannot tell from its special "
-                "token: take it out of the text"
+                f"a text must not have {tokens}, which tokenizer {self.name} can only encode as "
+                "its special token: remove it from the text"
             )
         return ids
 
 
 def load_tokenizer(path: str | os.PathLike[str] | None) -> Tokenizer:
-    """The tokenizer in a file, or bytes for None.
+    """The tokenizer in a file; None = bytes.
 
-    Raises RuntimeError when the `tokenizers` library is missing, FileNotFoundError for a missing
-    file and ValueError for one that is not a tokenizer.
+    Raises RuntimeError if the `tokenizers` library is not installed, FileNotFoundError for a
+    missing file and ValueError for a file that is not a tokenizer.
     """
     return ByteTokenizer() if path is None else FileTokenizer(path)

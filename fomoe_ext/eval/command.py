@@ -1,7 +1,8 @@
 """`fomoe eval`: validation loss, perplexity and bits per byte of a model, and the cost of skipping.
 
-Of a run of `fomoe train` the global model is evaluated in this one process and, beside it, what
-each site holds alone: the other experts are skipped, as the site skips them in its local steps.
+For a run of `fomoe train` it evaluates the global model and, for each site, the model with only
+that site's experts: the other experts are skipped, as in the local steps of the site. All of this
+happens in one process.
 """
 
 from __future__ import annotations
@@ -37,66 +38,67 @@ _MOST_WINDOWS = 64
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Validation loss, perplexity and bits per byte of a model; for a run also of each site alone,
-    where the experts that it does not hold are skipped."""
+    """Validation loss, perplexity and bits per byte of a model. For a run also of each site alone,
+    with the experts skipped that it does not hold."""
 
     model: Positional[Path]
     """A run folder of `fomoe train` or one of its checkpoints, a folder of `fomoe export`, or a
     folder of a causal language model of transformers."""
     data: tuple[str, ...] = ()
-    """Text, split as in training: files, folders and globs of text, .jsonl or .parquet; none =
-    that of the run, or Python's standard library."""
+    """Text, split as in training: files, folders and globs of text, .jsonl or .parquet. Default:
+    that of the run, else the source of Python's standard library."""
     val_data: tuple[str, ...] = ()
-    """Text to evaluate on, all of it, instead of `data`; it is kept in memory."""
+    """Text that is used whole for the evaluation, instead of `data`; it is kept in memory."""
     text_field: str | None = None
-    """Field of a .jsonl line, or column of a parquet file, that holds the text; none = the run's,
-    or text."""
+    """Field of a .jsonl line, or column of a parquet file, with the text. Default: that of the run,
+    else text."""
     tokenizer: Path | None = None
-    """A tokenizer.json; none = that of the model."""
+    """A tokenizer.json. Default: that of the model."""
     cache_dir: Path | None = None
-    """Folder for token files; none = the run's, or the user's cache folder."""
+    """Folder for token files. Default: that of the run, else the user's cache folder."""
     max_tokens: int | None = None
-    """Tokens to predict; none = as many as the run's last validation, or 524288."""
+    """Largest number of tokens to predict. Default: as in the run's last validation, else
+    524288."""
     seq_len: int | None = None
-    """Tokens per window; none = the model's, at most 1024 for one of transformers."""
+    """Tokens per window. Default: that of the model, but at most 1024 for transformers models."""
     batch_size: int | None = None
-    """Windows at a time; none = so many that the logits stay below 64 MiB."""
+    """Windows per batch. Default: as many as keep the logits below 64 MiB."""
     site: int | None = None
-    """Only this site of a run, with the experts it holds; the others are not even read."""
+    """Evaluate only this site of a run, with the experts that it holds; others are not read."""
     skip_experts: float | None = None
-    """Only with this share of each layer's experts skipped, 0..1, drawn by `seed`."""
+    """Evaluate only with this share of each layer's experts skipped, 0..1, drawn with `seed`."""
     seed: int | None = None
-    """Of the draw of skipped experts; none = 0."""
+    """Seed of the draw of skipped experts. Default: 0."""
     checkpoint: str | None = None
-    """Name of a run's checkpoint, such as step-00000640; none = the newest whole one."""
+    """Name of a run's checkpoint, such as step-00000640. Default: the newest complete one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto = cuda where there is one, else cpu."""
+    """auto: cuda if there is a GPU, else cpu."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """bfloat16: matrix products under autocast; none = that of the run, or float32."""
+    """bfloat16: matrix products under autocast. Default: that of the run, else float32."""
     trust_remote_code: bool = False
-    """Run code that a transformers folder brings along (not needed for one of `fomoe export`)."""
+    """Run the Python code in a transformers folder. Not needed for a folder of `fomoe export`."""
     json: Path | None = None
-    """Also write the figures to this file."""
+    """Also write the results to this JSON file."""
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "seq_len", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.site is not None and self.skip_experts is not None:
-            raise ValueError("site and skip_experts cannot be given together")
+            raise ValueError("site and skip_experts must not be given together")
         if self.seed is not None and self.skip_experts is None:
-            raise ValueError("seed needs skip_experts, whose draw it is of")
+            raise ValueError("seed must be given with skip_experts: it is the seed of that draw")
         for name, value in (("data", self.data), ("cache_dir", self.cache_dir)):
             if value and self.val_data:
-                raise ValueError(f"{name} has no effect beside val_data, give one of them")
+                raise ValueError(f"{name} and val_data must not be given together")
         if self.skip_experts is not None and not 0 <= self.skip_experts <= 1:
             raise ValueError(f"skip_experts must be in [0, 1], got {self.skip_experts}")
 
 
 class Score(NamedTuple):
-    """Figures of one variant. loss: nats per token; tokens: predicted; skipped_share: of all slots,
-    0..1, None where it is not counted."""
+    """Results of one variant. loss: nats per token. tokens: predicted tokens. skipped_share: of all
+    slots, 0..1; None = not counted."""
 
     name: str
     loss: float
@@ -107,7 +109,7 @@ class Score(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """exp of the loss, per token; infinite where a float cannot hold it."""
+        """exp(loss) per token; infinite if a float cannot represent it."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
@@ -121,9 +123,9 @@ def score(
     device: torch.device,
     autocast: torch.dtype | None = None,
 ) -> Score:
-    """The figures of a variant on the validation text, at most `max_tokens` of it.
+    """The results of a variant on at most `max_tokens` of the validation text.
 
-    `batch_size` is in windows, `autocast` the dtype of matrix products.
+    batch_size: in windows. autocast: dtype of matrix products; None = no autocast.
     """
     start = time.perf_counter()
     nats, count, skipped = 0.0, 0, 0.0
@@ -152,7 +154,7 @@ def score(
 def validation_text(
     paths: Sequence[str], seq_len: int, tokenizer: Path | None, text_field: str
 ) -> TextData:
-    """All the text in `paths` as validation text, held in memory; errors as of `open_data`."""
+    """All text in `paths` as validation text, in memory; errors as of `open_data`."""
     coder = load_tokenizer(tokenizer)
     found = find_texts(paths, split="val")
     dtype = token_dtype(coder.vocab_size)
@@ -169,8 +171,8 @@ def validation_text(
     tokens = np.concatenate(pieces)
     if len(tokens) <= seq_len:
         raise ValueError(
-            f"val_data is too short: {len(tokens)} tokens ({found.description}), and one window "
-            f"needs seq_len + 1 = {seq_len + 1}"
+            f"val_data must have at least seq_len + 1 = {seq_len + 1} tokens, got {len(tokens)} "
+            f"({found.description})"
         )
     array = TokenArray(tokens, seq_len, num_bytes)
     return TextData(
@@ -201,8 +203,8 @@ def _open_text(subject: Subject, options: EvalOptions, seq_len: int) -> TextData
         )
     if data.vocab_size > subject.vocab_size:
         raise ValueError(
-            f"tokenizer {subject.tokenizer or 'bytes'} has {data.vocab_size} ids, the model "
-            f"{subject.vocab_size}: it is another model's"
+            f"tokenizer {subject.tokenizer or 'bytes'} must have at most the model's "
+            f"{subject.vocab_size} ids, got {data.vocab_size}: it is of another model"
         )
     return data
 
@@ -213,14 +215,14 @@ def _open_text(subject: Subject, options: EvalOptions, seq_len: int) -> TextData
 def _window(subject: Subject, options: EvalOptions) -> int:
     seq_len = options.seq_len or subject.seq_len
     if subject.kind != "transformers" and seq_len > subject.seq_len:
-        raise ValueError(f"seq_len must be <= the model's {subject.seq_len}, got {seq_len}")
+        raise ValueError(f"seq_len must be at most the model's {subject.seq_len}, got {seq_len}")
     return seq_len
 
 
 def evaluate_model(options: EvalOptions) -> dict[str, Any]:
-    """Everything `fomoe eval` tells, as plain data: see `--json`.
+    """All results of `fomoe eval`, as written by `--json`.
 
-    Raises ValueError and OSError for what the user can mend.
+    Raises ValueError and OSError for errors that the user can correct.
     """
     subject = find_subject(
         options.model,
@@ -265,7 +267,7 @@ def evaluate_model(options: EvalOptions) -> dict[str, Any]:
 
 
 def eval_table(figures: dict[str, Any]) -> ReportTable:
-    """The table of `evaluate_model`'s figures."""
+    """The results of `evaluate_model` as a table."""
     results = figures["results"]
     first = results[0]
     rows = []
@@ -312,7 +314,7 @@ def main(arguments: Sequence[str]) -> int:
     figures = evaluate_model(options)
     console = Console(highlight=False)
     if figures.get("passed_over"):
-        text = f"an older checkpoint is taken, because {figures['passed_over']}"
+        text = f"using an older checkpoint, because {figures['passed_over']}"
         console.print(text, markup=False, soft_wrap=True)
     print_tables([eval_table(figures)], console)
     if options.json is not None:

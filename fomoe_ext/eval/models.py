@@ -1,5 +1,5 @@
-"""What `fomoe eval` can evaluate: runs of `fomoe train`, folders of `fomoe export`, and causal
-language models of transformers. Of each a `Subject`: its sizes, its text and its variants.
+"""The models that `fomoe eval` can evaluate: runs of `fomoe train`, folders of `fomoe export`, and
+causal language models of transformers. A `Subject` describes one: sizes, text and variants.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from fomoe_ext.plan.traffic import job_placement
 from fomoe_ext.report.runs import CHECKPOINTS, CONFIG, load_run_config
 
 TOKENS = 524_288
-"""Tokens to evaluate on where no run says how many."""
+"""Tokens to evaluate on, unless a run has another number."""
 _LONGEST = 1024
-"""Tokens per window for a transformers model that could take more."""
+"""Tokens per window for transformers models with a longer context."""
 
 
 @dataclass(frozen=True)
 class Skipping:
-    """What to leave out: all experts but one site's, or a share of each layer's, drawn by seed."""
+    """Which experts to skip: all but those of one site, or a share of each layer, drawn by seed."""
 
     site: int | None = None
     share: float | None = None
@@ -50,7 +50,7 @@ class Variant(NamedTuple):
     """A model with some or all of its experts.
 
     loss_of: int64 [B, L + 1] -> mean cross entropy of predicting tokens[:, 1:], in nats. layers:
-    the MoE layers whose `stats` tell how many slots were skipped; none = it is not counted.
+    the MoE layers whose `stats` count skipped slots; empty = they are not counted.
     """
 
     name: str
@@ -59,10 +59,11 @@ class Variant(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """A model to evaluate. `variants` makes one after the other, so that one at a time is held.
+    """A model to evaluate.
 
-    text: where its text is when nothing else is asked for; tokenizer: None = bytes; tokens: how
-    many to evaluate on; dtype: float32, or bfloat16 for autocast; facts: what else to tell.
+    variants: yields variants one by one, so that only one is in memory. text: the default text.
+    tokenizer: None = bytes. tokens: how many to evaluate on. dtype: float32, or bfloat16 for
+    autocast. facts: further entries of the results.
     """
 
     kind: str
@@ -84,9 +85,9 @@ def find_subject(
     tokenizer: Path | None = None,
     trust_remote_code: bool = False,
 ) -> Subject:
-    """What is in a folder. `checkpoint` names one of a run, `tokenizer` overrides the model's.
+    """The model in a folder. checkpoint: the name of one of a run. tokenizer: replaces the model's.
 
-    Raises FileNotFoundError or ValueError when it is nothing that can be evaluated as asked.
+    Raises FileNotFoundError or ValueError if the folder cannot be evaluated as asked.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"model {folder} is not a folder")
@@ -94,10 +95,11 @@ def find_subject(
     if (folder / ckpt.MANIFEST).is_file() or (folder / CHECKPOINTS).is_dir():
         return _run_subject(find_source(folder, checkpoint), skipping, tokenizer)
     if checkpoint is not None:
-        raise ValueError(f"checkpoint is for run folders, {folder} is none")
+        raise ValueError(f"checkpoint must be given for run folders only, got {folder}")
     if skipping.site is not None:
         raise ValueError(
-            f"site is for runs of `fomoe train`: {folder} does not say who held which expert"
+            f"site must be given for runs of `fomoe train` only, got {folder}: it does not say "
+            "which site held which expert"
         )
     if _is_transformers_export(folder) or (weights and (folder / CONFIG).is_file()):
         return _exported_subject(folder, skipping, tokenizer)
@@ -105,22 +107,23 @@ def find_subject(
         return _transformers_subject(folder, skipping, tokenizer, trust_remote_code)
     raise ValueError(
         "model must be a run folder of `fomoe train`, a checkpoint, a folder of `fomoe export` or "
-        f"of a transformers model, {folder} is none of them"
+        f"of a transformers model, got {folder}"
     )
 
 
 def skip_experts(model: LanguageModel, share: float, seed: int) -> None:
-    """From now on the model skips a share of each layer's experts, drawn by (seed, layer).
+    """Makes the model skip a share of each layer's experts, drawn by (seed, layer).
 
-    Their number is rounded. They stay in memory, but a slot that chooses one is skipped; with
-    router_scope "resident" the router chooses among the others. Raises ValueError when none is
-    left to choose from.
+    The number of skipped experts is rounded. They stay in memory, but slots that choose them are
+    skipped; with router_scope "resident" the router chooses among the other experts. Raises
+    ValueError if no expert is left to choose.
     """
     for index, layer in enumerate(model.moe_layers()):
         count = round(share * layer.num_experts)
         if layer.allowed is not None and count == layer.num_experts:
             raise ValueError(
-                f"skip_experts {share} leaves none of {layer.num_experts} experts to choose from"
+                f"skip_experts must leave the router an expert, got {share} of "
+                f"{layer.num_experts} experts"
             )
         order = np.random.default_rng((seed, index)).permutation(layer.num_experts)
         layer.experts.skip_experts(order[:count].tolist())
@@ -138,20 +141,20 @@ def _variant(model: LanguageModel, name: str, skipping: Skipping) -> Variant:
 
 
 def placement_of(source: Source) -> Placement:
-    """The placement in force at a checkpoint, from a site's state or from the configuration.
+    """The placement at a checkpoint, from the state of a site or from the configuration.
 
-    Raises ValueError where it is in neither, CheckpointError for a damaged state.
+    Raises ValueError if neither has it, CheckpointError for a damaged state.
     """
     for site in range(source.manifest.num_sites):
         if not (source.checkpoint / ckpt.state_name(site)).is_file():
-            continue  # it may be on another machine
+            continue  # the file may be on another machine
         state = load_state(source.checkpoint, site)
         if "sync" in state:
             return Placement.from_dict(state["sync"]["placement"])
     if source.config is None or source.config.sites.reshuffle_rounds:
         raise ValueError(
-            f"checkpoint {source.checkpoint} has no state of a site, which would tell who held "
-            "which expert"
+            f"checkpoint {source.checkpoint} must have the state of a site, which says which site "
+            "held which expert, got none"
         )
     return job_placement(source.config)
 
@@ -175,12 +178,12 @@ def _run_variants(source: Source, skipping: Skipping, device: torch.device) -> I
 
 
 def _reported_tokens(source: Source) -> int:
-    """Tokens of the run's last validation, so that figures can be compared with its report.
+    """Tokens of the run's last validation, so that results are comparable with its report.
 
     Raises ValueError for a damaged report.
     """
     file = None if source.run is None else source.run / "report.json"
-    if file is None or not file.is_file():  # a run that has not ended has none
+    if file is None or not file.is_file():  # a run that has not ended has no report
         return TOKENS
     try:
         report = unsealed(loads(file.read_bytes(), nan=True), file)
@@ -231,10 +234,10 @@ def _exported_config(folder: Path) -> ModelConfig:
 
 
 def load_exported(folder: Path, device: torch.device | str = "cpu") -> LanguageModel:
-    """The model in a folder of `fomoe export`, of either format, on fomoe_ext's own kernels.
+    """The model in a folder of `fomoe export`, in either format, with fomoe_ext's kernels.
 
-    Parameters are fp32, whatever the folder's dtype. Raises ValueError or OSError when it is not
-    one, or damaged.
+    Parameters are fp32, whatever the dtype of the folder. Raises ValueError or OSError for another
+    or a damaged folder.
     """
     for name in ("config.json", CONFIG):
         check_file(folder, name)
@@ -246,8 +249,8 @@ def load_exported(folder: Path, device: torch.device | str = "cpu") -> LanguageM
         value = files.read(name_in(name))
         if not value.is_floating_point() or value.element_size() < 2:
             raise ValueError(
-                f"{folder}: {name_in(name)} is stored as {value.dtype}; quantised exports cannot "
-                "be evaluated"
+                f"{name_in(name)} in {folder} must be floats, got {value.dtype}: quantised exports "
+                "cannot be evaluated"
             )
         return value
 
@@ -284,7 +287,9 @@ def _transformers_subject(
     folder: Path, skipping: Skipping, tokenizer: Path | None, trust_remote_code: bool
 ) -> Subject:
     if skipping.share is not None:
-        raise ValueError(f"skip_experts is for runs and exported folders, {folder} is neither")
+        raise ValueError(
+            f"skip_experts must be given for runs and exported folders only, got {folder}"
+        )
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError:
@@ -292,14 +297,14 @@ def _transformers_subject(
             f"{folder} is a transformers model: pip install 'transformers>=5.6' to evaluate it"
         ) from None
     own = folder / TOKENIZER
-    # What `save_merged` has written, of which transformers would notice nothing.
+    # Checks the files of `save_merged` for damage, which transformers would not notice.
     if (folder / CHECKSUMS).is_file():
         files = TensorFiles(folder)
         for name in files.names():
             files.read(name)
     if tokenizer is None and not own.is_file():
         raise ValueError(
-            f"{folder} has no {TOKENIZER}: give --tokenizer, or write it there by "
+            f"{folder} must have a {TOKENIZER}, got none: give --tokenizer, or create it by "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
     common: dict[str, Any] = {

@@ -1,5 +1,6 @@
-"""`fomoe export`: a run's global model as one folder; `exported/` is copied into it.
+"""`fomoe export`: writes the global model of a run as one folder.
 
-source says what is exported, command writes it: format (names, config.json), tokenizer, card
-(README.md). May import checkpoint, model, report and what they stand on. Knows no training loop.
+`source` finds the checkpoint and `command` writes the folder, with `format` (names, config.json),
+`tokenizer` and `card` (README.md); the code in `exported/` is copied into it. May import
+checkpoint, model, report and what they stand on. Knows no training loop.
 """

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, where it comes from, how to use it."""
+"""The README.md (model card) of an exported model: facts about it, its training, how to use it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ tags: [mixture-of-experts, fomoe]
 
 # A FoMoE language model
 
-A decoder with a Mixture of Experts in every block, trained by `fomoe train` across \
-sites of which none held all experts, and put together by `fomoe export`.
+A decoder-only language model with a Mixture of Experts in every block. It was trained by \
+`fomoe train` on several sites that each hold only some of the experts (see the table), and \
+exported by `fomoe export` as one model with all experts.
 
 | | |
 |---|---|
@@ -36,22 +37,25 @@ prompt = tokenizer("Hello", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 ```
 
-`trust_remote_code=True`: the model's code is `modeling_fomoe.py` in this folder. \
-With `labels` the model returns the cross entropy, without a loss that balances experts.{padding}
+`trust_remote_code=True` is required: transformers does not include this architecture, so it \
+runs `modeling_fomoe.py` and `configuration_fomoe.py` from this folder. Read them first if you do \
+not trust where the folder comes from. With `labels` the model returns the cross entropy, without \
+losses that balance experts.{padding}
 
 {about_tokens}
 """
 
 _BYTES = """## Tokens are bytes
 
-The ids are the UTF-8 bytes of a text, 0..255, and id 0 (NUL) ends a text. Without a tokenizer:
+The ids are the UTF-8 bytes of a text, 0..255; id 0 (NUL) ends a text. To encode and decode \
+without a tokenizer:
 
 ```python
 ids = torch.tensor([list("Hello".encode())])
 text = bytes(ids[0].tolist()).decode(errors="replace")
 ```
 
-`tokenizer.json` does the same for tools that want one."""
+`tokenizer.json` does the same for tools that need a tokenizer file."""
 
 
 def _facts(
@@ -75,7 +79,7 @@ def _facts(
         ("sites", str(manifest.num_sites)),
     ]
     if "replication" in meta:
-        rows.append(("replication", f"every expert on {meta['replication']} of the sites"))
+        rows.append(("replication", f"each expert on {meta['replication']} of the sites"))
     local = f" of {meta['local_steps']} local steps" if "local_steps" in meta else ""
     rows.append(("rounds", f"{manifest.round}{local}"))
     if config is not None:
@@ -88,14 +92,14 @@ def _facts(
         )
         outer = config.outer
         rows.append(("training tokens, all sites", human_count(tokens)))
-        rows.append(("meetings", f"{outer.optimizer}, {outer.codec} on the wire"))
+        rows.append(("outer optimizer", f"{outer.optimizer}, updates sent as {outer.codec}"))
         rows.append(("router scope in training", model.router_scope))
         rows.append(("seed", str(config.run.seed)))
     measured = "not measured at this round"
     if validation is not None:
         measured = (
             f"{validation['loss']:.4f} nats/token, {validation['bits_per_byte']:.3f} bits/byte "
-            f"({human_count(validation['tokens'])} tokens, every expert present)"
+            f"({human_count(validation['tokens'])} tokens, all experts)"
         )
     return [*rows, ("validation loss", measured)]
 
@@ -110,19 +114,21 @@ def model_card(
     end: int | None,
     dtype: str,
 ) -> str:
-    """The text of README.md. `validation` is a record of metrics.jsonl, `tokens` and `end` as in
-    config.json."""
+    """The text of README.md. validation: a record of metrics.jsonl; None = not measured at this
+    round. tokens, end: as for `transformers_config`."""
     facts = _facts(model, config, manifest, validation, dtype)
-    ends = "no id ends a text" if end is None else f"id {end} ends a text"
+    ends = "it has no end-of-text id" if end is None else f"id {end} ends a text"
     padding = ""
     if end is not None:
         padding = (
-            " To generate from several prompts at once pad them on the left: "
+            " To generate from several prompts in one batch, pad them on the left: "
             '`tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")`.'
         )
     about_tokens = _BYTES
     if tokens != "bytes":
-        about_tokens = f"## Tokens\n\n`{tokens}` is the tokenizer it was trained with; {ends}."
+        about_tokens = (
+            f"## Tokens\n\nThe model was trained with the tokenizer in `{tokens}`; {ends}."
+        )
     return _CARD.format(
         facts="\n".join(f"| {key} | {value} |" for key, value in facts),
         padding=padding,

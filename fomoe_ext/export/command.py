@@ -1,8 +1,8 @@
 """`fomoe export`: the global model of a run as one folder, for transformers or as plain tensors.
 
-A checkpoint holds every tensor of the global model once, single experts, in the files of the sites
-that wrote them. They are read one by one and written in shards, so that never more than a shard is
-in memory, under a temporary name that is changed when the folder is whole.
+A checkpoint has every tensor of the global model once, with experts as single tensors, in the files
+of the sites that wrote them. The export reads tensors one by one and writes them in shards, so that
+at most one shard is in memory. The folder is renamed from a temporary name when it is complete.
 """
 
 from __future__ import annotations
@@ -50,31 +50,31 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Write the global model of a run, which no site holds as a whole, as one model folder."""
+    """Write the global model of a run, with the experts of all sites, as one model folder."""
 
     run: Positional[Path]
     """A run folder of `fomoe train`, or one of its checkpoints."""
     format: Literal["transformers", "safetensors"] = "transformers"
-    """transformers: loads by AutoModelForCausalLM.from_pretrained(.., trust_remote_code=True);
-    safetensors: the tensors under fomoe_ext's own names, and config.toml."""
+    """transformers: load it by AutoModelForCausalLM.from_pretrained(.., trust_remote_code=True), as
+    the model's code is in the folder. safetensors: tensors under fomoe_ext's names, config.toml."""
     out: Path | None = None
-    """Folder to write, new or empty; none = exported-<format> in the run folder."""
+    """Folder to write, new or empty; default: exported-<format> in the run folder."""
     checkpoint: str | None = None
-    """Name of a checkpoint, such as step-00000640; none = the newest whole one."""
+    """Name of a checkpoint, such as step-00000640; default: the newest complete one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the written tensors, but for selection biases, which stay float32."""
+    """Dtype of the written tensors; selection biases are always float32."""
     tokenizer: Path | None = None
-    """The tokenizer.json that the run used, where it has been moved."""
+    """The run's tokenizer.json, if it is not where it was during the run."""
     shard_bytes: int = 4 << 30
-    """Largest size of a file; also about the memory that the export takes."""
+    """Largest size of a file in bytes; the export needs about as much memory."""
 
     def __post_init__(self) -> None:
         if self.shard_bytes < 1:
-            raise ValueError(f"shard_bytes must be >= 1, got {self.shard_bytes}")
+            raise ValueError(f"shard_bytes must be at least 1, got {self.shard_bytes}")
 
 
 def _global_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the global model's tensors, without allocating any."""
+    """Names and shapes of the global model's tensors, without allocating them."""
     model = LanguageModel(config, device="meta")
     held = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     shapes = {}
@@ -94,15 +94,15 @@ def _tensors(source: Source, options: ExportOptions) -> Iterator[tuple[str, Tens
     with GlobalModelReader(source.checkpoint) as reader:
         if differing := shapes.keys() ^ set(reader.names()):
             raise ValueError(
-                f"checkpoint {source.checkpoint} is not of the model that it names: "
-                f"{sorted(differing)[:3]} are only in one"
+                f"checkpoint {source.checkpoint} must have the tensors of its model, got other "
+                f"names: {sorted(differing)[:3]} are only in one of the two"
             )
         for name, shape in shapes.items():
             value = reader.tensor(name)
             if tuple(value.shape) != shape:
                 raise ValueError(
-                    f"checkpoint {source.checkpoint}: {name} has shape {list(value.shape)}, its "
-                    f"model wants {list(shape)}"
+                    f"{name} in checkpoint {source.checkpoint} must have shape {list(shape)}, got "
+                    f"{list(value.shape)}"
                 )
             if not name.endswith("selection_bias"):
                 value = value.to(dtype)
@@ -113,7 +113,7 @@ def _tensors(source: Source, options: ExportOptions) -> Iterator[tuple[str, Tens
 
 
 def _validation(source: Source) -> dict[str, Any] | None:
-    """The run's last validation of the exported model, if there was one."""
+    """The run's last validation of the exported model; None if there was none."""
     metrics = None if source.run is None else source.run / METRICS
     if metrics is None or not metrics.is_file():
         return None
@@ -126,7 +126,7 @@ def _validation(source: Source) -> dict[str, Any] | None:
 
 
 def _portable_config(source: Source) -> TrainConfig:
-    """The run's configuration without what is of its machine; sizes only for a lone checkpoint."""
+    """The run's configuration without paths of its machine; for a lone checkpoint, sizes only."""
     if source.config is None:
         return TrainConfig(model=source.model, sites=SitesConfig(sites=1, replication=1))
     config = source.config
@@ -167,37 +167,40 @@ def _write_folder(folder: Path, source: Source, options: ExportOptions) -> tuple
             read_tokenizer(tokenizer)
             shutil.copyfile(tokenizer, folder / TOKENIZER)
         write_text(folder / CONFIG, dump_config(_portable_config(source)))
-    # Last: it lists the files that are there.
+    # Last, because it writes checksums of the other files.
     return write_tensors(folder, _tensors(source, options), options.shard_bytes)
 
 
 def _out_folder(source: Source, options: ExportOptions) -> Path:
     if options.out is None and source.run is None:
-        raise ValueError(f"out must be given: {source.checkpoint} is not in a run folder")
+        raise ValueError(
+            f"out must be given for a checkpoint outside of a run: {source.checkpoint}"
+        )
     out = options.out or source.run / f"exported-{options.format}"  # type: ignore[operator]
     if out.exists() and not out.is_dir():
-        raise FileExistsError(f"out {out} is a file, wanted a new or empty folder")
+        raise FileExistsError(f"out must be a new or empty folder, got the file {out}")
     if out.is_dir() and any(out.iterdir()):
-        raise FileExistsError(f"out {out} is not empty: name a new folder, or delete it")
+        raise FileExistsError(f"out must be a new or empty folder, got {out}, which is not empty")
     require_new("out", out)
     return out
 
 
 def export(source: Source, options: ExportOptions) -> tuple[Path, int, int]:
-    """Write a source's global model; returns the folder, the number of files and of bytes in them.
+    """Writes the global model of a source; returns the folder, the number of its tensor files and
+    their bytes.
 
-    Raises ValueError or OSError naming what is wrong; then nothing is left.
+    Raises ValueError or OSError, and leaves nothing behind, if it cannot be written.
     """
     out = _out_folder(source, options)
     partial = out.with_name(f".{out.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    lock = hold(partial, "out")  # else another export would be cleared away here
+    lock = hold(partial, "out")  # otherwise the next lines could delete files of another export
     try:
-        for path in partial.iterdir():  # of one that was killed
+        for path in partial.iterdir():  # left by an export that was killed
             if path != lock.path:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         files, size = _write_folder(partial, source, options)
-        _out_folder(source, options)  # nobody else has made it meanwhile
+        _out_folder(source, options)  # fails if another process has created it meanwhile
         lock.release(remove=True)
         os.rename(partial, out)
     except ckpt.CheckpointError as error:
@@ -222,7 +225,7 @@ def main(arguments: Sequence[str]) -> int:
     source = find_source(options.run, options.checkpoint)
     say = Console(highlight=False, markup=False, soft_wrap=True).print
     if source.passed_over:
-        say(f"an older checkpoint is taken, because {source.passed_over}")
+        say(f"using an older checkpoint, because {source.passed_over}")
     out, files, size = export(source, options)
     counts = count_parameters(source.model)
     say(
@@ -230,4 +233,9 @@ def main(arguments: Sequence[str]) -> int:
         f"file{'s' if files > 1 else ''}, {human_bytes(size)}; {source.checkpoint.name}, "
         f"round {source.manifest.round}"
     )
+    if options.format == "transformers":
+        say(
+            "load it by AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True): the "
+            "model's code is in the folder"
+        )
     return 0

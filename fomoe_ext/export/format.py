@@ -1,4 +1,4 @@
-"""A model in transformers' terms: the names of its tensors, and its config.json."""
+"""The format for transformers: names of tensors, and config.json."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _RENAMED = {
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A file as transformers writes its own."""
+    """Writes a JSON file formatted as by transformers."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def exported_name(name: str) -> str:
-    """What transformers' format calls a tensor of the global model.
+    """The name in transformers' format of a tensor of the global model.
 
-    Its modules are torch's Linear and Embedding: `qkv_weight` is the weight of `qkv`.
+    The exported code uses torch's Linear and Embedding: `qkv_weight` becomes `qkv.weight`.
     """
     if name.endswith("selection_bias"):
         return f"model.{name}"
@@ -40,7 +40,7 @@ def exported_name(name: str) -> str:
 
 
 def transformers_config(model: ModelConfig, tokens: str, end: int | None, dtype: str) -> dict:
-    """The content of config.json. `end` is the id that ends a text; `tokens` see FomoeConfig."""
+    """The content of config.json. tokens: see `FomoeConfig`. end: the end-of-text id, if any."""
     sizes = {
         _RENAMED.get(field.name, field.name): getattr(model, field.name)
         for field in fields(ModelConfig)
@@ -64,7 +64,7 @@ def transformers_config(model: ModelConfig, tokens: str, end: int | None, dtype:
 
 
 def model_of_config(config: dict[str, Any]) -> ModelConfig:
-    """The ModelConfig of a config.json. Raises ValueError when it is not of this format."""
+    """The ModelConfig of a config.json. Raises ValueError if it does not have this format."""
     try:
         return ModelConfig(
             **{
@@ -75,6 +75,6 @@ def model_of_config(config: dict[str, Any]) -> ModelConfig:
             balance="none",
         )
     except KeyError as error:
-        raise ValueError(f"config.json has no {error}") from None
+        raise ValueError(f"config.json must have {error}, got none") from None
     except TypeError as error:
-        raise ValueError(f"config.json has a value of another type ({error})") from None
+        raise ValueError(f"config.json has a value of a wrong type ({error})") from None

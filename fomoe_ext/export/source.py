@@ -1,4 +1,4 @@
-"""What `fomoe export` exports: a checkpoint whose global model is whole, and the run around it."""
+"""The source of an export: a checkpoint with a complete global model, and its run."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Source:
     config: TrainConfig | None
     run: Path | None
     passed_over: str = ""
-    """Why newer checkpoints were not taken; "" = there are none."""
+    """Why newer checkpoints were not used; "" = there are none."""
     lock: Any = field(default=None, repr=False, compare=False)
-    """While it is kept, a job that is running leaves the checkpoint where it is."""
+    """As long as this is held, a running job does not delete the checkpoint."""
 
     def tokenizer(self, given: Path | None) -> Path | None:
-        """The tokenizer's file, `given` or the run's; None = bytes.
+        """The tokenizer's file, `given` or that of the run; None = bytes.
 
-        Raises ValueError when it is not known, or is not what the run was trained with.
+        Raises ValueError if it is unknown, or differs from the one that the run was trained with.
         """
         if given is not None:
             return given
@@ -39,8 +39,8 @@ class Source:
             return self.config.data.tokenizer
         if self.model.vocab_size > 256:
             raise ValueError(
-                f"{self.checkpoint} is not in a run folder, so its tokenizer is not known: "
-                "give --tokenizer"
+                f"--tokenizer must be given for {self.checkpoint}, which is not in a run folder: "
+                "its tokenizer is unknown"
             )
         return None
 
@@ -51,18 +51,18 @@ class Source:
         found = "byte" if file is None else ckpt.sha256(file)
         if found != wanted:
             raise ValueError(
-                f"tokenizer {file or 'bytes'} is not what the run was trained with: it has been "
-                "changed, or is damaged (--tokenizer takes another all the same)"
+                f"tokenizer {file or 'bytes'} is not the one that the run was trained with: it was "
+                "changed or is damaged (to use another one anyway, give --tokenizer)"
             )
 
 
 def model_files(manifest: ckpt.Manifest) -> list[str]:
-    """Names of the checkpoint files that hold the global model."""
+    """Names of the checkpoint's files with the global model."""
     return [name for name in manifest.files if name.endswith(".safetensors") and "/" not in name]
 
 
 def why_not_whole(path: Path) -> str:
-    """Why a checkpoint's global model cannot be read here, or "". States of sites don't matter."""
+    """Why a checkpoint's global model cannot be read here, or ""; ignores states of sites."""
     try:
         manifest = ckpt.read_manifest(path)
     except ckpt.CheckpointError as error:
@@ -73,17 +73,17 @@ def why_not_whole(path: Path) -> str:
         if not file.is_file():
             missing.append(f"{name} (written by site {entry.site})")
         elif file.stat().st_size != entry.size:
-            damaged.append(f"{name} has {file.stat().st_size} bytes, wanted {entry.size}")
+            damaged.append(f"{name} must have {entry.size} bytes, got {file.stat().st_size}")
     if missing:
         return (
-            f"checkpoint {path} lacks {', '.join(missing)}: where sites share no file system each "
-            "machine has the files of its own sites; copy all of them into this folder"
+            f"checkpoint {path} lacks {', '.join(missing)}: without a shared file system each "
+            "machine has only the files of its own sites; copy all files into this folder"
         )
     return f"checkpoint {path}: {'; '.join(damaged)}" if damaged else ""
 
 
 def _newest(folder: Path) -> tuple[Path, str]:
-    """The newest checkpoint whose global model is whole, and why newer ones were passed over."""
+    """The newest checkpoint with a complete global model, and why newer ones were not used."""
     found = ckpt.list_checkpoints(folder)
     reasons: list[str] = []
     for path in reversed(found):
@@ -97,17 +97,19 @@ def _newest(folder: Path) -> tuple[Path, str]:
 
 
 def find_source(path: Path, name: str | None = None) -> Source:
-    """The checkpoint that a run folder or a checkpoint's own folder stands for.
+    """The checkpoint in a run folder, or the one at a checkpoint's own path.
 
-    `name` is of one in the run folder; None = the newest whose global model is whole. Raises
-    FileNotFoundError or ValueError when there is none.
+    name: of a checkpoint in the run folder; None = the newest with a complete global model. Raises
+    FileNotFoundError or ValueError if there is none.
     """
     if not path.is_dir():
         raise FileNotFoundError(f"run {path} does not exist")
     path, passed_over = path.resolve(), ""
     if (path / ckpt.MANIFEST).is_file():
         if name is not None:
-            raise ValueError(f"checkpoint {name} was named, but {path} is a checkpoint itself")
+            raise ValueError(
+                f"checkpoint must not be given for a checkpoint's own folder {path}, got {name}"
+            )
         chosen = path
     elif (path / CHECKPOINTS).is_dir() or (path / CONFIG).is_file():
         if name is None:
@@ -116,8 +118,8 @@ def find_source(path: Path, name: str | None = None) -> Source:
             chosen = path / CHECKPOINTS / name
     else:
         raise ValueError(
-            f"run must be a run folder of `fomoe train` (it has {CONFIG} and {CHECKPOINTS}/) or a "
-            f"checkpoint (it has {ckpt.MANIFEST}), {path} is neither"
+            f"run must be a run folder of `fomoe train` (with {CONFIG} and {CHECKPOINTS}/) or a "
+            f"checkpoint (with {ckpt.MANIFEST}), got {path}"
         )
     if reason := why_not_whole(chosen):
         raise ValueError(reason)
@@ -125,7 +127,9 @@ def find_source(path: Path, name: str | None = None) -> Source:
     try:
         model = ModelConfig(**manifest.meta["model"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint {chosen} does not say what its model is ({error})") from None
+        raise ValueError(
+            f"checkpoint {chosen} has no valid description of its model ({error})"
+        ) from None
     run = run_of(chosen) if (run_of(chosen) / CONFIG).is_file() else None
     config = None if run is None else load_run_config(run)
     return Source(chosen, manifest, model, config, run, passed_over, reading(chosen))

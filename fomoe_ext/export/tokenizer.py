@@ -1,4 +1,4 @@
-"""The tokenizer of an exported model, as transformers reads it: bytes, or the one of the run."""
+"""The tokenizer files of an exported model: for bytes, or from the tokenizer of the run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ _NUL = "\0"
 
 
 def _byte_tokenizer() -> dict[str, Any]:
-    """A tokenizer.json whose ids are UTF-8 bytes, in the `tokenizers` library's terms.
+    """A tokenizer.json whose ids are UTF-8 bytes.
 
-    Its byte-level step writes each byte as a printable character: bytes that are one stand for
-    themselves, the others follow from U+0100 on. Without merges these are the tokens. NUL, which
-    ends a text and pads, is called by its own name; whatever is not in the vocabulary, so no other
-    byte, is NUL as well, wherever special tokens in a text are taken for text.
+    The ByteLevel step of the `tokenizers` library maps each byte to a printable character:
+    printable bytes to themselves, others to U+0100 and following. Without merges these are the
+    tokens.
+    NUL is the end-of-text, padding and unknown token; only NUL itself can be unknown, when special
+    tokens in a text are encoded as ordinary text.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
@@ -62,7 +63,7 @@ def _byte_tokenizer() -> dict[str, Any]:
 
 
 def read_tokenizer(file: Path | None) -> Tokenizer:
-    """The tokenizer of a file, None = bytes. Errors say which flag takes another."""
+    """The tokenizer in a file; None = bytes. Errors name the flag for another file."""
     try:
         return load_tokenizer(file)
     except FileNotFoundError as error:
@@ -72,10 +73,9 @@ def read_tokenizer(file: Path | None) -> Tokenizer:
 
 
 def _text_only(file: Path) -> dict[str, Any]:
-    """A tokenizer.json that gives a text the ids that training gave it.
+    """The content of a tokenizer.json that encodes a text as in training.
 
-    Without what adds special tokens around every text, cuts it or pads it: the model has not seen
-    that.
+    Steps that add special tokens, truncate or pad are removed: training did not use them.
     """
     content = json.loads(file.read_text(encoding="utf-8"))
     content |= {"truncation": None, "padding": None}
@@ -86,12 +86,12 @@ def _text_only(file: Path) -> dict[str, Any]:
 
 
 def write_tokenizer(folder: Path, file: Path | None, model: ModelConfig) -> int | None:
-    """Write tokenizer.json and tokenizer_config.json; returns the id that ends a text, if any."""
+    """Writes tokenizer.json and tokenizer_config.json; returns the end-of-text id, if any."""
     coder = read_tokenizer(file)
     if coder.vocab_size > model.vocab_size:
         raise ValueError(
-            f"tokenizer {file} has {coder.vocab_size} ids, the model {model.vocab_size}: it is not "
-            "the one that the run used"
+            f"tokenizer {file} must have at most the model's {model.vocab_size} ids, got "
+            f"{coder.vocab_size}: it is not the one of the run"
         )
     end = int(coder.separator[0]) if len(coder.separator) else None
     config: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""A site among others that may be lost or come: when to form anew, and what is told of it."""
+"""When the sites of a job change: which are late, when to regroup, and the event for the log."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _log = logging.getLogger(__name__)
 
 LATE = "a site is late"
 _ATTEMPTS = 12
-"""So many views in a row that came to nothing are too many."""
+"""Failed views in a row after which the job gives up."""
 _LEAST_PATIENCE_S = 5.0
-"""No site that lives is waited for less: its first steps may take much longer than others."""
+"""The least time that a live site is waited for: its first steps may be much slower than others."""
 _LATE_S = 1.0
-"""How long the others are waited for once a late one is not."""
+"""How long the other sites are waited for after one was late."""
 
 
 class Company:
-    """The sites that one site works with."""
+    """The sites that take part, as one of them sees them."""
 
     def __init__(self, membership: TorchftMembership, site: Recoverable) -> None:
         self.membership, self._site = membership, site
@@ -41,7 +41,7 @@ class Company:
     # ------------------------------------------------------------------------------- who is late
 
     def lost(self) -> str:
-        """Why a wait for the others is to be given up, or an empty string; see `waiting`."""
+        """Why a wait for the others is to be given up, or "" (the watch function of `waiting`)."""
         reason = self.membership.lost()
         if not reason and self._until is not None and time.monotonic() > self._until:
             self._late = True
@@ -51,14 +51,14 @@ class Company:
 
     @property
     def patience_s(self) -> float:
-        """How long a site that lives is waited for, from the measured time of a round."""
+        """How long a live site is waited for, in seconds, from the measured time of a round."""
         site = self._site
         measured = self._fault.grace * site.step_s * site.config.run.local_steps
         return max(_LEAST_PATIENCE_S, measured + self._fault.silent_s)
 
     @contextmanager
     def patience(self) -> Iterator[None]:
-        """Inside, who does not come in time is not waited for."""
+        """Inside, waits end after `patience_s`, and the late site counts as lost."""
         self._until = time.monotonic() + self.patience_s
         try:
             yield
@@ -68,23 +68,23 @@ class Company:
     # -------------------------------------------------------------------------------- forming anew
 
     def join(self, view: View) -> dict[str, Any]:
-        """The first view of a site that comes late."""
+        """Takes part in `view`, the first one of a site that joins late; returns the event."""
         return self._until_formed(view, "")
 
     def is_level(self) -> bool:
-        """Whether every expert has its holders, and sites hold as many."""
+        """Whether every expert has enough holders and all sites hold about as many experts."""
         site = self._site
         return ownership.is_level(site.placement, site.config.sites.replication)
 
     def recover(self, reason: str) -> dict[str, Any]:
-        """Goes on with those left, after one was lost; what happened, for log and report.
+        """Regroups the remaining sites after one was lost; returns the event for log and report.
 
-        Raises PeerLost when the job cannot go on: too few sites, or it has ended without this one.
+        Raises TooFew or PeerLost if the job cannot continue, Finished if it has ended.
         """
         return self._until_formed(None, reason)
 
     def renew(self) -> dict[str, Any]:
-        """Between two rounds: takes in who has knocked, and shares out the experts evenly."""
+        """Takes in sites that asked to join and balances the experts; called between two rounds."""
         return self._until_formed(None, "", between_rounds=True)
 
     def _until_formed(
@@ -103,7 +103,7 @@ class Company:
                 view, reason = None, reason or str(error)
                 continue
             return self._tell(formed, before, reason, time.perf_counter() - start)
-        raise PeerLost(f"the sites could not form anew {_ATTEMPTS} times: {reason}")
+        raise PeerLost(f"the sites could not regroup in {_ATTEMPTS} attempts: {reason}")
 
     def _next_view(self, between_rounds: bool) -> View:
         membership, site = self.membership, self._site
@@ -120,10 +120,10 @@ class Company:
                     patience_s=_LATE_S if late else self.patience_s,
                 )
             except NotAMember as error:
-                _log.warning("site %d: %s; it joins anew", site.world.number, error)
+                _log.warning("site %d: %s; it joins again", site.world.number, error)
                 site.late = True
             except dist.DistError as error:
-                # The lighthouse cannot be reached; the heartbeat connects anew when it can.
+                # The lighthouse cannot be reached; the heartbeat thread reconnects when it can.
                 if time.monotonic() > deadline:
                     raise PeerLost(
                         f"the lighthouse cannot be reached: {reason_of(error)}"
@@ -143,7 +143,7 @@ class Company:
             "lost": {s: membership.why(s) for s in sorted(set(before) - set(formed.members))},
             "joined": list(formed.joined),
             "reason": reason,
-            "meeting": formed.settled,
+            "meeting": formed.meeting,
             "restored": [dict(entry) for entry in formed.restored],
             "replication": site.placement.replication,
             "seconds": round(seconds, 3),

@@ -1,4 +1,4 @@
-"""The launcher's part where sites come and go: a lighthouse of its own. Needs no torch."""
+"""Runs the lighthouse of a fault-tolerant job for the launcher. Needs no torch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _log = logging.getLogger(__name__)
 
 
 class LighthouseKeeper:
-    """Has a lighthouse for a job on this machine, unless the job has one.
+    """Runs a lighthouse for a job on this machine, unless `fault.lighthouse` names another.
 
-    A `launch.processes.Keeper`.
+    Implements `launch.processes.Keeper`.
     """
 
     def __init__(self, fault: FaultConfig) -> None:
@@ -28,7 +28,7 @@ class LighthouseKeeper:
         self._lighthouse: subprocess.Popen[str] | None = None
         self.restarts = fault.restarts
         self.patience_s = _GOODBYE_S + fault.silent_s
-        """How long sites that are left have, once the first has come to the job's end."""
+        """Seconds that the other sites have to end, once the first has ended the job."""
         self.environment: dict[str, str] = {"RUST_LOG": os.environ.get("RUST_LOG", "error")}
 
     def __enter__(self) -> Self:
@@ -70,7 +70,7 @@ class LighthouseKeeper:
                     stream.close()
 
     def dead(self, site: int) -> None:
-        """A site's process has ended: the others need not wait for its silence."""
+        """Reports that a site's process has ended, so that others need not wait for a timeout."""
         if self._lighthouse is None or self._lighthouse.stdin is None:
             return
         try:

@@ -1,7 +1,7 @@
-"""The keys of the store beside the lighthouse: who writes each, and what its value is.
+"""The keys of the store beside the lighthouse: for each, who writes it and its value.
 
-All lie below `root()`, so that a run finds its own alone. Sites are the numbers that they keep,
-`view` is a view's name (`membership.View`).
+All are below `root()`, so that a run sees only its own. `site` is a site's permanent number, `view`
+a view's name (`membership.View`).
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 from fomoe_ext.fault.secret import keyed
 
 LIGHTHOUSE_PORT = "lighthouse"
-"""The lighthouse: the port of its other server, in digits."""
+"""Written by the lighthouse: the port of torchft's server, in digits."""
 CURRENT = "current"
-"""Every site of a view, all the same: the view in force, as JSON of its name and members."""
+"""Written by every site of a view, all equal: the current view, as JSON of name and members."""
 FINISHED = "finished"
-"""Sites that have come to the job's end: 1."""
+"""Written by sites that have reached the end of the job: 1."""
 
 
 def root() -> str:
-    """The prefix of all keys of the run that knows our secret."""
+    """The prefix of all keys of the run; it depends on the secret."""
     return keyed("store")
 
 
 def of_view(view: str) -> str:
-    """The prefix below which torch.distributed keeps what the process groups of a view need."""
+    """The prefix for torch.distributed's own keys of a view's process groups."""
     return f"view/{keyed('view', view)}"
 
 
@@ -30,32 +30,32 @@ def of_view(view: str) -> str:
 
 
 def start(site: int) -> str:
-    """The site, when a job begins: 1; it waits for all others."""
+    """Written by the site when a job begins, before it waits for the others: 1."""
     return f"start/{site}"
 
 
 def beat(site: int) -> str:
-    """The site, twice a second: its incarnation and a count, with a dot between."""
+    """Written by the site twice a second: its incarnation and a counter, separated by a dot."""
     return f"beat/{site}"
 
 
 def incarnation(site: int) -> str:
-    """The site, once a process: a counter of its processes."""
+    """Incremented once by each process of the site: the number of processes so far."""
     return f"incarnation/{site}"
 
 
 def knock(site: int) -> str:
-    """The site, when it comes late: its incarnation, until it is taken in."""
+    """Written by a site that asks to join, until it is taken in: its incarnation."""
     return f"knock/{site}"
 
 
 def deaths(site: int | str) -> str:
-    """The lighthouse, told by the launcher: a counter of the site's processes that have ended."""
+    """Written by the lighthouse for the launcher: how many processes of the site have ended."""
     return f"deaths/{site}"
 
 
 def dead(site: int | str) -> str:
-    """The lighthouse: what `deaths` was at the last of them, where there has been one."""
+    """Written by the lighthouse: the value of `deaths` after the last process that ended."""
     return f"dead/{site}"
 
 
@@ -63,15 +63,15 @@ def dead(site: int | str) -> str:
 
 
 def end(view: str) -> str:
-    """Whoever finds that the view cannot go on: why, in words."""
+    """Written by any site that ends the view: the reason as text."""
     return f"end/{view}"
 
 
 def admit(view: str) -> str:
-    """Its sites, when the view ends between two rounds: 1; those that have knocked may come in."""
+    """Written by its sites when the view ends between two rounds: 1; late sites may then join."""
     return f"admit/{view}"
 
 
 def here(view: str, site: int) -> str:
-    """A site that wants to be in the view after this one: 1."""
+    """Written by a site that wants to be in the next view: 1."""
     return f"here/{view}/{site}"

@@ -1,8 +1,8 @@
-"""The process that knows who is there: torchft's lighthouse and a key-value store beside it.
+"""The process that knows which sites are present: torchft's lighthouse and a key-value store.
 
-It outlives the sites, holds no weights and sends none; a job has one, started by the launcher or,
-for sites on several machines, by `fomoe lighthouse`. Both listeners bind to the loopback interface
-unless told otherwise, and to another one only with a shared secret (`fomoe_ext.fault.secret`).
+It outlives the sites and handles no weights. A job has one: the launcher starts it or, for sites on
+several machines, the user runs `fomoe lighthouse`. Both servers bind to the loopback interface by
+default. Another interface requires a shared secret (`fomoe_ext.fault.secret`).
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from fomoe_ext.fault import keys
 from fomoe_ext.fault.secret import own_secret
 
 LIGHTHOUSE = "FOMOE_LIGHTHOUSE"
-"""Variable in which the launcher tells the sites its lighthouse's address."""
+"""Variable with which the launcher gives the sites the address of its lighthouse."""
 JOIN_MS = 300
-"""How long the lighthouse waits for a site that lives and has not asked; sites have waited before
-(`membership`), so that they ask at the same time."""
+"""How long the lighthouse waits for a live site that has not asked for a quorum. It may be short:
+sites wait for each other before they ask (`membership`)."""
 _TICK_MS = 50
 _ANSWER_S = 5.0
-"""How long a lighthouse that is started at the same time may take to listen."""
+"""How long to wait for a lighthouse that is started at the same time."""
 
 
 def torchft() -> Any:
     """torchft's native module: LighthouseServer, LighthouseClient.
 
-    Loaded without the package around it, which imports telemetry for seconds. Raises NotInstalled
-    where it is missing.
+    The package around it is not imported, because its telemetry takes seconds to import. Raises
+    NotInstalled if torchft is missing.
     """
     package = importlib.util.find_spec("torchft")
     for folder in (package.submodule_search_locations or []) if package else []:
@@ -55,19 +55,19 @@ def torchft() -> Any:
 
 
 def require_lighthouse(address: Address, name: str) -> None:
-    """Raises OSError when nobody listens there; `name` is the option that the address is from."""
+    """Raises OSError if nothing listens at the address. `name`: the option that gave it."""
     hint = "is `fomoe lighthouse` running there, and does its --bind let this machine reach it?"
     require_listener(address, name, _ANSWER_S, hint)
 
 
 def require_secret(host: str) -> None:
-    """Raises ValueError for an address other machines can reach without a secret for the run."""
+    """Raises ValueError if other machines can reach the address and the run has no secret."""
     if host == "localhost" or _is_loopback(host):
         return
     if not own_secret():
         raise ValueError(
-            f"{host} can be reached by others: the run needs a shared secret of at least 16 "
-            "characters in FOMOE_SECRET, the same for the lighthouse and all sites"
+            f"other machines can reach {host}: set FOMOE_SECRET to a shared secret of at least 16 "
+            "characters, the same for the lighthouse and all sites"
         )
 
 
@@ -79,17 +79,17 @@ def _is_loopback(host: str) -> bool:
 
 
 class Lighthouse:
-    """Both servers, listening; `address` is HOST:PORT of the one that sites are told."""
+    """Both servers, listening. `address`: HOST:PORT of the store, which is given to the sites."""
 
     def __init__(self, bind: Address, quorum: int, silent_s: float) -> None:
-        """Raises NotInstalled without torchft, ValueError without the secret that the interface
-        needs, OSError for an address that cannot be bound."""
+        """Raises NotInstalled without torchft, ValueError if `bind` requires a secret and there is
+        none, OSError for an address that cannot be bound."""
         native = torchft()
         require_secret(bind.host)
         import torch.distributed as dist
 
         listener = listen(bind, "--bind")
-        host, bound = listener.getsockname()[:2]  # in numbers: names may stand for several
+        host, bound = listener.getsockname()[:2]  # numeric: a name may have several addresses
         store = dist.TCPStore(
             host,
             bound,
@@ -110,7 +110,7 @@ class Lighthouse:
         self.address = str(bind._replace(port=bound))
 
     def dead(self, site: str) -> None:
-        """Tells the sites at once that the process of one has ended."""
+        """Tells the sites that the process of `site` has ended."""
         self._store.set(keys.dead(site), str(self._store.add(keys.deaths(site), 1)))
 
     def shutdown(self) -> None:
@@ -119,9 +119,9 @@ class Lighthouse:
 
 
 def serve(bind: Address, quorum: int, silent_s: float, until_eof: bool = False) -> None:
-    """Serves for ever or, with `until_eof`, until stdin ends; prints its address as JSON.
+    """Prints the address as JSON and serves until a signal or, with `until_eof`, stdin's end.
 
-    A line "dead SITE" on stdin is `Lighthouse.dead`. Raises what `Lighthouse` does.
+    A line "dead SITE" on stdin calls `Lighthouse.dead`. Raises what `Lighthouse` does.
     """
     lighthouse = Lighthouse(bind, quorum, silent_s)
     print(json.dumps({"lighthouse": lighthouse.address}), flush=True)
@@ -138,20 +138,28 @@ def serve(bind: Address, quorum: int, silent_s: float, until_eof: bool = False) 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`fomoe lighthouse`: serves until it is interrupted; returns the exit code."""
+    """`fomoe lighthouse`: serves until interrupted; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="fomoe lighthouse",
-        description="Knows which sites of a job are there; for one job at a time. Sites are given "
-        "its address with --lighthouse.",
+        description="Keeps track of the sites of one fault-tolerant job on several machines. Give "
+        "its address to the sites with --lighthouse.",
     )
     parser.add_argument(
         "--bind",
         default="127.0.0.1:29600",
-        help="HOST:PORT ([HOST]:PORT with IPv6; port 0: any); other than loopback: FOMOE_SECRET",
+        help="HOST:PORT to listen on ([HOST]:PORT with IPv6; port 0: any free one); an address "
+        "other than loopback requires FOMOE_SECRET (default: %(default)s)",
     )
-    parser.add_argument("--quorum", type=int, default=1, help="fewest sites that may go on")
-    parser.add_argument("--silent-s", type=float, default=3.0, help="seconds of silence = dead")
-    parser.add_argument("--until-eof", action="store_true", help="end with the standard input")
+    parser.add_argument(
+        "--quorum", type=int, default=1, help="fewest sites with which the job continues"
+    )
+    parser.add_argument(
+        "--silent-s",
+        type=float,
+        default=3.0,
+        help="seconds without a heartbeat after which a site counts as lost",
+    )
+    parser.add_argument("--until-eof", action="store_true", help="end when standard input ends")
     given = parser.parse_args(arguments)
     try:
         bind = parse_address(given.bind, "--bind", any_port=True)

@@ -1,9 +1,8 @@
-"""Who takes part: agreed by torchft's lighthouse, watched by heartbeats.
+"""Which sites take part: agreed through torchft's lighthouse, watched by heartbeats.
 
-Sites have numbers that they keep for the whole job. A view is a set of them that form process
-groups together; whoever finds that one of them is lost ends the view, all others of it notice
-within half a second, and those that live agree on the next one. A site that comes late waits until
-a view ends between two rounds, and is taken in then.
+Each site has a permanent number. A view is a set of sites that form process groups together. A site
+that finds another one lost ends the view; the others notice within half a second, and the live
+sites agree on the next view. A site that joins late waits until a view ends between two rounds.
 """
 
 from __future__ import annotations
@@ -38,16 +37,16 @@ _log = logging.getLogger(__name__)
 _BEAT_S = 0.5
 _LOOK_S = 0.05
 _ARRIVAL_S = 10.0
-"""How long a late-comer that has knocked is waited for when it is to be taken in."""
+"""How long a site that asked to join is waited for when it is to be taken in."""
 _STORE_S = 30.0
 _KEY_S = 10.0
-"""How long a lighthouse that has just been started may take to tell of itself."""
+"""How long a lighthouse that was just started may take to write its first key."""
 _CURRENT_BYTES = 1 << 20
-"""The longest text about the view in force that is read."""
+"""The longest record of the current view that is accepted."""
 
 
 class View(NamedTuple):
-    """Sites that take part, ascending, and the store in which their process groups meet."""
+    """The sites that take part, ascending, and the store for their process groups."""
 
     name: str
     members: tuple[int, ...]
@@ -55,23 +54,29 @@ class View(NamedTuple):
 
 
 def read_current(raw: bytes, num_sites: int) -> tuple[str, tuple[int, ...]]:
-    """Name and members of the view in force, from what the store holds of it.
+    """Name and members of the current view, from its record in the store.
 
-    Raises ValueError for anything that `TorchftMembership` does not write.
+    Raises ValueError for a record that `TorchftMembership` would not write.
     """
-    value = loads(raw) if len(raw) <= _CURRENT_BYTES else None
+    try:
+        value = loads(raw) if len(raw) <= _CURRENT_BYTES else None
+    except ValueError:
+        value = None
     name, members = (
         (value.get("name"), value.get("members")) if isinstance(value, dict) else ("", ())
     )
     if not (isinstance(name, str) and name and isinstance(members, list)) or not all(
         type(site) is int and 0 <= site < num_sites for site in members
     ):
-        raise ValueError(f"the store's view in force is none of {num_sites} sites: {raw[:100]!r}")
+        raise ValueError(
+            "the membership record in the store is corrupt: it must hold a name and members in "
+            f"[0, {num_sites}), got {raw[:100]!r}"
+        )
     return name, tuple(members)
 
 
 class NotAMember(RuntimeError):
-    """The others have gone on without this site."""
+    """The other sites have continued without this one."""
 
 
 class TooFew(RuntimeError):
@@ -79,11 +84,11 @@ class TooFew(RuntimeError):
 
 
 class Finished(RuntimeError):
-    """The job has come to its end without this site."""
+    """The job has ended without this site."""
 
 
 class _Beats:
-    """Says twice a second that this site lives, and hears the same of the others."""
+    """Sends a heartbeat twice a second and reads those of the other sites, in a thread."""
 
     def __init__(self, owner: TorchftMembership) -> None:
         self._owner = owner
@@ -102,12 +107,12 @@ class _Beats:
             self._thread.start()
 
     def beat(self) -> None:
-        """One beat: to the lighthouse and to the store."""
+        """Sends one heartbeat to the store and, if this site counts, to the lighthouse."""
         owner = self._owner
         self._count += 1
         owner.beat_store.set(keys.beat(owner.site), f"{owner.incarnation}.{self._count}")
-        # The lighthouse wants more than half of those it knows to live to ask: who still waits to
-        # be taken in must not be one of them.
+        # The lighthouse forms a quorum when more than half of the live sites ask. A site that
+        # waits to be taken in does not ask, so it must not count as live.
         if self.counts:
             owner.beat_client.heartbeat(str(owner.site), timedelta(seconds=5))
 
@@ -118,8 +123,8 @@ class _Beats:
                 self.beat()
                 self._look()
                 self.blind_since = None
-            except Exception as error:  # whatever the store's connection raises
-                # Without the lighthouse nothing can change: go on as long as all goes well.
+            except Exception as error:  # the store's connection raises many types
+                # Without the lighthouse the members cannot change. Training continues.
                 if self.blind_since is None:
                     self.blind_since = time.monotonic()
                     _log.info("fomoe: the lighthouse does not answer (%s)", reason_of(error))
@@ -147,10 +152,10 @@ class _Beats:
             if silent and self.is_dead(silent[0]):
                 self.reason = f"the process of site {silent[0]} has ended"
             elif silent:
-                self.reason = f"nothing was heard of site {silent[0]} for {owner.silent_s:g} s"
+                self.reason = f"site {silent[0]} sent no heartbeat for {owner.silent_s:g} s"
 
     def is_silent(self, site: int) -> bool:
-        """Whether a site has not been heard of for too long, or is known to be dead."""
+        """Whether a site has sent no heartbeat for `silent_s` seconds, or is known to be dead."""
         owner = self._owner
         with self._lock:
             heard = self._heard.get(site)
@@ -159,14 +164,14 @@ class _Beats:
         return self.is_dead(site)
 
     def is_dead(self, site: int) -> bool:
-        """Whether the launcher has seen the end of the process that was in the view."""
+        """Whether the launcher has reported the end of the process that was in the view."""
         store, owner = self._owner.beat_store, self._owner
         if not store.check([keys.dead(site)]):
             return False
         return int(store.get(keys.dead(site))) > owner.deaths_before.get(site, 0)
 
     def forget(self, sites: Sequence[int]) -> None:
-        """Begins anew: these sites have just been heard of."""
+        """Treats these sites as just heard from, for a new view."""
         with self._lock:
             for site in sites:
                 beat = self._heard.get(site, (b"", 0.0))[0]
@@ -175,7 +180,7 @@ class _Beats:
 
 
 class TorchftMembership:
-    """Who takes part, by torchft's lighthouse; several views in the life of a job."""
+    """The membership of one site, through torchft's lighthouse, in one view after another."""
 
     def __init__(
         self,
@@ -187,11 +192,10 @@ class TorchftMembership:
         silent_s: float,
         name: str = LIGHTHOUSE,
     ) -> None:
-        """`address`: HOST:PORT of a lighthouse. `site`: the number that this one keeps.
+        """`address`: HOST:PORT of a lighthouse. `site`: the permanent number of this site.
 
-        `name`: of the option that the address is from. Raises NotInstalled without torchft,
-        ValueError for an address that needs a secret, OSError where no lighthouse of this job
-        answers.
+        `name`: the option that gave the address. Raises NotInstalled without torchft, ValueError
+        for an address that requires a secret, OSError if no lighthouse of this job answers.
         """
         native = torchft()
         self._address, self._name = parse_address(address, name), name
@@ -218,8 +222,8 @@ class TorchftMembership:
             store.wait([keys.LIGHTHOUSE_PORT], timedelta(seconds=_KEY_S))
         except dist.DistStoreError:
             raise ConnectionError(
-                f"{self._name} {self._address} answers, but knows nothing of this job: it must be "
-                "the address that `fomoe lighthouse` has printed, and FOMOE_SECRET the same there"
+                f"{self._name} {self._address} answers, but is no lighthouse of this job: give the "
+                "address that `fomoe lighthouse` has printed, and the same FOMOE_SECRET"
             ) from None
         rpc = f"http://{bracketed(host)}:{int(store.get(keys.LIGHTHOUSE_PORT))}"
         clients = [self._native.LighthouseClient(rpc, wait) for _ in range(2)]
@@ -229,10 +233,10 @@ class TorchftMembership:
     # ---------------------------------------------------------------------- while the job goes on
 
     def agree(self, round_index: int, *, between_rounds: bool, patience_s: float) -> View:
-        """The next view: of the sites that live and come within `patience_s`; a collective of them.
+        """The next view: the live sites that arrive within `patience_s` seconds.
 
-        `between_rounds`: take in who has knocked. Raises NotAMember when the others have gone on
-        already, TooFew below the quorum.
+        A collective of these sites. `between_rounds`: also take in sites that asked to join. Raises
+        NotAMember if the others have continued already, TooFew below the quorum.
         """
         before = self.view
         assert before is not None, "begin or knock comes first"
@@ -245,15 +249,15 @@ class TorchftMembership:
         return self._ask(round_index, self.quorum)
 
     def lost(self) -> str:
-        """Why the present view cannot go on, in words, or an empty string. Quick."""
+        """Why the current view cannot continue, or "". Quick."""
         return self._beats.reason
 
     # ----------------------------------------------------------------------------- coming, leaving
 
     def begin(self, timeout_s: float) -> View | None:
-        """The first view, of all sites; None when the job is under way already.
+        """The first view, of all sites; None if the job is already running.
 
-        Raises TooFew when not all come in time.
+        Raises TooFew if not all arrive in time.
         """
         if self.store.check([keys.CURRENT]):
             return None
@@ -264,7 +268,7 @@ class TorchftMembership:
                 return None
             if time.monotonic() > deadline:
                 missing = [s for s in self.all_sites if not self.store.check([keys.start(s)])]
-                raise TooFew(f"sites {missing} did not come within {timeout_s:g} s")
+                raise TooFew(f"sites {missing} did not start within {timeout_s:g} s")
             time.sleep(_LOOK_S)
         self._beats.start()
         while True:
@@ -274,9 +278,9 @@ class TorchftMembership:
             time.sleep(_LOOK_S)
 
     def knock(self, timeout_s: float) -> View:
-        """The view that takes this late-comer in, at the end of a round.
+        """Asks to join, and returns the view that takes this site in, at the end of a round.
 
-        Raises TooFew when nobody does so in time.
+        Raises TooFew if that does not happen in time.
         """
         self._beats.counts = False
         self._beats.start()
@@ -286,8 +290,8 @@ class TorchftMembership:
             self._raise_if_finished()
             name, members = self._current()
             if self.site in members:
-                # The others have not yet noticed that the one before this is gone.
-                self.store.set(keys.end(name), f"site {self.site} has been started anew")
+                # The others have not yet noticed that the previous process of this site is gone.
+                self.store.set(keys.end(name), f"site {self.site} was restarted")
             self.store.set(keys.knock(self.site), str(self.incarnation))
             if self.store.check([keys.admit(name)]):
                 self._beats.counts = True
@@ -296,19 +300,19 @@ class TorchftMembership:
                 self.store.delete_key(keys.knock(self.site))
                 return view
             time.sleep(_LOOK_S)
-        raise TooFew(f"nobody has taken site {self.site} in within {timeout_s:g} s")
+        raise TooFew(f"the other sites did not take in site {self.site} within {timeout_s:g} s")
 
     def why(self, site: int) -> str:
-        """What is known of the loss of a site, in words."""
+        """Why a site counts as lost, as text."""
         if site in self._ended:
             return "its process has ended"
         if self._beats.is_silent(site):
-            return f"nothing was heard of it for {self.silent_s:g} s"
-        return "it did not come in time"
+            return f"it sent no heartbeat for {self.silent_s:g} s"
+        return "it was late"
 
     def finish(self) -> None:
-        """The job is done: who comes or looks for the others now need not."""
-        with suppress(dist.DistError):  # a lighthouse that is gone tells nobody anything
+        """Records that the job has ended, so that sites stop waiting or joining."""
+        with suppress(dist.DistError):  # if the lighthouse is gone, nobody can be told
             self.store.set(keys.FINISHED, "1")
 
     def _raise_if_finished(self) -> None:
@@ -316,22 +320,22 @@ class TorchftMembership:
             raise Finished("the job has ended")
 
     def knocked(self) -> bool:
-        """Whether a late-comer waits."""
+        """Whether a site waits to join."""
         members = self.view.members if self.view else ()
         return bool(self._beats.knocked - set(members))
 
     def end(self, reason: str) -> None:
-        """Ends the present view: all others of it will hear of it."""
+        """Ends the current view; its other sites read the reason from the store."""
         assert self.view is not None
         if not self.store.check([keys.end(self.view.name)]):
             self.store.set(keys.end(self.view.name), reason)
 
     def _await(self, view: View, late: Sequence[int], patience_s: float) -> None:
-        """Until all of the view that live are here, and the late-comers; not for ever."""
+        """Waits until the live sites of the view and the late ones have arrived, with a limit."""
         start = time.monotonic()
         while True:
             if self._superseded(view):
-                raise NotAMember(f"the other sites have gone on without site {self.site}")
+                raise NotAMember(f"the other sites have continued without site {self.site}")
             away = [s for s in view.members if not self.store.check([keys.here(view.name, s)])]
             away = [s for s in away if not self._beats.is_silent(s)]
             passed = time.monotonic() - start
@@ -352,9 +356,9 @@ class TorchftMembership:
         return read_current(self.store.get(keys.CURRENT), len(self.all_sites))
 
     def _ask(self, round_index: int, least: int) -> View:
-        """Asks the lighthouse, and makes the answer the present view.
+        """Asks the lighthouse for a quorum and makes it the current view.
 
-        Raises TooFew for less than `least` sites.
+        Raises TooFew for fewer than `least` sites.
         """
         deadline = time.monotonic() + 4 * self.silent_s + _STORE_S
         while True:
@@ -377,7 +381,7 @@ class TorchftMembership:
         proven = [p for p in quorum.participants if _is_proven(p.replica_id, p.data)]
         members = tuple(sorted(int(p.replica_id) for p in proven))
         if self.site not in members or len(members) < least:
-            raise TooFew(f"sites {members} are {len(members)}, quorum is {least}")
+            raise TooFew(f"sites {members} are only {len(members)}, quorum is {least}")
         self._attempt = max(int(p.data["attempt"]) for p in proven)
         incarnations = [int(p.data["incarnation"]) for p in proven]
         name = f"{quorum.quorum_id}.{self._attempt}.{'-'.join(map(str, incarnations))}"
@@ -396,7 +400,7 @@ class TorchftMembership:
 
 
 def _is_proven(replica_id: str, data: Any) -> bool:
-    """Whether a participant knows the run's secret."""
+    """Whether a participant has proven that it knows the run's secret."""
     try:
         words = int(replica_id), int(data["attempt"]), int(data["incarnation"])
         return matches(str(data["proof"]), "member", *words)
@@ -405,15 +409,15 @@ def _is_proven(replica_id: str, data: Any) -> bool:
 
 
 def join(fault: FaultConfig, site: int, num_sites: int) -> TorchftMembership:
-    """A site's membership, by the lighthouse that the options or the launcher name.
+    """A site's membership, at the lighthouse that the options or the launcher name.
 
-    Raises ValueError where neither does, and what `TorchftMembership` raises.
+    Raises ValueError if neither names one, and what `TorchftMembership` raises.
     """
     name = "--lighthouse" if fault.lighthouse else LIGHTHOUSE
     address = fault.lighthouse or os.environ.get(LIGHTHOUSE)
     if address is None:
         raise ValueError(
-            "fault.membership = torchft needs a lighthouse: start with `fomoe train`, or start "
+            "fault.membership = torchft needs a lighthouse: use `fomoe train`, or start "
             "`fomoe lighthouse` and give its address with --lighthouse"
         )
     quorum, silent_s = fault.quorum, fault.silent_s

@@ -1,9 +1,9 @@
-"""Who holds which expert after sites have gone or come: as few moves as will do. No torch.
+"""Which site holds which expert after sites were lost or joined, with few moves. Needs no torch.
 
-The rule, layer by layer: who is there keeps what it holds; experts that nobody holds, and those of
-too few holders, go to the sites with the least experts; then experts move from the fullest site to
-the emptiest until no two sites differ by more than one. Ties go to the lower number, so that all
-sites compute the same table.
+The rule, layer by layer: a present site keeps its experts. Experts without or with too few holders
+go to the sites with the fewest experts. Then experts move from the fullest site to the emptiest
+until the counts of any two sites differ by at most one. Ties go to the lower site number, so that
+all sites compute the same table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Table = list[list[list[int]]]
 
 
 def table_of(holdings: Holdings, num_experts: int) -> Table:
-    """The owners of every expert, none where nobody holds it."""
+    """The holders of every expert; an empty list if it has none."""
     layers = len(holdings[0])
     table: Table = [[[] for _ in range(num_experts)] for _ in range(layers)]
     for site, of_layers in enumerate(holdings):
@@ -32,7 +32,7 @@ def table_of(holdings: Holdings, num_experts: int) -> Table:
 
 
 def orphans(holdings: Holdings, num_experts: int) -> list[tuple[int, int]]:
-    """The (layer, expert) that nobody holds."""
+    """The experts without a holder, as (layer, expert)."""
     table = table_of(holdings, num_experts)
     return [
         (layer, expert)
@@ -45,9 +45,9 @@ def orphans(holdings: Holdings, num_experts: int) -> list[tuple[int, int]]:
 def adopt_orphans(
     holdings: Holdings, num_experts: int, prefer: Mapping[tuple[int, int], int] = NOBODY
 ) -> Placement:
-    """The placement in which every expert stays where it is and those of nobody get one holder.
+    """The placement in which every expert stays where it is, and experts without a holder get one.
 
-    `prefer`: by (layer, expert) the site that is to be it, where one has a copy.
+    `prefer`: by (layer, expert), the site that becomes the holder because it has a shadow copy.
     """
     table = table_of(holdings, num_experts)
     _adopt(table, len(holdings), prefer)
@@ -55,15 +55,17 @@ def adopt_orphans(
 
 
 def rebalance(holdings: Holdings, num_experts: int, replication: int) -> Placement:
-    """The placement with every expert on min(replication, sites) sites, and sites of even load.
+    """The placement with every expert on min(replication, sites) sites and balanced counts.
 
-    Raises ValueError for an expert that nobody holds: `adopt_orphans` comes first.
+    Raises ValueError for an expert without a holder: call `adopt_orphans` first.
     """
     sites = len(holdings)
     wanted = min(replication, sites)
     table = table_of(holdings, num_experts)
     if orphans(holdings, num_experts):
-        raise ValueError(f"holdings must have all experts, lacks {orphans(holdings, num_experts)}")
+        raise ValueError(
+            f"holdings must contain all experts, got none for {orphans(holdings, num_experts)}"
+        )
     for experts in table:
         loads = _loads(experts, sites)
         for owners in experts:
@@ -107,7 +109,7 @@ def _add(owners: list[int], loads: list[int]) -> None:
 
 
 def _level(experts: Sequence[list[int]], loads: list[int]) -> None:
-    """Moves experts from full to empty sites; each move makes the loads more even, so it ends."""
+    """Moves experts from full to empty sites. Each move evens out the counts, so the loop ends."""
     while True:
         pairs = sorted(
             ((loads[a] - loads[b], -b, a) for a in range(len(loads)) for b in range(len(loads))),
@@ -119,7 +121,7 @@ def _level(experts: Sequence[list[int]], loads: list[int]) -> None:
                 return
             movable = [o for o in experts if source in o and target not in o]
             if movable:
-                # Of an owner set that many share one is missed the least.
+                # Take from the owner set with the most experts, where one fewer matters least.
                 chosen = max(movable, key=lambda o: sum(other == o for other in experts))
                 chosen.remove(source)
                 chosen.append(target)
@@ -132,8 +134,8 @@ def _level(experts: Sequence[list[int]], loads: list[int]) -> None:
 
 
 def is_level(placement: Placement, replication: int) -> bool:
-    """Whether every expert has as many holders as can be, and no two sites' loads of a layer differ
-    by more than one."""
+    """Whether every expert has min(replication, sites) holders and the expert counts of any two
+    sites differ by at most one in each layer."""
     wanted = min(replication, placement.num_sites)
     for experts in placement.table:
         loads = _loads(experts, placement.num_sites)

@@ -1,4 +1,4 @@
-"""What of a training site changes when its company does, and what it tells the others of itself."""
+"""Changes a training site when other sites are lost or join, and describes it for the others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 def progress(site: Recoverable) -> dict[str, Any]:
-    """How far a site is, as one that comes late goes on from it."""
+    """The progress of a site, from which a site that joins late continues."""
     sync = site.sync
     return {
         "steps": steps_of(sync.model, sync.inner_optimizer),
@@ -45,13 +45,12 @@ def progress(site: Recoverable) -> dict[str, Any]:
     }
 
 
-def end_pending(site: Recoverable, commit: bool) -> None:
-    """Ends a meeting that broke off: commits it, with all that follows a meeting, or rolls it
-    back."""
+def end_meeting(site: Recoverable, commit: bool) -> None:
+    """Ends an interrupted meeting: commits and counts it, or rolls it back."""
     placement, lost = site.placement, site.sync.pending is not None and not commit
     outcome = site.sync.end_pending(commit)
     if lost:
-        # The notes before it will be told again.
+        # The notes before it will be sent again.
         notes = (site.world.num_sites - 1) * NOTE_BYTES
         site.tally.note_bytes -= notes
         site.sync.log.lost_bytes += notes
@@ -63,8 +62,7 @@ def end_pending(site: Recoverable, commit: bool) -> None:
 def carry_share_errors(
     old: OuterSync, members: Sequence[int], new: OuterSync, new_members: Sequence[int]
 ) -> None:
-    """What encoding of sums has lost so far goes on where the same sites still share the same
-    pieces: each of them encodes the same sums as before."""
+    """Keeps the error feedback of encoded sums for pieces that the same sites still share."""
     kept = {
         _key(layout, members): feedback.shares
         for layout, feedback in zip(old.layout.layouts, old.state.feedback, strict=True)
@@ -76,14 +74,14 @@ def carry_share_errors(
 
 
 def _key(layout: Layout, members: Sequence[int]) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Tells which sites, by the numbers they keep, share which pieces."""
+    """Identifies the pieces and, by their permanent numbers, the sites that share them."""
     owners = tuple(members[site] for site in layout.group.owners)
     return owners, tuple(piece.key for piece in layout.pieces)
 
 
 @torch.no_grad()
 def become(site: Recoverable, formed: Formed) -> None:
-    """Puts a new model, and the site's place among the others, into force."""
+    """Gives the site its new model, optimizer, outer sync and place among the sites."""
     old = None if site.late else site.sync
     sync, donor = formed.sync, formed.donor
     counters = donor["counters"]
@@ -124,8 +122,8 @@ def restore_experts(
 ) -> int | None:
     """Fills experts of a new model from the newest whole checkpoint on this machine.
 
-    Returns the local step that it is of; None where there is none: they are as at the start. What
-    optimizers know of them begins at zero.
+    Returns the local step of the checkpoint. Without one it returns None, and the experts keep
+    their initial weights. Their optimizer state is zero in both cases.
     """
     folder = site.run_dir / CHECKPOINTS
     for path in reversed(ckpt.list_checkpoints(folder)):

@@ -1,10 +1,16 @@
-"""Sites form anew: they settle the last meeting, share out the experts and go on.
+"""Regroups the sites of a new view: interrupted meeting, placement of experts, new models.
 
-All sites of a view do the same: connect; tell each other where they stand; apply the meeting that
-broke off where any has applied it, else take it back (`outer.staged`); compute who holds what
-(`ownership`); make a model for that beside the old one; send each other what is missing; and when
-all have told all that they have it, put it into force. A death on the way ends this view as well,
-and it begins again with what every site then has.
+All sites of the view take the same steps:
+
+    connect
+    exchange their states
+    apply the interrupted meeting if any site has applied it, else roll it back (`outer.staged`)
+    compute who holds which expert (`ownership`)
+    make a model for that, beside the old one
+    send each other what is missing
+    confirm that all have everything, then replace the old model
+
+If a site is lost on the way, this view ends too, and all begin again with a new one.
 """
 
 from __future__ import annotations
@@ -36,10 +42,10 @@ _BURIAL_S = 5.0
 
 
 def bury(*groups: Any) -> None:
-    """Lets go of process groups whose other ends may be gone, without waiting for it.
+    """Releases process groups with lost members in a thread, without waiting for them.
 
-    To destroy a group is to wait for what is under way in it, until its timeout. Whoever calls this
-    must have let go of them within a few seconds.
+    Destroying a group waits until its operations end or time out. The caller must drop its own
+    references to the groups within a few seconds.
     """
 
     def hold(held: list[Any]) -> None:
@@ -51,7 +57,7 @@ def bury(*groups: Any) -> None:
 
 @contextmanager
 def _lost_where_damaged() -> Iterator[None]:
-    """What was damaged on the way is sent again, in the next view."""
+    """Turns damaged data into PeerLost, so that the next view sends it again."""
     try:
         yield
     except (Damaged, MessageError) as error:
@@ -59,7 +65,7 @@ def _lost_where_damaged() -> Iterator[None]:
 
 
 def new_default_group(view: View, world: World, timeout_s: float) -> None:
-    """Makes torch.distributed's default group that of a view; a collective of its sites."""
+    """Replaces torch.distributed's default group by one of the view's sites; their collective."""
     if dist.is_initialized():
         bury(dist.group.WORLD)
         dist.destroy_process_group()
@@ -78,18 +84,18 @@ def new_default_group(view: View, world: World, timeout_s: float) -> None:
 
 @dataclass(frozen=True)
 class Regrouped:
-    """What has come of it, for the report."""
+    """The result of regrouping, for the report."""
 
     members: tuple[int, ...]
     joined: tuple[int, ...]
     restored: tuple[dict[str, Any], ...]
     bytes_sent: int
-    settled: str
-    """"applied", "taken back" or "" where no meeting was under way."""
+    meeting: str
+    """What became of an interrupted meeting: "applied", "rolled back", or "" without one."""
 
 
 class Reform:
-    """The changes of a site's company; one for its whole life."""
+    """Regroups a site with others, each time the sites change."""
 
     def __init__(self, site: Recoverable) -> None:
         self._site = site
@@ -98,21 +104,21 @@ class Reform:
         if not site.late:
             self._made.append(site.sync.groups)
         self.number = 0
-        """How many changes are in force here."""
+        """How many changes this site has completed."""
 
     def regroup(self, view: View) -> Regrouped:
-        """Forms the view's company and puts it into force; a collective of its sites.
+        """Regroups with the sites of `view`; a collective of them.
 
-        Raises PeerLost when one of them is lost on the way; then the next view is to be agreed on.
+        Raises PeerLost if one of them is lost on the way. Then agree on the next view.
         """
         site = self._site
         world = site.world.of_members(view.members)
-        with _lost_where_damaged(), with_others("forming anew", world.number):
+        with _lost_where_damaged(), with_others("regrouping", world.number):
             new_default_group(view, world, site.config.outer.timeout_s)
             groups = site.make_groups(world)
             self._keep(groups)
             standing = self._tell(world)
-            settled = self._settle(standing)
+            meeting = self._end_meeting(standing)
             standing = gather_objects(self._standing(), world.num_sites)
             formed = self._form(world, groups, standing)
             sent = self._ship(formed, standing)
@@ -127,19 +133,19 @@ class Reform:
             joined=tuple(sorted(set(view.members) - known)),
             restored=tuple(formed.told),
             bytes_sent=sent,
-            settled=settled,
+            meeting=meeting,
         )
 
     def _keep(self, groups: SiteGroups) -> None:
-        """Connections of earlier views than this one may be let go of, but for those in use."""
+        """Keeps the new connections and those in use; releases those of earlier views."""
         used = (groups, None if self._site.late else self._site.sync.groups)
         bury(*(old for old in self._made if old not in used))
         self._made = [*(old for old in self._made if old in used and old is not groups), groups]
 
-    # ---------------------------------------------------------------------------- where we stand
+    # ------------------------------------------------------------------------- states of all sites
 
     def _tell(self, world: World) -> list[dict[str, Any]]:
-        """Where all stand, after those that missed the last change have caught up with it."""
+        """The states of all sites, after those that missed the last change have completed it."""
         standing = gather_objects(self._standing(), world.num_sites)
         latest = max(s["number"] for s in standing)
         if any(s["number"] != latest and s["ready"] == latest for s in standing):
@@ -150,7 +156,7 @@ class Reform:
         return standing
 
     def _standing(self) -> dict[str, Any]:
-        """Where this site stands, as others need to know it."""
+        """The state of this site, as far as others need it."""
         site = self._site
         about: dict[str, Any] = {
             "uid": site.world.number,
@@ -171,49 +177,50 @@ class Reform:
             **recovery.progress(site),
         }
 
-    def _settle(self, standing: Sequence[dict[str, Any]]) -> str:
-        """Ends the meeting that broke off, the same way everywhere."""
+    def _end_meeting(self, standing: Sequence[dict[str, Any]]) -> str:
+        """Ends an interrupted meeting in the same way at all sites."""
         site = self._site
         if site.late:
             return ""
         target = max(s["round"] for s in standing if not s["fresh"])
         pending = site.sync.pending is not None
         if site.sync.round == target:
-            recovery.end_pending(site, commit=False)
-            return "taken back" if pending else ""
+            recovery.end_meeting(site, commit=False)
+            return "rolled back" if pending else ""
         if site.sync.round == target - 1 and site.sync.pending and site.sync.pending.arrived:
-            recovery.end_pending(site, commit=True)
+            recovery.end_meeting(site, commit=True)
             return "applied"
-        site.late = True  # it has missed a whole round: others tell it all
+        site.late = True  # it has missed a whole round: the others send it everything
         return ""
 
-    # ------------------------------------------------------------------------------- what we'll be
+    # ------------------------------------------------------------------------------ the new model
 
     def _form(self, world: World, groups: SiteGroups, standing: Sequence[dict[str, Any]]) -> Formed:
-        """A model for this site's share of the new placement, with what the site has of it."""
+        """A model for this site's share of the new placement; its weights are not yet filled."""
         site = self._site
         old = [s for s in standing if not s["fresh"]]
         if not old:
-            raise RuntimeError("no site is left that knows the model; resume a checkpoint")
+            raise RuntimeError("no site is left that has the model; resume a checkpoint")
         experts, holdings = site.config.model.num_experts, self._holdings(standing)
         if all(s["between"] for s in old) and not ownership.orphans(holdings, experts):
             replication = site.config.sites.replication
             placement = ownership.rebalance(holdings, experts, replication)
         else:
-            # Nobody else can be sent an expert that its new holder only just restores, and in the
-            # middle of a round a new holder would hold up what the others have learned in it.
+            # Do not balance now. A restored expert exists only at its new holder and cannot be sent
+            # to others yet. In the middle of a round, a new holder would lack what the old ones
+            # have trained since the last meeting.
             placement = ownership.adopt_orphans(holdings, experts, _copies(standing))
         model, optimizer, sync = site.make(world, placement, groups, arriving=True)
         number = max(s["number"] for s in standing) + 1
         return Formed(number, world, placement, model, optimizer, sync, old[0])
 
     def _holdings(self, standing: Sequence[dict[str, Any]]) -> list[list[list[int]]]:
-        """What every site holds (`ownership.Holdings`)."""
+        """The experts that every site holds (`ownership.Holdings`)."""
         nothing: list[list[int]] = [[]] * self._site.config.model.num_layers
         return [nothing if s["fresh"] else s["holds"] for s in standing]
 
     def _ship(self, formed: Formed, standing: Sequence[dict[str, Any]]) -> int:
-        """Fills the new model with what the site has and what the others send; the bytes sent."""
+        """Fills the new model from this site and the others; returns the bytes sent."""
         site, me = self._site, formed.world.site
         old = [s for s in standing if not s["fresh"]]
         names = sorted(set.intersection(*(set(s["names"]) for s in old)))
@@ -228,7 +235,7 @@ class Reform:
         wanted, wanted_biases = items_of(formed.sync.layout), biases_of(formed.sync.layout)
         everyone = formed.sync.groups.group(formed.sync.groups.everyone)
         sent = 0
-        # Layer by layer, so that not all of them lie in memory twice.
+        # Layer by layer, so that only one layer is in memory twice.
         for layer in sorted({-1 if item is None else item[0] for item, _, _ in parcels}):
             some = [p for p in parcels if (-1 if p[0] is None else p[0][0]) == layer]
             sizes = {}
@@ -254,8 +261,8 @@ class Reform:
     def _restore(
         self, formed: Formed, mine: Belongings, standing: Sequence[dict[str, Any]]
     ) -> None:
-        """Experts that nobody holds any more come from a shadow copy or the newest checkpoint, or
-        begin anew."""
+        """Restores experts without a holder from a shadow copy or the newest checkpoint; without
+        both they start from their initial weights."""
         experts = self._site.config.model.num_experts
         lost = ownership.orphans(self._holdings(standing), experts)
         here = [key for key in lost if formed.world.site in formed.placement.owners(*key)]
@@ -281,7 +288,7 @@ class Reform:
 
 
 def _copies(standing: Sequence[dict[str, Any]]) -> dict[tuple[int, int], int]:
-    """By (layer, expert) the site that has the newest shadow copy of it."""
+    """By (layer, expert), the site with the newest shadow copy of it."""
     newest: dict[tuple[int, int], tuple[int, int]] = {}
     for place, s in enumerate(standing):
         if s["fresh"]:
@@ -295,7 +302,7 @@ def _copies(standing: Sequence[dict[str, Any]]) -> dict[tuple[int, int], int]:
 def _parcels(
     standing: Sequence[dict[str, Any]], placement: Placement
 ) -> list[tuple[Item, int, int]]:
-    """What must travel: (item, source, target); senders take turns."""
+    """What must be sent: (item, source, target). Senders are chosen evenly."""
     fresh = [place for place, s in enumerate(standing) if s["fresh"]]
     donor = next(place for place, s in enumerate(standing) if not s["fresh"])
     parcels: list[tuple[Item, int, int]] = [(None, donor, target) for target in fresh]

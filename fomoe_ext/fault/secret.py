@@ -1,7 +1,7 @@
-"""A run's shared secret: who does not know it cannot find the run's keys or join it.
+"""The shared secret of a run: without it nobody can find the run's keys or join the run.
 
-It is read from FOMOE_SECRET and never sent: keys of the store are named by a keyed hash of it, and
-what a site says of itself carries one (HMAC-SHA-256, RFC 2104). It encrypts nothing.
+It is read from FOMOE_SECRET and never sent. Instead, names of keys in the store and statements of
+sites contain a keyed hash (HMAC-SHA-256, RFC 2104). Nothing is encrypted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _SHORTEST = 16
 
 
 def own_secret() -> bytes:
-    """The secret, empty where there is none. Raises ValueError for one that is too short."""
+    """The secret; empty without one. Raises ValueError if it is too short."""
     secret = os.environ.get(VARIABLE, "").encode()
     if secret and len(secret) < _SHORTEST:
         raise ValueError(f"{VARIABLE} must have at least {_SHORTEST} characters, got {len(secret)}")
@@ -28,5 +28,5 @@ def keyed(*words: object) -> str:
 
 
 def matches(text: str, *words: object) -> bool:
-    """Whether `text` is the keyed hash of the words; takes as long for a wrong one."""
+    """Whether `text` is the keyed hash of the words, compared in constant time."""
     return hmac.compare_digest(text.encode(), keyed(*words).encode())

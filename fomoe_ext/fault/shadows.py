@@ -1,9 +1,9 @@
-"""Shadow copies: every expert's last agreed state on one more site than its holders.
+"""Shadow copies: the last agreed state of every expert, on one site besides its holders.
 
-With replication 1 a site that dies takes the only copy of its experts along. Here a holder sends
-each expert's anchor and outer momentum, fp32, to a site that does not hold it, at the end of every
-meeting; that keeps it in host memory and does not compute with it. When all holders are gone the
-expert goes on there: at most the last round of its training is lost.
+With replication 1, a lost site takes the only copy of its experts with it. With shadow copies, at
+the end of every meeting a holder sends each expert's anchor and outer momentum (fp32) to a site
+that does not hold the expert. That site keeps them in host memory and does not compute with them.
+If all holders are lost, it becomes the holder, and at most the last round of training is lost.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from fomoe_ext.placement import wire
 
 
 class Shadows:
-    """The shadows that a site keeps."""
+    """The shadow copies on one site."""
 
     def __init__(self) -> None:
         self._vectors: dict[tuple[int, int], Tensor] = {}
         self._names: list[str] = []
         self.round = 0
-        """The meeting they are of."""
+        """The round after which they were sent."""
 
     @property
     def experts(self) -> list[tuple[int, int]]:
-        """(layer, expert) of all that are here."""
+        """The experts with a copy here, as (layer, expert)."""
         return sorted(self._vectors)
 
     @property
@@ -37,17 +37,16 @@ class Shadows:
 
     @torch.no_grad()
     def refresh(self, sync: OuterSync) -> int:
-        """Sends and receives all shadows as they are after a meeting; the bytes sent.
+        """Sends and receives all shadow copies after a meeting; returns the bytes sent.
 
-        A collective. Raises what the transport does when a site is lost; then what was here before
-        stays.
+        A collective. If a site is lost, it raises the transport's error and keeps the old copies.
         """
         placement, me = sync.placement, sync.site
         names = ["anchor", "momentum"] if sync.state.momenta else ["anchor"]
         mine = Belongings.of(sync.state)
         mine.tensors = {k: v for k, v in mine.tensors.items() if k in (*names, "bias")}
         here, biases = items_of(sync.layout), biases_of(sync.layout)
-        # An expert's vector is as long as any other's of its layer, and a site holds one at least.
+        # All experts of a layer have vectors of equal length, and a site holds at least one.
         length = {
             item[0]: elements_of(here[item], biases.get(item, []), names) for item in here if item
         }
@@ -72,6 +71,6 @@ class Shadows:
         return sent
 
     def fill(self, mine: Belongings, sync: OuterSync, expert: tuple[int, int]) -> None:
-        """Adds an expert's shadow to what this site has, for a model that is to hold it."""
+        """Adds an expert's shadow copy to `mine`, for a model that becomes its holder."""
         pieces, biases = items_of(sync.layout)[expert], biases_of(sync.layout).get(expert, [])
         mine.take(self._vectors[expert], pieces, biases, self._names)

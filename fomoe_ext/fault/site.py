@@ -1,4 +1,4 @@
-"""A training site as fault tolerance sees it, and what it is to become among other sites."""
+"""The interface of a training site for fault tolerance, and the data of a site that regroups."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ from fomoe_ext.report.tally import Tally
 
 
 class Abandonable(Protocol):
-    """What may be under way when a site is lost."""
+    """Work that may be running when a site is lost."""
 
     def abandon(self) -> None:
-        """Gives it up; nothing is waited for."""
+        """Abandons it without waiting."""
         ...
 
 
 class Recoverable(Protocol):
-    """What is read of a site when its company changes, and what becomes another then.
+    """A training site, as far as it is read and changed when sites are lost or join.
 
-    A `late` one knows nothing of the model yet, or not enough: it may lack model, optimizer and
-    sync.
+    A `late` site has no model yet, or one that is too old. It may lack model, optimizer and sync.
     """
 
     config: TrainConfig
@@ -46,9 +45,9 @@ class Recoverable(Protocol):
     tally: Tally
     shadows: Shadows
     story: list[dict[str, Any]]
-    """What happened to the sites, for the report."""
+    """Events for the report: sites that were lost or joined."""
     steps_in_round: int
-    """Local steps taken in the round under way."""
+    """Local steps taken in the current round."""
 
     @property
     def round(self) -> int:
@@ -57,12 +56,12 @@ class Recoverable(Protocol):
 
     @property
     def step(self) -> int:
-        """Local steps of all rounds so far."""
+        """Local steps of all completed rounds, plus those of the current one."""
         ...
 
     @property
     def step_s(self) -> float:
-        """Seconds of a local step; 0 = not known yet."""
+        """Seconds per local step; 0 = not measured yet."""
         ...
 
     @property
@@ -72,28 +71,30 @@ class Recoverable(Protocol):
 
     @property
     def checkpoints(self) -> Abandonable:
-        """What writes its checkpoints."""
+        """The writer of its checkpoints."""
         ...
 
     def make_groups(self, world: World) -> SiteGroups:
-        """The connections of all sites; a collective."""
+        """The process groups of the sites; a collective."""
         ...
 
     def make(
         self, world: World, placement: Placement, groups: SiteGroups, *, arriving: bool
     ) -> tuple[LanguageModel, torch.optim.Optimizer, OuterSync]:
-        """A model of what the site holds by a placement, its optimizer and outer sync; a
-        collective. `arriving`: see `OuterSync`."""
+        """A model with the experts that a placement gives the site, its optimizer and outer sync.
+
+        A collective. `arriving`: see `OuterSync`.
+        """
         ...
 
     def after_meeting(self, placement: Placement, outcome: RoundReport) -> float:
-        """Counts a meeting that broke off and was settled; returns the seconds it took."""
+        """Counts an interrupted meeting that was then applied; returns the seconds it took."""
         ...
 
 
 @dataclass
 class Formed:
-    """What a site will be once all agree: its place, and a model with all that belongs to it."""
+    """What a site becomes when all sites confirm: its place, model, optimizer and outer sync."""
 
     number: int
     world: World
@@ -103,6 +104,6 @@ class Formed:
     sync: OuterSync
     donor: dict[str, Any]
     restored: list[dict[str, Any]] = field(default_factory=list)
-    """Experts that nobody held, which this site has taken."""
+    """Experts without a holder that this site has restored."""
     told: list[dict[str, Any]] = field(default_factory=list)
-    """The same of all sites."""
+    """Restored experts of all sites."""

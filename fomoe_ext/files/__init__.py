@@ -1,5 +1,5 @@
-"""What is on disk and how it is read and written: whole or not at all, sealed, never a pickle.
+"""Reading and writing files: complete or not at all, with checksums, never as a pickle.
 
-Tensors, states, JSON values, locks of folders, what could not be written. Stands on the ground: it
-knows bytes and names, not what they mean to a job.
+Tensors, states, JSON values, locks of folders, and a list of files that could not be written.
+Stands on the ground: it knows bytes and names, not their meaning for a job.
 """

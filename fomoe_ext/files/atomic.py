@@ -1,5 +1,5 @@
-"""Writing files so that a crash leaves the old content or the new, never a part; and seals, by
-which damage to what was written is noticed when it is read again. Needs no torch."""
+"""Atomic writes: after a crash a file has its old or its new content, never a part. And seals:
+checksums in a file that reveal damage when it is read. Needs no torch."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _SEALED_LINE = re.compile(rb'\A(.*), "crc32": "([0-9a-f]{8})"\}\Z', re.DOTALL)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file under a temporary name, make it last, and rename it."""
+    """Writes a UTF-8 text file atomically: under a temporary name, synced to disk, then renamed."""
     with replace_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary name to write; afterwards the file has its own, whole or not at all.
+    """Replaces a file atomically: yields a temporary path to write, which is renamed at the end.
 
     File and name are synced to disk. An OSError names the file.
     """
-    # The number alone may be that of a process on another machine.
+    # A process on another machine may have the same process id.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     with naming(path):
         try:
@@ -41,13 +41,13 @@ def replace_file(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
             sync_folder(path.parent)
         finally:
-            with suppress(OSError):  # of a disk that can only be read: there is none
+            with suppress(OSError):  # on a read-only disk there is no temporary file
                 temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Puts the file's name into an OSError that has none, as writing to a full disk raises it."""
+    """Adds the file's name to an OSError without one, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -57,11 +57,11 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes names in a folder last: new ones, changed ones and that others are gone."""
+    """Syncs a folder to disk, so that new, changed and removed names in it persist."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError:  # some file systems cannot, and then need not
+    except OSError:  # some file systems do not support it
         pass
     finally:
         os.close(descriptor)
@@ -77,15 +77,16 @@ def _hash_of(value: Mapping[str, Any]) -> str:
 
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with the SHA-256 of its content, which `unsealed` compares."""
+    """A JSON object with the SHA-256 of its content, which `unsealed` checks."""
     plain = json.loads(json.dumps(dict(value)))  # keys as they will be read
     return {**plain, SEAL: _hash_of(plain)}
 
 
 def unsealed(value: Any, where: Path | str) -> dict[str, Any]:
-    """A JSON object without its seal. One without a seal, of an earlier version, is taken as it is.
+    """A JSON object without its seal. An object without a seal (of an earlier version) is returned
+    as it is.
 
-    Raises ValueError naming `where` for what is no object, or not what was sealed.
+    Raises ValueError naming `where` if it is not an object or differs from what was sealed.
     """
     if not isinstance(value, dict):
         raise ValueError(f"{where} must hold a JSON object, got {value!r:.60}")
@@ -96,14 +97,14 @@ def unsealed(value: Any, where: Path | str) -> dict[str, Any]:
 
 
 def seal_text(text: str) -> str:
-    """A text of lines, of a kind where # begins a comment, after a line with its SHA-256."""
+    """The text after a comment line (# ...) with its SHA-256."""
     return f"# sha256 of what follows: {hashlib.sha256(text.encode()).hexdigest()}\n{text}"
 
 
 def check_text_seal(path: Path) -> None:
-    """Raises ValueError, naming the file, where `seal_text` made it and it has changed since.
+    """Raises ValueError, naming the file, if it has a seal of `seal_text` and was changed since.
 
-    A file that is not there, or has no seal, is somebody else's business.
+    A missing file, or one without a seal, is no error here.
     """
     try:
         content = path.read_bytes()
@@ -112,19 +113,19 @@ def check_text_seal(path: Path) -> None:
     found = _SEALED.match(content)
     if found and hashlib.sha256(content[found.end() :]).hexdigest() != found[1].decode():
         raise ValueError(
-            f"{path} is not what was written: it is damaged, or was changed by hand. If you "
-            "changed it, delete its first line"
+            f"{path} is not what was written: it is damaged or was changed by hand. If you changed "
+            "it, delete its first line"
         )
 
 
 def seal_line(line: str) -> str:
-    """A JSON object on one line with the CRC-32 of its text, which `unseal_line` compares."""
+    """A JSON object on one line with the CRC-32 of its text, which `unseal_line` checks."""
     return f'{line[:-1]}, "crc32": "{zlib.crc32(line.encode()):08x}"}}' if line != "{}" else line
 
 
 def unseal_line(line: str) -> str:
-    """The line that `seal_line` was given, or one without a seal as it is; ValueError where it has
-    changed."""
+    """The line that `seal_line` was called with; a line without a seal is returned as it is.
+    ValueError if the line was changed."""
     found = _SEALED_LINE.match(line.encode())
     if found is None:
         return line

@@ -1,10 +1,10 @@
-"""Who writes into a folder: a lock that ends with its owner, and says who that is. Needs no torch.
+"""A lock on a folder that ends with its owner and names it. Needs no torch.
 
-A file `.lock` in the folder is held by flock, which the kernel lets go when the owner dies, and
-has as JSON who that is. The processes of one job hold it together (shared); another job, which asks
-for all of it, is refused. Where flock does not reach (some network file systems, other machines)
-what the file says decides: a process of this machine lives or not, one of another machine sets the
-file's time every few seconds, and is watched for that.
+The file `.lock` in the folder is locked with flock, which the kernel releases when the owner dies,
+and contains a JSON record of the owner. The processes of one job share the lock; another job needs
+it exclusively and is refused. If flock has no effect (some network file systems, other machines),
+the record decides: the owner is either a process of this machine, which is alive or not, or one of
+another machine, which must update the time of the file every few seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fomoe_ext.files.json_values import loads
 
 try:
     import fcntl
-except ImportError:  # not on this system: what the file says decides
+except ImportError:  # not on this system: the record decides
     fcntl = None  # type: ignore[assignment]
 
 _log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ LOCK = ".lock"
 _BEAT_S = 4.0
 """Seconds between two signs of life."""
 _BEATS = 3
-"""Signs that a process of another machine may miss before it counts as dead."""
+"""Signs of life that a process of another machine may miss before it counts as dead."""
 _RECORD_BYTES = 1 << 12
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
@@ -44,12 +44,12 @@ class InUse(ValueError):
 
 
 def new_job() -> str:
-    """What tells a job from all others."""
+    """A new random id of a job."""
     return secrets.token_hex(8)
 
 
 class Held:
-    """A folder that this process may write into, until `release` or its end."""
+    """The lock on a folder: this process may write there until `release`, or until it ends."""
 
     def __init__(self, path: Path, descriptor: int, job: str, leads: bool) -> None:
         self.path, self.job, self._descriptor, self._leads = path, job, descriptor, leads
@@ -63,7 +63,7 @@ class Held:
                 os.utime(self.path)
 
     def release(self, remove: bool = False) -> None:
-        """Lets go; with `remove` the file goes too, for a folder that is to be moved."""
+        """Releases the lock. remove: also deletes the file, for a folder that will be moved."""
         if self._ended.is_set():
             return
         self._ended.set()
@@ -76,11 +76,11 @@ class Held:
 
 
 def hold(folder: Path, what: str, job: str | None = None) -> Held:
-    """Holds a folder that is there for `job` (None = one of this process alone), with all others of
-    that job and nobody else.
+    """Locks an existing folder for the processes of a job.
 
-    `what`: the argument that named it, for an error. Raises InUse, which names who has it; OSError
-    where nothing can be written there.
+    what: the argument that named the folder, for errors. job: id of the job; None = only this
+    process. Raises InUse, naming the owner, if another job has the lock, and OSError if the folder
+    cannot be written.
     """
     job, path = job or new_job(), folder / LOCK
     while True:
@@ -101,7 +101,7 @@ def hold(folder: Path, what: str, job: str | None = None) -> Held:
 def _take(descriptor: int, path: Path, name: str, job: str) -> Held | None:
     alone = _flock(descriptor, shared=False)
     if alone is False:
-        record = _settled_record(descriptor)
+        record = _record_of_owner(descriptor)
         if record.get("job") != job or not _flock(descriptor, shared=True):
             raise InUse(_in_use(name, record))
         return Held(path, descriptor, job, leads=False)
@@ -119,12 +119,12 @@ def _take(descriptor: int, path: Path, name: str, job: str) -> Held | None:
     }
     if record.get("job") == job and alone is None:
         return Held(path, descriptor, job, leads=False)
-    # A full disk is no reason to go without: the lock is there, only not who has it.
+    # On a full disk the lock still works, only the record of the owner is missing.
     with suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(own).encode(), 0)
     if alone is None:
-        time.sleep(0.2)  # who else has come at once has written by now
+        time.sleep(0.2)  # a process that came at the same time has written its record by now
         if (found := _read(descriptor)) != own and found:
             raise InUse(_in_use(name, found))
     elif not _flock(descriptor, shared=True, wait=True):
@@ -133,7 +133,7 @@ def _take(descriptor: int, path: Path, name: str, job: str) -> Held | None:
 
 
 def _flock(descriptor: int, shared: bool, wait: bool = False) -> bool | None:
-    """Whether the lock was to be had; None where there are no locks."""
+    """Whether the file could be locked; None if the file system has no locks."""
     if fcntl is None:
         return None
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
@@ -151,7 +151,7 @@ def _flock(descriptor: int, shared: bool, wait: bool = False) -> bool | None:
 
 
 def _is(descriptor: int, path: Path) -> bool:
-    """Whether this is still the file of that name."""
+    """Whether the path still names this open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
@@ -159,7 +159,7 @@ def _is(descriptor: int, path: Path) -> bool:
 
 
 def _read(descriptor: int) -> dict[str, Any]:
-    """What the file says; nothing where it is empty, or torn."""
+    """The record in the file; {} if it is empty or incomplete."""
     try:
         record = loads(os.pread(descriptor, _RECORD_BYTES, 0))
     except (ValueError, OSError):
@@ -167,8 +167,8 @@ def _read(descriptor: int) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _settled_record(descriptor: int) -> dict[str, Any]:
-    """What the file says, when its owner has got round to it."""
+def _record_of_owner(descriptor: int) -> dict[str, Any]:
+    """The record in the file; waits briefly for its owner to write it."""
     for _ in range(10):
         if record := _read(descriptor):
             return record
@@ -186,7 +186,7 @@ def _in_use(name: str, record: dict[str, Any]) -> str:
 
 
 def _started(process: int) -> str:
-    """Tells a process from a later one of the same number; "" where the system does not say."""
+    """Distinguishes a process from a later one with the same number; "" if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path(f'/proc/{process}/stat').read_text().rpartition(')')[2].split()[19]}"
@@ -195,7 +195,7 @@ def _started(process: int) -> str:
 
 
 def _lives(record: dict[str, Any], path: Path, name: str) -> bool:
-    """Whether who has written a record is still there, though the kernel says that nobody is."""
+    """Whether the owner in a record still runs, although the kernel reports no lock."""
     process = record.get("process")
     if record.get("host") != socket.gethostname():
         return _beats(record, path, name)
@@ -213,7 +213,7 @@ def _lives(record: dict[str, Any], path: Path, name: str) -> bool:
 
 
 def _beats(record: dict[str, Any], path: Path, name: str) -> bool:
-    """Whether a process of another machine gives signs of life."""
+    """Whether a process of another machine updates the time of the file."""
     first, end = path.stat().st_mtime_ns, time.monotonic() + _BEATS * _BEAT_S
     _log.warning(
         "fomoe: %s was in use by process %s on %s: waiting %.0f s for a sign of life",
@@ -224,7 +224,7 @@ def _beats(record: dict[str, Any], path: Path, name: str) -> bool:
     )
     while time.monotonic() < end:
         time.sleep(_BEAT_S / 8)
-        with path.open("rb") as file:  # a network file system asks its server then
+        with path.open("rb") as file:  # makes a network file system ask its server
             if os.fstat(file.fileno()).st_mtime_ns != first:
                 return True
     return False

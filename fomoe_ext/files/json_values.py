@@ -1,4 +1,4 @@
-"""Values as JSON and back, with what JSON lacks: tuples, dicts of any keys, every float."""
+"""Values as JSON and back, including tuples, dicts with any keys and all floats."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 MOST_NESTED = 100
-"""Lists, tuples and dicts within each other; a limit of our own, for Python's own one is moved by
-libraries."""
+"""Limit of nested lists, tuples and dicts. Libraries change Python's own recursion limit, so this
+one is independent of it."""
 _TOO_DEEP = f"a value is nested too deeply, more than {MOST_NESTED} times"
 
 
 def to_json(value: Any, where: str = "state") -> Any:
-    """A value of None, bools, ints, floats, strings, lists, tuples and dicts as JSON has it.
+    """A value of None, bools, ints, floats, strings, lists, tuples and dicts as JSON values.
 
-    Floats come back bit for bit, dicts with their types of keys. Raises TypeError, naming the
-    place, for anything else, ValueError for more than MOST_NESTED of them within each other.
+    `from_json` returns floats bit for bit and dicts with keys of the same types. Raises TypeError,
+    naming the place, for other values, and ValueError for nesting deeper than MOST_NESTED.
     """
     return _plain(value, where, MOST_NESTED)
 
@@ -47,7 +47,7 @@ def _plain(value: Any, where: str, depth: int) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """What `to_json` was given. Raises ValueError for what it never makes."""
+    """The value that `to_json` was called with. Raises ValueError for any other JSON."""
     return _value(value, MOST_NESTED)
 
 
@@ -64,7 +64,7 @@ def _value(value: Any, depth: int) -> Any:
         return {key: _value(item, depth) for key, item in value.items()}
     mark, content = marks[0], value[marks[0]]
     if len(value) == 1:
-        # What stands with a mark is one value: its brackets do not count again.
+        # The mark and its content are one value: the content does not count as another level.
         if mark == "$float" and isinstance(content, str):
             return _special_float(content)
         if mark == "$tuple" and isinstance(content, list):
@@ -91,10 +91,10 @@ def _dict_of(items: list[Any], depth: int) -> dict[Any, Any]:
 
 
 def loads(text: str | bytes, *, nan: bool = False) -> Any:
-    """JSON text, or its UTF-8 bytes, read strictly; what comes from disk or wire is read by this.
+    """Parses JSON text or UTF-8 bytes strictly; used for everything from disk or network.
 
-    As `json.loads`, but ValueError is all that it raises, whatever the text: also for one that is
-    nested too deeply to be read and, without `nan`, for NaN and Infinity, which JSON has not.
+    As `json.loads`, but it raises nothing except ValueError, also for nesting that is too deep and,
+    without `nan`, for NaN and Infinity, which are not JSON.
     """
     try:
         content = text if isinstance(text, str) else text.decode("utf-8")

@@ -1,4 +1,4 @@
-"""Whether what a command is to write can be written, before its work; errors name the argument.
+"""Checks before a command's work that its output can be written; errors name the argument.
 
 Needs no torch.
 """
@@ -12,28 +12,27 @@ from pathlib import Path
 
 
 def require_folder(name: str, path: Path) -> None:
-    """Raises OSError naming the argument unless files can be made in a folder, or in one that is
-    yet to be made; nothing is left there."""
+    """Raises OSError naming the argument unless files can be created in the folder, which need not
+    exist yet. Leaves nothing there."""
     _require(name, path)
 
 
 def require_new(name: str, path: Path) -> None:
-    """Raises OSError naming the argument unless a file or folder can be made beside which there may
-    be others, its own folder made if need be; nothing is left there."""
+    """Raises OSError naming the argument unless a file or folder can be created at the path, whose
+    parent need not exist yet. Leaves nothing there."""
     _require(name, path, path.absolute().parent)
 
 
 def require_file(name: str, path: Path) -> None:
-    """`require_new` of a file, which may be there and is then replaced."""
+    """As `require_new`, for a file that may exist and will be replaced."""
     if path.exists() and not path.is_file():
         raise IsADirectoryError(f"{name} {path} must be a file, or a new one")
     require_new(name, path)
 
 
 def require_place(name: str, path: Path, folder: Path | None = None) -> Path:
-    """The folder, or the nearest above one that is yet to be made; `folder`: where that is not the
-    path itself. Raises OSError naming the argument where it can be no folder; whether anything can
-    be written there is not tried."""
+    """The folder, or its nearest existing parent. folder: None = the path itself. Raises OSError
+    naming the argument if it cannot be a folder; does not try to write there."""
     there = _nearest(name, folder or path)
     if not there.is_dir():
         kind = "is a link to nothing" if not there.exists() else "is a file"
@@ -53,7 +52,7 @@ def _require(name: str, path: Path, folder: Path | None = None) -> None:
 
 
 def _nearest(name: str, path: Path) -> Path:
-    """What there is of a path: itself, or the nearest folder above it."""
+    """The path itself if it exists, else its nearest existing parent."""
     there = path.absolute()
     while True:
         try:
@@ -67,8 +66,8 @@ def _nearest(name: str, path: Path) -> Path:
 
 
 def named(error: Exception, arguments: Mapping[str, str]) -> str:
-    """An error in words. Where it is only the system's, of a file, the argument that the file is
-    from (option -> what was given) comes first."""
+    """The message of an error. For a system error about a file it begins with the argument that
+    the file comes from. arguments: option -> value."""
     if not (isinstance(error, OSError) and error.errno is not None and error.filename is not None):
         return str(error)
     file = str(error.filename) if isinstance(error.filename, int) else os.fsdecode(error.filename)
@@ -77,7 +76,7 @@ def named(error: Exception, arguments: Mapping[str, str]) -> str:
     for option, value in arguments.items():
         others = Path(value).absolute().parts
         shorter = min(len(parts), len(others))
-        # In what was given, or above it: a folder that could not be made, say.
+        # Inside the given path, or a parent of it (a folder that could not be created).
         near = value and shorter > 1 and parts[:shorter] == others[:shorter]
         if near and len(value) > len(arguments.get(found, "")):
             found = option
@@ -88,7 +87,7 @@ def named(error: Exception, arguments: Mapping[str, str]) -> str:
 
 
 def options_of(arguments: list[str]) -> dict[str, str]:
-    """What stands after which option on a command line; what stands alone by its place, as
+    """Options of a command line -> their values; values without an option by position, as
     "argument 1"."""
     found: dict[str, str] = {}
     option, alone = "", 0

@@ -1,7 +1,7 @@
 """A state of tensors and plain values, in nested dicts, as one safetensors file.
 
-Tensors are named by the JSON list of the keys that lead to them; what is no tensor is JSON in the
-file's header, with the SHA-256 of all of it. Nothing in it is a pickle.
+A tensor's name is the JSON list of the keys that lead to it. All other values are JSON in the
+file's header, with a SHA-256 of the whole content. There is no pickle in it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _PLAIN, _DIGEST = "state", "sha256"
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes a file, whole or not at all.
+    """Writes a state to a file, atomically.
 
-    Keys of dicts with tensors are strings. Raises TypeError, naming the place, for what
-    `json_values.to_json` does not take, and OSError naming the file.
+    Keys of dicts with tensors must be strings. Raises TypeError, naming the place, for values that
+    `json_values.to_json` does not support, and OSError naming the file.
     """
     tensors: dict[str, Tensor] = {}
     plain = json.dumps(to_json(_without_tensors(state, (), tensors)), allow_nan=False)
@@ -35,12 +35,12 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     with replace_file(path) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)
-        except SafetensorError as error:  # a full disk, say
+        except SafetensorError as error:  # a full disk, for example
             raise OSError(f"could not write {path}: {error}") from error
 
 
 def _digest(plain: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of all that a file holds."""
+    """SHA-256 of a file's whole content."""
     digest = hashlib.sha256(plain.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -51,7 +51,7 @@ def _digest(plain: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _without_tensors(value: Any, keys: tuple[Any, ...], tensors: dict[str, Tensor]) -> Any:
-    """The value, whose tensors go to `tensors`, as copies of their own."""
+    """The value without its tensors, which are copied to `tensors`."""
     if not isinstance(value, Mapping):
         return value
     rest = {}
@@ -65,14 +65,14 @@ def _without_tensors(value: Any, keys: tuple[Any, ...], tensors: dict[str, Tenso
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What `write_state` wrote, its tensors on the CPU. Raises ValueError, naming the file, for
-    any other content; OSError where it cannot be read."""
+    """The state in a file of `write_state`, with tensors on the CPU. Raises ValueError, naming the
+    file, for other content, and OSError if it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = from_json(loads(metadata[_PLAIN]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no dict
-            # One of an earlier version has none.
+            # Files of earlier versions have no digest.
             if metadata.get(_DIGEST, "") not in ("", _digest(metadata[_PLAIN], tensors)):
                 raise ValueError("its content is not what was written")
             for name, tensor in tensors.items():
@@ -81,10 +81,12 @@ def read_state(path: Path) -> dict[str, Any]:
                 for key in boxes:
                     box = box[key]
                 if last in box:
-                    raise ValueError(f"{name} is there twice")
+                    raise ValueError(f"{name} occurs twice")
                 box[last] = tensor
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no file of a state, or damaged ({error!r})") from None
+        raise ValueError(
+            f"{path} must be a state file, got another or a damaged one ({error!r})"
+        ) from None
     if not isinstance(state, dict):
-        raise ValueError(f"{path} is no file of a state, or damaged")
+        raise ValueError(f"{path} must be a state file, got another or a damaged one")
     return state

@@ -1,4 +1,4 @@
-"""A folder of safetensors files, as transformers has them: tensors by name, read and written."""
+"""A folder of safetensors files in the format of transformers: reads and writes tensors by name."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from fomoe_ext.files.json_values import loads
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CHECKSUMS = "checksums.json"
-"""What was written into a folder, for who reads it again: by tensor the SHA-256 of its bytes (of
-one of three dimensions or more that of each row), and by file. Only our own folders have it."""
+"""Checksums of a folder: for each tensor the SHA-256 of its bytes (with three or more dimensions,
+of each row), and for each other file its SHA-256. Only folders written by fomoe_ext have it."""
 _DIGITS = 16
 _CHUNK = 16 << 20
 """Bytes written and hashed at a time."""
@@ -39,13 +39,13 @@ _KINDS = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""What safetensors calls dtypes."""
+"""Names of dtypes in safetensors files."""
 
 
 def require_inside(name: str) -> str:
-    """The name, of a file in a folder or below it, as files name others.
+    """Returns the name if it is of a file in a folder or below it.
 
-    Raises ValueError for one that leads elsewhere.
+    Raises ValueError for a name that leads out of the folder.
     """
     parts = name.split("/")
     if "\0" in name or "\\" in name or not all(parts) or {".", ".."} & {*parts}:
@@ -54,9 +54,9 @@ def require_inside(name: str) -> str:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Which file of the folder holds which tensor, as an index file says.
+    """Names of tensors -> names of their files, from an index file.
 
-    Raises OSError where it cannot be read, KeyError, TypeError or ValueError for another content.
+    Raises OSError if it cannot be read, KeyError, TypeError or ValueError for invalid content.
     """
     found = dict(loads(path.read_bytes())["weight_map"])
     for name, file in found.items():
@@ -67,10 +67,10 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 class TensorFiles:
-    """The tensors of a folder by name, on the CPU; opens each file once, counts what is read.
+    """The tensors of a folder by name, on the CPU. Opens each file once and counts bytes read.
 
-    Tensors of a folder with CHECKSUMS are compared with it as they are read. Raises ValueError,
-    naming the folder, where it has no such files, they cannot be read or are damaged.
+    If the folder has CHECKSUMS, tensors are checked when they are read. Raises ValueError, naming
+    the folder, if files are missing, unreadable or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -99,10 +99,10 @@ class TensorFiles:
 
     @property
     def bytes_total(self) -> int:
-        """Bytes of all files' tensors."""
+        """Bytes of the tensors in all files."""
         total = 0
         for name in set(self._files.values()):
-            self._file(name)  # refuses what is no such file
+            self._file(name)  # raises for a file in another format
             with (self.folder / name).open("rb") as file:
                 header = int.from_bytes(file.read(8), "little")
                 total += os.fstat(file.fileno()).st_size - 8 - header
@@ -117,7 +117,7 @@ class TensorFiles:
         return tuple(self._files)
 
     def read(self, name: str, row: int | None = None) -> Tensor:
-        """A tensor, or one row of it; no other row is read then."""
+        """A tensor or, without reading the others, one row of it."""
         if name not in self._files:
             raise ValueError(f"{self.folder} has no tensor {name}")
         file = self._file(self._files[name])
@@ -134,7 +134,7 @@ class TensorFiles:
         wanted = self._digests[name]
         if isinstance(wanted, str):
             if row is not None:
-                return  # of two dimensions: nobody reads such rows alone
+                return  # one digest for the whole matrix: a single row cannot be checked
             found: Any = _digest(tensor)
         elif row is None:
             found = [_digest(part) for part in tensor]
@@ -142,8 +142,8 @@ class TensorFiles:
             found, wanted = _digest(tensor), wanted[row] if row < len(wanted) else ""
         if found != wanted:
             raise ValueError(
-                f"{self.folder}: the content of {name} is damaged, or was changed since the folder "
-                f"was written: if you changed it, delete {CHECKSUMS}"
+                f"{self.folder}: {name} is damaged or was changed after the folder was written. If "
+                f"you changed it, delete {CHECKSUMS}"
             )
 
 
@@ -158,8 +158,8 @@ def _digests(tensor: Tensor) -> str | list[str]:
 
 
 def read_checksums(folder: Path) -> dict[str, Any]:
-    """What CHECKSUMS of a folder says; nothing where it has none. Raises ValueError for a damaged
-    one."""
+    """The content of a folder's CHECKSUMS; {} if it has none. Raises ValueError for a damaged
+    file."""
     path = folder / CHECKSUMS
     if not path.is_file():
         return {}
@@ -173,8 +173,8 @@ def read_checksums(folder: Path) -> dict[str, Any]:
 
 
 def check_file(folder: Path, name: str) -> None:
-    """Raises ValueError where a file of a folder is not as its CHECKSUMS has it; one that is not
-    there, or not listed, is somebody else's business."""
+    """Raises ValueError if a file differs from the folder's CHECKSUMS. A file that is missing or
+    not listed is no error here."""
     wanted = read_checksums(folder).get("files", {}).get(name)
     path = folder / name
     if wanted is None or not path.is_file():
@@ -182,14 +182,13 @@ def check_file(folder: Path, name: str) -> None:
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != wanted:
             raise ValueError(
-                f"{path} is damaged, or was changed since the folder was written: if you changed "
+                f"{path} is damaged or was changed after the folder was written. If you changed "
                 f"it, delete {CHECKSUMS}"
             )
 
 
 def write_checksums(folder: Path, tensors: Mapping[str, str | list[str]]) -> None:
-    """Writes CHECKSUMS of these tensors and of all files that are in the folder now, but for those
-    of tensors."""
+    """Writes CHECKSUMS of these tensors and of all other files that are in the folder now."""
     files = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix != ".safetensors" and not path.name.startswith("."):
@@ -205,11 +204,11 @@ def write_checksums(folder: Path, tensors: Mapping[str, str | list[str]]) -> Non
 def write_tensors(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int
 ) -> tuple[int, int]:
-    """Writes tensors, which share no memory, to files of at most `limit` bytes (a larger one has
-    its own), an index where there are several, and CHECKSUMS; one file's tensors are in memory at a
-    time.
+    """Writes tensors, which must not share memory, to files of at most `limit` bytes.
 
-    Returns the number of files and the bytes of all tensors. Raises OSError naming the folder.
+    A larger tensor gets its own file. Several files get an index, and the folder gets CHECKSUMS.
+    Only the tensors of one file are in memory at a time. Returns the number of files and the bytes
+    of all tensors. Raises OSError naming the folder.
     """
     parts: list[list[str]] = []
     digests: dict[str, str | list[str]] = {}
@@ -220,7 +219,7 @@ def write_tensors(
         path = folder / f"part-{len(parts)}"
         try:
             save_file(shard, path, metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, say
+        except SafetensorError as error:  # a full disk, for example
             raise OSError(f"could not write {path}: {error}") from error
         parts.append(list(shard))
         shard.clear()
@@ -250,7 +249,7 @@ def write_tensors(
 
 
 class WrittenFile(NamedTuple):
-    """A file's size in bytes, its SHA-256 and that of its header with the header's length."""
+    """A file's size in bytes, its SHA-256, and the SHA-256 of its header (length included)."""
 
     size: int
     sha256: str
@@ -260,20 +259,22 @@ class WrittenFile(NamedTuple):
 def write_synced(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> WrittenFile:
-    """Writes a safetensors file of tensors on any device, synced to disk, and hashes it meanwhile.
+    """Writes and hashes a safetensors file of tensors on any device, synced to disk.
 
-    Unlike `save_file` it copies nothing that is contiguous and on the CPU, tensors may share
-    memory, and other threads of Python go on, so it can be used behind the back of a training job.
-    Raises ValueError for a dtype that such files do not have, and OSError.
+    Unlike `save_file` it does not copy contiguous CPU tensors, allows tensors that share memory and
+    lets other Python threads run, so it can write in the background of training. Raises ValueError
+    for a dtype that safetensors does not support, and OSError.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    # The widest elements first, so that all are aligned.
+    # The largest elements first, so that all tensors are aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     end = 0
     for name in order:
         tensor, begin = tensors[name], end
         if tensor.dtype not in _KINDS:
-            raise ValueError(f"tensor {name} is {tensor.dtype}, safetensors files have none such")
+            raise ValueError(
+                f"dtype of tensor {name} must be one that safetensors supports, got {tensor.dtype}"
+            )
         end = begin + tensor.nbytes
         header[name] = {
             "dtype": _KINDS[tensor.dtype],

@@ -1,6 +1,7 @@
-"""What a job could not write: it goes on, says so at once and at its end, and by its exit status.
+"""Files that a job could not write. Training continues; the job reports each of them at once and at
+its end, and its exit status tells.
 
-A full disk, or one that fails, is no reason to lose what has been trained. Needs no torch.
+So a full or failing disk does not end a training job. Needs no torch.
 """
 
 from __future__ import annotations
@@ -17,19 +18,18 @@ from typing import Any, TextIO
 _log = logging.getLogger(__name__)
 
 EXIT_UNWRITTEN = 74
-"""Exit code of a job that has come to its end, but some of its files could not be written
-(EX_IOERR)."""
+"""Exit code (EX_IOERR) of a job that has completed, but could not write some of its files."""
 
 
 class Unwritten:
-    """Files that could not be written, and why; each is told once, when it happens."""
+    """Files that could not be written, with reasons. Each is reported once, when it happens."""
 
     def __init__(self) -> None:
         self._found: dict[str, str] = {}
 
     def note(self, path: Path | str, error: object, much: str = "", quiet: bool = False) -> None:
-        """A file could not be written; `much`: how much of it, where that is not all. `quiet`: it
-        has been told."""
+        """Records that a file could not be written. much: which part, if not all of it. quiet: do
+        not report it, because that was done elsewhere."""
         name, reason = str(path), getattr(error, "strerror", None) or str(error)
         first = name not in self._found
         self._found[name] = f"{name}{f' ({much})' if much else ''}: {reason}"
@@ -38,7 +38,8 @@ class Unwritten:
                 _log.warning("fomoe train: could not write %s, going on: %s", name, reason)
 
     def forget(self, path: Path | str) -> list[str]:
-        """The file was written after all, or something in its place; its line, if it had one."""
+        """Records that the file, or a replacement, was written after all. Returns its entry, if
+        any."""
         line = self._found.pop(str(path), None)
         return [] if line is None else [line]
 
@@ -47,15 +48,15 @@ class Unwritten:
         return str(path) in self._found
 
     def entries(self) -> list[str]:
-        """A line for every file."""
+        """One line per file."""
         return list(self._found.values())
 
 
 class AppendedFile:
-    """A file to which pieces are appended, each whole or not at all.
+    """A file to which pieces are appended, each completely or not at all.
 
-    What cannot be written is kept, and tried again with the next piece and at the end; nothing
-    raises OSError.
+    A piece that cannot be written is kept and tried again with the next one and at the end; no
+    OSError is raised.
     """
 
     def __init__(self, path: Path, unwritten: Unwritten, unit: str = "records") -> None:
@@ -65,19 +66,19 @@ class AppendedFile:
         self._end = 0
 
     def open(self) -> None:
-        """Opens the file, which is made if need be. Raises OSError."""
+        """Opens the file; creates it if needed. Raises OSError."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         self._descriptor = os.open(self.path, flags, 0o644)
         self._end = os.fstat(self._descriptor).st_size
 
     def write(self, piece: bytes) -> None:
-        """Appends a piece, now or when that is possible."""
+        """Appends a piece, now or as soon as possible."""
         self._pending.append(piece)
         self.flush()
 
     def flush(self) -> bool:
-        """Writes what is left; False where some still is."""
+        """Writes pending pieces; returns whether all were written."""
         try:
             if self._descriptor is None and self._pending:
                 self.open()
@@ -100,13 +101,13 @@ class AppendedFile:
             while rest:
                 rest = rest[os.write(self._descriptor, rest) :]
         except OSError:
-            with suppress(OSError):  # else it is cut off before the next piece
+            with suppress(OSError):  # otherwise it is cut off before the next piece
                 os.ftruncate(self._descriptor, self._end)
             raise
         self._end += len(piece)
 
     def close(self) -> None:
-        """Tries once more to write what is left, and closes the file."""
+        """Tries once more to write pending pieces, then closes the file."""
         if not self.flush() or self._descriptor is None:
             return
         try:
@@ -119,7 +120,7 @@ class AppendedFile:
 
 
 class _Stream:
-    """A text stream whose failures are noted instead of raised."""
+    """A text stream whose errors are recorded instead of raised."""
 
     def __init__(self, stream: TextIO, unwritten: Unwritten) -> None:
         self._stream, self._unwritten = stream, unwritten
@@ -138,7 +139,7 @@ class _Stream:
             self._failed(error)
 
     def _failed(self, error: OSError) -> None:
-        # Telling of it would go the same way.
+        # A report of it would fail in the same way.
         self._unwritten._found[self._name()] = f"{self._name()}: {error.strerror}"
 
     def _name(self) -> str:
@@ -154,13 +155,13 @@ class _Stream:
 
 
 def tolerant(stream: TextIO, unwritten: Unwritten) -> TextIO:
-    """A text stream that goes on where it cannot be written to."""
+    """A text stream that ignores errors of writing, apart from recording them."""
     return _Stream(stream, unwritten)  # type: ignore[return-value]
 
 
 @contextmanager
 def tolerant_output(unwritten: Unwritten) -> Iterator[None]:
-    """Inside, print goes on where standard output or error cannot be written to."""
+    """Inside, printing continues when standard output or error cannot be written."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (tolerant(stream, unwritten) for stream in before)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -24,11 +24,20 @@ from fomoe_ext.hf.converted import (
 from fomoe_ext.hf.families import PARTS, Family, families, family_of
 from fomoe_ext.hf.restore import save_pretrained, why_not_original
 from fomoe_ext.hf.wrappers import plain_name, require_unwrapped, without_compiled
-from fomoe_ext.layer.moe import TRAINING_OPTIONS
 from fomoe_ext.placement.placement import Placement
 
-_OPTIONS = (*TRAINING_OPTIONS, "seed")
-"""Options of `MoELayer` that `convert` takes. All others follow from the block."""
+
+class ConvertOptions(TypedDict, total=False):
+    """Options of `MoELayer` that `convert` takes, with the meaning and the default that they have
+    there. All other options of the layer follow from the block."""
+
+    router_scope: Literal["global", "resident"]
+    skipped_mass: Literal["drop", "rescale"]
+    router_z_loss_coef: float
+    balance: Literal["none", "switch", "entropy", "bias"]
+    balance_coef: float
+    balance_bias_rate: float
+    seed: int
 
 
 class _Found(NamedTuple):
@@ -50,7 +59,7 @@ def convert(
     site: int | None = None,
     *,
     resident: Sequence[int] | None = None,
-    **options: Any,
+    **options: Unpack[ConvertOptions],
 ) -> nn.Module:
     """Replaces the MoE blocks of a transformers model by `MoELayer`s, in place; returns the model.
 
@@ -72,18 +81,17 @@ def convert(
         placement, site: which experts each site holds, layer by layer, and the number of this site.
         resident: instead of a placement: ids of the experts to hold, the same in all layers.
             Without placement and resident all experts are held.
-        options: `router_scope`, `skipped_mass`, `balance`, `balance_coef`, `router_z_loss_coef`,
-            `balance_bias_rate` and `seed` of `MoELayer`.
+        options: `ConvertOptions`.
 
     Raises ValueError or TypeError, and leaves the model as it is, for a placement without a site, a
     placement of other sizes, a model in a wrapper or without blocks of a supported family, or a
     block with a feature that `MoELayer` lacks.
     """
     _check_choice(placement, site, resident)
-    for name in options.keys() - {*_OPTIONS}:
+    known = ConvertOptions.__annotations__
+    for name in options.keys() - known.keys():
         raise TypeError(
-            f"convert() got an unexpected keyword argument {name!r}, options are "
-            f"{', '.join(_OPTIONS)}"
+            f"convert() got an unexpected keyword argument {name!r}, options are {', '.join(known)}"
         )
     inside = require_unwrapped(model, "convert")
     found = list(_find(inside, placement, site, resident, options))
@@ -145,7 +153,7 @@ def _find(
     placement: Placement | None,
     site: int | None,
     resident: Sequence[int] | None,
-    options: dict[str, Any],
+    options: ConvertOptions,
 ) -> Iterator[_Found]:
     config = getattr(model, "config", None)
     blocks = [(path, m, family_of(m)) for path, m in model.named_modules()]
@@ -181,7 +189,7 @@ def _make_layer(
     config: Any,
     resident: Sequence[int] | None,
     number: int,
-    options: dict[str, Any],
+    options: ConvertOptions,
 ) -> ConvertedMoE:
     """The layer for a block, on the meta device."""
     experts, router = block.get_submodule("experts"), block.get_submodule(family.router)

@@ -6,14 +6,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from fomoe_ext.files.tensors import TensorFiles
 from fomoe_ext.hf.beside import ignored_names, keep_in_fp32, read_generation_config
-from fomoe_ext.hf.convert import convert
+from fomoe_ext.hf.convert import ConvertOptions, convert
 from fomoe_ext.hf.converted import ConvertedMoE, converted_layers, shared_modules
 from fomoe_ext.hf.quantised import Weights, block_size
 from fomoe_ext.hf.wrappers import tied_names
@@ -46,7 +46,7 @@ def from_pretrained_resident(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     model_class: Any = None,
-    **options: Any,
+    **options: Unpack[ConvertOptions],
 ) -> Any:
     """A converted causal language model with one site's experts, read from a local folder.
 

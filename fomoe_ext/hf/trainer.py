@@ -1,4 +1,4 @@
-"""Meetings of sites under `transformers.Trainer`: every site runs a Trainer of its own."""
+"""`OuterSyncCallback`: sites that meet while each runs its own `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _SHOWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 
 @contextmanager
 def one_process() -> Iterator[None]:
-    """Inside, the environment does not say that this process is one of several.
+    """Hides torchrun's variables from the environment while the context is open.
 
-    A Trainer would otherwise join the sites to a data-parallel world, with an exchange at every
-    step. Make its TrainingArguments inside, after torch.distributed has been initialised.
+    Otherwise a Trainer would treat all sites as one data-parallel world and average gradients at
+    every step. Create its TrainingArguments inside, after torch.distributed is initialised.
     """
     hidden = {name: os.environ.pop(name) for name in _SHOWN if name in os.environ}
     try:
@@ -43,45 +43,46 @@ def one_process() -> Iterator[None]:
 
 
 def _refusal(args: TrainingArguments, state: TrainerState, staggered: bool, steps: int) -> str:
-    """What of a Trainer's arguments would part the sites, or change weights that they share, or an
-    empty string. `steps`: local steps of a round."""
+    """Why sites cannot train with these arguments of a Trainer, or "". steps: local steps of a
+    round."""
     if args.load_best_model_at_end:
         return (
-            "load_best_model_at_end must be False: every site would load the one that is best for "
-            "itself, of its own step"
+            "load_best_model_at_end must be False: each site would load its own best model, from "
+            "a different step"
         )
     if "EarlyStoppingCallback" in state.stateful_callbacks:
-        return "EarlyStoppingCallback: every site would stop at a step of its own"
+        return "EarlyStoppingCallback must not be used: each site would stop at a different step"
     if args.auto_find_batch_size:
-        return "auto_find_batch_size must be False: one site would begin anew without the others"
+        return "auto_find_batch_size must be False: one site could restart without the others"
     if args.world_size > 1:
         return (
-            f"TrainingArguments must be made inside one_process(), they are of {args.world_size} "
-            "processes: the Trainer would make one model of the sites' different ones"
+            "TrainingArguments must be created inside one_process(), got arguments for "
+            f"{args.world_size} processes: the Trainer would average the sites' different models"
         )
     if args.n_gpu > 1:
-        return f"a site's Trainer must use one GPU, got {args.n_gpu} (CUDA_VISIBLE_DEVICES)"
+        return f"a Trainer must use one GPU, got {args.n_gpu}: set CUDA_VISIBLE_DEVICES"
     for name in ("fsdp", "deepspeed"):
         if getattr(args, name, None):
-            return f"{name} must not be used: it takes the site's parameters apart"
+            return f"{name} must not be used: it shards the parameters of a site"
     if staggered and state.max_steps % steps:
         return (
             f"max_steps must be a multiple of local_steps = {steps} with fragments or overlap, got "
-            f"{state.max_steps}: the last steps would never meet"
+            f"{state.max_steps}: the sites would not meet after the last steps"
         )
     return ""
 
 
 class OuterSyncCallback(TrainerCallback):
-    """Lets the sites meet after every `options.local_steps` optimizer steps, and at the end.
+    """Calls `OuterSync.step` after every `local_steps` optimizer steps and at the end of training.
 
-    `sync` is the `OuterSync`, from the start of training; `reports` those of its rounds. A
-    checkpoint of the Trainer gets a file more, the state of the meetings; after
-    `train(resume_from_checkpoint=folder)` training goes on with it.
+    sync: the `OuterSync`, once training has begun. reports: of all rounds so far.
+    Checkpoints of the Trainer contain the state of `sync` in an additional file. To resume, pass
+    the folder both here (`resume_from`) and to `train(resume_from_checkpoint=folder)`.
 
-    All sites must take the same steps. What would part them is refused when training begins:
-    load_best_model_at_end, early stopping, auto_find_batch_size, other numbers of steps, a Trainer
-    that joins several processes. A site that stops before the others is named at the next meeting.
+    All sites must take the same steps. Arguments that would break this raise an error when training
+    begins: load_best_model_at_end, early stopping, auto_find_batch_size, different numbers of
+    steps, a Trainer of several processes. If a site stops before the others, the next meeting
+    raises an error that names it.
     """
 
     def __init__(
@@ -92,17 +93,17 @@ class OuterSyncCallback(TrainerCallback):
         *,
         resume_from: str | Path | None = None,
     ) -> None:
-        """placement, site, options: of `OuterSync`; `options.local_steps` must be given, the number
-        of optimizer steps of a round.
+        """placement, site, options: as for `OuterSync`. `options.local_steps`, the number of
+        optimizer steps of a round, must be given.
 
-        resume_from: the Trainer's checkpoint folder that training will go on from, of a step at
-        which sites met. Raises ValueError for options without local_steps or with site_mean
-        "tokens" (a Trainer does not count them), or a folder without the state of meetings.
+        resume_from: a checkpoint folder of the Trainer, written at a step at which the sites met.
+        Raises ValueError for options without local_steps or with site_mean "tokens" (a Trainer does
+        not count tokens), and for a folder without the state of an `OuterSync`.
         """
         if options.local_steps is None:
             raise ValueError("local_steps must be at least 1, got None")
         if options.site_mean != "equal":
-            raise ValueError(f"site_mean must be equal here, got {options.site_mean!r}")
+            raise ValueError(f"site_mean must be 'equal' here, got {options.site_mean!r}")
         self.placement, self.site, self.local_steps = placement, site, options.local_steps
         self.options = options
         self.sync: OuterSync | None = None
@@ -117,7 +118,8 @@ class OuterSyncCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Meets the other sites. Raises ValueError or MeetingError for what would part them."""
+        """Creates the `OuterSync`. Raises ValueError or MeetingError if the sites cannot train
+        together."""
         self._require_alike(args, state)
         if self.sync is not None:
             self.sync.close()
@@ -131,31 +133,31 @@ class OuterSyncCallback(TrainerCallback):
         )
         if self._state is not None:
             self.sync.load_state_dict(self._state)
-            self._state = None  # another `train` begins anew
+            self._state = None  # a second call of `train` starts without it
         elsewhere = args.save_strategy == "steps" and args.save_steps % self.local_steps
         if elsewhere and args.save_steps < state.max_steps:
             warnings.warn(
-                f"checkpoints of steps that are no multiple of local_steps = {self.local_steps} "
-                f"cannot be resumed: save_steps is {args.save_steps}",
+                f"save_steps should be a multiple of local_steps = {self.local_steps}, got "
+                f"{args.save_steps}: checkpoints of other steps cannot be resumed",
                 stacklevel=2,
             )
 
     def _require_alike(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Raises, on all sites, unless training can begin here and everywhere alike."""
+        """Raises on all sites unless they can train with the same steps."""
         problem = _refusal(args, state, self.options.staggered, self.local_steps)
         stored = 0 if self._state is None else int(self._state["steps"])
         if not problem and stored != state.global_step:
             problem = (
-                f"resume_from must be what training goes on from: the Trainer begins at step "
-                f"{state.global_step}, the meetings at {stored}"
+                "resume_from must be the checkpoint that the Trainer resumes, got one of step "
+                f"{stored}; the Trainer begins at step {state.global_step}"
             )
         if not problem and stored % self.local_steps:
             problem = (
-                f"resume_from must be of a step at which sites met, a multiple of local_steps = "
+                "resume_from must be of a step at which sites met, a multiple of local_steps = "
                 f"{self.local_steps}, got {stored}"
             )
         facts = {"max_steps": state.max_steps, "first step": state.global_step}
-        if self.options.overlap:  # fragments are taken in for a checkpoint
+        if self.options.overlap:  # a checkpoint applies the fragments in flight
             facts["save_steps"] = f"{args.save_strategy} {args.save_steps}"
         told = self._tell((problem, facts))
         if problem:
@@ -171,13 +173,13 @@ class OuterSyncCallback(TrainerCallback):
                     )
 
     def _tell(self, value: Any) -> list[Any]:
-        """What all sites say; a collective."""
+        """The values of all sites; a collective."""
         sites = self.placement.num_sites
         return gather_objects(value, sites) if dist.is_initialized() else [value] * sites
 
     def _meet(self, state: TrainerState, ends: bool = False) -> None:
-        """A meeting, with others that have taken the same steps; where training `ends` it is one
-        only if there have been steps since the last."""
+        """Meets the other sites, if all have taken the same steps. If training `ends`, sites meet
+        only if they have taken steps since the last meeting."""
         told = self._tell((ends, state.global_step))
         if len(set(told)) > 1:
             words = [
@@ -192,7 +194,7 @@ class OuterSyncCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """After an optimizer step: one step of bias balancing; a meeting where it is due."""
+        """After an optimizer step: updates selection biases and, at the end of a round, meets."""
         assert self.sync is not None
         for layer in layers(given["model"]):
             layer.update_selection_bias()
@@ -203,8 +205,8 @@ class OuterSyncCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Writes the state of the meetings into the checkpoint; and the weights, which transformers
-        leaves to rank 0 of torch.distributed, but every site has its own."""
+        """Writes the state of `sync` into the checkpoint. It also writes the weights, because each
+        site has its own and transformers saves only those of rank 0."""
         assert self.sync is not None
         self.sync.finish()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -216,18 +218,19 @@ class OuterSyncCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """A last meeting, if there have been steps since one, so that all sites end with one
-        model. Raises MeetingError where sites have taken different steps, and with fragments or
-        overlap where steps are no multiple of local_steps; then every site keeps its own model."""
+        """Meets once more if steps were taken since the last meeting, so that all sites end with
+        the same model. Raises MeetingError, and leaves every site its own model, if sites have
+        taken different steps or, with fragments or overlap, if the number of steps is not a
+        multiple of local_steps."""
         assert self.sync is not None
         if not self.sync.options.staggered:
             self._meet(state, ends=True)
         self.sync.finish()
         if self.sync.options.staggered and state.global_step % self.local_steps:
             raise MeetingError(
-                f"training ended after step {state.global_step}, which is no multiple of "
-                f"local_steps = {self.local_steps}: with fragments or overlap the last steps have "
-                "not met, every site has a model of its own"
+                f"training ended after step {state.global_step}, which is not a multiple of "
+                f"local_steps = {self.local_steps}: with fragments or overlap sites have not met "
+                "after the last steps, and each has its own model"
             )
         if self.sync.options.apart:
             self.sync.copy_anchor_to_model()

@@ -42,7 +42,7 @@ def watched(watch: Callable[[], str]) -> Iterator[None]:
 _SOURCE = re.compile(r"\[[^][]*\.(?:cc|cpp|h|hpp):\d+\]\s*|\bGLHF!\s*")
 """Where in the C++ sources an error was raised, and a greeting of gloo's."""
 _STACK = re.compile(r"\n\s*(?:Exception raised from|frame #|C\+\+ CapturedTraceback).*", re.S)
-_REASON_CHARACTERS = 160
+_REASON_CHARACTERS = 240
 
 
 def reason_of(error: BaseException) -> str:

@@ -7,7 +7,6 @@ no row, so it costs nothing here. Sums are fp32 whatever the storage.
 from __future__ import annotations
 
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -350,7 +349,11 @@ def _zero_tail(rows: Tensor, offsets: Tensor) -> Tensor:
 
 _MoEArguments = arguments_type("moe_experts")
 _MOE_TENSORS = tensor_names("moe_experts")
-_tensors_of = attrgetter(*_MOE_TENSORS)
+
+
+def _tensors_of(given: Any) -> tuple[Tensor | None, ...]:
+    # Not operator.attrgetter, which torch.compile cannot trace.
+    return tuple([getattr(given, name) for name in _MOE_TENSORS])
 
 
 def _moe_setup(ctx: Any, given: Any, output: tuple[Tensor, Tensor]) -> None:

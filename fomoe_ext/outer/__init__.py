@@ -1,15 +1,16 @@
 """The meeting of sites: check, announce, encode, exchange, apply, verify (`meeting`).
 
-`sync.OuterSync` is the face of the folder, and no module below it knows it: they are handed the
-parts that they need. It may import layer, placement, launch and ops; it must not know of the
-language model, of checkpoints, of `fomoe train`, or of sites that come and go.
+`sync.OuterSync` is the interface of this folder. The modules below it do not import it: they
+receive the parts they need. The folder may import layer, config, placement, launch
+and ops. It must not know of the language model, checkpoints, `fomoe train`, or
+sites that come and go.
 
-    who meets        site, members (what takes part), groups (owner groups, connections), options
+    who meets        site, members (tensors), groups (owner groups, connections), options
     what travels     layout, model_layout, shards (of several ranks), turns (experts in turns), jobs
-    as bytes         codec, reduce (buckets on their way)
+    as bytes         codec, reduce (buckets under way)
     what is kept     state (anchor, momentum, error feedback), inner_state, state_dict, belongings
     one meeting      meeting: announce and census before, agreement after it; driver holds it at
-                     once, staged all or nothing, flight behind local steps (background), how many
+                     once, staged in two phases, flight during local steps (background), how many
                      of them: overlap; errors
     what a mean is   averaging, optimizer, gradients (ddp)
     what is counted  step_count, steps (hooks that see them), routed (tokens), log, reports
@@ -19,7 +20,7 @@ language model, of checkpoints, of `fomoe train`, or of sites that come and go.
 from __future__ import annotations
 
 from fomoe_ext.outer.codec import Codec, get_codec
-from fomoe_ext.outer.errors import MeetingError
+from fomoe_ext.outer.errors import MeetingError, MeetingLost
 from fomoe_ext.outer.groups import SiteGroups
 from fomoe_ext.outer.options import OuterOptions
 from fomoe_ext.outer.reports import ReshuffleReport, RoundReport
@@ -28,6 +29,7 @@ from fomoe_ext.outer.sync import OuterSync
 __all__ = [
     "Codec",
     "MeetingError",
+    "MeetingLost",
     "OuterOptions",
     "OuterSync",
     "ReshuffleReport",

@@ -1,8 +1,7 @@
-"""That all sites agree on the bits after a meeting.
+"""Agreement: after a meeting all holders of a piece must have the same bits of it.
 
-After a meeting the first exchange is one number per owner group. Only where that differs do its
-members exchange one per piece, so that the error can name the pieces, or the majority's can be
-restored.
+The members of an owner group first exchange one hash for everything they share. Only if it differs
+do they exchange one per piece, to name the pieces that differ or to restore the majority's values.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _BITS = 1 << 64
 
 
 class Held(NamedTuple):
-    """What a site holds of a piece: parameter, anchor, outer momentum; as far as there are."""
+    """What a site holds of a piece: parameter, and anchor and outer momentum where they exist."""
 
     key: str
     owners: Owners
@@ -32,7 +31,7 @@ class Held(NamedTuple):
 
 
 def fold(hashes: Iterable[int]) -> int:
-    """One number of 64 bits for several, in their order."""
+    """A 64-bit hash of several 64-bit numbers and their order."""
     return sum(h * (2 * i + 1) for i, h in enumerate(hashes)) % _BITS
 
 
@@ -56,7 +55,7 @@ class Agreement:
     def __init__(
         self, groups: SiteGroups, held: Sequence[Held], ranks: SiteRanks | None = None
     ) -> None:
-        """`ranks`: of this site, each of which has what it holds; None = one."""
+        """`ranks`: the ranks of this site, each with its own `held`; None = one rank."""
         self._groups, self._held = groups, list(held)
         self._ranks = ranks or SiteRanks()
         self._hashes = {
@@ -66,10 +65,10 @@ class Agreement:
         self.differing: dict[Owners, list[tuple[str, list[int]]]] = {}
         """By owner set: pieces that are not the same everywhere, and their hashes in rank order."""
         self.differs = False
-        """Whether anything of this site differs, on whichever of its ranks."""
+        """Whether anything that this site holds, on any of its ranks, differs."""
 
     def exchange(self) -> None:
-        """Finds out what differs; all members of the groups must call it."""
+        """Exchanges hashes and finds out what differs; a collective of the groups' members."""
         own = {owners: fold(pieces.values()) for owners, pieces in self._hashes.items()}
         by_rank = self._ranks.gather(own, "background")
         differing, sent = self._ranks.tell(lambda: self._compare(by_rank), "background")
@@ -108,7 +107,7 @@ class Agreement:
         return [(key, column) for key, column in columns if len(set(column)) > 1]
 
     def require(self) -> None:
-        """Raises MeetingError, with names, when something differs. All of a site must call it."""
+        """Raises MeetingError naming the pieces that differ; a collective of the site's ranks."""
         text = self._ranks.first(self._difference()) if self.differs else ""
         if text:
             raise MeetingError(text)
@@ -126,9 +125,10 @@ class Agreement:
         return ""
 
     def heal(self) -> list[str]:
-        """Gives all members what more than half of them hold; the keys that were mended.
+        """Gives all members the values that more than half of them hold; returns the keys of the
+        pieces that were restored.
 
-        All members of the groups must call it. Raises MeetingError where there is no majority.
+        A collective of the groups' members. Raises MeetingError where there is no majority.
         """
         healed, problem = [], ""
         try:

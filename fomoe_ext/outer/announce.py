@@ -1,4 +1,4 @@
-"""What speaks against a meeting, and that all sites hear of it before anything is sent."""
+"""Announcing a meeting: all sites hear of a problem at any of them before anything is sent."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fomoe_ext.placement.placement import Placement
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are. (The sum is quick and tells most often, but it can overflow.)"""
+    """Whether all values are finite. (The sum is a quick test, but it can overflow.)"""
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def bad_tensor(
     layouts: Sequence[Layout], what: str, tensor_of: Callable[[Piece], Tensor | None]
 ) -> str:
-    """Names the first piece with NaN or infinite values, or is empty."""
+    """A message that names the first piece with NaN or infinite values, or an empty string."""
     good: set[int] = set()
     for layout in layouts:
         for piece in layout.pieces:
@@ -37,15 +37,15 @@ def bad_tensor(
 
 
 def meeting_name(placement: Placement, completed: int, fragment: int = 0) -> str:
-    """The meeting after so many rounds: its round and fragment, and a hash of the placement."""
+    """Identifies a meeting by its round, its fragment and a hash of the placement."""
     digest = hashlib.blake2b(repr(placement.table).encode(), digest_size=4).hexdigest()
     return f"{completed + 1}.{fragment} {digest}"
 
 
 def require_good(site: Site, name: str, problem: str) -> int:
-    """Raises MeetingError on all sites when one has a problem, or meets for something else.
+    """Raises MeetingError at all sites when one has a problem, or is in another meeting.
 
-    Nothing has been changed then. `name`: see `meeting_name`. Returns the bytes sent.
+    Nothing has been changed then. `name`: from `meeting_name`. Returns the bytes sent.
     """
     group, ranks = site.everyone, site.ranks
     problem = ranks.first(problem, "background")

@@ -1,8 +1,8 @@
-"""How values of several sites become one: what each weighs, and which are scaled down or left out.
+"""Averaging the values of several sites: their weights, and the treatment of outliers.
 
-Deltas that are far longer than the others' are scaled down to a multiple of their median norm, and
-those with NaN are left out: against accidents (a diverged site, a broken device). A member that
-wants to do harm can do it below any such limit: this is no defence against it.
+A delta much longer than the others is scaled down to a multiple of their median norm, and one with
+NaN is left out. This protects against accidents (a diverged site, a broken device), not against a
+malicious site, which can do harm below any such limit.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from fomoe_ext.placement.placement import Owners
 
 
 class Treatment(NamedTuple):
-    """What was done to the deltas of a meeting: by site, the factor of its delta, 0..1; and the
-    sites, ascending, whose values were left out (their factor is 0)."""
+    """What `clip_delta` did in a meeting. factors: the factor on the delta of each site, in [0, 1].
+    left_out: the sites whose values were left out, ascending; their factor is 0."""
 
     factors: tuple[float, ...] = ()
     left_out: tuple[int, ...] = ()
 
 
 UNTREATED = Treatment()
-"""Nobody's delta is scaled down or left out."""
+"""No delta is scaled down or left out."""
 
 
 def treat(norms: Sequence[float], limit: float) -> Treatment:
-    """Which deltas are left out and which scaled down, from all sites' norms.
+    """Decides which deltas are left out and which are scaled down, from the norms of all sites.
 
     A site whose norm is NaN or infinite is left out. Norms above `limit` times the median of the
     others' (for an even number, the mean of the middle two) are scaled down to that; with a median
@@ -47,14 +47,15 @@ def treat(norms: Sequence[float], limit: float) -> Treatment:
 
 @dataclass(frozen=True)
 class Averaging:
-    """How values of a piece become one.
+    """How the values that several sites have of a piece are averaged.
 
-    `tokens`: by piece of an expert, the tokens that each site has routed to it since the last
-    meeting, fp64 [num_sites], in place of other weights. `trained`: the tokens that each site has
-    trained on since then, the weights of all else; None, or no tokens at all = equal. `rescale`:
-    the mean times the square root of the number of members, which a mean of unlike deltas loses of
-    its norm (DiPaCo, arXiv 2403.10616). `treatment`: deltas times a factor, and who is left out;
-    `someone`: where that is all members of a piece, none of them is.
+    `tokens`: by expert (layer, expert), the tokens that each site has routed to it since the last
+    meeting, fp64 [num_sites]: the weights of the expert's pieces. `trained`: the tokens that each
+    site has trained on since then: the weights of all other pieces; None, or no tokens at all =
+    equal weights. `rescale`: multiply the mean by the square root of the number of members, because
+    the mean of unrelated deltas is shorter than they are by that factor (DiPaCo, arXiv 2403.10616).
+    `treatment`: factors on deltas, and sites to leave out. `someone`: if every member of a piece
+    would be left out, all are kept.
     """
 
     tokens: dict[tuple[int, int], Sequence[float]] | None = None
@@ -64,7 +65,7 @@ class Averaging:
     someone: bool = False
 
     def members(self, piece: Piece) -> Owners:
-        """The sites whose values are averaged; may be none."""
+        """The sites whose values are averaged, possibly none."""
         left_out = self.treatment.left_out
         if not left_out:
             return piece.contributors
@@ -72,13 +73,14 @@ class Averaging:
         return piece.contributors if self.someone and not members else members
 
     def _by_routed(self, piece: Piece) -> Sequence[float] | None:
-        """Weights that travel as they are, since who encodes may not know the others' yet."""
+        """Token counts as weights, or None. They are not normalised, because a site may have to
+        encode its values before it knows the counts of the others."""
         if self.tokens is None or piece.expert is None or len(piece.contributors) == 1:
             return None
         return self.tokens[piece.expert]
 
     def weight(self, piece: Piece, site: int) -> float:
-        """What this site's values are multiplied by; 0 for one that is no member."""
+        """The factor on a site's values of a piece; 0 for a site that is not a member."""
         members = self.members(piece)
         if site not in members:
             return 0.0
@@ -88,15 +90,15 @@ class Averaging:
             return factor * float(routed[site])
         if self.trained is None or len(members) == 1:
             return factor
-        # 1 on average, exactly 1 where all are alike: what encoding loses is in units of a delta.
+        # 1 on average, and exactly 1 if all are equal: error feedback is in units of a delta.
         total = sum(self.trained[member] for member in members)
         return factor * self.trained[site] * len(members) / total if total else factor
 
     def divisor(self, piece: Piece) -> float:
-        """What the sum is divided by."""
+        """The divisor of the sum of weighted values."""
         members, routed = self.members(piece), self._by_routed(piece)
         total = float(len(members) or 1)
         if routed is not None:
-            # No tokens anywhere: nothing but the error of before is in the sum.
+            # No tokens anywhere: the sum contains only the errors of earlier meetings.
             total = float(sum(routed[site] for site in members)) or 1.0
         return total / math.sqrt(len(members) or 1) if self.rescale else total

@@ -1,4 +1,4 @@
-"""That all sites begin alike: with the same arguments, and the same initial values or state."""
+"""Checks that all sites start with the same arguments and the same initial values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fomoe_ext.placement.placement import Placement
 
 def arguments_of(site: Site, placement: Placement) -> dict[str, Any]:
     """What all sites must have in common, by name."""
-    # Of stacks without their number of rows: a rank of a site may hold more than another's.
+    # Stacks without their number of rows, which may differ between the ranks of a site.
     stacks = {id(p) for layer in site.moe_layers for p in layer.experts.parameters()}
     shapes = [
         (n, p.shape[1:] if id(p) in stacks else p.shape, p.requires_grad)
@@ -37,7 +37,7 @@ def arguments_of(site: Site, placement: Placement) -> dict[str, Any]:
 
 
 def _frozen(model: nn.Module, stacks: Collection[int]) -> int:
-    """A hash of what is neither trained nor an expert's: no meeting makes it alike."""
+    """A hash of frozen parameters outside of experts: no meeting would make them equal."""
     tensors = [
         p.detach()
         for p in model.parameters()
@@ -49,7 +49,8 @@ def _frozen(model: nn.Module, stacks: Collection[int]) -> int:
 def agree_on_arguments(
     ranks: SiteRanks, arguments: dict[str, Any], problem: Exception | None
 ) -> None:
-    """Raises this site's problem; MeetingError for another site's, or when arguments differ."""
+    """Raises the problem of this site, or MeetingError when another site has one or arguments
+    differ."""
     mine = {"problem": str(problem or ""), **arguments}
     everyone = gather_objects(mine, ranks.num_sites * ranks.size)
     if problem is not None:
@@ -88,7 +89,7 @@ def _own_digests(state: OuterState) -> dict[str, str]:
         digest = hashlib.sha256()
         for piece, place in layout.slices():
             values = state.anchors[i][place] if apart else piece.values()
-            # A copy: memory that numpy has seen cannot be given back and taken again.
+            # A copy: memory that numpy has seen cannot be resized, as FSDP does.
             digest.update(values.cpu().clone().view(torch.uint8).numpy())
         result[layout.name] = digest.hexdigest()
     return result

@@ -1,7 +1,7 @@
-"""What a site has of its model's pieces, taken out of one outer state and put into another.
+"""Belongings: values and state of a site's pieces, moved from one outer state to another.
 
-When sites go or come, every one makes its model anew for what it is to hold, and fills it with what
-it had and what others send. Until that is done nothing of the old one has changed.
+When sites leave or join, every site makes a new model for the experts it is to hold, and fills it
+with what it had and with what others send. Until that is done the old model is unchanged.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from fomoe_ext.outer.state import OuterState
 from fomoe_ext.placement import wire
 
 Inner = torch.optim.Optimizer | None
-"""The optimizer of the local steps, which is needed here."""
+"""The inner optimizer, which must be given here."""
 
 Item = tuple[int, int] | None
-"""An expert (layer, expert), or all that is no expert's (None)."""
+"""An expert (layer, expert), or None: everything that belongs to no expert."""
 
 _STAYS = ("value", "error", "bias")
-"""What does not travel as a part of every piece: values are the anchor's where they arrive, what
-encoding has lost stays where it is, biases have pieces of their own."""
+"""What is not sent with each piece: the receiver takes values from the anchor, error feedback stays
+at its site, and biases are pieces of their own."""
 
 
 def items_of(layout: ModelLayout) -> dict[Item, list[Piece]]:
-    """The pieces of every item, in order of their keys; what an item's vector is made of."""
+    """The pieces of every item in the order of their keys, which is that of the item's vector."""
     return _by_item(layout.layouts)
 
 
 def biases_of(layout: ModelLayout) -> dict[Item, list[Piece]]:
-    """The same of selection biases, which have no anchor."""
+    """The same for selection biases, which have no anchor."""
     return _by_item(layout.bias_layouts)
 
 
@@ -52,7 +52,7 @@ def _by_item(layouts: Sequence[Layout]) -> dict[Item, list[Piece]]:
 
 
 def elements_of(pieces: Sequence[Piece], biases: Sequence[Piece], names: Sequence[str]) -> int:
-    """Elements of an item's vector: `names` of each of its pieces, and its biases."""
+    """Number of elements of an item's vector: `names` of each of its pieces, and its biases."""
     return len(names) * sum(p.numel for p in pieces) + sum(p.numel for p in biases)
 
 
@@ -67,8 +67,8 @@ class Belongings:
     @classmethod
     @torch.no_grad()
     def of(cls, state: OuterState) -> Belongings:
-        """All that a site has; views of its memory. Raises ValueError for an inner optimizer whose
-        state is not of its parameters' shapes (`inner_state.shaped_state`)."""
+        """Everything that a site has, as views of its memory. Raises ValueError if the inner
+        optimizer's state does not have its parameters' shapes (`inner_state.shaped_state`)."""
         result, site = cls(), state.layout.site
         kept = result.tensors
         if site.inner_optimizer is not None:
@@ -91,11 +91,11 @@ class Belongings:
         return result
 
     def names(self) -> list[str]:
-        """What travels with an item, besides biases."""
+        """What is sent of each piece of an item."""
         return sorted(what for what in self.tensors if what not in _STAYS)
 
     def vector(self, pieces: Sequence[Piece], biases: Sequence[Piece]) -> Tensor:
-        """All that travels with an item, flat fp32."""
+        """All that is sent of an item, flat fp32."""
         parts = [self.tensors[what][p.key].float() for what in self.names() for p in pieces]
         parts += [self.tensors["bias"][piece.key].float() for piece in biases]
         return torch.cat(parts)
@@ -107,7 +107,8 @@ class Belongings:
         biases: Sequence[Piece],
         names: Sequence[str],
     ) -> None:
-        """Keeps what `vector` of another site has sent; a parameter's value is the anchor's."""
+        """Stores what `vector` returned at another site; parameters take the value of the
+        anchor."""
         sizes = [piece.numel for piece in pieces] * len(names) + [p.numel for p in biases]
         parts = iter(vector.split(sizes))
         for what in names:
@@ -120,8 +121,8 @@ class Belongings:
 
     @torch.no_grad()
     def fill(self, state: OuterState) -> None:
-        """Puts all of it into the state of an `arriving` OuterSync; what is not there begins at
-        zero, and a parameter whose value is not there stays as it is."""
+        """Fills the state of an `arriving` OuterSync. State that is missing here starts from zero;
+        a parameter whose value is missing keeps its own."""
         site = state.layout.site
         moments = [name for name in self.names() if name not in ("anchor", "momentum")]
         _make_moments(site, moments, self.steps)
@@ -158,7 +159,7 @@ class Belongings:
 
 
 def _moments(inner: Inner, piece: Piece) -> Iterator[tuple[str, Tensor]]:
-    """Flat views of what the inner optimizer keeps of a piece."""
+    """Flat views of the inner optimizer's state of a piece."""
     assert inner is not None
     state = inner.state.get(piece.tensor, {})
     for name, value in state.items():
@@ -167,7 +168,7 @@ def _moments(inner: Inner, piece: Piece) -> Iterator[tuple[str, Tensor]]:
 
 
 def steps_of(model: nn.Module, inner: Inner) -> dict[str, float]:
-    """The inner optimizer's step of each parameter that it keeps one for."""
+    """The inner optimizer's step count of each parameter that has one."""
     assert inner is not None
     state = inner.state
     return {
@@ -178,7 +179,7 @@ def steps_of(model: nn.Module, inner: Inner) -> dict[str, float]:
 
 
 def _make_moments(site: Site, names: Sequence[str], steps: Mapping[str, float]) -> None:
-    """The inner optimizer's state, all zero, as it would be after so many steps."""
+    """The inner optimizer's state with all tensors zero and the given step counts."""
     if not names:
         return
     usual = max(steps.values(), default=0.0)
@@ -199,11 +200,11 @@ def ship(
     size_of: Mapping[Item, int],
     vector_of: Mapping[Item, Tensor],
 ) -> tuple[dict[Item, Tensor], int]:
-    """Sends items to where they are wanted; what has arrived here, and the bytes sent.
+    """Sends items to the sites that want them; returns the vectors that arrived and the bytes sent.
 
     A collective of the group, whose member `site` this is. `parcels`: (item, source, target), the
     same at all members. `size_of`: fp32 elements of every item; `vector_of`: what this site sends.
-    Raises Damaged where the hash of a message is not that of what has come.
+    Raises Damaged where a message does not match its hash.
     """
     ordered = sorted(parcels, key=lambda p: (p[0] is not None, p[0] or (), p[2]))
     members = range(group.size)
@@ -226,11 +227,11 @@ def ship(
 
 
 _SEAL = wire.HASH_BYTES // 4
-"""Elements of fp32 that a message's hash takes."""
+"""Size of a message's hash in fp32 elements."""
 
 
 def _sealed(vectors: Sequence[Tensor]) -> Tensor:
-    """The vectors one after the other, and a hash of them."""
+    """The concatenated vectors, followed by their hash."""
     values = torch.cat(list(vectors))
     return torch.cat([values, _hash(values).to(values.device)])
 
@@ -242,9 +243,9 @@ def _hash(values: Tensor) -> Tensor:
 
 
 def _opened(message: Tensor, sender: str) -> Tensor:
-    """What was sent. Raises Damaged where it is not as it was sent."""
+    """A message without its hash. Raises Damaged where they do not match."""
     values, seal = message[:-_SEAL], message[-_SEAL:]
-    stated = seal.cpu().clone().view(torch.int64)  # a copy: a view may not begin anywhere
+    stated = seal.cpu().clone().view(torch.int64)  # a copy: a view would need an aligned start
     if not torch.equal(_hash(values).view(torch.int64), stated):
         raise Damaged(f"what {sender} sent of its experts was damaged on the way")
     return values

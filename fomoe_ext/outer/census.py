@@ -1,5 +1,5 @@
-"""Census: what the sites tell each other of themselves before a meeting, and what values weigh by
-that (`fomoe_ext.outer.averaging`)."""
+"""Census: numbers that all sites exchange before a meeting, from which weights and the treatment of
+outliers follow (`fomoe_ext.outer.averaging`)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from fomoe_ext.placement.overlap import AUTO, TIMES
 
 
 class Census:
-    """Numbers of every site, fp64 [num_sites, n]: tokens routed to each expert [L E], tokens
-    trained on [1], the norm of its delta [1], its times [3]; of these what the options ask for, or
-    none at all.
+    """Numbers of all sites, fp64 [num_sites, n]: the tokens routed to each expert [L * E], the
+    tokens trained on [1], the norm of the delta [1] and the site's times [3]; only those that the
+    options need.
 
-    of_deltas, of_rest: how deltas are averaged, and all else; None = as by default, or not known
-    yet. treatment: what is done to deltas. square: of the norm, fp64 scalar, set before `count`.
-    times: of this site, set before `count`; told_times: of all sites, once told.
+    of_deltas, of_rest: how deltas and all other values are averaged; None = equal weights, or not
+    known yet. treatment: what `clip_delta` does to the deltas. square: the squared norm of this
+    site's delta, fp64 scalar, set before `count`. times: of this site, set before `count`;
+    told_times: of all sites, after the exchange.
     """
 
     def __init__(self, site: Site, counts: TokenCounts, layouts: Sequence[Layout]) -> None:
-        """`layouts`: of what meets."""
+        """`layouts`: those of the meeting."""
         self._site, self._counts = site, counts
         self._experts = {p.expert for la in layouts for p in la.pieces if p.expert is not None}
         self._own: Tensor | None = None
@@ -41,12 +42,13 @@ class Census:
 
     @property
     def wanted(self) -> bool:
-        """Whether sites tell each other numbers."""
+        """Whether the options need any numbers."""
         return self._site.options.counts_tokens or self._site.options.site_numbers > 0
 
     @property
     def routed(self) -> Tensor | None:
-        """The tokens that each site has routed to each expert, [num_sites, L, E], once told."""
+        """The tokens that each site has routed to each expert, [num_sites, L, E], after the
+        exchange."""
         return None if self._told is None else self._by_expert(self._told)
 
     @property
@@ -62,7 +64,7 @@ class Census:
         return told[:, : shape.numel()].view(-1, *shape)
 
     def count(self) -> None:
-        """What this site tells of itself; a collective of its ranks."""
+        """The numbers of this site; a collective of its ranks."""
         options, ranks = self._site.options, self._site.ranks
         parts = [self._counts.tokens.flatten()] if options.counts_tokens else []
         if options.site_mean == "tokens":
@@ -73,7 +75,7 @@ class Census:
         self._own = torch.cat([counts, *norm, *times])
 
     def suppose(self) -> None:
-        """Goes by this site's own numbers until the others' are there: encoding takes no more."""
+        """Uses this site's own numbers, which are enough for encoding, until the exchange."""
         self.count()
         assert self._own is not None
         own = torch.zeros(self._site.num_sites, len(self._own), dtype=torch.float64)
@@ -81,9 +83,9 @@ class Census:
         self._average_by(own)
 
     def gather(self) -> int:
-        """Tells all sites and hears the same of them; the bytes sent.
+        """Exchanges the numbers with all sites; returns the bytes sent.
 
-        Raises MeetingError on all sites where all are to be left out, or one tells nonsense.
+        Raises MeetingError at all sites if all would be left out, or if a number is impossible.
         """
         if not self.wanted:
             return 0
@@ -102,7 +104,7 @@ class Census:
         return sent if ranks.leads else 0
 
     def _average_by(self, told: Tensor) -> None:
-        """`told` [num_sites, n]: what the sites tell of themselves, as `count` has it."""
+        """`told` [num_sites, n]: the numbers of all sites, each row as `count` returns it."""
         options = self._site.options
         tokens = trained = None
         if options.expert_mean == "tokens":
@@ -124,5 +126,5 @@ class Census:
 
 
 def _plain(counts: Tensor, sent: int) -> tuple[list[list[float]], int]:
-    """What `SiteGroup.gather_now` returns, as a message to the other ranks has it."""
+    """The result of `SiteGroup.gather_now` as plain data, for a message to the other ranks."""
     return counts.tolist(), sent

@@ -1,8 +1,9 @@
-"""Codecs: how deltas become bytes on the wire and back, and hashes of bits.
+"""Codecs: encoding deltas as bytes for the wire and decoding them, and hashes of bits.
 
-The formats are described in csrc/kernels.h and made by the ops `delta_encode` and `delta_reduce`: a
-pass over the data each. Stochastic rounding takes its random bits from a counter: value i of a call
-uses number first + i of the stream `seed`, so that the same seed gives the same bytes anywhere.
+The formats are described in csrc/kernels.h. The ops `delta_encode` and `delta_reduce` implement
+them in one pass over the data each. Stochastic rounding takes its random bits from a counter: value
+i of a call uses number first + i of the stream `seed`, so that the same seed gives the same bytes
+anywhere.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _hash_bits = by_name("hash_bits")
 
 
 class DeltaPart(NamedTuple):
-    """What one tensor gives of a run of values: those from `begin` up to the next part's begin.
+    """The values that one tensor contributes: those from `begin` to the next part's `begin`.
 
     `local` is flat, float32, bfloat16 or float16; None = these values are zero.
     """
@@ -41,26 +42,26 @@ class DeltaPart(NamedTuple):
 class Codec:
     """Turns flat fp32 values into payloads (flat uint8) and back, on any device that has the ops.
 
-    A payload's size depends on the number of values alone, and decoding on nothing but the payload
-    and that number, so that all who decode the same bytes get the same bits. Codecs are equal when
-    they make the same bytes.
+    The size of a payload depends only on the number of values. Decoding depends only on the payload
+    and that number, so everyone who decodes the same bytes gets the same bits. Codecs are equal if
+    they produce the same bytes.
 
     Args:
         name: one of `fomoe_ext.placement.wire.CODECS`. "fp32", "bf16": the values, rounded to
             nearest even. "int8", "int4", "int2": blocks of 64 values (with "-128" of 128) that
             share a step.
             "topk": of every 4096 values the 64 largest, as one of two magnitudes with a sign.
-        rounding: of the codes of int8, int4 and int2: to nearest, or "stochastic", right on
-            average.
+        rounding: how int8, int4 and int2 round: "nearest", or "stochastic", with the exact value as
+            expected value.
 
     Attributes:
         lossy: whether decoding may give other values than were encoded; False for "fp32" only.
 
     Methods raise ValueError for bad arguments and, on the CPU, for a value that is NaN or infinite,
-    which they name; nothing is promised then about what they write. On CUDA NaN travels as NaN.
+    which they name; their output is undefined then. On CUDA NaN is encoded as NaN.
 
-    What is not encoded can be kept (error feedback; Seide et al., 2014; Karimireddy et al., arXiv
-    1901.09847): `error` is added to the values and then becomes what the payload lacks of them.
+    Error feedback (Seide et al., 2014; Karimireddy et al., arXiv 1901.09847): `error` is added to
+    the values, and then set to the difference between that sum and what the payload decodes to.
     """
 
     def __init__(self, name: str, rounding: Rounding = "nearest") -> None:
@@ -117,14 +118,14 @@ class Codec:
         """Encodes weight * (anchor - local), or weight * local without an anchor, plus `error`.
 
         Args:
-            parts: what gives the values, `begin`s rising from 0. The anchor is rounded to a part's
-                dtype first, so that parameters nobody has moved have no delta.
-            numel: how many values.
-            out: uint8 [wire_bytes(numel)], written; may be a view that starts anywhere.
+            parts: the tensors with the values, `begin` ascending from 0. The anchor is rounded to
+                a part's dtype first, so that the delta of an unchanged parameter is exactly 0.
+            numel: number of values.
+            out: uint8 [wire_bytes(numel)], written; may be a view at any offset.
             anchor: fp32 [numel].
             error: fp32 [numel], updated in place.
             seed: 0 .. 2^63 - 1, chooses the random bits of stochastic rounding.
-            first: the number of value 0 in their stream.
+            first: the index of value 0 in their stream.
         """
         ends = [*(part.begin for part in parts[1:]), numel]
         given = [(p, end) for p, end in zip(parts, ends, strict=False) if p.begin != end]
@@ -159,7 +160,7 @@ class Codec:
         own_rank: int = 0,
         out: Tensor | None = None,
     ) -> Tensor:
-        """The sum of what the members gave, fp32 [numel], added in rank order.
+        """The sum of the members' values, fp32 [numel], added in rank order.
 
         `payloads`: uint8 [members, wire_bytes(numel)], or as many flat ones; with `own`, fp32
         [numel], they are those of the others and member `own_rank` gives `own` as it is.
@@ -193,10 +194,10 @@ class Codec:
         seed: int = 0,
         first: int = 0,
     ) -> None:
-        """Encodes the sum of what the members gave (as in `decode_sum`), plus `error`, into `out`.
+        """Encodes the sum of the members' values (as in `decode_sum`), plus `error`, into `out`.
 
-        One pass: the sum is never in memory. `error`, `seed`, `first` as in `encode_delta`; `out`
-        must not overlap `payloads`.
+        In one pass, so the sum is never stored. `error`, `seed`, `first` as in `encode_delta`;
+        `out` must not overlap `payloads`.
         """
         rows = self._rows(payloads, numel, own)
         _delta_reduce(
@@ -233,8 +234,8 @@ def get_codec(name: str | Codec, rounding: Rounding = "nearest") -> Codec:
 def hash_bits(tensors: Sequence[Tensor]) -> list[int]:
     """A 64-bit hash of the bits of each tensor, unsigned: equal bits, equal hashes on any device.
 
-    Any dtype and shape, contiguous, all on one device. Shapes and dtypes do not enter. It guards
-    against accidents, not against anybody's intent.
+    Any dtype and shape, contiguous, all on one device. Shapes and dtypes are not part of the hash.
+    It detects accidental damage, not tampering.
     """
     if not len(tensors):
         return []

@@ -1,4 +1,4 @@
-"""Gradients averaged at every step, for the outer optimizer "ddp"."""
+"""Averaging of gradients at every step, for the outer optimizer "ddp", and their norm."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Gradients:
         self._state, self._layout, self._site = state, state.layout, state.layout.site
         self._steps, self._log = steps, log
         self._stamps: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        """Of the gradients that are the mean now, by parameter."""
+        """By parameter: the gradient that is the mean, and its version counter then."""
         self._used: set[int] = set()
-        """Optimizers that have taken a step by them."""
+        """Optimizers that have taken a step with these gradients."""
 
-    # ------------------------------------------------------------------------- are they the mean?
+    # ---------------------------------------------------------------- are gradients the mean yet?
 
     def _mark(self, anew: bool = True) -> None:
-        """The gradients are the mean now; with `anew` of new ones."""
+        """Notes that the gradients are the mean now. `anew`: they are those of a new step."""
         model = self._site.model
         gradients = {id(p): p.grad for p in model.parameters() if p.grad is not None}
         self._stamps = {
@@ -45,7 +45,7 @@ class Gradients:
             self._used.clear()
 
     def _stand(self, parameters: Iterable[Tensor]) -> bool:
-        """Whether these parameters' gradients are as they were then."""
+        """Whether the gradients of these parameters are unchanged since `_mark`."""
         for parameter in parameters:
             stamp, gradient = self._stamps.get(id(parameter)), parameter.grad
             if gradient is None or stamp is None:
@@ -55,8 +55,8 @@ class Gradients:
         return True
 
     def used_by(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether the gradients that an optimizer is about to take its step by are the mean, and
-        it has not taken one by it; it has then."""
+        """Whether an optimizer's gradients are the mean and it has not used them for a step yet;
+        notes that it has now."""
         own = {id(p) for p in self._site.model.parameters() if p.requires_grad}
         held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in own]
         if id(optimizer) in self._used or not self._stand(held):
@@ -109,7 +109,8 @@ class Gradients:
         ]
 
     def _of_pieces(self) -> tuple[Callable[[Piece], Tensor], dict[int, Tensor]]:
-        """Gradients of this rank's pieces; with several ranks per site, the vectors they are in."""
+        """Gradients of this rank's pieces; with several ranks per site also the vectors that
+        contain them."""
         lane = self._layout.lane
         if lane is None:
             return lambda piece: piece.tensor.grad, {}
@@ -139,29 +140,30 @@ class Gradients:
                 self._log.sent(sent if ranks.leads else 0)
         norm = total**0.5
         local = [local_tensor(p.grad) for p in parameters if p.grad is not None]
-        # As torch's clip_grads_with_norm_, which takes no mixture of DTensors and others.
+        # As torch's clip_grads_with_norm_, which does not accept DTensors and tensors together.
         torch._foreach_mul_(local, min(1.0, max_norm / (norm + 1e-6)))
         if ddp:
             self._mark(anew=False)
         return torch.tensor(norm, device=local[0].device if local else None)
 
     def _square_of_pieces(self) -> float:
-        """Of the pieces for which this site, and this rank, speaks."""
+        """Squared norm of the gradients of the pieces that this site, and this rank, counts."""
         gradient, _ = self._of_pieces()
         return sum(
             float(piece.part_of(gradient(piece)).double().square().sum())
             for layout in self._layout.layouts
-            if layout.group.rank == 0  # one holder speaks for the group
+            if layout.group.rank == 0  # one holder counts for the group
             for piece in layout.pieces
         )
 
     def _square_of(self, parameters: Iterable[nn.Parameter]) -> float:
-        """Of this rank's part of a site's gradients."""
+        """Squared norm of this rank's part of a site's gradients."""
         return sum(_own_square(self._site, parameter) for parameter in parameters)
 
 
 def _own_square(site: Site, parameter: nn.Parameter) -> float:
-    """This rank's part of a gradient's squared norm; of what several ranks hold, a share."""
+    """This rank's part of a gradient's squared norm. Ranks that hold the same values count an equal
+    share of it each."""
     assert parameter.grad is not None
     square = float(local_tensor(parameter.grad).double().square().sum())
     if is_sharded(parameter):

@@ -1,10 +1,10 @@
-"""Owner groups: who meets whom, over which connections, and who is missing when a meeting fails.
+"""Owner groups: which sites meet, their connections, and who is missing when a meeting fails.
 
-Payloads travel over connections of their own, apart from the default group that the rest of a job
-uses: shares to their owners over one, sums back over another, so that both can be under way in any
-order, and several of each at once. An interface named twice in GLOO_SOCKET_IFNAME (eth0,eth0) has
-two of each; on a link that one connection can fill buckets then only overtake each other, and what
-is needed first comes later.
+Payloads do not use the default process group, which serves the rest of a job. Every owner group has
+one connection for the reduce-scatter and another for the all-gather, so that several of both can be
+under way at once in any order. An interface that is named twice in GLOO_SOCKET_IFNAME (eth0,eth0)
+has two of each. That does not help on a link that one connection can fill: buckets then overtake
+each other, and the one needed first arrives later.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from fomoe_ext.placement import wire
 from fomoe_ext.placement.placement import Owners
 
 _THREADS = 16
-"""Exchanges of one kind that a group has under way at once; a slow link needs several."""
+"""Number of exchanges of one kind that a group runs at once; a slow link needs several."""
 _PROBE_S = 5.0
-"""How long the others have to notice a failure too, and to say that they are there."""
+"""Seconds that the other sites have, after a failure, to notice it and to answer."""
 
-# How many SiteGroups a default group has seen: the same on all sites, part of connections' names.
+# Number of SiteGroups made with a default group: equal at all sites, part of connections' names.
 _made: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
@@ -46,8 +46,8 @@ class Handle(Protocol):
 
 
 class _Exchange:
-    """A collective under way in which this site sends so many bytes; on a link that is counted it
-    is complete no sooner than it would be there."""
+    """A collective under way. On an imitated link it completes no earlier than `sent` bytes would
+    need there."""
 
     def __init__(self, work: Any, link: CountedLink | None, sent: int) -> None:
         self._work, self._link = work, link
@@ -67,12 +67,12 @@ class SiteGroup:
     ) -> None:
         self.owners, self.size = owners, len(owners)
         self.rank = owners.index(site)
-        """This site's place among the owners."""
+        """This site's index among the owners."""
         self._scatter, self._gather = channels or (None, None)
         self._link = link
         on_gpu = bool(channels) and not isinstance(self._scatter, dist.ProcessGroupGloo)
         self.device = torch.device("cuda" if on_gpu else "cpu")
-        """Where payloads must be."""
+        """The device on which payloads must be."""
 
     def release(self) -> list[Any]:
         """Gives away the connections; the group cannot exchange anything any more."""
@@ -84,9 +84,10 @@ class SiteGroup:
         return _Exchange(work, self._link, sent)
 
     def scatter(self, received: Tensor, sent: Tensor) -> tuple[Handle, int]:
-        """Row i of `sent` [size - 1, n] goes to the i-th other member; `received` is filled alike.
+        """Sends row i of `sent` [size - 1, n] to the i-th other member; row i of `received` comes
+        from it.
 
-        Returns at once: the exchange and the bytes that this site sends.
+        Does not wait. Returns the exchange and the bytes that this site sends.
         """
         each = sent.numel() // (self.size - 1)
         split = [each] * self.size
@@ -97,7 +98,7 @@ class SiteGroup:
     def send_to_each(
         self, received: Tensor, sent: Tensor, received_by: Sequence[int], sent_by: Sequence[int]
     ) -> int:
-        """sent_by[r] elements of `sent` go to member r, received_by[r] come from it; waits.
+        """Sends sent_by[r] elements of `sent` to member r and receives received_by[r]; waits.
 
         Returns the bytes sent.
         """
@@ -107,12 +108,14 @@ class SiteGroup:
         return sent.nbytes
 
     def gather(self, gathered: Tensor, own: Tensor) -> tuple[Handle, int]:
-        """`own` [n] of all members, in rank order, in `gathered` [size * n]; as `scatter`."""
+        """Gathers `own` [n] of all members in rank order into `gathered` [size * n]; returns as
+        `scatter`."""
         sent = (self.size - 1) * own.nbytes
         return self._under_way(self._gather._allgather_base(gathered.view(-1), own), sent), sent
 
     def gather_now(self, own: Tensor) -> tuple[Tensor, int]:
-        """`own` [n] of all members [size, n], on the CPU, and the bytes sent; waits."""
+        """Gathers `own` [n] of all members; waits. Returns them [size, n], on the CPU, and the
+        bytes sent."""
         own = own.contiguous()
         if self.size == 1:
             return own.cpu().unsqueeze(0), 0
@@ -123,7 +126,7 @@ class SiteGroup:
         return gathered.cpu(), count
 
     def broadcast(self, tensor: Tensor, rank: int) -> int:
-        """Member `rank`'s `tensor` in place at all members; the bytes this site sends."""
+        """Overwrites `tensor` with that of member `rank`; returns the bytes this site sends."""
         if self.size == 1:
             return 0
         here = tensor.to(self.device).contiguous()
@@ -209,7 +212,7 @@ class SiteGroups:
         return tuple(range(self.num_sites))
 
     def _connect(self, owners: Owners, purpose: str, threads: int) -> Any:
-        """A process group of the owners: called by them alone with Gloo, else by all sites."""
+        """A process group of the owners. With Gloo only they must call it, otherwise all sites."""
         if not self._gloo:
             groups = [
                 dist.new_group([s * self.ranks + r for s in owners], timeout=self._timeout)
@@ -231,9 +234,9 @@ class SiteGroups:
         return gloo(store, owners.index(self.site), len(owners), options)
 
     def create(self, owner_sets: Iterable[Owners]) -> None:
-        """Connects the groups that are not there yet; a collective call with the same sets.
+        """Connects the groups that do not exist yet; a collective with the same sets at all sites.
 
-        In ascending order of the sets, so that sites of several groups cannot wait in a circle.
+        In ascending order of the sets, so that sites in several groups cannot deadlock.
         """
         for owners in sorted(set(owner_sets) - self._groups.keys()):
             mine = self.site in owners
@@ -265,16 +268,18 @@ class SiteGroups:
             threading.Thread(target=_free, args=(channels,), daemon=True).start()
 
     def group(self, owners: Owners) -> SiteGroup:
-        """This site's group of an owner set. Raises KeyError where it is no member or not made."""
+        """The group of an owner set. Raises KeyError if it was not created or the site is not in
+        it."""
         group = self._groups.get(owners)
         if group is None:
             raise KeyError(f"site {self.site} has no group of the sites {owners}")
         return group
 
     def gather_numbers(self, own: Tensor) -> tuple[Handle | None, Tensor, int]:
-        """Small CPU tensors [n] of all sites [num_sites, n], while meetings may be under way.
+        """Gathers small CPU tensors [n] of all sites, also while meetings are under way.
 
-        Returns the exchange (None for a single site), the tensor that it fills, the bytes sent.
+        Returns the exchange (None for a single site), the tensor [num_sites, n] that it fills, and
+        the bytes sent.
         """
         if self.num_sites == 1:
             return None, own.unsqueeze(0), 0
@@ -288,8 +293,8 @@ class SiteGroups:
         return _Exchange(work, self.link, sent), gathered, sent
 
     def _listen(self) -> None:
-        """Gets ready to hear a byte of every other site, so that what it says before it ends is not
-        lost."""
+        """Starts to receive a byte from every other site, so that its answer is not lost if it ends
+        right afterwards."""
         self._bytes = {s: torch.zeros(1, dtype=torch.uint8) for s in self.everyone}
         self._heard = {
             site: self._probe.recv([self._bytes[site]], site, site)
@@ -298,10 +303,10 @@ class SiteGroups:
         }
 
     def missing_sites(self) -> str:
-        """After a failure: which sites are gone or silent, in words; empty when all are there.
+        """After a failure: a text that says which sites are gone or silent; empty if all answer.
 
-        Every site says to every other one that it is there. A connection whose other end is closed
-        fails at once; who is alive but says nothing may just not have noticed the failure.
+        Every site sends a byte to every other one. A closed connection fails at once. A site that
+        is alive but silent may just not have noticed the failure.
         """
         if self.num_sites == 1 or self._probe is None:
             return ""
@@ -337,7 +342,7 @@ class SiteGroups:
 
 
 def _free(channels: list[Any]) -> None:
-    """Destroys process groups, of which nobody else must know any more."""
+    """Destroys process groups to which there must be no other reference."""
     while channels:
         channel = channels.pop()
         if channel is not None and not isinstance(channel, dist.ProcessGroupGloo):
@@ -350,7 +355,7 @@ def _names(sites: Sequence[int]) -> str:
 
 
 def share_statuses(group: SiteGroup, message: str) -> tuple[list[str], int]:
-    """Tells all members a short text and returns theirs in rank order, and the bytes sent."""
+    """Exchanges short texts; returns those of all members in rank order, and the bytes sent."""
     if group.size == 1:
         return [message], 0
     raw = message.encode()[: wire.STATUS_BYTES]
@@ -361,6 +366,7 @@ def share_statuses(group: SiteGroup, message: str) -> tuple[list[str], int]:
 
 
 def sum_floats(group: SiteGroup, value: float) -> tuple[float, int]:
-    """Sum over the members in fp64, in rank order, the same bits for all; and the bytes sent."""
+    """The sum over all members in fp64, in rank order (equal bits everywhere), and the bytes
+    sent."""
     rows, sent = group.gather_now(torch.tensor([value], dtype=torch.float64))
     return sum(rows.view(-1).tolist()), sent

@@ -1,9 +1,9 @@
-"""What an inner optimizer keeps of experts, by what it means, not by its shape alone.
+"""The inner optimizer's state of experts, which moves with them.
 
-A stack of experts [R, ..] has a row per expert, and so has most of what optimizers keep of it:
-moments of its shape, and Adafactor's statistics over one of an expert's two dimensions. Counters
-are of the stack as a whole. What is neither is refused by name: moved wrongly, or left behind, it
-would train an expert by another's history.
+A stack of experts [R, ..] has a row per expert, and so does most optimizer state: moments of the
+same shape, and Adafactor's statistics over one of an expert's two dimensions. Counters belong to
+the stack as a whole. Any other state is refused by name: if it were moved wrongly or left behind,
+an expert would be trained with the history of another one.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _ZEROED = frozenset(
         "variance",
     )
 )
-"""What is of the parameter's shape, zero at first, and may be zero at any step."""
+"""State of the parameter's shape that starts at zero and may be zero at any step."""
 _COUNTERS = frozenset(("step", "mu_product", "eta", "mu", "RMS"))
 _COPIES = frozenset(("ax", "z", "p0", "master", "master_param", "param_copy"))
-"""Averages or copies of the weights: an expert that arrives cannot begin with zeros there."""
+"""Averages or copies of the weights, which cannot start at zero for an expert that arrives."""
 _FACTORS = ("row_var", "col_var", "exp_avg_sq_row", "exp_avg_sq_col")
 
 
 def _factor_shape(name: str, shape: torch.Size) -> list[int] | None:
-    """The shape of Adafactor's statistics, of torch.optim or transformers, where they have a row
-    per row of the parameter. It factors over the last two dimensions: of a matrix [R, n] its
-    columns are of all rows together."""
+    """The shape of a statistic of Adafactor (torch.optim's or transformers') for a parameter of
+    this shape; None if it does not have a row per row of the parameter. Adafactor factors the last
+    two dimensions, so the column statistic of a matrix [R, n] covers all its rows."""
     if len(shape) < 2 or ("col" in name and len(shape) == 2 and shape[0] > 1):
         return None
     return {
@@ -51,8 +51,7 @@ def _factor_shape(name: str, shape: torch.Size) -> list[int] | None:
 
 
 def _has_rows(name: str, found: torch.Size, shape: torch.Size) -> bool:
-    """Whether a state of this shape has a row per row of a parameter, and nothing else can be
-    meant."""
+    """Whether state of this shape has a row per row of the parameter, without ambiguity."""
     if name in _FACTORS:
         return list(found) == _factor_shape(name, shape)
     rows, rest = shape[0], list(shape[1:])
@@ -60,20 +59,20 @@ def _has_rows(name: str, found: torch.Size, shape: torch.Size) -> bool:
         return False
     if len(found) == len(shape):
         return all(n in (1, wanted) for n, wanted in zip(found[1:], rest, strict=True))
-    # Some dimensions are summed up; were one of them as long, that could be the one that is left.
+    # Some dimensions are reduced; if one of those had R elements, it could be the one that is left.
     left = iter(rest)
     return rows not in rest and all(n in left for n in found[1:])
 
 
 def _is_number(name: str, value: Any) -> bool:
-    """Whether a state is one number for all of a parameter, or nothing."""
+    """Whether state is a single number for the whole parameter, or empty."""
     if isinstance(value, Tensor):
         return value.dim() == 0 or (value.numel() == 1 and name in _COUNTERS)
     return value is None or isinstance(value, (bool, int, float))
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is a tensor whose elements are what they say (not a quantised one)."""
+    """Whether a value is a plain tensor, not a quantised one."""
     plain = type(value) in (Tensor, nn.Parameter) or (
         isinstance(value, Tensor) and is_sharded(value)
     )
@@ -83,8 +82,7 @@ def _is_plain(value: Any) -> bool:
 def problem_with_rows(
     optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[str, Tensor]]
 ) -> str:
-    """Why rows of named parameters cannot take along what the optimizer keeps of them, or an empty
-    string."""
+    """Says why rows of these parameters cannot move with their optimizer state, or is empty."""
     kind = type(optimizer).__name__
     for other in optimizer.state:
         if not isinstance(other, Tensor):
@@ -112,9 +110,9 @@ def problem_with_rows(
 def move_state_rows(
     optimizer: torch.optim.Optimizer, parameter: nn.Parameter, sources: Sequence[int | None]
 ) -> None:
-    """Row i of all of a parameter's state becomes its old row sources[i]; as at first for None.
+    """Row i of all of a parameter's state becomes its old row sources[i], or initial for None.
 
-    Counters and the like stay. `problem_with_rows` must have found nothing.
+    Counters stay. `problem_with_rows` must have returned an empty string.
     """
     for what, value in optimizer.state.get(parameter, {}).items():
         if _is_number(what, value):
@@ -128,7 +126,7 @@ def move_state_rows(
 
 
 def _first_value(optimizer: torch.optim.Optimizer, parameter: Tensor, what: str) -> float:
-    """What an optimizer fills its state with at first."""
+    """The value with which an optimizer initialises its state."""
     options = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
     if what == "sum":  # Adagrad
         return float(options.get("initial_accumulator_value", 0.0))
@@ -136,7 +134,7 @@ def _first_value(optimizer: torch.optim.Optimizer, parameter: Tensor, what: str)
 
 
 def _is_near(value: Tensor, parameter: Tensor) -> bool:
-    """Whether a state is nearly the parameter itself."""
+    """Whether state is close to the parameter itself."""
     if value.shape != parameter.shape:
         return False
     size = parameter.detach().float().norm()
@@ -146,10 +144,10 @@ def _is_near(value: Tensor, parameter: Tensor) -> bool:
 def shaped_state(
     optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, Tensor]] = ()
 ) -> Iterator[tuple[Tensor, str, Tensor]]:
-    """(parameter, name, tensor) of what has the shape of its parameter, `step` aside; all that can
-    be stored, or sent, with a parameter's elements.
+    """(parameter, name, tensor) of all state but `step`: tensors of their parameter's shape, which
+    can be stored or sent with its elements.
 
-    Raises ValueError for an optimizer that keeps anything else, naming it.
+    Raises ValueError naming any other state.
     """
     names = {id(parameter): name for name, parameter in named}
     for parameter, state in optimizer.state.items():
@@ -167,11 +165,12 @@ def shaped_state(
 
 @torch.no_grad()
 def reset_bad_state(optimizer: torch.optim.Optimizer) -> int:
-    """What an inner optimizer keeps of each parameter begins anew where any of it is NaN or
-    infinite. Returns of how many parameters.
+    """Resets the inner optimizer's state of each parameter where any of it is NaN or infinite.
+    Returns the number of such parameters.
 
-    Tensors of the parameter's shape are zeroed, and counters go on; where there are others, or
-    such as are not zero at first, the optimizer makes all of them anew.
+    Tensors of the parameter's shape are zeroed, and counters stay. If there is other state, or
+    state that does not start at zero, all state of the parameter is deleted, so that the optimizer
+    initialises it again.
     """
     bad = []
     for parameter, state in optimizer.state.items():

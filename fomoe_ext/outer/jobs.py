@@ -22,11 +22,12 @@ def random_seed(*name: object) -> int:
 
 
 class Feedback:
-    """Error feedback of one layout: what encoding has lost so far, to be sent with the next values.
+    """Error feedback of one layout: the encoding error so far, added to the next values.
 
     `own`: of this site's values, fp32 [numel]; `shares`: of the sums that this site encodes for its
-    group, fp32 [wire.own_elements]. Both None where nothing is lost: codec fp32, a group of one.
-    1-bit SGD (Seide et al. 2014) keeps such an error; on both ends, 1-bit Adam (arXiv 2102.02888).
+    group, fp32 [wire.own_elements]. Both None where encoding is exact (codec fp32) or nothing is
+    sent (a group of one). 1-bit SGD (Seide et al. 2014) keeps such an error; on both ends, 1-bit
+    Adam (arXiv 2102.02888).
     """
 
     def __init__(self, layout: Layout, codec: Codec, bucket_bytes: int, wanted: bool) -> None:
@@ -48,7 +49,7 @@ class Feedback:
 class MeanJob:
     """Averages a tensor of each piece over its contributors, in place (`reduce.Job`).
 
-    Set `averaging` before anything is encoded. What has no members left stays as it is.
+    Set `averaging` before anything is encoded. A piece without members stays as it is.
     """
 
     summed = True
@@ -74,7 +75,7 @@ class MeanJob:
         return None
 
     def _source(self, part: Part) -> DeltaPart:
-        """What this site gives of a part."""
+        """The values that this site contributes to a part."""
         if self.site not in self.averaging.members(part.piece):
             return DeltaPart(None, part.at)
         values = part.piece.part_of(self._tensor_of(part.piece))
@@ -86,7 +87,7 @@ class MeanJob:
 
     def values(self, start: int, stop: int) -> Tensor:
         out = torch.empty(stop - start, device=self.device)
-        # As fp32 nothing is lost: the error so far goes along, and none is left.
+        # fp32 is exact: the error so far is sent along, and none is left.
         self._encode(_EXACT, start, stop, out.view(torch.uint8))
         return out
 
@@ -121,7 +122,8 @@ _EXACT = Codec("fp32")
 
 
 class ShiftJob(MeanJob):
-    """Averages a tensor that goes on changing meanwhile: it moves by mean - what it was."""
+    """Averages a tensor that changes meanwhile: adds the difference of the mean and its old
+    value."""
 
     def __init__(
         self, layout: Layout, site: int, codec: Codec, tensor_of: Callable[[Piece], Tensor]
@@ -138,7 +140,7 @@ class ShiftJob(MeanJob):
 
 
 class EqualiseJob(MeanJob):
-    """Gives all members the same values: every share of a bucket as one of them has it."""
+    """Gives all members the same values: each share of a bucket comes from one of them."""
 
     summed = False
 
@@ -153,11 +155,11 @@ class EqualiseJob(MeanJob):
 class DeltaJob(MeanJob):
     """Mean delta of one owner group, and the outer step with it (`reduce.Job`).
 
-    The anchor and momentum of a piece all of whose members are left out stay as they are, and
-    become the parameter of every owner.
+    If all members of a piece are left out, its anchor and momentum stay as they are, and every
+    owner's parameter is set to the anchor.
 
-    `alpha`: the share of a parameter that stays the site's own in what it goes on with, the rest
-    being the new anchor's (Streaming DiLoCo, arXiv 2501.18512); 0 = all is the anchor's.
+    The new parameter is alpha * (the site's own value) + (1 - alpha) * (the new anchor), as in
+    Streaming DiLoCo (arXiv 2501.18512).
     """
 
     def __init__(

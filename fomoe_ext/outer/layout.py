@@ -1,11 +1,11 @@
 """Layout: which piece of which tensor travels with which owner group, the same order everywhere.
 
 A piece is a whole dense tensor, a router row, or one expert's part of a stacked weight or bias. All
-pieces of one owner set form one flat vector; every member has the same pieces at the same places in
-it, whatever rows of its stacked weights they are. The outer optimizer works on that vector, so that
+pieces of one owner set form one flat vector. Every member has the same pieces at the same offsets,
+in whichever rows of its stacked weights they are. The outer optimizer works on that vector, so that
 the members get the same bits even where vector and scalar instructions round differently.
 
-What there is of ranges, from large to small:
+The ranges, from large to small:
 
     ModelLayout    model_layout.py: all of a site's vectors under one placement
       Layout       one vector: an owner group's pieces of one fragment
@@ -13,9 +13,9 @@ What there is of ranges, from large to small:
                    error stay vectors of the whole layout
       Lane         shards.py: with several ranks per site, the buckets for which this rank meets;
                    they form layouts of their own
-        Piece      what is named and averaged as one, somewhere in a vector
-          Part     what of a piece a range (a bucket, a share of one) of a layout has
-          Span     shards.py: what of a piece some ranks of the site hold, and where in their memory
+        Piece      what has a name and is averaged as one, somewhere in a vector
+          Part     the elements of a piece that are in a range (a bucket, or a share of one)
+          Span     shards.py: the elements of a piece that some ranks of the site hold, and where
           _Move    shards.py: where a part and a span overlap, copied between vector and memory
 """
 
@@ -41,12 +41,12 @@ from fomoe_ext.placement.stale import Wanted
 
 @dataclass(frozen=True)
 class Piece:
-    """What travels and is named as one: a tensor, or row `row` of it.
+    """A tensor, or row `row` of it, which has a name and is averaged as one.
 
-    Only the values of `contributors` are averaged; all of the owner group, of which they are
-    members, get the mean. `expert` is (layer, expert) for what belongs to an expert: its weights
-    and its router row. In a site of several ranks an expert's weights are a row of the stack of
-    those of rank `expert_rank` of the axis "expert" alone, be it this one or another.
+    Only the values of `contributors` are averaged; all owners, of which the contributors are some,
+    get the mean. `expert`: (layer, expert) for the weights and the router row of an expert. In a
+    site of several ranks an expert's weights are a row of the stack of one rank of the axis
+    "expert", rank `expert_rank`.
     """
 
     key: str
@@ -74,7 +74,7 @@ class Piece:
 
 
 class Part(NamedTuple):
-    """What of one piece a range of a layout has: elements lo..hi-1 of the piece are elements
+    """The elements of one piece in a range of a layout: elements lo..hi-1 of the piece are elements
     at..at+hi-lo-1 of the range."""
 
     piece: Piece
@@ -95,7 +95,8 @@ class Layout:
     def __init__(self, group: SiteGroup, pieces: Sequence[Piece], fragment: int = 0) -> None:
         self.group, self.pieces, self.fragment = group, tuple(pieces), fragment
         self.position: Callable[[int], int] = lambda element: element
-        """Where an element is in the vector of the whole site, of which this may be a part."""
+        """The offset of an element in the vector of the whole site (`Lane` layouts are parts of
+        it)."""
         self.starts = [0, *accumulate(piece.numel for piece in pieces)]
         self.numel = self.starts[-1]
 
@@ -120,12 +121,12 @@ class Layout:
             yield piece, slice(start, stop)
 
     def take(self, vector: Tensor, start: int, stop: int) -> Tensor:
-        """Elements start..stop-1 of a vector that is kept for the layout, to be read."""
+        """Elements start..stop-1 of a vector kept for the layout, for reading."""
         return vector[start:stop]
 
     @contextmanager
     def lent(self, vector: Tensor | None, start: int, stop: int) -> Iterator[Tensor | None]:
-        """The same, to be changed inside; None of None."""
+        """The same for changing inside the context; None for None."""
         yield None if vector is None else self.take(vector, start, stop)
 
 

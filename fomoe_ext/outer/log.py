@@ -1,4 +1,4 @@
-"""MeetingLog: how many rounds there were, what they have cost, and why there can be no more."""
+"""MeetingLog: counts rounds, bytes and seconds, and remembers a failure."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from fomoe_ext.launch.waiting import reason_of
 from fomoe_ext.outer.averaging import UNTREATED
 from fomoe_ext.outer.errors import MeetingError, MeetingLost
 from fomoe_ext.outer.reports import RoundReport
@@ -14,15 +15,15 @@ from fomoe_ext.placement import wire
 
 
 class MeetingLog:
-    """Numbers of all meetings of a site, and what has come together since the last report.
+    """Numbers of all meetings of a site, and those since the last report.
 
     round: rounds completed. bytes_sent: in all meetings and reshuffles. agreements: meetings after
     which all holders were found to hold the same bits. lost_bytes: with `staged`, sent in meetings
-    that broke off. broken: why no meeting can be held any more, in words. closed: whether
+    that broke off. broken: says why no meeting can be held any more, or is empty. closed: whether
     `OuterSync.close` was called.
 
     Since the last report: round_bytes, seconds and exchange_s as `RoundReport` has them; healed:
-    what was restored; treatment: whose deltas the last meeting has scaled down or left out.
+    the pieces that were restored; treatment: of deltas in the last meeting (`clip_delta`).
     """
 
     def __init__(self, site: Site) -> None:
@@ -47,7 +48,7 @@ class MeetingLog:
 
     @contextmanager
     def meeting(self, what: str) -> Iterator[None]:
-        """Measures a meeting, and makes a failure in it final."""
+        """Times a meeting. A failure inside makes this OuterSync unusable, except with `staged`."""
         if self.closed:
             raise MeetingError(f"{what} cannot be held: this OuterSync is closed")
         if self.broken:
@@ -60,27 +61,27 @@ class MeetingLog:
         except RuntimeError as error:
             where = f"{what} after round {self.round} broke off at site {site.index}"
             if site.options.staged:
-                raise MeetingLost(f"{where}: {error}") from error
+                raise MeetingLost(f"{where}: {reason_of(error)}") from error
             missing = site.groups.missing_sites()
-            self.broken = f"{where}: {missing + ': ' if missing else ''}{error}"
+            self.broken = f"{where}: {missing + ': ' if missing else ''}{reason_of(error)}"
             raise MeetingError(self.broken) from error
         finally:
             self.seconds += time.perf_counter() - start
 
     def take_since(self, round_bytes: int, seconds: float) -> tuple[int, float]:
-        """Bytes and seconds since these were the round's, of which they are no part any more."""
+        """Resets the counts of the round to these; returns the bytes and seconds counted since."""
         since = self.round_bytes - round_bytes, self.seconds - seconds
         self.round_bytes, self.seconds = round_bytes, seconds
         return since
 
     def report_round(self) -> RoundReport:
-        """The report of a round, when it has been counted."""
+        """The report of the round that has just ended."""
         options = self._site.options
         due = wire.moments_due(self.round, options.moment_periods)
         return self.report(sum(due) if options.optimizer == "local-adamw" else 0)
 
     def report(self, moments: int = 0) -> RoundReport:
-        """What has come together since the last report, which begins anew."""
+        """A report of everything since the last one; starts the next."""
         report = RoundReport(
             self.round,
             self.round_bytes,

@@ -1,15 +1,15 @@
 """Meeting: one meeting of the sites for a fragment of the model, step by step.
 
-    check      what speaks against it at this site
-    announce   all sites hear of that, and what they have to know of each other
+    check      looks for problems at this site: values that are NaN or infinite, missing moments
+    announce   all sites exchange their problems, and the numbers they need of each other
     encode     this site's values become payloads
-    exchange   payloads travel, are summed and come back (`fomoe_ext.outer.reduce`)
-    apply      the outer step: anchor, parameters, moments and biases change
-    verify     all holders have the same bits (`fomoe_ext.outer.agreement`)
+    exchange   payloads are sent, summed, and sums are sent back (`fomoe_ext.outer.reduce`)
+    apply      the outer step: changes anchor, parameters, moments and biases
+    verify     all holders must have the same bits (`fomoe_ext.outer.agreement`)
 
-That is the order, whoever drives it. `driver.Driver` takes all steps at once, bucket by bucket;
-`staged.Staged` applies nothing before all of it has arrived everywhere; `flight.InFlight` encodes
-first, announces and exchanges behind the local steps, and applies and verifies at a later one.
+`driver.Driver` takes these steps without interruption, bucket by bucket. `staged.Staged` applies
+nothing before everything has arrived at all sites. `flight.InFlight` encodes first, announces and
+exchanges during local steps, and applies and verifies after a later one.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class Meeting:
     # ----------------------------------------------------------------------------------- check
 
     def check(self) -> str:
-        """What speaks against the meeting here, or an empty string; from here on the layout's
-        pieces have values (`ModelLayout.hold`)."""
+        """The problem of this site, or an empty string. From here on the layout's pieces have
+        values (`ModelLayout.hold`)."""
         site, clips = self._site, self._site.options.clip_delta > 0
         self._layout.hold(self.fragment)
         problem = self._layout.members.change()
@@ -105,7 +105,7 @@ class Meeting:
         return self._check_moments(problem) if self._moments else problem
 
     def _check_moments(self, problem: str) -> str:
-        """`problem`, or what speaks against the average of the inner optimizer's moments."""
+        """`problem`, or one with the inner optimizer's moments."""
         site, lane, clips = self._site, self._layout.lane, self._site.options.clip_delta > 0
         assert site.inner_optimizer is not None
         trained = [(n, p) for n, p in site.model.named_parameters() if p.requires_grad]
@@ -127,8 +127,8 @@ class Meeting:
         return problem
 
     def _uncounted(self) -> str:
-        """Names an expert that has been trained with no tokens counted: with expert_mean "tokens"
-        its delta would weigh nothing, and its training be undone."""
+        """Names an expert that was trained without tokens being counted: with expert_mean "tokens"
+        the weight of its delta would be 0, and its training lost."""
         site, counts = self._site, self._counts
         if site.options.expert_mean != "tokens" or site.ranks.size > 1:
             return ""
@@ -147,8 +147,8 @@ class Meeting:
         return ""
 
     def _squared_norm(self) -> Tensor:
-        """Of this rank's part of the site's delta, but for experts', fp64; NaN where anything that
-        the site gives is not finite, of experts too."""
+        """Squared norm of this rank's part of the site's delta, without experts, fp64; NaN if any
+        value of the site, also of experts, is not finite."""
         squares = [torch.zeros((), dtype=torch.float64)]
         for i, layout in zip(self._indices, self._layouts, strict=True):
             for piece, place in layout.slices():
@@ -157,16 +157,16 @@ class Meeting:
                 values = piece.values()
                 anchor = self._state.anchors[i][place].to(values.dtype)
                 square = (anchor.float() - values.float()).double().square().sum()
-                # That of experts counts as nothing, or as NaN.
+                # Experts add 0, or NaN.
                 squares.append(square if piece.expert is None else square * 0.0)
         return torch.stack([square.to(squares[-1].device) for square in squares]).sum().cpu()
 
     # -------------------------------------------------------------------------------- announce
 
     def announce(self, problem: str) -> int:
-        """Tells all sites how it looks here and hears the same of them; the bytes sent.
+        """Exchanges problems and numbers with all sites; returns the bytes sent.
 
-        Raises MeetingError on all sites when one has a problem, or all are to be left out.
+        Raises MeetingError at all sites when one has a problem, or all would be left out.
         """
         name = meeting_name(self._layout.placement, self._completed, self.fragment)
         sent = require_good(self._site, name, problem) + self._census.gather()
@@ -174,7 +174,7 @@ class Meeting:
         return sent
 
     def _hand_out(self) -> None:
-        """Gives the jobs that there are their averaging."""
+        """Sets the averaging of the jobs, after the numbers of all sites are known."""
         of_deltas, of_rest = self._census.of_deltas, self._census.of_rest
         if of_deltas is None or of_rest is None:
             return
@@ -183,14 +183,14 @@ class Meeting:
         for mean in self._means:
             mean.averaging = of_rest
         for bias in self._biases:
-            # They move by fixed steps, so that they are finite, and all owners need the same.
+            # They move by fixed steps, so they are finite; and all owners need the same.
             bias.averaging = replace(of_rest, someone=True)
 
     # ----------------------------------------------------------------- encode, exchange, apply
 
     def buckets(self) -> list[Bucket]:
-        """What has to be encoded, exchanged and applied. With overlap before `announce`, else
-        after."""
+        """The buckets to encode, exchange and apply. With overlap made before `announce`, otherwise
+        after it."""
         return buckets_of(self._jobs(), self._site.options.bucket_bytes)
 
     def _jobs(self) -> list[Job]:
@@ -239,7 +239,7 @@ class Meeting:
         for job in self._deltas:
             job.averaging = Averaging(rescale=options.rescale)
         if options.overlap and self._census.wanted:
-            self._census.suppose()  # the others' numbers come with their statuses
+            self._census.suppose()  # the numbers of the others arrive with their problems
             self._hand_out()
 
     def _mean_jobs(
@@ -271,7 +271,7 @@ class Meeting:
         return lambda piece: of_parameter(piece.tensor)
 
     def forget_tokens(self) -> None:
-        """The tokens that have been counted for this meeting are not counted for the next one."""
+        """Resets the token counts that this meeting has used."""
         layouts = [la for la in self._layout.site_layouts if la.fragment == self.fragment]
         if self._site.options.expert_turns > 1:
             layouts = self._layouts
@@ -279,9 +279,9 @@ class Meeting:
         self._counts.forget(experts, self._completed + 1)
 
     def give_back(self) -> None:
-        """After the application. With several ranks: their parameters, moments and biases become
-        what was agreed on. With turns: what was lost of sums is kept where it belongs. Where this
-        site was left out, inner moments that are not finite begin anew."""
+        """Ends the application. With several ranks: writes parameters, moments and biases back to
+        the ranks that hold them. With expert_turns: adds errors of sums to the site's own error.
+        If this site was left out: resets inner moments that are not finite."""
         site, lane = self._site, self._layout.lane
         self._layout.give_back(self.fragment)
         if lane is not None:
@@ -297,7 +297,7 @@ class Meeting:
     # ---------------------------------------------------------------------------------- verify
 
     def agreement(self) -> Agreement:
-        """What this site holds now of all that was exchanged, hashed; not yet compared."""
+        """Hashes of what this site now holds of everything exchanged; not yet compared."""
         state, overlap, held = self._state, self._site.options.overlap, []
         for i, layout in zip(self._indices, self._layouts, strict=True):
             for piece, place in layout.slices():

@@ -1,4 +1,4 @@
-"""What of a model takes part in meetings, and that it is still the same when the sites meet."""
+"""Members: the tensors of a model that take part in meetings, which must not be replaced."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _THEN = "; after such a change make a new OuterSync"
 
 
 class _Tensor(NamedTuple):
-    """A parameter, or a selection bias, as it was when the pieces were laid out."""
+    """Properties of a parameter or selection bias when the pieces were laid out."""
 
     tensor: Tensor
     trained: bool
@@ -25,7 +25,7 @@ class _Tensor(NamedTuple):
 
 
 class Members:
-    """A model's parameters by name, tied ones by all of theirs, and its layers."""
+    """A model's MoE layers, and its parameters by name; tied ones appear under each name."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -37,7 +37,7 @@ class Members:
         self._options = {path: _options(layer) for path, layer in self._layers.items()}
 
     def change(self) -> str:
-        """What is no longer as it was laid out, by name; else an empty string."""
+        """Says what has changed since the pieces were laid out, by name, or is empty."""
         now = dict(_tensors(self._model))
         for name, before in self._tensors.items():
             problem = _change(before, now.get(name))
@@ -81,7 +81,7 @@ def _options(layer: Any) -> dict[str, Any]:
 
 
 def _change(before: _Tensor, now: Tensor | None) -> str:
-    """What has become of a tensor; of what was and is frozen that is of no matter."""
+    """Says how a tensor has changed, or is empty. Frozen tensors may change."""
     if now is None:
         return "is gone" if before.trained else ""
     if now.requires_grad and not before.trained:
@@ -91,7 +91,7 @@ def _change(before: _Tensor, now: Tensor | None) -> str:
     if isinstance(before.tensor, nn.Parameter) and not before.trained:
         return ""
     if is_sharded(before.tensor):
-        return ""  # FSDP puts the whole one in its place for a while
+        return ""  # FSDP replaces it by the unsharded tensor for a while
     if now is not before.tensor:
         return "is another tensor"
     for what, old, new in (

@@ -1,4 +1,4 @@
-"""ModelLayout: the layouts of a site's whole model under the placement that is in force."""
+"""ModelLayout: the layouts of a site's whole model under the current placement."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from fomoe_ext.placement.stale import Wanted
 
 
 class ModelLayout:
-    """Which piece of the model travels with whom, and which rank of the site meets for it.
+    """Which sites share each piece of the model, and which rank of the site meets for it.
 
     site_layouts, site_biases: of trained parameters and of selection biases, of the whole site.
     layouts, bias_layouts: what this rank meets for; with one rank per site the same. lane: this
-    rank's part of them; None with one rank. members: what takes part, which must stay the same.
+    rank's part of them; None with one rank. members: the tensors that take part.
     """
 
     def __init__(
         self, site: Site, fragments: Fragments, placement: Placement, copies: Wanted = ()
     ) -> None:
-        """`copies`: the experts, by layer and site, of which sites compute a frozen copy."""
+        """`copies`: by layer and site, the experts of which the site has a frozen copy."""
         self.site, self._fragments, self._copies = site, fragments, copies
         self.adopt(placement)
 
     def adopt(self, placement: Placement) -> None:
-        """Lays out the pieces for a placement that the model's resident experts are already of; a
-        collective of all sites."""
+        """Lays out the pieces for a placement, of which the model already has its resident experts;
+        a collective of all sites."""
         site, options = self.site, self.site.options
         self.placement = placement
         pieces = parameter_pieces(
@@ -58,7 +58,7 @@ class ModelLayout:
             self.layouts, self.bias_layouts = self.lane.of_parameters, self.lane.of_biases
 
     def disconnect(self) -> None:
-        """There is nothing any more, and no connection is kept by it."""
+        """Drops all layouts and every reference to connections."""
         del self.site.groups
         self.lane = None
         self.layouts, self.bias_layouts, self.site_layouts, self.site_biases = [], [], [], []
@@ -70,8 +70,8 @@ class ModelLayout:
     # ------------------------------------------------- with several ranks: values of their pieces
 
     def hold(self, fragment: int) -> None:
-        """From here to `release` or `give_back` pieces have the values of the parameters, also with
-        several ranks; a collective of the site's."""
+        """Gives the pieces the values of the parameters until `release` or `give_back`. With
+        several ranks a collective of the site; with one they always have them."""
         if self.lane is not None:
             self.lane.hold(fragment)
 
@@ -81,7 +81,7 @@ class ModelLayout:
             self.lane.release(fragment)
 
     def give_back(self, fragment: int) -> None:
-        """The parameters become what the pieces are; a collective of the site's ranks."""
+        """Writes the pieces back to the parameters; a collective of the site's ranks."""
         if self.lane is not None:
             self.lane.give_back(fragment)
 

@@ -1,4 +1,4 @@
-"""Outer optimizers, and what meetings and reshuffles ask of the inner one.
+"""Outer optimizers, and requirements of meetings and reshuffles on the inner one.
 
 * fedavg: parameters become their mean over the holders (McMahan et al., arXiv 1602.05629).
 * diloco: Nesterov SGD on the mean delta (DiLoCo, arXiv 2311.08105).
@@ -47,8 +47,8 @@ class OuterRule:
 def check_adamw(
     optimizer: torch.optim.Optimizer | None, what: str = "optimizer 'local-adamw'"
 ) -> None:
-    """Raises ValueError, saying `what` needs it, unless `optimizer` keeps AdamW's two moments, and
-    them alone."""
+    """Raises ValueError, which says that `what` needs it, unless the state of `optimizer` is
+    AdamW's two moments."""
     if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         raise ValueError(
             f"{what} needs inner_optimizer to be torch.optim.AdamW or Adam, got "
@@ -59,7 +59,8 @@ def check_adamw(
 
 
 def check_holds(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
-    """Raises ValueError for an optimizer of others in the place of some of a model's parameters."""
+    """Raises ValueError if the optimizer holds other tensors in place of parameters of the
+    model."""
     if optimizer is None:
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}

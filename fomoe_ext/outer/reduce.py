@@ -1,12 +1,12 @@
 """Sums over owner groups: encoded shares, added in fp32 in rank order, the same bits for all.
 
-Per bucket: reduce-scatter (every member sends each other one its share, encoded), every member adds
-up its own share - its own values as they are - and encodes the sum, and an all-gather gives that to
-all. What all members decode are the same bytes. Sparse payloads (topk) are not summed on the way,
-where most of the sum would be dropped: all members get all of them and add them up, in rank order,
-themselves. `fomoe_ext.placement.wire` tells the number of bytes.
+For each bucket: in a reduce-scatter every member sends each other member its share, encoded. Every
+member then adds up its own share (its own values are not encoded) and encodes the sum, which an
+all-gather sends to all. So all members decode the same bytes. Sparse payloads (topk) are not summed
+on the way, as encoding the sum would drop most of it: every member gets the payloads of all and
+adds them up itself, in rank order. `fomoe_ext.placement.wire` predicts the number of bytes.
 
-Behind every payload travels a 64-bit hash of it: what was damaged on the way is refused.
+Every payload is followed by a 64-bit hash of it; a payload that does not match is refused.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from fomoe_ext.placement import wire
 
 
 class Damaged(RuntimeError):
-    """A payload that is not as it was sent, or has values that are NaN or infinite."""
+    """A payload was changed on its way, or contains values that are NaN or infinite."""
 
 
 class Job(Protocol):
-    """Values that a group's members sum: read and written share by share.
+    """Values to be summed over the members of a group, read and written share by share.
 
     With `summed` False nothing is added: every member's share of a bucket goes to all others as it
     is, so that all end with the same values.
@@ -41,14 +41,14 @@ class Job(Protocol):
     numel: int
     summed: bool
     device: torch.device
-    """Where the values are."""
+    """The device of the values."""
     seed: int
     """Of stochastic rounding; differs from round to round and site to site."""
     share_error: Tensor | None
     """Error feedback of the sums that this site encodes, fp32 [wire.own_elements(..)]."""
 
     def position(self, element: int) -> int:
-        """Which of the random numbers of stochastic rounding an element is given."""
+        """Index of an element's random number for stochastic rounding."""
         ...
 
     def encode(self, start: int, stop: int, payload: Tensor) -> None:
@@ -60,7 +60,7 @@ class Job(Protocol):
         ...
 
     def write(self, start: int, stop: int, total: Tensor) -> None:
-        """Takes the sum (or, with `summed` False, the values), fp32 [stop - start], to use up."""
+        """Takes the sum (with `summed` False the values), fp32 [stop - start]; may overwrite it."""
         ...
 
 
@@ -92,7 +92,7 @@ class Bucket:
         self._handle: Handle | None = None
         buckets = -(-job.numel // size)
         self.order = ((2 * index + 1) / buckets, group.owners)
-        """Place among all buckets, the same at all members: groups advance in proportion."""
+        """Sort key among all buckets, equal at all members; all groups advance in proportion."""
 
     def _payload_size(self, rank: int) -> int:
         start, stop = self._shares[rank]
@@ -268,7 +268,7 @@ def seal(payloads: Tensor) -> None:
 
 
 def buckets_of(jobs: Sequence[Job], bucket_bytes: int) -> list[Bucket]:
-    """All buckets of the jobs, in the order in which all sites send those they share."""
+    """All buckets of the jobs, in an order that is the same at all sites that share them."""
     size = wire.bucket_elements(bucket_bytes)
     buckets = [Bucket(job, index, size) for job in jobs for index in range(-(-job.numel // size))]
     return sorted(buckets, key=lambda bucket: bucket.order)
@@ -279,10 +279,10 @@ def exchange(
 ) -> int:
     """Sends buckets and returns the bytes sent; at most `in_flight` wait in each direction.
 
-    Encodes and applies each as it goes; without `encode` all have been encoded before, without
-    `apply` the caller applies them after. All members of a group must pass the same
-    buckets of it in the same order. No circle of waiting sites: a site waits for a bucket only
-    after it has started all that come before it. Raises RuntimeError when a member is lost or does
+    Encodes and applies each bucket on the way. Without `encode` all must have been encoded before;
+    without `apply` the caller applies them afterwards. All members of a group must pass the same
+    buckets of it in the same order. Sites cannot deadlock: a site waits for a bucket only after it
+    has started all earlier ones. Raises RuntimeError when a member is lost or does
     not come in time, Damaged for a bad payload; then buckets may have been applied at some
     members and not at others.
     """

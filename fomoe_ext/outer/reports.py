@@ -1,4 +1,4 @@
-"""What meetings and reshuffles tell of themselves."""
+"""The reports that meetings and reshuffles return."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from fomoe_ext.outer.averaging import UNTREATED, Treatment
 class RoundReport(NamedTuple):
     """What the meetings of a round cost this site.
 
-    round: counts from 1. bytes_sent and seconds: of `step`, of fragments that arrived since the
-    last one and, with "ddp", of all `reduce_gradients` and `clip_grad_norm_`; seconds that the site
-    waited, for others too. moments: how many of the two AdamW moments were averaged. exchange_s:
-    seconds from the start of exchanges to their end, of which all but `seconds` were hidden behind
-    local steps. healed: pieces that had to be restored from the majority. treatment: with
-    `clip_delta`, which sites' deltas were scaled down or left out.
+    round: number of the round, from 1. bytes_sent: bytes sent by `step`, by fragments that arrived
+    since the last report and, with "ddp", by all averages and clippings of gradients. seconds: time
+    that local steps were held up by these, including waiting for other sites. exchange_s: seconds
+    from the start of exchanges to their end; what exceeds `seconds` was hidden behind local steps.
+    moments: how many of the two AdamW moments were averaged. healed: names of the pieces that were
+    restored from the majority. treatment: with `clip_delta`, the sites whose deltas were scaled
+    down or left out.
     """
 
     round: int
@@ -28,7 +29,8 @@ class RoundReport(NamedTuple):
 
 
 class ReshuffleReport(NamedTuple):
-    """What a reshuffle did: experts that arrived here, as (layer, expert); bytes sent; seconds."""
+    """What a reshuffle did: the experts (layer, expert) that arrived at this site, the bytes that
+    it sent, and the seconds it took."""
 
     arrived: tuple[tuple[int, int], ...]
     bytes_sent: int

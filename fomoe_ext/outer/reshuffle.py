@@ -1,4 +1,4 @@
-"""Moving experts between sites when a new placement comes into force."""
+"""Reshuffle: moves experts between sites to change to a new placement."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def reshuffle(
 def check(
     layout: ModelLayout, new: Placement, warmup_steps: int, moments: str, copies: bool
 ) -> None:
-    """Refuses what cannot be done here: ValueError. `copies`: whether there are stale experts."""
+    """Raises ValueError if this site cannot reshuffle. `copies`: whether there are stale
+    experts."""
     at_least(0, warmup_steps=warmup_steps)
     one_of(("reset", "carry"), moments=moments)
     site = layout.site
@@ -73,7 +74,7 @@ def check(
 
 
 def _problem(layout: ModelLayout, steps: StepCount) -> str:
-    """Why experts, or what the inner optimizer keeps of them, cannot be moved here."""
+    """Says why experts, or their inner optimizer state, cannot be moved here, or is empty."""
     inner = layout.site.inner_optimizer
     assert inner is not None
     named = []
@@ -87,7 +88,8 @@ def _problem(layout: ModelLayout, steps: StepCount) -> str:
 
 
 def _agree(layout: ModelLayout, steps: StepCount, new: Placement, moments: str) -> int:
-    """Raises MeetingError unless all sites want the same, and can do it; the bytes sent."""
+    """Raises MeetingError unless all sites passed the same arguments and can reshuffle; returns the
+    bytes sent."""
     digest = hashlib.sha256(repr((new.table, moments)).encode()).hexdigest()
     lacking, inner = "", layout.site.inner_optimizer
     if moments == "carry":
@@ -118,11 +120,11 @@ def _agree(layout: ModelLayout, steps: StepCount, new: Placement, moments: str) 
 def move_experts(
     state: OuterState, new: Placement, carry: bool = False
 ) -> tuple[tuple[_ExpertId, ...], int]:
-    """Sends and receives experts, layer by layer, and lays the model out anew; a collective.
+    """Sends and receives experts, layer by layer, and makes new layouts; a collective.
 
     Returns the experts that arrived at this site, as (layer, expert), and the bytes it sent. An
-    expert travels as one fp32 vector: the anchor of its pieces, their outer momentum, with `carry`
-    both moments of the inner optimizer, its bias.
+    expert is sent as one fp32 vector: the anchor of its pieces, their outer momentum, with `carry`
+    both moments of the inner optimizer, and its selection bias.
     """
     site = state.layout.site
     transfers = state.layout.placement.transfers(new)
@@ -177,7 +179,7 @@ class _Before:
                     self.biases[piece.expert] = piece
 
     def vector(self, expert: _ExpertId) -> Tensor:
-        """All that an expert takes along, flat fp32."""
+        """Everything that is sent of an expert, flat fp32."""
         pieces = self.pieces[expert]
         parts = [self.anchor.get(piece.key, piece.values().float()) for piece in pieces]
         parts += [self.momentum[piece.key] for piece in pieces if self.momentum]
@@ -224,7 +226,8 @@ class _Before:
                     target.append(torch.cat(values))
 
     def _restore_feedback(self, state: OuterState, arrived: Mapping[_ExpertId, Tensor]) -> None:
-        """What encoding lost of pieces that stay; a new holder, and other sums, start from zero."""
+        """Keeps the error feedback of pieces that stay; that of new holders and other sums is
+        zero."""
         for layout, feedback in zip(state.layout.layouts, state.feedback, strict=True):
             if feedback.own is None:
                 continue
@@ -236,21 +239,21 @@ class _Before:
                 feedback.shares.copy_(shares)
 
     def _sizes(self, pieces: list[Piece]) -> list[int]:
-        """Lengths of the parts of an expert's vector, of which the bias is the last."""
+        """Lengths of the parts of an expert's vector; the bias is the last."""
         copies = (2 if self.momentum else 1) + len(self.moments)
         numels = [piece.numel for piece in pieces] * copies
         return numels + ([1] if self.biases else [])
 
 
 def _shape(layout: Layout) -> tuple[str, ...]:
-    """Tells layouts apart: who is in it, and which pieces."""
+    """Identifies a layout by its owners and its pieces."""
     return layout.name, *(piece.key for piece in layout.pieces)
 
 
 def _exchange(
     layout: ModelLayout, transfers: list[Transfer], before: _Before
 ) -> tuple[dict[_ExpertId, Tensor], int]:
-    """One layer's experts on their way: what arrives here, and the bytes sent."""
+    """Sends the experts of one layer; returns what arrives here, and the bytes sent."""
     group, sites, here = layout.site.everyone, range(layout.site.num_sites), layout.site.index
     outgoing = [[t for t in transfers if (t.source, t.target) == (here, s)] for s in sites]
     incoming = [[t for t in transfers if (t.source, t.target) == (s, here)] for s in sites]
@@ -271,7 +274,7 @@ def _exchange(
 
 
 def _change_residents(site: Site, layer: MoELayer, residents: tuple[int, ...]) -> None:
-    """The layer's rows and their inner optimizer state move; those of arrivals become zeros."""
+    """Moves the layer's rows and their inner optimizer state; rows of arrivals become zeros."""
     experts, optimizer = layer.experts, site.inner_optimizer
     assert optimizer is not None
     old = experts.resident_experts

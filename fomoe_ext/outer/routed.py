@@ -16,10 +16,10 @@ from fomoe_ext.layer.moe import MoELayer
 
 
 class _Count:
-    """A forward hook of one layer. Passes in training mode with gradients count, each once.
+    """A forward hook of one layer. Counts each pass in training mode with gradients once.
 
-    `seen`: of such passes, int64 [E]; `trained`: of those that a backward pass has gone through.
-    It refers to no meeting, so that a model that has it can be copied and stored.
+    `seen`: tokens of such passes, int64 [E]; `trained`: those of passes that had a backward pass.
+    It has no reference to an OuterSync, so that a model with this hook can be copied and stored.
     """
 
     def __init__(self, layer: MoELayer) -> None:
@@ -37,9 +37,8 @@ class _Count:
             return
         if self.seen.device != load.device:
             self.seen, self.trained = self.seen.to(load.device), self.trained.to(load.device)
-        # In a backward pass an activation checkpoint computes a layer again. The result of the
-        # reentrant form gets a gradient, and its first pass had none; that of the other has had
-        # its own already, and gets none.
+        # An activation checkpoint computes a layer again in the backward pass. In its reentrant
+        # form this second result gets the gradient, in the other form the first one does.
         if torch._C._current_graph_task_id() == -1:
             self.seen.add_(load)
         y: Tensor = output[0] if isinstance(output, tuple) else output
@@ -48,7 +47,7 @@ class _Count:
 
 
 class _Once:
-    """Counts a pass as trained when its output gets a gradient, be it several times."""
+    """Counts a pass as trained when its output first gets a gradient."""
 
     def __init__(self, count: _Count, load: Tensor) -> None:
         self._count, self._load = count, load
@@ -73,11 +72,11 @@ class RoutedTokens:
 
     @torch.no_grad()
     def take(self) -> Tensor | None:
-        """The slots that chose each expert, fp64 [L, E] on the CPU; counting begins anew. None
+        """The slots that chose each expert since the last call, fp64 [L, E] on the CPU; None
         without layers.
 
-        Of the passes that a backward pass has gone through. Where none has (a graph that is
-        replayed, gradients made by hand), of all passes in training mode with gradients.
+        Counts passes that had a backward pass. If none was seen (a replayed graph, gradients set by
+        hand), counts all passes in training mode with gradients.
         """
         if not self._counts:
             return None
@@ -90,7 +89,7 @@ class RoutedTokens:
 
 
 class TokenCounts:
-    """The tokens of a site since its last meetings.
+    """Tokens of a site since the last meetings of its experts.
 
     tokens: routed to each expert since that met last, fp64 [L, E], where they are counted. met: the
     round in which each expert that this site holds last met, int64 [L, E]; 0 = none yet. counted:
@@ -106,13 +105,13 @@ class TokenCounts:
         self.trained = 0.0
 
     def add(self, routed: Tensor) -> None:
-        """Takes note of the tokens routed in the passes that have led to a step, fp64 [L, E]."""
+        """Adds the tokens routed in the passes before a step, fp64 [L, E]."""
         self.tokens += routed
         found = routed.any(1).tolist()
         self.counted = [a or b for a, b in zip(self.counted, found, strict=True)]
 
     def forget(self, experts: Iterable[tuple[int, int]], round_index: int) -> None:
-        """These experts (layer, expert) meet in this round: counting begins anew."""
+        """Resets the counts of these experts (layer, expert), which meet in this round."""
         for expert in experts:
             self.tokens[expert] = 0
             self.counted[expert[0]] = False

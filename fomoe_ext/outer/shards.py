@@ -1,11 +1,11 @@
 """How the ranks of a site share a meeting: each meets for some of the site's buckets.
 
-A site lays out its pieces as one process would (`fomoe_ext.outer.layout`), and the buckets of every
-layout go round the ranks; rank r of a site meets rank r of the others. So the same payloads travel
-over the slow link as with one rank per site, each sent once, and what the outer optimizer keeps is
-shared out evenly, whatever rank holds the parameters themselves. Before a meeting a rank is given
-the values of its buckets by the ranks that hold them, after it they are given the new ones: over
-the fast network inside the site, an fp32 of each parameter there and back.
+A site lays out its pieces as a single process would (`fomoe_ext.outer.layout`). The buckets of each
+layout are assigned to its ranks in turn, and rank r of a site meets rank r of the others. So the
+same payloads are sent over the slow link as with one rank per site, each once, and the state of the
+outer optimizer is evenly distributed, whichever ranks hold the parameters. Before a meeting a rank
+receives the values of its buckets from the ranks that hold them; afterwards it sends them the new
+values. Both go over the fast network inside the site, one fp32 per parameter and direction.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ _AT_ONCE = 1 << 24
 """Elements that the ranks of a site exchange at a time."""
 
 TensorOf = Callable[[Tensor], Tensor]
-"""What to exchange of a parameter: itself, its gradient, a moment. Of the same shape."""
+"""Selects what to exchange of a parameter: itself, its gradient or a moment, of the same shape."""
 
 
 class Span(NamedTuple):
-    """What of one piece some ranks of the site hold: elements lo..hi-1, at `at` in the flat tensor
-    of each of `ranks`."""
+    """Elements lo..hi-1 of a piece, which `ranks` hold at offset `at` of their flat tensor."""
 
     lo: int
     hi: int
@@ -40,8 +39,8 @@ class Span(NamedTuple):
 
 
 def spans_of(piece: Piece, ranks: SiteRanks) -> list[Span]:
-    """Where a piece is held in the site. Raises ValueError for a DTensor that is not sharded by
-    rows (or replicated) over all ranks of the site in order."""
+    """Which ranks of the site hold which elements of a piece. Raises ValueError for a DTensor that
+    is not sharded by rows (or replicated) over all ranks of the site in order."""
     parameter, row, expert_rank = piece.tensor, piece.row, piece.expert_rank
     everyone = tuple(range(ranks.size))
     count = piece.numel
@@ -69,7 +68,7 @@ def spans_of(piece: Piece, ranks: SiteRanks) -> list[Span]:
 
 class _Move(NamedTuple):
     """A copy of `count` elements between the vector with which rank `lane` meets for layout `index`
-    and the flat tensor of a parameter, which all of `ranks` hold; where in the one, in the other.
+    and the flat tensor of a parameter, which all of `ranks` hold; with the offset in each.
     """
 
     lane: int
@@ -143,7 +142,7 @@ class Lane:
             at += count
         lane_layout = Layout(layout.group, pieces, layout.fragment)
         first = (ranks.rank - turn) % ranks.size
-        # Only the last of the site's buckets may be short, so those here begin at multiples, too.
+        # Only the last of the site's buckets may be short, so these start at multiples too.
         lane_layout.position = lambda element: (
             (first + element // size * ranks.size) * size + element % size
         )
@@ -161,11 +160,11 @@ class Lane:
 
     @property
     def fragments(self) -> list[int]:
-        """All fragments that there are."""
+        """The numbers of all fragments."""
         return sorted(self._moves)
 
     def hold(self, fragment: int) -> None:
-        """Fills the tensors of this rank's pieces with what the parameters are; a collective."""
+        """Copies the parameters into the tensors of this rank's pieces; a collective."""
         for flat in self._flats_of(fragment).values():
             flat.untyped_storage().resize_(flat.nbytes)
         self._pull(fragment, self._flats, lambda parameter: parameter)
@@ -176,12 +175,12 @@ class Lane:
             flat.untyped_storage().resize_(0)
 
     def give_back(self, fragment: int) -> None:
-        """The parameters become what the pieces' tensors are, which are freed; a collective."""
+        """Copies the pieces' tensors back into the parameters and frees them; a collective."""
         self._push(fragment, self._flats, lambda parameter: parameter)
         self.release(fragment)
 
     def pull(self, fragment: int, tensor_of: TensorOf) -> dict[int, Tensor]:
-        """New fp32 vectors of what this rank's buckets have of trained parameters, by number of a
+        """New fp32 vectors with the trained parameters in this rank's buckets, by number of the
         layout; a collective."""
         flats = {
             index: torch.empty(flat.numel(), device=flat.device)
@@ -192,7 +191,7 @@ class Lane:
         return flats
 
     def push(self, fragment: int, flats: dict[int, Tensor], tensor_of: TensorOf) -> None:
-        """Writes what `pull` has returned into the tensors of all holders; a collective."""
+        """Writes vectors as `pull` returns them into the tensors of all holders; a collective."""
         self._push(fragment, flats, tensor_of, self._trained)
 
     @property
@@ -212,7 +211,7 @@ class Lane:
         return dict(zip(numbers, vectors, strict=True))
 
     def views(self, flats: dict[int, Tensor]) -> Callable[[Piece], Tensor]:
-        """What belongs to a piece of vectors as `pull` returns them."""
+        """A function from a piece to its values in vectors as `pull` returns them."""
         found = {
             id(piece): flats[number][place]
             for number, layout in zip(self.numbers, self.layouts, strict=True)

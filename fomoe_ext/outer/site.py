@@ -1,4 +1,4 @@
-"""This site in meetings: what it trains, who it is, and by which rules it meets."""
+"""Site: what stays the same in all meetings of this site."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from fomoe_ext.outer.options import OuterOptions
 class Site:
     """What stays the same from meeting to meeting.
 
-    model, inner_optimizer: what the local steps train, and how (None = unknown). ranks: the
-    processes of the site. groups: connections to the other sites. rule and codec: those that the
-    options name. moe_layers: the model's, in order.
+    model, inner_optimizer: of the local steps (None = optimizer unknown). ranks: the processes of
+    the site. groups: connections to the other sites. rule and codec: the outer step and the codec
+    that the options name. moe_layers: of the model, in order.
     """
 
     model: nn.Module
@@ -38,12 +38,12 @@ class Site:
 
     @property
     def index(self) -> int:
-        """Which site this is."""
+        """The number of this site."""
         return self.ranks.site
 
     @property
     def num_sites(self) -> int:
-        """How many there are."""
+        """The number of sites."""
         return self.ranks.num_sites
 
     @property
@@ -53,7 +53,7 @@ class Site:
 
 
 def connect(given: SiteGroups | None, ranks: SiteRanks, timeout_s: float) -> SiteGroups:
-    """New connections of a site, or those given. Raises ValueError where they are of another."""
+    """The given connections, or new ones. Raises ValueError if they belong to another site."""
     num_sites, site, rank, size = ranks.num_sites, ranks.site, ranks.rank, ranks.size
     groups = given or SiteGroups(num_sites, site, timeout_s, rank=rank, ranks=size)
     if (groups.num_sites, groups.site) != (num_sites, site):

@@ -1,5 +1,4 @@
-"""Refreshing the frozen copies of absent experts that sites compute
-(`fomoe_ext.placement.stale`)."""
+"""Refreshing the frozen copies of absent experts (`fomoe_ext.placement.stale`)."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from fomoe_ext.placement.placement import Placement, Transfer
 
 
 def check_stale(model: nn.Module, options: OuterOptions, ranks: int) -> None:
-    """Raises ValueError where a model's stale experts cannot be refreshed in such meetings."""
+    """Raises ValueError if the model has stale experts that these meetings cannot refresh."""
     if all(layer.stale is None for _, layer in find_moe_layers(model)):
         return
     if options.apart or options.optimizer == "ddp":
@@ -38,7 +37,7 @@ def check_stale(model: nn.Module, options: OuterOptions, ranks: int) -> None:
 
 
 def wanted_by_all(site: Site) -> stale.Wanted:
-    """The copies that all sites keep, by layer and site; a collective."""
+    """By layer and site, the experts of which the site keeps a copy; a collective."""
     mine = [() if la.stale is None else la.stale.resident_experts for la in site.moe_layers]
     size = site.ranks.size
     everyone = gather_objects(mine, site.num_sites * size)[::size]
@@ -46,12 +45,12 @@ def wanted_by_all(site: Site) -> stale.Wanted:
 
 
 class StaleCopies:
-    """The copies of all sites: what each one sends and receives when they are refreshed."""
+    """The copies of all sites, and what each site sends and receives to refresh them."""
 
     def __init__(
         self, site: Site, placement: Placement, log: MeetingLog, wanted: stale.Wanted
     ) -> None:
-        """`wanted`: of all sites, as `wanted_by_all` returns it. `log`: tells the round."""
+        """`wanted`: from `wanted_by_all`. `log`: for the number of the round."""
         options = site.options
         self._site, self._placement, self._log = site, placement, log
         self.wanted, self.codec = wanted, get_codec(options.stale_codec)
@@ -75,7 +74,7 @@ class StaleCopies:
         return stale.refresh_bytes(self._placement, self.wanted, site, self._elements, codec)
 
     def refresh(self) -> int:
-        """Makes all copies those of the holders' parameters; a collective. Returns the bytes sent.
+        """Overwrites all copies with the holders' parameters; a collective. Returns the bytes sent.
 
         Raises Damaged for a damaged payload, RuntimeError when a site is lost.
         """
@@ -143,11 +142,12 @@ class StaleCopies:
 
     @property
     def fresh(self) -> bool:
-        """Whether the copies are of the last meeting (or, before the first, as at the start)."""
+        """Whether the copies were refreshed in the last meeting (before the first: are
+        unchanged)."""
         return stale.is_due(self._log.round, self.period)
 
     def description(self) -> dict[str, object]:
-        """What this site's copies are, as plain data."""
+        """Identifies this site's copies, as plain data."""
         ids = [list(of_sites[self._site.index]) for of_sites in self.wanted]
         return {"codec": self.codec.name, "experts": ids}
 
@@ -163,7 +163,8 @@ class StaleCopies:
 
     @torch.no_grad()
     def fill(self, read: Callable[[str], Tensor]) -> None:
-        """What `refresh` would make of the global model whose tensors `read` gives by name."""
+        """Sets the copies as `refresh` would, from a global model of which `read` returns tensors
+        by name."""
         for index, (path, layer) in enumerate(find_moe_layers(self._site.model)):
             copies: Experts | None = layer.stale
             for expert in () if copies is None else copies.resident_experts:

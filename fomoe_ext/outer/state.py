@@ -1,5 +1,5 @@
-"""What the outer optimizer keeps at a site: anchor, momentum and error feedback; and the same by
-parameter, as it is stored."""
+"""OuterState: anchor, outer momentum and error feedback of a site; also by parameter, for
+checkpoints."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fomoe_ext.placement.placement import Placement
 class OuterState:
     """Vectors of the layouts that this rank meets for, in the order of `layout.layouts`.
 
-    anchors: what all holders have agreed on last, fp32; none with "ddp". momenta: of the outer
-    optimizer, fp32; none without momentum. feedback: what encoding has lost (`jobs.Feedback`).
+    anchors: the values that all holders agreed on last, fp32; none with "ddp". momenta: of the
+    outer optimizer, fp32; none without momentum. feedback: encoding errors (`jobs.Feedback`).
     """
 
     def __init__(self, layout: ModelLayout) -> None:
-        """No anchor and momentum yet: `fill` makes them, or who knows them appends them."""
+        """Without anchor and momentum, which `fill` makes or the caller appends."""
         self.layout = layout
         self._reset()
 
@@ -36,13 +36,13 @@ class OuterState:
         ]
 
     def adopt(self, placement: Placement) -> None:
-        """Lays the model out anew (`ModelLayout.adopt`); anchor and momentum are none, and no error
-        is left."""
+        """Makes new layouts (`ModelLayout.adopt`). Drops anchor and momentum and sets errors to
+        zero."""
         self.layout.adopt(placement)
         self._reset()
 
     def fill(self) -> None:
-        """The anchor is what the parameters are; the momentum is zero. "ddp" has neither."""
+        """Sets the anchor to the parameters and the momentum to zero. "ddp" has neither."""
         rule = self.layout.site.rule
         if rule.name == "ddp":
             return
@@ -84,7 +84,7 @@ class OuterState:
 def by_parameter(layout: ModelLayout, vectors: Sequence[Tensor]) -> dict[int, Tensor]:
     """Vectors of all `layout.layouts` as fp32 tensors of the parameters' shapes, by parameter's id.
 
-    Every rank gets what it holds of the parameters; a collective of the site's ranks.
+    Every rank gets those of the parameters that it holds; a collective of the site's ranks.
     """
     result = {
         id(p): torch.zeros_like(p, dtype=torch.float32)

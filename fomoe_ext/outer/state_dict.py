@@ -1,4 +1,4 @@
-"""What a resumed run needs of a site's meetings, as plain data."""
+"""The state dict of an OuterSync: what a resumed run needs, as plain data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _TENSORS = {
 
 @dataclass
 class Resumable:
-    """All that a run goes on from; each part has an owner of its own."""
+    """Writes and restores the state of the parts of an OuterSync."""
 
     state: OuterState
     counts: TokenCounts
@@ -123,8 +123,8 @@ def require_rules(rule: OuterRule, codec: Codec, state: Mapping[str, Any]) -> No
 
 
 def load_met(met: Tensor, state: Mapping[str, Any]) -> None:
-    """When experts last met, with turns. A state without that is of none, or of earlier versions:
-    then all wait alike."""
+    """Restores when each expert last met, with expert_turns. Other states do not have it: then no
+    expert has priority."""
     found = torch.tensor(state.get("met", []), dtype=torch.int64)
     if found.shape == met.shape:
         met.copy_(found)

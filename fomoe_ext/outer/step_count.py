@@ -1,5 +1,4 @@
-"""StepCount: how many steps a site has taken, by which optimizers, and whether they were all that
-was due."""
+"""StepCount: counts local steps and the optimizers that took them."""
 
 from __future__ import annotations
 
@@ -14,18 +13,18 @@ from fomoe_ext.layer.moe import MoELayer
 
 
 class StepCount:
-    """Local steps as far as they were seen.
+    """Local steps that hooks or `after_step` have counted.
 
-    since: those since the last meeting of a round. reductions: how often gradients were reduced,
-    with "ddp". optimizers: all that have taken a step.
+    since: steps since the last meeting of a round. reductions: with "ddp", how often gradients were
+    averaged. optimizers: all that have taken a step.
     """
 
     def __init__(self, of_round: int | None) -> None:
-        """`of_round`: how many a round has, where meetings are spread over it."""
+        """`of_round`: steps of a round, if meetings are spread over it."""
         self._of_round = of_round
         self._taken, self.since, self.reductions = 0, 0, 0
         self._reductions_before = 0
-        """Before the last meeting of a round."""
+        """`reductions` at the last meeting of a round."""
         self.optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._warned = False
 
@@ -36,17 +35,17 @@ class StepCount:
 
     @taken.setter
     def taken(self, number: int) -> None:
-        """The number of steps is that of a checkpoint, or of others."""
+        """Sets the number of steps, from a checkpoint or from other sites."""
         self._taken = number
         self.since = number % self._of_round if self._of_round else 0
 
     def take(self) -> None:
-        """One more."""
+        """Counts a step."""
         self._taken += 1
         self.since += 1
 
     def unreduced(self) -> str:
-        """With "ddp": says that gradients were not reduced before every step, or is empty."""
+        """With "ddp": says that gradients were not averaged before every step, or is empty."""
         reduced = self.reductions - self._reductions_before
         if reduced < self.since:
             return (
@@ -69,14 +68,14 @@ class StepCount:
         return ""
 
     def round_over(self, layers: Sequence[MoELayer]) -> None:
-        """The sites have met at the end of a round."""
+        """Notes that the sites have met at the end of a round."""
         if self.since and not self._warned:
             self._warned = _warn_of_balance(layers)
         self.since, self._reductions_before = 0, self.reductions
 
 
 def _warn_of_balance(layers: Sequence[MoELayer]) -> bool:
-    """Warns where routers are to be balanced by bias and nobody does it."""
+    """Warns if balance is "bias" and `update_selection_bias` was never called."""
     forgotten = [
         layer
         for layer in layers

@@ -1,8 +1,8 @@
-"""Local steps that are taken note of by hooks of optimizers, where nobody calls `after_step`.
+"""StepWatch: hooks that count local steps, so that nobody has to call `after_step`.
 
-A step may be that of several optimizers, and other things may belong to it (a step of bias
-balancing). So it is taken note of as late as can be: when `after_step` is called, else before the
-next forward pass in training, the next step of the same optimizer, or the meeting.
+A local step may be the steps of several optimizers, and more may belong to it (updating selection
+biases). So it is counted as late as possible: when `after_step` is called, otherwise before the
+next forward pass in training mode, the next step of the same optimizer, or the meeting.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ _WATCHES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[StepWatch]] = weakref
 
 
 class StepWatch:
-    """Watches the optimizers that hold parameters of a model, while an OuterSync of it is there.
+    """Watches the steps of all optimizers that hold parameters of a model.
 
-    A later one of the same model takes over. Only its OuterSync keeps it: hooks refer to it weakly.
+    The watch of a later OuterSync of the same model replaces this one. Hooks have only weak
+    references to it, so it ends with its OuterSync.
     """
 
     def __init__(
@@ -44,13 +45,13 @@ class StepWatch:
         gradients: Gradients,
         driver: Driver,
     ) -> None:
-        """`gradients`: reduces them before a step, with "ddp". `driver`: meets during a round."""
+        """`gradients`: averages them before a step, with "ddp". `driver`: meets during a round."""
         self._state, self._site, self._steps = state, state.layout.site, steps
         self._counts, self._gradients, self._driver = counts, gradients, driver
         self._stepped: set[int] = set()
-        """Optimizers of the step that is not taken note of yet."""
+        """Optimizers of a step that is not counted yet."""
         self._unasked = False
-        """Whether the last step was taken note of without `after_step`."""
+        """Whether the last step was counted without `after_step`."""
         site = self._site
         self._routed = RoutedTokens(site.moe_layers if site.options.counts_tokens else [])
         before, after = weakref.WeakMethod(self._before), weakref.WeakMethod(self._after)
@@ -97,7 +98,7 @@ class StepWatch:
 
     @property
     def waiting(self) -> bool:
-        """Whether a step has not been taken note of yet."""
+        """Whether a step is not counted yet."""
         return bool(self._stepped)
 
     @property
@@ -106,7 +107,7 @@ class StepWatch:
         return self._driver.under_way or (self._site.options.staggered and self.waiting)
 
     def catch_up(self) -> None:
-        """Takes note of a step for which `after_step` was not called."""
+        """Counts a step for which `after_step` was not called."""
         if self._stepped:
             self._stepped.clear()
             self._unasked = True
@@ -118,7 +119,7 @@ class StepWatch:
         self._driver.finish()
 
     def asked(self) -> None:
-        """`OuterSync.after_step`: takes note of a step, unless that has been done."""
+        """`OuterSync.after_step`: counts a step, unless it is counted already."""
         late = self._unasked and not self._stepped
         self._stepped.clear()
         self._unasked = False
@@ -143,7 +144,7 @@ class StepWatch:
             self._driver.after_step()
 
     def unmet(self) -> str:
-        """What of the model the sites have not agreed on, or is empty."""
+        """Says which part of the model the sites have not agreed on, or is empty."""
         site, layout = self._site, self._state.layout
         if not self._end.alive or site.num_sites == 1:
             return ""
@@ -162,19 +163,19 @@ class StepWatch:
 
 
 def _watch_of(model: nn.Module) -> StepWatch | None:
-    """That of a model's last OuterSync, where it is still there."""
+    """The watch of a model's last OuterSync, if that still exists."""
     found = _WATCHES.get(model)
     return None if found is None else found()
 
 
 def unmet(model: nn.Module) -> str:
-    """What of a model the sites that train it have not agreed on, or is empty."""
+    """Says which part of a model its sites have not agreed on, or is empty."""
     watch = _watch_of(model)
     return "" if watch is None else watch.unmet()
 
 
 class _Hook:
-    """What is called before or after a step of any optimizer; it keeps nothing alive."""
+    """A hook before or after the steps of all optimizers, with a weak reference to its method."""
 
     def __init__(self, method: weakref.WeakMethod[Any]) -> None:
         self._method = method
@@ -186,8 +187,7 @@ class _Hook:
 
 
 class _BeforePass:
-    """A forward pre-hook of the model. A copy of the model, or a stored one, has one without
-    effect."""
+    """A forward pre-hook of the model. In a copy of the model, or a stored one, it does nothing."""
 
     def __init__(self, watch: StepWatch | None = None) -> None:
         self._watch = None if watch is None else weakref.ref(watch)

@@ -1,8 +1,7 @@
-"""The experts whose turn it is in a meeting (`fomoe_ext.placement.turns`), and what is kept for
-all of them.
+"""Layouts of meetings in which only some experts take part (`fomoe_ext.placement.turns`).
 
-A meeting goes through a layout of the pieces that travel. Anchor, momentum and error feedback stay
-vectors of the whole layout, of which its jobs take the places of those pieces and put them back.
+Such a layout has only the pieces that are sent. Anchor, momentum and error feedback remain vectors
+of the whole layout; jobs copy the elements of those pieces out of them and back.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from fomoe_ext.placement.turns import Expert, GroupExperts, experts_of_turn
 
 
 class TurnLayout(Layout):
-    """A layout of some of another's pieces, whose vectors stay those of the whole: the pieces that
-    are of no expert or of one of `experts`."""
+    """Some pieces of another layout: those of `experts`, and those that belong to no expert.
+    Vectors are those of the whole layout."""
 
     def __init__(self, whole: Layout, experts: Collection[Expert]) -> None:
         kept = [
@@ -72,8 +71,8 @@ def experts_of(layout: Layout) -> list[Expert]:
 
 
 def group_experts(pieces: Iterable[Piece]) -> GroupExperts:
-    """How many experts the pieces are of, and elements of each. Raises ValueError unless all have
-    as many: else the bytes of a meeting would depend on who meets."""
+    """The number of experts that the pieces belong to, and elements of each. Raises ValueError
+    unless these are equal; otherwise the bytes of a meeting would depend on whose turn it is."""
     sizes: Counter[Expert] = Counter()
     for piece in pieces:
         if piece.expert is not None:
@@ -87,7 +86,7 @@ def group_experts(pieces: Iterable[Piece]) -> GroupExperts:
 
 
 def check_experts(pieces: Sequence[Piece], options: OuterOptions, ranks: int) -> None:
-    """Raises ValueError where experts of these pieces cannot meet in turns."""
+    """Raises ValueError if the experts of these pieces cannot take turns."""
     if options.expert_turns == 1:
         return
     if ranks > 1:
@@ -102,9 +101,9 @@ def layouts_of_turn(
     met: Tensor,
     tokens: Tensor | None,
 ) -> list[Layout]:
-    """What of the layouts meets in a round. What one site alone holds costs nothing, and meets
-    every time. `met` [L, E]: when experts last did. `tokens` [num_sites, L, E]: as all sites have
-    counted them."""
+    """The parts of the layouts that meet in a round. Pieces that a single site holds need no
+    exchange and always meet. `met` [L, E]: the round in which each expert last met. `tokens`
+    [num_sites, L, E]: the counts of all sites."""
 
     def chosen(layout: Layout) -> Layout:
         experts, owners = experts_of(layout), list(layout.group.owners)
@@ -125,8 +124,8 @@ def layouts_of_turn(
 
 
 def keep_shares(layout: Layout, feedback: Feedback, bucket_bytes: int) -> None:
-    """What was lost of the sums that this site encoded for a turn becomes an error of its own
-    values: the next time other elements are its share."""
+    """Adds the encoding errors of the sums of this turn to the error of the site's own values,
+    because its share has other elements in the next turn."""
     if feedback.own is None or feedback.shares is None or not feedback.shares.numel():
         return
     group, size, at = layout.group, wire.bucket_elements(bucket_bytes), 0

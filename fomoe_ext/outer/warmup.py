@@ -1,4 +1,4 @@
-"""ArrivalWarmup: the first steps of experts that a reshuffle has brought are smaller ones."""
+"""ArrivalWarmup: a learning rate warm-up for experts that arrived in a reshuffle."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from fomoe_ext.layer.moe import MoELayer
 
 
 class ArrivalWarmup:
-    """Warms up the learning rate of experts that have arrived: of step i of W it is i / W of it.
+    """Warms up the learning rate of experts that arrived: in step i of W it is i / W of the full
+    one.
 
-    Hooks around `optimizer.step()` keep the arrived experts' rows from before the step and take
-    only that share of their change. For optimizers whose change is proportional to the learning
-    rate (SGD, AdamW with its decay, ..) that is exactly a smaller learning rate. Experts are known
-    by (layer, expert), as their rows move at the next reshuffle.
+    Hooks around `optimizer.step()` store the rows of these experts before the step and apply only
+    that share of their change. If an optimizer's change is proportional to the learning rate (SGD,
+    AdamW with its decay, ...), this equals a smaller learning rate. Experts are identified by
+    (layer, expert), because their rows move in the next reshuffle.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, layers: Sequence[MoELayer]) -> None:
@@ -29,7 +30,8 @@ class ArrivalWarmup:
         optimizer.register_step_post_hook(lambda *_: self._take_share())
 
     def start(self, arrived: Sequence[tuple[int, int]], steps: int) -> None:
-        """Begin anew for these experts, forget those that left. 0 or 1 step = no warm-up."""
+        """Starts a warm-up for these experts and forgets those that left. 0 or 1 step = no
+        warm-up."""
         for layer, expert in list(self.progress):
             if expert not in self._layers[layer].experts.resident_experts:
                 del self.progress[layer, expert]
@@ -58,7 +60,7 @@ class ArrivalWarmup:
             row.copy_(before + share * (row - before))
         self._kept = []
         advanced = {key: (done + 1, steps) for key, (done, steps) in self.progress.items()}
-        # The last step has the whole learning rate: nothing is left to do in it.
+        # The last step has the full learning rate: nothing to do.
         self.progress = {
             k: (done, steps) for k, (done, steps) in advanced.items() if done < steps - 1
         }

@@ -1,8 +1,8 @@
 """Which rank of a site holds which of its resident experts. Needs no torch.
 
-Memory is even, so every rank holds the same number of experts, or one more. The load is not: an
-expert's rows follow the router, and all ranks wait for the one with most. `spread_experts` keeps
-hot experts apart, by a load that was measured before.
+All ranks need about the same memory, so their numbers of experts differ by at most one. Their load
+depends on the router, and all ranks wait for the one with the largest load. `spread_experts` puts
+heavily used experts on different ranks, given a measured load.
 """
 
 from __future__ import annotations
@@ -17,26 +17,25 @@ Groups = tuple[tuple[int, ...], ...]
 
 
 def chunk_sizes(count: int, ranks: int) -> list[int]:
-    """`count` cut into `ranks` parts that differ by at most one, larger ones first."""
+    """Sizes of `ranks` parts of `count` items: they differ by at most one, larger parts first."""
     return [count // ranks + (rank < count % ranks) for rank in range(ranks)]
 
 
 def spread_experts(
     experts: Sequence[int], ranks: int, load: Sequence[float] | None = None
 ) -> Groups:
-    """By rank the experts that it shall hold, ascending; the same on every call.
+    """For each rank the ids of the experts that it holds, ascending; deterministic.
 
-    The numbers of experts of two ranks differ by at most one. With a load the largest sum of a rank
-    is small: the smaller of two local optima, where no move and no swap of two experts makes it
-    smaller. One begins with the heaviest experts first, each to the rank that has least so far
-    (longest processing time first, Graham 1969, with room for so many experts only), the other with
-    chunks; so it is never larger than with chunks.
+    The numbers of experts of two ranks differ by at most one. Without a load, ranks get chunks of
+    ascending ids. With a load, the largest total load of a rank is made small: the result is the
+    better of two local optima, in which no move and no swap of two experts reduces it. One search
+    starts from longest processing time first (Graham 1969, with a limit on experts per rank), the
+    other from the chunks, so that the result is never worse than the chunks.
 
     Args:
         experts: ids, in any order.
-        ranks: how many ranks share them.
-        load: of all experts by id, e.g. slots or shares of slots, finite and not negative; None =
-            chunks ascending by id, larger ones first.
+        ranks: number of ranks.
+        load: of all experts by id, such as slots or shares of slots, finite and at least 0.
 
     Raises ValueError or TypeError naming the argument.
     """
@@ -59,12 +58,12 @@ def spread_experts(
 
 
 def imbalance(groups: Sequence[Sequence[int]], load: Sequence[float]) -> float:
-    """The largest load of a rank over the mean of all: 1 = even, also where nothing is loaded.
+    """The largest load of a rank divided by the mean of all ranks; 1 if even or if all loads are 0.
 
-    `groups`: by rank its experts; `load` as of `spread_experts`. Raises as that does.
+    groups: for each rank its experts. load: as in `spread_experts`, with the same errors.
     """
     if not groups:
-        raise ValueError("groups must hold at least one rank's experts, got none")
+        raise ValueError("groups must have at least one rank, got none")
     parts = [_indices("groups", group) for group in groups]
     weights = _checked(load, [expert for part in parts for expert in part])
     totals = [sum(weights[expert] for expert in part) for part in parts]
@@ -72,7 +71,7 @@ def imbalance(groups: Sequence[Sequence[int]], load: Sequence[float]) -> float:
 
 
 def is_load(value: Any) -> bool:
-    """Whether a value can be the load of an expert: a finite number of at least 0."""
+    """Whether a value is a valid load of an expert: a finite number of at least 0."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and 0 <= value <= sys.float_info.max
 
@@ -89,14 +88,14 @@ def _indices(name: str, values: Iterable[Any]) -> list[int]:
 
 
 def _checked(load: Sequence[float], experts: Sequence[int]) -> list[int]:
-    """The load as exact multiples of one unit: a sum does not depend on its order."""
+    """The load as integer multiples of one unit, so that sums do not depend on their order."""
     load = list(load)
     for expert, value in enumerate(load):
         if not is_load(value):
             raise ValueError(f"load[{expert}] must be a finite number of at least 0, got {value!r}")
     if experts and not 0 <= min(experts) <= max(experts) < len(load):
         raise ValueError(
-            f"load must hold a number of each expert up to {max(experts)}, got {len(load)} numbers"
+            f"load must have a number for each expert up to {max(experts)}, got {len(load)} numbers"
         )
     exact = [Fraction(value) for value in load]
     unit = max((value.denominator for value in exact), default=1)  # all are powers of two
@@ -117,7 +116,7 @@ def _chunks(ids: Sequence[int], ranks: int) -> Groups:
 def _heaviest_first(ids: Sequence[int], ranks: int, weights: Sequence[int]) -> Groups:
     groups: list[list[int]] = [[] for _ in range(ranks)]
     totals = [0] * ranks
-    small, larger = divmod(len(ids), ranks)  # so many ranks may hold small + 1
+    small, larger = divmod(len(ids), ranks)  # `larger` ranks may hold small + 1 experts
     for expert in sorted(ids, key=lambda e: (-weights[e], e)):
         full = small + (sum(len(group) > small for group in groups) < larger)
         open_ranks = [rank for rank in range(ranks) if len(groups[rank]) < full]
@@ -128,7 +127,7 @@ def _heaviest_first(ids: Sequence[int], ranks: int, weights: Sequence[int]) -> G
 
 
 class _Cut:
-    """Experts by rank, ascending, and what each rank has to bear."""
+    """The experts of each rank, ascending, and the total load of each rank."""
 
     def __init__(self, groups: Groups, weights: Sequence[int]) -> None:
         self.weights = weights
@@ -136,7 +135,7 @@ class _Cut:
         self.totals = [sum(weights[expert] for expert in group) for group in groups]
 
     def improve(self) -> bool:
-        """The move or swap that relieves the heaviest rank most; False where none does."""
+        """Applies the move or swap that reduces the largest load most; False if there is none."""
         rank = max(range(len(self.totals)), key=lambda r: (self.totals[r], -r))
         larger, out, into, other = min(self._swap(rank, r) for r in range(len(self.groups)))
         if larger >= self.totals[rank]:
@@ -150,8 +149,9 @@ class _Cut:
         return True
 
     def _swap(self, rank: int, other: int) -> tuple[int, int, int, int]:
-        """The best between two ranks: larger sum of both afterwards, expert that leaves `rank`,
-        expert that comes (-1 = none, which only a rank with one more can do), `other`.
+        """The best move or swap between two ranks: (larger load of the two afterwards, expert that
+        leaves `rank`, expert that comes, `other`). -1 = no expert comes, which is possible only if
+        `rank` has one expert more.
         """
         mine, theirs = self.totals[rank], self.totals[other]
         coming = [(self.weights[expert], expert) for expert in self.groups[other]]

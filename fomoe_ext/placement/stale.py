@@ -1,10 +1,9 @@
-"""Frozen copies of absent experts: which ones a site keeps, who sends them, and in how many bytes.
+"""Frozen copies of absent experts: which copies a site keeps, which site sends them, their bytes.
 
-A site that holds only some experts can keep copies of others, which it computes but does not train.
-At the end of a meeting each is sent anew by one of its holders: the parameters themselves, encoded.
-With copies of all absent experts nothing is skipped: every site computes the whole model and trains
-a part of it, as in SPES (arXiv 2602.11543). Needs no torch; `fomoe_ext.outer.stale` exchanges what
-is said here.
+A site can keep copies of experts that it does not hold. It computes them but does not train them.
+At the end of a meeting one holder of each such expert sends its encoded parameters. With copies of
+all absent experts no slot is skipped: every site computes the whole model and trains a part of it,
+as in SPES (arXiv 2602.11543). Needs no torch; `fomoe_ext.outer.stale` exchanges the copies.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from fomoe_ext.placement import wire
 from fomoe_ext.placement.placement import Owners, Placement, Transfer
 
 CODECS = ("fp32", "bf16", "int8", "int4")
-"""How copies may travel: some of `wire.CODECS`. Nothing that is lost is sent later."""
+"""Codecs for copies, from `wire.CODECS`: without error feedback sparse ones would lose too much."""
 
 Wanted = tuple[tuple[tuple[int, ...], ...], ...]
-"""By layer and site, the experts of which a site keeps copies, ascending."""
+"""For each layer and site, the experts of which the site keeps copies, ascending."""
 
 _PASSES = 8
 
@@ -27,24 +26,24 @@ _PASSES = 8
 def wanted_copies(
     placement: Placement, count: int, load: Sequence[Sequence[float]] | None = None
 ) -> Wanted:
-    """By layer and site, `count` absent experts; -1 = all of them.
+    """For each layer and site, `count` absent experts (-1 = all of them) to keep copies of.
 
-    load: by layer and expert, how often each is chosen; a site then copies those of its absent
-    experts that are chosen most (of equals the first). Without, they are spread evenly: no expert
-    is copied much oftener than another. Raises ValueError for more experts than are absent, or a
-    load that is not of this placement's layers and experts.
+    load: by layer and expert, how often it is chosen. A site copies the absent experts that are
+    chosen most (the lowest number among equals). Without a load the copies are spread evenly over
+    the experts. Raises ValueError if `count` is larger than the number of absent experts, or for a
+    load of other sizes than the placement.
     """
     absent = placement.num_experts - placement.experts_per_site
     if not -1 <= count <= absent:
         raise ValueError(
-            f"stale_experts must be -1 (all) or in 0..{absent}, as many as are absent from a site, "
-            f"got {count}"
+            f"stale_experts must be -1 (all) or in [0, {absent}], the number of experts that a "
+            f"site lacks, got {count}"
         )
     count = absent if count < 0 else count
     if load is not None:
         if [len(row) for row in load] != [placement.num_experts] * placement.num_layers:
             raise ValueError(
-                f"load must be of {placement.num_layers} layers of {placement.num_experts} "
+                f"load must be for {placement.num_layers} layers of {placement.num_experts} "
                 f"experts, got {len(load)} layers of {sorted({len(row) for row in load})}"
             )
         return tuple(
@@ -58,7 +57,8 @@ def wanted_copies(
 def _of_layer(
     owners: tuple[Owners, ...], num_sites: int, count: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Sites take turns; each takes what has been taken least, on a circle from its own place."""
+    """Sites take turns. Each takes the expert with the fewest copies so far; ties go to the first
+    one from the site's own offset."""
     experts = len(owners)
     taken = [0] * experts
     chosen: list[list[int]] = [[] for _ in range(num_sites)]
@@ -82,9 +82,9 @@ def _most_chosen(
 
 @lru_cache(maxsize=8)
 def copy_transfers(placement: Placement, wanted: Wanted) -> tuple[Transfer, ...]:
-    """Who sends whom which copy, in order of layer, expert and target; holders share the work.
+    """The transfers of all copies, in order of layer, expert and target, spread over the holders.
 
-    Raises ValueError where a site wants a copy of what it holds.
+    Raises ValueError if a site wants a copy of an expert that it holds.
     """
     asked = []
     for layer, of_sites in enumerate(wanted):
@@ -92,10 +92,13 @@ def copy_transfers(placement: Placement, wanted: Wanted) -> tuple[Transfer, ...]
         for site, experts in enumerate(of_sites):
             for expert in experts:
                 if site in placement.owners(layer, expert):
-                    raise ValueError(f"site {site} holds expert {expert} of layer {layer} itself")
+                    raise ValueError(
+                        f"wanted must be absent experts, got expert {expert} of layer {layer} for "
+                        f"site {site}, which holds it"
+                    )
                 targets.setdefault(expert, []).append(site)
         asked += [(layer, e, target) for e in sorted(targets) for target in targets[e]]
-    # The holder that sends the least so far sends the next one; then what still evens out moves.
+    # The holder with the fewest copies to send gets the next one; then copies move to even out.
     sends = [0] * placement.num_sites
     sources: list[int | None] = [None] * len(asked)
     for _ in range(_PASSES):
@@ -118,7 +121,7 @@ def copy_transfers(placement: Placement, wanted: Wanted) -> tuple[Transfer, ...]
 
 
 def copy_bytes(codec: str, elements: int) -> int:
-    """Bytes in which an expert of so many elements travels, with a hash of them."""
+    """Bytes of one expert's copy on the wire, with its hash."""
     return wire.wire_bytes(codec, elements) + wire.HASH_BYTES
 
 
@@ -129,7 +132,7 @@ def is_due(round_index: int, period: int) -> bool:
 
 @lru_cache(maxsize=8)
 def _copies_sent(placement: Placement, wanted: Wanted) -> tuple[tuple[int, ...], ...]:
-    """By site and layer, the copies that it sends."""
+    """For each site and layer, the number of copies that the site sends."""
     sent = [[0] * placement.num_layers for _ in range(placement.num_sites)]
     for transfer in copy_transfers(placement, wanted):
         sent[transfer.source][transfer.layer] += 1
@@ -139,9 +142,9 @@ def _copies_sent(placement: Placement, wanted: Wanted) -> tuple[tuple[int, ...],
 def refresh_bytes(
     placement: Placement, wanted: Wanted, site: int, elements: Sequence[int], codec: str
 ) -> int:
-    """Bytes that a site sends to refresh all copies; `elements`: of an expert, by layer.
+    """Bytes that a site sends to refresh all copies; equal to what `OuterSync` counts.
 
-    Exactly what `OuterSync` counts.
+    elements: of one expert, by layer.
     """
     sent = _copies_sent(placement, wanted)[site]
     return sum(n * copy_bytes(codec, size) for n, size in zip(sent, elements, strict=True))
@@ -150,8 +153,11 @@ def refresh_bytes(
 def copy_waves(
     wanted: Wanted, elements: Sequence[int], codec: str, most_bytes: int
 ) -> list[list[int]]:
-    """Layers whose copies travel together, the same at all sites: as many as arrive at a site in at
-    most so many bytes, one at the least; without layers of which nobody wants copies."""
+    """Layers whose copies travel together, equal at all sites.
+
+    A wave has as many layers as fit into most_bytes received per site, but at least one. Layers
+    without copies are left out.
+    """
     waves: list[list[int]] = []
     filled = 0
     for layer, of_sites in enumerate(wanted):

@@ -1,12 +1,12 @@
 """Experts in turns: which of an owner group's experts travel in which meeting. Needs no torch.
 
-With `expert_turns` = P every P meetings are a cycle, in which each expert meets once; what is dense
-meets every time. So sites can meet P times as often for the same bytes of experts. Which expert
-goes first in a cycle is `turn_order`: "least-trained" those to which their holders have routed the
-fewest tokens per round since they last met, which may gain most from what others have learned;
-"most-trained" those with the most, which have moved furthest; "numbered" by layer and number. In
-docs/claims.md they end alike. Between its meetings an expert goes on as each holder trains it, and
-its anchor stays.
+With `expert_turns` = P, every P meetings form a cycle in which each expert is averaged once; dense
+parameters are averaged in every meeting. Sites can thus meet P times as often with the same bytes
+for experts. `turn_order` chooses the order in a cycle: "least-trained" begins with the experts to
+which their holders routed the fewest tokens per round since their last meeting (they may gain most
+from other sites), "most-trained" with those that got the most (they have changed most), "numbered"
+goes by layer and number. In docs/claims.md the three reach the same loss. Between its meetings each
+holder trains its own version of an expert, and the anchor stays.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from typing import NamedTuple
 from fomoe_ext.checks import at_least, one_of
 
 ORDERS = ("least-trained", "most-trained", "numbered")
-"""Which experts meet first in a cycle."""
+"""Values of turn_order."""
 
 Expert = tuple[int, int]
 """Layer and number."""
 
 
 class GroupExperts(NamedTuple):
-    """The experts of an owner group: how many, and elements of each that travel with it."""
+    """The experts of an owner group: their number, and the elements that travel with each."""
 
     count: int
     elements: int
 
 
 def check_turns(expert_turns: int, turn_order: str, optimizer: str, staggered: bool) -> None:
-    """ValueError or TypeError, naming the argument, unless experts can meet in such turns."""
+    """ValueError or TypeError, naming the argument, unless experts can meet in these turns."""
     at_least(1, expert_turns=expert_turns)
     one_of(ORDERS, turn_order=turn_order)
     if expert_turns > 1 and (staggered or optimizer not in ("diloco", "fedavg")):
@@ -41,14 +41,14 @@ def check_turns(expert_turns: int, turn_order: str, optimizer: str, staggered: b
 
 
 def counts_tokens(expert_mean: str, expert_turns: int, turn_order: str) -> bool:
-    """Whether sites tell each other how many tokens they routed to each expert: to weigh their
-    values, or to order the experts."""
+    """Whether sites exchange how many tokens they routed to each expert: as weights of means, or to
+    order the experts."""
     return expert_mean == "tokens" or (expert_turns > 1 and turn_order != "numbered")
 
 
 def turn_size(count: int, turns: int, round_index: int) -> int:
-    """How many of a group's `count` experts meet in a round, counted from 1: of a cycle's rounds
-    each has as many, or one more, and all together `count`."""
+    """Number of a group's `count` experts that meet in a round; rounds count from 1. The numbers in
+    a cycle differ by at most one and add up to `count`."""
     turn = (round_index - 1) % turns
     return (turn + 1) * count // turns - turn * count // turns
 
@@ -68,8 +68,8 @@ def experts_of_turn(
 ) -> list[Expert]:
     """The experts of one owner group that meet in a round, in ascending order.
 
-    `met`: the round in which an expert last met, 0 = never. `trained`: tokens that its holders have
-    routed to it since. Every holder must pass the same.
+    met: the round in which an expert last met, 0 = never. trained: tokens that its holders have
+    routed to it since. All holders must pass the same values.
     """
     begun = (round_index - 1) // turns * turns  # the last round before this cycle
     sign = {"least-trained": 1, "most-trained": -1, "numbered": 0}[order]

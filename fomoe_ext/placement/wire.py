@@ -1,10 +1,11 @@
-"""Bytes on the wire, to the byte, without torch: how a meeting cuts its data and what it sends.
+"""Exact bytes on the wire: how a meeting splits its data and what it sends. Needs no torch.
 
-All sites of an owner group reduce what they share in buckets. A bucket of n elements is cut into N
-shares of ceil(n / N), one per member (the last ones padded). Reduce-scatter: every member sends
-each other one its share, encoded; all-gather: it sends the encoded sum of its own share to each
-other one. So a member sends 2 (N - 1) encoded shares per bucket. `fomoe_ext.outer` counts what it
-sends; the functions here predict it. Sparse payloads are all-gathered instead and added up by all.
+The N members of an owner group reduce their common parameters in buckets. A bucket of n elements is
+split into N shares of ceil(n / N), one per member (the last ones padded). Reduce-scatter: every
+member sends each other member that member's share, encoded. All-gather: it sends the encoded sum of
+its own share to each other member. So a member sends 2 (N - 1) encoded shares per bucket. Sparse
+payloads are all-gathered instead, and every member adds them up. `fomoe_ext.outer` counts the bytes
+that it sends; the functions here predict them.
 """
 
 from __future__ import annotations
@@ -21,34 +22,34 @@ from fomoe_ext.placement.placement import Owners, Placement, Transfer
 from fomoe_ext.placement.turns import GroupExperts, waiting_elements
 
 CODECS = ("fp32", "bf16", "int8", "int8-128", "int4", "int4-128", "int2", "int2-128", "topk")
-"""How values may travel: as floats; in 8, 4 or 2 bits with a step per block of 64 (or, "-128", of
-128) values; or only the 1/64 largest of every 4096 values. csrc/kernels.h describes the formats."""
+"""Encodings of values: floats; 8, 4 or 2 bits with one step per block of 64 (or, "-128", of 128)
+values; or only the 1/64 largest of every 4096 values. csrc/kernels.h describes the formats."""
 OPTIMIZERS = ("diloco", "fedavg", "local-adamw", "ddp")
 STATUS_BYTES = 128
-"""Before a meeting every site tells every other one in so many bytes that its data are good."""
+"""Bytes of the status that every site sends every other one before a meeting."""
 NORM_BYTES = 8
-"""A site's part of the squared gradient norm, fp64."""
+"""Bytes of a site's part of the squared gradient norm, fp64."""
 HASH_BYTES = 8
-"""Behind every payload, and after a meeting for what an owner group shares: a 64-bit hash."""
+"""Bytes of a 64-bit hash: after every payload, and after a meeting for each owner group."""
 COMMIT_BYTES = 8
-"""In a staged meeting a site tells every other one in so many bytes that all has arrived."""
+"""Bytes by which a site tells every other one, in a staged meeting, that all data has arrived."""
 COUNT_BYTES = 8
-"""A number that a site tells of itself before a meeting: the tokens that it has routed to an
-expert, where experts are averaged by them; see also `site_numbers`."""
+"""Bytes of one number that a site sends before a meeting: the tokens that it has routed to an
+expert, if they weight the means of experts; see also `site_numbers`."""
 IN_FLIGHT = 8
-"""Buckets that a site has under way at once in each direction."""
+"""Number of buckets that a site transfers at the same time in each direction."""
 
 
 class Link(NamedTuple):
-    """A site's connection to the others: bits per second it can send, seconds of latency."""
+    """A site's connection to the others: bits per second that it can send, latency in seconds."""
 
     bandwidth: float
     latency: float
 
 
 class Sizes(NamedTuple):
-    """Elements of a model: outside of its blocks; of every block but for router and experts; of one
-    expert; of one router row. A block has one MoE layer."""
+    """Elements of a model's parts: outside of the blocks; of a block without router and experts; of
+    one expert; of one router row. A block has one MoE layer."""
 
     outside: int
     block: int
@@ -57,10 +58,10 @@ class Sizes(NamedTuple):
 
 
 class GroupElements(NamedTuple):
-    """Elements that a site shares with each owner group it belongs to.
+    """Elements that a site has in common with each owner group that it belongs to.
 
-    `parameters`: what the outer optimizer moves. `biases`: selection biases, merely averaged.
-    `experts`: of `parameters`, what belongs to experts.
+    parameters: updated by the outer optimizer. biases: selection biases, which are only averaged.
+    experts: the part of `parameters` that belongs to experts.
     """
 
     parameters: dict[Owners, int]
@@ -68,7 +69,8 @@ class GroupElements(NamedTuple):
     experts: Mapping[Owners, GroupExperts] = MappingProxyType({})
 
     def of_round(self, expert_turns: int, round_index: int) -> GroupElements:
-        """Without the experts whose turn it is not; rounds count from 1."""
+        """The elements that travel in a round: without experts that wait for their turn. Rounds
+        count from 1."""
         if expert_turns == 1:
             return self
         waiting = {
@@ -81,11 +83,11 @@ class GroupElements(NamedTuple):
 
 
 def wire_bytes(codec: str, numel: int) -> int:
-    """Bytes of the payload of `numel` values. Raises ValueError for an unknown codec."""
+    """Bytes of a payload of `numel` values. Raises ValueError for an unknown codec."""
     if codec not in CODECS:
         raise ValueError(f"codec must be one of {', '.join(CODECS)}, got {codec!r}")
     if numel < 0:
-        raise ValueError(f"numel must be >= 0, got {numel}")
+        raise ValueError(f"numel must be at least 0, got {numel}")
     if codec == "topk":
         full, rest = divmod(numel, 4096)
         return full * _topk_chunk_bytes(4096) + _topk_chunk_bytes(rest)
@@ -97,7 +99,7 @@ def wire_bytes(codec: str, numel: int) -> int:
 
 
 def is_sparse(codec: str) -> bool:
-    """Whether a codec keeps only some values. Sums of its payloads would lose most of them."""
+    """Whether a codec keeps only some values. Encoding a sum again would lose most of them."""
     return codec == "topk"
 
 
@@ -106,26 +108,26 @@ def _packed_bytes(count: int, bits: int) -> int:
 
 
 def _topk_chunk_bytes(numel: int) -> int:
-    """A unit, a 12-bit index and a 2-bit code of each value that a chunk keeps."""
+    """One unit (2 bytes), and for each value that is kept a 12-bit index and a 2-bit code."""
     kept = -(-numel // 64)
     return 2 + _packed_bytes(kept, 12) + _packed_bytes(kept, 2) if numel else 0
 
 
 def bucket_elements(bucket_bytes: int) -> int:
-    """Elements of a bucket of so many bytes of fp32. Raises ValueError for less than one."""
+    """Elements of a bucket of bucket_bytes in fp32. Raises ValueError for less than one element."""
     if bucket_bytes < 4:
-        raise ValueError(f"bucket_bytes must be >= 4, got {bucket_bytes}")
+        raise ValueError(f"bucket_bytes must be at least 4, got {bucket_bytes}")
     return bucket_bytes // 4
 
 
 def bucket_sizes(numel: int, bucket_bytes: int) -> list[int]:
-    """Elements of the buckets of `numel` elements: full ones and a last smaller one."""
+    """Elements of each bucket of `numel` elements: full buckets and a smaller last one."""
     size = bucket_elements(bucket_bytes)
     return [min(size, numel - start) for start in range(0, numel, size)]
 
 
 def bucket_counts(numel: int, bucket_bytes: int) -> list[tuple[int, int]]:
-    """Sizes of the buckets, and how many there are of each."""
+    """Pairs of a bucket's size and the number of buckets of that size."""
     size = bucket_elements(bucket_bytes)
     full, rest = divmod(numel, size)
     return [(size, full)] * (full > 0) + [(rest, 1)] * (rest > 0)
@@ -137,7 +139,7 @@ def share_elements(numel: int, members: int) -> int:
 
 
 def all_gather_bytes(numel: int, members: int, codec: str, bucket_bytes: int) -> int:
-    """Bytes a member sends to give all others its shares of `numel` elements."""
+    """Bytes that a member sends to give its shares of `numel` elements to all others."""
     return (members - 1) * sum(
         times * (wire_bytes(codec, share_elements(n, members)) + HASH_BYTES)
         for n, times in bucket_counts(numel, bucket_bytes)
@@ -145,9 +147,9 @@ def all_gather_bytes(numel: int, members: int, codec: str, bucket_bytes: int) ->
 
 
 def all_reduce_bytes(numel: int, members: int, codec: str, bucket_bytes: int) -> int:
-    """Bytes a member sends to sum `numel` elements over the group; 0 in a group of one.
+    """Bytes that a member sends to sum `numel` elements over the group; 0 in a group of one.
 
-    A sparse payload of the whole bucket goes to every other member, nothing comes back.
+    With a sparse codec it sends its payload of the whole bucket to every other member.
     """
     if is_sparse(codec):
         return (members - 1) * sum(
@@ -158,7 +160,7 @@ def all_reduce_bytes(numel: int, members: int, codec: str, bucket_bytes: int) ->
 
 
 def own_elements(numel: int, members: int, codec: str, bucket_bytes: int) -> int:
-    """Elements of which a member encodes the sum: its shares of all buckets, padded ones whole."""
+    """Elements whose sum a member encodes: its shares of all buckets, including padding."""
     if is_sparse(codec):
         return 0
     return sum(
@@ -168,18 +170,18 @@ def own_elements(numel: int, members: int, codec: str, bucket_bytes: int) -> int
 
 @lru_cache(maxsize=64)
 def owner_sets(placement: Placement) -> tuple[Owners, ...]:
-    """All sets of sites that share something, in ascending order."""
+    """All sets of sites that have parameters in common, ascending, with the set of all sites."""
     return tuple(sorted({tuple(range(placement.num_sites)), *placement.owner_sets()}))
 
 
 def lane_of(bucket: int, turn: int, ranks: int) -> int:
-    """The rank of a site that meets for a bucket: they take turns. `turn` is where the buckets of
-    an owner set and fragment begin, the place of the one among `owner_sets` plus the other."""
+    """The rank of a site that transfers a bucket: ranks take turns. turn: where the buckets of an
+    owner set and a fragment begin, the index of the set in `owner_sets` plus the fragment."""
     return (bucket + turn) % ranks
 
 
 def lane_elements(numel: int, turn: int, rank: int, ranks: int, bucket_bytes: int) -> int:
-    """Elements of `numel` for which a rank of a site meets."""
+    """Elements, out of `numel`, that a rank of a site transfers."""
     size = bucket_elements(bucket_bytes)
     full, rest = divmod(numel, size)
     first = (rank - turn) % ranks  # as `lane_of`: the rank's turn comes every so many buckets
@@ -188,10 +190,10 @@ def lane_elements(numel: int, turn: int, rank: int, ranks: int, bucket_bytes: in
 
 
 def fragment_of_block(block: int, fragments: int) -> int:
-    """The fragment that a block of the model meets with, blocks counted from 0.
+    """The fragment of a block of the model; blocks count from 0.
 
-    Neighbours are in different fragments (the strided pattern of Streaming DiLoCo, arXiv
-    2501.18512). What is outside of the blocks meets with fragment 0.
+    Neighbouring blocks are in different fragments (the strided pattern of Streaming DiLoCo, arXiv
+    2501.18512). Parameters outside of the blocks belong to fragment 0.
     """
     return block % fragments
 
@@ -205,8 +207,8 @@ def _blocks_of_fragments(blocks: int, fragments: int) -> tuple[tuple[int, ...], 
 
 
 def fragment_steps(fragments: int, local_steps: int) -> list[int]:
-    """After which local step of a round, from 1, each fragment meets: evenly spread, the last one
-    at the end. Raises ValueError unless 1 <= fragments <= local_steps."""
+    """For each fragment the local step of a round, from 1, after which it meets: evenly spread, the
+    last one at the end. Raises ValueError unless 1 <= fragments <= local_steps."""
     if not 1 <= fragments <= local_steps:
         raise ValueError(f"fragments must be in [1, local_steps = {local_steps}], got {fragments}")
     return [(index + 1) * local_steps // fragments for index in range(fragments)]
@@ -221,10 +223,12 @@ def group_elements(
     selection_bias: bool = False,
     fragments: int = 1,
 ) -> tuple[GroupElements, ...]:
-    """What a site shares with which owner group, by fragment, as `OuterSync` lays it out.
+    """For each fragment the elements that a site has in common with its owner groups, as in
+    `OuterSync`.
 
     With router_scope "global" all router rows travel with the dense parameters, with "resident"
-    each with its expert. `selection_bias`: whether routers balance by bias (one fp32 per expert).
+    each one travels with its expert. selection_bias: whether routers balance by bias (one fp32 per
+    expert).
     """
     everyone = tuple(range(placement.num_sites))
     parameters = [Counter[Owners]() for _ in range(fragments)]
@@ -252,22 +256,22 @@ def group_elements(
 
 
 def moments_due(round_index: int, moment_periods: Sequence[int]) -> tuple[bool, ...]:
-    """Which of the two AdamW moments are averaged in a round; rounds count from 1."""
+    """Whether each of the two AdamW moments is averaged in a round; rounds count from 1."""
     return tuple(round_index % period == 0 for period in moment_periods)
 
 
 def moment_codecs_of(codec: str, given: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Codecs of the two AdamW moments: those given, or fp32 with codec fp32, else bf16."""
+    """Codecs of the two AdamW moments: as given, else fp32 with codec fp32 and bf16 otherwise."""
     if given:
         return tuple(given)
     return ("fp32", "fp32") if codec == "fp32" else ("bf16", "bf16")
 
 
 def check_moments(moment_periods: Sequence[int], moment_codecs: Sequence[str]) -> None:
-    """ValueError or TypeError, naming the argument, unless moments can be averaged so.
+    """ValueError or TypeError, naming the argument, unless moments can be averaged this way.
 
-    No error feedback goes with moments, so nothing that keeps only some values; and a second moment
-    rounded to zero would be divided by.
+    Moments have no error feedback, so sparse codecs would lose values. The second moment is a
+    divisor, and coarse codecs could round it to zero.
     """
     if len(moment_periods) != 2:
         raise ValueError(f"moment_periods must be two numbers of rounds, got {moment_periods!r}")
@@ -281,7 +285,7 @@ def check_moments(moment_periods: Sequence[int], moment_codecs: Sequence[str]) -
 
 
 def is_staggered(fragments: int, overlap: int | str) -> bool:
-    """Whether meetings are spread over a round, or go on during its steps."""
+    """Whether meetings are spread over a round or overlap with its steps."""
     return fragments > 1 or overlap != 0
 
 
@@ -319,16 +323,16 @@ def check_staggering(
 
 
 def check_clip_delta(clip_delta: float) -> None:
-    """ValueError or TypeError, naming the argument, unless it is 0 or a finite number from 1."""
+    """ValueError or TypeError, naming the argument, unless it is 0 or finite and at least 1."""
     finite(0.0, clip_delta=clip_delta)
     if clip_delta and clip_delta < 1:
         raise ValueError(f"clip_delta must be 0 or at least 1, got {clip_delta}")
 
 
 def site_numbers(by_tokens: bool, clip_delta: float, overlap: int | str = 0) -> int:
-    """How many numbers a site tells of itself before a meeting: the tokens that it has trained on,
-    where its values weigh by them; the norm of its delta, where deltas are clipped; the `TIMES` by
-    which overlap "auto" is chosen."""
+    """How many numbers a site sends about itself before a meeting: its tokens, if they weight the
+    means; the norm of its delta, if deltas are clipped; the `TIMES` by which overlap "auto" is
+    chosen."""
     return int(by_tokens) + int(clip_delta > 0) + (TIMES if overlap == AUTO else 0)
 
 
@@ -353,14 +357,20 @@ def round_bytes(
     staged: bool = False,
     expert_turns: int = 1,
 ) -> int:
-    """Bytes a site sends in a round, reshuffles aside; exactly what `OuterSync` counts.
+    """Bytes that a site sends in a round without reshuffles; equal to what `OuterSync` counts.
 
-    `elements` by fragment. `local_steps` and `clip` (gradient clipping) matter for "ddp" only,
-    which sends every step; `moment_periods` and `moment_codecs` for "local-adamw" only, and
-    `round_index` (from 1) for that and for `expert_turns` (`fomoe_ext.placement.turns`).
-    `counted_experts`: experts of all layers, where sites tell each other how many tokens they
-    routed to each, else 0. `numbers`: see `site_numbers`. `staged`: sites tell each other before
-    they apply. Raises ValueError for an unknown optimizer or codec.
+    Args:
+        elements: by fragment.
+        local_steps, clip: only for "ddp", which sends at every step; clip: with gradient clipping.
+        round_index: from 1; for "local-adamw" and `expert_turns`.
+        moment_periods, moment_codecs: only for "local-adamw".
+        counted_experts: experts of all layers if sites exchange how many tokens they routed to
+            each, else 0.
+        numbers: from `site_numbers`.
+        staged: whether sites confirm that all data has arrived before they apply it.
+        expert_turns: see `fomoe_ext.placement.turns`.
+
+    Raises ValueError for an unknown optimizer or codec.
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
@@ -401,11 +411,11 @@ def reshuffle_bytes(
     outer_momentum: bool | None = None,
     inner_moments: int = 0,
 ) -> int:
-    """Bytes a site sends when `new` comes into force: fp32, never encoded, and a status.
+    """Bytes that a site sends to change to the placement `new`: plain fp32, and a status.
 
-    An expert travels as its anchor and outer momentum (`outer_momentum` None = as the optimizer has
-    by default: "diloco" only) and as many moments of the inner optimizer as `inner_moments` says
-    (2 where they are carried); with router_scope "resident" its router row and bias come along.
+    For each expert it sends the anchor, the outer momentum (outer_momentum None = with "diloco"
+    only) and `inner_moments` moments of the inner optimizer (2 if moments are carried along); with
+    router_scope "resident" also the expert's router row and bias.
     """
     if outer_momentum is None:
         outer_momentum = optimizer == "diloco"
@@ -420,15 +430,15 @@ def reshuffle_bytes(
 
 
 def shadow_site(placement: Placement, layer: int, expert: int) -> int | None:
-    """The site that keeps an expert's shadow copy: the first after its first holder that is none;
-    None where all sites hold it."""
+    """The site that keeps an expert's shadow copy: the first site after the expert's first holder
+    that does not hold it. None if all sites hold it."""
     owners, count = placement.owners(layer, expert), placement.num_sites
     others = (site % count for site in range(owners[0] + 1, owners[0] + count))
     return next((site for site in others if site not in owners), None)
 
 
 def shadow_parcels(placement: Placement) -> list[Transfer]:
-    """Who sends which expert's shadow to whom at the end of a meeting; holders take turns."""
+    """The transfers of all shadow copies at the end of a meeting; holders take turns."""
     result = []
     for layer in range(placement.num_layers):
         for expert in range(placement.num_experts):
@@ -447,8 +457,8 @@ def shadow_elements(
     selection_bias: bool = False,
     outer_momentum: bool = False,
 ) -> int:
-    """Elements of an expert's shadow copy, fp32: anchor and outer momentum, and with router_scope
-    "resident" router row and bias."""
+    """Elements (fp32) of an expert's shadow copy: anchor and outer momentum, with router_scope
+    "resident" also router row and bias."""
     elements, bias = sizes.expert, 0
     if router_scope == "resident":
         elements += sizes.router_row
@@ -457,8 +467,8 @@ def shadow_elements(
 
 
 def shadow_bytes(placement: Placement, site: int, elements: int) -> int:
-    """Bytes a site sends to refresh shadow copies of so many `shadow_elements` each; per layer and
-    site that gets some, a hash."""
+    """Bytes that a site sends to refresh shadow copies. elements: from `shadow_elements`. There is
+    one hash per layer and receiving site."""
     mine = [t for t in shadow_parcels(placement) if t.source == site]
     messages = len({(t.layer, t.target) for t in mine})
     return len(mine) * 4 * elements + messages * HASH_BYTES

@@ -149,7 +149,7 @@ def test_a_late_site_is_not_waited_for(
     outcome = survive(tmp_path, calm_folder, fault, replication)
     ended(outcome, but=VICTIM)
     lost = [event["lost"] for event in outcome.story if event["lost"]]
-    assert lost == [{str(VICTIM): "it did not come in time"}]
+    assert lost == [{str(VICTIM): "it was late"}]
 
 
 @pytest.mark.parametrize("replication", [1, 2])
@@ -160,7 +160,7 @@ def test_a_damaged_payload_is_refused_and_sent_again(
     outcome = survive(tmp_path, calm_folder, f"corrupt {VICTIM} at {ROUND} reduce", replication)
     ended(outcome, but=-1)
     (event,) = outcome.story
-    assert event["meeting"] == "taken back" and not event["lost"]
+    assert event["meeting"] == "rolled back" and not event["lost"]
     assert "damaged on the way" in event["reason"]
     # Nobody was lost and nothing was applied: it is the undisturbed job, to the bit.
     assert outcome.report["run"]["model_hash"] == calm.report["run"]["model_hash"]
@@ -267,7 +267,7 @@ def test_an_outsider_without_the_secret_is_not_let_in(
     with ChaosJob(tmp_path, flags(2)) as job:
         monkeypatch.setenv("FOMOE_SECRET", "another secret, as long as that")
         monkeypatch.setattr("fomoe_ext.fault.membership._KEY_S", 1.0)
-        with pytest.raises(ConnectionError, match="knows nothing of this job"):
+        with pytest.raises(ConnectionError, match="is no lighthouse of this job"):
             TorchftMembership(job.address, 1, NUM_SITES, quorum=1, silent_s=1.0)
         outcome = job.wait()
     assert outcome.codes == {site: [0] for site in range(NUM_SITES)}, outcome.log

@@ -186,7 +186,11 @@ def flip(file: Path) -> None:
         ("manifest.json", truncate, "manifest.json is damaged"),
         ("model.safetensors.index.json", Path.unlink, "cannot read model.safetensors.index.json"),
         ("model-00001-of-00002.safetensors", Path.unlink, "lacks model-00001-of-00002"),
-        ("model-00002-of-00002.safetensors", truncate, "00002-of-00002.safetensors has .* bytes"),
+        (
+            "model-00002-of-00002.safetensors",
+            truncate,
+            "00002-of-00002.safetensors must have .* bytes",
+        ),
         ("state-00001.json", flip, "the content of state-00001.json is damaged"),
         ("state-00001.json", Path.unlink, "lacks state-00001.json"),
     ],
@@ -203,7 +207,7 @@ def test_damage_is_found_and_named(tmp_path, name, damage, message):
 def test_other_models_and_sites_are_refused(tmp_path):
     pool().run(2, save, 1, tmp_path)
     path = tmp_path / "step-00000007"
-    with pytest.raises(ckpt.CheckpointError, match="is of 2 sites and has no state of site 2"):
+    with pytest.raises(ckpt.CheckpointError, match="has 2 sites and no state of site 2"):
         load_state(path, 2)
     with pytest.raises(ckpt.CheckpointError, match="is of another model"):
         more = ModelConfig(**{**vars(CONFIG), "num_experts": 8})
@@ -234,7 +238,7 @@ def test_the_newest_whole_checkpoint_is_chosen(tmp_path):
     os.truncate(newer / "state-00000.json", 5)
     path, skipped = newest_whole(tmp_path, content=False)
     assert path == tmp_path / ckpt.checkpoint_name(7)
-    assert "state-00000.json has 5 bytes" in skipped[0]
+    assert "state-00000.json must have" in skipped[0]
     assert newest_whole(tmp_path / "nothing") == (None, [])
 
 

@@ -107,7 +107,7 @@ def test_training_goes_on_and_the_checkpoint_has_what_was(tmp_path):
             tensor.fill_(99)
         assert pending.poll() is None and writer.pending is pending
         assert ckpt.list_checkpoints(tmp_path) == []
-        with pytest.raises(RuntimeError, match="step-00000005 is still under way"):
+        with pytest.raises(RuntimeError, match="step-00000005 is still being written"):
             start(writer, name=ckpt.checkpoint_name(6))
         go_on.set()
         assert until_done(pending) == Outcome(tmp_path / NAME, 2, "")
@@ -119,20 +119,20 @@ def test_training_goes_on_and_the_checkpoint_has_what_was(tmp_path):
 
 def test_a_thread_copies_and_training_waits_before_it_changes_anything(tmp_path):
     """Nothing waits for the copies at the start; who is to change the tensors can wait for them."""
-    writer, go_on, settled = CheckpointWriter(tmp_path), threading.Event(), threading.Event()
+    writer, go_on, freed = CheckpointWriter(tmp_path), threading.Event(), threading.Event()
     pending, (model, state) = start(writer, before_last=lambda: go_on.wait(30))
 
     def change() -> None:
         pending.copied.wait()
         model.fill_(99)
         state.fill_(99)
-        settled.set()
+        freed.set()
 
     training = threading.Thread(target=change)
     training.start()
-    assert not settled.wait(0.2) and pending.poll() is None
+    assert not freed.wait(0.2) and pending.poll() is None
     go_on.set()
-    assert settled.wait(30)
+    assert freed.wait(30)
     assert until_done(pending).error == "" and content(tmp_path / NAME, 0) == [1.0, 0]
     assert pending.copied.wait(30)  # nothing is under way
     training.join()

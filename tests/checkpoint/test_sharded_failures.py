@@ -67,7 +67,7 @@ def other_shape(process: int) -> dict[str, Any]:
         (no_number, r"site 1, rank 0: state\['a'\]\[0\] must be of numbers"),
         (no_state, "site 1, rank 0: state must be given by rank 0"),
         (no_tensor, "process 1: tensor a must be a Tensor, got float"),
-        (partial_sum, "process 2: tensor a is a partial sum"),
+        (partial_sum, "process 2: tensor a must not be a partial sum"),
         (other_shape, r"process 1 has a as torch.float32 of shape \[4\], process 0 as .*\[3\]"),
     ],
 )
@@ -110,11 +110,14 @@ def add_stray(file: Path) -> None:
     "damage, message",
     [
         (Path.unlink, "lacks training/shard-0000"),
-        (truncate, "training/shard-.* has .* bytes, wanted"),
+        (truncate, "training/shard-.* must have .* bytes, got"),
         (flip, "the content of training/shard-.* is damaged"),
         (flip_header, "the header of training/shard-.* is damaged"),
         (long_header, "the header of training/shard-.* is damaged"),
-        (add_stray, "shard-00009-model-00001-of-00001.safetensors in training is not its own"),
+        (
+            add_stray,
+            "shard-00009-model-00001-of-00001.safetensors in training is not in its manifest",
+        ),
     ],
 )
 def test_damage_is_found_and_named(copied, damage, message, process):
@@ -147,7 +150,7 @@ def test_without_a_manifest_holes_are_found(copied):
     wanted = {"site1/exp_avg/final_norm.weight": torch.empty(9)}
     for file in folder.glob("shard-00003*"):
         file.unlink()
-    with pytest.raises(CheckpointError, match=r"has not all of 1 tensors, \['site1/exp_avg/final"):
+    with pytest.raises(CheckpointError, match=r"lacks parts of 1 tensors, \['site1/exp_avg/final"):
         read_tensors(folder, wanted)
     for file in folder.iterdir():
         truncate(file)
@@ -160,8 +163,11 @@ def test_without_a_manifest_holes_are_found(copied):
 def test_other_names_shapes_and_types_are_refused(saved):
     for wanted, message in (
         ({"site2/step": torch.zeros(()), "x": torch.zeros(1)}, r"lacks 2 tensors, \['site2/step'"),
-        ({"momentum/a": torch.zeros(4, 6)}, r"momentum/a is .*\[6, 4\], wanted .*\[4, 6\]"),
-        ({"momentum/a": torch.zeros(6, 4).bfloat16()}, "is torch.float32 .* wanted torch.bfloat16"),
+        ({"momentum/a": torch.zeros(4, 6)}, r"momentum/a must be .*\[4, 6\], got .*\[6, 4\]"),
+        (
+            {"momentum/a": torch.zeros(6, 4).bfloat16()},
+            "must be torch.bfloat16 .* got torch.float32",
+        ),
     ):
         with pytest.raises(CheckpointError, match=message):
             load_tensors(saved, wanted)
@@ -175,7 +181,7 @@ def test_another_format_is_refused(copied):
     manifest = json.loads((copied / ckpt.MANIFEST).read_text())
     del manifest[SEAL]  # earlier versions sealed nothing
     (copied / ckpt.MANIFEST).write_text(json.dumps(manifest | {"format": 1}))
-    with pytest.raises(CheckpointError, match="has format 1, this version reads 2"):
+    with pytest.raises(CheckpointError, match="format must be 2, got 1"):
         load_tensors(copied, {})
 
 
@@ -197,5 +203,5 @@ def test_the_newest_is_one_that_all_processes_find_whole(copied):
     answers = pool().run(4, newest, copied.parent, f"{newer.name}/training/{file.name}")
     for name, (reason,) in answers:
         assert name == NAME
-        assert f"{newer.name}: training/{file.name} has" in reason
+        assert f"{newer.name}: training/{file.name} must have" in reason
     assert newest_whole(copied.parent).path == newer

@@ -225,7 +225,7 @@ def test_missing_paths(opened: Callable, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="pipe is neither a file nor a folder"):
         opened(tmp_path / "pipe")
-    with pytest.raises(TypeError, match=r"list of paths, got the single 'a\.txt'"):
+    with pytest.raises(TypeError, match=r"list of paths, got 'a\.txt'"):
         open_data("a.txt", cache_dir=tmp_path)
 
 
@@ -235,8 +235,8 @@ GOOD = b'{"text": "fine"}\n'
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.txt", b"", ["too short", "0 tokens", "a.txt"]),
-        ("a.txt", b"short", ["too short", "a.txt", "17"]),
+        ("a.txt", b"", ["must have at least seq_len", "0 tokens", "a.txt"]),
+        ("a.txt", b"short", ["must have at least seq_len", "a.txt", "17"]),
         ("a.txt", b"x" * 3000 + b"\0" + b"x" * 99, ["a.txt is not text", "3000"]),
         ("a.txt", "façade".encode("latin-1"), ["a.txt is not UTF-8"]),
         ("a.txt", b"cut off \xe5\x8c", ["a.txt is not UTF-8"]),
@@ -297,6 +297,6 @@ def test_bad_options(opened: Callable, tmp_path: Path, options: dict, word: str)
 def test_too_little_validation_text(opened: Callable, tmp_path: Path) -> None:
     write_files(tmp_path / "in")
     (tmp_path / "val.txt").write_text("tiny")
-    with pytest.raises(ValueError, match=r"validation split.*17") as caught:
+    with pytest.raises(ValueError, match=r"17 tokens .*, got . for validation") as caught:
         opened(tmp_path / "in", val_paths=[str(tmp_path / "val.txt")])
     assert "val.txt" in str(caught.value)

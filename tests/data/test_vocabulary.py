@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from fomoe_ext.config.io import parse_args
@@ -37,6 +39,23 @@ def test_a_tokenizer_that_nearly_fills_it_is_not_told(num_ids: int | None, notes
     found = vocabulary_notes(config, num_ids)
     assert len(found) == notes
     assert all("(tokenizer.json) use 50257 of" in note for note in found)
+
+
+def test_the_job_says_it_once(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for name in ("a", "b", "c"):
+        (text / f"{name}.txt").write_text(f"some words of {name}, " * 200)
+    flags = [
+        *("--data", str(text), "--cache-dir", str(tmp_path / "cache")),
+        *("--run-dir", str(tmp_path / "run"), "--sites", "1", "--replication", "1"),
+        *("--hidden-size", "16", "--num-layers", "1", "--num-heads", "2", "--num-experts", "4"),
+        *("--intermediate-size", "8", "--seq-len", "16", "--batch-size", "2", "--rounds", "1"),
+        *("--local-steps", "2", "--vocab-size", "4000", "--no-tensorboard", "--eval-tokens", "32"),
+    ]
+    result = forked.train(*flags, env=dict(os.environ))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("(bytes) use 256 of the 4000 ids") == 1
 
 
 def test_the_plan_says_it() -> None:

@@ -16,7 +16,7 @@ struct ExpertsCase {
   const char* tile;
   DType dtype;
   std::vector<int> groups;  // rows of each resident
-  int hidden, intermediate_size;
+  int hidden, expert_size;
   Activation activation = Activation::relu2;
   bool biased = false;
 };
@@ -73,10 +73,10 @@ class Experts {
  public:
   explicit Experts(const ExpertsCase& c)
       : c_(c),
-        random_(unsigned(c.hidden * 7 + c.intermediate_size)),
+        random_(unsigned(c.hidden * 7 + c.expert_size)),
         table_(c.groups, random_),
         residents_(int32_t(c.groups.size())),
-        width_(c.intermediate_size * (is_gated(c.activation) ? 2 : 1)),
+        width_(c.expert_size * (is_gated(c.activation) ? 2 : 1)),
         exact_(c.activation == Activation::relu2) {
     setenv("FOMOE_EXPERTS_TILE", c.tile, 1);
   }
@@ -118,7 +118,7 @@ class Experts {
     const auto x = integers(table_.tokens() * c_.hidden);
     const auto weight = integers(int64_t(residents_) * width_ * c_.hidden);
     const auto bias = integers(int64_t(residents_) * width_);
-    Pair<char> act = output(table_.slots() * c_.intermediate_size);
+    Pair<char> act = output(table_.slots() * c_.expert_size);
     Pair<char> preact = output(table_.slots() * width_);
     ExpandArgs args{x.data(),
                     weight.data(),
@@ -131,7 +131,7 @@ class Experts {
                     table_.tokens(),
                     table_.slots(),
                     c_.hidden,
-                    c_.intermediate_size,
+                    c_.expert_size,
                     c_.activation,
                     act.cpu.data(),
                     preact.cpu.data()};
@@ -143,8 +143,8 @@ class Experts {
   }
 
   bool contract() {
-    const auto act = integers(table_.slots() * c_.intermediate_size);
-    const auto weight = integers(int64_t(residents_) * c_.hidden * c_.intermediate_size);
+    const auto act = integers(table_.slots() * c_.expert_size);
+    const auto weight = integers(int64_t(residents_) * c_.hidden * c_.expert_size);
     const auto bias = integers(int64_t(residents_) * c_.hidden);
     Pair<char> rows = output(table_.slots() * c_.hidden);
     ContractArgs args{act.data(),
@@ -156,7 +156,7 @@ class Experts {
                       residents_,
                       table_.slots(),
                       c_.hidden,
-                      c_.intermediate_size,
+                      c_.expert_size,
                       rows.cpu.data()};
     cpu::contract(args);
     args.rows = rows.cuda.data();
@@ -165,12 +165,12 @@ class Experts {
 
   bool contract_backward() {
     const auto grad_y = integers(table_.tokens() * c_.hidden);
-    const auto weight = integers(int64_t(residents_) * c_.hidden * c_.intermediate_size);
+    const auto weight = integers(int64_t(residents_) * c_.hidden * c_.expert_size);
     const auto bias = integers(int64_t(residents_) * c_.hidden);
     const auto preact = integers(table_.slots() * width_);
     const auto weights = factors();
     Pair<char> grad_preact = output(table_.slots() * width_);
-    Pair<char> scaled_act = output(table_.slots() * c_.intermediate_size);
+    Pair<char> scaled_act = output(table_.slots() * c_.expert_size);
     Pair<float> grad_weights(table_.slots());
     ContractBackwardArgs args{grad_y.data(),
                               weight.data(),
@@ -186,7 +186,7 @@ class Experts {
                               table_.tokens(),
                               table_.slots(),
                               c_.hidden,
-                              c_.intermediate_size,
+                              c_.expert_size,
                               c_.activation,
                               grad_preact.cpu.data(),
                               scaled_act.cpu.data(),
@@ -230,8 +230,8 @@ class Experts {
       const int64_t left_lines = gathered == 0 ? table_.tokens() : table_.slots();
       const int64_t right_lines = gathered == 1 ? table_.tokens() : table_.slots();
       const auto left = integers(left_lines * c_.hidden);
-      const auto right = integers(right_lines * c_.intermediate_size);
-      const int64_t size = int64_t(residents_) * c_.hidden * c_.intermediate_size;
+      const auto right = integers(right_lines * c_.expert_size);
+      const int64_t size = int64_t(residents_) * c_.hidden * c_.expert_size;
       const bool add = gathered == 2;
       Pair<char> grad(size * (add || c_.dtype == DType::f32 ? 4 : 2));
       if (add) std::fill(grad.cpu.begin(), grad.cpu.end(), 0);
@@ -246,7 +246,7 @@ class Experts {
                           left_lines,
                           right_lines,
                           c_.hidden,
-                          c_.intermediate_size,
+                          c_.expert_size,
                           add,
                           grad.cpu.data()};
       cpu::weight_grad(args);
@@ -277,12 +277,12 @@ class Experts {
   }
 
   bool activation_backward() {
-    const auto grad_act = integers(table_.slots() * c_.intermediate_size);
+    const auto grad_act = integers(table_.slots() * c_.expert_size);
     const auto preact = integers(table_.slots() * width_);
     Pair<char> grad = output(table_.slots() * width_);
-    ActivationBackwardArgs args{
-        grad_act.data(), preact.data(),        table_.offsets.data(), c_.dtype,       residents_,
-        table_.slots(),  c_.intermediate_size, c_.activation,         grad.cpu.data()};
+    ActivationBackwardArgs args{grad_act.data(), preact.data(), table_.offsets.data(),
+                                c_.dtype,        residents_,    table_.slots(),
+                                c_.expert_size,  c_.activation, grad.cpu.data()};
     cpu::activation_backward(args);
     args.grad_preact = grad.cuda.data();
     return launched(cuda::activation_backward(args, nullptr), "activation_backward") &&
@@ -330,8 +330,8 @@ std::string name_of(const ExpertsCase& c) {
   for (const int rows : c.groups) groups += (groups.empty() ? "" : "+") + std::to_string(rows);
   char name[200];
   std::snprintf(name, sizeof name, "experts %s %s rows %s sizes %d, %d activation %d%s", c.tile,
-                dtype_name(c.dtype), groups.c_str(), c.hidden, c.intermediate_size,
-                int(c.activation), c.biased ? " biased" : "");
+                dtype_name(c.dtype), groups.c_str(), c.hidden, c.expert_size, int(c.activation),
+                c.biased ? " biased" : "");
   return name;
 }
 

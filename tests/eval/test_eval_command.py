@@ -187,7 +187,7 @@ def test_without_any_state_the_configuration_tells_the_placement(tmp_path, text,
     (run / "config.toml").write_text(reshuffled)
     assert "changed by hand" in refused(capsys, str(run), "--val-data", str(text))
     (run / "config.toml").write_text(reshuffled.partition("\n")[2])
-    assert "has no state of a site" in refused(capsys, str(run), "--val-data", str(text))
+    assert "must have the state of a site" in refused(capsys, str(run), "--val-data", str(text))
 
 
 # ---- text ----------------------------------------------------------------------------------------
@@ -307,17 +307,19 @@ def test_bad_arguments_are_named(tmp_path, text, capsys):
     (source / "state-00000.json").unlink()
     given = [str(source), "--val-data", str(text)]
     assert "is not a folder" in refused(capsys, str(tmp_path / "missing"))
-    assert "is none of them" in refused(capsys, str(tmp_path))
+    assert "or of a transformers model, got" in refused(capsys, str(tmp_path))
     for flag, value, message in (
-        ("--seq-len", "25", "seq_len must be <= the model's 24"),
-        ("--site", "0", "has no state of a site"),
+        ("--seq-len", "25", "seq_len must be at most the model's 24"),
+        ("--site", "0", "must have the state of a site"),
         ("--tokenizer", str(text), "is not a tokenizer.json"),
-        ("--checkpoint", "step-1", "is a checkpoint itself"),
+        ("--checkpoint", "step-1", "checkpoint must not be given for a checkpoint's own folder"),
     ):
         assert message in refused(capsys, *given, flag, value)
     short = tmp_path / "short.txt"
     short.write_text("x")
-    assert "too short: 2 tokens" in refused(capsys, str(source), "--val-data", str(short))
+    assert "val_data must have at least seq_len + 1 = 25 tokens, got 2" in refused(
+        capsys, str(source), "--val-data", str(short)
+    )
     assert "does not exist" in refused(capsys, str(source), "--val-data", str(tmp_path / "no.txt"))
     for flags in (
         ["--max-tokens", "0"],
@@ -334,8 +336,10 @@ def test_sites_are_of_runs_only(tmp_path, text, capsys):
     model = random_model(tiny_config())
     out = write_plain(tmp_path, model)
     given = [str(out), "--val-data", str(text)]
-    assert "does not say who held which" in refused(capsys, *given, "--site", "0")
-    assert "checkpoint is for run folders" in refused(capsys, *given, "--checkpoint", "x")
+    assert "does not say which site held which" in refused(capsys, *given, "--site", "0")
+    assert "checkpoint must be given for run folders only" in refused(
+        capsys, *given, "--checkpoint", "x"
+    )
     assert "site must be in [0, 2)" in refused(capsys, str(finished_run()), "--site", "2")
 
 

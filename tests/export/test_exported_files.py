@@ -96,11 +96,21 @@ def test_plain_safetensors_hold_the_bits_of_the_checkpoint(tmp_path):
     assert sorted(path.name for path in out.iterdir()) == names
 
 
+@pytest.mark.parametrize("form", ["transformers", "safetensors"])
+def test_what_loads_it_is_said_where_code_is_written(form, tmp_path, capsys):
+    out = write(finished_run(), tmp_path / "out", "--format", form)
+    said = capsys.readouterr().out
+    assert ("from_pretrained(folder, trust_remote_code=True)" in said) == (form == "transformers")
+    if form == "transformers":
+        card = (out / "README.md").read_text()
+        assert "`trust_remote_code=True` is required" in card and "`modeling_fomoe.py`" in card
+
+
 def test_the_card_tells_the_runs_facts(trained):
     card = (trained[2] / "README.md").read_text()
     report = json.loads((finished_run() / "report.json").read_text())
     assert "| rounds | 6 of 4 local steps |" in card
-    assert "| sites | 2 |" in card and "every expert on 1 of the sites" in card
+    assert "| sites | 2 |" in card and "each expert on 1 of the sites" in card
     assert f"{report['validation']['loss']:.4f} nats/token" in card
 
 
@@ -139,7 +149,7 @@ def test_files_of_another_machine_are_named_with_their_site(run, tmp_path, capsy
                 (checkpoint / name).unlink()
     said = refused(capsys, str(run), "--out", str(tmp_path / "out"))
     assert "step-00000024 lacks model-00002-of-00002.safetensors (written by site 1)" in said
-    assert "copy all of them" in said
+    assert "copy all files into this folder" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -154,12 +164,12 @@ def test_an_older_checkpoint_is_taken_when_the_newest_is_not_whole(run, tmp_path
     broken.write_bytes(broken.read_bytes()[:-1])
     write(run, tmp_path / "out")
     said = capsys.readouterr().out
-    assert "an older checkpoint is taken" in said and "wanted" in said
+    assert "using an older checkpoint" in said and "must have" in said
     assert "step-00000012, round 3" in said
     said = refused(
         capsys, str(run), "--checkpoint", "step-00000024", "--out", str(tmp_path / "two")
     )
-    assert "model-00001-of-00002.safetensors has" in said
+    assert "model-00001-of-00002.safetensors must have" in said
 
 
 def test_damaged_content_is_refused_and_nothing_is_left(run, tmp_path, capsys):
@@ -179,16 +189,18 @@ def test_a_folder_that_is_not_empty_is_refused(run, tmp_path, capsys):
     assert "is not empty" in refused(capsys, str(run), "--out", str(tmp_path / "out"))
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     (tmp_path / "file").write_text("")
-    assert "is a file" in refused(capsys, str(run), "--out", str(tmp_path / "file"))
+    assert "got the file" in refused(capsys, str(run), "--out", str(tmp_path / "file"))
 
 
 def test_other_bad_arguments(run, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     assert "missing does not exist" in refused(capsys, str(tmp_path / "missing"), *out)
-    assert "is neither" in refused(capsys, str(tmp_path), *out)
+    assert "run must be a run folder" in refused(capsys, str(tmp_path), *out)
     assert "step-7 does not exist" in refused(capsys, str(run), "--checkpoint", "step-7", *out)
     alone = run / "checkpoints/step-00000012"
-    assert "is a checkpoint itself" in refused(capsys, str(alone), "--checkpoint", "x", *out)
+    assert "checkpoint must not be given for a checkpoint's own folder" in refused(
+        capsys, str(alone), "--checkpoint", "x", *out
+    )
     moved = shutil.copytree(alone, tmp_path / "alone")
     assert "out must be given" in refused(capsys, str(moved))
     shutil.rmtree(run / "checkpoints")
@@ -200,7 +212,7 @@ def test_other_bad_arguments(run, tmp_path, capsys):
 
 def test_a_lone_checkpoint_of_an_unknown_tokenizer(tmp_path, capsys):
     path = untrained_run(tmp_path, random_model(tiny_config(vocab_size=300)))
-    assert "give --tokenizer" in refused(capsys, str(path), "--out", str(tmp_path / "out"))
+    assert "--tokenizer must be given" in refused(capsys, str(path), "--out", str(tmp_path / "out"))
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
@@ -208,9 +220,9 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["sha256"]  # else it would be damaged
     for field, value, message in (
-        ("num_layers", 3, "is not of the model that it names"),
-        ("intermediate_size", 12, "has shape"),
-        ("colour", 1, "does not say what its model is"),
+        ("num_layers", 3, "must have the tensors of its model"),
+        ("intermediate_size", 12, "must have shape"),
+        ("colour", 1, "has no valid description of its model"),
     ):
         changed = {**manifest, "meta": {"model": {**manifest["meta"]["model"], field: value}}}
         (path / "manifest.json").write_text(json.dumps(changed))

@@ -207,4 +207,4 @@ def test_a_tokenizer_that_is_not_the_runs_is_refused(tmp_path, capsys):
     assert (
         cli.main(["export", str(source), "--out", str(tmp_path / "o"), "--tokenizer", other]) == 2
     )
-    assert "has 290 ids, the model 256" in capsys.readouterr().err
+    assert "must have at most the model's 256 ids, got 290" in capsys.readouterr().err

@@ -89,7 +89,7 @@ def test_other_interfaces_than_loopback_need_a_secret(
     assert "FOMOE_SECRET" in capsys.readouterr().err
 
 
-def test_a_view_that_is_none_is_refused() -> None:
+def test_a_corrupt_membership_record_is_refused() -> None:
     assert read_current(b'{"name": "1.2.1-1", "members": [0, 3]}', 4) == ("1.2.1-1", (0, 3))
     for raw in (
         b"",
@@ -101,8 +101,9 @@ def test_a_view_that_is_none_is_refused() -> None:
         b'{"name": "1.2", "members": "0"}',
         b'{"name": "' + b"1" * (1 << 20) + b'", "members": [0]}',
     ):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError) as caught:
             read_current(raw, 4)
+        assert "membership record in the store is corrupt" in str(caught.value)
 
 
 def test_what_a_tolerant_job_cannot_do_is_said() -> None:

@@ -68,7 +68,7 @@ def test_experts_are_shared_out_evenly_with_few_moves(
 ) -> None:
     holdings, experts, replication = given_
     if ownership.orphans(holdings, experts):
-        with pytest.raises(ValueError, match="holdings must have all experts"):
+        with pytest.raises(ValueError, match="holdings must contain all experts"):
             ownership.rebalance(holdings, experts, replication)
         return
     placement = ownership.rebalance(holdings, experts, replication)
@@ -144,7 +144,7 @@ def moved_over(site: int, num_sites: int) -> None:
     for found, vector in arrived.items():
         mine.take(vector, wanted[found], biases_of(sync2.layout)[found], mine.names())
     mine.fill(sync2.state)
-    sync2.round = sync.round
+    sync2.log.round = sync.round
     sync2.verify()  # all holders, the new one too, have the same bits
     own, before = Belongings.of(sync2.state), Belongings.of(sync.state)
     for what, tensors in before.tensors.items():

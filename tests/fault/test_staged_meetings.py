@@ -1,4 +1,4 @@
-"""Meetings in two phases: held, then applied, or taken back by all."""
+"""Meetings as two-phase commits: committed by all sites, or rolled back by all."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def test_a_staged_meeting_gives_the_same_bits(options: dict[str, Any]) -> None:
 
 
 def broken_off(site: int, num_sites: int, where: str) -> list[bytes]:
-    """A meeting that fails at one site, taken back and held again; what all have then."""
+    """A meeting that fails at one site, rolled back and held again; what all have then."""
     model, inner, sync = make(site, num_sites, codec="int4", staged=True)
     take_steps(model, inner, site, 0)
     sync.step()
     take_steps(model, inner, site, 1)
     before, sent = all_bits(sync), sync.bytes_sent
     if where:
-        module, name = {"exchange": (staged, "exchange"), "settle": (Staged, "settle")}[where]
+        module, name = {"exchange": (staged, "exchange"), "commit": (Staged, "end_pending")}[where]
         right = getattr(module, name)
 
         def wrong(*args: Any, **more: Any) -> Any:
@@ -84,19 +84,19 @@ def broken_off(site: int, num_sites: int, where: str) -> list[bytes]:
     return all_bits(sync)
 
 
-def test_a_meeting_that_broke_off_is_taken_back_and_held_again() -> None:
+def test_a_meeting_that_broke_off_is_rolled_back_and_held_again() -> None:
     straight = pool().run(3, broken_off, "")
     assert pool().run(3, broken_off, "exchange") == straight
-    assert pool().run(3, broken_off, "settle") == straight
+    assert pool().run(3, broken_off, "commit") == straight
 
 
 def applied_by_some(site: int, num_sites: int) -> list[bytes]:
     """Site 0 has applied; the others have heard of a failure after everything had arrived."""
     model, inner, sync = make(site, num_sites, codec="int4", staged=True)
     take_steps(model, inner, site, 0)
-    right = Staged.settle
+    right = Staged.end_pending
     if site:
-        Staged.settle = lambda *args, **more: (_ for _ in ()).throw(RuntimeError("gloo"))
+        Staged.end_pending = lambda *args, **more: (_ for _ in ()).throw(RuntimeError("gloo"))
     try:
         if site:
             with pytest.raises(MeetingLost):
@@ -105,7 +105,7 @@ def applied_by_some(site: int, num_sites: int) -> list[bytes]:
             sync._driver.compare = lambda: None  # the others do not come to compare
             sync.step()
     finally:
-        Staged.settle = right
+        Staged.end_pending = right
     if site:
         assert sync.pending is not None and sync.pending.arrived
         report = sync.end_pending(commit=True)
@@ -115,7 +115,7 @@ def applied_by_some(site: int, num_sites: int) -> list[bytes]:
     return all_bits(sync)
 
 
-def test_what_some_have_applied_all_can_apply() -> None:
+def test_what_some_have_committed_all_can_commit() -> None:
     straight = pool().run(3, _one_meeting)
     assert pool().run(3, applied_by_some) == straight
 
@@ -137,13 +137,13 @@ def not_arrived(site: int, num_sites: int) -> str:
             sync.step()
     finally:
         staged.exchange = right
-    with pytest.raises(ValueError, match="not all of the pending meeting has arrived") as caught:
+    with pytest.raises(ValueError, match="part of the pending meeting has not arrived") as caught:
         sync.end_pending(commit=True)
     sync.end_pending(commit=False)
     return str(caught.value)
 
 
-def test_what_has_not_arrived_cannot_be_applied() -> None:
+def test_what_has_not_arrived_cannot_be_committed() -> None:
     pool().run(2, not_arrived)
 
 

@@ -121,7 +121,7 @@ def test_a_configuration_that_was_edited_by_hand_is_named_and_can_be_taken(run):
     before = load_run_config(run)
     edit(r"inner_lr = [0-9.]+", "inner_lr = 0.25")(file)
     for read in (lambda: load_run_config(run), lambda: find_job(["--resume", str(run)])):
-        with pytest.raises(ValueError, match=r"damaged, or was changed by hand.*its first line"):
+        with pytest.raises(ValueError, match=r"damaged or was changed by hand.*its first line"):
             read()
     # As a file of somebody's own it may be anything.
     assert load_config(file).inner.inner_lr == 0.25 != before.inner.inner_lr
@@ -155,7 +155,7 @@ def test_another_tokenizer_than_the_runs(tmp_path):
     )
     assert find_source(run).tokenizer(None) == file
     words.Tokenizer(words.models.WordLevel({"[UNK]": 0, "b": 1, "a": 2}, "[UNK]")).save(str(file))
-    with pytest.raises(ValueError, match=r"words.json is not what the run was trained with"):
+    with pytest.raises(ValueError, match=r"words.json is not the one that the run was"):
         find_source(run).tokenizer(None)
     assert find_source(run).tokenizer(file) == file
 
@@ -201,8 +201,8 @@ def exported(tmp_path_factory):
 @pytest.mark.parametrize(
     "form, pattern, change, message",
     [
-        ("safetensors", "model-00001-of-*", flip, "the content of .* is damaged"),
-        ("transformers", "model-00002-of-*", zero, "the content of .* is damaged"),
+        ("safetensors", "model-00001-of-*", flip, "weight is damaged or was changed"),
+        ("transformers", "model-00002-of-*", zero, "weight is damaged or was changed"),
         ("safetensors", "config.toml", edit("top_k = 2", "top_k = 3"), "config.toml is damaged"),
         ("transformers", "config.json", edit('_tok": 2', '_tok": 3'), "config.json is damaged"),
         ("transformers", CHECKSUMS, edit(r": \"\w{4}", ': "aaaa'), f"{CHECKSUMS} is damaged"),
@@ -232,7 +232,7 @@ def test_single_rows_are_checked_by_themselves(tmp_path):
     assert torch.equal(files.read("stack", 0), stack[0])
     assert torch.equal(files.read("stack", 2), stack[2])
     for row in (1, None):
-        with pytest.raises(ValueError, match="the content of stack is damaged"):
+        with pytest.raises(ValueError, match="stack is damaged or was changed"):
             files.read("stack", row)
 
 
@@ -247,7 +247,7 @@ def test_a_state_file(tmp_path):
     for change in (lambda p: flip(p, -2), zero, edit_header):
         write_state(path, state)
         change(path)
-        with pytest.raises(ValueError, match=r"state.safetensors is no file of a state"):
+        with pytest.raises(ValueError, match=r"state.safetensors must be a state file"):
             read_state(path)
 
 

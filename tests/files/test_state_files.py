@@ -51,13 +51,13 @@ def test_states_come_back(tmp_path):
 def test_other_files_are_refused(tmp_path, names, plain):
     tensors = {name: torch.ones(1) for name in names}
     save_file(tensors, tmp_path / "a", metadata=None if plain is None else {"state": plain})
-    with pytest.raises(ValueError, match="is no file of a state, or damaged"):
+    with pytest.raises(ValueError, match="must be a state file, got another or a damaged one"):
         read_state(tmp_path / "a")
 
 
 def test_files_that_are_no_safetensors_are_refused(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "a")
-    with pytest.raises(ValueError, match="is no file of a state, or damaged"):
+    with pytest.raises(ValueError, match="must be a state file, got another or a damaged one"):
         read_state(tmp_path / "a")
     with pytest.raises(FileNotFoundError):
         read_state(tmp_path / "b")

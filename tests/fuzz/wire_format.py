@@ -114,7 +114,7 @@ def wire_parsers() -> list[Parser]:
             share=3.0,
         ),
         Parser(
-            "view in force",
+            "membership record",
             lambda raw: read_current(raw, 4),
             (ValueError,),
             as_json({"name": "7.2.1-1-3", "members": [0, 1, 3]}, {"name": "1.1.", "members": []}),

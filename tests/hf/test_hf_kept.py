@@ -6,7 +6,7 @@ import copy
 import json
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -19,7 +19,9 @@ from hf_models import EXPERTS, FAMILIES, make_model, relative_error, text
 from sites import pool
 
 from fomoe_ext import Placement, hf
+from fomoe_ext.hf.convert import ConvertOptions
 from fomoe_ext.hf.converted import converted_layers
+from fomoe_ext.layer.moe import TRAINING_OPTIONS, MoELayer
 
 ALL = Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=3, replication=1)
 WITHOUT_PLACE = [name for name in FAMILIES if name != "deepseek_v3"]
@@ -123,6 +125,12 @@ def test_what_the_configuration_does_not_say_is_refused(tmp_path):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}', options are"):
             hf.convert(make_model("mixtral"), **{option: 2})
     assert not (tmp_path / "out").exists()
+
+
+def test_options_of_a_conversion_are_those_of_the_layer():
+    hints = get_type_hints(MoELayer.__init__)
+    found = get_type_hints(ConvertOptions)
+    assert found == {name: hints[name] for name in (*TRAINING_OPTIONS, "seed")}
 
 
 def test_blocks_with_more_in_them_are_not_converted():

@@ -170,7 +170,7 @@ def test_bad_arguments_are_named(tmp_path):
 
     with pytest.raises(ValueError, match="local_steps must be at least 1, got None"):
         OuterSyncCallback(PLACEMENT, 0, OuterOptions())
-    with pytest.raises(ValueError, match="site_mean must be equal here, got 'tokens'"):
+    with pytest.raises(ValueError, match="site_mean must be 'equal' here, got 'tokens'"):
         OuterSyncCallback(PLACEMENT, 0, OuterOptions(local_steps=2, site_mean="tokens"))
     with pytest.raises(
         ValueError, match=r"folder with outer_sync.safetensors, got .*outer_sync.safetensors"
@@ -221,13 +221,13 @@ def begin(
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (BEST, "load_best_model_at_end must be False: every site would load"),
-        ({"stateful": ("EarlyStoppingCallback",)}, "EarlyStoppingCallback: every site would stop"),
+        (BEST, "load_best_model_at_end must be False: each site would load"),
+        ({"stateful": ("EarlyStoppingCallback",)}, "EarlyStoppingCallback must not be used"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size must be False"),
         ({"steps": 5, "options": {"fragments": 2}}, "max_steps must be a multiple of local_steps"),
-        ({"step": 4}, "the Trainer begins at step 4, the meetings at 0"),
-        ({"stored": 4}, "the Trainer begins at step 0, the meetings at 4"),
-        ({"step": 4, "stored": 2}, "the Trainer begins at step 4, the meetings at 2"),
+        ({"step": 4}, "got one of step 0; the Trainer begins at step 4"),
+        ({"stored": 4}, "got one of step 4; the Trainer begins at step 0"),
+        ({"step": 4, "stored": 2}, "got one of step 2; the Trainer begins at step 4"),
         ({"step": 3, "stored": 3}, "of a step at which sites met, a multiple of local_steps = 2"),
     ],
 )
@@ -239,7 +239,7 @@ def test_a_trainer_of_several_processes_is_refused(tmp_path, monkeypatch):
     from transformers import TrainingArguments
 
     monkeypatch.setattr(TrainingArguments, "world_size", property(lambda _: 2))
-    assert "must be made inside one_process(), they are of 2 processes" in begin(tmp_path)
+    assert "must be created inside one_process(), got arguments for 2 processes" in begin(tmp_path)
 
 
 def parted(site: int, num_sites: int, folder: str, how: str) -> str:
@@ -294,7 +294,7 @@ def left_over(site: int, num_sites: int, folder: str) -> str:
 
 def test_steps_that_have_not_met_are_not_dropped(tmp_path):
     for told in pool().run(2, left_over, str(tmp_path)):
-        assert "training ended after step 5, which is no multiple of local_steps = 2" in told
+        assert "training ended after step 5, which is not a multiple of local_steps = 2" in told
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_python_shows_warnings_where_nobody_has_asked():
         ),
         ("caf\u00e9\tx\n\ny", "caf x y"),
         ("", "RuntimeError"),
-        ("long " * 100, "long " * 31 + "lo..."),
+        ("long " * 100, "long " * 47 + "lo..."),
     ],
 )
 def test_a_foreign_error_is_one_plain_line(raw, expected, caplog):

@@ -171,9 +171,9 @@ def test_sharded_spread_makes_a_skewed_load_even() -> None:
         (lambda: spread_experts([0], 1, [1, math.nan]), ValueError, r"load\[1\] .* got nan"),
         (lambda: spread_experts([0], 1, [math.inf]), ValueError, r"load\[0\] .* got inf"),
         (lambda: spread_experts([0], 1, ["1"]), ValueError, r"load\[0\] .* got '1'"),
-        (lambda: spread_experts([0, 3], 1, [1.0]), ValueError, "load must hold .* 3, got 1 num"),
-        (lambda: imbalance([], [1.0]), ValueError, "groups must hold at least one"),
-        (lambda: imbalance([(0, 1)], [1.0]), ValueError, "load must hold a number"),
+        (lambda: spread_experts([0, 3], 1, [1.0]), ValueError, "load must have .* 3, got 1 num"),
+        (lambda: imbalance([], [1.0]), ValueError, "groups must have at least one"),
+        (lambda: imbalance([(0, 1)], [1.0]), ValueError, "load must have a number"),
     ],
 )
 def test_sharded_spread_names_what_is_wrong(

@@ -190,7 +190,7 @@ void check_activation(Activation activation) {
                .tokens = kCount,
                .slots = kCount,
                .hidden = 1,
-               .intermediate_size = 1,
+               .expert_size = 1,
                .activation = activation,
                .act = act.data(),
                .preact = nullptr});
@@ -236,7 +236,7 @@ void check_forward(const Case& c, const Matrix& x, const Matrix& w, const Matrix
                .tokens = c.tokens,
                .slots = c.slots,
                .hidden = c.hidden,
-               .intermediate_size = n,
+               .expert_size = n,
                .activation = c.activation,
                .act = act.bytes.data(),
                .preact = preact.bytes.data()});
@@ -252,7 +252,7 @@ void check_forward(const Case& c, const Matrix& x, const Matrix& w, const Matrix
                  .residents = c.residents(),
                  .slots = c.slots,
                  .hidden = c.hidden,
-                 .intermediate_size = n,
+                 .expert_size = n,
                  .rows = rows.bytes.data()});
   for (int64_t r = 0; r < c.rows(); ++r) {
     const int64_t e = expert_of(c, r), t = c.token_of_row[size_t(r)];
@@ -303,7 +303,7 @@ void check_contract_backward(const Case& c, const Matrix& dy, const Matrix& wc, 
                           .tokens = c.tokens,
                           .slots = c.slots,
                           .hidden = c.hidden,
-                          .intermediate_size = n,
+                          .expert_size = n,
                           .activation = c.activation,
                           .grad_preact = grad_preact.bytes.data(),
                           .scaled_act = scaled_act.bytes.data(),

@@ -64,7 +64,7 @@ def test_replay_of_a_layer_and_its_backward():
     layer_there = MoELayer(
         *(HIDDEN, 96, EXPERTS, TOP_K),
         resident_experts=range(0, EXPERTS, 2),
-        renormalize=True,
+        router_renormalize=True,
         dtype=torch.bfloat16,
         device="cuda",
     )

@@ -361,7 +361,7 @@ def test_bad_input_of_bias_grad() -> None:
 
 def layer_with_biases(**changes: Any) -> Any:
     """A small layer with biases that are not zero."""
-    layer = small_layer.make(bias=True, **changes)
+    layer = small_layer.make(expert_bias=True, **changes)
     with torch.no_grad():
         for at, bias in enumerate((layer.experts.expand_bias, layer.experts.contract_bias)):
             bias.copy_(draw(*bias.shape, seed=30 + at))
@@ -386,7 +386,7 @@ def test_layer_matches_fp64(
 
 
 def test_biases_start_at_zero_and_are_parameters() -> None:
-    plain, biased = small_layer.make(), small_layer.make(bias=True)
+    plain, biased = small_layer.make(), small_layer.make(expert_bias=True)
     x = small_layer.tokens(40, 24)
     assert torch.equal(plain(x), biased(x))
     added = biased.state_dict().keys() - plain.state_dict().keys()
@@ -396,7 +396,7 @@ def test_biases_start_at_zero_and_are_parameters() -> None:
     assert plain.experts.expand_bias is None and plain.experts.contract_bias is None
     assert "bias=True" in repr(biased) and "bias" not in repr(plain.experts)
     with torch.device("meta"):
-        empty = small_layer.make(bias=True)
+        empty = small_layer.make(expert_bias=True)
     late = empty.to_empty(device="cpu")
     late.reset_parameters()
     for name, value in biased.state_dict().items():
@@ -408,7 +408,7 @@ def test_biases_start_at_zero_and_are_parameters() -> None:
 
 def test_biases_move_with_their_experts() -> None:
     full = layer_with_biases()
-    layer = small_layer.make(bias=True, resident_experts=[1, 3, 4])
+    layer = small_layer.make(expert_bias=True, resident_experts=[1, 3, 4])
     residents = {e: full.experts.expert_weights(e) for e in (1, 3, 4)}
     layer.set_resident_experts([1, 3, 4], residents)
     arrivals = {e: full.experts.expert_weights(e) for e in (0, 5)}
@@ -416,7 +416,7 @@ def test_biases_move_with_their_experts() -> None:
     for row, expert in enumerate((0, 3, 5)):
         for name in layer.experts.parts:
             assert torch.equal(layer.experts.part(name)[row], full.experts.part(name)[expert])
-    sites = [small_layer.make(bias=True, resident_experts=ids) for ids in ([0, 4], [5, 1], [2, 3])]
+    sites = [small_layer.make(expert_bias=True, resident_experts=ids) for ids in ([0, 4], [5, 1], [2, 3])]
     for site in sites:
         held = site.experts.resident_experts
         site.set_resident_experts(held, {e: full.experts.expert_weights(e) for e in held})

@@ -73,7 +73,7 @@ def test_sizes_that_cannot_be_read_in_chunks(gpu_device):
         gpu_device.op("moe_experts")(*arguments, 0, False)
     inputs = make((3, 2), 16, 12, torch.bfloat16)
     arguments = [a.to(gpu_device.tensors) if a is not None else None for a in moe_arguments(inputs)]
-    with pytest.raises(ValueError, match="expand_weight: intermediate size is 12"):
+    with pytest.raises(ValueError, match="expand_weight: expert size is 12"):
         gpu_device.op("moe_experts")(*arguments, 0, False)
     inputs = make((3, 2), 20, 12, torch.float32)  # rows of whole chunks
     arguments = [a.to(gpu_device.tensors) if a is not None else None for a in moe_arguments(inputs)]

@@ -200,7 +200,7 @@ def set_main_grads(layer: Any) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_layer_fills_main_grad(bias: bool) -> None:
     """All other gradients as ever, of every pass; `grad` of the weights stays None."""
-    plain, layer = (small_layer.make(bias=bias, resident_experts=[0, 2, 5]) for _ in range(2))
+    plain, layer = (small_layer.make(expert_bias=bias, resident_experts=[0, 2, 5]) for _ in range(2))
     set_main_grads(layer)
     for step in range(3):
         x = small_layer.tokens(40, 24, seed=step)
@@ -251,7 +251,7 @@ def test_main_grad_under_autocast() -> None:
 
 
 def test_a_compiled_layer_fills_main_grad() -> None:
-    eager, traced = small_layer.make(bias=True), small_layer.make(bias=True)
+    eager, traced = small_layer.make(expert_bias=True), small_layer.make(expert_bias=True)
     compiled = torch.compile(traced, backend="aot_eager")
     for layer in (eager, traced):
         set_main_grads(layer)

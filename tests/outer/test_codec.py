@@ -56,7 +56,7 @@ def test_wire_bytes_of_known_sizes() -> None:
     }
     with pytest.raises(ValueError, match=r"codec must be one of fp32, bf16, int8, .* got 'int3'"):
         wire.wire_bytes("int3", 4)
-    with pytest.raises(ValueError, match="numel must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="numel must be at least 0, got -1"):
         wire.wire_bytes("int8", -1)
 
 

@@ -169,10 +169,10 @@ def out_of_step(site: int, num_sites: int) -> tuple[str, str, int]:
     train(sync, site, 0)
     sync.step()
     if site == 1:
-        sync.round = old["round"]
+        sync.log.round = old["round"]
     before = pieces(sync.model)
     rounds = refused(sync.step)
-    sync.round = 1
+    sync.log.round = 1
     placement = sync.placement
     if site == 0:
         sync.layout.placement = Placement.random(

@@ -233,7 +233,7 @@ def test_methods_refuse_what_does_not_fit() -> None:
     sync = OuterSync(model, SINGLE, 0, inner_optimizer=torch.optim.SGD(model.parameters(), lr=1))
     with pytest.raises(ValueError, match="warmup_steps must be at least 0, got -1"):
         sync.reshuffle(SINGLE, warmup_steps=-1)
-    with pytest.raises(ValueError, match="new must be of the same"):
+    with pytest.raises(ValueError, match="new must have the same"):
         sync.reshuffle(
             Placement.cyclic(num_sites=1, num_experts=EXPERTS, num_layers=LAYERS + 1, replication=1)
         )

@@ -154,7 +154,7 @@ def test_wrong_worlds_are_refused() -> None:
 
 
 def test_buckets_of_no_element_are_refused() -> None:
-    with pytest.raises(ValueError, match="bucket_bytes must be >= 4, got 3"):
+    with pytest.raises(ValueError, match="bucket_bytes must be at least 4, got 3"):
         wire.bucket_sizes(5, 3)
     assert wire.bucket_sizes(5, 8) == [2, 2, 1] and wire.bucket_sizes(0, 8) == []
 

@@ -95,7 +95,7 @@ def meet(
         local_steps(model, inner, site, step)
         if options.get("optimizer") == "ddp":
             sync.reduce_gradients()
-            norms.append(sync.clip_grad_norm_(0.05))
+            norms.append(float(sync.clip_grad_norm_(0.05)))
         sync.after_step()
         if (step + 1) % per_round == 0:
             predicted += sync.predicted_bytes(1, clip=True)

@@ -43,7 +43,7 @@ def test_steps_by_pace() -> None:
     assert steps_of_round([1.0, 1.02, 1.3], 10) == [10, 10, 8]
     assert steps_of_round([0.0, 2.0, 1.0], 8) == [8, 4, 8]  # who is not known takes all
     assert steps_of_round([0.0, 0.0], 8) == [8, 8]
-    with pytest.raises(ValueError, match="got nan of site 1"):
+    with pytest.raises(ValueError, match="got nan for site 1"):
         steps_of_round([1.0, float("nan")], 8)
 
 

@@ -43,9 +43,9 @@ def test_copies_and_the_work_of_sending_them_are_spread_evenly(sizes, kind):
         slack = layers if replication == 1 or kind == "random" else 2
         assert max(sends.values(), default=0) - min(sends[s] for s in range(sites)) <= slack
     for count in (-2, absent + 1):
-        with pytest.raises(ValueError, match=rf"in 0..{absent}, .* got {count}"):
+        with pytest.raises(ValueError, match=rf"in \[0, {absent}\], .* got {count}"):
             stale.wanted_copies(placement, count)
-    with pytest.raises(ValueError, match="site 0 holds expert"):
+    with pytest.raises(ValueError, match="wanted must be absent experts, got expert"):
         own = tuple(tuple((placement.resident(0, 0)[0],) for _ in range(sites)) for _ in range(1))
         stale.copy_transfers(placement, own)
 
@@ -62,7 +62,7 @@ def test_the_most_chosen_absent_experts_are_copied():
             assert max(load[layer][e] for e in left) <= min(load[layer][e] for e in mine)
     assert stale.wanted_copies(placement, -1, load) == stale.wanted_copies(placement, -1)
     for wrong in (load[:1], [load[0], load[1][:5]]):
-        with pytest.raises(ValueError, match="load must be of 2 layers of 6 experts, got"):
+        with pytest.raises(ValueError, match="load must be for 2 layers of 6 experts, got"):
             stale.wanted_copies(placement, 2, wrong)
 
 

@@ -428,7 +428,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 def test_a_layout_of_a_turn_is_part_of_the_vectors_of_all() -> None:
     """Its pieces keep their places there; any range is read from them and written back to them."""
-    (whole,) = alone().layouts
+    (whole,) = alone().layout.layouts
     experts = {(0, 3), (0, 4), (1, 11)}
     layout = TurnLayout(whole, experts)
     kept = [(p, at) for p, at in whole.slices() if p.expert is None or p.expert in experts]

@@ -81,7 +81,7 @@ def full_report() -> dict[str, Any]:
     report["story"] = [
         {
             **{"round": 12, "step": 48, "members": list(range(40)), "lost": {"3": "it has ended"}},
-            **{"joined": [], "reason": "", "meeting": "taken back", "seconds": 12.3},
+            **{"joined": [], "reason": "", "meeting": "rolled back", "seconds": 12.3},
             "restored": [{"from_step": 40}, {"from_step": None}],
         }
     ]

@@ -83,7 +83,7 @@ def test_a_good_job_starts(job):
         (["--val-data", "no.txt"], "no.txt does not exist"),
         (["--data", "bytes.txt"], "bytes.txt is not UTF-8 text"),
         (["--data", "a.jsonl", "--text-field", "body"], "a.jsonl, line 1: no field 'body'"),
-        (["--data", "short.txt"], "data is too short"),
+        (["--data", "short.txt"], "data must have at least seq_len + 1"),
         (["--tokenizer", "no.json"], "tokenizer no.json does not exist"),
         (["--tokenizer", "text.txt"], "tokenizer text.txt is not a tokenizer.json"),
         pytest.param(["--device", "cuda"], "device is cuda, but", marks=no_gpu),
@@ -212,7 +212,7 @@ def test_what_is_not_whole_is_refused_by_name(job, stopped):
     state.write_bytes(state.read_bytes()[:-1])
     code, words, started = job("--resume", "run")
     assert (code, started) == (2, 0)
-    assert "no whole checkpoint to resume in run" in words and "state-00000.json has" in words
+    assert "no whole checkpoint to resume in run" in words and "state-00000.json must have" in words
     # But where it is to begin anew if need be, it does.
     code, words, started = job("--resume", "auto", "--run-dir", "run", "--data", "text.txt")
     assert (code, started) == (0, 1), words

@@ -249,4 +249,4 @@ def test_a_damaged_checkpoint_is_refused(whole, tmp_path):
         state.write_bytes(state.read_bytes()[:-1])
     result = train("--resume", str(run))
     assert result.returncode not in (0, 130)
-    assert "no whole checkpoint" in result.stderr and "state-00001.json has" in result.stderr
+    assert "no whole checkpoint" in result.stderr and "state-00001.json must have" in result.stderr

@@ -43,7 +43,7 @@ void run_all(const GroupedProduct& p, const std::vector<Item>& items, Epilogue e
 int64_t expand_rows_computed() { return rows_computed.load(); }
 
 void expand(const ExpandArgs& args) {
-  const int64_t n = args.intermediate_size;
+  const int64_t n = args.expert_size;
   const int32_t halves = is_gated(args.activation) ? 2 : 1;
   const GroupedProduct p{.dtype = args.dtype,
                          .a = {args.x, args.hidden, args.token_of_row},
@@ -71,17 +71,16 @@ void expand(const ExpandArgs& args) {
 }
 
 void contract(const ContractArgs& args) {
-  const GroupedProduct p{
-      .dtype = args.dtype,
-      .a = {args.act, args.intermediate_size, nullptr},
-      .a_by_rows = true,
-      .b = {args.weight, args.intermediate_size, nullptr},
-      .b_by_columns = true,
-      .b_expert_bytes = args.hidden * args.intermediate_size * size_of(args.dtype),
-      .columns = args.hidden,
-      .halves = 1};
-  const auto items = items_by_rows(gemm_kernels(), args.offsets, args.residents, args.hidden, 1,
-                                   args.intermediate_size);
+  const GroupedProduct p{.dtype = args.dtype,
+                         .a = {args.act, args.expert_size, nullptr},
+                         .a_by_rows = true,
+                         .b = {args.weight, args.expert_size, nullptr},
+                         .b_by_columns = true,
+                         .b_expert_bytes = args.hidden * args.expert_size * size_of(args.dtype),
+                         .columns = args.hidden,
+                         .halves = 1};
+  const auto items =
+      items_by_rows(gemm_kernels(), args.offsets, args.residents, args.hidden, 1, args.expert_size);
   expect_rows(args.rows, args.dtype, args.offsets[args.residents], args.hidden);
   run_all(p, items, [&](const GemmKernels& g, const Item& item, Block block, int64_t row, int64_t) {
     const int64_t column = item.columns.begin;
@@ -109,7 +108,7 @@ void grouped_rows(const GroupedRowsArgs& args) {
 }
 
 void contract_backward(const ContractBackwardArgs& args) {
-  const int64_t n = args.intermediate_size;
+  const int64_t n = args.expert_size;
   const int64_t preact_width = is_gated(args.activation) ? 2 * n : n;
   const GroupedProduct p{.dtype = args.dtype,
                          .a = {args.grad_y, args.hidden, args.token_of_row},
@@ -218,7 +217,7 @@ void bias_grad(const BiasGradArgs& args) {
 
 void activation_backward(const ActivationBackwardArgs& args) {
   const GemmKernels& g = gemm_kernels();
-  const int64_t n = args.intermediate_size, width = is_gated(args.activation) ? 2 * n : n;
+  const int64_t n = args.expert_size, width = is_gated(args.activation) ? 2 * n : n;
   const int64_t padded = round_up(n, 16);
   parallel_for(0, args.offsets[args.residents], 64, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;

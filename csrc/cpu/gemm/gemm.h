@@ -66,13 +66,13 @@ struct GemmKernels {
   // The sum over j of a[j] * b[j].
   float (*dot)(DType, const void* a, const void* b, int64_t count);
   // The epilogue of expand: column j of the gate is c[.][j], of the up projection
-  // c[.][up_column + j]. Each plus its bias, at the block's first column, up intermediate_size further;
+  // c[.][up_column + j]. Each plus its bias, at the block's first column, up expert_size further;
   // bias and preact may be null.
   void (*activate)(DType, Activation, Block, int64_t up_column, const void* bias, void* act,
-                   int64_t intermediate_size, void* preact);
+                   int64_t expert_size, void* preact);
   // The epilogue of contract's backward; pointers at the block's first row and column.
   // dot[i] = <activation(preact), c> over the block's columns.
-  void (*activate_backward)(DType, Activation, Block, const void* preact, int64_t intermediate_size,
+  void (*activate_backward)(DType, Activation, Block, const void* preact, int64_t expert_size,
                             const float* weights, void* grad_preact, void* scaled_act, float* dot);
 };
 

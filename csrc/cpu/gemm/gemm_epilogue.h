@@ -119,11 +119,11 @@ float dot(const void* a_bytes, const void* b_bytes, int64_t count) {
 
 template <class S, class Act, bool kGated>
 void activate(Block block, int64_t up_column, const void* bias_bytes, void* act_bytes,
-              int64_t intermediate_size, void* preact_bytes) {
+              int64_t expert_size, void* preact_bytes) {
   auto* bias = static_cast<const typename S::type*>(bias_bytes);
   auto* act = static_cast<typename S::type*>(act_bytes);
   auto* preact = static_cast<typename S::type*>(preact_bytes);
-  const int64_t preact_stride = kGated ? 2 * intermediate_size : intermediate_size;
+  const int64_t preact_stride = kGated ? 2 * expert_size : expert_size;
   for (int64_t i = 0; i < block.rows; ++i) {
     const float* c = block.c + i * block.stride;
     for (int64_t j = 0; j < block.columns; j += kLanes) {
@@ -134,22 +134,22 @@ void activate(Block block, int64_t up_column, const void* bias_bytes, void* act_
       if (preact) store_some<S>(preact + i * preact_stride + j, gate, count);
       if constexpr (kGated) {
         vf up = load(c + up_column + j);
-        if (bias) up += load_some<S>(bias + intermediate_size + j, count);
+        if (bias) up += load_some<S>(bias + expert_size + j, count);
         value *= Act::up_value(up);
-        if (preact) store_some<S>(preact + i * preact_stride + intermediate_size + j, up, count);
+        if (preact) store_some<S>(preact + i * preact_stride + expert_size + j, up, count);
       }
-      store_some<S>(act + i * intermediate_size + j, value, count);
+      store_some<S>(act + i * expert_size + j, value, count);
     }
   }
 }
 
 template <class S, class Act, bool kGated>
-void activate_backward(Block block, const void* preact_bytes, int64_t intermediate_size,
+void activate_backward(Block block, const void* preact_bytes, int64_t expert_size,
                        const float* weights, void* grad_bytes, void* scaled_bytes, float* dot) {
   auto* preact = static_cast<const typename S::type*>(preact_bytes);
   auto* grad = static_cast<typename S::type*>(grad_bytes);
   auto* scaled = static_cast<typename S::type*>(scaled_bytes);
-  const int64_t stride = kGated ? 2 * intermediate_size : intermediate_size;
+  const int64_t stride = kGated ? 2 * expert_size : expert_size;
   for (int64_t i = 0; i < block.rows; ++i) {
     const float* c = block.c + i * block.stride;
     const vf weight = splat(weights ? weights[i] : 1.0f);
@@ -162,7 +162,7 @@ void activate_backward(Block block, const void* preact_bytes, int64_t intermedia
       vf through = load(c + j);  // zero past the last column, as packed B is
       vf act = value;
       if constexpr (kGated) {
-        const vf up = load_some<S>(preact + i * stride + intermediate_size + j, count);
+        const vf up = load_some<S>(preact + i * stride + expert_size + j, count);
         const vf up_value = Act::up_value(up);
         act *= up_value;
         slope *= up_value;
@@ -171,8 +171,8 @@ void activate_backward(Block block, const void* preact_bytes, int64_t intermedia
       total = fmadd(act, through, total);
       through *= weight;
       store_some<S>(grad + i * stride + j, slope * through, count);
-      if (kGated) store_some<S>(grad + i * stride + intermediate_size + j, value * through, count);
-      if (scaled) store_some<S>(scaled + i * intermediate_size + j, act * weight, count);
+      if (kGated) store_some<S>(grad + i * stride + expert_size + j, value * through, count);
+      if (scaled) store_some<S>(scaled + i * expert_size + j, act * weight, count);
     }
     if (dot) dot[i] = sum_lanes(total);
   }

@@ -360,19 +360,18 @@ const GemmKernels gemm_table = {
         },
     .activate =
         [](DType dtype, Activation activation, Block block, int64_t up_column, const void* bias,
-           void* act, int64_t intermediate_size, void* preact) {
+           void* act, int64_t expert_size, void* preact) {
           with_activation(dtype, activation, [&](auto s, auto a, auto gated) {
             activate<decltype(s), decltype(a), decltype(gated)::value>(block, up_column, bias, act,
-                                                                       intermediate_size, preact);
+                                                                       expert_size, preact);
           });
         },
     .activate_backward =
-        [](DType dtype, Activation activation, Block block, const void* preact,
-           int64_t intermediate_size, const float* weights, void* grad_preact, void* scaled_act,
-           float* dot) {
+        [](DType dtype, Activation activation, Block block, const void* preact, int64_t expert_size,
+           const float* weights, void* grad_preact, void* scaled_act, float* dot) {
           with_activation(dtype, activation, [&](auto s, auto a, auto gated) {
             activate_backward<decltype(s), decltype(a), decltype(gated)::value>(
-                block, preact, intermediate_size, weights, grad_preact, scaled_act, dot);
+                block, preact, expert_size, weights, grad_preact, scaled_act, dot);
           });
         },
 };

@@ -13,9 +13,7 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int64_t kMaxBlocks = 1 << 16;
 
-int64_t parts_of(int64_t intermediate_size) {
-  return (intermediate_size + kStripColumns - 1) / kStripColumns;
-}
+int64_t parts_of(int64_t expert_size) { return (expert_size + kStripColumns - 1) / kStripColumns; }
 
 // ---- gradients of combine weights ---------------------------------------------------------------
 
@@ -154,7 +152,7 @@ cudaLaunchConfig_t config_for(unsigned blocks, cudaStream_t stream) {
 }  // namespace
 
 int64_t contract_backward_workspace(const ContractBackwardArgs& args) {
-  return parts_of(args.intermediate_size) * args.slots;
+  return parts_of(args.expert_size) * args.slots;
 }
 
 int contract_backward(const ContractBackwardArgs& args, void* stream) {
@@ -168,7 +166,7 @@ int contract_backward(const ContractBackwardArgs& args, void* stream) {
       config_for(blocks_for(args.slots, kThreads, kMaxBlocks), cuda_stream);
   const auto body = [&](auto access) {
     return cudaLaunchKernelEx(&config, weight_dots_kernel<decltype(access)>, args,
-                              parts_of(args.intermediate_size));
+                              parts_of(args.expert_size));
   };
   return for_widest_access(args.dtype, body, args.hidden, args.bias, args.grad_y);
 }
@@ -189,7 +187,7 @@ int activation_backward(const ActivationBackwardArgs& args, void* stream) {
   if (args.slots == 0) return cudaSuccess;
   const auto body = [&](auto access) {
     using A = decltype(access);
-    const int64_t columns = args.intermediate_size / A::kWidth;
+    const int64_t columns = args.expert_size / A::kWidth;
     const cudaLaunchConfig_t config = config_for(
         blocks_for(args.slots * columns, kThreads, kMaxBlocks), static_cast<cudaStream_t>(stream));
     return with_activation(args.activation, [&](auto activation) {
@@ -197,7 +195,7 @@ int activation_backward(const ActivationBackwardArgs& args, void* stream) {
       return cudaLaunchKernelEx(&config, kernel, args, columns);
     });
   };
-  return for_widest_access(args.dtype, body, args.intermediate_size, args.grad_act, args.preact,
+  return for_widest_access(args.dtype, body, args.expert_size, args.grad_act, args.preact,
                            args.grad_preact);
 }
 

@@ -113,30 +113,29 @@ struct Activate {
   void* act;         // [S, N]
   void* preact;      // [S, G*N] or null
   const void* bias;  // [R, G*N] or null
-  int64_t intermediate_size;
+  int64_t expert_size;
 
   __device__ void look_ahead(const Place&) const {}
   template <bool kStoresMatrices>
   __device__ void strip(Sums& sums, const Place& place, unsigned char* staging) const {
     constexpr int kBlocks = 2 * kResultQuads;  // of 8 columns
     const int lane = threadIdx.x % kWarp;
-    const int64_t width = kGates * intermediate_size, first = place.resident * width + place.column;
+    const int64_t width = kGates * expert_size, first = place.resident * width + place.column;
     add_bias<Format, 0, kBlocks>(sums, bias, first, place.columns, lane);
     if constexpr (kGates == 2)
-      add_bias<Format, 4, kBlocks>(sums, bias, first + intermediate_size, place.columns, lane);
+      add_bias<Format, 4, kBlocks>(sums, bias, first + expert_size, place.columns, lane);
     Window<Format, kStoresMatrices> window(staging, lane);
     if (preact != nullptr) {
       const int64_t at = place.row * width + place.column;
       window.move(element_at<Format>(preact, at), width, place.rows, place.columns);
       write_quads<0, kResultQuads>(window, sums);
       if constexpr (kGates == 2) {
-        window.move(element_at<Format>(preact, at + intermediate_size), width, place.rows,
-                    place.columns);
+        window.move(element_at<Format>(preact, at + expert_size), width, place.rows, place.columns);
         write_quads<kResultQuads, kResultQuads>(window, sums);
       }
     }
-    window.move(element_at<Format>(act, place.row * intermediate_size + place.column),
-                intermediate_size, place.rows, place.columns);
+    window.move(element_at<Format>(act, place.row * expert_size + place.column), expert_size,
+                place.rows, place.columns);
 #pragma unroll
     for (int quad = 0; quad < kResultQuads; ++quad) {
       Quad gates, ups;
@@ -169,7 +168,7 @@ struct ActivateBackward {
   void* grad_preact;           // [S, G*N]
   void* scaled_act;            // [S, N]
   float* parts;                // [N / 64 rounded up, S], <act, sums> of a strip's columns
-  int64_t slots, intermediate_size;
+  int64_t slots, expert_size;
 
   // The pre-activations, a line of 128 bytes for each row (16-bit elements) and gate: a lane asks for one.
   __device__ void look_ahead(const Place& place) const {
@@ -233,16 +232,16 @@ struct ActivateBackward {
     }
     gate_grads.flush();
     if constexpr (kGated) up_grads.flush();
-    gates.move(element_at<Format>(scaled_act, place.row * intermediate_size + place.column),
-               intermediate_size, place.rows, place.columns);
+    gates.move(element_at<Format>(scaled_act, place.row * expert_size + place.column), expert_size,
+               place.rows, place.columns);
     write_quads<0, kQuads>(gates, sums);
   }
 
  private:
-  __device__ int64_t width() const { return kGates * intermediate_size; }
+  __device__ int64_t width() const { return kGates * expert_size; }
   // Where the strip begins in pre-activations or their gradients; gate 1: the up columns.
   __device__ unsigned char* at_preact(const void* base, const Place& place, int gate) const {
-    return element_at<Format>(base, place.row * width() + gate * intermediate_size + place.column);
+    return element_at<Format>(base, place.row * width() + gate * expert_size + place.column);
   }
   // One element: gate and up become their gradients, `sum` becomes weight * act.
   __device__ static void through(float& gate, float& up, float weight, float& sum, float& dot) {

@@ -73,29 +73,29 @@ bool good_row(DType dtype, int64_t size) {
 }  // namespace
 
 int expand(const ExpandArgs& args, void* stream) {
-  if (!good_row(args.dtype, args.hidden) || !good_row(args.dtype, args.intermediate_size))
+  if (!good_row(args.dtype, args.hidden) || !good_row(args.dtype, args.expert_size))
     return cudaErrorInvalidValue;
   const auto body = [&](auto format, auto activation) {
     using Epilogue = Activate<decltype(format), decltype(activation)::value>;
-    const int64_t width = args.intermediate_size * Epilogue::kGates;
+    const int64_t width = args.expert_size * Epilogue::kGates;
     const RowsProblem<Epilogue, Major::sum, true> problem{
         {args.x, args.token_of_row, args.tokens, args.hidden},
         {args.weight, nullptr, width, args.hidden},
-        {args.offsets, args.tiles, args.residents, args.intermediate_size, args.hidden, nullptr},
-        {args.act, args.preact, args.bias, args.intermediate_size}};
+        {args.offsets, args.tiles, args.residents, args.expert_size, args.hidden, nullptr},
+        {args.act, args.preact, args.bias, args.expert_size}};
     return run(Verb::expand, args.dtype, problem, static_cast<cudaStream_t>(stream));
   };
   return with_format_and_activation(args.dtype, args.activation, body);
 }
 
 int contract(const ContractArgs& args, void* stream) {
-  if (!good_row(args.dtype, args.hidden) || !good_row(args.dtype, args.intermediate_size))
+  if (!good_row(args.dtype, args.hidden) || !good_row(args.dtype, args.expert_size))
     return cudaErrorInvalidValue;
   const auto body = [&](auto format) {
     const RowsProblem<StoreRows<decltype(format)>, Major::sum, false> problem{
-        {args.act, nullptr, args.slots, args.intermediate_size},
-        {args.weight, nullptr, args.hidden, args.intermediate_size},
-        {args.offsets, args.tiles, args.residents, args.hidden, args.intermediate_size, nullptr},
+        {args.act, nullptr, args.slots, args.expert_size},
+        {args.weight, nullptr, args.hidden, args.expert_size},
+        {args.offsets, args.tiles, args.residents, args.hidden, args.expert_size, nullptr},
         {args.rows, args.hidden, args.bias}};
     return run(Verb::contract, args.dtype, problem, static_cast<cudaStream_t>(stream));
   };
@@ -103,16 +103,16 @@ int contract(const ContractArgs& args, void* stream) {
 }
 
 int contract_backward_rows(const ContractBackwardArgs& args, void* stream) {
-  if (!good_row(args.dtype, args.hidden) || !good_row(args.dtype, args.intermediate_size))
+  if (!good_row(args.dtype, args.hidden) || !good_row(args.dtype, args.expert_size))
     return cudaErrorInvalidValue;
   const auto body = [&](auto format, auto activation) {
     using Epilogue = ActivateBackward<decltype(format), decltype(activation)::value>;
     const RowsProblem<Epilogue, Major::line, true> problem{
         {args.grad_y, args.token_of_row, args.tokens, args.hidden},
-        {args.weight, nullptr, args.hidden, args.intermediate_size},
-        {args.offsets, args.tiles, args.residents, args.intermediate_size, args.hidden, nullptr},
+        {args.weight, nullptr, args.hidden, args.expert_size},
+        {args.offsets, args.tiles, args.residents, args.expert_size, args.hidden, nullptr},
         {args.preact, args.weights, args.slot_of_row, args.grad_preact, args.scaled_act,
-         args.workspace, args.slots, args.intermediate_size}};
+         args.workspace, args.slots, args.expert_size}};
     return run(Verb::contract_backward, args.dtype, problem, static_cast<cudaStream_t>(stream));
   };
   return with_format_and_activation(args.dtype, args.activation, body);

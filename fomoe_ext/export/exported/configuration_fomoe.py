@@ -10,10 +10,10 @@ from transformers import PretrainedConfig
 class FomoeConfig(PretrainedConfig):
     """A decoder with rotary attention and a Mixture of Experts in every block.
 
-    Sizes have the names that transformers gives them. The others:
+    Sizes have the usual names of transformers. Other options:
 
-    activation: swiglu, geglu, silu, relu2, gelu or clamped_swiglu, of all experts.
-    expert_bias: biases in the routed experts.
+    activation: of all experts: swiglu, geglu, silu, relu2, gelu or clamped_swiglu.
+    expert_bias: whether routed experts have biases.
     router_scoring: sigmoid or softmax, how router logits become scores.
     router_renormalize: divide the chosen experts' scores by their sum.
     router_scale: factor on the chosen experts' scores.
@@ -23,11 +23,11 @@ class FomoeConfig(PretrainedConfig):
     norm: layer (LayerNorm without bias) or rms.
     rope_base: base of the rotary angles.
     depth_multiplier: factor on what a block adds to the residual stream.
-    tokens: "bytes" (UTF-8 bytes are the ids) or "tokenizer.json".
+    tokens: "bytes" (the ids are UTF-8 bytes) or "tokenizer.json".
     """
 
     model_type = "fomoe"
-    # Lists are what Trainer adds to.
+    # Trainer appends to this, so it must be a list.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     def __init__(

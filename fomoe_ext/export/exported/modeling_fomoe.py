@@ -23,7 +23,7 @@ from .configuration_fomoe import FomoeConfig
 _NORM_EPS = 1e-5
 _GATED = ("swiglu", "geglu", "clamped_swiglu")
 
-# What transformers calls the cache in outputs has changed.
+# Versions of transformers differ in the name of the cache in outputs.
 _OUTPUT_FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
 _CACHE = "cache" if "cache" in _OUTPUT_FIELDS else "past_key_values"
 
@@ -45,8 +45,8 @@ class FomoeNorm(nn.Module):
 def rotary_angles(positions: Tensor, config: FomoeConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines, fp32 [B, 1, L, S / 2], of int positions [B, L].
 
-    Computed anew in every pass, so that no buffer is lost when the model is built on the meta
-    device; in fp64, as in training, where the device has it.
+    They are computed in every pass: a buffer would be lost if the model is built on the meta
+    device. The arithmetic is fp64, as in training, if the device supports it.
     """
     size = config.hidden_size // config.num_attention_heads
     wide = torch.float32 if positions.device.type == "mps" else torch.float64
@@ -56,17 +56,17 @@ def rotary_angles(positions: Tensor, config: FomoeConfig) -> tuple[Tensor, Tenso
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + S / 2]) of x [B, H, L, S]."""
+    """Rotates the pairs (x[i], x[i + S / 2]) of x [B, H, L, S]."""
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def visible_keys(mask: Tensor | None, past: int, queries: int, keys: int) -> Tensor | None:
-    """Bool [B or 1, 1, queries, keys]: which keys a query sees; None = as is_causal, or all.
+    """Bool [B or 1, 1, queries, keys]: the keys that a query attends to; None = causal, or all.
 
-    mask: None, or the 2-D mask of padding [B, tokens], True = a token. Query i stands at place
-    past + i. A query always sees itself, so that the rows of padding are numbers too.
+    mask: None, or the padding mask [B, tokens], True = a token. Query i is at position past + i. A
+    query always attends to itself, so that rows of padding have no NaN.
     """
     if mask is None and keys == past + queries and (past == 0 or queries == 1):
         return None
@@ -103,7 +103,7 @@ class FomoeAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
-            # Where the keys belong: static caches of older versions must be told.
+            # Positions of the keys, which static caches of older versions need.
             places = {"cache_position": torch.arange(past, past + length, device=x.device)}
             k, v = cache.update(k, v, self.layer, places)
         if mask is None or mask.dim() == 2:
@@ -129,7 +129,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
     elif activation == "relu2":
         x = F.relu(x).square()
     else:
-        raise ValueError(f"activation must be one that FomoeConfig names, got {activation!r}")
+        raise ValueError(f"activation must be one of those in FomoeConfig, got {activation!r}")
     return x if up is None else x * up
 
 
@@ -168,7 +168,7 @@ class FomoeRouter(nn.Module):
         choice = scores.detach() + self.selection_bias.float()
         if config.router_num_groups > 1:
             choice = self._within_best_groups(choice)
-        # A stable sort: of equal scores the lower index comes first, as in training.
+        # A stable sort: among equal scores the lower index is first, as in training.
         experts = choice.sort(dim=-1, descending=True, stable=True).indices
         experts = experts[:, : config.num_experts_per_tok]
         weights = scores.gather(1, experts)
@@ -178,7 +178,7 @@ class FomoeRouter(nn.Module):
         return weights * config.router_scale, experts
 
     def _within_best_groups(self, choice: Tensor) -> Tensor:
-        """-inf outside of the groups with the largest sums of their two best choice scores."""
+        """Sets scores to -inf except in the groups with the largest sums of their two best."""
         groups = choice.view(choice.shape[0], self.config.router_num_groups, -1)
         best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(dim=-1)
         order = best.sort(dim=-1, descending=True, stable=True).indices
@@ -207,7 +207,7 @@ class FomoeMoE(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])
         weights, experts = self.router(tokens)
         y = torch.zeros_like(tokens, dtype=torch.float32)
-        for expert in experts.unique().tolist():  # only those that got tokens
+        for expert in experts.unique().tolist():  # only experts with tokens
             token, slot = (experts == expert).nonzero(as_tuple=True)
             rows = self.experts[expert](tokens[token])
             y = y.index_add(0, token, rows.float() * weights[token, slot, None])
@@ -244,12 +244,14 @@ class FomoeBlock(GradientCheckpointingLayer):
 def chosen_outputs(
     config: FomoeConfig, hidden_states: bool | None, return_dict: bool | None, other: dict[str, Any]
 ) -> tuple[bool, bool]:
-    """Whether hidden states are asked for, and a named output; by default as in the configuration.
+    """Whether to return hidden states, and a named output; by default as in the configuration.
 
-    ValueError where attention weights are asked for: the attention does not make them.
+    Raises ValueError if attention weights are requested: this attention does not compute them.
     """
     if other.get("output_attentions", getattr(config, "output_attentions", False)):
-        raise ValueError("output_attentions must be False: this attention has no weights to give")
+        raise ValueError(
+            "output_attentions must be False, got True: this attention computes no weights"
+        )
     if hidden_states is None:
         hidden_states = bool(getattr(config, "output_hidden_states", False))
     if return_dict is None:
@@ -258,14 +260,14 @@ def chosen_outputs(
 
 
 class FomoePreTrainedModel(PreTrainedModel):
-    """What both models share."""
+    """Common parts of both models."""
 
     config_class = FomoeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["FomoeBlock"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "cache"]
-    # Steps of the bias are smaller than what bf16 can add.
+    # Updates of the bias are too small for bf16.
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["selection_bias"]
     _supports_sdpa = True
     _can_compile_fullgraph = False  # which experts get tokens depends on the data
@@ -314,14 +316,14 @@ class FomoeModel(FomoePreTrainedModel):
     ) -> BaseModelOutputWithPast | tuple:
         """int64 [B, L], or embeddings [B, L, D], -> hidden states [B, L, D] after the last norm.
 
-        attention_mask: [B, tokens so far], 0 = padding, or a finished mask [B, 1, L, keys].
-        cache, past_key_values: two names of the same.
+        attention_mask: [B, tokens so far], 0 = padding, or a complete mask [B, 1, L, keys].
+        cache, past_key_values: two names of the same argument.
         """
         output_hidden_states, return_dict = chosen_outputs(
             self.config, output_hidden_states, return_dict, kwargs
         )
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+            raise ValueError("one of input_ids and inputs_embeds must be given")
         cache = past_key_values if cache is None else cache
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if checkpointing or not (self.config.use_cache if use_cache is None else use_cache):
@@ -391,8 +393,9 @@ class FomoeForCausalLM(FomoePreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple:
         """As `FomoeModel.forward`, -> logits of the next token [B, L, vocab_size].
 
-        labels: int64 [B, L], -100 = none; the loss is of predicting labels[:, 1:], in nats. It has
-        no part that balances the experts. logits_to_keep: logits of so many last tokens, 0 = all.
+        labels: int64 [B, L], -100 = ignored; the loss is the cross entropy of labels[:, 1:] in
+        nats, without losses that balance experts. logits_to_keep: number of last tokens to compute
+        logits of, 0 = all; or their indices.
         """
         output_hidden_states, return_dict = chosen_outputs(
             self.config, output_hidden_states, return_dict, kwargs
