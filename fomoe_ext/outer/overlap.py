@@ -21,7 +21,7 @@ from fomoe_ext.placement.overlap import (
     reason,
 )
 
-_LOG = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 _NEWEST = 64
 """So many of the last local steps are measured by their median."""
 
@@ -89,4 +89,4 @@ class OverlapTimes:
         if steps != self.steps or not self.reason:
             self.steps = steps
             self.reason = reason(steps, needed, self._local_steps, self._fragments)
-            _LOG.info("%s", self.reason)
+            _log.info("%s", self.reason)

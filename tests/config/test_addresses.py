@@ -112,7 +112,7 @@ def test_sites_meet_at_a_lighthouse(text, monkeypatch):
         # One that knows another secret finds a store, and nothing of its job in it.
         monkeypatch.setenv("FOMOE_SECRET", "quite another run's secret")
         monkeypatch.setattr("fomoe_ext.fault.membership._KEY_S", 0.2)
-        with pytest.raises(ConnectionError, match=r"knows nothing of this job.*FOMOE_SECRET"):
+        with pytest.raises(ConnectionError, match=r"is no lighthouse of this job.*FOMOE_SECRET"):
             TorchftMembership(lighthouse.address, 0, 1, **options, name="--lighthouse")
         monkeypatch.delenv("FOMOE_SECRET")
     finally:

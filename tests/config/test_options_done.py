@@ -121,9 +121,12 @@ def test_nothing_is_said_of_options_that_do_something(flags):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"seed": 3}, "seed needs skip_experts"),
-        ({"data": ("a",), "val_data": ("b",)}, "data has no effect beside val_data"),
-        ({"cache_dir": Path("c"), "val_data": ("b",)}, "cache_dir has no effect beside val_data"),
+        ({"seed": 3}, "seed must be given with skip_experts"),
+        ({"data": ("a",), "val_data": ("b",)}, "data and val_data must not be given together"),
+        (
+            {"cache_dir": Path("c"), "val_data": ("b",)},
+            "cache_dir and val_data must not be given together",
+        ),
     ],
 )
 def test_options_of_eval_that_would_do_nothing(options, message):

@@ -26,6 +26,7 @@ COMMANDS = {
     "link",
     "plan/args",
     "plan/command",
+    "report/command",
     "train/command",
     "train/process",
 }

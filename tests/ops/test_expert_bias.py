@@ -416,7 +416,9 @@ def test_biases_move_with_their_experts() -> None:
     for row, expert in enumerate((0, 3, 5)):
         for name in layer.experts.parts:
             assert torch.equal(layer.experts.part(name)[row], full.experts.part(name)[expert])
-    sites = [small_layer.make(expert_bias=True, resident_experts=ids) for ids in ([0, 4], [5, 1], [2, 3])]
+    sites = [
+        small_layer.make(expert_bias=True, resident_experts=ids) for ids in ([0, 4], [5, 1], [2, 3])
+    ]
     for site in sites:
         held = site.experts.resident_experts
         site.set_resident_experts(held, {e: full.experts.expert_weights(e) for e in held})

@@ -200,7 +200,9 @@ def set_main_grads(layer: Any) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_layer_fills_main_grad(bias: bool) -> None:
     """All other gradients as ever, of every pass; `grad` of the weights stays None."""
-    plain, layer = (small_layer.make(expert_bias=bias, resident_experts=[0, 2, 5]) for _ in range(2))
+    plain, layer = (
+        small_layer.make(expert_bias=bias, resident_experts=[0, 2, 5]) for _ in range(2)
+    )
     set_main_grads(layer)
     for step in range(3):
         x = small_layer.tokens(40, 24, seed=step)
