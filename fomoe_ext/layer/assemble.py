@@ -1,9 +1,10 @@
-"""The global model: which site answers for which tensor, and how each tensor is called.
+"""The global model: which site provides which tensor, and the names of its tensors.
 
-No site holds the global model. Expert e of layer l is taken from one of its holders, its router row
-as well (with router_scope "resident" the rows of absent experts stand still on a site), everything
-else from site 0. Tensors are called as in the model's state dict, but that experts are single:
-`blocks.0.moe.experts.3.expand_weight`, [G*N, D], and so on for `Experts.parts`.
+No site holds the global model. Each expert is taken from one of its holders, and so is its row of
+the router, because with router_scope "resident" other sites do not train that row. All other
+tensors are taken from site 0. Names are those of the model's state dict, except that every expert
+has tensors of its own: `blocks.0.moe.experts.3.expand_weight`, [G*N, D], and so on for
+`Experts.parts`.
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ def expert_key(path: str, expert: int, part: str) -> str:
 
 
 def responsible_site(placement: Placement, layer: int, expert: int) -> int:
-    """The holder that writes and sends an expert; holders take turns, so that the work is even."""
+    """The holder that saves and sends an expert; holders take turns to share the work evenly."""
     owners = placement.owners(layer, expert)
     return owners[(expert + layer) % len(owners)]
 
 
 def local_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and persistent buffers by name, detached: the state dict of the model, without
-    the ids of resident experts, which are a site's own."""
+    """All parameters and persistent buffers by name, detached: the model's state dict without the
+    ids of resident experts, which differ between sites."""
     return {name: value.detach() for name, value in _state(model).items()}
 
 
@@ -67,7 +68,7 @@ def _share(model: NamedLayer, name: str) -> str:
 def _from_responsible(
     rows: Tensor, placement: Placement, layer: int, site: int, rank: int
 ) -> Tensor:
-    """Rows [E, ...], row e from expert e's responsible site; a collective of all processes."""
+    """Rows [E, ...], row e from the responsible site of expert e; a collective of all processes."""
     rows = whole(rows)
     if placement.num_sites == 1:
         return rows.clone()
@@ -76,7 +77,7 @@ def _from_responsible(
         for e in range(placement.num_experts)
     ]
     mine = torch.tensor(answers).view(-1, *[1] * (rows.dim() - 1))
-    # Exactly one site adds a row that is not zero, so the sum is that row, bit for bit.
+    # All sites but one add zeros, so the sum has the bits of the responsible site's row.
     result = torch.where(mine, rows.detach().cpu(), torch.zeros((), dtype=rows.dtype))
     wait_for(dist.all_reduce(result, async_op=True))
     return result.to(rows.device)
@@ -87,7 +88,7 @@ def global_router_tensors(
 ) -> dict[str, Tensor]:
     """Router weights [E, D], biases and selection biases [E] of the global model, by name.
 
-    Every rank of every site must call it. `tensors` are this site's, as of `local_tensors`.
+    tensors: this site's, as `local_tensors` returns them. A collective of all processes.
     """
     result = {}
     for named in named_moe_layers(model):
@@ -104,12 +105,17 @@ def own_global_tensors(
     tensors: Mapping[str, Tensor],
     ranks: SiteRanks | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """This process's part of the global model as (name, tensor); all parts make it whole.
+    """This process's part of the global model as (name, tensor); together the parts of all
+    processes are the whole model.
 
-    Every rank of every site must call it, and with several ranks run it to its end: what is sharded
-    is put together. `ranks` None = one per site. Router tensors are copies. Expert tensors are
-    views of `tensors`, which are this site's, as of `local_tensors` (by default) or any others of
-    the same names and shapes.
+    A collective of all processes; with several ranks per site each must exhaust the iterator,
+    because sharded tensors are gathered on the way. Router tensors are copies, expert tensors are
+    views of `tensors`.
+
+    Args:
+        tensors: this site's, as `local_tensors` returns them, or others of the same names and
+            shapes.
+        ranks: the ranks of this site; None = one.
     """
     ranks = ranks or SiteRanks()
     routers = global_router_tensors(model, placement, site, tensors, ranks.rank)
@@ -154,10 +160,10 @@ def global_names(model: nn.Module) -> set[str]:
 
 @torch.no_grad()
 def fill_model(model: nn.Module, read: Callable[[str], Tensor]) -> None:
-    """Fills a model, which may hold any choice of experts, from tensors of the global model.
+    """Fills a model, whichever experts it holds, from tensors of the global model.
 
-    `read` gives them by name; of experts only the resident ones are asked for. Raises ValueError
-    for another shape.
+    read: returns a tensor of the global model by name; only resident experts are read. Raises
+    ValueError if a tensor has another shape than the model's.
     """
     targets = dict(_state(model))
     for named in named_moe_layers(model):
@@ -169,6 +175,6 @@ def fill_model(model: nn.Module, read: Callable[[str], Tensor]) -> None:
         value = read(name)
         if value.shape != target.shape:
             raise ValueError(
-                f"{name} must have shape {list(target.shape)}, the file has {list(value.shape)}"
+                f"{name} must have shape {list(target.shape)}, got {list(value.shape)}"
             )
         put_whole(target, value)

@@ -1,7 +1,7 @@
-"""What an MoE layer measures of its routing, and the losses that balance the load of its experts.
+"""Statistics of an MoE layer's routing, and the losses that balance the load of its experts.
 
-Logits here are fp32 [T, C], a column for each of the C experts that may be chosen. Everything stays
-on the device: nothing waits for a value.
+Logits here are fp32 [T, C], a column for each of the C experts that may be chosen. All results are
+tensors on the device, so that the host does not wait for them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class MoEStats(NamedTuple):
 
     load: int64 [E], slots that chose each expert, resident or not.
     skipped_share: fp32 scalar in 0..1, share of all T*K slots that were skipped.
-    router_entropy: fp32 scalar, nats, mean over tokens of the entropy of a token's scores
-        normalised to sum 1; log(C) when the router is undecided.
-    rows: int32 scalar, rows that the experts computed.
+    router_entropy: fp32 scalar, nats: the entropy of a token's scores, normalised to sum 1, mean
+        over tokens; log(C) if all scores of a token are equal.
+    rows: int32 scalar, rows that the experts in this process computed.
     """
 
     load: Tensor
@@ -43,7 +43,7 @@ def log_scores(logits: Tensor, scoring: str) -> Tensor:
 
 def expert_load(experts: Tensor, num_experts: int) -> Tensor:
     """Slots per expert, int64 [E], of the chosen experts int32 [T, K]; -1 counts nowhere."""
-    # Not bincount: it waits for the device. Integer scatter_add is deterministic.
+    # bincount would wait for the device. Integer scatter_add is deterministic.
     bins = experts.reshape(-1).long() + 1
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=experts.device)
     return counts.scatter_add(0, bins, torch.ones_like(bins))[1:]
@@ -71,7 +71,7 @@ def switch_loss(logits: Tensor, load: Tensor, scoring: str = "softmax") -> Tenso
 
     f_e is expert e's share of the slots (`load`, int64 [C], no gradient), P_e the mean over tokens
     of its normalised score (for sigmoid as in DeepSeek-V3, arXiv 2412.19437). Logits fp32 [T, C].
-    1 when load and scores are even, larger when both favour the same experts.
+    The value is 1 if load and scores are even, and larger if both favour the same experts.
     """
     mean_score = log_scores(logits, scoring).exp().mean(dim=0)
     share = load / load.sum().clamp_min(1)
@@ -81,10 +81,10 @@ def switch_loss(logits: Tensor, load: Tensor, scoring: str = "softmax") -> Tenso
 def entropy_loss(logits: Tensor) -> Tensor:
     """Negative entropy (nats) of the mean over tokens of softmax(logits), logits fp32 [T, C].
 
-    The regulariser of sigma-MoE (arXiv 2310.10837), with the mean taken in log space: -log(C) when
-    the tokens spread evenly over the experts, 0 when all agree on one.
+    The regulariser of sigma-MoE (arXiv 2310.10837), with the mean taken in log space. The value is
+    -log(C) if tokens are spread evenly over the experts, and 0 if all choose the same one.
     """
-    # Not math.log, which a compiler would fix to one number of tokens.
+    # math.log of the size would make torch.compile specialise on one number of tokens.
     tokens = logits.new_full((), logits.shape[0])
     log_mean = logits.log_softmax(dim=-1).logsumexp(dim=0) - tokens.log()
     return (log_mean.exp() * log_mean).sum()
@@ -96,7 +96,7 @@ def z_loss(logits: Tensor) -> Tensor:
 
 
 def bias_step(load: Tensor, rate: float) -> Tensor:
-    """rate * sign(mean load - load), fp32 [C]: what to add to the selection bias.
+    """rate * sign(mean load - load), fp32 [C], to be added to the selection bias.
 
     Balancing without a loss (arXiv 2408.15664, as in DeepSeek-V3); load is int64 [C].
     """
@@ -105,7 +105,7 @@ def bias_step(load: Tensor, rate: float) -> Tensor:
 
 
 def wants_loss(balance: str, router_z_loss_coef: float) -> bool:
-    """Whether these options of a layer ask for any loss."""
+    """Whether a layer with these options has an auxiliary loss."""
     return balance in ("switch", "entropy") or router_z_loss_coef != 0.0
 
 
@@ -186,7 +186,7 @@ class Balanced(nn.Module):
     def _counts_to(self, device: torch.device) -> None:
         """Moves the counted load and `aux_loss` to a device; zeros where they had no memory."""
         if self.load_since_update.device != device:
-            with torch.inference_mode(False):  # they outlive this pass
+            with torch.inference_mode(False):  # they are used after the current pass, too
                 self.load_since_update = _moved(self.load_since_update, device)
         if self.aux_loss.device != device:
             self.aux_loss = _moved(self.aux_loss.detach(), device)
@@ -200,7 +200,7 @@ class Balanced(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # The graph of the last pass can be neither copied nor stored.
+        # The autograd graph of the last pass can neither be copied nor pickled.
         return self.__dict__ | {"aux_loss": self.aux_loss.detach()}
 
 

@@ -1,4 +1,4 @@
-"""A model in a site of several ranks: dense parameters by FSDP2, experts by the mesh."""
+"""A model at a site of several ranks: FSDP2 shards dense parameters, the mesh shares experts."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def shard_dense(
     model: nn.Module, blocks: Iterable[nn.Module], num_sites: int, ranks_per_site: int
 ) -> None:
-    """Shards all parameters but those of routed experts over all ranks of the site, in place.
+    """Shards all parameters except those of routed experts over all ranks of the site, in place.
 
-    By torch's fully_shard: every one of `blocks`, then what is left. The optimizer, made after
-    this, keeps its state sharded alike. A collective of all processes of the job.
+    Uses torch's fully_shard on each of `blocks`, then on the rest. Build the optimizer after this,
+    so that its state is sharded the same way. A collective of all processes of the job.
     """
     kind = next(model.parameters()).device.type
     shape = (num_sites, ranks_per_site)
@@ -37,13 +37,13 @@ def shard_dense(
     experts = set(expert_parameters(model).values())
     for block in blocks:
         fully_shard(block, mesh=mesh, ignored_params=experts)
-    # Between two passes parameters may change, so the root keeps no whole copy of its own either.
+    # The root is resharded as well, because parameters may change between two passes.
     fully_shard(model, mesh=mesh, ignored_params=experts, reshard_after_forward=True)
 
 
 def average_experts(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Averages the gradients of experts over the mesh's axis "replica", in place; after the
-    backward pass. (FSDP averages all others.) Nothing to do for one replica.
+    """Averages the gradients of experts over the mesh's axis "replica", in place. Call it after the
+    backward pass. FSDP averages all other gradients. With one replica it does nothing.
     """
     group = mesh.get_group(REPLICA)
     if group.size() > 1:

@@ -1,4 +1,7 @@
-"""The weights of the experts that are resident here, and what they make of their rows."""
+"""The weights of the experts that are resident here, and the computation of their rows.
+
+Shapes use the letters of `fomoe_ext.layer.moe`.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,9 @@ from fomoe_ext.layer.residents import Residents, resident_ids
 from fomoe_ext.layer.seeding import fill_normal_
 from fomoe_ext.ops.shapes import on_one_device, plain_floats
 
-# Of one expert, in the order of `Experts.parts`: expand [G*N, D], contract [D, N] and, where there
-# are biases, theirs [G*N] and [D].
 ExpertWeights = tuple[Tensor, ...]
+"""The weights of one expert in the order of `Experts.parts`: expand [G*N, D], contract [D, N] and,
+with biases, [G*N] and [D]."""
 _NUMBER = {2: "two", 4: "four"}
 _PARTS = ("expand_weight", "contract_weight", "expand_bias", "contract_bias")
 _EXTRA_STATE = "_extra_state"  # what torch calls it in state dicts
@@ -27,17 +30,17 @@ _EXTRA_STATE = "_extra_state"  # what torch calls it in state dicts
 class Experts(Residents):
     """The weights of the resident experts, ascending by id; no others are allocated.
 
-    expand_weight: [R, G*N, D], gated: gate rows first, then up. contract_weight: [R, D, N].
-    expand_bias: [R, G*N] and contract_bias: [R, D], or None.
-    resident_experts: the global ids, those of `Residents`; rows are in their order. They are in the
-    state dict as `_extra_state`, int64 [R], and one of other experts is not loaded; one that does
-    not say is, as older ones do not.
+    expand_weight: [R, G*N, D]; of gated experts the gate rows come first, then up.
+    contract_weight: [R, D, N]. expand_bias: [R, G*N] and contract_bias: [R, D], or None.
+    resident_experts: the global ids (see `Residents`), in the order of the rows. The state dict has
+    them as `_extra_state`, int64 [R]. Loading a state dict of other experts is an error; one
+    without ids (of an older version) is loaded.
 
-    The weights may be other tensors than Parameters while the module runs, as with
-    `torch.func.functional_call`, parametrizations, pruning and adapters.
+    In a forward pass the weights may be tensors that are no Parameters, e.g. with
+    `torch.func.functional_call`, parametrizations, pruning or adapters.
 
-    Where a weight has an attribute `main_grad`, float32 of its shape (Megatron-LM's convention),
-    the backward pass adds the weight's gradient to that, and its `grad` stays as it is.
+    If a weight has an attribute `main_grad`, fp32 of its shape (Megatron-LM's convention), the
+    backward pass adds the weight's gradient to that and leaves `grad` alone.
     """
 
     expand_weight: nn.Parameter
@@ -92,8 +95,8 @@ class Experts(Residents):
     def part(self, name: str) -> nn.Parameter:
         """The parameter of one of the `parts`, to be read and written.
 
-        Raises RuntimeError where it is computed from other tensors (a parametrization, pruning),
-        so that what is written into it would be lost.
+        Raises RuntimeError if it is computed from other tensors (a parametrization, pruning):
+        values written into it would be lost.
         """
         found = self._parameters.get(name)
         if not isinstance(found, nn.Parameter):
@@ -108,9 +111,9 @@ class Experts(Residents):
         return torch.tensor(self.resident_experts, dtype=torch.int64, device="cpu")
 
     def set_extra_state(self, state: Any) -> None:
-        """Changes nothing. ValueError for the ids of other experts than are resident."""
+        """Only checks: ValueError unless `state` holds the ids of the resident experts."""
         if problem := self._other_residents(state):
-            raise ValueError(f"resident_experts: {problem}")
+            raise ValueError(f"resident_experts {problem}")
 
     def _load_from_state_dict(
         self,
@@ -125,9 +128,9 @@ class Experts(Residents):
         key = f"{prefix}{_EXTRA_STATE}"
         problem = self._other_residents(state_dict[key]) if key in state_dict else ""
         if problem:
-            error_msgs.append(f"{prefix}resident_experts: {problem}")
+            error_msgs.append(f"{prefix}resident_experts {problem}")
             if all(_same_rows(state_dict.get(prefix + n), self._parameters[n]) for n in self.parts):
-                return  # nothing else would keep the rows of other experts out
+                return  # the shapes fit, so only this keeps other experts' rows out
         rest = {name: value for name, value in state_dict.items() if name != key}
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -136,13 +139,13 @@ class Experts(Residents):
             missing_keys.remove(key)
 
     def _other_residents(self, stored: Any) -> str:
-        """What is wrong with the ids in a state dict; empty for nothing."""
+        """What is wrong with the ids in a state dict, or an empty text."""
         if isinstance(stored, Tensor) and stored.is_meta:
             return ""
         try:
             numbers = stored.tolist() if isinstance(stored, Tensor) else list(stored)
             ids = tuple(map(round, numbers))
-            # Not of whole numbers: somebody has averaged those of several sites.
+            # Fractions come from averaging the state dicts of several sites.
             whole = all(abs(e - number) < 1e-3 for e, number in zip(ids, numbers, strict=True))
         except (TypeError, ValueError, OverflowError):
             return f"must be ids in a state dict, got {stored!r}"
@@ -151,14 +154,13 @@ class Experts(Residents):
         if ids == self.resident_experts:
             return ""
         return (
-            f"the state dict is of experts {list(ids)}, this layer holds "
-            f"{list(self.resident_experts)}; load it into a layer built with "
-            f"resident_experts={list(ids)}"
+            f"must be {list(self.resident_experts)} in a state dict for this layer, got "
+            f"{list(ids)}; load it into a layer built with resident_experts={list(ids)}"
         )
 
     def reset_parameters(self) -> None:
-        """Weights of deviation 1/sqrt(fan-in) that depend only on (seed, layer, expert); zero
-        biases.
+        """Draws weights of standard deviation 1/sqrt(fan-in) that depend only on (seed,
+        layer_index, expert id); sets biases to 0.
         """
         self.write_resident_tables()
         for row, expert in enumerate(self.resident_experts):
@@ -190,26 +192,32 @@ class Experts(Residents):
     ) -> tuple[int, ...]:
         """Changes which experts are resident, in place: the Parameter objects stay the same.
 
-        `weights` gives what `expert_weights` returns for every expert that arrives (and for any
-        other that is to be overwritten); the rows of experts that stay are moved. Returns the ids
-        that arrived. Nothing is changed when an error is raised: ValueError for a different
+        Args:
+            resident_experts: as many ids as before.
+            weights: by id, as `expert_weights` returns them: of every expert that arrives, and of
+                others to be overwritten. The rows of experts that stay are moved.
+
+        Returns the ids that arrived. Raises ValueError, before anything is changed, for another
         number of ids, ids out of range or repeated, and missing or misshapen weights.
         """
         weights = weights or {}
         ids = resident_ids(resident_experts, self.num_experts)
         if len(ids) != self.num_resident:
             raise ValueError(
-                f"resident_experts must keep its number, {self.num_resident}, got {len(ids)}: {ids}"
+                f"resident_experts must have {self.num_resident} ids as before, got {len(ids)}: "
+                f"{ids}"
             )
         arrived = tuple(e for e in ids if e not in self.resident_experts)
         missing = [e for e in arrived if e not in weights]
         if missing:
-            raise ValueError(f"weights must hold the experts that arrive, {missing} are missing")
+            raise ValueError(
+                f"weights must have all experts that arrive, {list(arrived)}, got none of {missing}"
+            )
         parts = [self.part(name) for name in self.parts]
         wanted = tuple(tuple(part.shape[1:]) for part in parts)
         for expert, given in weights.items():
             if expert not in ids:
-                raise ValueError(f"weights holds expert {expert}, which is not in {ids}")
+                raise ValueError(f"weights must be of experts in {ids}, got expert {expert}")
             if len(given) != len(parts) or not all(isinstance(weight, Tensor) for weight in given):
                 kinds = [type(weight).__name__ for weight in given]
                 raise TypeError(
@@ -218,7 +226,7 @@ class Experts(Residents):
             shapes = tuple(tuple(weight.shape) for weight in given)
             if shapes != wanted:
                 raise ValueError(f"weights[{expert}] must have the shapes {wanted}, got {shapes}")
-        # What moves is copied out first: rows may swap places.
+        # Rows that move are copied first, because they may swap places.
         old = {
             row: tuple(part[at].clone() for part in parts)
             for row, expert in enumerate(ids)
@@ -233,32 +241,39 @@ class Experts(Residents):
         return arrived
 
     def forward(
-        self, x: Tensor, weights: Tensor, experts: Tensor, index: Tensor | None = None
+        self,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        experts_TK: Tensor,
+        index_E: Tensor | None = None,
     ) -> tuple[Tensor, ops.RowTable]:
-        """Sum over each token's slots on resident experts, and the row table it was computed by.
+        """The sum over each token's slots on resident experts, [T, D], and the row table used.
 
-        x [T, D] of the weights' dtype, weights fp32 [T, K], experts int32 [T, K] -> y [T, D].
-        `index`: the table by which to read `experts`, None = `resident_index`.
+        Args:
+            x_TD: tokens, of the dtype to compute in.
+            weights_TK: combine weights, fp32.
+            experts_TK: the chosen experts, int32.
+            index_E: int32, the row of each id in `experts_TK`; None = `resident_index`.
         """
-        if index is None:
-            self.tables_to(x.device)
-            index = self.resident_index
-        # Each once: a parametrization computes it.
+        if index_E is None:
+            self.tables_to(x_TD.device)
+            index_E = self.resident_index
+        # Read once: a parametrization computes the weight at every access.
         parts = {name: getattr(self, name) for name in _PARTS}
         given = {name: part for name, part in parts.items() if part is not None}
-        on_one_device({"x": x} | given)
+        on_one_device({"x": x_TD} | given)
         plain_floats(given)
-        table = ops.compact(experts, index, self.num_resident)
-        y = ops.moe_experts(
-            x,
-            weights,
+        table = ops.compact(experts_TK, index_E, self.num_resident)
+        y_TD = ops.moe_experts(
+            x_TD,
+            weights_TK,
             table,
             activation=self.activation,
             expand_total=getattr(parts["expand_weight"], "main_grad", None),
             contract_total=getattr(parts["contract_weight"], "main_grad", None),
-            **{name: part.to(x.dtype) for name, part in given.items()},
+            **{name: part.to(x_TD.dtype) for name, part in given.items()},
         )
-        return y, table
+        return y_TD, table
 
     def extra_repr(self) -> str:
         names = ("hidden_size", "intermediate_size", "num_experts", "activation", "layer_index")
@@ -273,26 +288,26 @@ def _same_rows(stored: Any, own: Tensor | None) -> bool:
 
 
 def require_plain(path: str, module: nn.Module) -> None:
-    """Raises ValueError unless the router or experts at `path` are what they were made: rows by
-    expert in plain Parameters. What adapters and parametrizations add has none, or others at every
-    site.
+    """Raises ValueError unless the router or experts at `path` have exactly the plain Parameters
+    that they were built with, one row per expert. Sites cannot exchange the tensors of adapters and
+    parametrizations, which have no rows or different ones at every site.
     """
     parts = getattr(module, "parts", None)
     if parts is None:
         raise ValueError(
-            f"{path} must be as MoELayer has made it, it is a {type(module).__name__}; merge and "
-            "unload adapters first"
+            f"{path} must be a Router or Experts, got {type(module).__name__}; merge and unload "
+            "adapters first"
         )
     found = {name for name, _ in module.named_parameters()}
     if other := sorted(found ^ set(parts)):
         raise ValueError(
-            f"{path} must have the parameters {', '.join(parts)} and no others, it differs in "
+            f"{path} must have exactly the parameters {', '.join(parts)}, got a difference in "
             f"{', '.join(other)}; remove parametrizations, pruning and adapters first"
         )
 
 
 def extra_state_names(model: nn.Module) -> set[str]:
-    """What the state dict of a model calls the ids of its resident experts."""
+    """The keys of a model's state dict that hold the ids of its resident experts."""
     return {
         f"{name}.{_EXTRA_STATE}" if name else _EXTRA_STATE
         for name, module in model.named_modules(remove_duplicate=False)

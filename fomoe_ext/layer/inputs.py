@@ -1,4 +1,4 @@
-"""What an MoE layer takes for an input."""
+"""Checks of the input of an MoE layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 def autocasts(x: Tensor) -> bool:
     """Whether torch.autocast is on for the device of x."""
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)  # meta knows no autocast
+    return not x.is_meta and torch.is_autocast_enabled(
+        x.device.type
+    )  # there is no autocast for meta
 
 
 def check_shape(x: Tensor, hidden_size: int) -> None:
@@ -23,17 +25,19 @@ def check_shape(x: Tensor, hidden_size: int) -> None:
 
 
 def check_kind(x: Tensor, weight: Tensor, read: Iterator[tuple[str, Tensor]]) -> None:
-    """Raises ValueError for an x of another dtype or device than the layer's `weight`, and where a
-    tensor that a pass will `read`, given by name, has no memory and x has.
+    """Checks x against the layer's `weight` and the tensors that a pass will `read`, with names.
+
+    Raises ValueError unless x has the dtype and device of `weight`, and if one of the tensors to
+    read is on the meta device but x is not.
     """
     if not x.is_floating_point():
         raise ValueError(f"x must have a float dtype, got {x.dtype}")
-    # Torch's own linear layers give memory that nobody has written for weights on meta.
+    # With weights on meta torch's linear layers would return uninitialised memory.
     missing = [] if x.is_meta else [name for name, tensor in read if tensor.is_meta]
     if missing:
         raise ValueError(
-            f"{missing[0]} must be on the device of x, {x.device}, it is on meta; after "
-            "building there call to_empty(device=...), then reset_parameters() or "
+            f"{missing[0]} must be on the device of x, {x.device}, got meta; after building "
+            "on meta call to_empty(device=...), then reset_parameters() or "
             "load_state_dict(...)"
         )
     if x.device != weight.device:
@@ -50,7 +54,7 @@ def tensors_of(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def all_tensors_of(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Also those of the modules inside, but for what accelerate brings when they run."""
+    """Also those of submodules, except where accelerate moves the weights in at run time."""
     for inner_path, inner in module.named_modules(prefix=path):
         if not hasattr(inner, "_hf_hook"):
             yield from tensors_of(inner_path, inner)

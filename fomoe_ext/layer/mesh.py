@@ -1,9 +1,9 @@
-"""A site of many ranks: the mesh of all processes, and how the ranks of one site speak together.
+"""A site of many ranks: the mesh of all processes, and collectives among the ranks of one site.
 
-Process site * ranks_per_site + replica * expert_ranks + expert_rank is at place (site, replica,
-expert_rank) of the mesh, whose axes are called "site", "replica" and "expert". Along "expert" a
-site's resident experts are shared out (`fomoe_ext.layer.dispatch`), along "replica" that is
-repeated for more data, and the slow link is between the places along "site".
+Process site * ranks_per_site + replica * expert_ranks + expert_rank has the coordinate (site,
+replica, expert_rank) in the mesh, whose axes are "site", "replica" and "expert". The ranks along
+"expert" share a site's resident experts (`fomoe_ext.layer.dispatch`). Replicas along "replica" hold
+the same experts and work on different data. The slow link is between the ranks along "site".
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def make_mesh(
 ) -> DeviceMesh:
     """The mesh [num_sites, replicas, ranks_per_site / replicas] of all processes; a collective.
 
-    Raises ValueError for impossible sizes, RuntimeError when torch.distributed has not so many
+    Raises ValueError for impossible sizes, RuntimeError if torch.distributed has another number of
     processes.
     """
     at_least(1, num_sites=num_sites, ranks_per_site=ranks_per_site, replicas=replicas)
@@ -35,31 +35,31 @@ def make_mesh(
     count = dist.get_world_size() if dist.is_initialized() else 1
     if count != num_sites * ranks_per_site:
         raise RuntimeError(
-            f"a mesh of {num_sites} sites of {ranks_per_site} ranks needs "
-            f"{num_sites * ranks_per_site} processes in torch.distributed, there are {count}"
+            f"torch.distributed must have {num_sites * ranks_per_site} processes for {num_sites} "
+            f"sites of {ranks_per_site} ranks, got {count}"
         )
     shape = (num_sites, replicas, ranks_per_site // replicas)
     return init_device_mesh(device_type, shape, mesh_dim_names=AXES)
 
 
 class SiteRanks:
-    """The ranks of one site. With one rank nothing is sent, and every answer is its own.
+    """The ranks of one site and their collectives. A site of one rank sends nothing.
 
-    rank, size: this one's place and their number. site, num_sites. expert_ranks: how many share out
-    the experts; ranks that are equal modulo that hold the same ones.
+    rank, size: this rank and the number of ranks. site, num_sites: the same of sites. expert_ranks:
+    how many ranks share the experts; ranks that are equal modulo that number hold the same experts.
     """
 
     def __init__(self, mesh: DeviceMesh | None = None, num_sites: int = 1, site: int = 0) -> None:
-        """`mesh`: with an axis "expert", and "site" and "replica" where there are these, in this
-        order; None = one rank. A collective of all processes.
+        """`mesh`: has the axis "expert" and may have "site" and "replica", in the order of `AXES`;
+        None = one rank. A collective of all processes.
 
-        Raises TypeError or ValueError for another mesh, or one in which this is not site `site` of
-        `num_sites`.
+        Raises TypeError or ValueError for another mesh, and if this process is not at site `site`
+        of `num_sites` in it.
         """
         self.rank, self.size, self.expert_ranks = 0, 1, 1
         self.num_sites, self.site = num_sites, site
         self.across: Any = None
-        """The process group of this rank of all sites."""
+        """The process group of the ranks with this number at all sites."""
         self._groups: dict[str, Any] = {}
         if mesh is None:
             self.across = dist.group.WORLD if num_sites > 1 else None
@@ -81,39 +81,39 @@ class SiteRanks:
         found, self.rank = divmod(dist.get_rank(), self.size)
         if (found, len(of_sites)) != (site, num_sites):
             raise ValueError(
-                f"mesh must have this process in site {site} of {num_sites}, it has it in site "
-                f"{found} of {len(of_sites)}"
+                f"mesh must have this process in site {site} of {num_sites}, got site {found} of "
+                f"{len(of_sites)}"
             )
         self.across = mesh.get_group("site") if "site" in names else None
         if self.size > 1:
-            # Two threads of a process may speak at once: one of the job, one behind its steps.
+            # A group for each thread that may run collectives: the job and its background thread.
             for thread in ("job", "background"):
                 groups = [dist.new_group(row.tolist()) for row in of_sites]
                 self._groups[thread] = groups[self.site]
 
     @property
     def _who(self) -> str:
-        """What messages call this site's ranks, before their number."""
+        """How error messages name a rank of this site, before its number."""
         return f"site {self.site}, rank"
 
     @property
     def leads(self) -> bool:
-        """Whether this rank speaks for the site."""
+        """Whether this rank is the leader of the site."""
         return self.rank == 0
 
     def holders(self, expert_rank: int) -> tuple[int, ...]:
-        """The ranks that hold what rank `expert_rank` of the axis "expert" holds."""
+        """The ranks that hold the same experts as rank `expert_rank` of the axis "expert"."""
         return tuple(range(expert_rank, self.size, self.expert_ranks))
 
     def gather(self, value: Any, thread: str = "job") -> list[Any]:
-        """What every rank passed, by rank; a collective. Values: see `messages.gather_objects`."""
+        """The values of all ranks, by rank; a collective. Values: see `messages.gather_objects`."""
         return messages.gather_objects(value, self.size, self._groups.get(thread), self._who)
 
     def tell(self, value: Callable[[], Any], thread: str = "job") -> Any:
-        """What `value` returns on the leader, where alone it is called; a collective.
+        """Calls `value` on the leader only and returns its result on all ranks; a collective.
 
-        An error there ends the leader, and the others learn that it is gone. Values: see
-        `messages.gather_objects`.
+        If it raises there, the leader ends and the other ranks notice the lost connection. Values:
+        see `messages.gather_objects`.
         """
         if self.size == 1:
             return value()
@@ -121,7 +121,7 @@ class SiteRanks:
         return messages.broadcast(own, self.leads, self._groups[thread], f"{self._who} 0")
 
     def first(self, text: str, thread: str = "job") -> str:
-        """The first text that is not empty, or an empty one; a collective."""
+        """The first text of any rank that is not empty, else an empty one; a collective."""
         return next((t for t in self.gather(text, thread) if t), "")
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -131,13 +131,14 @@ class SiteRanks:
         return tensor
 
     def broadcast_(self, tensor: Tensor, rank: int) -> Tensor:
-        """Gives all ranks what `rank` has, in place; a collective."""
+        """Copies the tensor of `rank` to all ranks, in place; a collective."""
         if self.size > 1:
             dist.broadcast(tensor, group=self._groups["job"], group_src=rank)
         return tensor
 
     def swap(self, sent: Tensor, coming: Sequence[int], going: Sequence[int]) -> Tensor:
-        """going[r] elements of flat `sent` go to rank r; those that come, in order of ranks."""
+        """Sends going[r] elements of flat `sent` to rank r and returns the coming[r] received from
+        each, in order of ranks; a collective."""
         out = sent.new_empty(sum(coming))
         if self.size > 1:
             dist.all_to_all_single(out, sent, list(coming), list(going), group=self._groups["job"])
@@ -145,7 +146,7 @@ class SiteRanks:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, detached; of a DTensor, a collective of its ranks."""
+    """The whole tensor, detached; for a DTensor a collective of its ranks."""
     tensor = tensor.detach()
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
@@ -153,17 +154,16 @@ def whole(tensor: Tensor) -> Tensor:
 def put_whole(target: Tensor, value: Tensor) -> None:
     """Copies a plain tensor of the same shape into a tensor, in place; no collective.
 
-    Raises ValueError for a DTensor that is not sharded by rows over one axis, or replicated.
+    Raises ValueError for a DTensor that is neither replicated nor sharded by rows over one axis.
     """
     first, here = rows_here(target)
     here.copy_(value[first : first + len(here)] if is_sharded(target) else value)
 
 
 def rows_here(tensor: Tensor) -> tuple[int, Tensor]:
-    """The first of the rows that this rank holds of a tensor, and these rows, which share its
-    memory.
+    """The index of the first row of a tensor that this rank holds, and the rows, as a view.
 
-    Raises ValueError for a DTensor that is not sharded by rows over one axis, or replicated.
+    Raises ValueError for a DTensor that is neither replicated nor sharded by rows over one axis.
     """
     if not is_sharded(tensor):
         return 0, tensor.detach()
@@ -177,7 +177,7 @@ def rows_here(tensor: Tensor) -> tuple[int, Tensor]:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor: the local part of a DTensor, else all of it; detached."""
+    """The part of a tensor on this rank, detached: all of it unless it is a DTensor."""
     from torch.distributed.tensor import DTensor
 
     tensor = tensor.detach()

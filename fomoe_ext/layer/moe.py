@@ -75,7 +75,7 @@ def _check_scope(router_scope: str, site_experts: tuple[int, ...]) -> None:
 
 
 def _within(module: nn.Module, kind: type[_Module]) -> _Module:
-    """The module itself, or the one of this class that an adapter is around."""
+    """The module itself, or the one of this class inside the adapter that it is."""
     if isinstance(module, kind):
         return module
     return next(inner for inner in module.modules() if isinstance(inner, kind))
@@ -230,7 +230,7 @@ class MoELayer(Balanced):
         dense, options = upcycle.read_for_layer(mlp, activation, layer_options)
         device = options.pop("device")
         options |= {"seed": seed, "resident_experts": resident_experts}
-        # On the meta device first: initial weights of the experts would be drawn in vain.
+        # Built on the meta device, so that no initial weights are drawn for the experts.
         layer = cls(*dense.sizes, num_experts, top_k, device="meta", **options)
         layer.to_empty(device=device)
         layer.make_buffers(device)
@@ -242,36 +242,37 @@ class MoELayer(Balanced):
 
     @property
     def _own(self) -> Experts:
-        """The module of the experts themselves, also where an adapter is around it."""
+        """The `Experts` themselves, also if an adapter wraps them."""
         return _within(self.experts, Experts)
 
     @property
     def _own_router(self) -> Router:
-        """As `_own`."""
+        """The `Router` itself, also if an adapter wraps it."""
         return _within(self.router, Router)
 
     @property
     def _site(self) -> Residents:
+        """Which experts are resident at the site, on whatever rank."""
         return self._own if self.dispatch is None else self.dispatch
 
     @property
     def site_experts(self) -> tuple[int, ...]:
-        """Ids of the site's resident experts, ascending; `experts` holds this rank's."""
+        """Ids of the site's resident experts, ascending; `experts` holds those of this rank."""
         return self._site.resident_experts
 
     @property
     def allowed(self) -> Tensor | None:
-        """bool [E], the experts among which the router chooses; None = all."""
+        """bool [E], the experts that the router may choose; None = all."""
         return self._site.resident_mask if self.router_scope == "resident" else None
 
     @property
     def _choosable(self) -> Tensor | None:
-        """int64, the ids of `allowed`; None = all."""
+        """int64, the ids of the experts that the router may choose; None = all."""
         return self._site.resident_ids if self.router_scope == "resident" else None
 
     def make_buffers(self, device: torch.device | str) -> None:
-        """Fresh buffers on a device, for a layer of the meta device into which parameters are put;
-        the selection bias is 0."""
+        """Makes the buffers anew on a device, with a selection bias of 0: for a layer built on the
+        meta device whose parameters are then set one by one."""
         device = torch.device(device)
         for module in (self, self._own_router):
             for name, buffer in list(module.named_buffers(recurse=False)):
@@ -283,14 +284,14 @@ class MoELayer(Balanced):
             self.stale.to_empty(device=device).reset_parameters()
 
     def _prepare(self, device: torch.device) -> None:
-        """What no state dict holds is on this device, made anew where it has no memory."""
+        """Moves what no state dict holds to a device, or makes it anew where it has no memory."""
         self._site.tables_to(device)
         self._counts_to(device)
         if self.stale is not None:
             self.stale.prepare(device)
 
     def reset_parameters(self) -> None:
-        """The initial state again, e.g. after building on the meta device and `to_empty`."""
+        """Draws the initial weights, e.g. after building on the meta device and `to_empty`."""
         self._own_router.reset_parameters()
         self._own.reset_parameters()
         if self.stale is not None:
@@ -303,21 +304,24 @@ class MoELayer(Balanced):
     def set_resident_experts(
         self, resident_experts: Sequence[int], weights: Mapping[int, ExpertWeights] | None = None
     ) -> tuple[int, ...]:
-        """`Experts.set_resident_experts`; in scope "resident" the router chooses among these.
-        A copy that averages this layer must be made anew after it: rows there are of the experts
-        before. RuntimeError for a layer that is sharded over a mesh or has stale experts.
+        """Changes which experts are resident, as `Experts.set_resident_experts`.
+
+        With router_scope "resident" the router chooses among the new ones from now on. Make copies
+        that average this layer (EMA, SWA) anew: their rows belong to the experts before. Raises
+        RuntimeError for a layer that is sharded over a mesh or has stale experts.
         """
         if self.dispatch is not None:
-            raise RuntimeError("set_resident_experts: not possible in a layer sharded over a mesh")
+            raise RuntimeError("a layer sharded over a mesh cannot change its resident experts")
         if self.stale is not None:
-            raise RuntimeError("set_resident_experts: not possible in a layer with stale experts")
+            raise RuntimeError("a layer with stale experts cannot change its resident experts")
         return self._own.set_resident_experts(resident_experts, weights)
 
     def update_selection_bias(self, load: Tensor | None = None) -> None:
-        """One step of bias balancing, to be called after an optimizer step; else it does nothing.
+        """One step of bias balancing; call it after an optimizer step. Without balance "bias" it
+        does nothing.
 
         selection_bias += balance_bias_rate * sign(mean load - load), over the experts that may be
-        chosen. `load` is [E], slots per expert, e.g. summed over sites; None = what this layer
+        chosen. load: [E], slots per expert, e.g. summed over sites; None = those that this layer
         counted in training mode since the last update. Raises ValueError for another shape.
         """
         if self.balance == "bias":
@@ -328,8 +332,8 @@ class MoELayer(Balanced):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] of the layer's dtype (any float dtype under autocast) -> the same shape.
 
-        Raises ValueError for a wrong last dimension, dtype or device of x and for NaN logits,
-        TypeError where x is no tensor.
+        Also sets `stats` and `aux_loss`. Raises ValueError for a wrong last dimension, dtype or
+        device of x and for NaN logits, TypeError if x is not a tensor.
         """
         check_shape(x, self.hidden_size)
         check_kind(x, self._own.expand_weight, self._tensors())
@@ -345,7 +349,7 @@ class MoELayer(Balanced):
         return y_TD.view(x.shape)
 
     def _route(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, RouterStatistics]:
-        """Logits [T, E], combine weights [T, K], chosen experts [T, K] and the router's counts."""
+        """Logits [T, E], combine weights [T, K], chosen experts [T, K] and router statistics."""
         allowed_E = self.allowed
         top_k = self.top_k if allowed_E is None else min(self.top_k, self._site.num_resident)
         logits_TE, weights_TK, chosen_TK, counted = self.router(
@@ -360,13 +364,13 @@ class MoELayer(Balanced):
 
     @property
     def _compute(self) -> Compute:
-        """Who computes the slots of a pass."""
+        """The function that computes the slots of a pass."""
         if self.dispatch is not None:
             return self.dispatch
         return compute_here if self.stale is None else self.stale.compute_both
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """What a pass will read of this layer's modules, by name."""
+        """The tensors that a pass will read, by name."""
         yield from tensors_of("router", self._own_router)
         yield from tensors_of("experts", self._own)
         if self.shared_expert is not None:

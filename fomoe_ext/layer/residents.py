@@ -13,7 +13,7 @@ from torch import Tensor, nn
 def resident_ids(
     resident_experts: Sequence[int] | None, num_experts: int, name: str = "resident_experts"
 ) -> tuple[int, ...]:
-    """The ids in ascending order, checked; None = all experts. `name` is for errors."""
+    """The ids in ascending order, checked; None = all experts. Errors call the argument `name`."""
     if resident_experts is None:
         return tuple(range(num_experts))
     try:
@@ -30,7 +30,7 @@ def resident_ids(
 
 
 class _Tables(NamedTuple):
-    """What `Residents` says of itself, as tensors."""
+    """The properties of `Residents` as tensors: resident_index, resident_ids, resident_mask."""
 
     index: Tensor
     ids: Tensor
@@ -40,12 +40,12 @@ class _Tables(NamedTuple):
 class Residents(nn.Module):
     """Which experts are resident, ascending by id, with tables of them on the device.
 
-    resident_experts: the global ids. resident_index: int32 [E], position of each expert among them
-    or -1. resident_ids: int64 [R], the ids as a tensor.
+    resident_experts: the global ids. resident_index: int32 [E], the row of each expert, or -1.
+    resident_ids: int64 [R], the ids as a tensor.
 
-    The tables are no buffers: all that they say is in `resident_experts`, from which they are made
-    anew wherever they are needed. So nothing that is done to buffers, such as averaging them,
-    leaving them on the meta device or `to_empty`, makes them say anything else.
+    The tables are not buffers. They are derived from `resident_experts` and made anew on any device
+    that needs them, so that what tools do to buffers (averaging, the meta device, `to_empty`)
+    cannot make them wrong.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class Residents(nn.Module):
         device: torch.device | str | None = None,
         name: str = "resident_experts",
     ) -> None:
-        """`resident_experts` None = all. Raises ValueError or TypeError for bad ids, in which
-        `name` is what they are called."""
+        """`resident_experts`: None = all. Raises ValueError or TypeError for bad ids; the message
+        calls them `name`."""
         super().__init__()
         self.num_experts = num_experts
         self.resident_experts = resident_ids(resident_experts, num_experts, name)
@@ -70,7 +70,7 @@ class Residents(nn.Module):
 
     @property
     def resident_index(self) -> Tensor:
-        """int32 [E], the place of each expert among the resident ones or -1."""
+        """int32 [E], the row of each expert, or -1 if it is not resident."""
         return self._tables.index
 
     @property
@@ -80,7 +80,7 @@ class Residents(nn.Module):
 
     @property
     def resident_mask(self) -> Tensor:
-        """bool [E], which experts have a place."""
+        """bool [E], which experts are resident."""
         return self._tables.allowed
 
     def _in_order(self) -> Sequence[int]:
@@ -94,7 +94,7 @@ class Residents(nn.Module):
                 index[expert] = row
         if device is None:
             device = torch.get_default_device()
-        with torch.inference_mode(False):  # they outlive the pass that makes them
+        with torch.inference_mode(False):  # they are used after the current pass, too
             return _Tables(
                 torch.tensor(index, dtype=torch.int32, device=device),
                 torch.tensor(self.resident_experts, dtype=torch.int64, device=device),
@@ -102,20 +102,20 @@ class Residents(nn.Module):
             )
 
     def tables_to(self, device: torch.device | str) -> None:
-        """Makes the tables anew unless they are on this device."""
+        """Makes the tables on a device, unless they are there already."""
         if self._tables.index.device != torch.device(device):
             self._tables = self._make_tables(device)
 
     @torch.no_grad()
     def write_resident_tables(self) -> None:
-        """Writes what `resident_experts` says now into the tables, in place."""
+        """Updates the tables in place after a change of `resident_experts`."""
         if self._tables.index.is_meta:
             return
         for table, values in zip(self._tables, self._make_tables("cpu"), strict=True):
             table.copy_(values)
 
     def skip_experts(self, experts: Sequence[int]) -> None:
-        """From now on resident experts that are among these count as absent; they stay in memory.
+        """Treats these experts as not resident from now on; their weights stay in memory.
 
         Raises ValueError or TypeError for bad ids.
         """

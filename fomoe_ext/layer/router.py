@@ -1,4 +1,7 @@
-"""The router: scores all experts of all sites for every token and chooses among them."""
+"""The router: scores all experts of all sites for every token and chooses among them.
+
+Shapes use the letters of `fomoe_ext.layer.moe`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ CHOICE_OPTIONS: dict[str, Any] = {
     "num_groups": 1,
     "groups_kept": 1,
 }
-"""Options of a router that say how it chooses and weighs, and what they are unless given."""
+"""Options of a router that say how it chooses and weighs experts, with their defaults."""
 
 
 def check_choice(
@@ -64,9 +67,9 @@ class Router(nn.Module):
     """Scores all experts and chooses `top_k` of them per token.
 
     weight: [E, D]. bias: [E], added to the logits, or None. selection_bias: fp32 [E], added to the
-    scores for the choice only (zeros unless loaded or moved by bias balancing); it stays fp32 when
-    the module is cast. tap: a module that is called with the logits, or None, for libraries that
-    record them by hooks.
+    scores for the choice but not to the combine weights; zeros until it is loaded or moved by bias
+    balancing, and fp32 also after a cast of the module. tap: a module that is called with the
+    logits, for libraries that record them by hooks; or None.
     """
 
     weight: nn.Parameter
@@ -121,7 +124,9 @@ class Router(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights of deviation 1/sqrt(D) that depend only on (seed, layer); biases 0."""
+        """Draws weights of standard deviation 1/sqrt(D) that depend only on (seed, layer_index);
+        sets biases to 0.
+        """
         fill_normal_(self.weight, self.hidden_size**-0.5, self.seed, "router", self.layer_index)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -133,9 +138,9 @@ class Router(nn.Module):
         return ("weight",) if self.bias is None else ("weight", "bias")
 
     def logits(self, x: Tensor) -> Tensor:
-        """x [T, D] -> fp32 logits [T, E], computed in fp32 also under autocast.
+        """x [T, D] -> logits fp32 [T, E], computed in fp32 also under autocast.
 
-        Raises ValueError for parameters on another device or of no plain float dtype.
+        Raises ValueError for parameters on another device or of another than a float dtype.
         """
         of_router = {name: getattr(self, name) for name in (*self.parts, "selection_bias")}
         on_one_device({"x": x} | of_router)
@@ -153,14 +158,14 @@ class Router(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Logits [T, E] -> combine weights fp32 [T, K] and experts int32 [T, K] (`ops.route`).
 
-        `allowed` is a bool mask [E] (None = all may be chosen), `top_k` overrides the router's own.
-        Raises as `ops.route` does, e.g. ValueError for NaN logits.
+        allowed: bool [E], the experts that may be chosen; None = all. top_k: instead of the
+        router's own. Raises as `ops.route` does, e.g. ValueError for NaN logits.
         """
         return ops.route(
             logits, self.top_k if top_k is None else top_k, allowed=allowed, **self._options()
         )
 
-    def choose_and_measure(
+    def _choose_and_measure(
         self, logits: Tensor, allowed: Tensor | None = None, top_k: int | None = None
     ) -> tuple[Tensor, Tensor, ops.RouterStatistics]:
         """`choose` and its `ops.RouterStatistics`, from one pass over the logits."""
@@ -181,18 +186,18 @@ class Router(nn.Module):
     ) -> Any:
         """x [T, D] -> combine weights fp32 [T, K] and chosen experts int32 [T, K], as `choose`.
 
-        With `measured` the logits go before them and the statistics of `choose_and_measure` after.
+        measured: return (logits [T, E], weights, experts, `ops.RouterStatistics`) instead.
         """
-        logits = self.logits(x)
+        logits_TE = self.logits(x)
         if measured:
-            return logits, *self.choose_and_measure(logits, allowed, top_k)
-        return self.choose(logits, allowed, top_k)
+            return logits_TE, *self._choose_and_measure(logits_TE, allowed, top_k)
+        return self.choose(logits_TE, allowed, top_k)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         bias = self.selection_bias
         super()._apply(fn, recurse)
         if self.selection_bias.dtype != torch.float32:
-            # Steps of the bias are smaller than what bf16 can add.
+            # In bf16 the steps of the bias would be rounded away.
             self.selection_bias = bias.to(self.selection_bias.device)
         return self
 

@@ -1,14 +1,15 @@
 """How stable routing is while a model trains on sites that hold only some of its experts.
 
 All sites route the same validation text before and after every meeting. The FoMoE paper (arXiv
-2606.19025) says that routing stays stable and gives no numbers; these are ours:
+2606.19025) says that routing stays stable but gives no numbers. We report these:
 
-entropy: nats, mean over tokens and layers of the entropy of a token's scores normalised to sum 1.
-load_variation: standard deviation over mean of the load of experts, mean over layers.
-dead_experts: experts of all layers that no token of the probe chose.
-between_sites: share of a token's choices that two sites have in common before a meeting, mean over
-    pairs of sites, layers and tokens; None for one site.
-between_rounds: the same of the model after this meeting and after the one before; None at first.
+entropy: nats: the entropy of a token's scores, normalised to sum 1, mean over tokens and layers.
+load_variation: standard deviation of the experts' load divided by its mean, mean over layers.
+dead_experts: number of experts, over all layers, that no token of the probe chose.
+between_sites: share of a token's chosen experts that two sites have in common before a meeting,
+    mean over pairs of sites, layers and tokens; None for one site.
+between_rounds: the same between the models after this meeting and after the previous one; None in
+    the first round.
 """
 
 from __future__ import annotations
@@ -24,22 +25,22 @@ from fomoe_ext.layer.moe import MoELayer
 
 
 class Choices(NamedTuple):
-    """What a model's routers made of some tokens: experts int32 [L, T, K] and the mean entropy."""
+    """The routing of some tokens: chosen experts int32 [L, T, K] and the mean entropy."""
 
     experts: Tensor
     entropy: float
 
 
 Found: TypeAlias = tuple[Choices, Choices, float | None]
-"""What `RoutingProbe.after_meeting` returns."""
+"""Result of `RoutingProbe.after_meeting`."""
 
 
 @torch.no_grad()
 def routed(model: nn.Module, layers: list[MoELayer], tokens: Tensor) -> Choices:
-    """Runs `model` on tokens [B, S] in eval mode and returns what its `layers` chose.
+    """Runs `model` on tokens [B, S] in eval mode and returns the choices of its `layers`.
 
-    A layer with router_scope "resident" chooses among its residents, as in training. Under a mesh
-    all ranks of a site must call it.
+    A layer with router_scope "resident" chooses among its resident experts, as in training. With a
+    mesh all ranks of a site must call it.
     """
     chosen: list[Tensor] = []
     entropies: list[Tensor] = []
@@ -83,13 +84,13 @@ def overlap(one: Tensor, other: Tensor) -> float:
 
 
 def between(choices: list[Tensor]) -> float | None:
-    """`overlap`, mean over all pairs; None for fewer than two."""
+    """The mean of `overlap` over all pairs; None for fewer than two choices."""
     pairs = [overlap(a, b) for a, b in combinations(choices, 2)]
     return sum(pairs) / len(pairs) if pairs else None
 
 
 def load_figures(choices: list[Tensor], num_experts: int) -> tuple[float, int]:
-    """Variation and dead experts (see the module) of the choices of all sites together."""
+    """load_variation and dead_experts (see the module) of the choices of all sites together."""
     variations, dead = [], 0
     for layer in range(choices[0].shape[0]):
         load = sum(expert_load(c[layer], num_experts) for c in choices)
@@ -101,23 +102,23 @@ def load_figures(choices: list[Tensor], num_experts: int) -> tuple[float, int]:
 
 
 class RoutingProbe:
-    """The figures of a job, round after round; all sites must make its calls together."""
+    """Measures the routing of a job in every round; all sites must make its calls together."""
 
     def __init__(self, model: nn.Module, layers: list[MoELayer], tokens: Tensor) -> None:
-        """`tokens` int64 [B, S]: the same on all sites."""
+        """tokens: int64 [B, S], the same on all sites."""
         self.model, self.layers, self.tokens = model, layers, tokens
         self._local: Choices | None = None
         self._last: Tensor | None = None
 
     def before_meeting(self) -> None:
-        """Routes by this site's own model."""
+        """Routes the tokens by this site's model."""
         self._local = routed(self.model, self.layers, self.tokens)
 
     def after_meeting(self) -> Found:
-        """Routes by the model that the meeting made.
+        """Routes the tokens by the model after the meeting.
 
-        Returns the choices before and after, and how much the latter have in common with those
-        after the last meeting.
+        Returns the choices before and after the meeting, and the `overlap` of the latter with the
+        choices after the previous meeting.
         """
         assert self._local is not None
         local, now = self._local, routed(self.model, self.layers, self.tokens)
@@ -126,13 +127,13 @@ class RoutingProbe:
 
 
 def pack(found: Found) -> tuple[Any, ...]:
-    """What `after_meeting` returned, as plain numbers and lists for the other sites."""
+    """Turns the result of `after_meeting` into plain numbers and lists, to send to other sites."""
     *choices, steady = found
     return (*((c.experts.tolist(), c.entropy) for c in choices), steady)
 
 
 def unpack(plain: tuple[Any, ...]) -> Found:
-    """What `pack` was given."""
+    """The inverse of `pack`."""
     local, after, steady = plain
     before, now = (
         Choices(torch.tensor(experts, dtype=torch.int32), entropy)
@@ -142,7 +143,7 @@ def unpack(plain: tuple[Any, ...]) -> Found:
 
 
 def figures(parts: list[Found], num_experts: int) -> dict[str, Any]:
-    """The figures of a round (see the module) of what `after_meeting` returned on every site."""
+    """The figures of a round (see the module), from the results of `after_meeting` of all sites."""
     local, after = [part[0] for part in parts], [part[1] for part in parts]
     variation, dead = load_figures([choices.experts for choices in after], num_experts)
     steady = [part[2] for part in parts if part[2] is not None]

@@ -1,4 +1,4 @@
-"""Initial weights that depend on nothing but their name: the same bits on every site and device."""
+"""Initial weights that depend only on a seed and a name: the same bits on every site and device."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def stable_generator(seed: int, *name: str | int) -> torch.Generator:
-    """A CPU generator whose stream depends on (seed, name) alone, in any process on any machine.
+    """A CPU generator whose stream depends only on (seed, name), in any process on any machine.
 
-    `name` says what is drawn, e.g. ("expert", layer, expert). Python's hash() would not do: it
-    differs from process to process.
+    `name` says what is drawn, e.g. ("expert", layer, expert). It is hashed by blake2b, because
+    Python's hash() differs between processes.
     """
     digest = hashlib.blake2b(repr((seed, *name)).encode(), digest_size=8).digest()
     return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -20,11 +20,11 @@ def stable_generator(seed: int, *name: str | int) -> torch.Generator:
 
 @torch.no_grad()
 def fill_normal_(tensor: Tensor, std: float, seed: int, *name: str | int) -> Tensor:
-    """Fills `tensor` (any float dtype, any device) with about normal values of deviation `std`.
+    """Fills `tensor` (any float dtype, any device) with nearly normal values of deviation `std`.
 
-    The values are drawn in fp32 on the CPU and depend on (seed, name) and the shape alone. A meta
-    tensor is left as it is. Each value is the sum of four uniform ones, cut off at 3.46 deviations:
-    torch.randn in fp32 gives other bits on CPUs with other vector units, torch.rand does not.
+    The values are drawn in fp32 on the CPU and depend only on (seed, name) and the shape. Each is a
+    sum of four uniform ones, so at most 3.46 deviations large: the bits of torch.randn in fp32
+    depend on the vector units of the CPU, those of torch.rand do not. A meta tensor is unchanged.
     """
     if tensor.is_meta:
         return tensor

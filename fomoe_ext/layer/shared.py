@@ -16,7 +16,7 @@ from fomoe_ext.ops.shapes import on_one_device
 
 
 def activate(preact: Tensor, activation: str) -> Tensor:
-    """An activation as torch computes it: [..., G*N], gated: gate first, then up -> [..., N]."""
+    """An activation computed by torch: [..., G*N] -> [..., N]; if gated, the gate comes first."""
     up: Tensor | None = None
     if is_gated(activation):
         preact, up = preact.chunk(2, dim=-1)
@@ -47,7 +47,7 @@ class SharedExpert(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Weights as one expert's: expand [G*N, D], contract [D, N]; no biases.
+        """Weights have the shapes of one expert: expand [G*N, D], contract [D, N]; no biases.
 
         Raises ValueError or TypeError naming the argument.
         """
@@ -60,7 +60,7 @@ class SharedExpert(nn.Module):
         self.activation, self.layer_index, self.seed = activation, layer_index, seed
         wide = intermediate_size * num_projections(activation)
         device = torch.get_default_device() if device is None else device
-        # skip_init: the default initialisation would draw from torch's global generator.
+        # skip_init, because the default initialisation draws from torch's global generator.
         make = nn.utils.skip_init
         options: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
         self.expand = make(nn.Linear, hidden_size, wide, **options)
@@ -68,13 +68,14 @@ class SharedExpert(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights of deviation 1/sqrt(fan-in) that depend only on (seed, layer)."""
+        """Draws weights of standard deviation 1/sqrt(fan-in) that depend only on (seed,
+        layer_index)."""
         for name, linear in (("expand", self.expand), ("contract", self.contract)):
             std = linear.in_features**-0.5
             fill_normal_(linear.weight, std, self.seed, "shared", name, self.layer_index)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., D]. Raises ValueError for a weight on the meta device and x not."""
+        """x [..., D] -> [..., D]. ValueError if a weight is on the meta device and x is not."""
         for name, linear in (("expand", self.expand), ("contract", self.contract)):
             weight = linear._parameters.get("weight")  # an adapter has others
             if weight is not None and weight.is_meta and not hasattr(linear, "_hf_hook"):

@@ -1,7 +1,8 @@
-"""Experts made from a dense MLP: sparse upcycling, the start of an MoE from a dense checkpoint.
+"""Experts made from a dense MLP: sparse upcycling, to start an MoE from a dense checkpoint.
 
-Every expert begins as a copy of the MLP and the router as ever, after Komatsuzaki et al.
-(arXiv 2212.05055); noise makes the copies differ, so that they part sooner.
+Every expert starts as a copy of the MLP and the router with its usual initial weights, after
+Komatsuzaki et al. (arXiv 2212.05055). Optional noise makes the copies differ, so that they
+specialise sooner.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ _WANTED = (
 
 
 class DenseMLP(NamedTuple):
-    """A dense MLP read as one expert: what `read_mlp` returns. Tensors are the module's own.
+    """A dense MLP read as one expert by `read_mlp`. Tensors share the memory of the module.
 
-    expand: [N, D] each, gate and up, or up alone; contract: [D, N]. expand_biases: a [N] or None
-    for each of `expand`; contract_bias: [D] or None. activation: a name of `fomoe_ext.activations`.
+    expand: gate and up, or only up, each [N, D]. contract: [D, N]. expand_biases: [N] or None for
+    each of `expand`. contract_bias: [D] or None. activation: a name of `fomoe_ext.activations`.
     """
 
     expand: tuple[Tensor, ...]
@@ -50,11 +51,11 @@ class DenseMLP(NamedTuple):
 
     @property
     def has_bias(self) -> bool:
-        """Whether any of the linear layers has one."""
+        """Whether any of the linear layers has a bias."""
         return any(bias is not None for bias in (*self.expand_biases, self.contract_bias))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [T, D] -> what the expert makes of it, [T, D]."""
+        """The output of the expert for x [T, D], [T, D]."""
         sides = [F.linear(x, w, b) for w, b in zip(self.expand, self.expand_biases, strict=True)]
         act = activate(torch.cat(sides, dim=-1), self.activation)
         return F.linear(act, self.contract, self.contract_bias)
@@ -71,9 +72,9 @@ def read_mlp(mlp: nn.Module, activation: str | None = None) -> DenseMLP:
         activation: a name of `fomoe_ext.activations`; None = what the module's `act_fn`,
             `activation_fn`, `act` or `activation` computes, found by trying it on some numbers.
 
-    Raises TypeError for a module of another layout, ValueError for sizes that do not fit, for an
-    activation that is unknown or not the module's, and where the module computes something else
-    than its layers tell, e.g. with a factor or dropout.
+    Raises TypeError for a module of another layout, and ValueError for sizes that do not fit, for
+    an activation that is unknown or not the module's, and if the module computes something else
+    than its layers and activation, e.g. with a factor or dropout.
     """
     if activation is not None:
         one_of(tuple(ACTIVATIONS), activation=activation)
@@ -91,12 +92,14 @@ def read_mlp(mlp: nn.Module, activation: str | None = None) -> DenseMLP:
 def read_for_layer(
     mlp: nn.Module, activation: str | None, layer_options: Mapping[str, Any]
 ) -> tuple[DenseMLP, dict[str, Any]]:
-    """`read_mlp`, and the options of a layer whose experts are copies of it: those given, else as
-    `MoELayer.from_dense` says. Raises TypeError for sizes among those given, ValueError for no bias
-    where the MLP has one.
+    """The MLP as read by `read_mlp`, and the options of a layer whose experts are copies of it:
+    `layer_options`, and for the rest the defaults that `MoELayer.from_dense` documents.
+
+    Raises TypeError for sizes in `layer_options`, and ValueError for expert_bias=False with an MLP
+    that has biases.
     """
     if taken := {"hidden_size", "intermediate_size"} & layer_options.keys():
-        raise TypeError(f"{sorted(taken)[0]} must not be given: mlp has it")
+        raise TypeError(f"{sorted(taken)[0]} must not be given, because mlp determines it")
     dense = read_mlp(mlp, activation)
     if dense.has_bias and layer_options.get("expert_bias") is False:
         raise ValueError("expert_bias must be True or left out: mlp has biases, got False")
@@ -116,9 +119,9 @@ def read_for_layer(
 def fill_experts(experts: Experts, dense: DenseMLP, noise: float = 0.0) -> None:
     """Makes every resident expert a copy of `dense`, plus noise.
 
-    noise: standard deviation of what is added to each weight matrix, over the root mean square of
-    that matrix. It depends only on the experts' (seed, layer), the expert and the matrix, so sites
-    that hold the same expert start it alike. Biases get none.
+    noise: standard deviation of the values added to each weight matrix, relative to the root mean
+    square of the matrix; biases get none. The values depend only on (seed, layer_index, expert,
+    matrix), so that all holders of an expert start with the same weights.
     """
     sources = (*dense.expand, dense.contract)
     names = ("gate", "up", "down")[-len(sources) :]
@@ -142,7 +145,7 @@ def fill_experts(experts: Experts, dense: DenseMLP, noise: float = 0.0) -> None:
 
 
 def _scale(weight: Tensor) -> float:
-    """Root mean square, rounded to bf16: sites may add up in another order."""
+    """Root mean square, rounded to bf16, because sites may sum in different orders."""
     return float(weight.double().square().mean().sqrt().to(torch.bfloat16))
 
 
@@ -202,7 +205,7 @@ def _bias_of(layer: nn.Linear) -> Tensor | None:
 def _choose_activation(
     function: Callable[[Tensor], Tensor] | None, activation: str | None, gated: bool
 ) -> str:
-    """The name of the MLP's activation: what `function` computes, else as the argument says."""
+    """The name of the MLP's activation: the one that `function` computes, else `activation`."""
     name = _recognise(function)
     told = _GATED_OF.get(name, name) if gated and name is not None else name
     if activation is None:
@@ -210,8 +213,8 @@ def _choose_activation(
             kind = "gated" if gated else "not gated"
             known = ", ".join(a for a in ACTIVATIONS if is_gated(a) == gated)
             raise ValueError(
-                f"activation must be given: mlp ({kind}) has {_describe(function)}, "
-                f"known are {known}"
+                f"activation must be given as one of {known} for this mlp ({kind}), got "
+                f"{_describe(function)}"
             )
         return told
     if is_gated(activation) != gated:
@@ -232,11 +235,11 @@ def _describe(function: Callable[[Tensor], Tensor] | None) -> str:
 
 
 def _recognise(function: Callable[[Tensor], Tensor] | None) -> str | None:
-    """Which of silu, gelu (in tanh form) and relu2 a function computes; None = neither."""
+    """Which of silu, gelu (in tanh form) and relu2 a function computes, or None."""
     if function is None:
         return None
     if isinstance(function, nn.Module) and next(function.parameters(), None) is not None:
-        return None  # one that is learnt
+        return None  # it has parameters of its own
     numbers = torch.linspace(-8, 8, 257, device="cpu")
     try:
         with torch.no_grad():
@@ -246,7 +249,7 @@ def _recognise(function: Callable[[Tensor], Tensor] | None) -> str | None:
     if not isinstance(values, Tensor) or values.shape != numbers.shape:
         return None
     for name in ("silu", "gelu", "relu2"):
-        # The error function instead of tanh differs by up to 5e-4.
+        # The exact GELU differs from the tanh form by up to 5e-4.
         if torch.allclose(values.float(), activate(numbers, name), rtol=0, atol=2e-5):
             return name
     return None
@@ -269,7 +272,8 @@ def _check_sizes(dense: DenseMLP) -> None:
 
 @torch.no_grad()
 def _check_function(mlp: nn.Module, dense: DenseMLP) -> None:
-    """The module must compute what was read: a factor, a norm or a clamp in it would be lost."""
+    """Raises ValueError unless the module computes the same as `dense`, in which an additional
+    factor, norm or clamp of the module would be lost."""
     weight = dense.contract
     generator = stable_generator(0, "upcycle probe")
     x = torch.randn(16, weight.shape[0], generator=generator, device="cpu").to(weight)
@@ -278,7 +282,7 @@ def _check_function(mlp: nn.Module, dense: DenseMLP) -> None:
     if not isinstance(wanted, Tensor) or wanted.shape != got.shape:
         raise ValueError("mlp must return one tensor of its input's shape")
     error = (got.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30)
-    # Room for rounding and for the two forms of GELU.
+    # Large enough for rounding and for the difference between the two forms of GELU.
     limit = 5e-3 if weight.dtype in (torch.float32, torch.float64) else 0.05
     if not error < limit:
         raise ValueError(

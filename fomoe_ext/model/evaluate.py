@@ -1,9 +1,9 @@
 """Validation of the global model, of which no site holds all experts.
 
-All sites go through their own validation batches in lockstep. At every MoE layer the experts come
-by: a few at a time are broadcast from a holder into one buffer, every site computes the rows of its
-own tokens that chose them and adds them up, always in the same order. So the result is that of a
-full replica (up to the order of additions), with memory for a few experts.
+All sites run their own validation batches in lockstep. At every MoE layer the holders broadcast all
+experts, a few at a time, into one buffer. Every site computes the rows of its tokens that chose
+these experts and adds them up, always in the same order. The result is that of a full replica, up
+to the order of additions, with memory for a few experts.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ _PAIR_TOKENS = 1 << 14
 
 
 class Validation(NamedTuple):
-    """Result of a validation, equal on all sites but for the bytes.
+    """Result of a validation; the same on all sites, except for bytes_sent and seconds.
 
-    loss: nats per token. bits_per_byte: of text. tokens: predicted. load: slots per layer and
-    expert, int64 [L, E]. bytes_sent: by this site; a broadcast's payload counts once per receiver.
-    coactivation: tokens that chose both of two experts, int64 [L, E, E], where it was asked for.
+    loss: nats per token. bits_per_byte: of the text. tokens: predicted tokens. load: slots by layer
+    and expert, int64 [L, E]. bytes_sent: by this site; a broadcast counts once per receiving site.
+    coactivation: number of tokens that chose both of two experts, int64 [L, E, E], or None unless
+    asked for.
     """
 
     loss: float
@@ -58,9 +59,10 @@ class Validation(NamedTuple):
 
 
 class ExpertStream:
-    """Computes an MoE layer of the global model by letting all experts of the layer come by.
+    """Computes an MoE layer of the global model with experts that their holders broadcast.
 
-    Besides a site's own experts at most `buffer_bytes` of weights (at least one expert) are held.
+    Besides a site's own experts, at most `buffer_bytes` of weights (at least one expert) are in
+    memory.
     """
 
     def __init__(
@@ -72,8 +74,8 @@ class ExpertStream:
         holders: Sequence[Sequence[Mapping[int, int]]] | None = None,
         coactivation: bool = False,
     ) -> None:
-        """`holders`: by site and layer, the rank that holds each expert; None = rank 0.
-        `coactivation`: whether to count which experts are chosen by the same token.
+        """holders: for each site and layer, the rank that holds each expert; None = rank 0.
+        coactivation: count which experts are chosen by the same token.
         """
         self.placement, self.site, self.buffer_bytes = placement, site, buffer_bytes
         self.ranks, self._holders = ranks or SiteRanks(), holders
@@ -84,7 +86,7 @@ class ExpertStream:
             self.coactivation = self.load.new_zeros(*self.load.shape, placement.num_experts)
 
     def forward(self, named: NamedLayer, x: Tensor) -> Tensor:
-        """x [..., D] -> the layer's output with every expert present. A collective of all sites."""
+        """x [..., D] -> the output of the layer with all experts. A collective of all sites."""
         layer = named.layer
         tokens = x.reshape(-1, layer.hidden_size).contiguous()
         weights, chosen = layer.router.choose(layer.router.logits(tokens), None, layer.top_k)
@@ -135,14 +137,14 @@ class ExpertStream:
             yield ids, chunk
 
     def _sender(self, layer: int, expert: int, everywhere: bool) -> tuple[int, int]:
-        """The site and rank that give an expert to the others; its own where a site has all."""
+        """The site and rank that broadcast an expert; every site itself if all sites hold all."""
         site = self.site if everywhere else responsible_site(self.placement, layer, expert)
         return site, 0 if self._holders is None else self._holders[site][layer][expert]
 
     def _broadcast(
         self, senders: list[tuple[int, int]], everywhere: bool, *buffers: Tensor
     ) -> None:
-        """Send the rows of the buffers from their senders (ascending) to all sites and ranks."""
+        """Sends the rows of the buffers from their senders (ascending) to all sites and ranks."""
         for sender in sorted(set(senders)):
             first, count = senders.index(sender), senders.count(sender)
             site, rank = sender
@@ -157,12 +159,12 @@ class ExpertStream:
 
 
 def pair_counts(chosen: Tensor, num_experts: int) -> Tensor:
-    """Tokens that chose both of two experts, int64 [E, E], of int32 [T, K] (distinct in a row);
-    the diagonal has those that chose one.
+    """The number of tokens that chose both of two experts, int64 [E, E]; on the diagonal those that
+    chose the one. chosen: int32 [T, K], distinct in each row.
     """
     counts = torch.zeros(num_experts, num_experts, dtype=torch.int64, device=chosen.device)
     for some in chosen.long().split(_PAIR_TOKENS):
-        # fp32 counts them exactly.
+        # Counts below 2^24 are exact in fp32.
         hot = torch.zeros(some.shape[0], num_experts, device=chosen.device).scatter_(1, some, 1.0)
         with torch.autocast(chosen.device.type, enabled=False):
             counts += (hot.T @ hot).long()
@@ -178,10 +180,11 @@ def global_experts(
     ranks: SiteRanks | None = None,
     coactivation: bool = False,
 ) -> Iterator[ExpertStream]:
-    """Inside, the model's forward is that of the global model; all must call it in lockstep.
+    """A context in which the model's forward is that of the global model, for inference. All
+    processes must run the same number of passes in it.
 
-    The routers hold the global rows meanwhile, also with router_scope "resident". Only for
-    inference: the layers' `stats` and `aux_loss` are left as they were.
+    The routers have the rows of the global model meanwhile, also with router_scope "resident". The
+    layers' `stats` and `aux_loss` stay as they were.
     """
     layers = named_moe_layers(model)
     ranks = ranks or SiteRanks(None, placement.num_sites, site)
@@ -204,7 +207,7 @@ def global_experts(
 
 
 def _holders(layers: Sequence[NamedLayer], ranks: SiteRanks) -> list[list[dict[int, int]]]:
-    """By site and layer, the first rank of the site that holds each expert; a collective."""
+    """For each site and layer, the first rank of the site that holds each expert; a collective."""
     mine = [named.layer.experts.resident_experts for named in layers]
     everyone = gather_objects(mine, ranks.num_sites * ranks.size)
     result: list[list[dict[int, int]]] = []
@@ -224,7 +227,7 @@ def _sum_over_processes(values: list[Tensor], processes: int) -> None:
 
 
 def validation_batch_size(model: LanguageModel) -> int:
-    """Windows per validation batch such that the logits stay below 64 MiB."""
+    """Windows per validation batch for which the logits take at most 64 MiB."""
     config = model.config
     one = 4 * config.vocab_size * config.seq_len
     return max(1, min(_MOST_WINDOWS, _LOGIT_BYTES // one))
@@ -260,7 +263,7 @@ def evaluate(
     most = torch.tensor(len(batches))
     if processes > 1:
         wait_for(dist.all_reduce(most, dist.ReduceOp.MAX, async_op=True))
-    # A site that has run out of text still takes part, with a token that does not count.
+    # A site without text left takes part with a dummy token that is not counted.
     idle = [torch.zeros(1, 2, dtype=torch.int64)] * (int(most) - len(batches))
     totals = torch.zeros(2, dtype=torch.float64)
     training = model.training

@@ -1,8 +1,9 @@
 """The reference language model: a Peri-LN decoder with RoPE attention and an MoE in every block.
 
-As in the FoMoE paper (arXiv 2606.19025): every branch is `x + m * norm(F(norm(x)))`, the embedding
-is normed once more, its weight is also the unembedding, and F is causal attention, then an MoE. A
-norm has no bias, so a token whose slots are all skipped gets exactly nothing from the MoE.
+As in the FoMoE paper (arXiv 2606.19025) every branch is `x + m * norm(F(norm(x)))`, where F is
+causal attention first and an MoE layer second. The embedding is normalised, and its weight is also
+the unembedding. Norms have no bias, so an MoE layer adds exactly 0 to a token whose slots are all
+skipped.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ _NORM_EPS = 1e-5
 
 
 class Loss(NamedTuple):
-    """Cross entropy in nats per token and the sum of the layers' auxiliary losses, both scalars."""
+    """Cross entropy in nats per token, and the sum of the layers' `aux_loss`; both scalars."""
 
     cross_entropy: Tensor
     aux_loss: Tensor
 
     @property
     def total(self) -> Tensor:
-        """What the local steps minimise."""
+        """The loss that training minimises."""
         return self.cross_entropy + self.aux_loss
 
 
@@ -44,7 +45,8 @@ def _matrix(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> nn.Parameter:
-    """A weight [rows, columns] of deviation 1/sqrt(columns) that depends only on (seed, name)."""
+    """A weight [rows, columns] of standard deviation 1/sqrt(columns) that depends only on (seed,
+    name)."""
     empty = torch.empty(rows, columns, device=device, dtype=dtype)
     return nn.Parameter(fill_normal_(empty, columns**-0.5, seed, name))
 
@@ -75,7 +77,7 @@ def rope_table(seq_len: int, head_size: int, base: float) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn the pairs (x[i], x[i + S / 2]) of x [B, H, L, S] (S = head size) by the angles."""
+    """Rotates the pairs (x[i], x[i + S / 2]) of x [B, H, L, S] (S = head size) by the angles."""
     cos, sin = table[:, : x.shape[-2]].to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -165,12 +167,19 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """A decoder-only language model that holds all dense parameters and one site's experts.
 
-    `placement` tells which experts `site` holds in each layer, and must be given with it;
-    without both the model holds all experts. Initial weights
-    depend only on `seed` and on what a parameter is, never on the site. `device` may be "meta".
-    `mesh`: of a site of several ranks, as `MoELayer` takes it, and `rank_experts` by layer;
-    `stale_experts`, too, by layer.
-    Raises ValueError when the placement is for another model or has no such site.
+    Initial weights depend only on the seed and on the parameter's name, never on the site.
+
+    Args:
+        config: sizes and options.
+        placement, site: the model holds the experts of `site` in `placement`, or all experts if
+            neither is given.
+        seed: of the initial weights.
+        mesh: for a site of several ranks, as in `MoELayer`.
+        rank_experts, stale_experts: as in `MoELayer`, one entry per layer.
+        device, dtype: of the parameters; device may be "meta".
+
+    Raises ValueError if only one of placement and site is given, if the placement is for another
+    model or if it has no such site.
     """
 
     def __init__(
@@ -217,12 +226,13 @@ class LanguageModel(nn.Module):
 
     def _make_rope(self, device: torch.device | str) -> Tensor:
         config = self.config
-        with torch.inference_mode(False):  # it outlives the pass that makes it
+        with torch.inference_mode(False):  # it is used after the current pass, too
             return rope_table(config.seq_len, config.head_size, config.rope_base).to(device)
 
     @property
     def rope(self) -> Tensor:
-        """`rope_table`. No buffer: its values are the configuration's, whatever befalls those."""
+        """The `rope_table`. It is computed from the configuration and not a buffer, so that tools
+        that change buffers (casts, averages, the meta device) cannot change it."""
         return self._rope
 
     def _rope_to(self, device: torch.device) -> Tensor:
@@ -268,8 +278,8 @@ def _check_placement(config: ModelConfig, placement: Placement, site: int | None
     given = (placement.num_layers, placement.num_experts)
     if wanted != given:
         raise ValueError(
-            f"placement is for {given[0]} layers of {given[1]} experts, the model has "
-            f"{wanted[0]} of {wanted[1]}"
+            f"placement must be for the model's {wanted[0]} layers of {wanted[1]} experts, got one "
+            f"for {given[0]} layers of {given[1]}"
         )
     if site is None or not 0 <= site < placement.num_sites:
         raise ValueError(f"site must be in [0, {placement.num_sites}), got {site}")
@@ -303,8 +313,9 @@ def parameter_kinds(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]
 
 
 def optimizer_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict]:
-    """Parameter groups for torch.optim: matrices with `weight_decay`; vectors, which are norm gains
-    and biases, without. DTensors are apart from others, with which no optimizer takes them at once.
+    """Parameter groups for torch.optim: matrices with `weight_decay`, vectors without.
+
+    DTensors have groups of their own, because optimizers cannot mix them with other tensors.
 
     Raises ValueError for a negative `weight_decay`.
     """

@@ -17,13 +17,13 @@ from small_layer import TOLERANCE, check_against_dense, make, normalised_error, 
 from torch import nn
 
 from fomoe_ext import ops
+from fomoe_ext.activations import ACTIVATIONS
 from fomoe_ext.layer.experts import Experts
 from fomoe_ext.layer.moe import MoELayer
 from fomoe_ext.layer.router import Router
 from fomoe_ext.layer.seeding import fill_normal_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ACTIVATIONS = ("swiglu", "geglu", "silu", "relu2", "gelu", "clamped_swiglu")
 
 
 # ---- the function --------------------------------------------------------------------------------

@@ -135,6 +135,38 @@ def test_to_empty_loses_no_table(kind: str, place: str) -> None:
         check_alike(layer, wanted)
 
 
+@pytest.mark.parametrize("built", ["cpu", "meta", "context"])
+def test_aux_loss_is_on_the_device_of_the_layer_from_the_start(built: str) -> None:
+    with torch.device("meta" if built == "context" else "cpu"):
+        layer = make(balance="switch", **({} if built == "context" else {"device": built}))
+
+    def place() -> str:
+        assert layer.aux_loss.device == layer.router.weight.device
+        assert (layer.aux_loss.shape, layer.aux_loss.dtype) == ((), torch.float32)
+        return layer.aux_loss.device.type
+
+    assert place() == ("cpu" if built == "cpu" else "meta")
+    if built != "cpu":
+        layer.to_empty(device="cpu")
+        layer.reset_parameters()
+    assert place() == "cpu" and layer.aux_loss == 0
+    layer(tokens(9, 24))
+    loss = layer.aux_loss
+    layer.bfloat16()
+    assert place() == "cpu" and layer.aux_loss is loss and loss > 0  # with its graph
+    layer.to("meta")
+    assert place() == "meta"
+    layer.to_empty(device="cpu")
+    assert place() == "cpu" and layer.aux_loss == 0
+
+
+def test_aux_loss_is_on_the_device_of_a_layer_that_is_filled_by_hand() -> None:
+    layer = make(balance="switch", device="meta")
+    layer.load_state_dict(make().state_dict(), assign=True)
+    layer.make_buffers("cpu")
+    assert layer.aux_loss.device.type == "cpu" and layer.aux_loss == 0
+
+
 def test_skip_init() -> None:
     options = {"hidden_size": 24, "intermediate_size": 20, "num_experts": 6, "top_k": 3} | RESIDENT
     layer = nn.utils.skip_init(MoELayer, **options, device="cpu")
@@ -266,7 +298,9 @@ def test_a_state_dict_of_other_experts_is_refused(way: str) -> None:
     """Both are named, and no row has changed."""
     layer, other = make(resident_experts=[0, 2, 5]), make(resident_experts=[0, 2, 4], seed=1)
     before = copy.deepcopy(layer.experts.state_dict())
-    with pytest.raises(RuntimeError, match=r"experts \[0, 2, 4\].*holds \[0, 2, 5\]"):
+    with pytest.raises(
+        RuntimeError, match=r"resident_experts must be \[0, 2, 5\] .*, got \[0, 2, 4\]"
+    ):
         OTHERS[way](layer, other)
     assert all(torch.equal(layer.experts.state_dict()[n], value) for n, value in before.items())
     OTHERS[way](layer, make(resident_experts=[0, 2, 5], seed=1))
@@ -277,7 +311,9 @@ def test_extra_state_alone_is_compared_as_well() -> None:
     """transformers hands it over without a state dict."""
     layer = make(resident_experts=[0, 2, 5])
     layer.experts.set_extra_state(make(resident_experts=[0, 2, 5]).experts.get_extra_state())
-    with pytest.raises(ValueError, match=r"experts \[0, 2, 4\].*holds \[0, 2, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"resident_experts must be \[0, 2, 5\] .*, got \[0, 2, 4\]"
+    ):
         layer.experts.set_extra_state(make(resident_experts=[0, 2, 4]).experts.get_extra_state())
 
 
@@ -317,7 +353,9 @@ def test_a_distributed_checkpoint_of_other_experts_is_refused(tmp_path: Any) -> 
         state = {"model": target.state_dict()}
         dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
         if target is layer:
-            with pytest.raises(RuntimeError, match=r"experts \[0, 2, 4\].*holds \[0, 2, 5\]"):
+            with pytest.raises(
+                RuntimeError, match=r"resident_experts must be \[0, 2, 5\] .*, got \[0, 2, 4\]"
+            ):
                 target.load_state_dict(state["model"])
         else:
             target.load_state_dict(state["model"])

@@ -292,7 +292,9 @@ def test_float64_weights_into_a_float32_layer() -> None:
 
 def test_exact_gelu_is_taken_only_when_asked_for() -> None:
     mlp = GatedMLP(nn.GELU())
-    with pytest.raises(ValueError, match=r"activation must be given: .*GELU.*known are .*geglu"):
+    with pytest.raises(
+        ValueError, match=r"activation must be given as one of .*geglu.* got the activation .*GELU"
+    ):
         MoELayer.from_dense(mlp, 4, top_k=2)
     layer = MoELayer.from_dense(mlp, 4, top_k=2, activation="geglu")
     error = relative_error(layer(tokens(50)), mlp(tokens(50)))
@@ -301,7 +303,9 @@ def test_exact_gelu_is_taken_only_when_asked_for() -> None:
 
 def test_an_activation_that_is_no_attribute_is_named() -> None:
     mlp = ClampedMLP()
-    with pytest.raises(ValueError, match=r"activation must be given: mlp \(gated\) has no"):
+    with pytest.raises(
+        ValueError, match=r"activation must be given as one of .* mlp \(gated\), got no"
+    ):
         MoELayer.from_dense(mlp, 4, top_k=2)
     layer = MoELayer.from_dense(mlp, 4, top_k=2, activation="clamped_swiglu")
     assert relative_error(layer(20 * tokens(50)), mlp(20 * tokens(50))) < 1e-5
@@ -372,10 +376,10 @@ BAD_MLPS: list[tuple[Any, type[Exception], str]] = [
      "one float dtype"),
     (lambda: PlainMLP(("fc1", "fc2"), "act", F.silu).to("meta"), ValueError, "in memory"),
     (lambda: PlainMLP(("fc1", "fc2"), "act", nn.ReLU()), ValueError,
-     "activation must be given: .*ReLU"),
+     "activation must be given as one of .*ReLU"),
     (lambda: PlainMLP(("fc1", "fc2"), "act", nn.PReLU()), ValueError, "PReLU"),
     (lambda: PlainMLP(("fc1", "fc2"), "words", nn.SiLU()), ValueError, "no attribute act_fn"),
-    (lambda: GatedMLP(relu2), ValueError, "known are swiglu"),
+    (lambda: GatedMLP(relu2), ValueError, "must be given as one of swiglu, "),
     (lambda: GatedMLP(F.silu, factor=0.9), ValueError, "differs by 0.11 .* a factor"),
     (with_dropout, ValueError, "differs by .* dropout"),
     (Scores, ValueError, "mlp must return one tensor"),

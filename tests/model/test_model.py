@@ -458,12 +458,12 @@ def test_nan_weights_are_reported_not_trained_on() -> None:
         (
             Placement.cyclic(num_sites=4, num_experts=8, num_layers=3, replication=2),
             0,
-            "3 layers of 8 experts, the model has 2 of 8",
+            "model.s 2 layers of 8 experts, got one for 3 layers of 8",
         ),
         (
             Placement.cyclic(num_sites=4, num_experts=16, num_layers=2, replication=2),
             0,
-            "2 layers of 16 experts, the model has 2 of 8",
+            "model.s 2 layers of 8 experts, got one for 2 layers of 16",
         ),
         (
             Placement.cyclic(num_sites=4, num_experts=8, num_layers=2, replication=2),

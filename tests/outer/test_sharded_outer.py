@@ -228,7 +228,7 @@ def bad_mesh(process: int, processes: int, what: str) -> str:
         ("no mesh in the model", "the same mesh"),
         ("no mesh in OuterSync", "rank"),
         ("another site", "mesh must have this process in site"),
-        ("other ranks per site", "needs 3 processes"),
+        ("other ranks per site", "must have 3 processes"),
         ("reshuffle", "several ranks"),
     ],
 )
