@@ -246,7 +246,7 @@ class TorchftMembership:
         self.end("the next view is being formed")
         self.store.set(keys.here(before.name, self.site), "1")
         self._await(before, sorted(self._beats.knocked) if between_rounds else [], patience_s)
-        return self._ask(round_index, self.quorum)
+        return self._enter(self._ask(round_index, self.quorum))
 
     def lost(self) -> str:
         """Why the current view cannot continue, or "". Quick."""
@@ -271,11 +271,14 @@ class TorchftMembership:
                 raise TooFew(f"sites {missing} did not start within {timeout_s:g} s")
             time.sleep(_LOOK_S)
         self._beats.start()
-        while True:
-            view = self._ask(0, 1)
-            if view.members == self.all_sites:
-                return view
+        # The lighthouse may answer some sites before all have asked. Only the view of all sites is
+        # the current one: a site that sees a current view takes the job for running, and knocks.
+        while (view := self._ask(0, 1)).members != self.all_sites:
+            if time.monotonic() > deadline:
+                missing = sorted(set(self.all_sites) - set(view.members))
+                raise TooFew(f"sites {missing} did not join within {timeout_s:g} s")
             time.sleep(_LOOK_S)
+        return self._enter(view)
 
     def knock(self, timeout_s: float) -> View:
         """Asks to join, and returns the view that takes this site in, at the end of a round.
@@ -296,7 +299,7 @@ class TorchftMembership:
             if self.store.check([keys.admit(name)]):
                 self._beats.counts = True
                 self.store.set(keys.here(name, self.site), "1")
-                view = self._ask(-1, self.quorum)
+                view = self._enter(self._ask(-1, self.quorum))
                 self.store.delete_key(keys.knock(self.site))
                 return view
             time.sleep(_LOOK_S)
@@ -356,7 +359,7 @@ class TorchftMembership:
         return read_current(self.store.get(keys.CURRENT), len(self.all_sites))
 
     def _ask(self, round_index: int, least: int) -> View:
-        """Asks the lighthouse for a quorum and makes it the current view.
+        """Asks the lighthouse for a quorum; the view of its sites. `_enter` makes it the current one.
 
         Raises TooFew for fewer than `least` sites.
         """
@@ -385,15 +388,19 @@ class TorchftMembership:
         self._attempt = max(int(p.data["attempt"]) for p in proven)
         incarnations = [int(p.data["incarnation"]) for p in proven]
         name = f"{quorum.quorum_id}.{self._attempt}.{'-'.join(map(str, incarnations))}"
+        return View(name, members, dist.PrefixStore(keys.of_view(name), self.store))
+
+    def _enter(self, view: View) -> View:
+        """Makes `view` the current one, for this site and in the store."""
         deaths = {s: self._deaths(s) for s in self.all_sites}
         before = self.deaths_before
         ended = {s for s in self.all_sites if s in before and deaths[s] > before[s]}
-        self._ended = (self._ended | ended) - set(members)
+        self._ended = (self._ended | ended) - set(view.members)
         self.deaths_before = deaths
-        self.view = View(name, members, dist.PrefixStore(keys.of_view(name), self.store))
-        self._beats.forget(members)
-        self.store.set(keys.CURRENT, json.dumps({"name": name, "members": members}))
-        return self.view
+        self.view = view
+        self._beats.forget(view.members)
+        self.store.set(keys.CURRENT, json.dumps({"name": view.name, "members": view.members}))
+        return view
 
     def _deaths(self, site: int) -> int:
         return int(self.store.add(keys.deaths(site), 0))
