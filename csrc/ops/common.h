@@ -204,6 +204,14 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes,
   return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
 }
 
+// Gives the memory of a tensor back, unless other tensors share it; leaves the tensor without elements.
+inline void give_back(const Tensor& tensor) {
+  StableIValue stack[] = {torch::stable::detail::from(tensor)};
+  require_success(torch_call_dispatcher("aten::set_", "", stack, TORCH_ABI_VERSION),
+                  "giving memory back");
+  torch::stable::detail::to<Tensor>(stack[0]);  // the result, which is the tensor itself
+}
+
 template <class T>
 const T* pointer(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());

@@ -1,13 +1,8 @@
-// expand, contract and combine in one torch op on the CPU, and its backward. Only the
-// pre-activations are kept between them; the temporaries come from a reusable workspace.
-#include "moe_experts.h"
-
-#include <algorithm>
-#include <tuple>
-
+// expand, contract and combine in one torch op on the CPU, and its backward. Only the pre-activations
+// are kept between them.
 #include "../cpu/huge_pages.h"
-#include "../cpu/workspace.h"
 #include "experts_cpu.h"
+#include "moe_experts_passes.h"
 
 namespace fomoe::ops {
 namespace {
@@ -21,59 +16,31 @@ int64_t check_values(const MoeCall& layer) {
   return rows;
 }
 
-// The bytes of a temporary with `width` elements for each computed row.
-int64_t bytes(const MoeCall& layer, int64_t rows, int64_t width) {
-  return cpu::Workspace::padded(rows * width * layer.element);
-}
+struct CpuKernels {
+  void expand(const ExpandArgs& args) const { cpu::expand(args); }
+  void contract(const ContractArgs& args) const { cpu::contract(args); }
+  void combine(const CombineArgs& args) const {
+    const int64_t element = args.dtype == DType::f32 ? 4 : 2;
+    cpu::prefer_huge_pages(args.y, args.tokens * args.hidden * element);
+    cpu::combine(args);
+  }
+  void contract_backward(const ContractBackwardArgs& args) const { cpu::contract_backward(args); }
+  void weight_grad(const WeightGradArgs& args) const { cpu::weight_grad(args); }
+  void bias_grad(const BiasGradArgs& args) const { cpu::bias_grad(args); }
+  void grouped_rows(const GroupedRowsArgs& args) const { cpu::grouped_rows(args); }
+};
 
-void combine_into(const MoeCall& layer, const void* rows, bool weighted, const Tensor& y) {
-  cpu::prefer_huge_pages(y.mutable_data_ptr(), layer.tokens * layer.hidden * layer.element);
-  cpu::combine(layer.combine(rows, weighted, y));
-}
-
-// Rows of the second result past the last one computed are undefined.
 std::tuple<Tensor, Tensor> moe_experts(const MoeExpertsInputs& in) {
   check(in.x, "x").cpu();
-  const MoeCall layer(in);
-  const int64_t row_count = check_values(layer);
-  Tensor preact = empty(in.x, {in.save_preact ? layer.slots : 0, layer.preact_width()});
-  const int64_t act_bytes = bytes(layer, row_count, layer.intermediate_size);
-  const int64_t row_bytes = bytes(layer, row_count, layer.hidden);
-  cpu::Workspace workspace(act_bytes + row_bytes);
-  void* act = workspace.take(act_bytes);
-  void* rows = workspace.take(row_bytes);
-  cpu::expand(layer.expand(act, in.save_preact ? preact.mutable_data_ptr() : nullptr));
-  cpu::contract(layer.contract(act, rows));
-  Tensor y = empty(in.x, {layer.tokens, layer.hidden});
-  combine_into(layer, rows, true, y);
-  return {y, preact};
+  const MoeCall call(in);
+  return run_moe_experts(in, call, check_values(call), CpuKernels());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_experts_backward(
     const MoeExpertsBackwardInputs& in) {
   check(in.x, "x").cpu();
   const MoeBackwardCall call(in);
-  const int64_t rows = check_values(call);
-  // The row gradients of x reuse the memory of the scaled activations, which are read before.
-  const int64_t grad_bytes = bytes(call, rows, call.preact_width());
-  const int64_t shared_bytes =
-      std::max(bytes(call, rows, call.intermediate_size), bytes(call, rows, call.hidden));
-  cpu::Workspace workspace(grad_bytes + shared_bytes);
-  void* grad_preact = workspace.take(grad_bytes);
-  void* scaled_act = workspace.take(shared_bytes);
-
-  cpu::contract_backward(call.contract_backward(grad_preact, scaled_act));
-  if (in.need_contract) cpu::weight_grad(call.contract_weight_grad(scaled_act));
-  if (in.contract_bias) cpu::bias_grad(call.contract_bias_grad());
-  if (in.need_expand) cpu::weight_grad(call.expand_weight_grad(grad_preact));
-  if (in.expand_bias) cpu::bias_grad(call.expand_bias_grad(grad_preact));
-  if (in.need_x) {
-    void* grad_rows = scaled_act;
-    cpu::grouped_rows(call.grad_rows(grad_preact, grad_rows));
-    combine_into(call, grad_rows, false, call.grad_x);
-  }
-  return {call.grad_x,           call.grad_weights,  call.grad_expand,
-          call.grad_expand_bias, call.grad_contract, call.grad_contract_bias};
+  return run_moe_experts_backward(call, check_values(call), CpuKernels());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(FOMOE_NAMESPACE, CPU, m) {

@@ -1,5 +1,5 @@
 // Of moe_experts and its backward on CPU and CUDA: inputs, their checks, and the arguments of the
-// kernels that each of them runs in turn. The op of the device allocates the temporaries (`void*`).
+// kernels that each of them runs. moe_experts_passes.h runs them, and allocates what they write.
 #pragma once
 
 #include "experts.h"
@@ -44,6 +44,7 @@ struct MoeExpertsBackwardInputs : Inputs<schemas::moe_experts_backward> {
   const bool need_contract = take<"need_contract">();
   const std::optional<Tensor>& expand_total = take<"expand_total">();
   const std::optional<Tensor>& contract_total = take<"contract_total">();
+  const std::optional<Tensor>& preact_to_free = take<"preact_to_free">();
 };
 
 // What forward and backward share: their common inputs, checked except for values, and sizes.
@@ -140,34 +141,48 @@ struct MoeCall {
   const int32_t *at_token_of_row, *at_slot_of_row, *at_row_of_slot, *at_offsets, *at_tiles;
 };
 
-// A call of the backward: outputs allocated. A gradient has shape[0] = 0 where it is not needed,
-// where it is added to a total (fp32, of the weight's shape), and where there is no such bias.
+// A call of the backward. A gradient has shape[0] = 0 where it is not needed, where it is added to a
+// total (fp32, of the weight's shape), and where there is no such bias.
 struct MoeBackwardCall : MoeCall {
-  explicit MoeBackwardCall(const MoeExpertsBackwardInputs& in) : MoeCall(in) {
-    const Tensor &x = in.x, &weights = in.weights, &grad_y = in.grad_y, &preact = in.preact;
-    const std::optional<Tensor>&expand_total = in.expand_total, &contract_total = in.contract_total;
+  explicit MoeBackwardCall(const MoeExpertsBackwardInputs& in) : MoeCall(in), in(in) {
+    const Tensor &x = in.x, &grad_y = in.grad_y, &preact = in.preact;
     check(grad_y, "grad_y").same_device(x, "x").same_dtype(x, "x");
     check(grad_y, "grad_y").shape({tokens, hidden}).contiguous();
     check(preact, "preact").same_device(x, "x").same_dtype(x, "x");
     check(preact, "preact").shape({slots, preact_width()}).contiguous();
+    check_total(in.expand_total, "expand_total", {residents, preact_width(), hidden}, x);
+    check_total(in.contract_total, "contract_total", {residents, hidden, intermediate_size}, x);
+    if (in.preact_to_free) {
+      check(*in.preact_to_free, "preact_to_free").same_device(x, "x").same_dtype(x, "x");
+      check(*in.preact_to_free, "preact_to_free").shape({slots, preact_width()}).contiguous();
+      require(in.preact_to_free->const_data_ptr() == preact.const_data_ptr(),
+              "preact_to_free must be preact, got a tensor elsewhere in memory");
+    }
     at_grad_y = grad_y.const_data_ptr(), at_preact = preact.const_data_ptr();
-    check_total(expand_total, "expand_total", {residents, preact_width(), hidden}, x);
-    check_total(contract_total, "contract_total", {residents, hidden, intermediate_size}, x);
-    add_expand = expand_total.has_value(), add_contract = contract_total.has_value();
-    grad_x = empty(x, {in.need_x ? tokens : 0, hidden});
-    grad_weights = empty(weights, {tokens, top_k});
-    grad_expand = empty(x, {in.need_expand && !add_expand ? residents : 0, preact_width(), hidden});
-    grad_contract =
-        empty(x, {in.need_contract && !add_contract ? residents : 0, hidden, intermediate_size});
-    grad_expand_bias = empty(x, {at_expand_bias ? residents : 0, preact_width()});
-    grad_contract_bias = empty(x, {at_contract_bias ? residents : 0, hidden});
-    at_grad_expand = (add_expand ? *expand_total : grad_expand).mutable_data_ptr();
-    at_grad_contract = (add_contract ? *contract_total : grad_contract).mutable_data_ptr();
   }
 
-  // The kernels in the order of their launches. grad_preact [slots, preact_width] and scaled_act
+  // Gradients, allocated by whoever is about to fill them in.
+  Tensor new_grad_x() const { return empty(in.x, {in.need_x ? tokens : 0, hidden}); }
+  Tensor new_grad_weights() const { return empty(in.weights, {tokens, top_k}); }
+  Tensor new_grad_expand() const {
+    return empty(in.x, {makes_expand() ? residents : 0, preact_width(), hidden});
+  }
+  Tensor new_grad_contract() const {
+    return empty(in.x, {makes_contract() ? residents : 0, hidden, intermediate_size});
+  }
+  Tensor new_grad_expand_bias() const {
+    return empty(in.x, {at_expand_bias ? residents : 0, preact_width()});
+  }
+  Tensor new_grad_contract_bias() const {
+    return empty(in.x, {at_contract_bias ? residents : 0, hidden});
+  }
+  bool makes_expand() const { return in.need_expand && !in.expand_total; }
+  bool makes_contract() const { return in.need_contract && !in.contract_total; }
+
+  // grad_preact [slots, preact_width], which may be preact itself, and scaled_act
   // [slots, intermediate_size] are temporaries of dtype; the caller sets `workspace`.
-  ContractBackwardArgs contract_backward(void* grad_preact, void* scaled_act) const {
+  ContractBackwardArgs contract_backward(void* grad_preact, void* scaled_act,
+                                         const Tensor& grad_weights) const {
     return {.grad_y = at_grad_y,
             .weight = at_contract_weight,
             .bias = at_contract_bias,
@@ -191,7 +206,7 @@ struct MoeBackwardCall : MoeCall {
   }
 
   // Where need_contract.
-  WeightGradArgs contract_weight_grad(const void* scaled_act) const {
+  WeightGradArgs contract_weight_grad(const void* scaled_act, const Tensor& grad_contract) const {
     return {.left = at_grad_y,
             .right = scaled_act,
             .left_index = at_token_of_row,
@@ -203,12 +218,12 @@ struct MoeBackwardCall : MoeCall {
             .right_lines = slots,
             .left_size = hidden,
             .right_size = intermediate_size,
-            .add = add_contract,
-            .grad_weight = at_grad_contract};
+            .add = in.contract_total.has_value(),
+            .grad_weight = in.contract_total.value_or(grad_contract).mutable_data_ptr()};
   }
 
   // Where at_contract_bias is not null.
-  BiasGradArgs contract_bias_grad() const {
+  BiasGradArgs contract_bias_grad(const Tensor& grad_contract_bias) const {
     return {.in = at_grad_y,
             .index = at_token_of_row,
             .weights = at_weights,
@@ -221,7 +236,7 @@ struct MoeBackwardCall : MoeCall {
   }
 
   // Where need_expand.
-  WeightGradArgs expand_weight_grad(const void* grad_preact) const {
+  WeightGradArgs expand_weight_grad(const void* grad_preact, const Tensor& grad_expand) const {
     return {.left = grad_preact,
             .right = at_x,
             .left_index = nullptr,
@@ -233,12 +248,12 @@ struct MoeBackwardCall : MoeCall {
             .right_lines = tokens,
             .left_size = preact_width(),
             .right_size = hidden,
-            .add = add_expand,
-            .grad_weight = at_grad_expand};
+            .add = in.expand_total.has_value(),
+            .grad_weight = in.expand_total.value_or(grad_expand).mutable_data_ptr()};
   }
 
   // Where at_expand_bias is not null.
-  BiasGradArgs expand_bias_grad(const void* grad_preact) const {
+  BiasGradArgs expand_bias_grad(const void* grad_preact, const Tensor& grad_expand_bias) const {
     return {.in = grad_preact,
             .index = nullptr,
             .weights = nullptr,
@@ -264,8 +279,7 @@ struct MoeBackwardCall : MoeCall {
             .rows_out = rows};
   }
 
-  bool add_expand, add_contract;
-  Tensor grad_x, grad_weights, grad_expand, grad_expand_bias, grad_contract, grad_contract_bias;
+  const MoeExpertsBackwardInputs& in;
 
  private:
   static void check_total(const std::optional<Tensor>& total, const char* name,
@@ -275,7 +289,6 @@ struct MoeBackwardCall : MoeCall {
   }
 
   const void *at_grad_y, *at_preact;
-  void *at_grad_expand, *at_grad_contract;
 };
 
 }  // namespace fomoe::ops

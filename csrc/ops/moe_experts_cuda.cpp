@@ -1,9 +1,7 @@
 // expand, contract and combine in one torch op on CUDA, and its backward. Only the pre-activations
 // are kept between them. The host does not wait for the device, so values are not checked.
-#include <tuple>
-
 #include "experts_cuda.h"
-#include "moe_experts.h"
+#include "moe_experts_passes.h"
 
 namespace fomoe::ops {
 namespace {
@@ -17,23 +15,44 @@ void require_readable(const MoeCall& call, const Given& in) {
                  call.intermediate_size);
 }
 
+class CudaKernels {
+ public:
+  // `weights`: a float tensor on the device.
+  CudaKernels(const DeviceOf& device, const Tensor& weights)
+      : stream_(device.stream()), weights_(weights) {}
+
+  void expand(const ExpandArgs& args) const { check_launch(cuda::expand(args, stream_), "expand"); }
+  void contract(const ContractArgs& args) const {
+    check_launch(cuda::contract(args, stream_), "contract");
+  }
+  void combine(const CombineArgs& args) const {
+    check_launch(cuda::combine(args, stream_), "combine");
+  }
+  void contract_backward(ContractBackwardArgs args) const {
+    const Tensor workspace = empty(weights_, {cuda::contract_backward_workspace(args)});
+    args.workspace = mutable_pointer<float>(workspace);
+    check_launch(cuda::contract_backward(args, stream_), "contract_backward");
+  }
+  void weight_grad(const WeightGradArgs& args) const {
+    check_launch(cuda::weight_grad(args, stream_), "weight_grad");
+  }
+  void bias_grad(const BiasGradArgs& args) const {
+    check_launch(cuda::bias_grad(args, stream_), "bias_grad");
+  }
+  void grouped_rows(const GroupedRowsArgs& args) const {
+    check_launch(cuda::grouped_rows(args, stream_), "grouped_rows");
+  }
+
+ private:
+  void* stream_;
+  const Tensor& weights_;
+};
+
 std::tuple<Tensor, Tensor> moe_experts(const MoeExpertsInputs& in) {
   const DeviceOf device(in.x, "x");
   const MoeCall call(in);
   require_readable(call, in);
-  void* stream = device.stream();
-  const Tensor preact = empty(in.x, {in.save_preact ? call.slots : 0, call.preact_width()});
-  const Tensor act = empty(in.x, {call.slots, call.intermediate_size});
-  const Tensor rows = empty(in.x, {call.slots, call.hidden});
-  const Tensor y = empty(in.x, {call.tokens, call.hidden});
-  check_launch(cuda::expand(call.expand(act.mutable_data_ptr(),
-                                        in.save_preact ? preact.mutable_data_ptr() : nullptr),
-                            stream),
-               "expand");
-  check_launch(cuda::contract(call.contract(act.const_data_ptr(), rows.mutable_data_ptr()), stream),
-               "contract");
-  check_launch(cuda::combine(call.combine(rows.const_data_ptr(), true, y), stream), "combine");
-  return {y, preact};
+  return run_moe_experts(in, call, call.slots, CudaKernels(device, in.weights));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_experts_backward(
@@ -47,38 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> moe_experts_backward(
   if (in.contract_total)
     require_chunks(*in.contract_total, "contract_total", "intermediate size",
                    call.intermediate_size);
-  void* stream = device.stream();
-  const Tensor grad_preact = empty(in.x, {call.slots, call.preact_width()});
-  {
-    const Tensor scaled_act = empty(in.x, {call.slots, call.intermediate_size});
-    ContractBackwardArgs args =
-        call.contract_backward(grad_preact.mutable_data_ptr(), scaled_act.mutable_data_ptr());
-    const Tensor workspace = empty(in.weights, {cuda::contract_backward_workspace(args)});
-    args.workspace = mutable_pointer<float>(workspace);
-    check_launch(cuda::contract_backward(args, stream), "contract_backward");
-    if (in.need_contract)
-      check_launch(
-          cuda::weight_grad(call.contract_weight_grad(scaled_act.const_data_ptr()), stream),
-          "weight_grad");
-  }
-  if (call.at_contract_bias != nullptr)
-    check_launch(cuda::bias_grad(call.contract_bias_grad(), stream), "bias_grad");
-  if (in.need_expand)
-    check_launch(cuda::weight_grad(call.expand_weight_grad(grad_preact.const_data_ptr()), stream),
-                 "weight_grad");
-  if (call.at_expand_bias != nullptr)
-    check_launch(cuda::bias_grad(call.expand_bias_grad(grad_preact.const_data_ptr()), stream),
-                 "bias_grad");
-  if (in.need_x) {
-    const Tensor rows = empty(in.x, {call.slots, call.hidden});
-    check_launch(cuda::grouped_rows(
-                     call.grad_rows(grad_preact.const_data_ptr(), rows.mutable_data_ptr()), stream),
-                 "grouped_rows");
-    check_launch(cuda::combine(call.combine(rows.const_data_ptr(), false, call.grad_x), stream),
-                 "combine");
-  }
-  return {call.grad_x,           call.grad_weights,  call.grad_expand,
-          call.grad_expand_bias, call.grad_contract, call.grad_contract_bias};
+  return run_moe_experts_backward(call, call.slots, CudaKernels(device, in.weights));
 }
 
 FOMOE_CUDA_OPS(m) {

@@ -58,9 +58,9 @@ inline constexpr Schema moe_experts_backward =
     "Tensor slot_of_row, Tensor row_of_slot, Tensor offsets, Tensor tiles, "
     "Tensor expand_weight, Tensor? expand_bias, Tensor contract_weight, Tensor? contract_bias, "
     "Tensor preact, int activation, bool need_x, bool need_expand, bool need_contract, "
-    "Tensor(a!)? expand_total, Tensor(b!)? contract_total) -> (Tensor grad_x, "
-    "Tensor grad_weights, Tensor grad_expand, Tensor grad_expand_bias, Tensor grad_contract, "
-    "Tensor grad_contract_bias)";
+    "Tensor(a!)? expand_total, Tensor(b!)? contract_total, Tensor(c!)? preact_to_free) -> "
+    "(Tensor grad_x, Tensor grad_weights, Tensor grad_expand, Tensor grad_expand_bias, "
+    "Tensor grad_contract, Tensor grad_contract_bias)";
 inline constexpr Schema delta_encode =
     "delta_encode(Tensor? anchor, Tensor[] local, int[] begins, float[] weights, "
     "Tensor(a!)? error, int numel, int format, int block, bool stochastic, int seed, int first, "

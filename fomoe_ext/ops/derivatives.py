@@ -31,7 +31,8 @@ def register_derivative(name: str, formula: Formula, set_up: SetUp) -> None:
     `set_up(ctx, given, output)` keeps what the formula needs; `given` has the arguments by name.
     `formula(ctx, needed, *grads)` returns the gradients by the arguments' names; an argument that
     is not named gets None. `needed` says of each argument, by name, whether it needs a gradient.
-    The rest is as in `torch.library.register_autograd`.
+    The op's first result alone is differentiable: the formula is asked where that has a gradient,
+    and gets None for the others. The rest is as in `torch.library.register_autograd`.
     """
     _register(name, formula, set_up)
 
@@ -55,12 +56,16 @@ def _register(name: str, formula: Formula | None, set_up: SetUp | None) -> None:
         with torch._C._AutoDispatchBelowAutograd():
             output = op(*arguments)
         if set_up is not None:
+            # Else torch fills zeros in for results that have no gradient, however large they are.
+            ctx.set_materialize_grads(False)
             set_up(ctx, by_name(arguments), output)
         return output
 
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
         if formula is None:
             raise _refusal(name)
+        if grads[0] is None:
+            return ordered()
         return ordered(**formula(ctx, by_name(ctx.needs_input_grad), *grads))
 
     function: Any = type(

@@ -16,6 +16,7 @@ from torch import Tensor
 from fomoe_ext.activations import ACTIVATIONS, activation_id, is_gated
 from fomoe_ext.ops.derivatives import Gradients, refuse_derivative, register_derivative
 from fomoe_ext.ops.rows import RowTable
+from fomoe_ext.ops.saved import given_up
 from fomoe_ext.ops.schemas import arguments_type, by_name, in_order, tensor_names
 from fomoe_ext.ops.shapes import register_shapes
 
@@ -119,7 +120,8 @@ def moe_experts(
 
     y[t] = sum over the token's computed slots of weights[t, k] * expert(x[t]). The backward
     recomputes activations and takes the gradients of combine weights from activation rows, so that
-    neither gathered tokens nor outputs of contract are kept (SonicMoE, arXiv 2512.14080).
+    neither gathered tokens nor outputs of contract are kept (SonicMoE, arXiv 2512.14080). Where it
+    is the last to need them (no `retain_graph`) it overwrites the pre-activations and frees them.
 
     Args:
         x: tokens [T, D], float32, bfloat16 or float16.
@@ -293,7 +295,7 @@ def _expand_setup(ctx: Any, given: Any, output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(preact)
 
 
-def _expand_grad(ctx: Any, needed: Any, grad_act: Tensor, _grad_preact: Tensor) -> Gradients:
+def _expand_grad(ctx: Any, needed: Any, grad_act: Tensor, _grad_preact: None) -> Gradients:
     x, expand_weight, token_of_row, row_of_slot, offsets, tiles, preact = ctx.saved_tensors
     _require_saved(ctx.saved)
     grad_preact = _activation_backward(
@@ -366,7 +368,7 @@ def _moe_setup(ctx: Any, given: Any, output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(preact)
 
 
-def _moe_grad(ctx: Any, needed: Any, grad_y: Tensor, _grad_preact: Tensor) -> Gradients:
+def _moe_grad(ctx: Any, needed: Any, grad_y: Tensor, _grad_preact: None) -> Gradients:
     return _moe_grads(ctx, needed, grad_y, None, None)
 
 
@@ -380,6 +382,7 @@ def _moe_grads(
     """The gradients of the op moe_experts by its arguments' names."""
     saved = ctx.saved_tensors  # once: activation checkpointing recomputes at the first access
     _require_saved(ctx.saved)
+    overwrites = given_up(saved)
     tensors = dict(zip(_MOE_TENSORS, saved[:-1], strict=True))
     grad_x, grad_weights, grad_expand, grad_expand_bias, grad_contract, grad_contract_bias = (
         _moe_experts_backward(
@@ -391,6 +394,7 @@ def _moe_grads(
             need_contract=needed.contract_weight,
             expand_total=expand_total,
             contract_total=contract_total,
+            preact_to_free=saved[-1] if overwrites else None,
             **tensors,
         )
     )

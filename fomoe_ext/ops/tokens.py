@@ -286,7 +286,7 @@ def _route_setup(ctx: Any, given: Any, output: tuple[Tensor, Tensor, Tensor]) ->
     ctx.mark_non_differentiable(experts, statistics)
 
 
-def _route_grad(ctx: Any, needed: Any, grad_weights: Tensor, *_no_grads: Tensor) -> Gradients:
+def _route_grad(ctx: Any, needed: Any, grad_weights: Tensor, *_no_grads: None) -> Gradients:
     logits, experts, allowed = ctx.saved_tensors
     grad_logits = _route_backward(
         grad_weights=grad_weights.contiguous(),

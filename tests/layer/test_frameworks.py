@@ -183,7 +183,7 @@ def test_opcheck_at_the_edges(tokens_: int, residents: int) -> None:
     _, preact = fomoe.moe_experts(x, weights.detach(), *table, *tail, 0, True)
     plain = (torch.ones_like(x), x, weights.detach(), *table, *tail, preact, 0)
     for wanted in ((True, True, True), (False, False, False)):
-        torch.library.opcheck(fomoe.moe_experts_backward, (*plain, *wanted, None, None))
+        torch.library.opcheck(fomoe.moe_experts_backward, (*plain, *wanted, None, None, None))
     torch.library.opcheck(fomoe.gather, (x, table.row_of_slot, table.offsets))
     rows = ops.gather(x, table)
     torch.library.opcheck(fomoe.combine, (rows, weights.detach(), table.row_of_slot))

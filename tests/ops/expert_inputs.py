@@ -138,7 +138,7 @@ def op_arguments(
         "moe_experts": (fomoe.moe_experts, forward),
         "moe_experts_backward": (
             fomoe.moe_experts_backward,
-            (grad_y, *backward, True, True, False, None, None),
+            (grad_y, *backward, True, True, False, None, None, None),
         ),
         "contract_backward": (
             fomoe.contract_backward,

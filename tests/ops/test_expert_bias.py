@@ -250,7 +250,7 @@ def op_arguments(inputs: Inputs, activation: str) -> dict[str, tuple[Any, tuple[
         "moe_experts": (fomoe.moe_experts, (x, weights, *table, *experts, number, True)),
         "moe_experts_backward": (
             fomoe.moe_experts_backward,
-            (grad_y, *constants, preact, number, True, True, True, None, None),
+            (grad_y, *constants, preact, number, True, True, True, None, None, None),
         ),
         "contract_backward": (
             fomoe.contract_backward,

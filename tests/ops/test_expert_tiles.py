@@ -40,7 +40,7 @@ def everything(device: Device, inputs: Inputs, activation: str) -> list[torch.Te
     results = [y, preact[: inputs.count]]
     for totals in ((None, None), (None, total)):
         results += device.op("moe_experts_backward")(
-            on(inputs.grad_y), *arguments, preact, number, True, True, True, *totals
+            on(inputs.grad_y), *arguments, preact, number, True, True, True, *totals, None
         )
     return [t.cpu() for t in (*results, total)]
 

@@ -292,7 +292,7 @@ def test_moe_experts(device, groups, hidden, size, dtype, bias):
     arguments, number = moe_arguments(inputs), ops.ACTIVATIONS["clamped_swiglu"]
     y, preact = run(device, "moe_experts", *arguments, number, True)
     backward = (inputs.grad_y, *arguments, preact[0], number)
-    got = run(device, "moe_experts_backward", *backward, True, True, True, None, None)
+    got = run(device, "moe_experts_backward", *backward, True, True, True, None, None, None)
 
     leaf = lambda t: None if t is None else t.clone().requires_grad_()
 
@@ -334,7 +334,7 @@ def check_moe_totals(device: Device, backward: tuple, without: list[Tensor]) -> 
     totals = [torch.randn(t.shape, generator=generator) for t in start]
     for chosen in ((True, True), (True, False), (False, True)):
         ends = [on(t.clone()) if c else None for t, c in zip(totals, chosen, strict=True)]
-        grads = op(*map(on, backward), True, True, True, *ends)
+        grads = op(*map(on, backward), True, True, True, *ends, None)
         for which, end, total, grad in zip((2, 4), ends, totals, start, strict=True):
             if end is None:
                 assert torch.equal(grads[which].cpu(), without[which][0])
@@ -348,7 +348,7 @@ def check_moe_totals(device: Device, backward: tuple, without: list[Tensor]) -> 
         for which in (0, 1, 3, 5):
             assert torch.equal(grads[which].cpu(), without[which][0])
     untouched = [on(t.clone()) for t in totals]
-    grads = op(*map(on, backward), False, False, False, *untouched)
+    grads = op(*map(on, backward), False, False, False, *untouched, None)
     assert [g.shape[0] for g in (grads[0], grads[2], grads[4])] == [0, 0, 0]
     assert torch.equal(grads[1].cpu(), without[1][0])
     for end, total in zip(untouched, totals, strict=True):

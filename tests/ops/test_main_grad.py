@@ -186,7 +186,9 @@ def test_opcheck(dtype: torch.dtype) -> None:
     experts = (inputs.expand_weight, None, inputs.contract_weight, None)
     shared = (torch.ones_like(inputs.x), inputs.x, inputs.weights, *table, *experts, preact, 0)
     for chosen in ((totals[0], None), (None, totals[1]), totals):
-        torch.library.opcheck(fomoe.moe_experts_backward, (*shared, True, True, True, *chosen))
+        torch.library.opcheck(
+            fomoe.moe_experts_backward, (*shared, True, True, True, *chosen, None)
+        )
 
 
 # ---- Parameter.main_grad -------------------------------------------------------------------------
@@ -301,4 +303,4 @@ def test_bad_totals_of_the_ops() -> None:
         experts = (inputs.expand_weight, None, inputs.contract_weight, None)
         shared = (inputs.x, inputs.x, inputs.weights, *table, *experts, preact, 0)
         with pytest.raises(ValueError, match=f"expand_{message}"):
-            fomoe.moe_experts_backward(*shared, True, True, True, wrong, None)
+            fomoe.moe_experts_backward(*shared, True, True, True, wrong, None, None)
