@@ -80,9 +80,7 @@ def layer_table() -> Table:
 
 
 def verb_table() -> Table:
-    table = Table(
-        title="route, compact and combine, forward + backward (x = torch's time over ours)"
-    )
+    table = Table(title="route and combine with backward, compact (x = torch's time over ours)")
     for name in ("verb", "shape", "dtype", "resident", "ms", "of bandwidth", "torch ops"):
         table.add_column(name, justify="left" if name in ("verb", "shape", "dtype") else "right")
     for (verb, case), r in common.verb_results.items():
