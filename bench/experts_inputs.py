@@ -45,7 +45,7 @@ class Chip:
         return self.clock / (1 + self.power_of_tensor * tensor)
 
 
-# ---- what is known of the kernels ----------------------------------------------------------------
+# ---- the kernels ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

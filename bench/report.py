@@ -30,7 +30,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise BadFile(f"{path}: cannot be read as JSON: {error}") from error
+        raise BadFile(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("benchmarks"), list):
         raise BadFile(
             f"{path} must be a file of pytest-benchmark, got one without a list 'benchmarks'"
@@ -252,7 +252,7 @@ def lines_section(path: Path, labels: Sequence[str]) -> str:
     """The section of a .jsonl file; of all labels if none is given."""
     found = [line for line in json_lines(path) if not labels or line["label"] in labels]
     if not found:
-        raise BadFile(f"{path}: no line has the label {' or '.join(map(repr, labels))}")
+        raise BadFile(f"{path} has no line with the label {' or '.join(map(repr, labels))}")
     squares = [line["square"] / 1e12 for line in found if line["kind"] == "ceilings"]
     parts = [f"### {path.name}", ""]
     if squares:

@@ -414,5 +414,5 @@ def test_report_of_lines(tmp_path):
     assert any("700 to 700 TFLOP/s" in line for line in shown)
     assert not any("old" in line for line in shown)
     assert any("old" in line for line in report.lines_section(file, []).splitlines())
-    with pytest.raises(report.BadFile, match="no line has the label 'none'"):
+    with pytest.raises(report.BadFile, match="has no line with the label 'none'"):
         report.lines_section(file, ["none"])
