@@ -154,8 +154,12 @@ def test_files_of_another_machine_are_named_with_their_site(run, tmp_path, capsy
 
 
 def test_states_of_sites_are_not_needed(run, tmp_path):
-    for state in run.glob("checkpoints/*/state-*.pt"):
-        state.unlink()
+    for checkpoint in ckpt.list_checkpoints(run / "checkpoints"):
+        shutil.rmtree(checkpoint / ckpt.TRAINING)
+        states = list(checkpoint.glob("state-*.json"))
+        assert len(states) == 2
+        for state in states:
+            state.unlink()
     write(run, tmp_path / "out")
 
 

@@ -249,13 +249,9 @@ def test_saving_keeps_the_model_converted(family, tmp_path):
 def test_a_failed_save_leaves_the_model_converted(tmp_path):
     model = hf.convert(make_model("gpt_oss"))
     wanted = model(text()).logits
-    (tmp_path / "file").write_text("")
-    with pytest.raises(AssertionError):
-        model.save_pretrained = None
-        try:
-            hf.save_pretrained(model, tmp_path / "file")
-        except TypeError as error:
-            raise AssertionError from error
+    model.save_pretrained = None
+    with pytest.raises(TypeError, match="not callable"):
+        hf.save_pretrained(model, tmp_path / "out")
     assert blocks(model) == [] and torch.equal(model(text()).logits, wanted)
 
 

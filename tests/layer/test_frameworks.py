@@ -254,10 +254,11 @@ def test_accumulated_gradients_are_those_of_one_large_batch(main_grad: bool) -> 
                 weight.main_grad = torch.zeros_like(weight)
     for part in batch.split(2):
         (parts.loss(part).total / 3).backward()
-    for parameter in parts.parameters():
-        if main_grad and hasattr(parameter, "main_grad"):
-            assert parameter.grad is None
-            parameter.grad = parameter.main_grad
+    with_total = [p for p in parts.parameters() if hasattr(p, "main_grad")]
+    assert len(with_total) == (2 * len(list(parts.moe_layers())) if main_grad else 0)
+    for parameter in with_total:
+        assert parameter.grad is None
+        parameter.grad = parameter.main_grad
     assert_same_gradients(parts, whole, rtol=1e-4, atol=1e-6)
     for model, optimizer in zip((whole, parts), optimizers, strict=True):
         optimizer.step()

@@ -123,9 +123,10 @@ def test_no_floating_point_atomics(codes):
 
 def test_warp_reductions_are_instructions(codes):
     """Choosing takes the maximum over a warp in one instruction."""
-    for (kernel, arch), code in codes.items():
-        if kernel.startswith("route_kernel"):
-            assert code.has(r"^C?REDUX"), (kernel, arch)
+    found = {key: code for key, code in codes.items() if key[0].startswith("route_kernel")}
+    assert len(found) > 0
+    for key, code in found.items():
+        assert code.has(r"^C?REDUX"), key
 
 
 def gemms(codes: dict[tuple[str, str], Code], kind: str, arch: str) -> dict[str, Code]:
