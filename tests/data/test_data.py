@@ -1,4 +1,4 @@
-"""Text to tokens: every kind of source, the split, the cache, and files that are no text."""
+"""Text to tokens: every kind of source, the split, the cache, and unreadable files."""
 
 from __future__ import annotations
 

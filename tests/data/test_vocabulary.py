@@ -1,4 +1,4 @@
-"""What a job says of a vocabulary that its tokens cannot fill."""
+"""The note on a vocabulary with more ids than the tokenizer produces."""
 
 from __future__ import annotations
 

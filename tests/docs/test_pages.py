@@ -1,9 +1,9 @@
-"""What the pages tell people to type is what the package understands; what they show is true.
+"""The commands and snippets on the pages work, and the results that they show are true.
 
-Blocks of Python are executed, in the order of a page, with small stand-ins for the names that they
-take for granted. Commands are given to the parser of the program that they start, so that a flag
-that is gone is found; a few are run. Marked blocks (<!-- needs: gpu -->, <!-- needs: several
-machines -->) are not executed, but their names and flags are looked up.
+Blocks of Python are executed, in the order of a page, with small stand-ins for names that they do
+not define. Commands are parsed by the program that they start, so that a removed flag is found; a
+few are run. Marked blocks (<!-- needs: gpu -->, <!-- needs: several machines -->) are not executed,
+but their names and flags are looked up.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def test_scripts_run_as_the_page_says(block, tmp_path):
 
 
 def test_what_follows_a_run(run, tmp_path, monkeypatch, capsys):
-    """The commands that pages give for `runs/<name>`, of a run that is there."""
+    """The pages' commands for `runs/<name>` succeed on a finished run."""
     monkeypatch.chdir(tmp_path)
     for name in ("<name>", "<other>"):
         shutil.copytree(run, tmp_path / "runs" / name)
@@ -241,7 +241,7 @@ def test_what_follows_a_run(run, tmp_path, monkeypatch, capsys):
 
 
 def test_what_one_gains_is_what_the_study_prints():
-    """The table of README is of rows of docs/claims.md, which `python -m bench.study` writes."""
+    """Every number in README's table is in docs/claims.md, which `python -m bench.study` writes."""
     claims = read("docs/claims.md")
     rows = {
         "gradients at every step": [r"\| DDP \* \|"],
@@ -259,7 +259,7 @@ def test_what_one_gains_is_what_the_study_prints():
         assert len(shown) >= 2 and all(f" {cell} " in known for cell in shown), (shown, known)
 
 
-# ---- this file's own means -----------------------------------------------------------------------
+# ---- the checks themselves -----------------------------------------------------------------------
 
 
 def test_a_block_that_no_test_looks_at_is_named():

@@ -1,6 +1,6 @@
-"""The reference of the API: it has every public name, and its parameters are those of signatures.
+"""The API reference has every public name, and documents the parameters of its signature.
 
-mkdocs (in .ci/run) finds names that are gone and links that lead nowhere.
+mkdocs (in .ci/run) finds removed names and broken links.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pages import ROOT
 PAGES = sorted((ROOT / "docs/api").glob("*.md"))
 SHOWN = [name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)]
 FOLDERS = ["fomoe_ext"] + [f"fomoe_ext.{name}" for name in ("hf", "layer", "ops", "outer")]
-# Not for users: what a job shares with the library, or tables that the text of others names.
+# Not for users: names that jobs share with the library, and tables that other texts refer to.
 UNSHOWN = {"Codec", "SiteGroups", "get_codec", "__version__"}
 
 

@@ -1,4 +1,4 @@
-"""`fomoe eval`: the loss of a run is that of its report, and skipping costs what it must."""
+"""`fomoe eval`: losses of a run, of skipped experts, and of exported and transformers' models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def evaluate(folder: Path, model: Path, *flags: str) -> dict:
-    """The figures of `fomoe eval`, which must go well."""
+    """The figures that `fomoe eval` prints; fails unless it succeeds."""
     figures = folder / "figures/eval.json"
     assert cli.main(["eval", str(model), "--json", str(figures), *flags]) == 0
     return json.loads(figures.read_text())
@@ -39,7 +39,7 @@ def losses(figures: dict) -> dict[str, float]:
 
 
 def refused(capsys, *arguments: str) -> str:
-    """What `fomoe eval` says when it refuses."""
+    """The error message of `fomoe eval`, which must fail."""
     assert cli.main(["eval", *arguments]) == 2
     return capsys.readouterr().err
 
@@ -53,7 +53,7 @@ def text(tmp_path_factory):
 
 
 def by_hand(model: LanguageModel, file: Path) -> float:
-    """Nats per token of a text of bytes in windows of 24 tokens, one by one."""
+    """Nats per token of a text of bytes, in windows of 24 tokens, computed one by one."""
     tokens = [*file.read_bytes(), 0]
     starts = range(0, len(tokens) - 24, 24)
     windows = torch.tensor([tokens[start : start + 25] for start in starts])

@@ -57,7 +57,7 @@ def test_shards_are_small_and_hold_everything_once(tmp_path):
 
 
 def test_tensors_are_read_one_by_one(tmp_path, monkeypatch):
-    """What is in memory at any time is what the shard under way holds."""
+    """At any time, only the tensors of the shard being written are in memory."""
     source = untrained_run(tmp_path, random_model(tiny_config()))
     alive, most = 0, 0
     read, save = GlobalModelReader.tensor, tensor_files.save_file
@@ -137,7 +137,7 @@ def run(tmp_path):
 
 
 def refused(capsys, *arguments: str) -> str:
-    """What `fomoe export` says when it refuses."""
+    """The error message of `fomoe export`, which must fail."""
     assert cli.main(["export", *arguments]) == 2
     return capsys.readouterr().err
 
@@ -246,7 +246,7 @@ def test_help_needs_no_torch():
 
 
 def test_every_field_of_the_model_has_a_place():
-    """A new field of ModelConfig must be exported, or said to matter in training only."""
+    """A new field of ModelConfig must be exported or listed as used in training only."""
     config = tiny_config(
         top_k=3, router_num_groups=2, router_groups_kept=2, norm="rms", rope_base=77.0
     )

@@ -41,7 +41,7 @@ def test_a_wait_is_given_up_when_the_watch_says_so() -> None:
         wait_for(work)
     assert work.waited
     work = _Work(10**9)
-    wait_for(work)  # nobody watches: it is the work that waits
+    wait_for(work)  # without a watch the wait is that of the work itself
     assert work.waited
 
 

@@ -1,4 +1,5 @@
-"""Who holds what when sites come and go: orphans, moves with all belongings, shadows."""
+"""Which sites hold which experts as sites come and go: orphans, moves with their optimizer state,
+shadow copies."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from fomoe_ext.placement import Placement, wire
 
 @st.composite
 def holdings_and_more(draw: st.DrawFn) -> tuple[list[list[list[int]]], int, int]:
-    """What 1 to 5 sites hold of 1 to 3 layers, some of it nowhere; experts; replication."""
+    """Experts held by each of 1 to 5 sites in 1 to 3 layers, some by none; their number;
+    replication."""
     sites, experts = draw(st.integers(1, 5)), draw(st.integers(1, 9))
     layers = draw(st.integers(1, 3))
     subsets = st.lists(st.integers(0, experts - 1), unique=True).map(sorted)
@@ -73,7 +75,7 @@ def test_experts_are_shared_out_evenly_with_few_moves(
         return
     placement = ownership.rebalance(holdings, experts, replication)
     assert ownership.is_level(placement, replication)
-    # A level placement is left as it is.
+    # A balanced placement is not changed.
     level = [
         [list(placement.resident(layer, site)) for layer in range(placement.num_layers)]
         for site in range(placement.num_sites)
@@ -90,7 +92,8 @@ def test_after_a_death_only_what_is_missing_moves() -> None:
         for site in range(3)
         for layer in range(2)
     )
-    assert moved <= 2 * (8 + 2)  # the dead one's eight of each layer, and a few to make it even
+    # The dead site's eight of each layer, and a few more to balance the sites.
+    assert moved <= 2 * (8 + 2)
     assert not placement.even and Placement.from_dict(placement.to_dict()) == placement
 
 
@@ -107,7 +110,7 @@ def test_a_site_that_comes_takes_from_the_fullest() -> None:
 
 
 def moved_over(site: int, num_sites: int) -> None:
-    """An expert of site 0 goes to site 2 with all that belongs to it."""
+    """An expert of site 0 moves to site 2 with its anchor, momentum and optimizer state."""
     model, inner, sync = make(site, num_sites, "resident", codec="int4")
     for index in range(2):
         take_steps(model, inner, site, index)

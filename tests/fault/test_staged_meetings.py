@@ -54,7 +54,7 @@ def test_a_staged_meeting_gives_the_same_bits(options: dict[str, Any]) -> None:
 
 
 def broken_off(site: int, num_sites: int, where: str) -> list[bytes]:
-    """A meeting that fails at one site, rolled back and held again; what all have then."""
+    """A meeting that fails at one site is rolled back and repeated. Returns the resulting state."""
     model, inner, sync = make(site, num_sites, codec="int4", staged=True)
     take_steps(model, inner, site, 0)
     sync.step()
@@ -91,7 +91,7 @@ def test_a_meeting_that_broke_off_is_rolled_back_and_held_again() -> None:
 
 
 def applied_by_some(site: int, num_sites: int) -> list[bytes]:
-    """Site 0 has applied; the others have heard of a failure after everything had arrived."""
+    """Site 0 has committed; at the others the meeting failed after everything had arrived."""
     model, inner, sync = make(site, num_sites, codec="int4", staged=True)
     take_steps(model, inner, site, 0)
     right = Staged.end_pending

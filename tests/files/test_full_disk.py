@@ -1,4 +1,4 @@
-"""A disk that is full, fails or can only be read does not end a job; what was lost is told."""
+"""A full, failing or read-only disk does not end a job; what could not be written is reported."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ needs_full = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
 
 @contextmanager
 def full_disk(monkeypatch, number: int = errno.ENOSPC, after: int = 0):
-    """Inside, no write to a file that is appended to has room for more than so many bytes."""
+    """A context in which appending to a file fails after `after` bytes."""
 
     def write(descriptor: int, data: bytes) -> int:
         part = bytes(data)[:after]
@@ -61,7 +61,7 @@ def small_disk(tmp_path):
 
 
 def fill(disk: Path) -> None:
-    """Leaves no room at all."""
+    """Fills the disk to the last byte."""
     with (disk / "filling").open("ab", buffering=0) as file:
         for size in (1 << 16, 1 << 12, 1):
             try:
@@ -247,8 +247,8 @@ def job(run: Path, *more: str):
 
 
 def test_a_disk_that_is_full_from_the_first_rounds_on(small_disk, monkeypatch):
-    """With a checkpoint after every round; what is left is named, and the report is on the
-    terminal."""
+    """With a checkpoint after every round. The files that are missing are named, and the report is
+    shown on the terminal."""
     run = small_disk / "run"
     (small_disk / "filling").write_bytes(bytes((1 << 20) - (300 << 10)))
     result = job(run, "--checkpoint-rounds", "1", "--tensorboard", "--no-async-checkpoints")
@@ -258,7 +258,7 @@ def test_a_disk_that_is_full_from_the_first_rounds_on(small_disk, monkeypatch):
     assert f"{run}/checkpoints/step-00000024: " in said and "No space left on device" in said
     assert "round    6/6  validation" in result.stdout
     assert "validation bits per byte" in result.stdout
-    # What has a name is whole.
+    # A folder with a final name is complete.
     whole = [p for p in (run / "checkpoints").iterdir() if not p.name.startswith(".")]
     for checkpoint in whole:
         assert (checkpoint / "manifest.json").stat().st_size
@@ -269,7 +269,7 @@ def test_a_disk_that_is_full_from_the_first_rounds_on(small_disk, monkeypatch):
 
 
 def test_the_last_checkpoint_and_the_report_are_in_the_way(tmp_path):
-    """All else is done."""
+    """The job ends with an error code, after everything else has been written."""
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints/.step-00000024.partial").write_text("in the way")

@@ -1,4 +1,4 @@
-"""Damaged and hostile inputs: a parser takes them or raises the error that it documents."""
+"""Damaged and hostile inputs: a parser takes them or raises an error that it documents."""
 
 from __future__ import annotations
 
