@@ -84,7 +84,7 @@ def make_model(
 
     config = make_config(family, **changes)
     config._attn_implementation = "eager"
-    # The blocks that we compare with are the plain ones.
+    # Tests compare with transformers' eager blocks.
     config._experts_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Quantised checkpoints of transformers: worked out where the format says all, else refused."""
+"""Quantised checkpoints of transformers: dequantised if the format is fully known, else refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def one_site(family: str) -> Placement:
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks of FP8 as DeepSeek-V3 has them, and the scale of each."""
+    """FP8 blocks as in DeepSeek-V3's files, with a scale each."""
     rows, columns = weight.shape
     blocks = weight.float().view(rows // BLOCK[0], BLOCK[0], columns // BLOCK[1], BLOCK[1])
     scales = blocks.abs().amax(dim=(1, 3)) / 448
@@ -48,7 +48,7 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
 def write(
     folder: Path, family: str, change: Callable[[Tensors], None], config: Any = None, **changes: Any
 ) -> None:
-    """A model's folder with other tensors, and what its configuration says of them."""
+    """Writes a model's folder with changed tensors and the given quantization config."""
     make_model(family, **changes).save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -71,7 +71,7 @@ def read(folder: Path, family: str, placement: Placement | None = None) -> tuple
     )
 
 
-# ---- what is worked out --------------------------------------------------------------------------
+# ---- what is dequantised -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
@@ -90,7 +90,7 @@ def test_blocks_of_fp8_are_what_transformers_makes_of_them(tmp_path, family):
     exact = make_model(family).state_dict()
     name = next(n for n in found if n.endswith("mlp.experts.gate_up_proj"))
     assert 0 < relative_error(found[name], exact[name]) < 0.05
-    # A site reads its own, and what is written is plain.
+    # A site reads its own experts, and save_merged writes them unquantised.
     placement = Placement.cyclic(
         num_sites=2, num_experts=EXPERTS, num_layers=LAYERS_OF[family], replication=1
     )
@@ -294,7 +294,7 @@ def test_mxfp4_that_is_not_one_is_refused(tmp_path, what):
 
 
 def test_further_tokens_layers_are_named_and_left(tmp_path):
-    """DeepSeek-V3's files have a layer more, for predicting further tokens."""
+    """DeepSeek-V3's files have an extra layer for multi-token prediction."""
     extra = put("model.layers.3.eh_proj.weight", lambda t: torch.ones(2, 2))
     write(tmp_path, "deepseek_v3", extra, num_nextn_predict_layers=1)
     with pytest.warns(UserWarning, match=r"model\.layers\.3\.eh_proj\.weight .* are not read"):

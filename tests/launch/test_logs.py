@@ -1,4 +1,4 @@
-"""The library logs; commands alone print, and show what is logged as they always have."""
+"""The library logs and only commands print; commands also show what is logged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages between processes are JSON: they come as they were sent, and bad ones are refused."""
+"""Messages between processes are JSON: they arrive as they were sent, and bad ones are refused."""
 
 from __future__ import annotations
 
@@ -95,8 +95,7 @@ def test_json_of_states_is_read_strictly():
     "wrap", [lambda v: [v], lambda v: (v,), lambda v: {1: v}], ids=["list", "tuple", "dict"]
 )
 def test_nested_too_deeply(wrap):
-    """What is not too deep to be sent can be read; Python's own limit, which libraries move, does
-    not matter."""
+    """Whatever can be sent can be read, whatever Python's recursion limit is."""
     deepest: object = 1
     for _ in range(MOST_NESTED):
         deepest = wrap(deepest)
@@ -147,7 +146,7 @@ def test_sites_hear_each_other(num_sites):
 
 
 def error_of(action):
-    """The error, once the others have got theirs."""
+    """The error of a call; returns when all sites have got theirs."""
     try:
         action()
     except Exception as error:
@@ -174,7 +173,7 @@ def test_who_cannot_say_it_is_named():
 
 
 def hostile(site, num_sites, length, body):
-    """Site 1 speaks the protocol by hand."""
+    """Site 1 sends the bytes of the protocol itself, malformed."""
     if site == 0:
         return error_of(lambda: messages.gather_objects("fine", num_sites, who="site"))
     rows = [torch.zeros(1, dtype=torch.int64) for _ in range(num_sites)]
@@ -215,7 +214,7 @@ OBJECT_COLLECTIVES = {
 
 
 def unsafe_lines(source: str) -> list[str]:
-    """What of a module's source could read a pickle or run text, as words with line numbers."""
+    """Places in a module's source that could read a pickle or execute text, by line."""
     found = []
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []
@@ -250,7 +249,7 @@ def test_no_module_reads_a_pickle():
         str(file.relative_to(package)): lines
         for file in files
         if (lines := unsafe_lines(file.read_text(encoding="utf-8")))
-    } == {"ops/schemas.py": ["47: exec"]}  # of names in our own schemas, compiled in
+    } == {"ops/schemas.py": ["47: exec"]}  # of argument names, from our own schemas
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`fomoe ... | head`: a reader who leaves ends a command as SIGPIPE does, and blames nobody."""
+"""`fomoe ... | head`: a command whose reader leaves ends silently, as by SIGPIPE."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fomoe_ext.launch.signals import Interrupted
 
 
 def piped(words: list[str], reader: list[str], cwd: Path) -> tuple[int, str, str]:
-    """Exit code and standard error of a command whose output a reader reads, and what that said."""
+    """Runs `command | reader`. Returns exit code and stderr of the command, and the reader's output."""
     first = subprocess.Popen(
         [sys.executable, "-P", "-m", "fomoe_ext.cli", *words],
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Signals that ask to stop, and a terminal that is gone: all alike, and nothing is lost by them."""
+"""Signals that ask a job to stop, and the loss of its terminal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ each = pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """What a test has changed is as before afterwards."""
+    """Restores the signal handlers after each test."""
     before = {kind: signal.getsignal(kind) for kind in ALL}
     for kind in ALL:
         signal.signal(kind, signal.SIG_DFL)
@@ -37,7 +37,7 @@ def handlers():
 
 def send(kind: signal.Signals) -> None:
     os.kill(os.getpid(), kind)
-    time.sleep(0.01)  # Python runs handlers between two steps of its own
+    time.sleep(0.01)  # gives Python time to run the handler
 
 
 @each
@@ -49,7 +49,7 @@ def test_a_site_is_asked_to_stop_by_each(kind):
     assert not stop.asked
     send(kind)
     assert stop.asked
-    # Once more ends it; but a terminal that is closed hangs up several times.
+    # A second signal ends the process; but a closed terminal sends SIGHUP several times.
     again = signal.getsignal(kind)
     assert (again is signal.SIG_DFL) == (kind != signal.SIGHUP)
 

@@ -1,4 +1,4 @@
-"""Which process of a job this is, by variables that somebody may have set by hand."""
+"""Which process of a job this is, by environment variables that may have been set by hand."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_who_waits_says_for_whom(monkeypatch, caplog):
         world._find_others(World(1, 2), 0.5)
     said = caplog.messages[0]
     assert said.startswith("fomoe train, site 1: MASTER_ADDR:MASTER_PORT") and "yet" in said
-    world._find_others(World(0, 2), 0.5)  # there the others come
+    world._find_others(World(0, 2), 0.5)  # here the other process connects
 
     monkeypatch.setattr(world, "_PATIENCE_S", 0.0)
     with world._telling(World(0, 2), 300.0):

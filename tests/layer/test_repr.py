@@ -1,4 +1,4 @@
-"""`print(module)` tells every argument of a module of the layer that is not its default."""
+"""`print(module)` shows every argument that differs from its default."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How stable routing is: the figures, and a job that measures them."""
+"""The stability of routing: its figures, and a job that measures them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_load_figures():
 
 
 def test_the_probe_sees_what_the_layers_choose():
-    """Its choices against those that the layer's own statistics count; nothing is left behind."""
+    """The probe's choices agree with the layer's own statistics, and probing changes no state."""
     model = LanguageModel(tiny_config(), seed=3)
     tokens = torch.randint(256, (3, 24), generator=torch.Generator().manual_seed(1))
     layers = model.moe_layers()

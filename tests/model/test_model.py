@@ -28,7 +28,7 @@ def bits(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().numpy().tobytes()
 
 
-# ---- against a plain fp64 reading of the definition ---------------------------------------------
+# ---- against a plain fp64 reading of the definition ----------------------------------------------
 
 
 def reference_norm(x: Tensor, gain: Tensor, kind: str) -> Tensor:
@@ -192,7 +192,7 @@ def test_skipped_tokens_get_exactly_nothing_from_the_moe() -> None:
     assert torch.equal(same, skipped)
 
 
-# ---- initial weights and who holds them ---------------------------------------------------------
+# ---- initial weights and who holds them ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("replication", [1, 2, 4])
@@ -267,7 +267,7 @@ def test_only_resident_experts_are_allocated(sites: int, replication: int) -> No
             assert moe.experts.resident_experts == placement.resident(layer, site)
 
 
-# ---- sizes --------------------------------------------------------------------------------------
+# ---- sizes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_paper_presets_build_on_the_meta_device(name: str, total: float) -> None
     assert counts.total == pytest.approx(total, rel=0.001)
 
 
-# ---- training -----------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shared", [0, 12])
@@ -413,7 +413,7 @@ def test_lower_precision() -> None:
     assert model.loss(ids).cross_entropy.dtype == torch.float32
 
 
-# ---- bad input ----------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
