@@ -97,7 +97,7 @@ def floors(arrows: dict[str, set[str]]) -> int:
 
 
 def upward(arrows: dict[str, set[str]], order: str) -> list[str]:
-    """Imports between folders that do not lead down; folders of one floor may not import another.
+    """Imports between folders that do not lead down; on one floor none may import another.
 
     The package's own names are lazy and may be of any floor: importing them counts as upward.
     """

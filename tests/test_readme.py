@@ -1,4 +1,4 @@
-"""The set-up of README: what Python finds after it, and that CI runs the same tests."""
+"""README's set-up: which package Python imports after it, and that CI runs the same tests."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_ci_runs_the_tests_as_people_do():
 
 @pytest.mark.parametrize("module", ["bench.study", "tests.fuzz.run", "tests.chaos.soak"])
 def test_what_python_starts_finds_an_installed_package(module, tmp_path):
-    """In a clone that nothing was built in, which `python -m` puts first."""
+    """`python -m` in a clone without built libraries, which is first on sys.path."""
     folder = "/".join(module.split(".")[:2])
     result = run_in_clone(tmp_path, folder, "-m", module, "--help")
     assert result.returncode == 0, result.stderr

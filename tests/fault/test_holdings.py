@@ -21,7 +21,7 @@ from fomoe_ext.outer.belongings import Belongings, biases_of, items_of, ship
 from fomoe_ext.outer.reduce import Damaged
 from fomoe_ext.placement import Placement, wire
 
-# ------------------------------------------------------------------------------- who holds what
+# ----------------------------------------------------------------------------------- who holds what
 
 
 @st.composite
@@ -106,7 +106,7 @@ def test_a_site_that_comes_takes_from_the_fullest() -> None:
         assert set(placement.resident(0, site)) <= set(holdings[site][0])
 
 
-# ------------------------------------------------------------------------- belongings and shadows
+# --------------------------------------------------------------------------- belongings and shadows
 
 
 def moved_over(site: int, num_sites: int) -> None:

@@ -200,7 +200,7 @@ def test_a_hostile_process_is_refused_and_named(length, body, words):
     assert found.startswith(f"MessageError: {words}")
 
 
-# ----------------------------------------------------------------------- no pickle, anywhere
+# ------------------------------------------------------------------------------ no pickle, anywhere
 
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle"}

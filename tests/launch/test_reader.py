@@ -19,7 +19,7 @@ from fomoe_ext.launch.signals import Interrupted
 
 
 def piped(words: list[str], reader: list[str], cwd: Path) -> tuple[int, str, str]:
-    """Runs `command | reader`. Returns exit code and stderr of the command, and the reader's output."""
+    """Runs `command | reader`: exit code and stderr of the command, output of the reader."""
     first = subprocess.Popen(
         [sys.executable, "-P", "-m", "fomoe_ext.cli", *words],
         stdout=subprocess.PIPE,

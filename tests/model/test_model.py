@@ -28,7 +28,7 @@ def bits(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().numpy().tobytes()
 
 
-# ---- against a plain fp64 reading of the definition ----------------------------------------------
+# ---- against the definition in fp64 --------------------------------------------------------------
 
 
 def reference_norm(x: Tensor, gain: Tensor, kind: str) -> Tensor:
@@ -192,7 +192,7 @@ def test_skipped_tokens_get_exactly_nothing_from_the_moe() -> None:
     assert torch.equal(same, skipped)
 
 
-# ---- initial weights and who holds them ----------------------------------------------------------
+# ---- initial weights and resident experts --------------------------------------------------------
 
 
 @pytest.mark.parametrize("replication", [1, 2, 4])
@@ -409,7 +409,7 @@ def test_lower_precision() -> None:
     ids = tokens(2, 10)
     got, wanted = model(ids), LanguageModel(SMALL, seed=1)(ids)
     assert got.dtype == torch.bfloat16
-    assert (got.float() - wanted).norm() / wanted.norm() < 0.2  # a choice of experts may turn
+    assert (got.float() - wanted).norm() / wanted.norm() < 0.2  # rounding may change the choice
     assert model.loss(ids).cross_entropy.dtype == torch.float32
 
 

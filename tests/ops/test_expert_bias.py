@@ -121,7 +121,7 @@ def test_single_verbs_match_fp64(name: str, activation: str, dtype: torch.dtype)
         mine, theirs = leaves(*tensors), exact(*tensors)
         poison_memory()
         got = ours(*mine)
-        wanted = definition(*theirs) + 0 * theirs[1].sum()  # differentiable without rows, too
+        wanted = definition(*theirs) + 0 * theirs[1].sum()  # works without rows, too
         assert_near(got, wanted, TOLERANCE[dtype])
         assert (got[rows_of(inputs) :] == 0).all()
         grad = draw(*got.shape, seed=7).to(dtype)
@@ -164,7 +164,7 @@ def test_clamped_swiglu_by_numbers() -> None:
 
 @pytest.mark.parametrize("which", ["expand_bias", "contract_bias"])
 def test_one_bias_alone(which: str) -> None:
-    """The same as both with the other one zero, and no gradient for what is not there."""
+    """The same as with both and a zero for the other; the missing bias gets no gradient."""
     inputs = make(SIZES["odd"])
     x, weights, expand_weight, contract_weight, *biases = leaves(*tensors_of(inputs))
     given = dict(zip(NAMES[4:], biases, strict=True))

@@ -1,4 +1,4 @@
-"""What the expert verbs say to bad input."""
+"""Error messages of the expert verbs for bad input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What FlopCounterMode counts for the experts: the rows that are computed, forward and backward."""
+"""FlopCounterMode counts the expert rows that are computed, forward and backward."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_what_needs_no_gradient_is_not_counted() -> None:
     x = tokens(TOKENS, HIDDEN)
     layer.experts.expand_weight.requires_grad_(False)
     y = layer(x)
-    # To the activations, and of the contract weight.
+    # The gradients of the activations and of the contract weight.
     assert counted(lambda: y.sum().backward()) == SLOTS * 2 * 2 * HIDDEN * WIDE
 
 

@@ -1,4 +1,4 @@
-"""A site that sends what no encoder makes: it is named, and nothing of it is applied."""
+"""A site sends a payload that no encoder makes: the error names it, and nothing is applied."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NUMEL = 300
 
 
 class HostileJob(VectorJob):
-    """Its payloads begin with bytes that are NaN in every format, rightly sealed."""
+    """Its payloads begin with bytes that are NaN in every format, and have the right hash."""
 
     def encode(self, start: int, stop: int, payload: Tensor) -> None:
         super().encode(start, stop, payload)

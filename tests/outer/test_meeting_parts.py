@@ -55,7 +55,7 @@ def test_a_failed_meeting_is_the_last() -> None:
         raise RuntimeError("connection closed")
     again = pytest.raises(MeetingError, match=f"cannot go on: {named}; resume")
     with again, log.meeting("the meeting"):
-        pytest.fail("held all the same")
+        pytest.fail("the meeting went on")
 
 
 @pytest.mark.parametrize("error", [MeetingError("site 2 is in another round"), ValueError("no")])

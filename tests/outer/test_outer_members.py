@@ -1,4 +1,4 @@
-"""What takes part in meetings must stay what it was when OuterSync was made."""
+"""The parameters that take part in meetings may not change after OuterSync was made."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ CHANGES: list[tuple[Change, str]] = [
 
 
 def changed(site: int, num_sites: int, at: int, change: Change, how: str) -> tuple[str, bool]:
-    """What a meeting says after a change at site `at` alone; whether it has changed nothing."""
+    """The error of a meeting after a change at site `at` alone, and if nothing changed."""
     placement = placement_of(num_sites)
     model = Model(placement, site)
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
