@@ -98,7 +98,7 @@ def until_done(pending: PendingCheckpoint) -> Outcome:
     raise AssertionError("the checkpoint never ended")
 
 
-def test_training_goes_on_and_the_checkpoint_has_what_was(tmp_path):
+def test_a_checkpoint_has_the_tensors_as_they_were_at_its_start(tmp_path):
     """Tensors change while it is written. The folder gets its final name when it is complete."""
     writer, go_on = CheckpointWriter(tmp_path), threading.Event()
     with before_writing(lambda: go_on.wait(30)):
@@ -117,7 +117,7 @@ def test_training_goes_on_and_the_checkpoint_has_what_was(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
-def test_a_thread_copies_and_training_waits_before_it_changes_anything(tmp_path):
+def test_training_waits_for_the_copies_before_it_changes_tensors(tmp_path):
     """`start` does not wait for the copies; whoever changes the tensors waits for `copied`."""
     writer, go_on, freed = CheckpointWriter(tmp_path), threading.Event(), threading.Event()
     pending, (model, state) = start(writer, before_last=lambda: go_on.wait(30))
@@ -138,7 +138,7 @@ def test_a_thread_copies_and_training_waits_before_it_changes_anything(tmp_path)
     training.join()
 
 
-def test_what_goes_wrong_while_a_thread_copies_is_told(tmp_path):
+def test_an_error_of_the_copying_thread_is_reported(tmp_path):
     """If copying fails, `copied` is set all the same: nobody waits for ever."""
     writer = CheckpointWriter(tmp_path)
 
@@ -177,7 +177,7 @@ def slow_site(site: int, num_sites: int, folder: Path) -> list[Any]:
         return [early, pending.wait().error]
 
 
-def test_it_is_whole_when_all_sites_have_written(tmp_path):
+def test_a_checkpoint_is_whole_when_all_sites_have_written(tmp_path):
     assert pool().run(3, slow_site, tmp_path) == [[[None] * 3, ""]] * 3
     path, _ = newest_whole(tmp_path)
     assert [content(path, site) for site in range(3)] == [[1.0, 0], [2.0, 10], [3.0, 20]]
@@ -203,7 +203,7 @@ def full_disk(site: int, num_sites: int, folder: Path) -> list[str]:
     return errors
 
 
-def test_a_full_disk_is_told_everywhere_and_leaves_nothing(tmp_path):
+def test_a_full_disk_is_reported_at_all_sites_and_leaves_nothing(tmp_path):
     answers = pool().run(2, full_disk, tmp_path)
     assert answers == [["site 1: [Errno 28] No space left on device", "", ""]] * 2
     assert newest_whole(tmp_path).path == tmp_path / NAME
@@ -246,7 +246,7 @@ def test_an_abandoned_checkpoint_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [ckpt.checkpoint_name(6)]
 
 
-def test_other_processes_than_began_it_drop_it(tmp_path, monkeypatch):
+def test_a_checkpoint_is_dropped_when_the_number_of_processes_has_changed(tmp_path, monkeypatch):
     writer = CheckpointWriter(tmp_path)
     pending, _ = start(writer)
     monkeypatch.setattr(pending_checkpoint, "_gather_number", lambda number: [number, number])
@@ -255,7 +255,7 @@ def test_other_processes_than_began_it_drop_it(tmp_path, monkeypatch):
     assert files_in(tmp_path) == []
 
 
-def test_what_a_killed_job_left_in_the_temporary_folder_is_not_taken_over(tmp_path):
+def test_leftovers_in_the_temporary_folder_are_not_reused(tmp_path):
     left = tmp_path / f".{NAME}.partial/training"
     left.mkdir(parents=True)
     (left / "shard-00007-model-00001-of-00001.safetensors").write_bytes(b"x")
@@ -268,7 +268,7 @@ def test_what_a_killed_job_left_in_the_temporary_folder_is_not_taken_over(tmp_pa
     assert files == {ckpt.MANIFEST, *ckpt.read_manifest(tmp_path / NAME).files}
 
 
-def test_old_checkpoints_go_when_a_newer_one_is_whole(tmp_path):
+def test_old_checkpoints_are_removed_when_a_newer_one_is_whole(tmp_path):
     everything = CheckpointWriter(tmp_path)
     for steps in (1, 2, 3, 9):
         pending, _ = start(everything, name=ckpt.checkpoint_name(steps))
@@ -288,7 +288,7 @@ def test_old_checkpoints_go_when_a_newer_one_is_whole(tmp_path):
         CheckpointWriter(tmp_path, keep=-1)
 
 
-def test_what_a_killed_job_left_is_cleared_away(tmp_path):
+def test_leftovers_of_a_killed_job_are_renamed_or_removed(tmp_path):
     """A job killed while writing, before the final rename, and between the two renames that replace
     a checkpoint."""
     writer = CheckpointWriter(tmp_path)

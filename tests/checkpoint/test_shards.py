@@ -71,7 +71,7 @@ def many_meshes(process: int, num_processes: int, folder: Path) -> list[str]:
     return names
 
 
-def test_any_mesh_will_do(tmp_path):
+def test_tensors_of_any_mesh_are_written(tmp_path):
     names = [name for own in pool().run(4, many_meshes, tmp_path) for name in own]
     assert sorted(names) == sorted(file.name for file in tmp_path.iterdir())
     shapes = dict.fromkeys(("copies", "shards", "two", "both sites"), (6, 5)) | {"number": (1,)}
@@ -146,7 +146,7 @@ def test_numbers_come_back_bit_for_bit():
 
 
 @pytest.mark.parametrize("wrong", [torch.ones(1), {1, 2}, b"x", Path("x")])
-def test_what_json_does_not_have_is_refused(wrong):
+def test_values_that_json_lacks_are_refused(wrong):
     with pytest.raises(TypeError, match=r"state\['a'\]\[1\] must be of numbers"):
         to_json({"a": [0, wrong]})
 

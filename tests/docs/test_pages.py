@@ -221,7 +221,7 @@ def test_scripts_run_as_the_page_says(block, tmp_path):
 # ---- after a run ---------------------------------------------------------------------------------
 
 
-def test_what_follows_a_run(run, tmp_path, monkeypatch, capsys):
+def test_commands_on_a_finished_run(run, tmp_path, monkeypatch, capsys):
     """The pages' commands for `runs/<name>` succeed on a finished run."""
     monkeypatch.chdir(tmp_path)
     for name in ("<name>", "<other>"):
@@ -240,7 +240,7 @@ def test_what_follows_a_run(run, tmp_path, monkeypatch, capsys):
 # ---- numbers -------------------------------------------------------------------------------------
 
 
-def test_what_one_gains_is_what_the_study_prints():
+def test_numbers_in_readme_are_those_of_the_study():
     """Every number in README's table is in docs/claims.md, which `python -m bench.study` writes."""
     claims = read("docs/claims.md")
     rows = {
@@ -262,7 +262,7 @@ def test_what_one_gains_is_what_the_study_prints():
 # ---- the checks themselves -----------------------------------------------------------------------
 
 
-def test_a_block_that_no_test_looks_at_is_named():
+def test_a_block_that_no_test_covers_is_found():
     def said(text: str) -> str:
         return untested(blocks_of(text, "page")[0])
 
@@ -290,7 +290,7 @@ def test_a_block_that_no_test_looks_at_is_named():
         ("mkdocs serve", "mkdocs no-such-word"),
     ],
 )
-def test_a_flag_that_is_gone_is_found(good, bad, request, tmp_path, monkeypatch, capsys):
+def test_a_removed_flag_is_found(good, bad, request, tmp_path, monkeypatch, capsys):
     """The good command passes, so that what the bad one fails by is its last word alone."""
     monkeypatch.chdir(tmp_path)
 
@@ -305,7 +305,7 @@ def test_a_flag_that_is_gone_is_found(good, bad, request, tmp_path, monkeypatch,
         check(bad)
 
 
-def test_a_keyword_that_is_gone_is_found():
+def test_a_removed_keyword_is_found():
     text = "from fomoe_ext import MoELayer\nMoELayer(8, 8, 4, 2, no_such_word=1)\n"
     with pytest.raises(AssertionError, match="no_such_word"):
         keywords_known(Block("page", 1, "python", None, "", text))
@@ -314,7 +314,7 @@ def test_a_keyword_that_is_gone_is_found():
         keywords_known(Block("page", 1, "python", None, "", text))
 
 
-def test_commands_are_told_apart():
+def test_commands_are_split():
     text = "A=1 fomoe train \\\n    --sites 2  # two\nexport B=2\npip install x && fomoe info\n"
     assert commands_in(text) == [
         ["fomoe", "train", "--sites", "2"],

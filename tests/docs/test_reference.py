@@ -74,6 +74,6 @@ def test_every_public_name_is_shown(folder):
     assert set(package.__all__) - UNSHOWN <= last | inside
 
 
-def test_a_parameter_that_is_gone_is_found():
+def test_a_removed_parameter_is_found():
     said = "A.\n\nArgs:\n    a: one.\n        more: of it.\n    b, c: two.\n\nRaises: d: no.\n"
     assert arguments_named(said) == ["a", "b", "c"]

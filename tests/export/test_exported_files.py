@@ -97,7 +97,7 @@ def test_plain_safetensors_hold_the_bits_of_the_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["transformers", "safetensors"])
-def test_what_loads_it_is_said_where_code_is_written(form, tmp_path, capsys):
+def test_trust_remote_code_is_explained_if_code_is_written(form, tmp_path, capsys):
     out = write(finished_run(), tmp_path / "out", "--format", form)
     said = capsys.readouterr().out
     assert ("from_pretrained(folder, trust_remote_code=True)" in said) == (form == "transformers")
@@ -114,7 +114,7 @@ def test_the_card_tells_the_runs_facts(trained):
     assert f"{report['validation']['loss']:.4f} nats/token" in card
 
 
-def test_where_it_goes_by_default(tmp_path, capsys):
+def test_default_output_folder(tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(finished_run(), run)
     assert cli.main(["export", str(run), "--checkpoint", "step-00000012"]) == 0

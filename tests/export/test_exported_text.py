@@ -45,7 +45,7 @@ def test_greedy_tokens_are_those_of_our_model(tmp_path, options):
     assert torch.equal(found, greedy(model, prompt, 17))
 
 
-def test_padding_on_the_left_changes_nothing(tmp_path):
+def test_left_padding_changes_nothing(tmp_path):
     model = random_model(tiny_config())
     exported = load(write(untrained_run(tmp_path, model), tmp_path / "out"))
     prompt = tokens_of(model.config, 2, 6)
@@ -154,7 +154,7 @@ def test_a_trainer_evaluates_predicts_and_trains_it(trained, tmp_path):
     assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
 
 
-def test_what_is_asked_for_by_configuration_comes(trained):
+def test_outputs_selected_in_the_configuration(trained):
     model, tokens = load(trained[2]), torch.tensor([[5, 6, 7]])
     model.config.output_hidden_states = True
     assert len(model(tokens).hidden_states) == model.config.num_hidden_layers + 1

@@ -106,7 +106,7 @@ def test_a_corrupt_membership_record_is_refused() -> None:
         assert "membership record in the store is corrupt" in str(caught.value)
 
 
-def test_what_a_tolerant_job_cannot_do_is_said() -> None:
+def test_options_that_exclude_membership_are_named() -> None:
     config = preset_config("tiny")
     fault = FaultConfig(membership="torchft")
     dataclasses.replace(config, fault=fault)

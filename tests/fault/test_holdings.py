@@ -58,7 +58,7 @@ def test_orphans_find_a_holder_and_nobody_loses_an_expert(
             )
 
 
-def test_orphans_go_to_who_has_a_copy() -> None:
+def test_orphans_go_to_the_site_with_a_copy() -> None:
     holdings = [[[0, 1]], [[2]], [[3, 4, 5]]]
     placement = ownership.adopt_orphans(holdings, 8, {(0, 6): 2})
     assert placement.owners(0, 6) == (2,) and placement.owners(0, 7) == (1,)
@@ -97,7 +97,7 @@ def test_after_a_death_only_what_is_missing_moves() -> None:
     assert not placement.even and Placement.from_dict(placement.to_dict()) == placement
 
 
-def test_a_site_that_comes_takes_from_the_fullest() -> None:
+def test_a_new_site_takes_experts_from_the_fullest() -> None:
     left = ownership.rebalance([[[0, 1, 2, 3]], [[4, 5, 6, 7]]], 8, 1)
     holdings = [[list(left.resident(0, s))] for s in range(2)] + [[[]]]
     placement = ownership.rebalance(holdings, 8, 1)
@@ -227,7 +227,7 @@ def test_every_expert_has_a_shadow_elsewhere(scope: str, optimizer: str) -> None
     assert sum(len(site["kept"]) for site in sites) == LAYERS * EXPERTS
 
 
-def test_what_all_hold_has_no_shadow() -> None:
+def test_experts_that_all_sites_hold_have_no_shadow() -> None:
     placement = Placement.cyclic(num_sites=2, num_experts=4, num_layers=1, replication=2)
     assert wire.shadow_site(placement, 0, 0) is None
     assert wire.shadow_parcels(placement) == []

@@ -88,7 +88,7 @@ def test_a_site_lost_at_the_start_is_waited_for_with_a_limit(
     assert not others[0].store.check([keys.CURRENT])
 
 
-def test_a_site_that_comes_to_a_running_job_knows_it(
+def test_a_site_that_joins_a_running_job_has_no_first_view(
     lighthouse: Lighthouse, members: list[TorchftMembership]
 ) -> None:
     with ThreadPoolExecutor(NUM_SITES) as pool:

@@ -84,7 +84,7 @@ def broken_off(site: int, num_sites: int, where: str) -> list[bytes]:
     return all_bits(sync)
 
 
-def test_a_meeting_that_broke_off_is_rolled_back_and_held_again() -> None:
+def test_a_meeting_that_broke_off_is_rolled_back_and_repeated() -> None:
     straight = pool().run(3, broken_off, "")
     assert pool().run(3, broken_off, "exchange") == straight
     assert pool().run(3, broken_off, "commit") == straight
@@ -115,7 +115,7 @@ def applied_by_some(site: int, num_sites: int) -> list[bytes]:
     return all_bits(sync)
 
 
-def test_what_some_have_committed_all_can_commit() -> None:
+def test_a_meeting_that_one_site_has_committed_can_be_committed_by_all() -> None:
     straight = pool().run(3, _one_meeting)
     assert pool().run(3, applied_by_some) == straight
 
@@ -143,7 +143,7 @@ def not_arrived(site: int, num_sites: int) -> str:
     return str(caught.value)
 
 
-def test_what_has_not_arrived_cannot_be_committed() -> None:
+def test_an_incomplete_meeting_cannot_be_committed() -> None:
     pool().run(2, not_arrived)
 
 

@@ -55,7 +55,7 @@ def test_only_documented_errors(name):
 
 
 @pytest.mark.parametrize("how", [mutate.of_bytes, mutate.of_json])
-def test_mutations_are_many_and_come_again(how):
+def test_mutations_are_diverse_and_reproducible(how):
     corpus = [json.dumps({"a": [1, 2, {"b": None}], "c": "text", "d": 1.5}).encode()]
     made = [how(random.Random(n), corpus) for n in range(400)]
     assert made == [how(random.Random(n), corpus) for n in range(400)]

@@ -209,7 +209,7 @@ def test_restoring_gives_the_state_dict_back_bit_for_bit(family):
     assert torch.equal(model(text()).logits, wanted)
 
 
-def test_what_is_learned_comes_back(family):
+def test_restored_blocks_have_the_trained_weights(family):
     model, expected = make_model(family).train(), make_model(family).train()
     hf.convert(model)
     for one in (model, expected):
@@ -317,7 +317,7 @@ def test_a_model_is_converted_once():
         hf.convert(model)
 
 
-def test_unknown_models_are_told_what_is_known():
+def test_unknown_models_name_the_known_families():
     model = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"mixtral \(MixtralSparseMoeBlock\).*gpt_oss.*register"):
         hf.convert(model)
@@ -441,7 +441,7 @@ def test_a_family_can_be_added(own_family):
     assert torch.equal(hf.restore(model)(x), wanted)
 
 
-def test_layers_are_what_users_know(family):
+def test_converted_layers_have_the_layers_interface(family):
     """Balancing, statistics and resident experts work on converted layers."""
     model = hf.convert(make_model(family), balance="bias", balance_bias_rate=0.5).train()
     _, layer = converted_layers(model)[0]

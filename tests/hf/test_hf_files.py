@@ -208,7 +208,7 @@ def write_twice(site: int, num_sites: int, folder: str) -> list[str]:
     return errors
 
 
-def test_what_cannot_be_written_is_said_at_all_sites(tmp_path):
+def test_errors_of_writing_are_raised_at_all_sites(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("kept")
     for site, said in enumerate(pool().run(SITES, write_twice, str(tmp_path))):

@@ -90,7 +90,7 @@ def test_a_selection_bias_with_a_place_is_kept_to_the_bit(tmp_path, way):
     assert torch.equal(found.state_dict()[name], bias)
 
 
-def test_what_the_configuration_does_not_say_is_refused(tmp_path):
+def test_changes_that_the_configuration_does_not_record_are_refused(tmp_path):
     def top_k(model: Any) -> None:
         hf.layers(model)[1].top_k = 2
 
@@ -141,7 +141,7 @@ def test_blocks_with_more_in_them_are_not_converted():
     assert not converted_layers(model)
 
 
-def test_another_shared_expert_is_written(tmp_path):
+def test_a_replaced_shared_expert_is_written(tmp_path):
     model = make_model("deepseek_v3")
     hf.convert(model)
     layer = hf.layers(model)[0]
@@ -167,7 +167,7 @@ def one_has_a_bias(site: int, num_sites: int, folder: str) -> str:
     return "written"
 
 
-def test_all_sites_hear_of_it(tmp_path):
+def test_all_sites_hear_of_a_bias_that_cannot_be_stored(tmp_path):
     said = pool().run(2, one_has_a_bias, str(tmp_path))
     assert said[0] == f"site 1: {said[1]}" and "cannot store" in said[1]
     assert list(tmp_path.iterdir()) == []
@@ -203,7 +203,7 @@ def test_a_sites_part_is_not_taken_for_a_model(tmp_path):
     assert torch.equal(again(text()).logits, model(text()).logits)
 
 
-def test_more_than_the_configuration_says_is_kept_all_the_same(tmp_path):
+def test_extra_modules_are_kept_with_a_warning(tmp_path):
     model = hf.convert(make_model("olmoe"))
     model.extra = nn.Linear(2, 2)
     with pytest.warns(UserWarning, match="does not read: .*unexpected .*extra.weight"):
@@ -337,7 +337,7 @@ def test_adapters_are_merged_first(tmp_path):
 # ---- files beside the weights --------------------------------------------------------------------
 
 
-def test_how_to_generate_comes_along(tmp_path):
+def test_the_generation_config_is_kept(tmp_path):
     from transformers import GenerationConfig
 
     model = make_model("olmoe", dtype=torch.bfloat16)
@@ -361,7 +361,7 @@ def test_a_configuration_says_what_dtype_weights_have(tmp_path):
     assert loaded(tmp_path / "out").dtype == torch.float32
 
 
-def test_how_to_generate_is_kept_though_it_contradicts_itself(tmp_path):
+def test_a_contradictory_generation_config_is_kept(tmp_path):
     make_model("olmoe").save_pretrained(tmp_path / "in")
     said = {"do_sample": False, "temperature": 0.5, "eos_token_id": [2, 7]}
     (tmp_path / "in/generation_config.json").write_text(json.dumps(said))
@@ -405,7 +405,7 @@ def test_untied_heads_of_a_configuration_that_ties(tmp_path):
         assert torch.equal(found.lm_head.weight, model.lm_head.weight)
 
 
-def test_heads_that_no_configuration_ties_are_written(tmp_path):
+def test_heads_tied_against_the_configuration_are_written(tmp_path):
     model = hf.convert(make_model("olmoe"))
     model.lm_head.weight = model.model.embed_tokens.weight
     wanted = model(text()).logits

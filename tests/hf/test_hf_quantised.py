@@ -75,7 +75,7 @@ def read(folder: Path, family: str, placement: Placement | None = None) -> tuple
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
-def test_blocks_of_fp8_are_what_transformers_makes_of_them(tmp_path, family):
+def test_fp8_blocks_are_dequantised_as_by_transformers(tmp_path, family):
     pytest.importorskip("accelerate")
     from transformers import AutoModelForCausalLM
 
@@ -135,7 +135,7 @@ def to_mxfp4(tensors: Tensors) -> None:
         tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
 
 
-def test_mxfp4_is_what_transformers_makes_of_it(tmp_path):
+def test_mxfp4_is_dequantised_as_by_transformers(tmp_path):
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     write(tmp_path, "gpt_oss", to_mxfp4, {"quant_method": "mxfp4"}, intermediate_size=32)
@@ -264,7 +264,7 @@ REFUSED: dict[str, tuple[Callable[[Tensors], None], Any, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
-def test_the_rest_is_refused_by_name(tmp_path, case):
+def test_other_formats_are_refused_by_name(tmp_path, case):
     change, config, message = case
     write(tmp_path, "olmoe", change, config)
     with pytest.raises(ValueError, match=message):
@@ -272,7 +272,7 @@ def test_the_rest_is_refused_by_name(tmp_path, case):
 
 
 @pytest.mark.parametrize("what", ["shape", "nan", "half"])
-def test_mxfp4_that_is_not_one_is_refused(tmp_path, what):
+def test_malformed_mxfp4_is_refused(tmp_path, what):
     def change(tensors: Tensors) -> None:
         to_mxfp4(tensors)
         name = next(n for n in tensors if n.endswith("down_proj_scales"))
@@ -293,7 +293,7 @@ def test_mxfp4_that_is_not_one_is_refused(tmp_path, what):
         read(tmp_path, "gpt_oss")
 
 
-def test_further_tokens_layers_are_named_and_left(tmp_path):
+def test_layers_of_multi_token_prediction_are_named_and_skipped(tmp_path):
     """DeepSeek-V3's files have an extra layer for multi-token prediction."""
     extra = put("model.layers.3.eh_proj.weight", lambda t: torch.ones(2, 2))
     write(tmp_path, "deepseek_v3", extra, num_nextn_predict_layers=1)

@@ -231,7 +231,7 @@ def begin(
         ({"step": 3, "stored": 3}, "of a step at which sites met, a multiple of local_steps = 2"),
     ],
 )
-def test_what_would_part_the_sites_is_refused(given, words, tmp_path):
+def test_arguments_that_let_sites_diverge_are_refused(given, words, tmp_path):
     assert words in begin(tmp_path, **given)
 
 

@@ -49,7 +49,7 @@ def test_floats_that_json_has_not():
 
 
 @pytest.mark.parametrize("wrong", [torch.ones(2), {1, 2}, Path("a"), b"a", object], ids=repr)
-def test_what_is_no_message_is_named(wrong):
+def test_values_that_cannot_be_sent_are_named(wrong):
     with pytest.raises(TypeError, match=r"message\['a'\]\[1\] must be of numbers"):
         encode({"a": [0, wrong]})
 
@@ -162,7 +162,7 @@ def unsendable(site, num_sites):
     return by_gather, error_of(lambda: messages.broadcast(told, leads=site == 0))
 
 
-def test_who_cannot_say_it_is_named():
+def test_a_process_that_cannot_send_its_value_is_named():
     first, second = pool().run(2, unsendable)
     assert first[0] == (
         "MessageError: process 1 could not send its value, and reports the reason itself"

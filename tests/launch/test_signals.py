@@ -41,7 +41,7 @@ def send(kind: signal.Signals) -> None:
 
 
 @each
-def test_a_site_is_asked_to_stop_by_each(kind):
+def test_each_signal_asks_a_site_to_stop(kind):
     from fomoe_ext.launch.world import StopRequest
 
     stop = StopRequest()
@@ -55,7 +55,7 @@ def test_a_site_is_asked_to_stop_by_each(kind):
 
 
 @each
-def test_the_launcher_hears_each_once(kind):
+def test_the_launcher_receives_each_signal(kind):
     with _counted_signals() as received:
         for _ in range(3):
             send(kind)
@@ -113,7 +113,7 @@ open(sys.argv[1], "w").write(f"done {gone}")
 
 
 @pytest.mark.parametrize("kind", ["terminal", "pipe"])
-def test_a_job_outlives_who_listens(kind, tmp_path):
+def test_a_job_outlives_its_terminal_or_pipe(kind, tmp_path):
     reader, writer = pty.openpty() if kind == "terminal" else os.pipe()
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", TALKS, str(tmp_path / "file")],
@@ -130,7 +130,7 @@ def test_a_job_outlives_who_listens(kind, tmp_path):
     assert (tmp_path / "file").read_text() == "done [True, True]"
 
 
-def test_a_full_disk_is_another_matter():
+def test_errors_other_than_a_lost_reader_are_raised():
     from fomoe_ext.launch.console import _Output
 
     def write(text):

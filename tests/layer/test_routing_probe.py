@@ -66,7 +66,7 @@ def test_the_probe_sees_what_the_layers_choose():
     assert found.entropy == pytest.approx(expected, abs=1e-5)
 
 
-def test_residents_alone_are_chosen_where_the_scope_says_so():
+def test_only_resident_experts_are_chosen_with_router_scope_resident():
     placement = Placement.cyclic(num_sites=4, num_experts=8, num_layers=2, replication=2)
     model = LanguageModel(tiny_config(router_scope="resident"), placement, 1, seed=3)
     tokens = torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(1))

@@ -127,7 +127,7 @@ def test_sharded_spread_is_near_the_optimum() -> None:
         pytest.param([10, 4, 20, 18, 15, 2, 11], id="from chunks"),
     ],
 )
-def test_sharded_spread_needs_each_of_its_ways(load: list[int]) -> None:
+def test_sharded_spread_needs_each_part_of_its_search(load: list[int]) -> None:
     """Each load needs another part of the search to reach the optimum."""
     assert largest(spread_experts(range(7), 2, load), load) == optimum(range(7), 2, load)
 
@@ -359,7 +359,7 @@ def facts(rank: int, ranks: int) -> dict[str, Any]:
     }
 
 
-def test_sharded_layer_tells_its_cut() -> None:
+def test_sharded_layer_reports_its_cut() -> None:
     for rank, found in enumerate(pool().run(2, facts)):
         assert found["rank_experts"] == ((1, 6), (0, 3, 5))
         assert found["default"] == ((0, 1, 3), (5, 6))

@@ -123,7 +123,7 @@ def test_gradient_of_the_factor_is_that_of_differences() -> None:
 
 
 @pytest.mark.parametrize("case", ["sigmoid", "softmax-renormalize", "groups", "top-1"])
-def test_without_skips_it_is_dropping_to_the_bit(case: str) -> None:
+def test_without_skipped_slots_rescale_equals_drop_bit_for_bit(case: str) -> None:
     x = tokens(57, 24)
     options = CASES[case] | {"resident_experts": range(6)}
     layers = [make(skipped_mass=mass, **options) for mass in ("drop", "rescale")]

@@ -109,7 +109,7 @@ def test_a_layer_of_the_meta_device_gets_its_tables(
     check_alike(fill(layer, state), wanted)
 
 
-def test_first_of_all_a_step_of_bias_balancing() -> None:
+def test_a_bias_update_before_the_first_pass() -> None:
     with torch.device("meta"):
         layer = make(**KINDS["resident"])
     layer.load_state_dict(make(**KINDS["resident"]).state_dict(), assign=True)
@@ -209,7 +209,7 @@ def test_tables_made_in_inference_mode_serve_training(kind: str, balance: str) -
 
 
 @every_kind
-def test_a_cast_of_all_tensors_leaves_numbers_alone(kind: str) -> None:
+def test_a_cast_of_all_tensors_keeps_tables_right(kind: str) -> None:
     """`Module.type` casts integer tensors, too."""
     layer, wanted = make(**KINDS[kind]), make(**KINDS[kind])
     for each in (layer, wanted):
@@ -328,7 +328,7 @@ def test_the_mean_of_two_sites_state_dicts_is_refused() -> None:
         make(resident_experts=[0]).load_state_dict(states[0] | {"experts._extra_state": None})
 
 
-def test_an_older_state_dict_does_not_say_and_is_loaded() -> None:
+def test_a_state_dict_without_resident_ids_is_loaded() -> None:
     old = make(**RESIDENT, seed=1).state_dict()
     del old["experts._extra_state"]
     layer = make(**RESIDENT)
@@ -336,7 +336,7 @@ def test_an_older_state_dict_does_not_say_and_is_loaded() -> None:
     assert torch.equal(layer.experts.expand_weight, old["experts.expand_weight"])
 
 
-def test_a_reshuffled_layer_says_what_it_holds_now() -> None:
+def test_a_state_dict_after_a_reshuffle_has_the_new_resident_ids() -> None:
     layer = make(resident_experts=[0, 2, 5])
     layer.set_resident_experts([0, 2, 4], {4: make().experts.expert_weights(4)})
     assert layer.state_dict()["experts._extra_state"].tolist() == [0, 2, 4]

@@ -139,7 +139,7 @@ def test_options_of_the_layer_keep_the_function(options: dict[str, Any]) -> None
     assert relative_error(layer(x), mlp(x)) < 1e-5
 
 
-def test_without_renormalisation_it_is_another_function() -> None:
+def test_without_renormalisation_the_function_differs() -> None:
     mlp, x = built("llama"), tokens(40)
     layer = MoELayer.from_dense(mlp, 6, top_k=2, router_renormalize=False)
     assert relative_error(layer(x), mlp(x)) > 0.3
@@ -164,7 +164,7 @@ def test_a_shared_expert_adds_its_own_output() -> None:
     assert relative_error(layer(x), mlp(x) + shared(x)) < 1e-5
 
 
-def test_all_but_the_experts_is_as_in_any_layer() -> None:
+def test_router_and_shared_expert_are_those_of_a_new_layer() -> None:
     options: dict[str, Any] = {
         "seed": 7,
         "layer_index": 3,

@@ -93,7 +93,7 @@ def test_a_word_that_is_not_a_choice_is_refused(tmp_path):
         configure(tmp_path, "-DFOMOE_CUDA=maybe")
 
 
-def test_without_nvcc_one_line_says_so(tmp_path, monkeypatch):
+def test_without_nvcc_the_build_says_so_in_one_line(tmp_path, monkeypatch):
     """`auto` builds for the CPU, `on` stops. nvcc is hidden by the path of a missing program."""
     monkeypatch.setenv("CUDACXX", str(tmp_path / "no-nvcc"))
     said = configure(tmp_path / "auto", "-DFOMOE_CUDA=auto")

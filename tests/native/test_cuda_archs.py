@@ -58,7 +58,7 @@ def test_torch_cuda_arch_list(text, entries):
     assert chosen.why == f"TORCH_CUDA_ARCH_LIST={text}" and chosen.otherwise == ()
 
 
-def test_torch_reads_the_same(monkeypatch):
+def test_torch_reads_torch_cuda_arch_list_alike(monkeypatch):
     """For every version and name that we accept, the installed torch's builder gives the same."""
     extension = pytest.importorskip("torch.utils.cpp_extension")
     names = [name for name in cuda_archs.NAMES if name.startswith(("A", "H", "B"))]
@@ -127,7 +127,7 @@ def test_bad_torch_cuda_arch_list(text, part):
         ([(7, 5), (9, 0)], DEFAULT, "default, as a GPU of compute capability 7.5 is too old"),
     ],
 )
-def test_where_nothing_is_said(gpus, entries, why):
+def test_default_architectures(gpus, entries, why):
     for environment in ({}, {"FOMOE_CUDA_ARCHS": "", "TORCH_CUDA_ARCH_LIST": " native "}):
         chosen = cuda_archs.choose(environment, lambda: gpus)
         assert (chosen.entries, chosen.why) == (entries, why)
@@ -208,7 +208,7 @@ def test_one_front_end_makes_the_code_of_every_newer_architecture(archs, made, t
     assert flags.count("--generate-code") == len({code.split(":")[0] for code in made})
 
 
-def test_what_is_no_architecture_stops_cmake(tmp_path):
+def test_an_invalid_architecture_stops_cmake(tmp_path):
     with pytest.raises(AssertionError, match=r"FOMOE_CUDA_ARCHS must be like .*, got '80'"):
         cmake_says(tmp_path, "cuda_arch_flags(answer 80)")
 

@@ -155,7 +155,7 @@ def test_hopper_gemms_are_wgmma_and_tma(codes):
         assert code.has("^LDGSTS") == gathers, kernel
 
 
-def test_hopper_gemms_keep_what_was_won(codes):
+def test_hopper_gemms_stay_optimised(codes):
     """The costs that were removed after measurements on an H200 (docs/performance.md) stay away."""
     found = gemms(codes, "warp_specialized", "sm_90a")
     assert len(found) > 0
@@ -188,7 +188,7 @@ def test_epilogues_move_matrices(codes):
             assert code.total("^LDSM") > epilogues[other, arch].total("^LDSM"), (kernel, arch)
 
 
-def test_no_element_asks_for_its_activation(codes):
+def test_the_activation_is_a_template_argument(codes):
     """The activation is a template argument: a kernel has the exponentials of its own activation
     only. They may be there twice, if the compiler split the code by whether pre-activations are
     kept.
@@ -269,7 +269,7 @@ def complaints_about_warpgroups(words: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_assembler_has_no_words_about_hopper_gemms(tmp_path):
+def test_the_assembler_has_no_warnings_about_hopper_gemms(tmp_path):
     """CI checks the output of its own build in the same way."""
     # One of the 16-bit formats, whose kernels differ in the name of an instruction.
     source = emulator.ROOT / "csrc/cuda/gemm/experts_bf16_sm90.cu"
@@ -278,7 +278,7 @@ def test_the_assembler_has_no_words_about_hopper_gemms(tmp_path):
     assert complaints_about_warpgroups(words) == []
 
 
-def test_words_about_warpgroups_are_noticed(tmp_path):
+def test_warnings_about_warpgroups_are_noticed(tmp_path):
     """Without launch bounds the assembler does not know how many registers setmaxnreg may use."""
     source = tmp_path / "kernel.cu"
     source.write_text(

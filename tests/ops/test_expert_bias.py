@@ -426,8 +426,8 @@ def test_biases_move_with_their_experts() -> None:
         small_layer.make(expert_bias=True, resident_experts=ids) for ids in ([0, 4], [5, 1], [2, 3])
     ]
     for site in sites:
-        held = site.experts.resident_experts
-        site.set_resident_experts(held, {e: full.experts.expert_weights(e) for e in held})
+        ids = site.experts.resident_experts
+        site.set_resident_experts(ids, {e: full.experts.expert_weights(e) for e in ids})
     x = small_layer.tokens(150, 24)
     torch.testing.assert_close(sum(site(x) for site in sites), full(x), rtol=1e-5, atol=1e-5)
     for given, error, message in (

@@ -40,7 +40,7 @@ def hostile_sum(site: int, num_sites: int, codec: str, summed: bool) -> str:
     ("codec", "summed"),
     [*((c, True) for c in ("fp32", "bf16", "int8", "int4", "int2", "topk")), ("fp32", False)],
 )
-def test_who_sends_nan_is_named(codec, summed):
+def test_a_site_that_sends_nan_is_named(codec, summed):
     told = pool().run(2, hostile_sum, codec, summed)[0]
     assert told.startswith(f"the payloads of site 1 for elements 0 .. {NUMEL - 1} of the sites")
     assert "is NaN or infinite" in told

@@ -116,7 +116,7 @@ def drift(site: int, num_sites: int, mode: str, culprits: tuple[int, ...]) -> An
     return message, again, healed, pieces(sync.model)["dense", "first"], sync.agreements
 
 
-def test_other_bits_stop_the_run_and_are_named() -> None:
+def test_different_bits_stop_the_run_and_are_named() -> None:
     for message, again, *_ in pool().run(3, drift, "stop", (1,)):
         assert message == "sites 1 hold other bits of first than sites 0, 2"
         assert "cannot go on" in again and message in again
@@ -282,5 +282,5 @@ def test_a_silent_site_is_named_when_time_is_up() -> None:
         assert "imed out" in output, output
 
 
-def test_the_limit_of_time_is_minutes() -> None:
+def test_the_default_timeout_is_at_most_ten_minutes() -> None:
     assert SiteGroups(1, 0).timeout_s <= 600

@@ -266,7 +266,7 @@ def test_a_model_that_has_not_met_is_not_that_of_all_sites(
             assert word in text and bool(text) == bool(word)
 
 
-def test_a_bias_that_nobody_moves_is_told_of_once() -> None:
+def test_a_bias_that_is_never_updated_is_warned_of_once() -> None:
     model, inner, sync = made(0, 1)
     for step in range(3):
         passes(model, 0, step)
@@ -278,7 +278,7 @@ def test_a_bias_that_nobody_moves_is_told_of_once() -> None:
         assert len(told) == (step == 0), told
 
 
-def test_fragments_that_never_land_are_told_of() -> None:
+def test_fragments_that_are_never_applied_are_warned_of() -> None:
     sync = made(0, 1, overlap=1, local_steps=2)[2]
     for step in range(2):
         give_gradients(sync.model, 0, step)

@@ -158,7 +158,7 @@ def test_close_warns_of_what_is_lost() -> None:
     assert pool().run(2, lose) == [0, 0]
 
 
-def test_the_loop_of_the_docstring_is_enough() -> None:
+def test_the_loop_of_the_docstring_runs() -> None:
     """The docstring's loop as it is: it calls only `step`, and optimizer steps are counted."""
     text = inspect.getdoc(OuterSync) or ""
     begin = text.index("    with OuterSync")

@@ -62,19 +62,19 @@ def step_of(name: str, shape: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("codec", ["bf16", "int8", "int4", "int2", "topk"])
-def test_feedback_brings_back_what_is_lost(codec: str) -> None:
+def test_error_feedback_recovers_lost_values(codec: str) -> None:
     rounds = 400 if codec == "topk" else 60
     exact = rounds * step_of("first", (HIDDEN, 3))
-    for moved, waiting, held in pool().run(2, drift, codec, True, rounds):
+    for moved, waiting, stored in pool().run(2, drift, codec, True, rounds):
         # The lag is what the two errors hold; it does not grow with the rounds.
         assert float((moved - exact).abs().max()) < 0.35 * float(exact.max())
         assert float((moved - exact).sum().abs()) < 0.15 * float(exact.sum())
-        assert held > 0 and (waiting > 0 or codec == "bf16")
+        assert stored > 0 and (waiting > 0 or codec == "bf16")
     if codec == "int4":
-        for moved, waiting, held in pool().run(2, drift, codec, False, rounds):
+        for moved, waiting, stored in pool().run(2, drift, codec, False, rounds):
             small = moved.view(-1)[1:]
             assert float(small.abs().max()) < 0.01 * float(exact.min())  # lost for good
-            assert waiting == held == 0
+            assert waiting == stored == 0
 
 
 def one_meeting(site: int, num_sites: int, codec: str) -> Any:

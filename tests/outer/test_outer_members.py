@@ -179,7 +179,7 @@ def test_a_change_is_refused_by_name(change: Change, words: str) -> None:
         (move_experts, "site 1: layers.0 holds other experts than placed"),
     ],
 )
-def test_all_sites_hear_of_it(change: Change, words: str, how: str) -> None:
+def test_all_sites_hear_of_a_change_at_one(change: Change, words: str, how: str) -> None:
     for text, unchanged in pool().run(3, changed, 1, change, how):
         assert words.removeprefix("site 1: ") in text and unchanged, text
 

@@ -344,7 +344,7 @@ def test_times_are_those_of_steps_and_exchanges_alone() -> None:
     assert times.told() == (9.0, 5.0, 2.0)
 
 
-def test_the_site_with_most_steps_decides_and_zeros_decide_nothing() -> None:
+def test_the_overlap_is_chosen_by_the_site_that_needs_most_steps() -> None:
     times = OverlapTimes(OuterOptions(overlap="auto", local_steps=16))
     times.choose([(0.1, 4.0, 1.0), (0.0, 0.0, 0.0)])
     assert times.steps == 1 and not times.reason
@@ -402,7 +402,7 @@ def measure(site: int, num_sites: int) -> tuple[int, str, float]:
     return sync.overlap.steps, sync.overlap.reason, min(sync.overlap.told())
 
 
-def test_what_is_measured_is_what_all_choose_by() -> None:
+def test_all_sites_choose_the_overlap_by_measured_times() -> None:
     answers = pool().run(3, measure)
     assert len({answer[:2] for answer in answers}) == 1
     steps, reason, _ = answers[0]

@@ -278,7 +278,7 @@ def refused_carry(site: int, num_sites: int) -> list[str]:
     return messages
 
 
-def test_carrying_what_is_not_there_is_refused_by_all() -> None:
+def test_carrying_missing_state_is_refused_by_all() -> None:
     for messages in pool().run(2, refused_carry):
         assert "comes after an optimizer step, but at site 1 layers.0.experts." in messages[0]
         assert "the same placement to reshuffle, and the same moments" in messages[1]
@@ -291,7 +291,7 @@ def test_carrying_what_is_not_there_is_refused_by_all() -> None:
         sync.reshuffle(SINGLE, moments="keep")
 
 
-def test_a_job_warms_up_only_what_starts_anew() -> None:
+def test_a_job_warms_up_only_state_that_was_reset() -> None:
     flags = ["--placement", "random", "--reshuffle-rounds", "2", "--reshuffle-moments", "carry"]
     assert parse_args(flags).sites.resolved_warmup == 0
     assert parse_args([*flags, "--reshuffle-warmup", "3"]).sites.resolved_warmup == 3
@@ -333,7 +333,7 @@ def reshuffle_twice(site: int, num_sites: int) -> tuple[dict[Any, Any], dict[Any
     return {k: (before[k] - after[k]) / (0.1 * gradients[k]) for k in after}, gradients
 
 
-def test_learning_rate_rises_for_those_that_arrived() -> None:
+def test_the_learning_rate_of_arrived_experts_warms_up() -> None:
     """Shares of the full SGD step: 1/5 new, 3/5 arrived one reshuffle ago, 1 otherwise."""
     placements = [drawn(3, 2, epoch) for epoch in range(3)]
     seen = set()

@@ -199,7 +199,7 @@ def test_a_site_with_nan_is_left_out(replication: int, scope: str, how: str, sta
 
 
 @pytest.mark.parametrize("scope", ["global", "resident"])
-def test_experts_all_of_whose_holders_are_left_out(scope: str) -> None:
+def test_experts_whose_holders_are_all_left_out(scope: str) -> None:
     """These experts and their outer momentum stay as they were; biases are averaged."""
     options = {"outer_lr": 1.0, "outer_momentum": 0.5, "clip_delta": 100.0}
     answers = pool().run(SITES, meet, 2, scope, options, (0, 1), "expert", (1.0, 1.0, 1.0), 2)
@@ -224,7 +224,7 @@ def test_experts_all_of_whose_holders_are_left_out(scope: str) -> None:
 
 
 def _bias(left: list[int], of: Any) -> float:
-    """The bias after two rounds in which site s moved it by 0.01 s: a mean of all, then of `left`."""
+    """The bias if site s moves it by 0.01 s in two rounds: a mean of all, then of `left`."""
     first = sum(0.01 * s for s in of) / len(list(of))
     return first + sum(0.01 * s for s in left) / len(left)
 

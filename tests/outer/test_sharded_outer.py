@@ -232,7 +232,7 @@ def bad_mesh(process: int, processes: int, what: str) -> str:
         ("reshuffle", "several ranks"),
     ],
 )
-def test_what_does_not_fit_is_refused(what: str, words: str) -> None:
+def test_meshes_that_do_not_fit_are_refused(what: str, words: str) -> None:
     for text in pool().run(4, bad_mesh, what):
         assert words in text
 

@@ -228,6 +228,6 @@ def refused(site: int, num_sites: int, options: dict[str, Any], reshuffle: bool)
         ({}, "reshuffle: not possible with stale experts"),
     ],
 )
-def test_meetings_that_cannot_be_are_refused(options, message):
+def test_options_that_exclude_copies_are_refused(options, message):
     for answer in pool().run(2, refused, options, not options):
         assert message in answer

@@ -176,12 +176,12 @@ def without_tokens(site: int, num_sites: int) -> list[str]:
     return messages
 
 
-def test_tokens_must_be_told() -> None:
+def test_tokens_must_be_given() -> None:
     assert len(set(pool().run(1, without_tokens)[0])) == 3
 
 
 @pytest.mark.parametrize("flags", ["--optimizer ddp", "--fragments 2", "--overlap 1"])
-def test_what_does_not_go_with_it_is_refused(flags: str, capsys: Any) -> None:
+def test_options_that_exclude_uneven_steps_are_refused(flags: str, capsys: Any) -> None:
     with pytest.raises((ValueError, SystemExit)) as caught:
         job_config(["--uneven-steps", *flags.split()])
     box = capsys.readouterr().err.translate({ord("\u2502"): " "})
@@ -189,7 +189,7 @@ def test_what_does_not_go_with_it_is_refused(flags: str, capsys: Any) -> None:
     assert "inner.uneven_steps needs outer.fragments = 1" in message
 
 
-def test_options_refuse_it_too() -> None:
+def test_site_mean_tokens_with_ddp_is_refused() -> None:
     with pytest.raises(ValueError, match="site_mean = tokens needs fragments = 1, overlap = 0"):
         OuterOptions(site_mean="tokens", optimizer="ddp")
 
