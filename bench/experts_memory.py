@@ -53,7 +53,9 @@ def counted_peak(run: Callable[[], Any], device: str) -> int:
 
 
 def scaled(model: work.Model, scale: int) -> work.Model:
-    return replace(model, hidden=model.hidden // scale, expert=model.expert // scale)
+    """In multiples of 4, which `grouped_mm` wants of fp32."""
+    size = lambda full: -(-full // scale // 4) * 4
+    return replace(model, hidden=size(model.hidden), expert=size(model.expert))
 
 
 def planned(
@@ -152,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     dtype = torch.bfloat16 if asked.device == "cuda" else torch.float32
     to_full = asked.scale**2 * work.ELEMENT / dtype.itemsize
+    torch.set_num_threads(1)  # others may be busy on the machine, and time does not matter
     rows = []
     for tokens in asked.tokens:
         for model in work.MODELS:

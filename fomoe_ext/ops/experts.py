@@ -120,8 +120,8 @@ def moe_experts(
 
     y[t] = sum over the token's computed slots of weights[t, k] * expert(x[t]). The backward
     recomputes activations and takes the gradients of combine weights from activation rows, so that
-    neither gathered tokens nor outputs of contract are kept (SonicMoE, arXiv 2512.14080). Where it
-    is the last to need them (no `retain_graph`) it overwrites the pre-activations and frees them.
+    neither gathered tokens nor outputs of contract are kept (SonicMoE, arXiv 2512.14080); without
+    `retain_graph` it overwrites the pre-activations and frees them.
 
     Args:
         x: tokens [T, D], float32, bfloat16 or float16.
@@ -130,8 +130,7 @@ def moe_experts(
         expand_weight: [R, G*N, D] of x's dtype; G = 2 for gated activations (gate rows first).
         contract_weight: [R, D, N] of x's dtype.
         activation: a name in `fomoe_ext.activations`.
-        expand_bias: [R, G*N] of x's dtype, or None.
-        contract_bias: [R, D] of x's dtype, or None.
+        expand_bias, contract_bias: [R, G*N] and [R, D] of x's dtype, or None.
         expand_total, contract_total: float32 of the weight's shape, or None. The backward pass adds
             the weight's gradient to it in fp32, unrounded, and returns none to autograd.
 

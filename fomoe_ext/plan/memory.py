@@ -1,6 +1,7 @@
 """What a site of a job holds in memory: the cost model's part on it. Needs no torch.
 
-Parameters, gradients, optimizer and outer state are counted, activations and buffers are not.
+Parameters, gradients, optimizer and outer state are counted; of activations those of the experts,
+apart from the rest (`experts_call`); buffers are not.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from fomoe_ext.placement import buckets, wire
 from fomoe_ext.placement.overlap import AUTO, most_overlap
 from fomoe_ext.placement.placement import Placement
 from fomoe_ext.placement.spread import chunk_sizes
+from fomoe_ext.plan.experts import ExpertsCall
 from fomoe_ext.plan.sizes import ModelSizes, sizes_of
 from fomoe_ext.plan.traffic import (
     bucket_bytes,
@@ -140,6 +142,24 @@ def meeting_memory(config: TrainConfig, placement: Placement, site: int) -> int:
     return at_once * max(
         buckets.buffer_bytes(elements, codec, size, outer.in_flight, ranks=ranks, whole=whole)
         for codec in codecs
+    )
+
+
+def experts_call(config: TrainConfig, placement: Placement) -> ExpertsCall:
+    """The experts of one layer in a local step, on the rank of a site that holds most of them.
+
+    A rank computes as many tokens as the others. Frozen copies are not counted.
+    """
+    sizes, sites = sizes_of(config.model), config.sites
+    return ExpertsCall(
+        tokens=-(-config.inner.batch_size * sizes.seq_len // sites.ranks_per_site),
+        top_k=sizes.top_k,
+        hidden=sizes.hidden_size,
+        intermediate=sizes.intermediate_size,
+        residents=-(-placement.experts_per_site * sites.replicas // sites.ranks_per_site),
+        gates=sizes.gates,
+        element=2 if config.run.dtype == "bfloat16" else FLOAT_BYTES,
+        bias=sizes.expert > sizes.expert_matrices,
     )
 
 

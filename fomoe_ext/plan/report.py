@@ -11,7 +11,9 @@ from fomoe_ext.placement.overlap import AUTO, reason
 from fomoe_ext.placement.wire import Link
 from fomoe_ext.plan.cost import LIMITS, flops_per_token
 from fomoe_ext.plan.disk import checkpoint_size
+from fomoe_ext.plan.experts import experts_peak
 from fomoe_ext.plan.jobs import JobCost, compared_costs, job_name, paper_figures
+from fomoe_ext.plan.memory import experts_call
 from fomoe_ext.plan.sizes import sizes_of
 from fomoe_ext.plan.traffic import job_placement, stale_share
 from fomoe_ext.report.report import arithmetic_table
@@ -64,6 +66,7 @@ def make_plan(
         "flops_per_s": flops_per_s,
         "job": job_name(config.outer.codec),
         "jobs": {job: cost.as_dict(link) for job, cost in costs.items()},
+        "experts_memory": _experts_memory(config),
         "checkpoint": checkpoint_size(config, job_placement(config))._asdict(),
         "paper": paper_figures(config),
         "flops_per_token": {
@@ -71,6 +74,15 @@ def make_plan(
             for kind, row in flops.items()
         },
     }
+
+
+def _experts_memory(config: TrainConfig) -> dict[str, int]:
+    """Bytes that the experts of this job take in a local step, on the fullest rank: kept by all
+    layers for the backward pass; at the peak of one layer's passes.
+    """
+    call = experts_call(config, job_placement(config))
+    layers = sizes_of(config.model).num_layers
+    return {"kept": layers * call.kept, "peak": experts_peak(call)}
 
 
 def _duration(seconds: float) -> str:
@@ -187,11 +199,16 @@ def _memory_table(planned: Mapping[str, Any]) -> ReportTable:
         rows.append(("of a rank, at most", *(human_bytes(job["rank_memory"]) for job in shown)))
     rows.append(("in meetings, besides", *(human_bytes(job["meeting_memory"]) for job in shown)))
     ranks = f"A site has {planned['ranks_per_site']} ranks. " if several else ""
+    of_rank = " of a rank" if several else ""
+    experts = planned["experts_memory"]
     return ReportTable(
         "Memory per site, without activations",
         ("", *(_marked(planned, name) for name in names)),
         tuple(rows),
-        f"{ranks}In meetings: buckets under way{', of a rank' if several else ''}.",
+        f"{ranks}In meetings: buckets under way{', of a rank' if several else ''}. Of activations, "
+        f"the experts{of_rank} of this job keep {human_bytes(experts['kept'])} in all layers for "
+        "the backward pass, and those of one layer take at most "
+        f"{human_bytes(experts['peak'])}, gradients included, while they run.",
     )
 
 

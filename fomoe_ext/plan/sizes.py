@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
 
+from fomoe_ext.activations import num_projections
 from fomoe_ext.config.model import ModelConfig, ParameterCounts, expert_matrices, expert_parameters
 
 Part = Literal["attention", "shared", "unembedding", "other"]
@@ -44,6 +45,7 @@ class ModelSizes:
     num_layers: blocks with experts. dense: all tensors but routers and routed experts. router_row:
     elements of a router per expert. expert: elements of one. expert_matrices: those of them that
     multiply a token. attention_scores: FLOPs per token for scores and weighted sums, all layers.
+    gates: up projections of an expert.
     """
 
     num_layers: int
@@ -58,6 +60,12 @@ class ModelSizes:
     attention_scores: float
     router_scope: Literal["global", "resident"] = "global"
     balance: str = "none"
+    gates: int = 2
+
+    @property
+    def intermediate_size(self) -> int:
+        """Inner width of a routed expert."""
+        return self.expert_matrices // ((self.gates + 1) * self.hidden_size)
 
     @cached_property
     def counts(self) -> ParameterCounts:
@@ -113,4 +121,5 @@ def sizes_of(model: ModelConfig | ModelSizes) -> ModelSizes:
         attention_scores=layers * 2.0 * (model.seq_len + 1) * width,
         router_scope=model.router_scope,
         balance=model.balance,
+        gates=num_projections(model.activation),
     )
