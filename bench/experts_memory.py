@@ -1,13 +1,13 @@
 """Peaks of memory of expert layers, forward and backward, counted by the allocator.
 
-    python bench/experts_memory.py [--scale 8] [--tokens 4096 16384] [--device cpu] [--markdown]
+    python bench/experts_memory.py [--scale 16] [--tokens 4096 16384] [--device cpu] [--markdown]
 
 Ours against the composition of `grouped_mm` (rivals.py), at the sizes of six published models, all
 experts resident. What is there before the call is not counted: tokens, weights, gradient of the
 output. What the call returns is: the output and every gradient.
 
 --scale divides hidden size, expert size and tokens. Every tensor but tables of indices then shrinks
-by its square, so the ratios stay what they are (the tables are 1 % at most at scale 8), and GB are
+by its square, so the ratios stay what they are (the tables are 2 % at most at scale 16), and GB are
 stated as of the full sizes in bf16. On the CPU the products are of fp32, since torch's own bf16 is
 slow there; torch's profiler reports every allocation of torch's allocator. On a GPU the counters of
 torch's caching allocator are read; use --scale 1.
@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scale", type=int, default=8)
+    parser.add_argument("--scale", type=int, default=16)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--markdown", action="store_true")
