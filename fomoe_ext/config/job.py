@@ -66,6 +66,8 @@ class TrainConfig:
             )
         if sites.stale_experts:
             self._check_stale()
+        if self.run.cuda_graph:
+            self._check_graph()
         with in_section("outer."):
             check_staggering(
                 outer.optimizer,
@@ -94,6 +96,26 @@ class TrainConfig:
                 f"{self.model.router_scope}"
             )
         self.outer.require_whole("sites.stale_experts")
+
+    def _check_graph(self) -> None:
+        """Raises ValueError for what a step that is captured as a CUDA graph cannot contain."""
+        wrong = {
+            "sites.ranks_per_site = 1 (ranks exchange rows within a step)": (
+                self.sites.ranks_per_site > 1
+            ),
+            "an outer.optimizer that is not ddp (sites exchange gradients within a step)": (
+                self.outer.optimizer == "ddp"
+            ),
+            "inner.inner_optimizer = adamw (torch's SGD reads its learning rate on the host)": (
+                self.inner.inner_optimizer != "adamw"
+            ),
+            "outer.expert_mean = equal, and outer.turn_order = numbered if outer.expert_turns > 1 "
+            "(a hook of each pass counts the tokens of an expert)": (
+                self.outer.counts_tokens
+            ),
+        }
+        if needed := [what for what, violated in wrong.items() if violated]:
+            raise ValueError(f"run.cuda_graph needs {', and '.join(needed)}")
 
     def _check_tolerant(self) -> None:
         """Raises ValueError for what a job that outlives its sites cannot do."""
