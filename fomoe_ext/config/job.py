@@ -110,9 +110,7 @@ class TrainConfig:
                 self.inner.inner_optimizer != "adamw"
             ),
             "outer.expert_mean = equal, and outer.turn_order = numbered if outer.expert_turns > 1 "
-            "(a hook of each pass counts the tokens of an expert)": (
-                self.outer.counts_tokens
-            ),
+            "(a hook of each pass counts the tokens of an expert)": (self.outer.counts_tokens),
         }
         if needed := [what for what, violated in wrong.items() if violated]:
             raise ValueError(f"run.cuda_graph needs {', and '.join(needed)}")

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fomoe_ext.launch.waiting import reason_of
+
 _WARM_UP = 3
 """Steps before the capture, which are ordinary steps: libraries allocate their workspaces, and the
 optimizer its moments, at the first one."""
@@ -87,14 +89,23 @@ class CapturedStep:
             torch.cuda.current_stream(self._device).wait_stream(stream)
             return result
         if self._graph is None:
-            graph = torch.cuda.CUDAGraph()
-            # Threads that exchange or copy meanwhile may use the device.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._result = self._compute(tokens)
-            self._graph = graph
+            self._graph = self._capture(tokens)
         self._graph.replay()
         assert self._result is not None
         return self._result
+
+    def _capture(self, tokens: Tensor) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Threads that exchange or copy meanwhile may use the device.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._result = self._compute(tokens)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "run.cuda_graph: a local step cannot be captured as a CUDA graph: "
+                f"{reason_of(error)}; train without --cuda-graph"
+            ) from error
+        return graph
 
 
 def places(model: nn.Module, optimizer: torch.optim.Optimizer) -> Hashable:
