@@ -115,7 +115,9 @@ def load(path: Path = RUNS) -> dict[str, dict[str, Any]]:
             kept = json.loads(line)
             result[key_of(kept)] = kept
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}, is not a run of the study: {error}") from None
+            raise ValueError(
+                f"{path}, line {number}, must be a run of the study, got another line: {error}"
+            ) from None
     return result
 
 

@@ -134,7 +134,7 @@ def test_a_torn_line_is_cut_and_the_rest_kept(tmp_path):
 def test_another_file_is_refused(tmp_path):
     path = tmp_path / "runs.jsonl"
     path.write_text('{"sites": 1}\n')
-    with pytest.raises(ValueError, match="line 1, is not a run"):
+    with pytest.raises(ValueError, match="line 1, must be a run of the study"):
         store.load(path)
     assert store.load(tmp_path / "none") == {}
 
