@@ -88,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         if name == "throughput":
             if not given.show:
-                throughput.run(3 if given.quick else 15, run.machine_facts(), timed)
+                repeats = 3 if given.quick else 15
+                throughput.run(repeats, run.machine_facts(), timed, sizes=given.quick)
             print_tables(throughput.throughput_table(timed), console)
             continue
         if not given.show:
