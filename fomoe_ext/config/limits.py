@@ -15,7 +15,7 @@ def at_least(owner: str, low: float, **values: float | None) -> None:
     """Each value that is given at least `low`, else ValueError. `owner`: the section and a dot."""
     for name, value in values.items():
         if value is not None and not value >= low:
-            raise ValueError(f"{owner}{name} must be >= {low}, got {value}")
+            raise ValueError(f"{owner}{name} must be at least {low}, got {value}")
 
 
 def inside(owner: str, low: float, high: float, **values: float) -> None:

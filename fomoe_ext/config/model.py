@@ -94,7 +94,8 @@ class ModelConfig:
             )
         if self.top_k > self.num_experts:
             raise ValueError(
-                f"model.top_k must be <= model.num_experts, got {self.top_k} and {self.num_experts}"
+                f"model.top_k must be at most model.num_experts = {self.num_experts}, got "
+                f"{self.top_k}"
             )
         if self.num_experts % self.router_num_groups:
             raise ValueError(
@@ -105,8 +106,8 @@ class ModelConfig:
         choosable = self.num_experts // self.router_num_groups * self.router_groups_kept
         if self.top_k > choosable:
             raise ValueError(
-                f"model.top_k must be <= the {choosable} experts in router_groups_kept groups, got "
-                f"{self.top_k}"
+                f"model.top_k must be at most {choosable}, the number of experts in "
+                f"router_groups_kept = {self.router_groups_kept} groups, got {self.top_k}"
             )
         if not self.rope_base > 1:
             raise ValueError(f"model.rope_base must be > 1, got {self.rope_base}")

@@ -317,7 +317,7 @@ def check_staggering(
     fragment_steps(fragments, local_steps)
     if isinstance(overlap, str):
         if local_steps < 2:
-            raise ValueError(f"overlap = {AUTO} needs local_steps >= 2, got {local_steps}")
+            raise ValueError(f"overlap = {AUTO} needs local_steps of at least 2, got {local_steps}")
     elif overlap >= local_steps:
         raise ValueError(f"overlap must be less than local_steps = {local_steps}, got {overlap}")
 

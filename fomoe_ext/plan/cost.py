@@ -214,7 +214,7 @@ def sent_bytes(config: TrainConfig, placement: Placement, site: int) -> int:
 
 
 def round_cost(
-    config: TrainConfig, placement: Placement, link: Link, flops_per_s: float, site: int = 0
+    config: TrainConfig, placement: Placement, link: Link, flops_per_s: float, site: int
 ) -> RoundCost:
     """The cost of a round of a job: local steps and meetings.
 
@@ -226,7 +226,7 @@ def round_cost(
     """
     if not (link.bandwidth > 0 and link.latency >= 0 and flops_per_s > 0):
         raise ValueError(
-            f"bandwidth and flops_per_s must be > 0 and latency >= 0, got {link.bandwidth}, "
+            f"bandwidth and flops_per_s must be > 0 and latency at least 0, got {link.bandwidth}, "
             f"{flops_per_s} and {link.latency}"
         )
     sent = sent_bytes(config, placement, site)

@@ -84,7 +84,7 @@ def job_placement(config: TrainConfig, epoch: int = 0) -> Placement:
             )
         return placement
     if sites.placement_by is not None:
-        counts = measured_coactivation(sites.placement_by)
+        counts = measured_coactivation(sites.placement_by, "placement_by")
         if counts.shape[:2] != (model.num_layers, model.num_experts):
             raise ValueError(
                 f"placement_by {sites.placement_by} must have the counts of {model.num_layers} "
@@ -134,7 +134,7 @@ def rank_experts(
 
 def _load_of(name: str, path: Path, placement: Placement) -> list[list[float]]:
     """The load that a file has of a placement's experts; `name`: of the argument, for an error."""
-    load = measured_load(path)
+    load = measured_load(path, name)
     if [len(row) for row in load] != [placement.num_experts] * placement.num_layers:
         raise ValueError(
             f"{name} {path} must have the load of {placement.num_layers} layers of "

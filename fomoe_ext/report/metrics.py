@@ -65,7 +65,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: wanted a JSON object, got {record!r:.60}")
+            raise ValueError(f"{path}, line {number} must be a JSON object, got {record!r:.60}")
         records.append(record)
     return records
 

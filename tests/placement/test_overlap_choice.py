@@ -20,7 +20,7 @@ def test_a_quarter_more_than_the_exchange_takes(exchange, steps, chosen):
 
 @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
 def test_nonsense_is_refused(bad):
-    with pytest.raises(ValueError, match="exchange_steps must be finite and >= 0, got"):
+    with pytest.raises(ValueError, match="exchange_steps must be finite and at least 0, got"):
         chosen_overlap(bad, 16)
 
 
@@ -40,7 +40,7 @@ def test_the_reason_says_why_not_more():
     assert "takes 1.0 step;" in reason(2, 1.0, 16)
     told = reason(15, 20.0, 16)
     assert "takes 20.0 steps; more is not possible" in told and "after 16 steps" in told
-    assert "is waited for" in told
+    assert "sites wait for the rest" in told
     assert reason(12, 7.9, 16, 2) == reason(12, 7.9, 16)
     told = reason(12, 9.3, 16, 2)
     assert "more would not help, as the 2 exchanges of a round take longer than its 16" in told
