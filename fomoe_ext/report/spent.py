@@ -80,7 +80,7 @@ def training_table(report: Mapping[str, Any]) -> ReportTable:
     if exchanged:
         note += (
             " Exchange: from the first byte of a meeting to the last; hidden: the share of it that "
-            f"passed during local steps{_spread(run)}.{_link(run)}"
+            f"passed during local steps{_spread(run)}.{_chosen(run)}{_link(run)}"
         )
     note += " Skipped slots cost no arithmetic." if skipped else ""
     note += f"{_UNEVEN if uneven else ''}{_turns(run)}"
@@ -110,6 +110,12 @@ def _spread(run: Mapping[str, Any]) -> str:
     if not run["overlap"] and run["fragments"] == 1:
         return " (none without overlap)"
     return f" ({run['fragments']} fragments, {run['overlap']} steps of overlap)"
+
+
+def _chosen(run: Mapping[str, Any]) -> str:
+    """Why overlap "auto" chose its number of steps; empty for an overlap that was given."""
+    reason = run.get("overlap_reason")  # not in reports of version 0.0
+    return f" Chosen: {reason}." if reason else ""
 
 
 def _link(run: Mapping[str, Any]) -> str:
