@@ -49,19 +49,24 @@ class SiteMemory(NamedTuple):
 
 
 def site_parameters(
-    model: ModelConfig | ModelSizes, placement: Placement | None, site: int
+    model: ModelConfig | ModelSizes, placement: Placement | None, site: int | None = None
 ) -> ParameterCounts:
-    """Parameters that a site holds by kind; `placement` None = a full replica."""
+    """Number of parameters at a site, by kind; `placement` None = a full replica, without `site`.
+
+    Raises ValueError for a placement without a site.
+    """
     whole = sizes_of(model).counts
     if placement is None:
         return whole
+    if site is None:
+        raise ValueError("site must be given with a placement, got None")
     return whole._replace(sparse=placement.num_resident(site) * sizes_of(model).expert)
 
 
 def site_memory(
     model: ModelConfig | ModelSizes,
     placement: Placement | None,
-    site: int = 0,
+    site: int | None = None,
     *,
     optimizer: str = "diloco",
     inner_optimizer: str = "adamw",
@@ -69,12 +74,21 @@ def site_memory(
     error_feedback: int = 0,
     stale_experts: int = 0,
 ) -> SiteMemory:
-    """Bytes of parameters and state on a site; `placement` None = a full replica.
+    """Bytes of parameters and optimizer state at a site; `placement` None = a full replica.
 
-    `optimizer` as in `OuterConfig`: ddp needs no anchor; with outer momentum (None = the default,
-    diloco alone has it) the others keep that too. `inner_optimizer` adamw keeps two moments, sgd
-    one. `error_feedback`: elements of it. `stale_experts`: frozen copies, in all layers. With
-    router_scope "resident" router rows of absent experts do not meet: they have no anchor.
+    With router_scope "resident", router rows of absent experts are never averaged and so have no
+    anchor.
+
+    Args:
+        site: Needed with a placement.
+        optimizer: As in `OuterConfig`. All but ddp keep an anchor.
+        inner_optimizer: adamw keeps two moments, sgd one.
+        outer_momentum: Above 0, the momentum takes as much as the anchor (not with ddp); None = the
+            default, which is above 0 only for diloco.
+        error_feedback: Number of elements.
+        stale_experts: Number of frozen copies over all layers.
+
+    Raises ValueError for a placement without a site.
     """
     _one_of("optimizer", optimizer, ("diloco", "fedavg", "local-adamw", "ddp"))
     _one_of("inner_optimizer", inner_optimizer, ("adamw", "sgd"))
@@ -96,9 +110,17 @@ def site_memory(
     )
 
 
-def job_memory(config: TrainConfig, placement: Placement | None, site: int = 0) -> SiteMemory:
-    """`site_memory` of a job's model with its optimizers and codec, of all ranks of the site."""
-    of_job = placement or job_placement(full_replica(config))
+def job_memory(
+    config: TrainConfig, placement: Placement | None, site: int | None = None
+) -> SiteMemory:
+    """`site_memory` for a job's model, optimizers and codec, summed over the ranks of the site.
+
+    `placement` None = a full replica, the same at all sites. Raises ValueError for a placement
+    without a site.
+    """
+    if placement is not None and site is None:
+        raise ValueError("site must be given with a placement, got None")
+    of_job, site = placement or job_placement(full_replica(config)), site or 0
     if config.sites.ranks_per_site > 1:
         ranks = rank_memories(config, of_job, site)
         return SiteMemory(*(sum(parts) for parts in zip(*ranks, strict=True)))
