@@ -13,7 +13,7 @@ import os
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,21 @@ RENAMED = {
     "model.bias_update_rate": "model.balance_bias_rate",
 }
 """Keys of configuration files of version 0.0, and what they are called now."""
+
+
+def check_renamed(
+    keys: Iterable[str], section: str, where: str, names: Mapping[str, str] | None = None
+) -> None:
+    """Raises ValueError for an option of version 0.0, with its present name.
+
+    `keys`: those of a section in another file than a TOML configuration. `where`: the file, for
+    the message. `names`: of options that the file calls otherwise.
+    """
+    for key in keys:
+        if now := RENAMED.get(f"{section}.{key}"):
+            now = now.removeprefix(f"{section}.")
+            now = now if names is None else names.get(now, now)
+            raise ValueError(f"{where}: unknown key {key!r}; it is called {now!r} now")
 
 
 def _hints(kind: type) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.publish import reading
+from fomoe_ext.config.io import check_renamed
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.report.runs import CHECKPOINTS, CONFIG, load_run_config, run_of
@@ -125,10 +126,12 @@ def find_source(path: Path, name: str | None = None) -> Source:
         raise ValueError(reason)
     manifest = ckpt.read_manifest(chosen)
     try:
-        model = ModelConfig(**manifest.meta["model"])
+        options = dict(manifest.meta["model"])
+        check_renamed(options, "model", f"model in {ckpt.MANIFEST}")
+        model = ModelConfig(**options)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"checkpoint {chosen} has no valid description of its model ({error})"
+            f"checkpoint {chosen} must have a valid description of its model: {error}"
         ) from None
     run = run_of(chosen) if (run_of(chosen) / CONFIG).is_file() else None
     config = None if run is None else load_run_config(run)
