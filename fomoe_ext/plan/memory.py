@@ -1,13 +1,14 @@
-"""What a site of a job holds in memory: the cost model's part on it. Needs no torch.
+"""The memory that a site of a job needs. Needs no torch.
 
-Parameters, gradients, optimizer and outer state are counted, activations and buffers are not.
+Parameters, gradients, optimizer state and outer state are counted. Activations are not. The buffers
+of a meeting are counted in `meeting_memory` alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
+from fomoe_ext.checks import one_of
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.config.model import ModelConfig, ParameterCounts
 from fomoe_ext.placement import buckets, wire
@@ -31,7 +32,7 @@ FLOAT_BYTES = 4
 
 
 class SiteMemory(NamedTuple):
-    """Bytes that one site holds, without activations and buffers of a meeting."""
+    """Bytes that a site holds, without activations and the buffers of a meeting."""
 
     parameters: int
     gradients: int
@@ -44,7 +45,7 @@ class SiteMemory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes of all parts."""
         return sum(self)
 
 
@@ -90,8 +91,8 @@ def site_memory(
 
     Raises ValueError for a placement without a site.
     """
-    _one_of("optimizer", optimizer, ("diloco", "fedavg", "local-adamw", "ddp"))
-    _one_of("inner_optimizer", inner_optimizer, ("adamw", "sgd"))
+    one_of(wire.OPTIMIZERS, optimizer=optimizer)
+    one_of(("adamw", "sgd"), inner_optimizer=inner_optimizer)
     momentum = optimizer == "diloco" if outer_momentum is None else outer_momentum > 0
     held = site_parameters(model, placement, site)
     unit = met = FLOAT_BYTES * held.total
@@ -147,10 +148,10 @@ def job_memory(
 
 
 def meeting_memory(config: TrainConfig, placement: Placement, site: int) -> int:
-    """Bytes that a rank of a site needs besides, for the buckets under way in a meeting.
+    """Bytes that a rank needs in addition during a meeting, for the buckets on their way.
 
-    Of several ranks each has its own under way. With overlap all buckets of a fragment are, and of
-    as many fragments as are under way at once.
+    Each rank of a site has its own buckets. With overlap, all buckets of a fragment are on their
+    way at once, and so are those of other fragments whose exchanges overlap in time.
     """
     outer, at_once = config.outer, 1
     if outer.overlap:
@@ -170,8 +171,10 @@ def _copies_held(config: TrainConfig, placement: Placement) -> int:
 
 
 def rank_memories(config: TrainConfig, placement: Placement, site: int) -> list[SiteMemory]:
-    """Bytes on each rank of a site: experts as they are shared out (once per replica), dense
-    parameters by rows, what the outer optimizer keeps by buckets.
+    """Bytes at each rank of a site.
+
+    Ranks divide the experts among them (once per replica), dense parameters by rows, and the state
+    of the outer optimizer by buckets.
     """
     sites, model, outer = config.sites, config.model, config.outer
     sharing = sites.ranks_per_site // sites.replicas
@@ -215,10 +218,10 @@ def rank_memories(config: TrainConfig, placement: Placement, site: int) -> list[
 
 
 def _dense_share(model: ModelConfig | ModelSizes, rank: int, ranks: int) -> int:
-    """Elements of dense parameters and routers that a rank holds: of each, rows in equal runs."""
+    """Elements of dense parameters and routers at a rank: an equal run of rows of each tensor."""
     sizes = sizes_of(model)
     tensors = [(weight.rows, weight.row_size, weight.times) for weight in sizes.dense]
-    # A router may have biases, one per row, which are a tensor with the same cut.
+    # A router's biases, one per row, are another tensor that is divided in the same way.
     tensors.append((sizes.num_experts, sizes.router_row, sizes.num_layers))
 
     def held(rows: int) -> int:
@@ -229,10 +232,5 @@ def _dense_share(model: ModelConfig | ModelSizes, rank: int, ranks: int) -> int:
 
 
 def feeds_back(config: TrainConfig) -> bool:
-    """Whether a job keeps what encoding loses."""
+    """Whether a job uses error feedback."""
     return config.outer.codec != "fp32" and config.outer.error_feedback
-
-
-def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
