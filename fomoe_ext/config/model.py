@@ -124,7 +124,8 @@ class ModelConfig:
 
 
 class ParameterCounts(NamedTuple):
-    """Parameters of a whole model by kind; `dense`: all but routed experts and routers."""
+    """Number of parameters of a whole model by kind. dense: all except routed experts (`sparse`)
+    and routers."""
 
     dense: int
     sparse: int
@@ -142,8 +143,9 @@ class ParameterCounts(NamedTuple):
 
 
 def expert_matrices(config: ModelConfig, intermediate_size: int | None = None) -> int:
-    """Elements of the matrices of an expert, routed or (of another size) shared: G*N*D up and D*N
-    down, G = 2 for gated activations.
+    """Elements of the matrices of an expert: G*N*D up and D*N down, G = 2 for gated activations.
+
+    `intermediate_size`: N of a shared expert; None = that of routed experts.
     """
     size = config.intermediate_size if intermediate_size is None else intermediate_size
     return (num_projections(config.activation) + 1) * size * config.hidden_size

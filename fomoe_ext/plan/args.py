@@ -93,7 +93,7 @@ def parse_options(kind: type[Options], arguments: Sequence[str]) -> tuple[Option
             tyro.cli(kind, prog=PROGRAM, args=["--help"])
         except SystemExit:
             print()
-        parse_args(["--help"], PROGRAM)
+        parse_args(["--help"], PROGRAM, "The job, described by the flags of `fomoe train`.")
     return tyro.cli(kind, prog=PROGRAM, args=args, return_unknown_args=True)
 
 

@@ -200,9 +200,7 @@ def test_sharded_spread_needs_no_torch(tmp_path: Path) -> None:
 
 def test_sharded_measured_load_is_that_of_the_last_validation(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
-    with pytest.raises(
-        ValueError, match=r"must be a run with a validation, got .*none yet"
-    ):
+    with pytest.raises(ValueError, match=r"must be a run with a validation, got .*none yet"):
         measured_load(tmp_path)
     for record in (
         {"kind": "validation", "round": 1, "load": [[1, 2], [3, 4]]},
@@ -240,9 +238,7 @@ def test_sharded_measured_load_names_what_is_wrong(tmp_path: Path, content: str,
 
 
 def test_sharded_measured_load_names_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match=r"path must be a run folder .*no-run, which"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"path must be a run folder .*no-run, which"):
         measured_load(tmp_path / "no-run")
     with pytest.raises(FileNotFoundError, match=r"path must be a run folder with metrics\.jsonl"):
         measured_load(tmp_path)
