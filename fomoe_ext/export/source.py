@@ -16,7 +16,7 @@ from fomoe_ext.report.runs import CHECKPOINTS, CONFIG, load_run_config, run_of
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint, the run folder around it and its configuration (None for a lone checkpoint)."""
+    """A checkpoint, with its run folder and configuration (None for one outside of a run)."""
 
     checkpoint: Path
     manifest: ckpt.Manifest
@@ -24,14 +24,14 @@ class Source:
     config: TrainConfig | None
     run: Path | None
     passed_over: str = ""
-    """Why newer checkpoints were not used; "" = there are none."""
+    """Why newer checkpoints were not used; "" if there are none."""
     lock: Any = field(default=None, repr=False, compare=False)
-    """As long as this is held, a running job does not delete the checkpoint."""
+    """While this exists, a running job does not delete the checkpoint."""
 
     def tokenizer(self, given: Path | None) -> Path | None:
-        """The tokenizer's file, `given` or that of the run; None = bytes.
+        """The tokenizer's file: `given`, or else that of the run; None = tokens are bytes.
 
-        Raises ValueError if it is unknown, or differs from the one that the run was trained with.
+        Raises ValueError if the run's tokenizer is unknown, or is not the one used in training.
         """
         if given is not None:
             return given
@@ -52,8 +52,8 @@ class Source:
         found = "byte" if file is None else ckpt.sha256(file)
         if found != wanted:
             raise ValueError(
-                f"tokenizer {file or 'bytes'} is not the one that the run was trained with: it was "
-                "changed or is damaged (to use another one anyway, give --tokenizer)"
+                f"tokenizer must be the one that the run was trained with, got {file or 'bytes'}, "
+                "which was changed or is damaged (to use another one anyway, give --tokenizer)"
             )
 
 
@@ -63,7 +63,7 @@ def model_files(manifest: ckpt.Manifest) -> list[str]:
 
 
 def why_not_whole(path: Path) -> str:
-    """Why a checkpoint's global model cannot be read here, or ""; ignores states of sites."""
+    """Why a checkpoint's global model cannot be read here, or ""; states of sites do not matter."""
     try:
         manifest = ckpt.read_manifest(path)
     except ckpt.CheckpointError as error:

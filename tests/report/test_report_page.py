@@ -181,7 +181,7 @@ def test_runs_side_by_side_with_what_differs_between_them(tmp_path, capsys, monk
     ("change", "message"),
     [
         (lambda run: shutil.rmtree(run), "does not exist"),
-        (lambda run: (run / "report.json").unlink(), "its last round so far is 6, with a training loss"),
+        (lambda run: (run / "report.json").unlink(), "its last round so far is 6, with a training"),
         (lambda run: (run / "report.json").write_text("{"), "report.json"),
         (lambda run: (run / "metrics.jsonl").write_text("{\n"), "metrics.jsonl, line 1"),
         (
