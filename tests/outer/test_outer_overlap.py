@@ -284,7 +284,11 @@ def test_step_out_of_turn_is_refused() -> None:
         ({"overlap": 1}, ValueError, "local_steps must be given"),
         ({"overlap": 4, "local_steps": 4}, ValueError, "overlap must be less than local_steps = 4"),
         ({"fragments": 5, "local_steps": 4}, ValueError, r"fragments must be in \[1, local_steps"),
-        ({"overlap": 1, "local_steps": 4, "optimizer": "ddp"}, ValueError, "for optimizer diloco"),
+        (
+            {"overlap": 1, "local_steps": 4, "optimizer": "ddp"},
+            ValueError,
+            "must be diloco or fedavg",
+        ),
         ({"overlap_alpha": 1.0}, ValueError, r"overlap_alpha must be in \[0, 1\)"),
         ({"rounding": "up"}, ValueError, "rounding must be"),
         ({"error_feedback": 1}, TypeError, "error_feedback must be True or False"),

@@ -93,7 +93,10 @@ def test_resuming_gives_the_same_bits(flags, tmp_path, changes):
         ("--link fast", "link must be a bandwidth"),
         ("--overlap 3", "outer.overlap must be less than local_steps = 3, got 3"),
         ("--fragments 3", "outer.fragments must be at most model.num_layers = 2, got 3"),
-        ("--fragments 2 --optimizer ddp", "for optimizer diloco or fedavg, got 'ddp'"),
+        (
+            "--fragments 2 --optimizer ddp",
+            "must be diloco or fedavg with fragments or overlap, got 'ddp'",
+        ),
         (
             "--moment-codecs int8 int8",
             "outer.moment_codecs: second must be one of fp32, bf16, got 'int8'",
