@@ -14,7 +14,10 @@ TIMES = 3
 FIRST = 1
 """Steps of overlap until times have been measured."""
 _SPARE = 1.25
-"""Of an exchange that takes 8 steps 10 are waited for: times vary."""
+"""A quarter more than an exchange takes: times vary."""
+_AHEAD = 1
+"""And a step more: sites are not at the same point of a step, and an exchange begins when the last
+of them has announced it."""
 _LESS = 0.6
 """A choice is taken back where so much of it would do."""
 
@@ -41,17 +44,18 @@ def most_overlap(local_steps: int) -> int:
 def chosen_overlap(exchange_steps: float, local_steps: int) -> int:
     """Steps of overlap for an exchange that lasts as long as so many local steps.
 
-    A quarter more than that, at least 1, at most one less than a round has.
+    A quarter more than that and a step, at most one less than a round has.
     """
     if not 0 <= exchange_steps < math.inf:
         raise ValueError(f"exchange_steps must be finite and >= 0, got {exchange_steps}")
-    return max(1, min(math.ceil(_SPARE * exchange_steps), most_overlap(local_steps)))
+    wanted = math.ceil(_SPARE * exchange_steps + _AHEAD)
+    return max(1, min(wanted, most_overlap(local_steps)))
 
 
 def next_overlap(now: int, exchange_steps: float, local_steps: int) -> int:
     """As `chosen_overlap`, but `now` stays where the exchange fits and not much less would do."""
     wanted = chosen_overlap(exchange_steps, local_steps)
-    fits = exchange_steps <= now or now == most_overlap(local_steps)
+    fits = exchange_steps + _AHEAD <= now or now == most_overlap(local_steps)
     return now if fits and wanted > _LESS * now else wanted
 
 

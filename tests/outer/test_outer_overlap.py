@@ -350,8 +350,8 @@ def test_the_site_with_most_steps_decides_and_zeros_decide_nothing() -> None:
     assert times.steps == 1 and not times.reason
     # A second site waits 7 s for the first to announce: that is not what the exchange takes.
     times.choose([(0.1, 4.0, 1.0), (7.0, 4.0, 0.5)])
-    assert times.steps == 11  # (0.1 + 4) / 0.5 = 8.2 steps, and a quarter
-    assert times.reason.startswith("overlap 11: the exchange takes 8.2 steps; more would only")
+    assert times.steps == 12  # (0.1 + 4) / 0.5 = 8.2 steps, a quarter, and a step
+    assert times.reason.startswith("overlap 12: the exchange takes 8.2 steps; more would only")
     given = OverlapTimes(OuterOptions(overlap=3, local_steps=16))
     given.choose([(0.1, 4.0, 1.0)])
     given.resume(7)
@@ -391,6 +391,24 @@ def test_all_sites_choose_alike_and_at_the_same_step(fragments: int) -> None:
         other = next(a for a in answers if a[0] is not ended)
         shared = ended.keys() & other[0].keys()
         assert shared and all(bits(ended[k]) == bits(other[0][k]) for k in shared)
+
+
+def count_checks(site: int, num_sites: int) -> list[int]:
+    """The comparisons of hashes that have been waited for, after every step."""
+    model, inner, sync = make(site, num_sites, 2, 1)
+    counts = []
+    for step in range(ROUNDS * STEPS):
+        train(model, inner, sync, site, step)
+        counts.append(sync.log.agreements)
+    sync.finish()
+    return [*counts, sync.log.agreements]
+
+
+def test_a_fragment_waits_for_its_own_check_alone() -> None:
+    """Fragments are sent after steps 2, 4, 6 .. in turn and land a step later: what is compared
+    from step 3 on must be known at step 6, when that fragment is sent again, not at step 4."""
+    for counts in pool().run(2, count_checks):
+        assert counts == [0, 0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 6]
 
 
 def measure(site: int, num_sites: int) -> tuple[int, str, float]:
