@@ -342,6 +342,11 @@ def test_times_are_those_of_steps_and_exchanges_alone() -> None:
     assert times.told() == (0.5, 6.0, 2.0)  # of the fragment that takes longest
     times.exchanged(0, 0.5, 3.0)
     assert times.told() == (9.0, 5.0, 2.0)
+    for announced, moved in [(0.25, 7.0), (40.0, 6.5), (0.25, 6.5), (0.75, 90.0)]:
+        times.exchanged(0, announced, moved)
+    assert times.told() == (0.5, 6.5, 2.0)  # the medians of the last five
+    times.exchanged(0, 0.75, 8.0)
+    assert times.told() == (0.75, 7.0, 2.0)
 
 
 def test_the_site_with_most_steps_decides_and_zeros_decide_nothing() -> None:
@@ -354,7 +359,7 @@ def test_the_site_with_most_steps_decides_and_zeros_decide_nothing() -> None:
     assert times.reason.startswith("overlap 12: the exchange takes 8.2 steps; more would only")
     given = OverlapTimes(OuterOptions(overlap=3, local_steps=16))
     given.choose([(0.1, 4.0, 1.0)])
-    given.resume(7)
+    given.resume({"overlap": 7, "overlap_reason": "x"})
     assert given.steps == 3 and not given.reason
 
 
