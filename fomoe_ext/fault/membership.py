@@ -359,7 +359,7 @@ class TorchftMembership:
         return read_current(self.store.get(keys.CURRENT), len(self.all_sites))
 
     def _ask(self, round_index: int, least: int) -> View:
-        """Asks the lighthouse for a quorum; the view of its sites. `_enter` makes it the current one.
+        """Asks the lighthouse for a quorum: the next view, which `_enter` makes the current one.
 
         Raises TooFew for fewer than `least` sites.
         """
