@@ -1,5 +1,5 @@
-"""Whole training steps of the paper's models with all, half, a quarter and none of the experts
-resident: seconds of a step, of the host alone, and of the GPU's kernels.
+"""Training steps of the paper's models with all, half, a quarter and none of the experts resident:
+seconds of a step, of the host, and of the GPU's kernels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STEPS, WARM_UP = 5, 2
 
 
 class Sized(NamedTuple):
-    """A model of the paper, not as deep, and the sequences of a step."""
+    """A model of the paper with fewer layers, and the number of sequences per step."""
 
     preset: str
     layers: int
@@ -54,7 +54,7 @@ SIZES: dict[str, Sequence[Sized]] = {
 
 
 def make_model(config: ModelConfig, share: float, device: str) -> LanguageModel:
-    """With the first experts of every layer resident."""
+    """The model with only the first experts of every layer resident."""
     model = LanguageModel(config, None, seed=1, device=device)
     if share == 1:
         return model
@@ -75,7 +75,7 @@ def make_model(config: ModelConfig, share: float, device: str) -> LanguageModel:
 
 
 def timed(step: Callable[[], None], device: str) -> tuple[float, float]:
-    """Seconds until a step was done, and until the host had asked for all of it."""
+    """Seconds until the step was done, and until the host had launched all of it."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
@@ -86,7 +86,7 @@ def timed(step: Callable[[], None], device: str) -> tuple[float, float]:
 
 
 def largest_kernels(step: Callable[[], None], device: str) -> dict[str, Any]:
-    """Seconds of all kernels of a step, and of those that take most, by the profiler."""
+    """Seconds of all kernels of a step, and of the longest ones, by torch's profiler."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -95,7 +95,7 @@ def largest_kernels(step: Callable[[], None], device: str) -> dict[str, Any]:
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         step()
         torch.cuda.synchronize()
-    # Besides kernels there are spans that others have named, which hold kernels.
+    # Annotated ranges contain kernels and must not be counted too.
     kernels = [
         event
         for event in seen.key_averages()

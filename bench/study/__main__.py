@@ -1,4 +1,4 @@
-"""`python -m bench.study`: the tables of the study, one command each."""
+"""`python -m bench.study TABLE` makes the runs that a table of the study lacks and prints it."""
 
 from __future__ import annotations
 
@@ -17,24 +17,34 @@ QUICK_RUNS = store.RUNS.with_name("quick.jsonl")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The arguments."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.study",
-        description="Makes the runs that a table lacks, then prints the table.",
+        description="Makes the training runs that a table lacks, then prints the table.",
     )
     kinds = [*tables.TABLES, "throughput", "claims", "all"]
-    parser.add_argument("table", choices=kinds, help="all: every table, then claims")
     parser.add_argument(
-        "--quick", action="store_true", help="few, short runs, in a file of their own; no claims"
+        "table",
+        choices=kinds,
+        help="claims: write docs/claims.md from the recorded runs; all: every table, then claims",
     )
-    parser.add_argument("--seeds", type=int, help="only seeds 0 .. N-1 (default: 3, quick: 1)")
-    parser.add_argument("--show", action="store_true", help="only what is there, no new runs")
-    parser.add_argument("--out", type=Path, help=f"file of runs (default: {store.RUNS.name})")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a few short runs, recorded in another file; docs/claims.md is not written",
+    )
+    parser.add_argument(
+        "--seeds", type=int, metavar="N", help="seeds 0 .. N-1 only (default: 3, --quick: 1)"
+    )
+    parser.add_argument("--show", action="store_true", help="print recorded runs, make no new ones")
+    parser.add_argument(
+        "--out", type=Path, help=f"file where runs are recorded (default: {store.RUNS.name})"
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0, or 1 when a run failed."""
+    """Returns the exit code: 1 when a run failed, else 0."""
     given = parse(sys.argv[1:] if arguments is None else arguments)
     size = design.QUICK if given.quick else design.FULL
     path = given.out or (QUICK_RUNS if given.quick else store.RUNS)

@@ -1,8 +1,8 @@
-"""Table 6: how much faster a layer and a whole training step are where experts are absent.
+"""Table 6: how much faster a layer and a whole training step are when experts are absent.
 
-Slots on absent experts are skipped (router_scope "global"), as in the paper's figure 11: 1.16x at
-half of the experts and 1.43x with every expert absent. Shares take turns, so that all see the same
-machine; medians. A slowed machine changes all of them.
+Slots of absent experts are skipped (router_scope "global"), as in the paper's figure 11: 1.16x with
+half of the experts resident and 1.43x with none. The fractions are timed in turn in every repeat,
+so that a slower machine affects all of them alike; figures are medians.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ SEQUENCES = {"cpu": 4, "cuda": 64}
 
 
 def expert_share(model: ModelConfig) -> float:
-    """Share of the experts in a training step's arithmetic (`plan.cost.flops_per_token`)."""
+    """Fraction of a training step's FLOPs that are in experts (`plan.cost.flops_per_token`)."""
     flops = plan_cost.flops_per_token(model)
     return flops.experts / flops.forward
 
 
 def _steps(device: str) -> dict[str, dict[float, Callable[[], None]]]:
-    """By kind ("layer", "step") and share resident, what is timed."""
+    """The calls to time, by kind ("layer" or "step") and fraction of the experts resident."""
     import torch
 
     from fomoe_ext import MoELayer
@@ -85,7 +85,7 @@ def _steps(device: str) -> dict[str, dict[float, Callable[[], None]]]:
 
 
 def measure(repeats: int, device: str = "cpu") -> dict[str, Any]:
-    """Seconds of every repeat, by kind and share."""
+    """Seconds of every repeat, by kind and fraction resident."""
     import torch
 
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -105,7 +105,7 @@ def measure(repeats: int, device: str = "cpu") -> dict[str, Any]:
 
 
 def run(repeats: int, facts: Mapping[str, Any], path: Path = RESULT) -> None:
-    """Measures on the GPU where there is one, else the CPU, and keeps the result."""
+    """Measures on a GPU if there is one, else on the CPU, and writes the result to `path`."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -115,7 +115,7 @@ def run(repeats: int, facts: Mapping[str, Any], path: Path = RESULT) -> None:
 
 
 def throughput_table(path: Path = RESULT) -> list[ReportTable]:
-    """The table of the result that is kept; none where there is none."""
+    """The table of the recorded result; an empty list if there is none."""
     if not path.exists():
         return []
     kept = json.loads(path.read_text())
@@ -145,14 +145,14 @@ def throughput_table(path: Path = RESULT) -> list[ReportTable]:
             f"{MODEL.num_layers} layers of width {MODEL.hidden_size}, {MODEL.num_experts} experts "
             f"of {MODEL.intermediate_size}, {MODEL.top_k} per token: experts are "
             f"{expert_share(MODEL):.0%} of the FLOPs. {kept['device']}, "
-            f"{machine.get('isa', '')} {machine.get('threads', '')} threads. By FLOPs: what the "
-            "cost model says of the whole step.",
+            f"{machine.get('isa', '')} {machine.get('threads', '')} threads. By FLOPs: the cost "
+            "model's prediction for the whole step.",
         )
     ]
 
 
 def speed_up(share: float, kind: str = "step", path: Path = RESULT) -> float | None:
-    """Time with all experts resident over that with `share` of them; None without a result."""
+    """Time with all experts resident over time with a fraction `share`; None without a result."""
     if not path.exists():
         return None
     seconds = json.loads(path.read_text())["seconds"][kind]

@@ -227,7 +227,7 @@ def test_exit_status(tmp_path, monkeypatch, capsys):
     code, said = run(python("wrong", "print('what is wrong'); raise SystemExit(1)"))
     assert code == 1 and "exit code 1; what is wrong" in said
     assert command.main([str(tmp_path / "wrong"), "--dry-run"]) == 2  # holds another run's results
-    assert "is not empty" in capsys.readouterr().err
+    assert "FOLDER must be new or empty, got" in capsys.readouterr().err
 
 
 def test_unknown_step(tmp_path, capsys):

@@ -54,7 +54,7 @@ class _Paused(dist.PrefixStore):
 
 @pytest.mark.parametrize("key", [keys.CURRENT, keys.start(0)])
 def test_a_slow_site_is_in_the_first_view(members: list[TorchftMembership], key: str) -> None:
-    """However far the others get between two of its looks, the job does not run without it."""
+    """The job does not start without it, however far the others get between two of its reads."""
     *others, slow = members
     go = threading.Event()
 
@@ -77,7 +77,7 @@ def test_a_slow_site_is_in_the_first_view(members: list[TorchftMembership], key:
 def test_a_site_lost_at_the_start_is_waited_for_with_a_limit(
     members: list[TorchftMembership],
 ) -> None:
-    """It has said that it starts, and does not join: the others say which it was."""
+    """The site has announced its start but does not join: the error at the others names it."""
     *others, gone = members
     gone.store.set(keys.start(gone.site), "1")
     with ThreadPoolExecutor(NUM_SITES) as pool:
@@ -88,7 +88,7 @@ def test_a_site_lost_at_the_start_is_waited_for_with_a_limit(
     assert not others[0].store.check([keys.CURRENT])
 
 
-def test_a_site_that_comes_to_a_running_job_knows_it(
+def test_a_site_that_joins_a_running_job_has_no_first_view(
     lighthouse: Lighthouse, members: list[TorchftMembership]
 ) -> None:
     with ThreadPoolExecutor(NUM_SITES) as pool:

@@ -31,7 +31,7 @@ def bits(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().numpy().tobytes()
 
 
-# ---- against a plain fp64 reading of the definition ---------------------------------------------
+# ---- against the definition in fp64 --------------------------------------------------------------
 
 
 def reference_norm(x: Tensor, gain: Tensor, kind: str) -> Tensor:
@@ -188,14 +188,14 @@ def test_skipped_tokens_get_exactly_nothing_from_the_moe() -> None:
     x = torch.randn(4, 19, 24, generator=torch.Generator().manual_seed(0))
     y = x + block.attention_out(block.attention(block.attention_in(x), model.rope))
     _, chosen = block.moe.router(block.moe_in(y).flatten(0, 1).detach())
-    held = torch.tensor(block.moe.experts.resident_experts)
-    skipped = ~torch.isin(chosen, held).any(-1).view(4, 19)
+    resident = torch.tensor(block.moe.experts.resident_experts)
+    skipped = ~torch.isin(chosen, resident).any(-1).view(4, 19)
     assert 0 < skipped.sum() < 4 * 19
     same = (block(x, model.rope) == y).all(-1)
     assert torch.equal(same, skipped)
 
 
-# ---- initial weights and who holds them ---------------------------------------------------------
+# ---- initial weights and resident experts --------------------------------------------------------
 
 
 @pytest.mark.parametrize("replication", [1, 2, 4])
@@ -270,7 +270,7 @@ def test_only_resident_experts_are_allocated(sites: int, replication: int) -> No
             assert moe.experts.resident_experts == placement.resident(layer, site)
 
 
-# ---- sizes --------------------------------------------------------------------------------------
+# ---- sizes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -305,12 +305,12 @@ def test_paper_presets_build_on_the_meta_device(name: str, total: float) -> None
     model = LanguageModel(config, placement, 3, device="meta")
     assert all(p.is_meta for p in model.parameters())
     counts = count_parameters(config)
-    held = sum(p.numel() for p in model.parameters())
-    assert held == counts.total - counts.sparse // 2
+    allocated = sum(p.numel() for p in model.parameters())
+    assert allocated == counts.total - counts.sparse // 2
     assert counts.total == pytest.approx(total, rel=0.001)
 
 
-# ---- training -----------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shared", [0, 12])
@@ -333,10 +333,10 @@ def test_gradients_reach_every_resident_parameter(scope: str, balance: str, shar
         elif "router" not in name:
             assert (p.grad != 0).any(), name
     for layer, moe in enumerate(model.moe_layers()):
-        held = placement.resident(layer, 3)
-        others = [e for e in range(8) if e not in held]
+        resident = placement.resident(layer, 3)
+        others = [e for e in range(8) if e not in resident]
         gradient = moe.router.weight.grad.abs().amax(1)
-        assert (gradient[list(held)] > 0).all()
+        assert (gradient[list(resident)] > 0).all()
         if balance == "none":
             assert not gradient[others].any()  # nothing is learnt about experts that are elsewhere
 
@@ -412,11 +412,11 @@ def test_lower_precision() -> None:
     ids = tokens(2, 10)
     got, wanted = model(ids), LanguageModel(SMALL, seed=1)(ids)
     assert got.dtype == torch.bfloat16
-    assert (got.float() - wanted).norm() / wanted.norm() < 0.2  # a choice of experts may turn
+    assert (got.float() - wanted).norm() / wanted.norm() < 0.2  # rounding may change the choice
     assert model.loss(ids).cross_entropy.dtype == torch.float32
 
 
-# ---- bad input ----------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from fomoe_ext.outer.reduce import run_jobs
 from fomoe_ext.placement import Placement, wire
 from fomoe_ext.placement.wire import Link
 
-# ------------------------------------------------------------------------------------------- sums
+# --------------------------------------------------------------------------------------------- sums
 
 
 def sum_everything(
@@ -67,7 +67,7 @@ def test_sums_are_right_and_equal(
         for owners, result in results.items():
             values = [contribution(owners, s, numel + len(owners)) for s in owners]
             exact = torch.stack(values).double().sum(0)
-            # Two roundings: of every value and of the sum (which is as large with them).
+            # Two roundings: of every value, and of the sum.
             largest = torch.stack(values).double().abs().sum(0).max() if result.numel() else 0
             room = 2.2 * rounding * largest
             if len(owners) > 1:
