@@ -15,7 +15,10 @@ TIMES = 3
 FIRST = 1
 """Steps of overlap until times have been measured."""
 _SPARE = 1.25
-"""Margin, because times vary: an exchange as long as 8 steps gets an overlap of 10."""
+"""Margin, because times vary: a quarter more than an exchange takes."""
+_AHEAD = 1
+"""Steps: sites are not at the same point of a step, and an exchange begins when the last of them
+has announced it."""
 _LESS = 0.6
 """The overlap becomes shorter only if at most this share of it is enough."""
 
@@ -42,17 +45,18 @@ def most_overlap(local_steps: int) -> int:
 def chosen_overlap(exchange_steps: float, local_steps: int) -> int:
     """The overlap for an exchange that takes as long as `exchange_steps` local steps.
 
-    It is a quarter longer than the exchange, at least 1, and at most `local_steps` - 1.
+    It is a quarter longer than the exchange, and a step, and at most `local_steps` - 1.
     """
     if not 0 <= exchange_steps < math.inf:
         raise ValueError(f"exchange_steps must be finite and at least 0, got {exchange_steps}")
-    return max(1, min(math.ceil(_SPARE * exchange_steps), most_overlap(local_steps)))
+    wanted = math.ceil(_SPARE * exchange_steps + _AHEAD)
+    return max(1, min(wanted, most_overlap(local_steps)))
 
 
 def next_overlap(now: int, exchange_steps: float, local_steps: int) -> int:
     """As `chosen_overlap`, but keeps the overlap `now` if it is long enough, not much too long."""
     wanted = chosen_overlap(exchange_steps, local_steps)
-    fits = exchange_steps <= now or now == most_overlap(local_steps)
+    fits = exchange_steps + _AHEAD <= now or now == most_overlap(local_steps)
     return now if fits and wanted > _LESS * now else wanted
 
 
