@@ -152,40 +152,65 @@ def study(
 ) -> int:
     """Makes all runs within so many minutes and records each; returns how many failed.
 
-    `train`: as `pool.train`, but for the device. A preset whose runs would have fewer than
-    `LEAST_ROUNDS` rounds is left out, and named.
+    `train`: as `pool.train`, but for the device. Where the file has some runs of a preset, the
+    others get as many rounds. A preset whose runs would have fewer than `LEAST_ROUNDS` rounds is
+    left out, and named.
     """
-    begin, failed = time.perf_counter(), 0
-    left = list(given.shapes)
-    while left:
-        preset = left.pop(0)
-        share = (60 * minutes - (time.perf_counter() - begin)) / (1 + len(left))
-        kinds = len(KINDS) * len(seeds)
-        began = time.perf_counter()
+    failed = 0
+    for preset in given.shapes:
+        rounds = begun(preset, given, seeds, path)
         try:
-            start_s, round_s = measure_round(runs_of(preset, given, 1, seeds)[0], train)
+            if rounds is None:
+                share = 60 * minutes / len(given.shapes)
+                rounds = affordable_rounds(preset, given, seeds, share, train)
         except pool.RunFailed as error:
             failed += 1
             print(f"{preset}: failed\n{error}", flush=True)
             continue
-        seconds = (share - (time.perf_counter() - began)) / kinds
-        rounds = rounds_within(seconds, start_s, round_s)
-        if not rounds:
-            need = kinds * (start_s + LEAST_ROUNDS * round_s) / 60
-            print(f"{preset}: left out, needs {need:.0f} minutes more", flush=True)
-            continue
-        for run in store.missing(runs_of(preset, given, rounds, seeds), path):
-            print(f"{preset}: {name_of(run.flags)}, seed {run.seed}, {rounds} rounds", end=" ")
-            sys.stdout.flush()
-            try:
-                report = train(run.arguments(), SITES)
-            except pool.RunFailed as error:
-                failed += 1
-                print(f"failed\n{error}", flush=True)
-                continue
-            store.append(store.record(run, report, facts), path)
-            print(f"loss {report['validation']['loss']:.4f} in {report['job_s']:.0f} s", flush=True)
+        if rounds:
+            runs = store.missing(runs_of(preset, given, rounds, seeds), path)
+            failed += sum(not _make(run, facts, train, path) for run in runs)
     return failed
+
+
+def begun(preset: str, given: Setting, seeds: Sequence[int], path: Path) -> int | None:
+    """The rounds of the runs of a preset that are recorded; None if there are none."""
+    kept = store.load(path)
+    for rounds in {one["flags"].get("rounds") for one in kept.values()}:
+        if rounds and any(run.key in kept for run in runs_of(preset, given, rounds, seeds)):
+            return int(rounds)
+    return None
+
+
+def affordable_rounds(
+    preset: str, given: Setting, seeds: Sequence[int], seconds: float, train: Train
+) -> int:
+    """Rounds with which all runs of a preset take `seconds`, measuring included; 0 where that is
+    too little, which is printed. Raises RunFailed."""
+    begin = time.perf_counter()
+    runs = runs_of(preset, given, LEAST_ROUNDS, seeds)
+    start_s, round_s = measure_round(runs[0], train)
+    left = seconds - (time.perf_counter() - begin)
+    rounds = rounds_within(left / len(runs), start_s, round_s)
+    if not rounds:
+        need = (len(runs) * (start_s + LEAST_ROUNDS * round_s) - left) / 60
+        print(f"{preset}: left out, needs {need:.1f} minutes more", flush=True)
+    return rounds
+
+
+def _make(run: Run, facts: Mapping[str, Any], train: Train, path: Path) -> bool:
+    """Makes a run and records it; whether it succeeded."""
+    preset, rounds = run.flags["preset"], run.flags["rounds"]
+    print(f"{preset}: {name_of(run.flags)}, seed {run.seed}, {rounds} rounds", end=" ")
+    sys.stdout.flush()
+    try:
+        report = train(run.arguments(), SITES)
+    except pool.RunFailed as error:
+        print(f"failed\n{error}", flush=True)
+        return False
+    store.append(store.record(run, report, facts), path)
+    print(f"loss {report['validation']['loss']:.4f} in {report['job_s']:.0f} s", flush=True)
+    return True
 
 
 def name_of(flags: Mapping[str, Any]) -> str:
