@@ -183,6 +183,9 @@ def absent_lines(results: Sequence[Result]) -> list[str]:
     return [said] if said else []
 
 
+STEP_TIMES = ("seconds", "host_seconds", "gpu_seconds", "graph_seconds")
+
+
 def training_lines(results: Sequence[Result]) -> list[str]:
     rows: Rows = []
     whole: dict[str, float] = {}
@@ -195,12 +198,13 @@ def training_lines(results: Sequence[Result]) -> list[str]:
             [
                 f"{r['preset']}, {r['layers']} layers, {r['tokens']} tokens",
                 f"{r['resident']:g}",
-                *(milliseconds(r[key]) for key in ("seconds", "host_seconds", "gpu_seconds")),
+                *(milliseconds(r[key]) for key in STEP_TIMES),
                 ratio(speed),
                 "-" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e9:.1f}",
             ]
         )
-    head = ("", "resident", "step ms", "host ms", "GPU busy ms", "speed-up", "peak GB")
+    times = ("step ms", "host ms", "GPU busy ms", "graph ms")
+    head = ("", "resident", *times, "speed-up", "peak GB")
     return ["== training steps", *columns(head, rows)] if rows else []
 
 

@@ -67,7 +67,7 @@ def _start(
     return processes, logs
 
 
-def train(arguments: Sequence[str], num_sites: int) -> dict[str, Any]:
+def train(arguments: Sequence[str], num_sites: int, device: str = "cpu") -> dict[str, Any]:
     """Runs `fomoe train` with these flags and `num_sites` sites of one thread each.
 
     Returns its report, with two more items: "metrics", the lines of metrics.jsonl, and "job_s", the
@@ -77,7 +77,7 @@ def train(arguments: Sequence[str], num_sites: int) -> dict[str, Any]:
         folder, start = Path(name), time.perf_counter()
         run_dir = folder / "run"
         words = [*arguments, "--sites", str(num_sites), "--threads", "1", "--no-tensorboard"]
-        words += ["--run-dir", str(run_dir), "--device", "cpu"]
+        words += ["--run-dir", str(run_dir), "--device", device]
         processes, logs = _start(words, num_sites, folder)
         _wait(processes)
         failed = [site for site, process in enumerate(processes) if process.exitcode]

@@ -104,13 +104,37 @@ def measure(repeats: int, device: str = "cpu") -> dict[str, Any]:
     return {"seconds": result, "tokens": SEQUENCES[device] * MODEL.seq_len, "device": device}
 
 
-def run(repeats: int, facts: Mapping[str, Any], path: Path = RESULT) -> None:
-    """Measures on a GPU if there is one, else on the CPU, and writes the result to `path`."""
+def measure_sizes(device: str) -> dict[str, Any]:
+    """Steps of the paper's 13.3B and 1.8B shapes (on the CPU: of a tiny one), by
+    `bench.gpu.training`, and the rate of a large dense product in FLOP/s."""
+    import common
+    import torch
+
+    from bench.gpu import measured, training
+
+    steps = []
+    for size in training.SIZES[device]:
+        for share in training.SHARES:
+            steps.append(training.measure(size, share, device))
+            measured.release_memory()
+    rate = common.dense_rate(torch.bfloat16 if device == "cuda" else torch.float32)
+    return {"steps": steps, "dense_rate": rate, "device": device}
+
+
+def run(
+    repeats: int, facts: Mapping[str, Any], path: Path = RESULT, *, sizes: bool = False
+) -> None:
+    """Measures on a GPU if there is one, else on the CPU, and writes the result to `path`.
+
+    `sizes`: also `measure_sizes`, as on a GPU in any case.
+    """
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = {**measure(repeats, device), "machine": dict(facts)}
+    if sizes or device == "cuda":
+        kept["sizes"] = measure_sizes(device)
     write_text(path, json.dumps(kept, indent=1) + "\n")
 
 
@@ -138,6 +162,7 @@ def throughput_table(path: Path = RESULT) -> list[ReportTable]:
         )
     machine = kept["machine"]
     return [
+        *([sizes_table(kept["sizes"])] if "sizes" in kept else []),
         ReportTable(
             "Speed-up from skipping, forward and backward",
             ("experts resident", "layer", "whole step", "tokens/s", "by FLOPs", "paper"),
@@ -147,8 +172,40 @@ def throughput_table(path: Path = RESULT) -> list[ReportTable]:
             f"{expert_share(MODEL):.0%} of the FLOPs. {kept['device']}, "
             f"{machine.get('isa', '')} {machine.get('threads', '')} threads. By FLOPs: the cost "
             "model's prediction for the whole step.",
-        )
+        ),
     ]
+
+
+def sizes_table(kept: Mapping[str, Any]) -> ReportTable:
+    """Whole steps of the paper's sizes, from what `measure_sizes` has recorded."""
+    whole: dict[str, float] = {}
+    rows = []
+    for step in kept["steps"]:
+        whole.setdefault(step["preset"], step["graph_seconds"])
+        seconds, graph = step["seconds"], step["graph_seconds"]
+        floor = step["flops"] / kept["dense_rate"]
+        rows.append(
+            (
+                f"{step['preset']}, {step['layers']} layers",
+                f"{step['resident']:.0%}",
+                human_count(step["tokens"] / seconds),
+                human_count(step["tokens"] / graph),
+                f"{whole[step['preset']] / graph:.2f}x",
+                f"{floor / graph:.0%}",
+                f"{step['host_seconds'] / seconds:.0%}",
+                f"{PAPER[step['resident']]:.2f}x" if step["resident"] in PAPER else "-",
+            )
+        )
+    head = ("", "experts resident", "tokens/s", "with --cuda-graph", "speed-up", "of the floor")
+    return ReportTable(
+        "Whole training steps of the paper's sizes",
+        (*head, "host", "paper"),
+        tuple(rows),
+        f"On {kept['device']}. Speed-up from skipping and share of the floor: with a CUDA graph "
+        "(on the CPU the same path, uncaptured). Floor: the FLOPs of a step without skipped slots "
+        "at the rate of a large dense product in the same process. Host: the part of an eager step "
+        "until the host has launched all of it.",
+    )
 
 
 def speed_up(share: float, kind: str = "step", path: Path = RESULT) -> float | None:

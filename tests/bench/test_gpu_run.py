@@ -179,7 +179,8 @@ def many_results() -> summary.Results:
         token |= {"tokens": 1, "experts": 2}
         made["tokens"].append({"name": "tokens", "extra_info": token})
         step = {"preset": "p", "layers": 1, "tokens": 2, "resident": 1 / (place + 1)}
-        step |= {"seconds": 2.0, "host_seconds": 1.0, "gpu_seconds": None, "peak_bytes": 10**9}
+        step |= {"seconds": 2.0, "host_seconds": 1.0, "gpu_seconds": None}
+        step |= {"graph_seconds": 1.5, "peak_bytes": 10**9}
         made["training"].append({"name": "training[p]", "extra_info": step})
     return made
 

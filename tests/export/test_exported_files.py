@@ -226,7 +226,8 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
     for field, value, message in (
         ("num_layers", 3, "must have the tensors of its model"),
         ("intermediate_size", 12, "must have shape"),
-        ("colour", 1, "has no valid description of its model"),
+        ("expert_size", 12, "unknown key 'expert_size'; it is called 'intermediate_size' now"),
+        ("colour", 1, "must have a valid description of its model"),
     ):
         changed = {**manifest, "meta": {"model": {**manifest["meta"]["model"], field: value}}}
         (path / "manifest.json").write_text(json.dumps(changed))
@@ -243,6 +244,14 @@ def test_help_needs_no_torch():
     )
     assert "export" in result.stdout and "eval" in result.stdout
     assert result.stdout.endswith("False\n"), result.stderr
+
+
+def test_old_names_of_options_are_refused_with_the_new_ones():
+    written = transformers_config(tiny_config(), "bytes", 0, "float32")
+    for old, new in {"scoring": "router_scoring", "expert_size": "moe_intermediate_size"}.items():
+        before = {old if name == new else name: value for name, value in written.items()}
+        with pytest.raises(ValueError, match=f"unknown key '{old}'; it is called '{new}' now"):
+            model_of_config(before)
 
 
 def test_every_field_of_the_model_has_a_place():

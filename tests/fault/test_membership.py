@@ -18,23 +18,26 @@ from fomoe_ext.fault.membership import TooFew, TorchftMembership
 
 pytest.importorskip("torchft", reason="the extra `fault` is not installed")
 
-NUM_SITES = 3
+NUM_SITES, SILENT_S = 3, 3.0
 
 
 @pytest.fixture
 def lighthouse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lighthouse]:
     monkeypatch.setenv("RUST_LOG", "error")
-    there = Lighthouse(parse_address("127.0.0.1:0", "--bind", any_port=True), 1, 3.0)
+    there = Lighthouse(parse_address("127.0.0.1:0", "--bind", any_port=True), 1, SILENT_S)
     yield there
     there.shutdown()
 
 
 @pytest.fixture
-def members(lighthouse: Lighthouse) -> list[TorchftMembership]:
-    return [
-        TorchftMembership(lighthouse.address, site, NUM_SITES, quorum=1, silent_s=3.0)
+def members(lighthouse: Lighthouse) -> Iterator[list[TorchftMembership]]:
+    all_of_them = [
+        TorchftMembership(lighthouse.address, site, NUM_SITES, quorum=1, silent_s=SILENT_S)
         for site in range(NUM_SITES)
     ]
+    yield all_of_them
+    for member in all_of_them:
+        member.close()
 
 
 class _Paused(dist.PrefixStore):
@@ -94,6 +97,17 @@ def test_a_site_that_joins_a_running_job_has_no_first_view(
     with ThreadPoolExecutor(NUM_SITES) as pool:
         views = [f.result() for f in [pool.submit(m.begin, 20.0) for m in members]]
     assert all(views)
-    again = TorchftMembership(lighthouse.address, 1, NUM_SITES, quorum=1, silent_s=3.0)
+    again = TorchftMembership(lighthouse.address, 1, NUM_SITES, quorum=1, silent_s=SILENT_S)
     assert again.incarnation == 2
     assert again.begin(1.0) is None
+
+
+def test_a_closed_member_is_silent(members: list[TorchftMembership]) -> None:
+    """Its thread ends; the others find out by its silence."""
+    with ThreadPoolExecutor(NUM_SITES) as pool:
+        assert all(f.result() for f in [pool.submit(m.begin, 20.0) for m in members])
+    members[2].close()
+    deadline = time.monotonic() + 30.0
+    while not members[0].lost() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert members[0].lost() == f"site 2 sent no heartbeat for {SILENT_S:g} s"

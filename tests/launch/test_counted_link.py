@@ -81,6 +81,7 @@ def test_what_the_kernel_shapes_is_not_counted():
     assert until == link.send(1) == 100.5
     clock.now = 107.0  # the kernel took 7 s for the bits; the last exchange waits for a latency
     assert link.ended(until) == 107.5
+    assert link.ended(until, 103.0) == 103.5  # it ended before anybody waited for it
     clock.now = 100.0
     assert link.ended(until) == 100.5
     assert counted(clock, latency=False).send(1000) == 101.0

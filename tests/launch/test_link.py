@@ -264,7 +264,7 @@ def test_without_a_link_nothing_is_said():
 
 @pytest.mark.parametrize(
     "link, mode, message",
-    [("fast", "auto", "link must be a rate"), ("1gbit", "always", "FOMOE_LINK_MODE must be")],
+    [("fast", "auto", "link must be a bandwidth"), ("1gbit", "always", "FOMOE_LINK_MODE must be")],
 )
 def test_bad_arguments_are_named(link, mode, message):
     result = run(SHOW, 2, link, env=environment(FOMOE_LINK_MODE=mode))

@@ -245,11 +245,12 @@ def test_no_module_reads_a_pickle():
     package = Path(fomoe_ext.__file__).parent
     files = sorted(package.rglob("*.py"))
     assert len(files) > 50
-    assert {
-        str(file.relative_to(package)): lines
+    found = [
+        (str(file.relative_to(package)), line.partition(": ")[2])
         for file in files
-        if (lines := unsafe_lines(file.read_text(encoding="utf-8")))
-    } == {"ops/schemas.py": ["47: exec"]}  # of argument names, from our own schemas
+        for line in unsafe_lines(file.read_text(encoding="utf-8"))
+    ]
+    assert found == [("ops/schemas.py", "exec")]  # of argument names, from our own schemas
 
 
 @pytest.mark.parametrize(

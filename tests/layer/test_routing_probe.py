@@ -110,7 +110,7 @@ def test_a_job_measures_and_trains_the_same(flags, tmp_path):
     for line in lines:
         assert 0 < line["between_sites"] <= 1 and 0 < line["entropy"] <= math.log(8)
     assert {key: lines[-1][key] for key in probed["routing"]} == probed["routing"]
-    assert "same choices as a meeting ago" in (run / "report.md").read_text()
+    assert "same choices as at the meeting before" in (run / "report.md").read_text()
     assert "same choices" not in (tmp_path / "0" / "report.md").read_text()
     assert [s["bytes_sent"] for s in plain["sites"]] == [s["bytes_sent"] for s in probed["sites"]]
 

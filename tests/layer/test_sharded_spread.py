@@ -200,7 +200,7 @@ def test_sharded_spread_needs_no_torch(tmp_path: Path) -> None:
 
 def test_sharded_measured_load_is_that_of_the_last_validation(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
-    with pytest.raises(ValueError, match="has no validation with a load yet"):
+    with pytest.raises(ValueError, match=r"must be a run with a validation, got .*none yet"):
         measured_load(tmp_path)
     for record in (
         {"kind": "validation", "round": 1, "load": [[1, 2], [3, 4]]},
@@ -219,14 +219,14 @@ def test_sharded_measured_load_is_that_of_the_last_validation(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ("{", "load.json is not JSON"),
-        ("{}", r"load.json must hold a table \[layer\]\[expert\]"),
+        ("{", "path must be a JSON file, got .*load.json: "),
+        ("{}", r"path .*load.json must hold a table \[layer\]\[expert\] .*, got {}"),
         ("[]", "must hold a table"),
         ("[[]]", "must hold a table"),
         ("[1, 2]", "must hold a table"),
         ("[[1, 2], [3]]", "rows of one length"),
         ("[[1, 2], [3, -4]]", "layer 1, expert 1 must be a finite number of at least 0, got -4"),
-        ("[[1, NaN]]", "is not JSON: JSON has no NaN"),
+        ("[[1, NaN]]", "must be a JSON file, got .*: JSON has no NaN"),
         ("[[true]]", "layer 0, expert 0 .* got True"),
     ],
 )
@@ -238,9 +238,9 @@ def test_sharded_measured_load_names_what_is_wrong(tmp_path: Path, content: str,
 
 
 def test_sharded_measured_load_names_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no-run does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"path must be a run folder .*no-run, which"):
         measured_load(tmp_path / "no-run")
-    with pytest.raises(FileNotFoundError, match=r"is no run folder, it has no metrics\.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"path must be a run folder with metrics\.jsonl"):
         measured_load(tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from typing import Any
 
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from fomoe_ext.config.model import ModelConfig, count_parameters, expert_parameters
 from fomoe_ext.config.presets import PRESETS
+from fomoe_ext.layer.moe import MoELayer
 from fomoe_ext.model.language import (
     LanguageModel,
+    layer_options,
     optimizer_groups,
     parameter_kinds,
     rope_table,
@@ -491,3 +494,19 @@ def test_bad_placements(placement: Placement | None, site: int | None, words: st
 def test_a_configuration_of_another_kind() -> None:
     with pytest.raises(TypeError, match="ModelConfig, got dict"):
         LanguageModel({"hidden_size": 24})  # type: ignore[arg-type]
+
+
+def test_layers_get_the_options_of_a_model_by_name() -> None:
+    """What a layer has besides is the site's, or only a converted model's (router_bias)."""
+    config = ModelConfig(balance="entropy", balance_coef=0.5, top_k=3, router_scale=2.5)
+    options = layer_options(config)
+    assert {n: options[n] for n in ("balance", "balance_coef", "top_k", "router_scale")} == {
+        "balance": "entropy",
+        "balance_coef": 0.5,
+        "top_k": 3,
+        "router_scale": 2.5,
+    }
+    parameters = set(inspect.signature(MoELayer).parameters)
+    of_the_site = {"resident_experts", "stale_experts", "layer_index", "seed", "device", "dtype"}
+    assert parameters - options.keys() == of_the_site | {"mesh", "rank_experts", "router_bias"}
+    assert options.keys() <= parameters
