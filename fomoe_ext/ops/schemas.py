@@ -12,6 +12,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 
 import fomoe_ext.ops.native  # noqa: F401  (defines the ops)
 
@@ -49,11 +50,18 @@ def by_name(op: str) -> Callable[..., Any]:
     return _function(op, argument_names(op), "target()({})", partial(_begin, op, native))
 
 
+def traced() -> bool:
+    """Whether torch.compile traces, torch.func transforms or forward-mode derivatives are taken:
+    they must see each op."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
 def _begin(op: str, native: Any) -> Callable[..., Any]:
-    # Tracers must see the op itself, and torch.func's transforms stand above autograd.
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return native
-    return kernels.get(op, native)
+    return native if traced() else kernels.get(op, native)
 
 
 def in_order(op: str) -> Callable[..., tuple[Any, ...]]:
