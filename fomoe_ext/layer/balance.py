@@ -165,19 +165,20 @@ class Balanced(nn.Module):
         self.load_since_update.zero_()
 
     def _counts_to(self, device: torch.device) -> None:
-        """Moves the counted load and `aux_loss` to a device; zeros where they had no memory."""
+        """Moves the counted load to a device; zeros where it had no memory."""
         if self.load_since_update.device != device:
             with torch.inference_mode(False):  # they are used after the current pass, too
                 self.load_since_update = _moved(self.load_since_update, device)
-        if self._loss is not None and self._loss.device != device:
-            self._loss = _moved(self._loss.detach(), device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         counts = self.load_since_update
         super()._apply(fn, recurse)
         # `fn` may cast, or make memory without values (to_empty): only its device counts.
         self.load_since_update = counts
-        self._counts_to(fn(torch.empty(0, device=counts.device)).device)
+        device = fn(torch.empty(0, device=counts.device)).device
+        self._counts_to(device)
+        if self._loss is not None and self._loss.device != device:
+            self._loss = _moved(self._loss.detach(), device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
