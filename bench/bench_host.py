@@ -37,7 +37,9 @@ def measured(tree: Path) -> Seconds:
     environment = os.environ | {"PYTHONPATH": str(tree)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tree)
     if done.returncode:
-        raise RuntimeError(f"host_cases.py with the package of {tree} failed: {done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"host_cases.py with the package of {tree} failed: {done.stderr[-2000:]}"
+        )
     found: Seconds = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -89,4 +91,3 @@ def show(console: Console) -> None:
         )
     console.print(table)
     console.print("recorded: all that the profiler sees, also what an operator calls inside.")
-

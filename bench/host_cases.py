@@ -74,7 +74,7 @@ class Pass:
         return self.layer(self.x)
 
     def backward(self, y: Tensor) -> None:
-        """As a model's: the gradients of y and of the balancing loss, if there is one, are given."""
+        """As in a model: y and the balancing loss, if there is one, are given gradients."""
         loss = self.layer.aux_loss if self.has_loss else None
         roots, grads = ([y], [self.grad]) if loss is None else ([y, loss], [self.grad, self._one])
         torch.autograd.backward(roots, grads)

@@ -24,9 +24,7 @@ def check_shape(x: Tensor, hidden_size: int) -> None:
         raise ValueError(f"x must have shape [..., {hidden_size}], got {list(x.shape)}")
 
 
-def check_kind(
-    x: Tensor, weight: Tensor, read: Callable[[], Iterator[tuple[str, Tensor]]]
-) -> None:
+def check_kind(x: Tensor, weight: Tensor, read: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:
     """Checks x against the layer's `weight` and the tensors that a pass will `read`, with names.
 
     Raises ValueError unless x has the dtype and device of `weight`, and if one of the tensors to

@@ -8,6 +8,7 @@ as autograd takes them: losses and gradients have the same bits as those of the 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -88,9 +89,17 @@ def by_formulas(logits: Tensor, load: Tensor, options: LossOptions) -> Tensor:
 
 def router_loss(logits: Tensor, load: Tensor, options: LossOptions) -> Tensor:
     """`by_formulas` to the bit, in fewer operations. T >= 1."""
-    if traced():
+    if traced() or type(logits) is not Tensor:  # a subclass, e.g. a fake tensor, has its own ways
         return by_formulas(logits, load, options)
     return _RouterLoss.apply(logits, load, options)
+
+
+@lru_cache(maxsize=256)
+def _number(value: float) -> Tensor:
+    """As fp32 on the CPU, which goes with tensors of any device. Of a number that is no tensor
+    torch makes one at each use, and then another one of the right dtype."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 class _RouterLoss(torch.autograd.Function):
@@ -106,8 +115,8 @@ class _RouterLoss(torch.autograd.Function):
                 kept.append(buffer)
             log_score = given.log_softmax(dim=-1)
             score, share = log_score.exp(), _share(load)
-            loss = (score.mean(dim=0) * share).sum() * logits.shape[1]
-            losses.append(loss.mul_(options.coef))
+            loss = (score.mean(dim=0) * share).sum()
+            losses.append(loss.mul_(_number(logits.shape[1])).mul_(_number(options.coef)))
             kept += log_score, score, share
         elif options.balance == "entropy":
             log_score = logits.log_softmax(dim=-1)
@@ -115,11 +124,11 @@ class _RouterLoss(torch.autograd.Function):
             log_sum = log_score.logsumexp(dim=0)
             log_mean = log_sum - tokens.log_()
             mean = log_mean.exp()
-            losses.append((mean * log_mean).sum().mul_(options.coef))
+            losses.append((mean * log_mean).sum().mul_(_number(options.coef)))
             kept += log_score, log_sum, log_mean, mean
         if options.z_coef:
             log_sum = logits.logsumexp(dim=-1)
-            losses.append(log_sum.square().mean().mul_(options.z_coef))
+            losses.append(log_sum.square().mean().mul_(_number(options.z_coef)))
             kept.append(log_sum)
         ctx.save_for_backward(*kept)
         return losses[0] if len(losses) == 1 else losses[0].add_(losses[1])
@@ -132,11 +141,13 @@ class _RouterLoss(torch.autograd.Function):
             again = by_formulas(logits, load, options)
             (found,) = torch.autograd.grad(again, logits, grad, create_graph=True)
             return found, None, None
-        of_z = _z_grad(grad * options.z_coef, logits, kept.pop()) if options.z_coef else None
+        of_z = (
+            _z_grad(grad * _number(options.z_coef), logits, kept.pop()) if options.z_coef else None
+        )
         if options.balance == "switch":
-            found = _switch_grad(grad * options.coef, logits, options.scoring, kept)
+            found = _switch_grad(grad * _number(options.coef), logits, options.scoring, kept)
         elif options.balance == "entropy":
-            found = _entropy_grad(grad * options.coef, logits, *kept)
+            found = _entropy_grad(grad * _number(options.coef), logits, *kept)
         else:
             return of_z, None, None
         return found if of_z is None else found.add_(of_z), None, None
@@ -144,7 +155,7 @@ class _RouterLoss(torch.autograd.Function):
 
 def _switch_grad(grad: Tensor, logits: Tensor, scoring: str, kept: list[Tensor]) -> Tensor:
     *buffer, log_score, score, share = kept
-    of_mean = (share * grad.mul_(logits.shape[1])).div_(logits.shape[0])
+    of_mean = (share * grad.mul_(_number(logits.shape[1]))).div_(_number(logits.shape[0]))
     found = _log_softmax_backward(score * of_mean, log_score, 1, torch.float32)
     return _log_sigmoid_backward(found, logits, *buffer) if scoring == "sigmoid" else found
 
@@ -158,5 +169,5 @@ def _entropy_grad(
 
 
 def _z_grad(grad: Tensor, logits: Tensor, log_sum: Tensor) -> Tensor:
-    of_sum = (log_sum * 2).mul_(grad.div_(logits.shape[0]))
+    of_sum = (log_sum + log_sum).mul_(grad.div_(_number(logits.shape[0])))
     return (logits - log_sum.unsqueeze(1)).exp_().mul_(of_sum.unsqueeze(1))

@@ -355,7 +355,8 @@ class MoELayer(Balanced):
         return y_TD.view(x.shape)
 
     def _route(self, x_TD: Tensor) -> tuple[Tensor | None, Tensor, Tensor, RouterStatistics]:
-        """Logits [T, E] if a loss is taken of them, combine weights [T, K], chosen experts [T, K] and router statistics."""
+        """Logits [T, E] if a loss is taken of them (else None or logits), combine weights [T, K],
+        chosen experts [T, K] and router statistics."""
         allowed_E = self.allowed
         top_k = self.top_k if allowed_E is None else min(self.top_k, self._site.num_resident)
         logits_TE, weights_TK, chosen_TK, counted = self.router(

@@ -1,5 +1,5 @@
-"""Routing and the balancing losses are one autograd node each: the bits of the operations they stand
-for, and the derivatives of those."""
+"""Routing, rescaling and the balancing losses are a node for autograd each: they have the bits of
+the operations that they stand for, and the derivatives of those."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from small_layer import tokens
+from small_layer import normalised_error, tokens
 from torch import Tensor
 
 from fomoe_ext import ops
 from fomoe_ext.layer import router as router_module
 from fomoe_ext.layer.losses import LossOptions, by_formulas, router_loss
 from fomoe_ext.layer.router import Router
+from fomoe_ext.layer.skipped import by_operations, rescale_skipped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,6 +62,26 @@ def test_second_derivatives_of_losses(options: LossOptions) -> None:
     assert torch.equal(penalty(router_loss), penalty(by_formulas))
 
 
+@pytest.mark.parametrize("resident", ["none", "some", "all"])
+def test_rescaling_has_the_bits_of_its_operations(resident: str) -> None:
+    index = {"none": [-1] * 6, "some": [0, -1, -1, 1, -1, 2], "all": list(range(6))}[resident]
+    weights = tokens(200, 3, seed=int(torch.randint(1 << 30, ()))).sigmoid()
+    weights[:20] *= 1e-31
+    weights[20:30] = 0
+    weights.requires_grad_()
+    experts = torch.randint(-1, 6, (200, 3), dtype=torch.int32)
+    given = (weights, experts, torch.tensor(index, dtype=torch.int32))
+    found = []
+    for rescale in (rescale_skipped, by_operations):
+        got = rescale(*given)
+        (grad,) = torch.autograd.grad(got, weights, tokens(200, 3, seed=1))
+        (kept,) = torch.autograd.grad(rescale(*given).square().sum(), weights, create_graph=True)
+        found.append((got.detach(), grad, torch.autograd.grad(kept.sum(), weights)[0]))
+    (y, grad, second), (wanted_y, wanted_grad, wanted_second) = found
+    assert torch.equal(y, wanted_y) and torch.equal(grad, wanted_grad)
+    assert normalised_error(second, wanted_second) < 1e-6  # sums are taken in another order
+
+
 def routing(
     router: Router, x: Tensor, allowed: Tensor | None, use: tuple[bool, bool]
 ) -> list[Tensor | None]:
@@ -81,7 +102,9 @@ def routing(
 @pytest.mark.parametrize("use", [(True, False), (False, True), (True, True)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "options", [{}, {"scoring": "softmax", "renormalize": True, "scale": 2.5, "bias": True}], ids=str
+    "options",
+    [{}, {"scoring": "softmax", "renormalize": True, "scale": 2.5, "bias": True}],
+    ids=str,
 )
 def test_routing_has_the_bits_of_its_operations(
     options: dict[str, Any],
