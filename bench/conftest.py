@@ -7,6 +7,7 @@ from typing import Any
 
 import bench_checkpoint
 import bench_dispatch
+import bench_host
 import common
 import outer_tables
 import torch
@@ -175,6 +176,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     outer_tables.show(console)
     bench_dispatch.show(console)
     bench_checkpoint.show(console)
+    bench_host.show(console)
     if common.layer_results or common.verb_results:
         console.print(
             f"{torch.get_num_threads()} threads, {_C.cpu_features()['chosen']}, torch "

@@ -5,15 +5,18 @@
 // std::runtime_error as RuntimeError.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
 #include <optional>
+#include <ostream>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -33,13 +36,14 @@ using torch::stable::Tensor;
 // ---- errors --------------------------------------------------------------------------------------
 
 template <class... Parts>
-[[noreturn]] void bad_argument(const Parts&... parts) {
+[[noreturn, gnu::cold, gnu::noinline]] void bad_argument(const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
   throw std::invalid_argument(message.str());
 }
 
 // require(top_k >= 1, "top_k must be at least 1, got ", top_k);
+// Parts are made whether or not they are shown, so what costs time to write is written by its <<.
 template <class... Parts>
 void require(bool condition, const Parts&... parts) {
   if (!condition) bad_argument(parts...);
@@ -66,20 +70,46 @@ inline const char* dtype_name(ScalarType type) {
   }
 }
 
-template <class Sizes>
-std::string shape_name(const Sizes& sizes) {
-  std::string text = "[";
-  for (const int64_t size : sizes) {
-    if (text.size() > 1) text += ", ";
-    text += size < 0 ? "*" : std::to_string(size);
+// Writes sizes as [2, *, 3]; it refers to them.
+struct ShapeName {
+  const int64_t* begin;
+  size_t count;
+
+  friend std::ostream& operator<<(std::ostream& out, const ShapeName& shape) {
+    out << '[';
+    for (size_t dim = 0; dim < shape.count; ++dim) {
+      if (dim > 0) out << ", ";
+      if (shape.begin[dim] < 0) {
+        out << '*';
+      } else {
+        out << shape.begin[dim];
+      }
+    }
+    return out << ']';
   }
-  return text + "]";
+};
+
+template <class Sizes>
+ShapeName shape_name(const Sizes& sizes) {
+  return {sizes.begin(), sizes.size()};
 }
 
-inline std::string device_name(const Tensor& tensor) {
-  if (tensor.is_cpu()) return "cpu";
-  if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
-  return "another device";
+// Writes the device of a tensor, to which it refers.
+struct DeviceName {
+  const Tensor& tensor;
+
+  friend std::ostream& operator<<(std::ostream& out, const DeviceName& device) {
+    if (device.tensor.is_cpu()) return out << "cpu";
+    if (device.tensor.is_cuda()) return out << "cuda:" << device.tensor.get_device_index();
+    return out << "another device";
+  }
+};
+
+inline DeviceName device_name(const Tensor& tensor) { return {tensor}; }
+
+inline bool on_same_device(const Tensor& one, const Tensor& other) {
+  if (one.is_cpu() || other.is_cpu()) return one.is_cpu() && other.is_cpu();
+  return one.is_cuda() == other.is_cuda() && one.get_device_index() == other.get_device_index();
 }
 
 // ---- checks --------------------------------------------------------------------------------------
@@ -107,8 +137,8 @@ class check {
   }
 
   const check& same_device(const Tensor& other, const char* other_name) const {
-    const std::string got = device_name(tensor_), wanted = device_name(other);
-    require(got == wanted, name_, " must be on ", wanted, " like ", other_name, ", got ", got);
+    require(on_same_device(tensor_, other), name_, " must be on ", device_name(other), " like ",
+            other_name, ", got ", device_name(tensor_));
     return *this;
   }
 
@@ -129,9 +159,9 @@ class check {
 
   const check& same_dtype(const Tensor& other, const char* other_name) const {
     const ScalarType got = tensor_.scalar_type(), wanted = other.scalar_type();
-    require(got == wanted, name_, " must have dtype ", dtype_name(wanted), " like ", other_name,
-            ", got ", dtype_name(got));
-    return *this;
+    if (got == wanted) return *this;
+    bad_argument(name_, " must have dtype ", dtype_name(wanted), " like ", other_name, ", got ",
+                 dtype_name(got));
   }
 
   const check& shape(std::initializer_list<int64_t> wanted) const {
@@ -148,9 +178,9 @@ class check {
   }
 
   const check& contiguous() const {
-    require(tensor_.is_contiguous(), name_, " must be contiguous, got shape ",
-            shape_name(tensor_.sizes()), " with strides ", shape_name(tensor_.strides()));
-    return *this;
+    if (tensor_.is_contiguous()) return *this;
+    bad_argument(name_, " must be contiguous, got shape ", shape_name(tensor_.sizes()),
+                 " with strides ", shape_name(tensor_.strides()));
   }
 
  private:
@@ -198,10 +228,36 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
   bad_argument(name, " must have a dtype of the kernels");
 }
 
-// Uninitialised, contiguous, on the device of `like`; dtype of `like` unless given.
+// Uninitialised, contiguous, on the device of `like`; dtype of `like` unless given. It asks torch's
+// allocator itself: torch::stable::new_empty would dispatch two operators for it.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes,
                     std::optional<ScalarType> dtype = std::nullopt) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
+  constexpr size_t kMostDims = 3;
+  if (sizes.size() > kMostDims) throw std::logic_error("an op's result has more than 3 dimensions");
+  int64_t strides[kMostDims];
+  int64_t stride = 1;
+  for (size_t dim = sizes.size(); dim-- > 0;) {
+    strides[dim] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[dim], 1);
+  }
+  int32_t device_type = 0, device_index = 0, number = 0;
+  require_success(aoti_torch_get_device_type(like.get(), &device_type), "asking for a device");
+  require_success(aoti_torch_get_device_index(like.get(), &device_index), "asking for a device");
+  if (dtype) {
+    number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  } else {
+    require_success(aoti_torch_get_dtype(like.get(), &number), "asking for a dtype");
+  }
+  AtenTensorHandle made = nullptr;
+  require_success(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, number,
+                                           device_type, device_index, &made),
+                  "allocating a tensor");
+  return Tensor(made);
+}
+
+// Sets all bytes to 0, in the order of the stream on CUDA.
+inline void fill_zeros(const Tensor& tensor) {
+  require_success(aoti_torch_zero_(tensor.get()), "filling a tensor with zeros");
 }
 
 // Gives the memory of a tensor back, unless other tensors share it; leaves the tensor without elements.

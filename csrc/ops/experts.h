@@ -21,7 +21,9 @@ inline void check_table(const Tensor& table, const char* name, std::initializer_
 // The number of slots, from a list with an entry for each.
 inline int64_t slots_of(const Tensor& index, const char* name) {
   check(index, name).shape({kAny});
-  return as_int32(index.size(0), (std::string(name) + ".shape[0]").c_str(), 0);
+  const int64_t slots = index.size(0), most = std::numeric_limits<int32_t>::max();
+  require(slots <= most, name, ".shape[0] must be in 0 .. ", most, ", got ", slots);
+  return slots;
 }
 
 // R, from offsets [R + 1].

@@ -59,7 +59,7 @@ struct RouteCall {
     weights = empty(logits, {tokens, top_k}, ScalarType::Float);
     expert_ids = empty(logits, {tokens, top_k}, ScalarType::Int);
     statistics = empty(logits, {in.statistics ? 2 * experts + 1 : 0}, ScalarType::Long);
-    torch::stable::zero_(statistics);
+    if (in.statistics) fill_zeros(statistics);
     args = {.logits = logits.const_data_ptr(),
             .logits_dtype = dtype_of(logits, "logits"),
             .selection_bias = pointer<float>(in.selection_bias),

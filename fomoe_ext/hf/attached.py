@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fomoe_ext.files.atomic import write_text
-from fomoe_ext.layer.balance import wants_loss
+from fomoe_ext.layer.losses import wants_loss
 from fomoe_ext.layer.moe import MoELayer
 
 _MARK = "fomoe_converted_"

@@ -1,7 +1,6 @@
-"""Statistics of an MoE layer's routing, and the losses that balance the load of its experts.
+"""Statistics of an MoE layer's routing, and what balances the load of its experts.
 
-Logits here are fp32 [T, C], a column for each of the C experts that may be chosen. All results are
-tensors on the device, so that the host does not wait for them.
+All results are tensors on the device, so that the host does not wait for them.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fomoe_ext.checks import at_least, finite, one_of
+from fomoe_ext.layer.losses import LossOptions, router_loss, wants_loss
 from fomoe_ext.ops.tokens import RouterStatistics
 
 BALANCES = ("none", "switch", "entropy", "bias")
@@ -26,19 +26,41 @@ class MoEStats(NamedTuple):
     router_entropy: fp32 scalar, nats: the entropy of a token's scores, normalised to sum 1, mean
         over tokens; log(C) if all scores of a token are equal.
     rows: int32 scalar, rows that the experts in this process computed.
+
+    They are made when they are read, of the fields, which are what the pass counted.
     """
 
-    load: Tensor
-    skipped_share: Tensor
-    router_entropy: Tensor
-    rows: Tensor
+    counted: RouterStatistics
+    computed: Tensor
+    """int32 [*], the last entry: slots of this rank's tokens that were computed, on any rank."""
+    computed_here: Tensor
+    """int32 [*], the last entry: rows that this process computed for the tokens of any rank."""
+    tokens: int
+    top_k: int
 
+    @property
+    def load(self) -> Tensor:
+        return self.counted.load
 
-def log_scores(logits: Tensor, scoring: str) -> Tensor:
-    """Logarithm of the scores (softmax or sigmoid) normalised to sum 1, fp32 [T, C]."""
-    if scoring == "sigmoid":
-        logits = torch.nn.functional.logsigmoid(logits)
-    return logits.log_softmax(dim=-1)
+    @property
+    def skipped_share(self) -> Tensor:
+        slots = self.tokens * self.top_k
+        if not slots:
+            return torch.zeros((), dtype=torch.float32, device=self.computed.device)
+        return 1 - self.computed[-1] / slots
+
+    @property
+    def router_entropy(self) -> Tensor:
+        return (self.counted.entropy_sum / max(self.tokens, 1)).float()
+
+    @property
+    def rows(self) -> Tensor:
+        return self.computed_here[-1]
+
+    def measured(self) -> dict[str, Tensor]:
+        """The measurements by name."""
+        names = ("load", "skipped_share", "router_entropy", "rows")
+        return {name: getattr(self, name) for name in names}
 
 
 def expert_load(experts: Tensor, num_experts: int) -> Tensor:
@@ -47,52 +69,6 @@ def expert_load(experts: Tensor, num_experts: int) -> Tensor:
     bins = experts.reshape(-1).long() + 1
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=experts.device)
     return counts.scatter_add(0, bins, torch.ones_like(bins))[1:]
-
-
-def measure(
-    counted: RouterStatistics, rows: Tensor, rows_here: Tensor, tokens: int, top_k: int
-) -> MoEStats:
-    """The statistics of a pass over `tokens` tokens of `top_k` slots each.
-
-    rows: int32 scalar, how many of these slots were computed, on whatever rank; rows_here: int32
-    scalar, rows that this process computed for tokens of all ranks.
-    """
-    slots = tokens * top_k
-    return MoEStats(
-        load=counted.load,
-        skipped_share=1 - rows / slots if slots else torch.zeros_like(rows, dtype=torch.float32),
-        router_entropy=(counted.entropy_sum / max(tokens, 1)).float(),
-        rows=rows_here,
-    )
-
-
-def switch_loss(logits: Tensor, load: Tensor, scoring: str = "softmax") -> Tensor:
-    """C * sum_e f_e * P_e, the auxiliary loss of Switch Transformers (arXiv 2101.03961).
-
-    f_e is expert e's share of the slots (`load`, int64 [C], no gradient), P_e the mean over tokens
-    of its normalised score (for sigmoid as in DeepSeek-V3, arXiv 2412.19437). Logits fp32 [T, C].
-    The value is 1 if load and scores are even, and larger if both favour the same experts.
-    """
-    mean_score = log_scores(logits, scoring).exp().mean(dim=0)
-    share = load / load.sum().clamp_min(1)
-    return (mean_score * share).sum() * logits.shape[1]
-
-
-def entropy_loss(logits: Tensor) -> Tensor:
-    """Negative entropy (nats) of the mean over tokens of softmax(logits), logits fp32 [T, C].
-
-    The regulariser of sigma-MoE (arXiv 2310.10837), with the mean taken in log space. The value is
-    -log(C) if tokens are spread evenly over the experts, and 0 if all choose the same one.
-    """
-    # math.log of the size would make torch.compile specialise on one number of tokens.
-    tokens = logits.new_full((), logits.shape[0])
-    log_mean = logits.log_softmax(dim=-1).logsumexp(dim=0) - tokens.log()
-    return (log_mean.exp() * log_mean).sum()
-
-
-def z_loss(logits: Tensor) -> Tensor:
-    """Mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906), logits fp32 [T, C]."""
-    return logits.logsumexp(dim=-1).square().mean()
 
 
 def bias_step(load: Tensor, rate: float) -> Tensor:
@@ -104,11 +80,6 @@ def bias_step(load: Tensor, rate: float) -> Tensor:
     return rate * torch.sign(load.mean() - load).float()
 
 
-def wants_loss(balance: str, router_z_loss_coef: float) -> bool:
-    """Whether a layer with these options has an auxiliary loss."""
-    return balance in ("switch", "entropy") or router_z_loss_coef != 0.0
-
-
 class Balanced(nn.Module):
     """A layer that measures its routing and balances the load of its experts.
 
@@ -118,8 +89,8 @@ class Balanced(nn.Module):
     """
 
     stats: MoEStats | None
-    aux_loss: Tensor
     load_since_update: Tensor
+    _loss: Tensor | None = None  # None: 0
 
     def __init__(
         self,
@@ -139,33 +110,43 @@ class Balanced(nn.Module):
         self.num_experts, self.balance, self.balance_coef = num_experts, balance, balance_coef
         self.router_z_loss_coef, self.balance_bias_rate = router_z_loss_coef, balance_bias_rate
         self.stats = None
-        self.aux_loss = torch.zeros((), dtype=torch.float32, device=device)
         counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
         self.register_buffer("load_since_update", counts, persistent=False)
 
-    def _weigh(self, logits: Tensor, load: Tensor, ids: Tensor | None, scoring: str) -> None:
+    @property
+    def aux_loss(self) -> Tensor:
+        """The sum of the balancing losses of the last pass; a new 0 where there is none."""
+        if self._loss is None:
+            return torch.zeros((), dtype=torch.float32, device=self.load_since_update.device)
+        return self._loss
+
+    @aux_loss.setter
+    def aux_loss(self, loss: Tensor | None) -> None:
+        self._loss = loss
+
+    def _weigh(
+        self, logits: Tensor | None, counted: RouterStatistics, ids: Tensor | None, scoring: str
+    ) -> None:
         """After a pass: sets `aux_loss` and counts the load.
 
-        logits fp32 [T, E], load int64 [E]; ids int64: the experts that may be chosen, None = all.
+        logits fp32 [T, E], needed if `_takes_loss`; ids int64: the experts that may be chosen, None
+        = all.
         """
-        losses = []
-        if (
-            self.training
-            and logits.shape[0] > 0
-            and wants_loss(self.balance, self.router_z_loss_coef)
-        ):
-            chosen = load
-            if ids is not None:
-                logits, chosen = logits.index_select(1, ids), load.index_select(0, ids)
-            if self.balance == "switch":
-                losses.append(self.balance_coef * switch_loss(logits, chosen, scoring))
-            elif self.balance == "entropy":
-                losses.append(self.balance_coef * entropy_loss(logits))
-            if self.router_z_loss_coef:
-                losses.append(self.router_z_loss_coef * z_loss(logits))
+        loss = None
         if self.training and self.balance == "bias":
-            self.load_since_update.add_(load)
-        self.aux_loss = sum(losses, start=logits.new_zeros(()))
+            self.load_since_update.add_(counted.load)
+        if self._takes_loss and logits is not None and logits.shape[0] > 0:
+            load = counted.load
+            if ids is not None:
+                logits, load = logits.index_select(1, ids), load.index_select(0, ids)
+            coefs = (self.balance_coef, self.router_z_loss_coef)
+            loss = router_loss(logits, load, LossOptions(self.balance, *coefs, scoring))
+        self._loss = loss
+
+    @property
+    def _takes_loss(self) -> bool:
+        """Whether a pass now takes a loss of the logits, unless it has no tokens."""
+        return self.training and wants_loss(self.balance, self.router_z_loss_coef)
 
     @torch.no_grad()
     def _move_bias(self, bias: Tensor, load: Tensor | None, ids: Tensor | None) -> None:
@@ -184,24 +165,25 @@ class Balanced(nn.Module):
         self.load_since_update.zero_()
 
     def _counts_to(self, device: torch.device) -> None:
-        """Moves the counted load and `aux_loss` to a device; zeros where they had no memory."""
+        """Moves the counted load to a device; zeros where it had no memory."""
         if self.load_since_update.device != device:
             with torch.inference_mode(False):  # they are used after the current pass, too
                 self.load_since_update = _moved(self.load_since_update, device)
-        if self.aux_loss.device != device:
-            self.aux_loss = _moved(self.aux_loss.detach(), device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         counts = self.load_since_update
         super()._apply(fn, recurse)
         # `fn` may cast, or make memory without values (to_empty): only its device counts.
         self.load_since_update = counts
-        self._counts_to(fn(torch.empty(0, device=counts.device)).device)
+        device = fn(torch.empty(0, device=counts.device)).device
+        self._counts_to(device)
+        if self._loss is not None and self._loss.device != device:
+            self._loss = _moved(self._loss.detach(), device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # The autograd graph of the last pass can neither be copied nor pickled.
-        return self.__dict__ | {"aux_loss": self.aux_loss.detach()}
+        return self.__dict__ | {"_loss": None if self._loss is None else self._loss.detach()}
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

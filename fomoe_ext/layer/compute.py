@@ -17,8 +17,8 @@ class Computed(NamedTuple):
     """What a `Compute` returns.
 
     y: [T, D], the sum over each token's slots on the site's experts. beside: what `meanwhile`
-    returned. rows: int32 scalar, computed slots of this rank's tokens. rows_here: int32 scalar,
-    rows computed in this process for the tokens of any rank.
+    returned. rows: int32 [*], the last entry: computed slots of this rank's tokens. rows_here:
+    int32 [*], the last entry: rows computed in this process for the tokens of any rank.
     """
 
     y: Tensor
@@ -39,5 +39,4 @@ def compute_here(
 ) -> Computed:
     """A `Compute` for a process that holds all of the site's experts."""
     y, table = experts(x, weights, chosen)
-    rows = table.offsets[-1].clone()
-    return Computed(y, meanwhile(), rows, rows)
+    return Computed(y, meanwhile(), table.offsets, table.offsets)

@@ -199,7 +199,7 @@ class Dispatch(Residents):
         exchange = self._start(x, chosen, experts)
         beside = meanwhile()
         y_TD, rows_here = self._finish(exchange, x, weights, experts)
-        return Computed(y_TD, beside, exchange.table.offsets[-1].clone(), rows_here)
+        return Computed(y_TD, beside, exchange.table.offsets, rows_here)
 
     @torch.compiler.disable
     def _start(self, x_TD: Tensor, chosen_TK: Tensor, experts: nn.Module) -> _Exchange:
@@ -225,7 +225,7 @@ class Dispatch(Residents):
         ones_M1 = x_MD.new_ones((x_MD.shape[0], 1), dtype=torch.float32)
         y_MD, table = experts(x_MD, ones_M1, places_M.view(-1, 1), index_R)
         y_TD = ops.combine(_ToTokens.apply(y_MD, exchange), weights_TK, exchange.table)
-        return y_TD, table.offsets[-1].clone()
+        return y_TD, table.offsets
 
     def extra_repr(self) -> str:
         held = f"{len(self.own_experts)} of {self.num_resident} experts"

@@ -17,7 +17,7 @@ from fomoe_ext.checks import a_bool, an_int, at_least, one_of
 from fomoe_ext.layer.arguments import changed_arguments, ids_unless_all, placed
 from fomoe_ext.layer.residents import Residents, resident_ids
 from fomoe_ext.layer.seeding import fill_normal_
-from fomoe_ext.ops.shapes import on_one_device, plain_floats
+from fomoe_ext.ops.shapes import require_floats
 
 ExpertWeights = tuple[Tensor, ...]
 """The weights of one expert in the order of `Experts.parts`: expand [G*N, D], contract [D, N] and,
@@ -261,8 +261,7 @@ class Experts(Residents):
         # Read once: a parametrization computes the weight at every access.
         parts = {name: getattr(self, name) for name in _PARTS}
         given = {name: part for name, part in parts.items() if part is not None}
-        on_one_device({"x": x_TD} | given)
-        plain_floats(given)
+        require_floats(x_TD, given)
         table = ops.compact(experts_TK, index_E, self.num_resident)
         y_TD = ops.moe_experts(
             x_TD,

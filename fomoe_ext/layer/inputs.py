@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 
 import torch
@@ -24,7 +24,7 @@ def check_shape(x: Tensor, hidden_size: int) -> None:
         raise ValueError(f"x must have shape [..., {hidden_size}], got {list(x.shape)}")
 
 
-def check_kind(x: Tensor, weight: Tensor, read: Iterator[tuple[str, Tensor]]) -> None:
+def check_kind(x: Tensor, weight: Tensor, read: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:
     """Checks x against the layer's `weight` and the tensors that a pass will `read`, with names.
 
     Raises ValueError unless x has the dtype and device of `weight`, and if one of the tensors to
@@ -33,8 +33,7 @@ def check_kind(x: Tensor, weight: Tensor, read: Iterator[tuple[str, Tensor]]) ->
     if not x.is_floating_point():
         raise ValueError(f"x must have a float dtype, got {x.dtype}")
     # With weights on meta torch's linear layers would return uninitialised memory.
-    missing = [] if x.is_meta else [name for name, tensor in read if tensor.is_meta]
-    if missing:
+    if not x.is_meta and (missing := [name for name, tensor in read() if tensor.is_meta]):
         raise ValueError(
             f"{missing[0]} must be on the device of x, {x.device}, got meta; after building "
             "on meta call to_empty(device=...), then reset_parameters() or "

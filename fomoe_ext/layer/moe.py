@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ from fomoe_ext.activations import Activation
 from fomoe_ext.checks import a_bool, at_least, finite, one_of
 from fomoe_ext.layer import upcycle
 from fomoe_ext.layer.arguments import changed_arguments, ids_unless_all, placed
-from fomoe_ext.layer.balance import Balanced, measure
+from fomoe_ext.layer.balance import Balanced, MoEStats
 from fomoe_ext.layer.compute import Compute, compute_here
 from fomoe_ext.layer.dispatch import make_dispatch
 from fomoe_ext.layer.experts import Experts, ExpertWeights
@@ -72,6 +73,10 @@ def _check_scope(router_scope: str, site_experts: tuple[int, ...]) -> None:
     one_of(("global", "resident"), router_scope=router_scope)
     if router_scope == "resident" and not site_experts:
         raise ValueError("resident_experts must not be empty with router_scope 'resident', got []")
+
+
+def _nothing() -> None:
+    """Computes nothing beside the routed experts."""
 
 
 def _within(module: nn.Module, kind: type[_Module]) -> _Module:
@@ -277,7 +282,7 @@ class MoELayer(Balanced):
         for module in (self, self._own_router):
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, torch.zeros_like(buffer, device=device))
-        self.aux_loss = torch.zeros_like(self.aux_loss, device=device)
+        self.aux_loss = None
         for residents in (self._own, self._site):
             residents.tables_to(device)
         if self.stale is not None:
@@ -336,24 +341,26 @@ class MoELayer(Balanced):
         device of x and for NaN logits, TypeError if x is not a tensor.
         """
         check_shape(x, self.hidden_size)
-        check_kind(x, self._own.expand_weight, self._tensors())
+        check_kind(x, self._own.expand_weight, self._tensors)
         self._prepare(x.device)
         x_TD = x.reshape(-1, self.hidden_size).contiguous()
         logits_TE, weights_TK, chosen_TK, counted = self._route(x_TD)
         low_TD = x_TD.to(torch.get_autocast_dtype(x.device.type)) if autocasts(x) else x_TD
-        shared = lambda: None if self.shared_expert is None else self.shared_expert(x_TD)
+        shared_expert = self.shared_expert
+        shared = _nothing if shared_expert is None else partial(shared_expert, x_TD)
         done = self._compute(low_TD, weights_TK, chosen_TK, self.experts, shared)
         y_TD = done.y if done.beside is None else done.y + done.beside
-        self.stats = measure(counted, done.rows, done.rows_here, *chosen_TK.shape)
-        self._weigh(logits_TE, self.stats.load, self._choosable, self._own_router.scoring)
+        self.stats = MoEStats(counted, done.rows, done.rows_here, *chosen_TK.shape)
+        self._weigh(logits_TE, counted, self._choosable, self._own_router.scoring)
         return y_TD.view(x.shape)
 
-    def _route(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, RouterStatistics]:
-        """Logits [T, E], combine weights [T, K], chosen experts [T, K] and router statistics."""
+    def _route(self, x_TD: Tensor) -> tuple[Tensor | None, Tensor, Tensor, RouterStatistics]:
+        """Logits [T, E] if a loss is taken of them (else None or logits), combine weights [T, K],
+        chosen experts [T, K] and router statistics."""
         allowed_E = self.allowed
         top_k = self.top_k if allowed_E is None else min(self.top_k, self._site.num_resident)
         logits_TE, weights_TK, chosen_TK, counted = self.router(
-            x_TD, allowed_E, top_k, measured=True
+            x_TD, allowed_E, top_k, measured=True, with_logits=self._takes_loss
         )
         if self.skipped_mass == "rescale":
             index_E = self._site.resident_index

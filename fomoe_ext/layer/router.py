@@ -6,7 +6,7 @@ Shapes use the letters of `fomoe_ext.layer.moe`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from fomoe_ext import ops
 from fomoe_ext.checks import a_bool, an_int, at_least, finite, one_of
 from fomoe_ext.layer.arguments import changed_arguments, placed
+from fomoe_ext.layer.inputs import autocasts
 from fomoe_ext.layer.seeding import fill_normal_
-from fomoe_ext.ops.shapes import on_one_device, plain_floats
+from fomoe_ext.ops.schemas import traced
+from fomoe_ext.ops.shapes import require_floats
+from fomoe_ext.ops.tokens import route_gradient
 
 CHOICE_OPTIONS: dict[str, Any] = {
     "scoring": "sigmoid",
@@ -61,6 +64,56 @@ def check_choice(
             f"top_k must be at most {choosable}, the experts in {kept} = {groups_kept} groups, "
             f"got {top_k}"
         )
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """In which torch.autocast is off for the device of x."""
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
+
+
+class _Routing(torch.autograd.Function):
+    """Router.logits and ops.route with one node. For the gradients autograd would make three nodes
+    and four views of matrices; the operations here are those that it takes then.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        allowed: Tensor | None,
+        options: dict[str, Any],
+        with_logits: bool,
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        with _no_autocast(x):
+            wide_x, wide = x.float(), weight.float()
+            logits = F.linear(wide_x, wide, None if bias is None else bias.float())
+        weights, experts, (sums,) = ops.route(
+            logits, allowed=allowed, return_statistics=True, **options
+        )
+        ctx.options = options
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(experts, sums)
+        ctx.save_for_backward(x, weight, wide_x, wide, logits, experts, allowed)
+        return logits if with_logits else None, weights, experts, sums
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_weights: Tensor | None, *_: None) -> Any:
+        x, weight, wide_x, wide, logits, experts, allowed = ctx.saved_tensors
+        if grad_weights is not None:
+            of_route = route_gradient(grad_weights, logits, experts, allowed, ctx.options)
+            grad = of_route if grad is None else grad + of_route
+        if grad is None:
+            return (None,) * 6
+        if torch.is_grad_enabled():  # create_graph: derivatives by x and weight themselves
+            wide_x, wide = x.float(), weight.float()
+        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
+        grad_x = grad.mm(wide).to(x.dtype) if need_x else None
+        grad_weight = grad.t().mm(wide_x).to(weight.dtype) if need_weight else None
+        grad_bias = grad.sum(0).to(ctx.bias_dtype) if need_bias else None
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 class Router(nn.Module):
@@ -142,16 +195,22 @@ class Router(nn.Module):
 
         Raises ValueError for parameters on another device or of another than a float dtype.
         """
-        of_router = {name: getattr(self, name) for name in (*self.parts, "selection_bias")}
-        on_one_device({"x": x} | of_router)
-        plain_floats(of_router)
-        plain = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
-        with plain:
-            bias = None if self.bias is None else self.bias.float()
-            logits = F.linear(x.float(), self.weight.float(), bias)
+        parts = self._checked(x)
+        with _no_autocast(x):
+            bias = parts["bias"].float() if "bias" in parts else None
+            logits = F.linear(x.float(), parts["weight"].float(), bias)
         if self.tap is not None:
             self.tap(logits)
         return logits
+
+    def _checked(self, x: Tensor) -> dict[str, Tensor]:
+        """The tensors that a pass reads, by name. Raises as `logits`."""
+        # Read once: a parametrization computes the weight at every access.
+        found = {"weight": self.weight, "selection_bias": self.selection_bias}
+        if self.bias is not None:
+            found["bias"] = self.bias
+        require_floats(x, found)
+        return found
 
     def choose(
         self, logits: Tensor, allowed: Tensor | None = None, top_k: int | None = None
@@ -172,6 +231,17 @@ class Router(nn.Module):
         top_k = self.top_k if top_k is None else top_k
         return ops.route(logits, top_k, allowed=allowed, return_statistics=True, **self._options())
 
+    def _all_at_once(
+        self, x: Tensor, allowed: Tensor | None, top_k: int | None, with_logits: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor, ops.RouterStatistics]:
+        """`logits` and `_choose_and_measure`, with one node for autograd; the bits are the same."""
+        parts = self._checked(x)
+        given = self._options() | {"top_k": self.top_k if top_k is None else top_k}
+        logits, weights, experts, sums = _Routing.apply(
+            x, parts["weight"], parts.get("bias"), allowed, given, with_logits
+        )
+        return logits, weights, experts, ops.RouterStatistics(sums)
+
     def _options(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in CHOICE_OPTIONS}
         return own | {"selection_bias": self.selection_bias}
@@ -183,11 +253,15 @@ class Router(nn.Module):
         top_k: int | None = None,
         *,
         measured: bool = False,
+        with_logits: bool = True,
     ) -> Any:
         """x [T, D] -> combine weights fp32 [T, K] and chosen experts int32 [T, K], as `choose`.
 
-        measured: return (logits [T, E], weights, experts, `ops.RouterStatistics`) instead.
+        measured: return (logits [T, E], weights, experts, `ops.RouterStatistics`) instead; without
+        `with_logits` the logits may be None.
         """
+        if measured and self.tap is None and not traced():
+            return self._all_at_once(x, allowed, top_k, with_logits)
         logits_TE = self.logits(x)
         if measured:
             return logits_TE, *self._choose_and_measure(logits_TE, allowed, top_k)

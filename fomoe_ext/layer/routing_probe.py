@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fomoe_ext.layer.balance import expert_load, log_scores
+from fomoe_ext.layer.balance import expert_load
+from fomoe_ext.layer.losses import log_scores
 from fomoe_ext.layer.moe import MoELayer
 
 

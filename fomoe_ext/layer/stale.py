@@ -62,7 +62,7 @@ class StaleExperts(Experts):
         """A `Compute` for a process that holds all of the site's experts and these copies."""
         y, table = experts(x, weights, chosen)
         y_of_copies, table_of_copies = self(x, weights, chosen)
-        rows = table.offsets[-1] + table_of_copies.offsets[-1]
+        rows = table.offsets[-1:] + table_of_copies.offsets[-1:]
         return Computed(y + y_of_copies, meanwhile(), rows, rows)
 
     def prepare(self, device: torch.device) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fomoe_ext.config.model import ModelConfig
+from fomoe_ext.layer.losses import wants_loss
 from fomoe_ext.layer.mesh import is_sharded
 from fomoe_ext.layer.moe import MoELayer
 from fomoe_ext.layer.seeding import fill_normal_
@@ -264,7 +265,8 @@ class LanguageModel(nn.Module):
             raise ValueError(f"tokens must be [B, L + 1] with L >= 1, got {tuple(tokens.shape)}")
         logits = self(tokens[:, :-1])
         entropy = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-        aux = sum((layer.aux_loss for layer in self.moe_layers()), entropy.new_zeros(()))
+        with_loss = [m for m in self.moe_layers() if wants_loss(m.balance, m.router_z_loss_coef)]
+        aux = sum((layer.aux_loss for layer in with_loss), entropy.new_zeros(()))
         return Loss(entropy, aux)
 
     def moe_layers(self) -> list[MoELayer]:

@@ -15,7 +15,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from fomoe_ext.ops.schemas import arguments_type, in_order
+from fomoe_ext.ops.schemas import argument_names, arguments_type, in_order, kernels
 
 _ops = torch.ops.fomoe
 _library = torch.library.Library("fomoe", "FRAGMENT")
@@ -46,6 +46,7 @@ def refuse_derivative(*names: str) -> None:
 def _register(name: str, formula: Formula | None, set_up: SetUp | None) -> None:
     op = getattr(_ops, name).default
     by_name, ordered = arguments_type(name)._make, in_order(name)
+    nothing = (None,) * len(argument_names(name))
     written = [
         at
         for at, argument in enumerate(op._schema.arguments)
@@ -64,8 +65,8 @@ def _register(name: str, formula: Formula | None, set_up: SetUp | None) -> None:
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
         if formula is None:
             raise _refusal(name)
-        if grads[0] is None:
-            return ordered()
+        if grads[0] is None:  # no result of an op but the first has a gradient
+            return nothing
         return ordered(**formula(ctx, by_name(ctx.needs_input_grad), *grads))
 
     function: Any = type(
@@ -73,16 +74,17 @@ def _register(name: str, formula: Formula | None, set_up: SetUp | None) -> None:
         (torch.autograd.Function,),
         {"forward": staticmethod(forward), "backward": staticmethod(backward)},
     )
+    # `function.apply` itself only looks, before this, for what the kernel has refused already.
+    apply = super(torch.autograd.Function, function).apply
 
     def kernel(*arguments: Any) -> Any:
-        tensors = [a for a in arguments if isinstance(a, Tensor)]
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, arguments)):
             raise NotImplementedError(
                 f"fomoe::{name} has no derivative in forward mode (torch.autograd.forward_ad, "
                 "torch.func.jvp, jacfwd and hessian); torch.autograd.grad and backward are "
                 "implemented"
             )
-        if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        if not (torch.is_grad_enabled() and any(map(_requires_grad, arguments))):
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*arguments)
         if torch._C._are_functorch_transforms_active():
@@ -93,8 +95,9 @@ def _register(name: str, formula: Formula | None, set_up: SetUp | None) -> None:
             )
         if any(arguments[at] is not None for at in written):
             raise _refusal(name)  # a tensor that is written has no gradient formula
-        return function.apply(*arguments)
+        return apply(*arguments)
 
+    kernels[name] = kernel
     _library.impl(name, kernel, "Autograd")
 
 
@@ -105,5 +108,9 @@ def _refusal(name: str) -> NotImplementedError:
     )
 
 
-def _has_tangent(tensor: Tensor) -> bool:
-    return forward_ad.unpack_dual(tensor).tangent is not None
+def _requires_grad(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.requires_grad
+
+
+def _has_tangent(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None

@@ -286,6 +286,26 @@ def _route_setup(ctx: Any, given: Any, output: tuple[Tensor, Tensor, Tensor]) ->
     ctx.mark_non_differentiable(experts, statistics)
 
 
+def route_gradient(
+    grad_weights: Tensor,
+    logits: Tensor,
+    experts: Tensor,
+    allowed: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """The gradient of logits [T, E] by that of weights [T, K], for an autograd node that calls
+    `route` with these arguments (`options`: scoring, renormalize, scale, and others unused)."""
+    return _route_backward(
+        grad_weights=grad_weights.contiguous(),
+        logits=logits,
+        experts=experts,
+        allowed=allowed,
+        scoring=_scoring_id(options["scoring"]),
+        renormalize=options["renormalize"],
+        scale=options["scale"],
+    )
+
+
 def _route_grad(ctx: Any, needed: Any, grad_weights: Tensor, *_no_grads: None) -> Gradients:
     logits, experts, allowed = ctx.saved_tensors
     grad_logits = _route_backward(

@@ -73,7 +73,7 @@ def outcome(layer: MoELayer, x: Tensor, run: Callable[[Tensor], Tensor] | None =
     found = {"y": y.detach(), "x.grad": leaf.grad, "aux_loss": layer.aux_loss.detach()}
     found |= {f"{name}.grad": p.grad for name, p in layer.named_parameters()}
     assert all(value is not None for value in found.values())
-    return found | dict(layer.stats._asdict())
+    return found | layer.stats.measured()
 
 
 def assert_same(got: Outcome, wanted: Outcome, **tolerance: float) -> None:

@@ -10,7 +10,7 @@ import torch
 from small_layer import make, normalised_error, tokens
 from torch import Tensor
 
-from fomoe_ext.layer import balance
+from fomoe_ext.layer import losses
 from fomoe_ext.layer.moe import MoELayer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,7 +34,7 @@ def test_statistics_equal_plain_counts(scoring: str, router_scope: str) -> None:
     torch.testing.assert_close(layer.stats.router_entropy, entropy)
     skipped = sum(load[e] for e in range(6) if e not in residents) / 300
     assert layer.stats.skipped_share.item() == pytest.approx(skipped, abs=1e-6)
-    assert not any(s.requires_grad for s in layer.stats)
+    assert not any(s.requires_grad for s in layer.stats.measured().values())
 
 
 def test_no_loss_is_zero_and_losses_are_off_in_eval_mode() -> None:
@@ -85,14 +85,14 @@ def test_losses_equal_their_formulas(router_scope: str, scoring: str, kind: str)
 
 def test_losses_at_their_extremes() -> None:
     even, load = torch.zeros(32, 8), torch.full((8,), 4)
-    assert balance.switch_loss(even, load).item() == pytest.approx(1)
-    assert balance.entropy_loss(even).item() == pytest.approx(-math.log(8))
-    assert balance.z_loss(even).item() == pytest.approx(math.log(8) ** 2)
+    assert losses.switch_loss(even, load).item() == pytest.approx(1)
+    assert losses.entropy_loss(even).item() == pytest.approx(-math.log(8))
+    assert losses.z_loss(even).item() == pytest.approx(math.log(8) ** 2)
     collapsed = torch.zeros(32, 8)
     collapsed[:, 3] = 50.0
     only = torch.tensor([0, 0, 0, 32, 0, 0, 0, 0])
-    assert balance.switch_loss(collapsed, only).item() == pytest.approx(8)
-    assert balance.entropy_loss(collapsed).item() == pytest.approx(0, abs=1e-6)
+    assert losses.switch_loss(collapsed, only).item() == pytest.approx(8)
+    assert losses.entropy_loss(collapsed).item() == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["switch", "entropy"])

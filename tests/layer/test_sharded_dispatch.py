@@ -182,8 +182,9 @@ def measures(rank: int, ranks: int, options: Options) -> list[Any]:
         layer = make(**options, **more)
         layer(tokens(6 + rank, HIDDEN, seed=rank))
         layer.update_selection_bias()
-        stats = layer.stats._replace(rows=torch.zeros(()))
-        found.append((*stats, layer.aux_loss.detach(), layer.router.selection_bias))
+        stats = layer.stats.measured()
+        del stats["rows"]
+        found.append((*stats.values(), layer.aux_loss.detach(), layer.router.selection_bias))
     return found
 
 
