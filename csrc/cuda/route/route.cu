@@ -46,6 +46,9 @@ struct Router {
   using L = Lanes<Element, kPerLane>;
   static constexpr int kExperts = kWarp * kPerLane;
   static constexpr int kWarps = kPerLane == 32 ? 4 : 8;
+  static constexpr int kCounted = kCounting ? kExperts : 1;
+  // So many blocks fit a multiprocessor: 64 registers to a thread, or 128.
+  static constexpr int kBlocks = kPerLane < 16 ? 4 : kPerLane == 16 ? 2 : 1;
 
   // The shared memory of a warp.
   struct alignas(16) Space {
@@ -117,8 +120,7 @@ struct Router {
       return;
     }
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i)
-      scores[i] = is_open(i) ? exp_exact(logits[i] - top) : 0.0f;
+    for (int i = 0; i < kPerLane; ++i) scores[i] = is_open(i) ? exp_exact(logits[i] - top) : 0.0f;
     L::put(space.scores, lane, scores);
     total = sum_of_scores(space.scores, p.experts, lane, space.partial);
     if (p.by_logits && !kCounting) return;  // chosen ones are divided later
@@ -337,17 +339,17 @@ struct Router {
   }
 
   // Adds the scores of the experts that may be chosen to the sums, in 2^-24; returns the entropy of
-  // those scores normalised to sum 1, in nats.
+  // those scores normalised to sum 1, in nats. Denormal scores count as 0, as on the CPU.
   __device__ float count_scores(const float (&logits)[kPerLane], const float (&scores)[kPerLane],
                                 uint32_t (&sums)[kPerLane]) const {
     const bool softmax = p.scoring == Scoring::softmax;
     float sum = 0.0f, weighted = 0.0f;  // by logarithms, of base 2 with sigmoid scores
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const float score = is_open(i) ? scores[i] : 0.0f;
+      const float score = is_open(i) && scores[i] >= FLT_MIN ? scores[i] : 0.0f;
       sums[i] += uint32_t(__float2int_rn(score * kScoreUnits));
       sum += score;
-      // An infinite logit has score 0 but for rounding, as has the logarithm of a denormal score.
+      // An infinite logit has score 0 but for rounding; so has an infinite logarithm.
       const float logarithm = softmax ? logits[i] - top : log2_approximate(score);
       weighted = fmaf(score, fmaxf(logarithm, softmax ? -87.3f : -126.0f), weighted);
     }
@@ -379,12 +381,12 @@ struct alignas(16) BlockBias {
 
 template <class Element, int kPerLane, bool kCounting>
 __global__ void __launch_bounds__(kWarp* Router<Element, kPerLane, kCounting>::kWarps,
-                                  kPerLane <= 8 ? 4 : kPerLane == 16 ? 2 : 1)
+                                  Router<Element, kPerLane, kCounting>::kBlocks)
     route_kernel(const __grid_constant__ Params p) {
   using R = Router<Element, kPerLane, kCounting>;
   FOMOE_SHARED(typename R::Space, spaces, [R::kWarps]);
   FOMOE_SHARED(BlockBias<R::kExperts>, bias, [1]);
-  FOMOE_SHARED(BlockLoad<kCounting ? R::kExperts : 1>, load, [1]);
+  FOMOE_SHARED(BlockLoad<R::kCounted>, load, [1]);
   constexpr int kThreads = R::kWarps * kWarp;
   const int lane = threadIdx.x, warp = threadIdx.y, thread = warp * kWarp + lane;
   if (p.selection_bias != nullptr) {
