@@ -47,8 +47,9 @@ struct Router {
   static constexpr int kExperts = kWarp * kPerLane;
   static constexpr int kWarps = kPerLane == 32 ? 4 : 8;
   static constexpr int kCounted = kCounting ? kExperts : 1;
-  // So many blocks fit a multiprocessor: 64 registers to a thread, or 128.
-  static constexpr int kBlocks = kPerLane < 16 ? 4 : kPerLane == 16 ? 2 : 1;
+  // So many blocks must fit a multiprocessor. Where the compiler needs not be told it is not: told, it
+  // computes shared addresses again and again.
+  static constexpr int kBlocks = !kCounting ? 1 : kPerLane == 8 ? 4 : kPerLane == 16 ? 2 : 1;
 
   // The shared memory of a warp.
   struct alignas(16) Space {
@@ -132,8 +133,9 @@ struct Router {
   // order[] of the logits: an infinite one may be chosen too.
   __device__ void order_by_logit(const float (&logits)[kPerLane]) {
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i)
-      order[i] = is_open(i) ? max(order_of(logits[i]), kLowestFinite) : kNever;
+    for (int i = 0; i < kPerLane; ++i) order[i] = max(order_of(logits[i]), kLowestFinite);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) order[i] = is_open(i) ? order[i] : kNever;
   }
 
   // order[] of score + bias, within the groups that are kept.

@@ -97,7 +97,7 @@ constexpr uint32_t kLowestFinite = 0x00800000u;  // order_of(-FLT_MAX)
 // a < b exactly when order_of(a) < order_of(b); -0 counts as +0. Not for NaN.
 __device__ inline uint32_t order_of(float value) {
   const uint32_t bits = __float_as_uint(__fadd_rn(value, 0.0f));
-  return bits ^ (bits >> 31 != 0 ? 0xffffffffu : 0x80000000u);
+  return bits ^ (uint32_t(int32_t(bits) >> 31) | 0x80000000u);
 }
 
 __device__ inline float value_of(uint32_t order) {
