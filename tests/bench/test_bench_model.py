@@ -74,17 +74,17 @@ def test_constants_are_those_of_the_sources():
 def test_a_slice_by_hand():
     """Of 128 x 128 and 128 x 256 x 64 terms."""
     chip = Chip(l2_per_clock=32, l2_gathered_per_clock=16)
-    cycles = PING_PONG.slice_cycles(chip)
+    cycles = PING_PONG.k_block_clocks(chip)
     assert cycles["tensor"] == 2 * 128 * 128 * 64 / 4096 == 512
     assert cycles["shared"] == 8 * (2048 + 4096) / 128 == 384
     assert cycles["L2"] == 256 * 128 / 32
     assert "producer" not in cycles
-    cycles = COOPERATIVE.slice_cycles(chip)
+    cycles = COOPERATIVE.k_block_clocks(chip)
     assert (cycles["tensor"], cycles["shared"]) == (1024, 640)
-    assert PING_PONG.slice_cycles(chip, products=1)["tensor"] == 256
-    assert PING_PONG.slice_cycles(chip, products=1)["shared"] == 4 * 6144 / 128
+    assert PING_PONG.k_block_clocks(chip, products=1)["tensor"] == 256
+    assert PING_PONG.k_block_clocks(chip, products=1)["shared"] == 4 * 6144 / 128
     shared = replace(PING_PONG, sharing=2)
-    assert shared.slice_cycles(chip)["L2"] == (128 + 64) * 128 / 32
+    assert shared.k_block_clocks(chip)["L2"] == (128 + 64) * 128 / 32
     assert Chip().peak == pytest.approx(989.4e12, rel=1e-3)
     assert (PING_PONG.stages(chip, 1), COOPERATIVE.stages(chip, 1)) == (6, 4)
     assert (PING_PONG.stages(chip, 2), COOPERATIVE.stages(chip, 2)) == (5, 3)
@@ -94,11 +94,11 @@ def test_a_gathered_slice_by_hand():
     """Of 128 or 256 lines, 8 or 16 copies of a thread."""
     chip = Chip(l2_per_clock=32, l2_gathered_per_clock=16)
     kernels = replace(SKETCH, row_copy=10, step_copy=20, index_clocks=300)
-    cycles = COOPERATIVE.slice_cycles(chip, gathers="rows", kernels=kernels)
+    cycles = COOPERATIVE.k_block_clocks(chip, gathers="rows", kernels=kernels)
     assert cycles["shared"] == 640 + 128 * 128 / 128  # they are written there by the threads
     assert cycles["L2"] == 256 * 128 / 32 + 128 * 128 / 16
     assert (cycles["producer"], "ring" in cycles) == (8 * 10, False)
-    of = lambda gathers, **changes: COOPERATIVE.slice_cycles(
+    of = lambda gathers, **changes: COOPERATIVE.k_block_clocks(
         chip, gathers=gathers, kernels=replace(kernels, **changes)
     )
     assert (of("B")["producer"], of("A")["producer"]) == (16 * 20, 300)  # indices meanwhile
@@ -317,7 +317,7 @@ def test_the_page_shows_what_the_command_prints(command):
 def test_the_command_refuses_nonsense():
     with pytest.raises(AssertionError, match="must be positive, got 0"):
         run_python("bench/experts_model.py", "--clock", "0")
-    with pytest.raises(AssertionError, match="--counters needs --measured"):
+    with pytest.raises(AssertionError, match="--counters must be given together"):
         run_python("bench/experts_model.py", "--counters", COUNTERS)
     before = run_python("bench/experts_model.py", "--kernels", "main 331c15c", "--clock", "1.4")
-    assert "1.40 GHz" in before and "announced in turn" in before
+    assert "1.40 GHz" in before and "signalled after" in before
