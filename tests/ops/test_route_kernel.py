@@ -69,7 +69,9 @@ def test_scores_that_are_hardly_numbers(device, scoring, mean, spread, experts):
     smallest = torch.full((experts,), 2.0)  # chosen are some of the least likely
     smallest[experts // 2 :] = 0.0
     for chosen_by in (bias, smallest):
-        check(device, logits, 8, scoring, chosen_by, None, 1, 1, False, True)
+        # Where all scores are that small, the entropy is a small difference of great logarithms.
+        counted = scoring == "softmax"
+        check(device, logits, 8, scoring, chosen_by, None, 1, 1, False, counted)
 
 
 @settings(max_examples=250, deadline=None)
