@@ -217,7 +217,7 @@ def test_token_kernels_route_with_statistics(benchmark: Any, size: Size) -> None
     """As a training step routes: chosen by score + bias, with load, sums of scores and entropy.
 
     Floors: the logits read once and the slots written once; `SCORE_FLOPS` operations to each of the
-    tokens * experts scores. On an H200 (4.25 TB/s, 60 TFLOP/s) those are 18 and 11 us for 65536
+    tokens * experts scores. On an H200 (4.25 TB/s, 60 TFLOP/s) those are 17 and 11 us for 65536
     tokens and 256 experts.
     """
     tokens, experts, top_k = size

@@ -47,8 +47,8 @@ struct Router {
   static constexpr int kExperts = kWarp * kPerLane;
   static constexpr int kWarps = kPerLane == 32 ? 4 : 8;
   static constexpr int kCounted = kCounting ? kExperts : 1;
-  // So many blocks must fit a multiprocessor. Where the compiler needs not be told it is not: told, it
-  // computes shared addresses again and again.
+  // Blocks that must fit a multiprocessor at once; 1 leaves the registers to the compiler. It is asked
+  // for more only where it would take too many: under a bound it computes addresses again for each use.
   static constexpr int kBlocks = !kCounting ? 1 : kPerLane == 8 ? 4 : kPerLane == 16 ? 2 : 1;
 
   // The shared memory of a warp.
