@@ -10,8 +10,7 @@
 // score. Where all experts have a score, none of them has a branch of its own: a warp asks once
 // whether a division needs the compiler's general code.
 //
-// Statistics are kept in registers, a sum of scores for each expert of the lane, and counts of slots in
-// shared memory. Warps put their sums side by side at the end; the block adds those to the total.
+// Sums of scores are kept in registers until the block adds those of its warps to the total.
 #include <cstdint>
 #include <type_traits>
 
@@ -47,8 +46,8 @@ struct Router {
   static constexpr int kExperts = kWarp * kPerLane;
   static constexpr int kWarps = kPerLane == 32 ? 4 : 8;
   static constexpr int kCounted = kCounting ? kExperts : 1;
-  // Blocks that must fit a multiprocessor at once; 1 leaves the registers to the compiler. It is asked
-  // for more only where it would take too many: under a bound it computes addresses again for each use.
+  // Blocks that must fit a multiprocessor; 1 leaves the registers to the compiler. Under a bound it
+  // computes addresses again for each use, so there is one only where it would take too many.
   static constexpr int kBlocks = !kCounting ? 1 : kPerLane == 8 ? 4 : kPerLane == 16 ? 2 : 1;
 
   // The shared memory of a warp.
@@ -461,8 +460,7 @@ __global__ void __launch_bounds__(kWarp* Router<Element, kPerLane, kCounting>::k
   }
 }
 
-// As many blocks as run at once, so that none waits for others to end while processors idle; warps
-// loop over tokens.
+// As many blocks as run at once: none waits for others to end. Warps loop over tokens.
 template <class Element, int kPerLane, bool kCounting>
 cudaError_t launch(const Params& params, void* stream) {
   static PersistentGrid grid;
