@@ -275,6 +275,14 @@ struct ActivationBackwardArgs {
   void* grad_preact;  // out [S, G*N]; rows past offsets[R] untouched
 };
 
+// ---- zero_tail: zeroes rows [*row_count, slots) of up to two tensors -------------------------------
+struct ZeroTailArgs {
+  void* rows[2];         // [slots, row_bytes]; null = none
+  int64_t row_bytes[2];  // a multiple of 2
+  int64_t slots;
+  const int32_t* row_count;  // [1]
+};
+
 // ---- delta: fp32 values <-> the bytes that travel -------------------------------------------------
 // A payload holds n values in payload_bytes(codec, n) bytes, little endian, at any address. Decoding
 // needs the payload and n alone, and every decoded value is a product that fp32 holds exactly (or a
@@ -475,8 +483,7 @@ int activation_backward(const ActivationBackwardArgs&, void* stream);
 int delta_encode(const DeltaEncodeArgs&, void* stream);  // num_parts <= kMaxDeltaParts
 int delta_reduce(const DeltaReduceArgs&, void* stream);
 int hash_bits(const HashArgs&, void* stream);  // adds to *hash, which the caller zeroes
-// Zeroes rows [*row_count, slots).
-int zero_tail(void* rows, int64_t row_bytes, int64_t slots, const int32_t* row_count, void* stream);
+int zero_tail(const ZeroTailArgs&, void* stream);
 
 }  // namespace cuda
 

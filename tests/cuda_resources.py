@@ -219,7 +219,7 @@ def warps_per_multiprocessor(registers: int, shared: int, threads: int) -> int:
 def threads_of(kernel: str) -> int:
     """Threads of a kernel's blocks, as its source has them."""
     if kernel.startswith(("route_kernel", "route_backward_kernel")):
-        return 128 if kernel.endswith(", 32>") else 256
+        return 128 if re.search(r", 32(, \w+)?>$", kernel) else 256
     if kernel.startswith("warp_specialized<"):
         return 384
     if kernel.startswith("multistage<"):

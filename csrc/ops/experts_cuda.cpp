@@ -6,12 +6,19 @@
 namespace fomoe::ops {
 namespace {
 
-// Public results have no undefined rows.
-void zero_tail(const Tensor& rows, const Tensor& offsets, const DeviceOf& device) {
-  const int64_t row_bytes = rows.size(1) * int64_t(rows.element_size());
-  check_launch(cuda::zero_tail(rows.mutable_data_ptr(), row_bytes, rows.size(0),
-                               pointer<int32_t>(offsets) + offsets.size(0) - 1, device.stream()),
-               "zero_tail");
+// Public results have no undefined rows. How many there are is known to the device only, so that this
+// is launched whether or not slots were skipped: once for all of a verb's results.
+void zero_tail(const Tensor& rows, const Tensor* others, const Tensor& offsets,
+               const DeviceOf& device) {
+  ZeroTailArgs args{.rows = {rows.mutable_data_ptr(), nullptr},
+                    .row_bytes = {rows.size(1) * int64_t(rows.element_size()), 0},
+                    .slots = rows.size(0),
+                    .row_count = pointer<int32_t>(offsets) + offsets.size(0) - 1};
+  if (others != nullptr) {
+    args.rows[1] = others->mutable_data_ptr();
+    args.row_bytes[1] = others->size(1) * int64_t(others->element_size());
+  }
+  check_launch(cuda::zero_tail(args, device.stream()), "zero_tail");
 }
 
 std::tuple<Tensor, Tensor> expand(const ExpandInputs& in) {
@@ -22,8 +29,7 @@ std::tuple<Tensor, Tensor> expand(const ExpandInputs& in) {
   require_chunks(in.expand_weight, "expand_weight", "intermediate size",
                  call.args.intermediate_size);
   check_launch(cuda::expand(call.args, device.stream()), "expand");
-  zero_tail(call.act, in.offsets, device);
-  if (in.save_preact) zero_tail(call.preact, in.offsets, device);
+  zero_tail(call.act, in.save_preact ? &call.preact : nullptr, in.offsets, device);
   return {call.act, call.preact};
 }
 
@@ -34,7 +40,7 @@ Tensor contract(const ContractInputs& in) {
   require_chunks(in.act, "act", "intermediate size", call.args.intermediate_size);
   require_chunks(in.contract_weight, "contract_weight", "hidden size", call.args.hidden);
   check_launch(cuda::contract(call.args, device.stream()), "contract");
-  zero_tail(call.rows, in.offsets, device);
+  zero_tail(call.rows, nullptr, in.offsets, device);
   return call.rows;
 }
 

@@ -48,13 +48,15 @@ struct RouteCase {
   Scoring scoring = Scoring::sigmoid;
   bool biased = false, restricted = false, renormalize = false, counting = false, tied = false;
   int groups = 1, groups_kept = 1;
-  int misaligned = 0;  // elements that the logits start behind an aligned address
+  int misaligned = 0;                // elements that the logits start behind an aligned address
+  float spread = 2.0f, mean = 0.0f;  // of the logits
 };
 
 bool run_route(const RouteCase& c) {
   Random random(unsigned(c.tokens * 31 + c.experts));
   std::vector<float> values = normals(random, int64_t(c.tokens) * c.experts + c.misaligned);
-  for (float& value : values) value = c.tied ? float(random.below(3)) - 1.0f : 2.0f * value;
+  for (float& value : values)
+    value = c.tied ? float(random.below(3)) - 1.0f : c.spread * value + c.mean;
   const std::vector<char> logits = stored(c.dtype, values);
   const std::vector<float> bias = normals(random, c.experts);
   std::vector<uint8_t> allowed(size_t(c.experts));
@@ -184,6 +186,19 @@ std::vector<RouteCase> route_cases(bool small) {
                        .scoring = scoring,
                        .renormalize = true,
                        .tied = true});
+      // Scores that are no normal numbers, or whose quotients are not. Entropies are then small
+      // differences of great logarithms.
+      for (const int experts : {32, 250}) {
+        cases.push_back({.tokens = 5,
+                         .experts = experts,
+                         .top_k = 8,
+                         .dtype = dtype,
+                         .scoring = scoring,
+                         .biased = true,
+                         .counting = scoring == softmax,
+                         .spread = scoring == sigmoid ? 0.5f : 30.0f,
+                         .mean = scoring == sigmoid ? -87.5f : 0.0f});
+      }
       // More values reach the bound than are listed as candidates.
       cases.push_back({.tokens = 4,
                        .experts = 100,

@@ -77,8 +77,8 @@ BORDERS = np.array(
 
 
 def approximations() -> np.ndarray:
-    """What the PTX manual says of ex2.approx.ftz and rcp.approx.ftz: zeros, infinities and NaN as
-    they are, 1 for other results.
+    """What the PTX manual says of ex2.approx.ftz, rcp.approx.ftz and lg2.approx.ftz: zeros,
+    infinities and NaN as they are, 1 for other results. Around 1 log2 has 2 added.
     """
 
     def flushed(x: np.ndarray) -> np.ndarray:
@@ -87,14 +87,16 @@ def approximations() -> np.ndarray:
     def told(exact: np.ndarray) -> np.ndarray:
         result = flushed(exact.astype(np.float32)).astype(np.float32)
         special = np.isnan(result) | np.isinf(result) | (result == 0)
-        return np.where(special, result.view(np.uint32), 1)
+        words = np.where(np.isnan(result), np.uint32(0x7FC00000), result.view(np.uint32))
+        return np.where(special, words, 1)
 
     words = INPUT[:64].view(np.int32)
     x = np.fmod(words, 2000).astype(np.float32) * np.float32(0.01)
     x[: len(BORDERS)] = BORDERS
     x = flushed(x).astype(np.float64)
     with np.errstate(all="ignore"):
-        return np.concatenate([told(np.exp2(x)), told(1 / x)]).astype(np.uint32)
+        logarithms = np.log2(x) + np.where((x >= 0.5) & (x <= 2), 2, 0)
+        return np.concatenate([told(np.exp2(x)), told(1 / x), told(logarithms)]).astype(np.uint32)
 
 
 @functools.cache
@@ -137,7 +139,7 @@ def expected(name: str) -> np.ndarray:
     elif name == "uniform_words":
         out[:64] = INPUT[:128].reshape(2, 64)[:, :32].ravel()
     elif name == "approximations":
-        out[:128] = approximations()
+        out[:192] = approximations()
     elif name == "spoken_for":
         out[:256] = lines(INPUT, 8, 32)[:, ::-1].ravel()
     elif name == "chain":

@@ -144,6 +144,7 @@ DEFECTS = [
     ("uniform_words", 4, "undefined", "prefetch.global.L2: .* is in shared memory"),
     ("approximations", 1, "undefined", None),  # denormals as they are
     ("approximations", 2, "undefined", None),
+    ("approximations", 3, "undefined", None),
     ("copy_arrivals", 1, "undefined", None),  # arrivals before the copies are issued
     ("copy_arrivals", 1, "thread", "data race"),
     ("copy_arrivals", 2, "undefined", "arrive.noinc: more arrivals than its count 31"),

@@ -88,7 +88,9 @@ def test_wide_accesses(codes):
         (kernel, arch): code
         for (kernel, arch), code in codes.items()
         # Each lane has enough experts for 16 bytes.
-        if re.fullmatch(r"route(_backward)?_kernel<(F32, (4|8|16|32)|B?f?F?16, (8|16|32))>", kernel)
+        if re.fullmatch(
+            r"route(_backward)?_kernel<(F32, (4|8|16|32)|B?f?F?16, (8|16|32))(, \w+)?>", kernel
+        )
     }
     assert len(wide) > 0 and len(loading) > 0
     for key, code in (wide | loading).items():
@@ -113,6 +115,14 @@ def test_delta_kernels_move_16_bytes_at_a_time(codes):
         assert code.total(r"^LDG\.E\.(\w+\.)*128") >= loads, (kernel, arch)
         if not kernel.startswith("hash"):
             assert code.has(r"^STG\.E\.(\w+\.)*128"), (kernel, arch)
+
+
+def test_route_counts_scores_in_registers(codes):
+    """No 64-bit sums in shared memory, which would be loops of compare and swap (ATOMS.CAST)."""
+    counting = {k: c for k, c in codes.items() if re.match(r"route_kernel<.*true>", k[0])}
+    assert len(counting) > 0
+    for key, code in counting.items():
+        assert not code.has(r"^ATOMS\.(CAS|CAST)"), key
 
 
 def test_no_floating_point_atomics(codes):

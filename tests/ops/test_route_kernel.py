@@ -55,6 +55,25 @@ def check(device, logits, top_k, scoring, bias, allowed, groups, kept, renormali
     assert torch.equal(backward.cpu(), CPU.route_backward(*arguments, number, renormalize, 1.5))
 
 
+@pytest.mark.parametrize("experts", [32, 250, 1000])
+@pytest.mark.parametrize("scoring, mean, spread", [("sigmoid", -87.5, 0.5), ("softmax", 0.0, 35.0)])
+def test_scores_that_are_hardly_numbers(device, scoring, mean, spread, experts):
+    """Denormal scores, or quotients of them, are those of the CPU too, whether or not the other
+    experts of a token have such.
+    """
+    generator = torch.Generator().manual_seed(experts)
+    logits = mean + spread * torch.randn(9, experts, generator=generator)
+    logits[0] /= 20  # all of them ordinary
+    logits[1, ::7] = 1.0
+    bias = torch.randn(experts, generator=generator)
+    smallest = torch.full((experts,), 2.0)  # chosen are some of the least likely
+    smallest[experts // 2 :] = 0.0
+    for chosen_by in (bias, smallest):
+        # Where all scores are that small, the entropy is a small difference of great logarithms.
+        counted = scoring == "softmax"
+        check(device, logits, 8, scoring, chosen_by, None, 1, 1, False, counted)
+
+
 @settings(max_examples=250, deadline=None)
 @given(st.data())
 def test_chooses_as_the_cpu(device, data):

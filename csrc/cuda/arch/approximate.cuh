@@ -22,6 +22,8 @@ inline float exp2_approximate(float x) { return denormal_to_zero(std::exp2(x)); 
 inline float reciprocal_approximate(float x) {
   return denormal_to_zero(1.0f / denormal_to_zero(x));
 }
+// log2(x), between 0.5 and 2 with an absolute error of 2^-22. -inf for +-0 and denormals, NaN below.
+inline float log2_approximate(float x) { return std::log2(denormal_to_zero(x)); }
 
 #else
 
@@ -34,6 +36,11 @@ __device__ inline float reciprocal_approximate(float x) {
   float inverse;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
   return inverse;
+}
+__device__ inline float log2_approximate(float x) {
+  float logarithm;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(logarithm) : "f"(x));
+  return logarithm;
 }
 
 #endif

@@ -1,6 +1,8 @@
-// Zeroes the rows past the last one that was computed.
+// Zeroes the rows past the last one that was computed; kernels.h.
+#include <algorithm>
 #include <cstdint>
 
+#include "../../kernels.h"
 #include "../formats.cuh"
 #include "../grid.cuh"
 
@@ -10,37 +12,38 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 1024;
 
+// Where nothing is to be zeroed every block reads one number and is done.
 template <class V>
 __global__ void __launch_bounds__(kThreads)
-    zero_tail_kernel(V* __restrict__ rows, int64_t columns, int64_t slots,
-                     const int32_t* __restrict__ row_count) {
-  const int64_t end = slots * columns;
-  for (int64_t i = *row_count * columns + int64_t(blockIdx.x) * kThreads + threadIdx.x; i < end;
-       i += int64_t(gridDim.x) * kThreads)
-    rows[i] = V{};
+    zero_tail_kernel(const __grid_constant__ ZeroTailArgs args) {
+  const int64_t tail = args.slots - *args.row_count;
+  for (int i = 0; i < 2; ++i) {
+    const int64_t columns = args.row_bytes[i] / int64_t(sizeof(V));
+    V* const end = static_cast<V*>(args.rows[i]) + args.slots * columns;
+    for (int64_t back = int64_t(blockIdx.x) * kThreads + threadIdx.x; back < tail * columns;
+         back += int64_t(gridDim.x) * kThreads)
+      end[-1 - back] = V{};
+  }
 }
 
 template <class V>
-cudaError_t launch(void* rows, int64_t row_bytes, int64_t slots, const int32_t* row_count,
-                   cudaStream_t stream) {
-  const int64_t columns = row_bytes / int64_t(sizeof(V));
+cudaError_t launch(const ZeroTailArgs& args, cudaStream_t stream) {
+  const int64_t bytes = args.slots * std::max(args.row_bytes[0], args.row_bytes[1]);
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks_for(slots * columns, kThreads, kMaxBlocks));
+  config.gridDim = dim3(blocks_for(bytes / int64_t(sizeof(V)), kThreads, kMaxBlocks));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, zero_tail_kernel<V>, static_cast<V*>(rows), columns, slots,
-                            row_count);
+  return cudaLaunchKernelEx(&config, zero_tail_kernel<V>, args);
 }
 
 }  // namespace
 
-int zero_tail(void* rows, int64_t row_bytes, int64_t slots, const int32_t* row_count,
-              void* stream) {
-  if (slots == 0 || row_bytes == 0) return cudaSuccess;
+int zero_tail(const ZeroTailArgs& args, void* stream) {
+  if (args.slots * (args.row_bytes[0] + args.row_bytes[1]) == 0) return cudaSuccess;
+  bool wide = true;
+  for (int i = 0; i < 2; ++i) wide &= args.row_bytes[i] % 16 == 0 && is_aligned(args.rows[i], 16);
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (row_bytes % 16 == 0 && is_aligned(rows, 16))
-    return launch<uint4>(rows, row_bytes, slots, row_count, cuda_stream);
-  return launch<uint16_t>(rows, row_bytes, slots, row_count, cuda_stream);
+  return wide ? launch<uint4>(args, cuda_stream) : launch<uint16_t>(args, cuda_stream);
 }
 
 }  // namespace fomoe::cuda

@@ -6,22 +6,25 @@
 // among them; its rank is its slot. Where too many reach it (ties, K > 32) the warp takes its
 // largest value K times instead.
 //
-// Without selection bias and groups nothing but the K chosen logits becomes a sigmoid score.
+// Without selection bias, groups and statistics nothing but the K chosen logits becomes a sigmoid
+// score. Where all experts have a score, none of them has a branch of its own: a warp asks once
+// whether a division needs the compiler's general code.
+//
+// Sums of scores are kept in registers until the block adds those of its warps to the total.
 #include <cstdint>
 #include <type_traits>
 
+#include "../arch/approximate.cuh"
 #include "router.cuh"
 
 namespace fomoe::cuda {
 namespace {
 
 constexpr int kMaxCandidates = 64;
-constexpr int64_t kMaxBlocks = 2048;
-// With statistics every block adds its part to the total at the end.
-constexpr int64_t kMaxBlocksCounting = 512;
-// 64 scores of up to 2^24 fit an int32.
-constexpr int kTokensPerFlush = kFewBlocks < 64 ? int(kFewBlocks) : 64;
+// 255 scores of up to 2^24 fit 32 bits.
+constexpr int kTokensPerFlush = kFewBlocks < 255 ? int(kFewBlocks) : 255;
 constexpr float kScoreUnits = 16777216.0f, kEntropyUnits = 4294967296.0f;
+constexpr float kLn2 = 0.693147181f;
 
 // A choice as one number: the larger is better; of equal values the lower expert is better.
 __device__ uint64_t choice_of(uint32_t order, int expert) {
@@ -37,15 +40,22 @@ struct Params : RouteArgs {
   int32_t lanes_per_group;
 };
 
-template <class Element, int kPerLane>
+template <class Element, int kPerLane, bool kCounting>
 struct Router {
   using L = Lanes<Element, kPerLane>;
   static constexpr int kExperts = kWarp * kPerLane;
   static constexpr int kWarps = kPerLane == 32 ? 4 : 8;
+  static constexpr int kCounted = kCounting ? kExperts : 1;
+  // Blocks that must fit a multiprocessor; 1 leaves the registers to the compiler. Under a bound it
+  // computes addresses again for each use, so there is one only where it would take too many.
+  static constexpr int kBlocks = !kCounting ? 1 : kPerLane == 8 ? 4 : kPerLane == 16 ? 2 : 1;
 
   // The shared memory of a warp.
   struct alignas(16) Space {
-    float scores[kExperts];
+    union {
+      float scores[kExperts];
+      uint32_t score_sums[kExperts];  // of the warp's tokens, when it has no more
+    };
     // These four share memory, in this order of use; each is written after a __syncwarp that follows
     // the last read of the one before.
     union {
@@ -55,86 +65,96 @@ struct Router {
       uint64_t candidates[kMaxCandidates];  // gather_candidates, read by rank_candidates
     };
     uint64_t chosen[kMaxTopK];
+    float chosen_scores[kMaxTopK];  // zeros past the last chosen
     float partial[16];
+    unsigned long long entropy;  // of the warp's tokens; lane 0's
   };
 
   const Params& p;
   Space& space;
+  const float* bias;  // by expert, shared memory
   const int lane;
+  uint32_t open = 0;               // bit i: expert(lane, i) may be chosen
   uint32_t order[kPerLane];        // of the choice score, kNever where an expert may not be chosen
   float top = 0.0f, total = 1.0f;  // softmax: score = exp(logit - top) / total
 
-  __device__ Router(const Params& params, Space& warp_space, int warp_lane)
-      : p(params), space(warp_space), lane(warp_lane) {}
-
-  __device__ bool allowed(int expert) const {
-    return expert < p.experts && (p.allowed == nullptr || p.allowed[expert] != 0);
+  __device__ Router(const Params& params, Space& warp_space, const float* block_bias, int warp_lane)
+      : p(params), space(warp_space), bias(block_bias), lane(warp_lane) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int e = L::expert(lane, i);
+      if (e < p.experts && (p.allowed == nullptr || p.allowed[e] != 0)) open |= 1u << i;
+    }
   }
 
-  // Reads the logits; order[] is that of the logits. False when they are bad.
+  __device__ bool is_open(int i) const { return (open >> i & 1) != 0; }
+
+  // Reads the logits. False when they are bad.
   __device__ bool read(int64_t token, float (&logits)[kPerLane]) {
     const auto* row = static_cast<const typename Element::Unit*>(p.logits) + token * p.experts;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) logits[i] = 0.0f;
     L::load(row, p.experts, p.whole_vectors, lane, logits);
     bool bad = false;
-    uint32_t largest = kNever;
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      bad |= logits[i] != logits[i];
-      order[i] = allowed(L::expert(lane, i)) ? order_of(logits[i]) : kNever;
-      largest = max(largest, order[i]);
-    }
+    for (int i = 0; i < kPerLane; ++i) bad |= logits[i] != logits[i];
     if (p.scoring == Scoring::softmax) {
+      float highest = -INFINITY;
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i)
+        highest = fmaxf(highest, is_open(i) ? logits[i] : -INFINITY);
+      uint32_t largest = open != 0 ? order_of(highest) : kNever;
       largest = __reduce_max_sync(kAllLanes, largest);
       top = value_of(largest);
       bad |= largest != kNever && !(fabsf(top) <= FLT_MAX);
     }
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      // An infinite logit may be chosen too.
-      if (order[i] != kNever) order[i] = max(order[i], kLowestFinite);
-    }
     return !__any_sync(kAllLanes, bad);
   }
 
-  // Scores of all experts, into scores[] and space.scores; 0 where softmax may not choose.
+  // Scores of all experts, into scores[] and, for later readers, space.scores; 0 where softmax may
+  // not choose.
   __device__ void score(const float (&logits)[kPerLane], float (&scores)[kPerLane]) {
-    const bool softmax = p.scoring == Scoring::softmax;
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int e = L::expert(lane, i);
-      if (softmax) {
-        scores[i] = order[i] != kNever ? exp_exact(logits[i] - top) : 0.0f;
-      } else {
-        scores[i] = sigmoid(logits[i]);
-      }
-      if (e < p.experts) space.scores[e] = scores[i];
+    if (p.scoring == Scoring::sigmoid) {
+      sigmoids(logits, scores);
+      if (!p.by_logits) L::put(space.scores, lane, scores);
+      return;
     }
-    if (!softmax) return;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) scores[i] = is_open(i) ? exp_exact(logits[i] - top) : 0.0f;
+    L::put(space.scores, lane, scores);
     total = sum_of_scores(space.scores, p.experts, lane, space.partial);
-    if (p.by_logits && p.statistics == nullptr) return;  // chosen ones are divided later
-    if (!(total > 0.0f)) return;                         // no expert may be chosen
+    if (p.by_logits && !kCounting) return;  // chosen ones are divided later
+    if (!(total > 0.0f)) return;            // no expert may be chosen
+    divide(scores, total);
+    if (!p.by_logits) L::put(space.scores, lane, scores);
+  }
+
+  // order[] of the logits: an infinite one may be chosen too.
+  __device__ void order_by_logit(const float (&logits)[kPerLane]) {
 #pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int e = L::expert(lane, i);
-      scores[i] = scores[i] / total;
-      if (e < p.experts) space.scores[e] = scores[i];
-    }
+    for (int i = 0; i < kPerLane; ++i) order[i] = max(order_of(logits[i]), kLowestFinite);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) order[i] = is_open(i) ? order[i] : kNever;
   }
 
   // order[] of score + bias, within the groups that are kept.
   __device__ void order_by_choice(const float (&scores)[kPerLane]) {
+    float choice[kPerLane];
+    if (p.selection_bias != nullptr) {
+      L::get(bias, lane, choice);
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) choice[i] = scores[i] + choice[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPerLane; ++i) choice[i] = scores[i];
+    }
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const int e = L::expert(lane, i);
-      const bool open = order[i] != kNever;
-      const float bias = open && p.selection_bias != nullptr ? p.selection_bias[e] : 0.0f;
-      const float choice = open ? scores[i] + bias : -INFINITY;
-      order[i] = open ? order_of(choice) : kNever;
-      if (e < p.experts) space.choice[e] = choice;
+      order[i] = is_open(i) ? order_of(choice[i]) : kNever;
+      choice[i] = is_open(i) ? choice[i] : -INFINITY;
     }
     if (p.groups == 1) return;
+    L::put(space.choice, lane, choice);
     __syncwarp();
     keep_best_groups();
 #pragma unroll
@@ -289,23 +309,24 @@ struct Router {
 
   // Writes the slots; lane l has slots l and l + 32.
   __device__ void write(int64_t token, int count) const {
-    constexpr int kSlots = kMaxTopK / kWarp;
-    float scores[kSlots];
-#pragma unroll
-    for (int i = 0; i < kSlots; ++i) {
-      const int k = i * kWarp + lane;
-      scores[i] = k < count ? score_of(space.chosen[k]) : 0.0f;
+    for (int k = lane; k < kMaxTopK; k += kWarp) {
+      space.chosen_scores[k] = k < count ? score_of(space.chosen[k]) : 0.0f;
+      if (p.top_k <= kWarp) break;
     }
+    __syncwarp();
     float sum = 0.0f;
     if (p.renormalize) {
-      for (int k = 0; k < count; ++k)
-        sum += __shfl_sync(kAllLanes, k < kWarp ? scores[0] : scores[1], k % kWarp);
+      for (int k = 0; k < count; k += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(space.chosen_scores + k);
+        sum += four.x;
+        sum += four.y;
+        sum += four.z;
+        sum += four.w;
+      }
     }
-#pragma unroll
-    for (int i = 0; i < kSlots; ++i) {
-      const int k = i * kWarp + lane;
-      if (k >= p.top_k) continue;
-      const float share = sum > 0.0f ? scores[i] / sum : scores[i];
+    for (int k = lane; k < p.top_k; k += kWarp) {
+      const float score = space.chosen_scores[k];
+      const float share = sum > 0.0f ? score / sum : score;
       p.weights[token * p.top_k + k] = share * p.scale;
       p.expert_ids[token * p.top_k + k] = k < count ? expert_in(space.chosen[k]) : -1;
     }
@@ -318,65 +339,70 @@ struct Router {
     }
   }
 
-  // Entropy of the allowed experts' scores normalised to sum 1, in nats.
-  __device__ float entropy(const float (&logits)[kPerLane], const float (&scores)[kPerLane]) const {
+  // Adds the scores of the experts that may be chosen to the sums, in 2^-24; returns the entropy of
+  // those scores normalised to sum 1, in nats. Denormal scores count as 0, as on the CPU.
+  __device__ float count_scores(const float (&logits)[kPerLane], const float (&scores)[kPerLane],
+                                uint32_t (&sums)[kPerLane]) const {
     const bool softmax = p.scoring == Scoring::softmax;
-    float sum = 0.0f, weighted = 0.0f;
+    float sum = 0.0f, weighted = 0.0f;  // by logarithms, of base 2 with sigmoid scores
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      if (order[i] == kNever || !(scores[i] > 0.0f)) continue;
-      sum += scores[i];
-      // An infinite logit has score 0 but for rounding.
-      weighted += scores[i] * (softmax ? fmaxf(logits[i] - top, -87.3f) : __logf(scores[i]));
+      const float score = is_open(i) && scores[i] >= FLT_MIN ? scores[i] : 0.0f;
+      sums[i] += uint32_t(__float2int_rn(score * kScoreUnits));
+      sum += score;
+      // An infinite logit has score 0 but for rounding; so has an infinite logarithm.
+      const float logarithm = softmax ? logits[i] - top : log2_approximate(score);
+      weighted = fmaf(score, fmaxf(logarithm, softmax ? -87.3f : -126.0f), weighted);
     }
-    for (int apart = kWarp / 2; apart > 0; apart /= 2) {
-      sum += __shfl_xor_sync(kAllLanes, sum, apart);
-      weighted += __shfl_xor_sync(kAllLanes, weighted, apart);
-    }
-    if (!(sum > 0.0f)) return 0.0f;
-    return (softmax ? __logf(total) : __logf(sum)) - weighted / sum;
+    // The sum over the warp of both: each half of the warp adds up one of them.
+    const bool upper = lane >= kWarp / 2;
+    float mine = upper ? weighted : sum;
+    mine += __shfl_xor_sync(kAllLanes, upper ? sum : weighted, kWarp / 2);
+    for (int apart = kWarp / 4; apart > 0; apart /= 2)
+      mine += __shfl_xor_sync(kAllLanes, mine, apart);
+    const float other = __shfl_xor_sync(kAllLanes, mine, kWarp / 2);
+    sum = upper ? other : mine;
+    weighted = upper ? mine : other;
+    if (!(sum >= FLT_MIN)) return 0.0f;
+    const float mean = weighted * reciprocal_approximate(sum);
+    return softmax ? kLn2 * log2_approximate(total) - mean : kLn2 * (log2_approximate(sum) - mean);
   }
 };
 
-// A block's part of the statistics, added to the total at the end.
+// A block's part of the load, added to the total at the end.
 template <int kExperts>
-struct BlockStatistics {
-  unsigned long long scores[kExperts];
-  unsigned long long entropy;
-  unsigned load[kExperts];
+struct BlockLoad {
+  unsigned of[kExperts];
 };
 
-template <class Element, int kPerLane>
-__global__ void __launch_bounds__(kWarp* Router<Element, kPerLane>::kWarps)
-    route_kernel(const __grid_constant__ Params p) {
-  using R = Router<Element, kPerLane>;
-  FOMOE_SHARED(typename R::Space, spaces, [R::kWarps]);
-  FOMOE_SHARED(BlockStatistics<R::kExperts>, block, [1]);
-  const int lane = threadIdx.x, warp = threadIdx.y;
-  const bool counting = p.statistics != nullptr;
-  if (counting) {
-    for (int e = warp * kWarp + lane; e < R::kExperts; e += R::kWarps * kWarp) {
-      block[0].scores[e] = 0;
-      block[0].load[e] = 0;
-    }
-    if (warp == 0 && lane == 0) block[0].entropy = 0;
-    __syncthreads();
-  }
+template <int kExperts>
+struct alignas(16) BlockBias {
+  float of[kExperts];
+};
 
-  R router(p, spaces[warp], lane);
-  int32_t score_sum[kPerLane] = {};
+template <class Element, int kPerLane, bool kCounting>
+__global__ void __launch_bounds__(kWarp* Router<Element, kPerLane, kCounting>::kWarps,
+                                  Router<Element, kPerLane, kCounting>::kBlocks)
+    route_kernel(const __grid_constant__ Params p) {
+  using R = Router<Element, kPerLane, kCounting>;
+  FOMOE_SHARED(typename R::Space, spaces, [R::kWarps]);
+  FOMOE_SHARED(BlockBias<R::kExperts>, bias, [1]);
+  FOMOE_SHARED(BlockLoad<R::kCounted>, load, [1]);
+  constexpr int kThreads = R::kWarps * kWarp;
+  const int lane = threadIdx.x, warp = threadIdx.y, thread = warp * kWarp + lane;
+  if (p.selection_bias != nullptr) {
+    for (int e = thread; e < p.experts; e += kThreads) bias[0].of[e] = p.selection_bias[e];
+  }
+  if constexpr (kCounting) {
+    for (int e = thread; e < p.experts; e += kThreads) load[0].of[e] = 0;
+  }
+  if (kCounting || p.selection_bias != nullptr) __syncthreads();
+
+  R router(p, spaces[warp], bias[0].of, lane);
+  auto* statistics = reinterpret_cast<unsigned long long*>(p.statistics);
+  uint32_t score_sums[kPerLane] = {};
   int unflushed = 0;
-  unsigned long long entropy_sum = 0;
-  const auto flush = [&] {
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int e = R::L::expert(lane, i);
-      if (e < p.experts && score_sum[i] != 0)
-        atomicAdd(&block[0].scores[e], static_cast<unsigned long long>(score_sum[i]));
-      score_sum[i] = 0;
-    }
-    unflushed = 0;
-  };
+  if (kCounting && lane == 0) spaces[warp].entropy = 0;
 
   const int64_t step = int64_t(gridDim.x) * R::kWarps;
   for (int64_t token = int64_t(blockIdx.x) * R::kWarps + warp; token < p.tokens; token += step) {
@@ -385,54 +411,76 @@ __global__ void __launch_bounds__(kWarp* Router<Element, kPerLane>::kWarps)
       router.write_bad(token);
       continue;
     }
-    if (!p.by_logits || counting || p.scoring == Scoring::softmax) router.score(logits, scores);
-    if (counting) {
-#pragma unroll
-      for (int i = 0; i < kPerLane; ++i) {
-        if (router.order[i] != kNever) score_sum[i] += __float2int_rn(scores[i] * kScoreUnits);
-      }
-      const float entropy = router.entropy(logits, scores);
-      if (lane == 0) entropy_sum += __float2ll_rn(entropy * kEntropyUnits);
+    if (kCounting || !p.by_logits || p.scoring == Scoring::softmax) router.score(logits, scores);
+    if constexpr (kCounting) {
+      const float entropy = router.count_scores(logits, scores, score_sums);
+      if (lane == 0)
+        spaces[warp].entropy +=
+            static_cast<unsigned long long>(__float2ll_rn(entropy * kEntropyUnits));
     }
-    if (!p.by_logits) router.order_by_choice(scores);
+    if (p.by_logits)
+      router.order_by_logit(logits);
+    else
+      router.order_by_choice(scores);
     __syncwarp();
     const int count = router.choose();
     router.write(token, count);
-    if (counting) {
+    if constexpr (kCounting) {
       for (int k = lane; k < count; k += kWarp)
-        atomicAdd(&block[0].load[expert_in(spaces[warp].chosen[k])], 1u);
-      if (++unflushed == kTokensPerFlush) flush();
+        atomicAdd(&load[0].of[expert_in(spaces[warp].chosen[k])], 1u);
+      if (++unflushed == kTokensPerFlush) {
+#pragma unroll
+        for (int i = 0; i < kPerLane; ++i) {
+          const int e = R::L::expert(lane, i);
+          if (score_sums[i] != 0)
+            atomicAdd(statistics + p.experts + e, static_cast<unsigned long long>(score_sums[i]));
+          score_sums[i] = 0;
+        }
+        unflushed = 0;
+      }
     }
     __syncwarp();
   }
 
-  if (!counting) return;
-  flush();
-  if (lane == 0) atomicAdd(&block[0].entropy, entropy_sum);
-  __syncthreads();
-  auto* statistics = reinterpret_cast<unsigned long long*>(p.statistics);
-  for (int e = warp * kWarp + lane; e < p.experts; e += R::kWarps * kWarp) {
-    if (block[0].load[e] != 0)
-      atomicAdd(statistics + e, static_cast<unsigned long long>(block[0].load[e]));
-    if (block[0].scores[e] != 0) atomicAdd(statistics + p.experts + e, block[0].scores[e]);
+  if constexpr (kCounting) {
+    R::L::put(spaces[warp].score_sums, lane, score_sums);
+    __syncthreads();
+    for (int e = thread; e < p.experts; e += kThreads) {
+      unsigned long long sum = 0;
+#pragma unroll
+      for (int w = 0; w < R::kWarps; ++w) sum += spaces[w].score_sums[e];
+      if (sum != 0) atomicAdd(statistics + p.experts + e, sum);
+      if (load[0].of[e] != 0)
+        atomicAdd(statistics + e, static_cast<unsigned long long>(load[0].of[e]));
+    }
+    if (thread != 0) return;
+    unsigned long long sum = 0;
+    for (int w = 0; w < R::kWarps; ++w) sum += spaces[w].entropy;
+    atomicAdd(statistics + 2 * p.experts, sum);
   }
-  if (warp == 0 && lane == 0) atomicAdd(statistics + 2 * p.experts, block[0].entropy);
 }
 
-template <class Element, int kPerLane>
-cudaError_t launch(const RouteArgs& args, void* stream) {
-  using R = Router<Element, kPerLane>;
-  Params params{args, false, false, 0, 0};
-  params.whole_vectors = R::L::whole_vectors(args.logits, args.experts);
+// As many blocks as run at once: none waits for others to end. Warps loop over tokens.
+template <class Element, int kPerLane, bool kCounting>
+cudaError_t launch(const Params& params, void* stream) {
+  static PersistentGrid grid;
+  constexpr int kWarps = Router<Element, kPerLane, kCounting>::kWarps;
+  const auto kernel = route_kernel<Element, kPerLane, kCounting>;
+  unsigned blocks = 0;
+  if (const cudaError_t error = grid.size(kernel, kWarps * kWarp, 0, blocks)) return error;
+  const auto config = warp_per_token(params.tokens, kWarps, blocks, stream);
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+Params params_of(const RouteArgs& args, bool whole_vectors) {
+  Params params{args, whole_vectors, false, 0, 0};
   params.by_logits = args.selection_bias == nullptr && args.groups == 1;
   const uint32_t group_size = uint32_t(args.experts / args.groups);
   // Exact for e < 2^20: the error of the quotient is below e * group_size / 2^32.
   params.group_divide = group_size == 1 ? 0 : uint32_t((uint64_t(1) << 32) / group_size + 1);
   params.lanes_per_group = 1;
   while (params.lanes_per_group * 2 * args.groups <= kWarp) params.lanes_per_group *= 2;
-  const int64_t most = args.statistics != nullptr ? kMaxBlocksCounting : kMaxBlocks;
-  const auto config = warp_per_token(args.tokens, R::kWarps, most, stream);
-  return cudaLaunchKernelEx(&config, route_kernel<Element, kPerLane>, params);
+  return params;
 }
 
 }  // namespace
@@ -441,7 +489,12 @@ int route(const RouteArgs& args, void* stream) {
   if (args.tokens == 0 || args.top_k == 0) return cudaSuccess;
   if (args.top_k > kMaxTopK) return cudaErrorInvalidValue;
   return for_logits(args.logits_dtype, args.experts, [&](auto element, auto per_lane) {
-    return launch<decltype(element), decltype(per_lane)::value>(args, stream);
+    using Element = decltype(element);
+    constexpr int kPerLane = decltype(per_lane)::value;
+    const Params params =
+        params_of(args, Lanes<Element, kPerLane>::whole_vectors(args.logits, args.experts));
+    return args.statistics != nullptr ? launch<Element, kPerLane, true>(params, stream)
+                                      : launch<Element, kPerLane, false>(params, stream);
   });
 }
 

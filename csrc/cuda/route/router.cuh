@@ -7,6 +7,7 @@
 #include <cfloat>
 #include <type_traits>
 
+#include "../arch/approximate.cuh"
 #include "../arch/shared_memory.cuh"
 #include "../formats.cuh"
 #include "../grid.cuh"
@@ -39,6 +40,55 @@ __device__ inline float exp_exact(float x) {
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + exp_exact(-x)); }
 
+// Below, what the compiler makes of 1 / d and of a / b, without the branch to its general code that
+// every division of its own has: the same bits, where neither result nor remainders are denormal.
+
+// 1 / d for d in 1 .. 2^125.
+__device__ inline float reciprocal(float d) {
+  const float guess = reciprocal_approximate(d);
+  return fmaf(guess, -fmaf(d, guess, -1.0f), guess);
+}
+
+// a / b for b in 1 .. 2^20 and a = 0 or in 2^-80 .. 1, given 1 / b.
+__device__ inline float quotient(float a, float b, float one_over_b) {
+  float q = a * one_over_b;
+  q = fmaf(one_over_b, fmaf(-b, q, a), q);
+  return fmaf(one_over_b, fmaf(-b, q, a), q);
+}
+
+template <int kCount>
+__device__ void sigmoids(const float (&x)[kCount], float (&scores)[kCount]) {
+  float largest = 1.0f;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    scores[i] = 1.0f + exp_exact(-x[i]);
+    largest = fmaxf(largest, scores[i]);
+  }
+  if (largest <= 0x1p125f) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) scores[i] = reciprocal(scores[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) scores[i] = 1.0f / scores[i];
+  }
+}
+
+// Divides scores in 0 .. 1 by their total, 1 .. 1024 and a little.
+template <int kCount>
+__device__ void divide(float (&scores)[kCount], float total) {
+  float least = 1.0f;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) least = fminf(least, scores[i] > 0.0f ? scores[i] : 1.0f);
+  if (least >= 0x1p-80f) {
+    const float inverse = reciprocal(total);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) scores[i] = quotient(scores[i], total, inverse);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) scores[i] = scores[i] / total;
+  }
+}
+
 // ---- an order on floats as unsigned integers -----------------------------------------------------
 
 constexpr uint32_t kNever = 0;                   // below every float: may not be chosen
@@ -47,7 +97,7 @@ constexpr uint32_t kLowestFinite = 0x00800000u;  // order_of(-FLT_MAX)
 // a < b exactly when order_of(a) < order_of(b); -0 counts as +0. Not for NaN.
 __device__ inline uint32_t order_of(float value) {
   const uint32_t bits = __float_as_uint(__fadd_rn(value, 0.0f));
-  return bits ^ (bits >> 31 != 0 ? 0xffffffffu : 0x80000000u);
+  return bits ^ (uint32_t(int32_t(bits) >> 31) | 0x80000000u);
 }
 
 __device__ inline float value_of(uint32_t order) {
@@ -82,6 +132,12 @@ struct Lanes {
                                     typename PairOf<Element>::type, Element>;
   static constexpr int kUnits = kVector / Format::kValues;
   using Whole = Access<Format, kUnits>;
+  // Of 32-bit numbers in shared memory.
+  static constexpr int kPlaces = kVector < 4 ? kVector : 4;
+  template <class T>
+  struct alignas(sizeof(T) * kPlaces) Vector {
+    T of[kPlaces];
+  };
 
   __device__ static int expert(int lane, int i) {
     return (i / kVector * kWarp + lane) * kVector + i % kVector;
@@ -128,6 +184,30 @@ struct Lanes {
         for (int j = 0; j < kVector; ++j)
           if (begin + j < experts) at[begin + j] = Element::pack(values + first + j);
       }
+    }
+  }
+
+  // Copies between values[] and an array of all places, [kWarp * kPerLane, 16-byte aligned], in
+  // shared memory.
+  template <class T>
+  __device__ static void put(T* array, int lane, const T (&values)[kPerLane]) {
+    using V = Vector<T>;
+#pragma unroll
+    for (int first = 0; first < kPerLane; first += kPlaces) {
+      V vector;
+#pragma unroll
+      for (int j = 0; j < kPlaces; ++j) vector.of[j] = values[first + j];
+      *reinterpret_cast<V*>(array + expert(lane, first)) = vector;
+    }
+  }
+  template <class T>
+  __device__ static void get(const T* array, int lane, T (&values)[kPerLane]) {
+    using V = Vector<T>;
+#pragma unroll
+    for (int first = 0; first < kPerLane; first += kPlaces) {
+      const V vector = *reinterpret_cast<const V*>(array + expert(lane, first));
+#pragma unroll
+      for (int j = 0; j < kPlaces; ++j) values[first + j] = vector.of[j];
     }
   }
 

@@ -1,9 +1,11 @@
-// compact: histogram, scan, stable scatter, and the tile schedule; kernels.h. Two launches.
+// compact: histogram, scan, stable scatter, and the tile schedule; kernels.h. Two launches, or one where
+// the slots are those of one tile.
 //
 // Slots are cut into one range (stretch) per block. The first kernel counts each range's rows per
 // resident. In the second every block adds up the counts of the ranges before its own (all of them
 // are in L2), which gives it the offsets and the place of its first row of each resident, and then
-// walks its range in tiles of slots. A warp owns neighbouring slots of a tile and ranks them with
+// walks its range in tiles of slots. A tile's slots are read while the counts are added up, or the tile
+// before is written. A warp owns neighbouring slots of a tile and ranks them with
 // __match_any_sync; results do not depend on the order in which threads run.
 #include <algorithm>
 #include <cstdint>
@@ -121,13 +123,32 @@ __device__ void scan_offsets(const Params& p, Shared& s) {
   if (threadIdx.x == kThreads - 1) s.offsets[p.residents] = offset;
 }
 
-// Gives the slots of one tile their rows.
-__device__ void scatter_tile(const Params& p, Shared& s, int64_t tile) {
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t first = tile + warp * kSlotsPerWarp + lane;
-  int32_t resident[kSlotsPerThread], rank[kSlotsPerThread];
+// add_up_counts where all slots are those of one tile, from the residents of its slots.
+__device__ void count_tile(const Params& p, Shared& s, const int32_t (&resident)[kSlotsPerThread]) {
+  for (int r = threadIdx.x; r < p.residents; r += kThreads) s.next[r] = s.offsets[r] = 0;
+  __syncthreads();
 #pragma unroll
-  for (int i = 0; i < kSlotsPerThread; ++i) resident[i] = resident_of(p, first + i * kWarp);
+  for (int i = 0; i < kSlotsPerThread; ++i)
+    if (resident[i] >= 0) atomicAdd(&s.offsets[resident[i]], 1);
+}
+
+// The first of the thread's slots of a tile; the others follow at a distance of kWarp.
+__device__ int64_t first_slot(int64_t tile) {
+  return tile + threadIdx.x / kWarp * kSlotsPerWarp + threadIdx.x % kWarp;
+}
+
+__device__ void read_tile(const Params& p, int64_t tile, int32_t (&resident)[kSlotsPerThread]) {
+#pragma unroll
+  for (int i = 0; i < kSlotsPerThread; ++i)
+    resident[i] = resident_of(p, first_slot(tile) + i * kWarp);
+}
+
+// Gives the slots of one tile their rows.
+__device__ void scatter_tile(const Params& p, Shared& s, int64_t tile,
+                             const int32_t (&resident)[kSlotsPerThread]) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t first = first_slot(tile);
+  int32_t rank[kSlotsPerThread];
   for (int r = lane; r < p.residents; r += kWarp) s.rows_of_warp[warp][r] = 0;
   __syncwarp();
   // Ranks within the warp; the first lane of each resident counts for the others.
@@ -213,16 +234,23 @@ __device__ void write_rest(const Params& p, const Shared& s) {
 __global__ void __launch_bounds__(kThreads) scatter_kernel(const __grid_constant__ Params p) {
   FOMOE_SHARED(Shared, shared, [1]);
   Shared& s = shared[0];
-  add_up_counts(p, s);
+  const int64_t begin = int64_t(blockIdx.x) * p.stretch;
+  int32_t resident[kSlotsPerThread];
+  read_tile(p, begin, resident);
+  if (p.slots <= kTile)
+    count_tile(p, s, resident);
+  else
+    add_up_counts(p, s);
   __syncthreads();
   scan_offsets(p, s);
   __syncthreads();
   if (p.tiles != nullptr) write_tiles(p, s);
   write_rest(p, s);
-  const int64_t begin = int64_t(blockIdx.x) * p.stretch;
-  for (int64_t tile = begin; tile < min(begin + p.stretch, p.slots); tile += kTile) {
+  const int64_t end = min(begin + p.stretch, p.slots);
+  for (int64_t tile = begin; tile < end; tile += kTile) {
     __syncthreads();  // the last tile's rows, and the offsets, have been read
-    scatter_tile(p, s, tile);
+    scatter_tile(p, s, tile, resident);
+    if (tile + kTile < end) read_tile(p, tile + kTile, resident);
   }
 }
 
@@ -250,7 +278,9 @@ int compact(const CompactArgs& args, void* stream) {
   config.gridDim = dim3(static_cast<unsigned>(params.blocks));
   config.blockDim = dim3(kThreads);
   config.stream = static_cast<cudaStream_t>(stream);
-  if (const cudaError_t error = cudaLaunchKernelEx(&config, count_kernel, params)) return error;
+  if (params.slots > kTile) {
+    if (const cudaError_t error = cudaLaunchKernelEx(&config, count_kernel, params)) return error;
+  }
   return cudaLaunchKernelEx(&config, scatter_kernel, params);
 }
 

@@ -507,4 +507,9 @@ extern "C" __attribute__((visibility("default"))) const char* fomoe_emulator_las
   return machine().error.c_str();
 }
 
+// For tests that count them.
+extern "C" __attribute__((visibility("default"))) uint64_t fomoe_emulator_launches() {
+  return machine().launches;
+}
+
 }  // namespace fomoe::emulator

@@ -307,7 +307,8 @@ __device__ inline uint32_t judged(float approximate, double exact) {
   return error < 0x1p-21 && error > -0x1p-21 ? 1u : 2u;
 }
 
-// exp2 and 1 / x of numbers at every border and of some between.
+// exp2, 1 / x and log2 of numbers at every border and of some between. Near 1 the error of log2 is small
+// beside 1, not beside log2.
 __global__ void approximations(const uint32_t* in, uint32_t* out, int defect) {
   constexpr uint32_t kBorders[] = {
       0x00000000u, 0x80000000u, 0x7f800000u, 0xff800000u, 0x7fc00000u,  // zeros, infinities, NaN
@@ -319,6 +320,10 @@ __global__ void approximations(const uint32_t* in, uint32_t* out, int defect) {
   const float x = t < kCount ? __uint_as_float(kBorders[t]) : float(int(in[t]) % 2000) * 0.01f;
   out[t] = judged(defect == 1 ? exp2f(x) : exp2_approximate(x), exp2(double(x)));
   out[64 + t] = judged(defect == 2 ? 1.0f / x : reciprocal_approximate(x), 1.0 / double(x));
+  const bool near_one = x >= 0.5f && x <= 2.0f;
+  const float logarithm = defect == 3 ? log2f(x) : log2_approximate(x);
+  out[128 + t] =
+      judged(near_one ? 2.0f + logarithm : logarithm, log2(double(x)) + (near_one ? 2.0 : 0.0));
 }
 
 struct Selftest {
