@@ -439,7 +439,6 @@ __global__ void __launch_bounds__(kWarp* Router<Element, kPerLane, kCounting>::k
         unflushed = 0;
       }
     }
-    __syncwarp();
   }
 
   if constexpr (kCounting) {
