@@ -23,27 +23,45 @@ struct Stage {
   __device__ unsigned char* b() const { return a + Shape::kBytesA; }
 };
 
-// Loads the boxes of B of a GEMM over rows. One thread.
+// Loads the boxes of B of a GEMM over rows: of a pair that shares B, a half of them to both blocks. One
+// thread.
 template <class Shape>
 __device__ void load_b(const Params<typename Shape::Problem>& params, const Work& work, int64_t sum,
                        const Stage<Shape>& stage) {
   using Problem = typename Shape::Problem;
-  if constexpr (Problem::kMajorB == Major::line) {
-#pragma unroll
-    for (int i = 0; i < Shape::kN / 64; ++i)
-      tensor_load(stage.b() + i * kPanel, &params.b, stage.full, work.column + i * 64, int(sum),
-                  work.resident);
-  } else if constexpr (Shape::Epilogue::kInterleaved) {
-    constexpr int kHalf = kStripColumns / 2;
-#pragma unroll
-    for (int i = 0; i < Shape::kN / kHalf; ++i) {
-      const int64_t line = work.column + i / 2 * kHalf + i % 2 * params.problem.schedule.columns;
-      tensor_load(stage.b() + i * kHalf * kRowBytes, &params.b, stage.full, int(sum), int(line),
-                  work.resident);
+  constexpr bool kLines = Problem::kMajorB == Major::line;
+  constexpr int kBoxLines = kLines ? 64 : Shape::kBoxB;  // of C's columns
+  constexpr int kBoxes = Shape::kN / kBoxLines, kBytes = kBoxLines * kRowBytes;
+  const auto load_box = [&](int i, const auto& load) {
+    if constexpr (kLines) {
+      load(stage.b() + i * kBytes, work.column + i * kBoxLines, int(sum));
+    } else if constexpr (Shape::Epilogue::kInterleaved) {
+      const int64_t line =
+          work.column + i / 2 * kBoxLines + i % 2 * params.problem.schedule.columns;
+      load(stage.b() + i * kBytes, int(sum), int(line));
+    } else {
+      load(stage.b() + i * kBytes, int(sum), work.column + i * kBoxLines);
     }
-  } else {
-    tensor_load(stage.b(), &params.b, stage.full, int(sum), work.column, work.resident);
+  };
+  if constexpr (Shape::kBlocks > 1) {
+    constexpr int kOwn = kBoxes / Shape::kBlocks;
+    static_assert(kOwn * Shape::kBlocks == kBoxes);
+    if (work.shares) {
+      const int first = int(cluster_rank()) * kOwn;
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i)
+        load_box(first + i, [&](unsigned char* to, int c0, int c1) {
+          tensor_load_to_blocks(to, &params.b, stage.full, c0, c1, work.resident,
+                                (1u << Shape::kBlocks) - 1);
+        });
+      return;
+    }
   }
+#pragma unroll
+  for (int i = 0; i < kBoxes; ++i)
+    load_box(i, [&](unsigned char* to, int c0, int c1) {
+      tensor_load(to, &params.b, stage.full, c0, c1, work.resident);
+    });
 }
 
 // Loaders fill the stages of a tile: begin(params, work), then fill(params, work, sum, stage) for every
@@ -56,6 +74,11 @@ class OrderedRows {
   using P = Params<typename Shape::Problem>;
   __device__ void begin(const P&, const Work&) {}
   __device__ void fill(const P& params, const Work& work, int64_t sum, const Stage<Shape>& stage) {
+    if (Shape::kBlocks > 1 && work.row == work.row_end) {
+      mbarrier_arrive_expect(stage.full, Shape::kBytesB);
+      load_b(params, work, sum, stage);
+      return;
+    }
     mbarrier_arrive_expect(stage.full, Shape::kStageBytes);
     tensor_load(stage.a, &params.a, stage.full, int(sum), int(work.row), 0);
     load_b(params, work, sum, stage);
@@ -133,11 +156,10 @@ __device__ void produce(const Params<typename Shape::Problem>& params, const Sch
   using Loader = std::conditional_t<
       Problem::kSumsRows, SummedRows<Shape>,
       std::conditional_t<Problem::kGather, GatheredRows<Shape>, OrderedRows<Shape>>>;
-  constexpr int kColumns = result_columns<typename Shape::Epilogue>(Shape::kN);
   Ring<Shape::kStages> ring;
   Work work;
-  for (int32_t item = int32_t(blockIdx.x); schedule.get(item, kColumns, work);
-       item += int32_t(gridDim.x)) {
+  for (int32_t item = first_item<Shape>(); get_work<Shape>(schedule, item, work);
+       item += items_apart<Shape>()) {
     Loader loader;
     loader.begin(params, work);
     for (int64_t sum = work.sum_begin; sum < work.sum_end; sum += kDepth) {

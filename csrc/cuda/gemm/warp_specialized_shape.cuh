@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../arch/cluster.cuh"
 #include "../arch/tensor_map.cuh"
 #include "../grid.cuh"
 #include "grouped.cuh"
@@ -31,6 +32,7 @@ struct Shape {
   using Epilogue = typename Problem::Epilogue;
   using Format = typename Epilogue::Format;
   static constexpr int kM = kTileRows, kN = kN_;
+  static constexpr int kBlocks = 1;  // of a cluster
   static constexpr bool kPingPong = kPingPong_;
   // Products of 64 rows that a consumer makes of each slice.
   static constexpr int kProducts =
@@ -51,6 +53,17 @@ struct Shape {
   static constexpr int kBoxB = Problem::kMajorB == Major::line ? kDepth
                                : Epilogue::kInterleaved        ? kStripColumns / 2
                                                                : kN;
+};
+
+// Ping-pong by two blocks of a cluster. Where they multiply by the same B, each loads one half of it for
+// both. A stage is free when both have multiplied it, so both have as many slices.
+template <class Problem_, int kN_>
+struct PairShape : Shape<Problem_, kN_, true> {
+  using Base = Shape<Problem_, kN_, true>;
+  static_assert(!Problem_::kSumsRows);
+  static constexpr int kBlocks = 2;
+  static constexpr unsigned kEmptyArrivals = kBlocks * Base::kEmptyArrivals;
+  static constexpr int kBoxB = Base::kBoxB == kN_ ? kN_ / kBlocks : Base::kBoxB;
 };
 
 template <class Problem>
@@ -77,6 +90,26 @@ struct Ring {
     stage = (stage + slices) % kStages;
   }
 };
+
+// The block's tile of an item; false past the last item. Of the list of items a block takes every
+// items_apart()-th from first_item() on.
+template <class Shape>
+__device__ inline int32_t first_item() {
+  return int32_t(blockIdx.x) / Shape::kBlocks;
+}
+template <class Shape>
+__device__ inline int32_t items_apart() {
+  return int32_t(gridDim.x) / Shape::kBlocks;
+}
+template <class Shape, class Schedule>
+__device__ inline bool get_work(const Schedule& schedule, int32_t item, Work& work) {
+  constexpr int kColumns = result_columns<typename Shape::Epilogue>(Shape::kN);
+  if constexpr (Shape::kBlocks == 1) {
+    return schedule.get(item, kColumns, work);
+  } else {
+    return schedule.get_of_pair(item, kColumns, int(cluster_rank()), work);
+  }
+}
 
 __device__ inline int slices_of(const Work& work) {
   return int((work.sum_end - work.sum_begin + kDepth - 1) / kDepth);
