@@ -41,9 +41,8 @@ class PersistentGrid {
                    unsigned& blocks) {
     int answer = 0;
     const cudaError_t error = known_.get(answer, [&](int, int& wanted) {
-      if (const cudaError_t failed =
-              cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   int(config.dynamicSmemBytes)))
+      if (const cudaError_t failed = cudaFuncSetAttribute(
+              kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.dynamicSmemBytes)))
         return failed;
       if (const cudaError_t failed = cudaOccupancyMaxActiveClusters(&wanted, kernel, &config))
         return failed;

@@ -100,8 +100,7 @@ __device__ inline void remote_store(RemoteShared word, uint32_t value) {
   asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(word.at), "r"(value) : "memory");
 }
 __device__ inline void remote_arrive(RemoteShared barrier) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier.at)
-               : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier.at) : "memory");
 }
 
 #endif

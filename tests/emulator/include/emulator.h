@@ -72,8 +72,8 @@ int run_grid(dim3 grid, dim3 block, dim3 cluster, size_t dynamic_bytes, const vo
              void (*body)(void*), void* context);
 
 template <class... Parameters, class... Arguments>
-int launch(dim3 grid, dim3 block, dim3 cluster, size_t dynamic_bytes,
-           void (*kernel)(Parameters...), Arguments&&... arguments) {
+int launch(dim3 grid, dim3 block, dim3 cluster, size_t dynamic_bytes, void (*kernel)(Parameters...),
+           Arguments&&... arguments) {
   struct Call {
     void (*kernel)(Parameters...);
     std::tuple<std::decay_t<Parameters>...> arguments;

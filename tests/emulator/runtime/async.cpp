@@ -48,11 +48,11 @@ struct Mbarrier {
   unsigned count, pending;
   int64_t bytes = 0;  // still expected
   unsigned phase = 0;
-  std::deque<Load> loads;                   // that have not landed
-  std::shared_ptr<Unit> copier;             // writes what they bring
-  std::deque<Arriving> arriving = {};       // that have not arrived
-  Batches arrived = {}, unseen = {};        // in this phase; before, and nobody waited yet
-  Known brought = {}, known = {};           // in this phase; before
+  std::deque<Load> loads;              // that have not landed
+  std::shared_ptr<Unit> copier;        // writes what they bring
+  std::deque<Arriving> arriving = {};  // that have not arrived
+  Batches arrived = {}, unseen = {};   // in this phase; before, and nobody waited yet
+  Known brought = {}, known = {};      // in this phase; before
 };
 
 // A thread's copies in groups, as commit and wait see them.
@@ -345,7 +345,9 @@ void remote_arrive(void* remote, Here here) {
   reach(kName, block, here);
   Mbarrier& b = mbarrier_at(block, static_cast<uint64_t*>(remote), kName, here);
   check_arrival(kName, b, here);
-  b.brought.add({0, self()->knows.reached});
+  Known brought = self()->knows;
+  if (&block != self()->block) brought.landed = 0;  // in another block
+  b.brought.add(brought);
   --b.pending;
   finish_phase(b);
 }
@@ -425,11 +427,11 @@ void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* barri
     Unseen unseen;
     check_bulk(kName, shared, global, bytes, here);
   }
-  load_by_proxy(kName,
-                {*self()->block, shared, bytes,
-                 [=](unsigned char* to) { std::memcpy(to, global, bytes); },
-                 [=] { __tsan_read_range(const_cast<void*>(global), bytes); }},
-                barrier, here);
+  load_by_proxy(
+      kName,
+      {*self()->block, shared, bytes, [=](unsigned char* to) { std::memcpy(to, global, bytes); },
+       [=] { __tsan_read_range(const_cast<void*>(global), bytes); }},
+      barrier, here);
 }
 
 void bulk_store(void* global, const void* shared, unsigned bytes, Here here) {

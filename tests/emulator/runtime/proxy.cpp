@@ -68,7 +68,8 @@ void hide_from_proxy(const unsigned char* chunk) {
   std::vector<uint64_t>& landings = view.landings[array->memory];
   if (landings.empty()) landings.resize(array->bytes / kChunk);
   landings[size_t(chunk - array->memory) / kChunk] = kOnItsWay;
-  if (view.shadows.contains(array->memory)) std::memset(shadow_of(block, chunk, kChunk), 0xff, kChunk);
+  if (view.shadows.contains(array->memory))
+    std::memset(shadow_of(block, chunk, kChunk), 0xff, kChunk);
 }
 
 void number_landing(Block& block, const unsigned char* chunk, uint64_t number) {

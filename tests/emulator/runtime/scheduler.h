@@ -48,7 +48,7 @@ struct Fiber : Thread {
   Known knows;
   Known* at_cluster_barrier = nullptr;  // it has arrived and not waited; what it will take there
   uint64_t cluster_phase = 0;           // in which it arrived
-  const char* waits_for = nullptr;  // null = runs or could run
+  const char* waits_for = nullptr;      // null = runs or could run
   Here where;
 };
 
@@ -106,9 +106,9 @@ struct Block {
   unsigned rank = 0;  // in it
   unsigned live = 0;
   bool over = false;
-  uint64_t reached = 0;      // the last access by another block of the cluster, as Known's
-  const char* how = "";      // and its name
-  uint64_t knows_of = 0;     // accesses, when its threads left
+  uint64_t reached = 0;   // the last access by another block of the cluster, as Known's
+  const char* how = "";   // and its name
+  uint64_t knows_of = 0;  // accesses, when its threads left
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   Barrier barriers[kNamedBarriers];
