@@ -46,6 +46,7 @@ from experts_inputs import (
 from experts_predict import (
     TILES,
     Prediction,
+    can_make,
     experts_seconds,
     measured_tile,
     predict,
@@ -111,9 +112,10 @@ def inputs_table(chip: Chip, kernels: Kernels, markdown: bool) -> str:
 
 
 def tiles_table(chip: Chip, markdown: bool) -> str:
-    """Limits of a main loop: tiles that there are, and the same with B sent to two blocks."""
+    """Limits of a main loop: tiles that there are, and 256 columns with B sent to two blocks."""
     rows = []
-    shared = [replace(t, name=f"{t.name}, B to two", sharing=2) for t in TILES.values()]
+    cooperative = TILES["cooperative_256"]
+    shared = [replace(cooperative, name=f"{cooperative.name}, B to two", sharing=2)]
     names = ("tensor", "shared", "L2", "producer")
     for tile in (*TILES.values(), *shared):
         for gathers, said in (("", "-"), ("rows", "rows of A"), ("B", "steps of B")):
@@ -131,7 +133,7 @@ def tiles_table(chip: Chip, markdown: bool) -> str:
 
 def faster_tile(model: Model, load: Load, p: Prediction, chip: Chip, kernels: Kernels) -> str:
     """A compiled tile that the model has faster by 3 % or more, and by how much."""
-    others = [tile for tile in TILES.values() if tile != p.tile]
+    others = [tile for tile in TILES.values() if tile != p.tile and can_make(tile, p.gemm)]
     found = [predict(model, p.gemm, load, tile, chip, kernels) for tile in others]
     best = min(found, key=lambda other: other.seconds)
     gain = p.seconds / best.seconds
@@ -220,11 +222,12 @@ def resources_table(markdown: bool) -> str:
         budget, source = cuda_resources.read_budget(), cuda_resources.BUDGET.name
     rows = []
     for kernel, row in budget.items():
-        shape = re.match(r"warp_specialized<(.*), (\d+), (true|false)>$", kernel)
+        shape = re.match(r"(?:warp_specialized|paired)<(.*), (\d+)(?:, (true|false))?>$", kernel)
         if shape is None or "sm_90a" not in row:
             continue
         problem, columns, ping_pong = shape.groups()
-        tile = TILES[f"{'ping_pong' if ping_pong == 'true' else 'cooperative'}_{columns}"]
+        kinds = {"true": "ping_pong", "false": "cooperative", None: "paired"}
+        tile = TILES[f"{kinds[ping_pong]}_{columns}"]
         windows = 0 if "AddRows" in problem else 1
         windows += bool(re.search(r"ActivateBackward<\w+, true>", problem))
         stages = tile.stages(Chip(), windows)
@@ -339,10 +342,13 @@ def compared_table(path: Path, chip: Chip, markdown: bool) -> str:
 
 @dataclass(frozen=True)
 class Counted:
-    """Of a launch under the profiler: seconds, and the part in which tensor cores were busy."""
+    """Of a launch under the profiler: seconds, the part of them in which tensor cores were busy, and
+    of L2's rate.
+    """
 
     seconds: float
     busy: float
+    l2: float
 
 
 def counted(path: Path) -> dict[str, list[Counted]]:
@@ -356,11 +362,11 @@ def counted(path: Path) -> dict[str, list[Counted]]:
         label, *launches = re.split(r"\n== ", part)
         for launch in launches:
             if "warp_specialized_kernel" in launch:
-                nanoseconds, percent = (
+                nanoseconds, percent, l2 = (
                     float(re.search(rf"{name}\S* ([\d.]+)", launch)[1])
-                    for name in ("gpu__time_duration", "sm__throughput")
+                    for name in ("gpu__time_duration", "sm__throughput", "lts__throughput")
                 )
-                line = Counted(nanoseconds / 1e9, percent / 100)
+                line = Counted(nanoseconds / 1e9, percent / 100, l2 / 100)
                 found.setdefault(label.splitlines()[0], []).append(line)
     if not found:
         raise BadFile(f"{path}: has no counters of a warp_specialized_kernel")
@@ -392,6 +398,40 @@ def counters_table(path: Path, measured: Path, chip: Chip, markdown: bool) -> st
     )
     head += ("GHz under the profiler", "GHz in the benchmark", "GHz predicted")
     return table(f"Predicted and counted, {path.name}", head, rows, markdown)
+
+
+def l2_table(path: Path, measured: Path, chip: Chip, markdown: bool) -> str:
+    """What the products of rows ask L2 for with every tile, beside what was counted and measured:
+    OLMoE, 16384 tokens, balanced, the kernels of now. A tile that was not timed has a "-".
+    """
+    model = next(model for model in work.MODELS if model.name == "OLMoE")
+    load = work.expected_load(model, 16384, "balanced")
+    timed = {
+        (c.what, c.tile): c.measured
+        for c in compare(measured, chip)
+        if (c.kernels, c.model, c.tokens) == (CURRENT.name, model.name, 16384)
+    }
+    gemms = work.gemms(model, load).values()
+    launches = dict(zip((gemm.name for gemm in gemms), counted(path)[CURRENT.name], strict=True))
+    rows = []
+    for gemm in gemms:
+        for tile in TILES.values():
+            if not can_make(TILES["paired_128"], gemm):
+                continue
+            p = predict(model, gemm, load, tile, chip)
+            was_counted = tile == measured_tile(gemm)
+            seconds = timed.get((gemm.name, tile.name))
+            rows.append(
+                (
+                    *(gemm.name, tile.name, f"{p.l2_bytes / 1e9:.2f}", f"{p.l2:.2f}"),
+                    f"{launches[gemm.name].l2:.2f}" if was_counted else "-",
+                    f"{p.seconds * 1e6:.0f}",
+                    "-" if seconds is None else f"{seconds * 1e6:.0f}",
+                )
+            )
+    head = ("product", "tile", "GB from and to L2", "of L2's rate, predicted", "counted")
+    head += ("predicted µs", "measured µs")
+    return table("L2, with one B to a block and to two: OLMoE, 16384 tokens", head, rows, markdown)
 
 
 def report(chip: Chip, kernels: Kernels, markdown: bool) -> str:
@@ -439,6 +479,7 @@ def main() -> int:
             if arguments.counters:
                 files = (arguments.counters, arguments.measured)
                 print("\n" + counters_table(*files, chip, arguments.markdown).rstrip("\n"))
+                print("\n" + l2_table(*files, chip, arguments.markdown).rstrip("\n"))
         except BadFile as bad:
             parser.error(str(bad))
         return 0

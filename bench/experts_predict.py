@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import expert_work as work
@@ -34,12 +34,12 @@ from fomoe_ext import _C
 
 @dataclass(frozen=True)
 class Tile:
-    """TILE_ROWS x `columns` sums. `sharing`: blocks that receive one copy of B from L2 (multicast
-    to a cluster; the kernels have none yet).
+    """TILE_ROWS x `columns` sums. `sharing`: blocks of a cluster that receive one copy of B from L2
+    where they multiply by the same.
     """
 
     name: str
-    kernel: str  # ping_pong or cooperative
+    kernel: str  # ping_pong, cooperative or paired
     columns: int
     sharing: int = 1
 
@@ -50,6 +50,10 @@ class Tile:
     def stages(self, chip: Chip, windows: int) -> int:
         staging = CONSUMERS * GROUP_WARPS * windows * STAGING_BYTES
         return (chip.shared_bytes - BARRIER_BYTES - staging) // self.stage_bytes
+
+    def slice_bytes(self) -> float:
+        """That a block asks L2 for, for a slice: its own lines of A, and its part of B."""
+        return (TILE_ROWS + self.columns / self.sharing) * DEPTH * 2
 
     def slice_cycles(
         self,
@@ -64,7 +68,7 @@ class Tile:
         read = products * (DEPTH // PRODUCT_SUM) * (PRODUCT_ROWS + self.columns) * PRODUCT_SUM * 2
         gathered = {"": 0, "rows": TILE_ROWS, "A": TILE_ROWS, "B": self.columns}[gathers]
         gathered *= DEPTH * 2
-        boxes = (TILE_ROWS + self.columns / self.sharing) * DEPTH * 2 - gathered
+        boxes = self.slice_bytes() - gathered
         cycles = {
             "tensor": tensor,
             "shared": (read + gathered) / chip.shared_per_clock,
@@ -87,10 +91,17 @@ class Tile:
 
 # Those of warp_specialized.cuh, by name.
 TILES = {
-    tile["name"]: Tile(tile["name"], tile["kernel"], tile["columns"])
+    tile["name"]: Tile(
+        tile["name"], tile["kernel"], tile["columns"], 2 if tile["kernel"] == "paired" else 1
+    )
     for tile in _C.expert_tiles()
     if tile["kernel"] != "multistage"
 }
+
+
+def can_make(tile: Tile, gemm: Gemm) -> bool:
+    """Blocks cannot share a B that is gathered, as it is for gradients of weights."""
+    return tile.kernel != "paired" or not gemm.makes_weights
 
 
 def measured_tile(gemm: Gemm) -> Tile:
@@ -125,6 +136,8 @@ class Prediction:
     waves: float  # mean work of a block over the most
     seconds: float
     fraction: float  # of the tensor cores' peak
+    l2_bytes: float  # that main loops and epilogues ask L2 for
+    l2: float  # of L2's rate, on average
 
 
 def items_of(gemm: Gemm, load: Load, tile: Tile) -> tuple[np.ndarray, np.ndarray]:
@@ -148,28 +161,61 @@ def row_products(rows: int) -> np.ndarray:
     return np.array([TILE_ROWS // PRODUCT_ROWS] * full + last, dtype=np.int64)
 
 
-def bands(row_tiles: int, column_tiles: int) -> Iterable[np.ndarray]:
+def bands(row_tiles: int, column_tiles: int, height: int = BAND) -> Iterable[np.ndarray]:
     """Row tiles in the order of scheduler.cuh: within a band, down each column."""
-    for first in range(0, row_tiles, BAND):
-        yield np.tile(np.arange(first, min(first + BAND, row_tiles)), column_tiles)
+    for first in range(0, row_tiles, height):
+        yield np.tile(np.arange(first, min(first + height, row_tiles)), column_tiles)
+
+
+def pairs_of(gemm: Gemm, load: Load, tile: Tile) -> tuple[np.ndarray, np.ndarray]:
+    """As items_of, for pairs of blocks: the products of each [items, 2], and whether both multiply
+    by the same B. A block without a tile has 0 products, and the B of the other.
+    """
+    tiles = [
+        (p, i) for i, g in enumerate(sorted(load.groups, reverse=True)) for p in row_products(g)
+    ]
+    tiles += [(0, tiles[-1][1])] * (len(tiles) % 2)
+    pairs = np.array(tiles, dtype=np.int64).reshape(-1, 2, 2)
+    columns = -(-gemm.columns // tile.columns)
+    order = np.concatenate(list(bands(len(pairs), columns, BAND // 2)))
+    return pairs[order, :, 0], (pairs[:, 0, 1] == pairs[:, 1, 1])[order]
+
+
+def epilogue_bytes(gemm: Gemm, load: Load) -> int:
+    """What a product reads and writes beside its operands."""
+    if gemm.makes_weights:
+        return work.ELEMENT * len(load.groups) * gemm.columns * gemm.length
+    lines = load.touched if gemm.name in GATHERS else load.rows
+    residents = sum(1 for group in load.groups if group)
+    return gemm.bytes - work.ELEMENT * (lines + residents * gemm.columns) * gemm.length
 
 
 def predict(
     model: Model, gemm: Gemm, load: Load, tile: Tile, chip: Chip, kernels: Kernels = CURRENT
 ) -> Prediction:
+    # Long: one step after the other, each with names of the steps before.
     # Gate and up columns are both sums; the result has half of the columns.
-    products, slices = items_of(gemm, load, tile)
     epilogue = kernels.epilogues[gemm.epilogue, model.gates]
     gathers = GATHERS.get(gemm.name, "")
+    if tile.sharing > 1:
+        of_block, shares = pairs_of(gemm, load, tile)
+        slices = np.full(len(of_block), -(-gemm.length // DEPTH))
+    else:
+        products, slices = items_of(gemm, load, tile)
+        of_block, shares = products[:, None], np.ones(len(products), dtype=bool)
+    products = of_block.max(1)  # blocks of a pair work in step
+    alone_tile = replace(tile, sharing=1)
     cycles = {p: tile.slice_cycles(chip, p, gathers, kernels) for p in (1, 2)}
-    loop_of = np.array([0.0, *(max(cycles[p].values()) for p in (1, 2))])
-    tensor_of = np.array([0.0, *(cycles[p]["tensor"] for p in (1, 2))])
-    loops = loop_of[products] * slices
-    tensor = tensor_of[products] * slices
+    cycles_alone = {p: alone_tile.slice_cycles(chip, p, gathers, kernels) for p in (1, 2)}
+    of = lambda kind, cycles: np.array([0.0, *(kind(cycles[p]) for p in (1, 2))])
+    longest = lambda limits: max(limits.values())
+    loops = np.where(shares, of(longest, cycles)[products], of(longest, cycles_alone)[products])
+    loops = loops * slices
+    tensor = of(lambda c: c["tensor"], cycles)[of_block].mean(1) * slices
     strips = products * PRODUCT_ROWS // STRIP_ROWS * (tile.columns // STRIP_COLUMNS)
-    if tile.kernel == "ping_pong":
+    if tile.kernel != "cooperative":
         alone = strips / GROUP_WARPS * epilogue.total
-        shared_of = np.array([0.0, *(cycles[p]["shared"] for p in (1, 2))])
+        shared_of = of(lambda c: c["shared"], cycles)
         shared = shared_of[products] * slices + strips * epilogue.bytes / chip.shared_per_clock
         times = np.maximum.reduce(
             [loops + inputs.TURN_CLOCKS, (loops + alone + inputs.TURN_CLOCKS) / 2, shared]
@@ -177,10 +223,11 @@ def predict(
     else:  # each warpgroup has a half of the rows, the first one always
         own = strips / np.maximum(products, 1) / GROUP_WARPS
         times = loops + own * epilogue.total + inputs.TURN_CLOCKS
-    blocks = np.zeros(-(-len(times) // chip.processors) * chip.processors)
+    clusters = chip.processors // tile.sharing
+    blocks = np.zeros(-(-len(times) // clusters) * clusters)
     blocks[: len(times)] = times
-    work_of_block = blocks.reshape(-1, chip.processors).sum(0)
-    busy = tensor.sum() / chip.processors / work_of_block.max()
+    work_of_block = blocks.reshape(-1, clusters).sum(0)
+    busy = tensor.sum() / clusters / work_of_block.max()
     clock = chip.clock_at(busy)
     compute = work_of_block.max() / clock
     waiting = memory_wait(gemm, load, tile, products, times / chip.processors / clock, chip)
@@ -194,6 +241,12 @@ def predict(
     groups = [along] if along else load.groups
     multiplied = sum(-(-group // PRODUCT_ROWS) * PRODUCT_ROWS for group in groups)
     whole = -(-gemm.columns // tile.columns) * tile.columns
+    # A block without a tile asks for its half of B.
+    asked = np.where(shares, tile.slice_bytes(), alone_tile.slice_bytes())
+    asked = (asked * slices * tile.sharing).sum()
+    l2_clocks = np.where(shares, cycles[2]["L2"], cycles_alone[2]["L2"]) * slices * tile.sharing
+    beside = epilogue_bytes(gemm, load)
+    l2_clocks = l2_clocks.sum() + beside / chip.l2_per_clock
     return Prediction(
         gemm,
         tile,
@@ -205,6 +258,8 @@ def predict(
         waves=work_of_block.mean() / work_of_block.max(),
         seconds=seconds,
         fraction=gemm.flops / seconds / chip.peak,
+        l2_bytes=float(asked + beside),
+        l2=float(l2_clocks / chip.processors / clock / seconds),
     )
 
 
@@ -220,6 +275,7 @@ def memory_wait(
         of_group = seconds.reshape(len(ranked), -1).sum(1)
     else:
         of_products = {p: float(seconds[products == p][0]) for p in set(products.tolist())}
+        of_products.setdefault(1, of_products.get(2, 0.0))  # beside a longer one
         columns = -(-gemm.columns // tile.columns)
         of_group = np.array(
             [columns * sum(of_products[p] for p in row_products(group)) for group in ranked]

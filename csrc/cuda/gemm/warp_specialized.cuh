@@ -61,6 +61,18 @@ struct Turns {
   }
 };
 
+// Says for the warp that it is done with a stage, to all blocks that load into it.
+template <class Shape>
+__device__ void give_back(const Barriers& barriers, int stage) {
+  const unsigned lane = threadIdx.x % kWarp;
+  if (lane >= Shape::kBlocks) return;
+  if constexpr (Shape::kBlocks == 1) {
+    mbarrier_arrive(barriers.empty + stage);
+  } else {
+    remote_arrive(remote_shared(barriers.empty + stage, lane));
+  }
+}
+
 // Multiplies all slices of a tile; acc[p] are the sums of rows 64 * (first + p) and on. look_ahead() is
 // called at the beginning of this consumer's turn: one main loop before its epilogue.
 template <int kProducts, class Shape, class LookAhead>
@@ -70,20 +82,12 @@ __device__ void multiply_slices(float (&acc)[Shape::kProducts][Shape::kN / 2], i
                                 const LookAhead& look_ahead) {
   using A = Slices<Shape::Problem::kMajorA>;
   using B = Slices<Shape::Problem::kMajorB>;
-  // A lane for each block that waits for the stage.
-  const int lane = threadIdx.x % kWarp;
-  const bool speaks = lane < Shape::kBlocks;
   int before = -1;  // stage of the slice before
   // One lane arrives for its warp after all lanes have seen the slice arrive; a late lane could otherwise
   // miss a whole round of the ring. Products keep the lanes converged; without products they may diverge.
   const auto let_go = [&] {
     if constexpr (kProducts == 0) __syncwarp();
-    if (before < 0 || !speaks) return;
-    if constexpr (Shape::kBlocks == 1) {
-      mbarrier_arrive(barriers.empty + before);
-    } else {
-      remote_arrive(remote_shared(barriers.empty + before, unsigned(lane)));
-    }
+    if (before >= 0) give_back<Shape>(barriers, before);
   };
   if (Shape::kPingPong) turns.begin();
   look_ahead();
@@ -118,6 +122,21 @@ __device__ void multiply_slices(float (&acc)[Shape::kProducts][Shape::kN / 2], i
     for (int p = 0; p < kProducts; ++p) warpgroup_fence(acc[p]);
   }
   let_go();
+}
+
+// Lets the slices of a tile without rows pass.
+template <class Shape>
+__device__ void pass_slices(int slices, const Barriers& barriers, const Turns& turns,
+                            Ring<Shape::kStages>& ring) {
+  if (Shape::kPingPong) turns.begin();
+#pragma unroll 1
+  for (int slice = 0; slice < slices; ++slice) {
+    mbarrier_wait(barriers.full + ring.stage, ring.phase);
+    __syncwarp();  // all lanes have seen it
+    give_back<Shape>(barriers, ring.stage);
+    ring.next();
+  }
+  if (Shape::kPingPong) turns.hand_over();
 }
 
 template <class Shape, class Schedule>
@@ -168,7 +187,7 @@ __device__ void consume(const typename Shape::Problem& problem, const Schedule& 
       multiply_slices<kProducts - 1, Shape>(acc, first, slices, shared, barriers, turns, ring,
                                             look_ahead);
     } else {
-      multiply_slices<0, Shape>(acc, first, slices, shared, barriers, turns, ring, look_ahead);
+      pass_slices<Shape>(slices, barriers, turns, ring);
     }
 #pragma unroll
     for (int strip = 0; strip < kProducts * kStrips; ++strip) {

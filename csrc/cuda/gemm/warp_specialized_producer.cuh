@@ -74,11 +74,6 @@ class OrderedRows {
   using P = Params<typename Shape::Problem>;
   __device__ void begin(const P&, const Work&) {}
   __device__ void fill(const P& params, const Work& work, int64_t sum, const Stage<Shape>& stage) {
-    if (Shape::kBlocks > 1 && work.row == work.row_end) {
-      mbarrier_arrive_expect(stage.full, Shape::kBytesB);
-      load_b(params, work, sum, stage);
-      return;
-    }
     mbarrier_arrive_expect(stage.full, Shape::kStageBytes);
     tensor_load(stage.a, &params.a, stage.full, int(sum), int(work.row), 0);
     load_b(params, work, sum, stage);
@@ -162,12 +157,18 @@ __device__ void produce(const Params<typename Shape::Problem>& params, const Sch
        item += items_apart<Shape>()) {
     Loader loader;
     loader.begin(params, work);
-    for (int64_t sum = work.sum_begin; sum < work.sum_end; sum += kDepth) {
+    const auto fill = [&](int64_t sum) {
       mbarrier_wait(barriers.empty + ring.stage, ring.phase ^ 1);
       loader.fill(
           params, work, sum,
           Stage<Shape>{shared + ring.stage * Shape::kStageBytes, barriers.full + ring.stage});
       ring.next();
+    };
+    if constexpr (Shape::kBlocks == 1) {
+      for (int64_t sum = work.sum_begin; sum < work.sum_end; sum += kDepth) fill(sum);
+    } else {  // there are two ways to load: not many times over
+#pragma unroll 1
+      for (int64_t sum = work.sum_begin; sum < work.sum_end; sum += kDepth) fill(sum);
     }
   }
 }
