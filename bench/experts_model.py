@@ -342,8 +342,8 @@ def compared_table(path: Path, chip: Chip, markdown: bool) -> str:
 
 @dataclass(frozen=True)
 class Counted:
-    """Of a launch under the profiler: seconds, the part of them in which tensor cores were busy, and
-    of L2's rate.
+    """Of a launch under the profiler: seconds, the part in which tensor cores were busy, and of
+    the rate of L2.
     """
 
     seconds: float

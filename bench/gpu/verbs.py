@@ -32,11 +32,20 @@ def forced(tile: str, run: Callable[[], Any]) -> Callable[[], Any]:
     return call
 
 
-def tiles_for(case: Case) -> list[str]:
-    """Those of other architectures are slow here: with few tokens only."""
+def tiles_for(case: Case, gemm: work.Gemm) -> list[str]:
+    """Those that the product can take. Those of other architectures are slow here: with few tokens
+    only.
+    """
+
+    def is_taken(name: str) -> bool:
+        os.environ[FORCED] = name
+        return _C.expert_tile(gemm.verb, "bfloat16", gemm.columns, gemm.terms, True) == name
+
     names = [tile["name"] for tile in _C.expert_tiles()]
     few = case.tokens <= 4096 and case.routing == "balanced"
-    return [name for name in names if few or not name.startswith("multistage")]
+    found = [n for n in names if (few or not n.startswith("multistage")) and is_taken(n)]
+    os.environ[FORCED] = ""
+    return found
 
 
 def error_of(verbs: cases.Verbs, name: str, wanted: cases.Outputs) -> float:
@@ -54,7 +63,7 @@ def measure_verb(
     gemm = work.gemms(case.model, verbs.inputs.load)[name]
     task = bench_experts.Task([gemm], forced("", ours))
     errors = {}
-    for tile in ("", *tiles_for(case)):
+    for tile in ("", *tiles_for(case, gemm)):
         os.environ[FORCED] = tile
         errors[tile or "chosen"] = error_of(verbs, name, wanted)
         results.check(f"{case} {name} {tile}", errors[tile or "chosen"])
