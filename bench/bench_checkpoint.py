@@ -1,11 +1,12 @@
-"""Checkpoints: how long training waits for one, compared with a round and with a blocking write.
+"""How long training waits for an asynchronous checkpoint, compared with a round and with a blocking
+checkpoint.
 
     pytest bench -k checkpoint --benchmark-only
 
-One site with the whole model, on this machine's disk. The floor of the wait for copies is the bytes
-over the bandwidth of a copy in memory; it overlaps a forward and a backward pass that take longer.
-The floor of writing is the bytes over the rate at which one file of the same size is written and
-synced to the same disk. All are measured in turn; figures are medians.
+One site trains the whole model and writes to this machine's disk. The wait is compared with a copy
+in memory of as many bytes; it can be shorter, because the copy overlaps with a forward and a
+backward pass. The blocking checkpoint is compared with writing and syncing one file of the same
+size. All are measured in turn; figures are medians.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from fomoe_ext.train.site import TrainingSite
 DEVICE = "cuda" if native.cuda_loaded else "cpu"
 ROUNDS = 3
 WANTED_SHARE = 0.02
-"""Training should wait for a checkpoint for less than so much of a round."""
+"""Target: training waits for a checkpoint for less than this fraction of a round."""
 JOB = ("--sites", "1", "--replication", "1", "--rounds", "1000", "--no-tensorboard")
 CASES = {
     "tiny, 4 local steps": ("--local-steps", "4"),
@@ -72,24 +73,25 @@ def train_a_round(site: TrainingSite) -> None:
 
 
 def write_one_file(path: Path, content: bytes) -> None:
-    """As many bytes in one file, synced: what the disk does at best."""
+    """Writes and syncs one file: the best that the disk can do."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
-def behind(site: TrainingSite) -> dict[str, float]:
-    """A checkpoint during a round: seconds that training waits, of the round, until it is whole.
+def checkpoint_during_round(site: TrainingSite) -> dict[str, float]:
+    """Trains a round while a checkpoint is written.
 
-    "with": of the whole round, with all that the checkpoint does meanwhile and the waits.
+    Seconds: "wait", that training waited; "with", of the round including these waits; "whole", from
+    the start until the checkpoint was complete.
     """
     begin, before = time.perf_counter(), site.tally.checkpoint_s
     start = seconds_of(lambda: site.checkpoints.start(site.tally.steps))
     disturbed = seconds_of(lambda: train_a_round(site))
     wait = site.tally.checkpoint_s - before
     outcome = None
-    while outcome is None:  # asked after every round in a job
+    while outcome is None:  # a job polls after every round
         pause = time.perf_counter()
         outcome = site.checkpoints.poll()
         last = time.perf_counter() - pause
@@ -100,9 +102,9 @@ def behind(site: TrainingSite) -> dict[str, float]:
 
 
 def measure(site: TrainingSite, folder: Path) -> dict[str, Any]:
-    """Medians of all, in turn, and the bytes of a checkpoint."""
+    """Bytes of a checkpoint, and the median seconds of everything, measured in turn."""
     train_a_round(site)
-    first = behind(site)  # fills memory that the next ones have
+    first = checkpoint_during_round(site)  # allocates memory that later ones reuse
     path = site.checkpoints.save(site.tally.steps).path
     files = ckpt.read_manifest(path).files.values()
     size = sum(entry.size for entry in files)
@@ -111,7 +113,7 @@ def measure(site: TrainingSite, folder: Path) -> dict[str, Any]:
     target = torch.empty_like(source)
     found: dict[str, list[float]] = {}
     for _ in range(ROUNDS):
-        once = {"round": seconds_of(lambda: train_a_round(site)), **behind(site)}
+        once = {"round": seconds_of(lambda: train_a_round(site)), **checkpoint_during_round(site)}
         once["at_once"] = seconds_of(lambda: site.checkpoints.save(site.tally.steps))
         once["copy"] = seconds_of(lambda: target.copy_(source))
         once["disk"] = seconds_of(lambda: write_one_file(folder / "file", content))
@@ -124,22 +126,22 @@ def measure(site: TrainingSite, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_checkpoint(benchmark: Any, tmp_path: Path, case: str) -> None:
-    """One job: what its checkpoints cost, behind the training and at once."""
+    """What the checkpoints of one job cost, during training and as a blocking write."""
     watch, load = machine.Watch(DEVICE), outer_cases.load()
     site = make_site(tmp_path, CASES[case])
     found = measure(site, tmp_path)
-    benchmark.pedantic(lambda: behind(site), rounds=1)
+    benchmark.pedantic(lambda: checkpoint_during_round(site), rounds=1)
     result = {"case": case, "load": load, **found}
     benchmark.extra_info.update(result, machine=watch.facts())
     results.append(result)
 
 
 def table_of(found: list[dict[str, Any]]) -> Table:
-    right = ("MB", "round ms", "waits ms", "of a round", "first ms", "of copy", "with it")
+    right = ("MB", "round ms", "wait ms", "of a round", "first wait ms", "copy/wait", "round with")
     table = columns(
         "checkpoints: how long training waits",
         ("job",),
-        (*right, "whole after", "at once ms", "of disk"),
+        (*right, "complete after ms", "blocking ms", "of disk"),
     )
     for r in found:
         share = r["wait_seconds"] / r["round_seconds"]
@@ -166,12 +168,14 @@ def show(console: Console) -> None:
     console.print(table_of(results))
     rates = [r["bytes"] / r["disk_seconds"] / 1e6 for r in results]
     console.print(
-        f"* misses the target: under {WANTED_SHARE:.0%} of a round. Waits: what is no tensor, "
-        "copies that are not done when the first backward pass is, and index, manifest and name at "
-        "the end; of the first one, which fills new memory; of copy: the time of a copy in memory, "
-        "over the wait. With it: a round with a checkpoint, all of it, over one without. At once: "
-        f"without async_checkpoints (x = over waits). {DEVICE}, one site; disk "
-        f"{min(rates):.0f} to {max(rates):.0f} MB/s. Medians of {ROUNDS}."
+        f"* misses the target, less than {WANTED_SHARE:.0%} of a round. wait: training waits for "
+        "state that is not a tensor, for copies that are not done after the first backward pass, "
+        "and for the index, the manifest and the renaming at the end. first wait: of the first "
+        "checkpoint, which allocates memory. copy/wait: the time of a copy in memory over the "
+        "wait. round with: the time of a round with a checkpoint over one without. blocking: "
+        "without async_checkpoints (x = over wait). of disk: the time of writing one file over "
+        f"that of the blocking checkpoint. {DEVICE}, one site; disk {min(rates):.0f} to "
+        f"{max(rates):.0f} MB/s. Medians of {ROUNDS}."
     )
     if line := load_line(results[:1]):
         console.print(line)

@@ -1,11 +1,11 @@
-"""Dispatch inside a site: volume and time of one layer's exchange, with slots skipped and without.
+"""Dispatch between the ranks of a site: bytes and time of a layer, with and without skipped slots.
 
     pytest bench -k dispatch --benchmark-only
 
-Where the router prefers some experts: hot ones side by side in chunks, against the spread by load.
-Every case starts its ranks by `python -m fomoe_ext.link`; they (dispatch_site.py) measure all ways
-in turn. What pytest-benchmark times is the whole case; the figures are in extra_info and in the
-table.
+A second benchmark has a router that prefers some experts, with neighbouring ids. It compares chunks
+of neighbouring experts per rank with experts spread by their load. Each case starts its ranks with
+`python -m fomoe_ext.link`; they run dispatch_site.py, which measures all methods in turn.
+pytest-benchmark times the whole case; the figures are in extra_info and in the tables.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _run(benchmark: Any, folder: Path, ranks: int, *arguments: str) -> dict[str,
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_dispatch(benchmark: Any, tmp_path: Path, ranks: int) -> None:
-    """All ways and shares of skipped slots, one number of ranks."""
+    """All methods and fractions of skipped slots, for one number of ranks."""
     result = _run(benchmark, tmp_path, ranks)
     for case in result["cases"]:
         sent = {way: facts["bytes_sent"] for way, facts in case["ways"].items()}
@@ -50,7 +50,7 @@ def test_dispatch(benchmark: Any, tmp_path: Path, ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_dispatch_skewed(benchmark: Any, tmp_path: Path, ranks: int) -> None:
-    """Hot experts adjacent by id: the default chunks against the spread by measured load."""
+    """Popular experts with neighbouring ids: chunks, the default, against a spread by load."""
     result = _run(benchmark, tmp_path, ranks, "--skewed")
     cuts = result["cases"][0]["cuts"]
     chunks, spread = (cuts[cut]["largest_rows_over_mean"] for cut in ("chunks", "spread"))
@@ -59,8 +59,8 @@ def test_dispatch_skewed(benchmark: Any, tmp_path: Path, ranks: int) -> None:
 
 
 def dispatch_table(found: list[dict[str, Any]]) -> Table:
-    title = "dispatch inside a site, one layer, forward + backward; a rank's MB sent; x = over ours"
-    right = ("skipped", "MB", "exchange ms", "of link", "layer ms", "of floors", "dropped")
+    title = "dispatch inside a site, one layer, forward + backward; x = over ours"
+    right = ("skipped", "MB sent", "exchange ms", "of link", "layer ms", "of floors", "dropped")
     table = columns(title, ("ranks", "rows sent"), right)
     for result in found:
         for case in result["cases"]:
@@ -71,9 +71,9 @@ def dispatch_table(found: list[dict[str, Any]]) -> Table:
 
 
 def skewed_table(found: list[dict[str, Any]]) -> Table:
-    title = "hot experts side by side, one layer, forward + backward; x = over chunks"
-    right = ("hottest", "largest rows / mean", "MB", "layer ms", "busiest CPU ms", "of floors")
-    table = columns(title, ("ranks", "experts by"), right)
+    title = "popular experts with neighbouring ids, one layer, forward + backward; x = over chunks"
+    right = ("most popular", "most rows / mean", "MB", "layer ms", "busiest CPU ms", "of floors")
+    table = columns(title, ("ranks", "experts in"), right)
     for result in found:
         for case in result["cases"]:
             chunks = case["cuts"]["chunks"]
@@ -124,17 +124,17 @@ def show(console: Console) -> None:
     if results:
         console.print(dispatch_table(results))
         console.print(
-            f"{_conditions(results)} Floors: bytes over the rate of an all_to_all of equal parts, "
-            "experts' FLOPs of rows not padded over the rate of torch.matmul, by all ranks at "
-            f"once: {_speeds(results)}. Unskipped: all slots travel. Padded: capacity 1.25, plain "
-            "torch."
+            f"{_conditions(results)} MB sent: by one rank. Floors: bytes over the rate of an "
+            "all_to_all of equal parts, and FLOPs of the experts without padding over the rate of "
+            f"torch.matmul, with all ranks busy: {_speeds(results)}. unskipped: all slots are "
+            "sent. padded: plain torch, capacity 1.25; dropped: slots beyond the capacity."
         )
     if skewed_results:
         console.print(skewed_table(skewed_results))
         console.print(
-            f"{_conditions(skewed_results)} Hottest: share of all slots. MB: of the rank that "
-            "sends most. Floors as above, of rows shared out evenly: "
-            f"{_speeds(skewed_results)}. Spread: by the load of other tokens."
+            f"{_conditions(skewed_results)} most popular: the fraction of all slots that chose "
+            "this expert. MB: of the rank that sends most. Floors: as above, if all ranks had "
+            f"equally many rows: {_speeds(skewed_results)}. spread: by the load of other tokens."
         )
     if line := load_line((results or skewed_results)[:1]):
         console.print(line)
@@ -143,7 +143,8 @@ def show(console: Console) -> None:
 def _conditions(found: list[dict[str, Any]]) -> str:
     first = found[0]
     return (
-        f"{first['shape']} tokens of each rank, fp32, {first['threads']} thread(s) per rank of 2."
+        f"{first['shape']} (tokens per rank x hidden x expert, top-k/experts), fp32, "
+        f"{first['threads']} thread(s) per rank with {first['ranks']} ranks."
     )
 
 

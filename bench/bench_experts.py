@@ -1,11 +1,12 @@
-"""The expert layer, forward and backward, against ways to compute it in plain torch, on the CPU.
+"""The experts of a layer, forward and backward, against plain torch, on the CPU and on a GPU.
 
-Routing is given. Ours is compact, expand, contract, combine and their backward; the rivals sort or
-search the slots themselves too.
+Routing is given. Ours runs compact, expand, contract, combine and their backward passes; the rivals
+also include sorting or searching the slots.
 
-On a GPU: each grouped product and the whole layer at the sizes of real models, against a dense
-product of as many FLOPs and against other packages where they are installed. Floors: FLOPs over the
-rate of a dense bf16 product, bytes over that of a copying kernel, both measured in the same run.
+On a GPU the sizes are those of real models: each grouped GEMM and the whole layer, against a dense
+GEMM of as many FLOPs and against other packages if they are installed. Lower bounds on time
+("floors"): FLOPs over the rate of a dense bf16 GEMM, and bytes over the rate of a copying kernel,
+both measured in the same run.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ def our_experts(
     expand_weight: Tensor,
     contract_weight: Tensor,
 ) -> Tensor:
-    """Arguments and result as `rivals.loop_experts`."""
+    """Same arguments and result as `rivals.loop_experts`."""
     table = ops.compact(experts, resident_index, expand_weight.shape[0])
     return ops.moe_experts(x, weights, table, expand_weight, contract_weight)
 
 
 def forward_backward(layer: Layer, problem: Problem) -> tuple[Tensor, ...]:
-    """y and its gradients to x, the combine weights and both expert weights."""
+    """y and the gradients of x, the routing weights and both expert weights."""
     y = layer(
         problem.x,
         problem.weights,
@@ -116,38 +117,38 @@ TASKS = (
     "forward_backward",
     "layer",
 )
-DENSE = {"cuda": 8192, "cpu": 256}  # of the square product whose rate stands for the machine
+DENSE = {"cuda": 8192, "cpu": 256}  # size of the square matmul that gives the rate of the machine
 DTYPE = torch.bfloat16
 
 
 @dataclass
 class Task:
-    """What one benchmark times: ours, rivals of the same result, and ours in other ways."""
+    """What one benchmark times: ours, rivals with the same result, and variants of ours."""
 
     kernels: list[work.Kernel]
     ours: Call
     rivals: dict[str, Call] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)  # what could not run, and why
-    others: dict[str, Call] = field(default_factory=dict)  # in a graph; with fewer residents
+    others: dict[str, Call] = field(default_factory=dict)  # variants: CUDA graph, fewer residents
     facts: dict[str, Any] = field(default_factory=dict)
 
     def add_rival(self, name: str, make: Callable[[], Call], wanted: Sequence[Tensor]) -> None:
-        """Adds the rival if it runs here and its result is right."""
+        """Adds the rival if it runs here and its result equals `wanted`."""
         try:
             call = make()
             common.assert_same(call(), wanted, DTYPE)
         except AssertionError:
-            self.absent[name] = "its result is another one"
+            self.absent[name] = "its result differs"
         except rivals.Absent as reason:
             self.absent[name] = str(reason)
-        except Exception as error:  # the rival's code may raise anything; the result names it
+        except Exception as error:  # other packages may raise anything; it is recorded
             self.absent[name] = f"{type(error).__name__}: {error}"[:200]
         else:
             self.rivals[name] = call
 
 
 def verb_task(inputs: cases.Inputs, name: str) -> Task:
-    """One grouped product, all experts resident."""
+    """One grouped GEMM, all experts resident."""
     verbs = cases.Verbs(inputs)
     wanted = verbs.theirs(name, rivals.LoopProducts())
     common.assert_same(verbs.our_rows(name), wanted, DTYPE)
@@ -158,7 +159,7 @@ def verb_task(inputs: cases.Inputs, name: str) -> Task:
 
 
 def experts_task(inputs: cases.Inputs, backward: bool) -> Task:
-    """compact and moe_experts; all, half and a quarter of the experts resident."""
+    """compact and moe_experts, with all, half and a quarter of the experts resident."""
 
     def call(layer: Callable[[cases.Inputs], Tensor], inputs: cases.Inputs = inputs) -> Call:
         return cases.with_mode(layer, inputs, backward)
@@ -179,7 +180,7 @@ def experts_task(inputs: cases.Inputs, backward: bool) -> Task:
 
 
 def layer_task(inputs: cases.Inputs) -> Task:
-    """MoELayer forward and backward, router and all."""
+    """MoELayer forward and backward, with its router."""
     layers = cases.make_layers(inputs)
     loop = rivals.routed(rivals.loop_experts, *layers.router)
     wanted = replace(layers, theirs=loop).run_theirs()
@@ -195,7 +196,7 @@ def layer_task(inputs: cases.Inputs) -> Task:
 
 
 def add_parts(task: Task, inputs: cases.Inputs, call: Callable[[cases.Inputs], Call]) -> None:
-    """Ours with fewer residents, and in a graph."""
+    """Adds variants: with fewer resident experts, and replayed from a CUDA graph."""
     shares = {}
     for name, parts in work.PARTS.items():
         if parts > 1:
@@ -206,15 +207,15 @@ def add_parts(task: Task, inputs: cases.Inputs, call: Callable[[cases.Inputs], C
     if inputs.x.is_cuda:
         try:
             task.others["graph"] = common.captured(task.ours)
-        except RuntimeError as error:  # the other figures are still measured
+        except RuntimeError as error:  # everything else can still be measured
             torch.cuda.synchronize()
             task.absent["replay in a graph"] = str(error)[:200]
 
 
 def memory_of(ours: Call, theirs: Call, inputs: cases.Inputs) -> dict[str, dict[str, int | None]]:
-    """Bytes kept for the backward, and at the peak of both passes, of ours and of the composition.
+    """Bytes that are kept for the backward, and peak bytes of both passes, of ours and grouped_mm.
 
-    The peak is also stated without the gradients of the expert weights, which both return.
+    The peak is also given without the gradients of the expert weights, which both return.
     """
     grads = sum(t.nbytes for t in inputs.parameters if t is not None)
     found: dict[str, dict[str, int | None]] = {}
@@ -239,7 +240,7 @@ def make_task(inputs: cases.Inputs, name: str) -> Task:
 def measure(
     task: Task, device: str, copy_rate: float, rounds: int = common.INTERLEAVED_ROUNDS
 ) -> dict[str, Any]:
-    """Times all of it in turn; what goes into `extra_info`."""
+    """Times all calls of the task in turn. Returns the figures for `extra_info`."""
     size = DENSE[device]
     square = torch.randn(size, size, device=device, dtype=DTYPE)
     calls = {"ours": task.ours, "square": lambda: square @ square}
@@ -276,7 +277,7 @@ def measure(
 
 
 def tiles_of(task: Task, hopper: bool) -> dict[str, str]:
-    """The tile that each grouped product runs with."""
+    """The tile that each grouped GEMM uses."""
     return {
         kernel.name: _C.expert_tile(
             kernel.verb, common.dtype_name(DTYPE), kernel.columns, kernel.terms, hopper
@@ -287,7 +288,8 @@ def tiles_of(task: Task, hopper: bool) -> dict[str, str]:
 
 
 class Held:
-    """The inputs of the last benchmark: the next mostly needs the same, and two do not fit."""
+    """Caches the inputs of the last benchmark: the next one mostly needs the same, and memory may
+    not hold two."""
 
     key: tuple[work.Model, int, str] | None = None
     inputs: cases.Inputs | None = None
@@ -308,8 +310,8 @@ class Held:
         return cls.inputs
 
 
-@pytest.mark.skipif(not native.cuda_loaded, reason="torch sees no GPU, or the library is without")
-@pytest.mark.parametrize("task_name", TASKS)  # the first changes first: inputs are made once
+@pytest.mark.skipif(not native.cuda_loaded, reason="there is no GPU, or no CUDA kernels are built")
+@pytest.mark.parametrize("task_name", TASKS)  # varies fastest, so that inputs are reused
 @pytest.mark.parametrize("routing", work.ROUTINGS)
 @pytest.mark.parametrize("tokens", work.TOKENS)
 @pytest.mark.parametrize("model", work.MODELS, ids=lambda model: model.name)

@@ -1,8 +1,9 @@
-"""A converted MoE block of transformers, forward and backward, against eager and grouped_mm blocks.
+"""A converted MoE block of transformers, forward and backward, against transformers' own eager and
+grouped_mm implementations.
 
-All three have the same weights in memory and the same input. Floors: the experts' FLOPs over the
-rate of a dense matmul, and the bytes of weights, read twice, and of their gradients, written once,
-over the bandwidth of a copy.
+All three share their weights and get the same input. Lower bounds on time ("floors"): the experts'
+FLOPs over the rate of a dense matmul, and the bytes of the weights (read twice) and their gradients
+(written once) over the bandwidth of a copy.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ ROUNDS = 3
 
 
 class Case(NamedTuple):
-    """Sizes of a block: OLMoE's (2048, 1024), or the same proportions at a part of its width."""
+    """Sizes of a block: those of OLMoE (2048, 1024), or a narrower one of the same proportions."""
 
     name: str
     hidden_size: int
@@ -43,7 +44,7 @@ class Case(NamedTuple):
         return f"{self.name}-{self.tokens}"
 
 
-# Eager blocks take so long because every expert's weight gradient is a stack of all experts'.
+# Eager blocks are slow: the gradient of each expert's slice is as large as the whole weight.
 CASES = (
     Case("OLMoE-half", 1024, 512, 64, 8, 512),
     Case("OLMoE-quarter", 512, 256, 64, 8, 2048),
@@ -51,7 +52,7 @@ CASES = (
 
 
 def make_block(case: Case, implementation: str) -> tuple[nn.Module, Any]:
-    """An OLMoE block of transformers with random weights, and its configuration."""
+    """An OLMoE block of transformers with random weights, and its config."""
     from transformers import OlmoeConfig
     from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
@@ -72,7 +73,7 @@ def make_block(case: Case, implementation: str) -> tuple[nn.Module, Any]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_hf_block(benchmark: Any, case: Case) -> None:
-    """Forward and backward of ours and of both implementations of transformers."""
+    """Forward and backward: ours, and both implementations of transformers."""
     block, config = make_block(case, "eager")
     model = nn.Module()
     model.config, model.mlp = config, block

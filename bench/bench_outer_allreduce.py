@@ -1,8 +1,10 @@
-"""The whole all-reduce in real processes, with slow links and without: ours by codec, and Gloo's.
+"""The all-reduce between sites, in real processes, with and without slow links: ours with each
+codec, and Gloo's.
 
-Every case starts its sites by `python -m fomoe_ext.link`, which says who shapes the link; the sites
-(outer_site.py) measure all methods in turn. What pytest-benchmark times is the whole case; the
-figures are in extra_info and in the tables. --full adds vectors of 256 MB and 1 GB, and more links.
+Each case starts its sites with `python -m fomoe_ext.link`, which reports how the link is made slow.
+The sites run outer_site.py, which measures all methods in turn. pytest-benchmark times the whole
+case; the figures are in extra_info and in the tables. --full adds vectors of 256 MB and 1 GB, and
+more links.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ SITE = Path(__file__).with_name("outer_site.py")
 
 
 def available_memory() -> int:
-    """Bytes that may still be taken; 0 where the system does not say."""
+    """Bytes of free memory; 0 if the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -30,7 +32,7 @@ def available_memory() -> int:
 
 
 def run_sites(case: LinkCase, folder: Path) -> dict[str, Any]:
-    """Starts the sites, waits for them, returns what site 0 found. RuntimeError when one fails."""
+    """Runs the sites and returns the results of site 0. RuntimeError when a site fails."""
     arguments = ("--numel", str(case.numel), "--rounds", str(case.rounds))
     return outer_cases.run_processes(
         SITE, case.sites, folder, *arguments, link=case.link, timeout_s=TIMEOUT_S
@@ -39,7 +41,7 @@ def run_sites(case: LinkCase, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", LINK_CASES, ids=str)
 def test_outer_allreduce(benchmark: Any, request: Any, tmp_path: Path, case: LinkCase) -> None:
-    """All methods, one number of sites, one link, one size."""
+    """All methods, for one number of sites, one link and one size."""
     if case.full and not request.config.getoption("--full"):
         pytest.skip("only with --full")
     if 0 < available_memory() < case.memory:

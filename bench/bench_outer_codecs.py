@@ -1,8 +1,8 @@
-"""Codecs of the outer all-reduce: encoding, adding up and both at once, and their errors.
+"""Codecs of the outer all-reduce: time of encoding, of summing, and of both in one kernel; errors.
 
-The floor of a verb is its least bytes over the bandwidth of a copy in the same rounds. Rivals use
-one scale per tensor or chunk, and the pass that finds it counts; they use plain torch ops where
-they have no fused operation.
+The lower bound on time ("floor") is the bytes that must be read and written over the bandwidth of a
+copy in the same rounds. Rivals have one scale per tensor or chunk; finding it is part of their
+time. Where a rival has no fused operation, plain torch ops do the rest.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ERROR_SITES, ERROR_ROWS, ERROR_WIDTH = 8, 1024, 1024
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("verb", VERBS)
 def test_outer_codec(benchmark: Any, verb: str, codec: str) -> None:
-    """One verb of one codec, 16M values; of four members where it adds up."""
+    """One verb of one codec with 16M values. Sums are over four members."""
     torch.cuda.empty_cache()
     work = Work.make(Codec(codec), NUMEL, DEVICE)
     rivals, absent = rivals_of(codec, DEVICE)
@@ -69,7 +69,7 @@ def deltas() -> Tensor:
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_outer_error_of_mean(benchmark: Any, codec: str) -> None:
-    """Relative L2 error of the mean of 8 sites: ours, without error feedback, and a ring's."""
+    """Relative L2 error of the mean of 8 sites without error feedback: ours and a ring's."""
     errors = benchmark.pedantic(lambda: mean_errors(Codec(codec), deltas()), rounds=1)
     benchmark.extra_info.update(errors, sites=ERROR_SITES)
     outer_cases.error_results.append({"codec": codec, **errors})

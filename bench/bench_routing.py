@@ -1,6 +1,6 @@
-"""route, compact and combine, each against the same in plain torch ops.
+"""route, compact and combine on the CPU, each against plain torch ops.
 
-These move bytes and do hardly any arithmetic: their floor is bytes over memory bandwidth.
+They do hardly any arithmetic, so their lower bound on time is bytes over memory bandwidth.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def measure(
     torch_ops: Callable[[], tuple[Tensor, ...]],
 ) -> None:
     common.assert_same(ours(), torch_ops(), case[1])
-    # Several calls a round: one takes less than a clock tick's worth of noise.
+    # Several calls per round, because one is too short to be timed well.
     calls = max(1, min(20, int(0.05 / common.seconds_of(torch_ops))))
 
     def repeat(run: Callable[[], Any]) -> None:
@@ -56,7 +56,7 @@ def measure(
 
 @CASES
 def test_route(benchmark: Any, shape: Shape) -> None:
-    """Sigmoid scores, top-k and the gradient to the logits."""
+    """Sigmoid scores, top-k and the gradient of the logits."""
     problem = common.make_problem(shape, torch.float32, "all")
     logits = problem.logits
     grad = torch.randn(shape.tokens, shape.top_k, generator=torch.Generator().manual_seed(1))
@@ -77,7 +77,7 @@ def test_route(benchmark: Any, shape: Shape) -> None:
 @pytest.mark.parametrize("residency", common.RESIDENCIES)
 @CASES
 def test_compact(benchmark: Any, shape: Shape, residency: str) -> None:
-    """Row tables from chosen experts; plain torch sorts."""
+    """Row tables from the chosen experts; the rival sorts with torch."""
     problem = common.make_problem(shape, torch.float32, residency)
 
     def ours() -> tuple[Tensor, ...]:
@@ -99,7 +99,7 @@ def test_compact(benchmark: Any, shape: Shape, residency: str) -> None:
 @pytest.mark.parametrize("dtype", common.DTYPES, ids=common.dtype_name)
 @CASES
 def test_combine(benchmark: Any, shape: Shape, dtype: torch.dtype, residency: str) -> None:
-    """The weighted sum per token, and the plain sum of row gradients that the backward takes."""
+    """The weighted sum per token, and the unweighted sum of row gradients in the backward pass."""
     problem = common.make_problem(shape, dtype, residency)
     generator = torch.Generator().manual_seed(2)
     slots = shape.tokens * shape.top_k

@@ -1,9 +1,9 @@
 """The kernels around the expert GEMMs at the sizes of real models: route, compact, gather, combine
-and its backward. On a GPU where there is one, else on the CPU with the smallest sizes.
+and its backward. On a GPU if there is one, else on the CPU with the smallest sizes.
 
-These move bytes: their floor is the least bytes over the bandwidth of a copy in the same run. The
-other floor, arithmetic over the rate of an fp32 matrix product, is stated beside it. Rivals: the
-same in plain torch ops and, on a GPU, those under torch.compile (Triton kernels of Inductor).
+They mostly move bytes: their lower bound on time ("floor") is the bytes that must be read and
+written over the bandwidth of a copy in the same run. A second one, FLOPs over the rate of an fp32
+matmul, is printed beside it. Rivals: plain torch ops and, on a GPU, the same under torch.compile.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ by_hidden = pytest.mark.parametrize("hidden", HIDDENS)
 
 
 class Timer:
-    """Times calls that take inputs in turn: on a GPU by events around a replayed graph."""
+    """Times calls that cycle through several inputs; on a GPU with events around a CUDA graph."""
 
     def __init__(self, calls: list[Callable[[], Any]]) -> None:
         self.calls = calls
@@ -71,7 +71,7 @@ class Timer:
         self.graph = graph
 
     def run(self) -> None:
-        """All calls once, until they are done."""
+        """Runs all calls once and waits for the device."""
         if self.graph is not None:
             self.graph.replay()
         else:
@@ -80,7 +80,7 @@ class Timer:
             torch.cuda.synchronize()
 
     def seconds(self) -> float:
-        """Of one call, from one pass over all of them."""
+        """Seconds of one call: the mean over one pass through all inputs."""
         if DEVICE == "cpu":
             return common.seconds_of(self._run_all) / len(self.calls)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -96,7 +96,7 @@ class Timer:
 
 @cache
 def copy_bandwidth() -> float:
-    """Bytes read and written per second by a large copy on the device, common.COPY_CALLS."""
+    """Bytes read and written per second by a large copy on the device (common.COPY_CALLS)."""
     source = torch.ones((1 << 30 if DEVICE == "cuda" else 1 << 27) // 4, device=DEVICE)
     target = torch.empty_like(source)
     timer = Timer([common.copying(source, target, DEVICE)])
@@ -105,7 +105,7 @@ def copy_bandwidth() -> float:
 
 @cache
 def compute_rate() -> float:
-    """FLOP/s of an fp32 matrix product on the device."""
+    """FLOP/s of an fp32 matmul on the device."""
     size = 4096 if DEVICE == "cuda" else 1024
     left, right = (torch.randn(size, size, device=DEVICE) for _ in range(2))
     timer = Timer([lambda: left @ right])
@@ -114,7 +114,7 @@ def compute_rate() -> float:
 
 @dataclass
 class Work:
-    """What a benchmark compares: each of the functions takes one of the input sets."""
+    """What a benchmark compares: functions that each take one of the input sets."""
 
     verb: str
     shape: str
@@ -173,8 +173,8 @@ def random_on_device(seed: int) -> Callable[..., Tensor]:
 
 
 def random_logits(tokens: int, experts: int, seed: int) -> Tensor:
-    """-4 .. 4 in random order for every token. No ties, neither in bfloat16 nor in the scores:
-    rivals break them differently.
+    """Values in -4 .. 4, in random order for each token. There are no ties, neither in bfloat16 nor
+    in the scores, because rivals break ties differently.
     """
     return random_on_device(seed)(tokens, experts).argsort(1) * (8 / experts) - 4
 
@@ -185,7 +185,7 @@ def random_logits(tokens: int, experts: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=common.dtype_name)
 @by_size
 def test_token_kernels_route(benchmark: Any, size: Size, dtype: torch.dtype) -> None:
-    """Sigmoid scores and the top-k, without gradient."""
+    """Sigmoid scores and their top-k, without gradient."""
     tokens, experts, top_k = size
 
     def theirs(logits: Tensor) -> tuple[Tensor, ...]:
@@ -236,7 +236,8 @@ def compacted(experts: Tensor, index: Tensor) -> ops.RowTable:
 
 
 def our_rows(experts: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """As `sorted_rows`. All of it is compared: a compiler drops what nobody takes."""
+    """Returns the same as `sorted_rows`. All outputs are compared, so that torch.compile cannot
+    remove one that is not used."""
     table = compacted(experts, index)
     return table.slot_of_row, table.offsets[1:]
 
@@ -262,7 +263,7 @@ def test_token_kernels_compact(benchmark: Any, size: Size) -> None:
 
 
 def test_token_kernels_route_and_compact(benchmark: Any) -> None:
-    """Both in one go at 4096 tokens: what they cost where launches count."""
+    """route and compact in turn with 4096 tokens, where kernel launches are a large part."""
     tokens, experts, top_k = 4096, 128, 8
     index = resident_half(experts)
 
@@ -305,7 +306,7 @@ def routing(size: Size) -> tuple[ops.RowTable, Tensor, Tensor, int]:
 @by_hidden
 @by_size
 def test_token_kernels_gather(benchmark: Any, size: Size, hidden: int) -> None:
-    """Rows from tokens, bfloat16; half the experts resident."""
+    """Rows from tokens, bfloat16; half of the experts resident."""
     tokens, _, top_k = size
     table, _, token_of_row, rows = routing(size)
     slots = tokens * top_k
@@ -357,7 +358,7 @@ def test_token_kernels_combine(benchmark: Any, size: Size, hidden: int) -> None:
 @by_hidden
 @by_size
 def test_token_kernels_combine_backward(benchmark: Any, size: Size, hidden: int) -> None:
-    """Gradients to rows and weights, bfloat16; half the experts resident."""
+    """Gradients of rows and weights, bfloat16; half of the experts resident."""
     tokens, _, top_k = size
     table, slots, token_of_row, rows = routing(size)
 

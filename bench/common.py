@@ -1,7 +1,7 @@
-"""Shared by the benchmarks: shapes, inputs, interleaved timing, and the limits of the machine.
+"""Shared by the benchmarks: shapes, inputs, interleaved timing, and rates of the machine.
 
-Only times taken within the same seconds are comparable: machines change their clock and run other
-work. So every round of a benchmark first times the rivals and a dense matmul, then ours.
+Machines change their clock and run other work, so only times taken close together can be compared.
+Every round of a benchmark therefore times the rivals and a dense matmul first, then ours.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fomoe_ext import ops
 
-DENSE_SIZE = 2048  # of the square matmul whose rate stands for the machine
+DENSE_SIZE = 2048  # size of the square matmul that gives the rate of the machine
 RIVAL_SECONDS = 2.5  # a rival that would take longer gets fewer tokens
-CASE_SECONDS = 12.0  # what the rounds of one case may take, but never fewer than MIN_ROUNDS
+CASE_SECONDS = 12.0  # time for all rounds of a case; there are at least MIN_ROUNDS
 MIN_ROUNDS, MAX_ROUNDS = 3, 7
 
 
@@ -73,17 +73,17 @@ class Problem:
 
     @property
     def leaves(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What gradients are taken to."""
+        """The tensors that need gradients."""
         return self.x, self.weights, self.expand_weight, self.contract_weight
 
     @property
     def flops(self) -> int:
-        """Of forward and backward: three products of the forward's size, gate, up and down."""
+        """FLOPs of forward and backward: three times those of the forward's gate, up and down."""
         return 3 * self.rows * 6 * self.shape.hidden * self.shape.expert
 
     @property
     def least_bytes(self) -> int:
-        """Inputs read once, results written once, pre-activations written and read once."""
+        """Bytes if inputs are read once, results written once, pre-activations once each."""
         size, s = self.x.element_size(), self.shape
         pre_activations = 2 * self.rows * 2 * s.expert * size
         tokens = 4 * self.x.numel() * size  # x, grad_y; y, grad_x
@@ -93,7 +93,7 @@ class Problem:
 def make_problem(
     shape: Shape, dtype: torch.dtype, residency: str, tokens: int | None = None
 ) -> Problem:
-    """Random inputs from a fixed seed; `tokens` keeps only the first so many."""
+    """Random inputs from a fixed seed; with `tokens` only the first so many tokens of them."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *sizes: torch.randn(*sizes, generator=generator)
     residents = shape.experts if residency == "all" else shape.experts // 2
@@ -132,35 +132,36 @@ def _dense_operands(dtype: torch.dtype, size: int) -> tuple[Tensor, Tensor]:
 
 
 def dense_rate(dtype: torch.dtype, size: int = DENSE_SIZE) -> float:
-    """FLOP/s of one square torch.matmul, just now."""
+    """FLOP/s of one square torch.matmul, measured now."""
     left, right = _dense_operands(dtype, size)
     return 2 * size**3 / seconds_of(lambda: left @ right)
 
 
 @cache
 def torch_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of torch.matmul in this dtype, once a run; small, as it may be 100 times too slow."""
+    """FLOP/s of torch.matmul in this dtype, measured once. The size is small because bf16 can be
+    100 times slower than fp32."""
     return max(dense_rate(dtype, 512) for _ in range(5))
 
 
 @cache
 def dense_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the dense matmul to compare with: this one, or fp32 where that is faster.
+    """The dtype of the dense matmul to compare with: this one, or fp32 if that is faster.
 
-    Without bf16 instructions torch's bf16 matmul is too slow to compare with.
+    On a CPU without bf16 instructions torch's bf16 matmul is too slow to compare with.
     """
     return max((dtype, torch.float32), key=torch_rate)
 
 
-# How bandwidth's ceiling is measured on each device, as results tell it.
+# The call that measures the bandwidth of each device; it is recorded with the results.
 COPY_CALLS = {"cuda": "torch.mul(source, 1, out=target)", "cpu": "target.copy_(source)"}
 
 
 def copying(source: Tensor, target: Tensor, device: str) -> Callable[[], Any]:
-    """A call that reads `source` and writes `target`, as fast as a kernel of the device can.
+    """A call that reads `source` and writes `target` as fast as a kernel can.
 
-    On a GPU this is not copy_, which becomes a copy node in a CUDA graph: 2.7 TB/s on an H200,
-    where a kernel moves 4.25 TB/s.
+    On a GPU it is not copy_, which becomes a copy node in a CUDA graph: on an H200 such a node
+    moves 2.7 TB/s, a kernel 4.25 TB/s.
     """
     if device == "cpu":
         return lambda: target.copy_(source)
@@ -169,15 +170,15 @@ def copying(source: Tensor, target: Tensor, device: str) -> Callable[[], Any]:
 
 @cache
 def memory_bandwidth() -> float:
-    """Bytes read and written per second by a copy of 256 MiB on the CPU, the median of five."""
+    """Bytes read and written per second by a copy of 256 MiB on the CPU: the median of five."""
     source = torch.ones(64 << 20)
     copy = copying(source, torch.zeros_like(source), "cpu")
     return median(2 * source.nbytes / seconds_of(copy) for _ in range(5))
 
 
 def affordable_tokens(problem: Problem, dtype: torch.dtype) -> int:
-    """All tokens, or where torch has no fast matmul of the dtype so many that a rival's pass takes
-    about RIVAL_SECONDS: fewer rows per expert would slow down a rival that is fast.
+    """How many tokens a rival computes: so many that a pass takes about RIVAL_SECONDS. If torch has
+    a fast matmul in this dtype, all of them, because fewer rows per expert would slow the rival.
     """
     if 8 * torch_rate(dtype) > torch_rate(torch.float32):
         return problem.shape.tokens
@@ -193,7 +194,7 @@ def affordable_tokens(problem: Problem, dtype: torch.dtype) -> int:
 def interleave(
     benchmark: Any, ours: Callable[[], Any], others: dict[str, Callable[[], float]]
 ) -> tuple[float, dict[str, float]]:
-    """Rounds of every other, then ours. Others return their own measure.
+    """Measures in rounds: each of `others` in turn, then ours. `others` return their own measure.
 
     Returns the median seconds of ours (0 with --benchmark-disable) and the medians of the others.
     """
@@ -215,11 +216,11 @@ def interleave(
 # ---- timing on any device ------------------------------------------------------------------------
 
 INTERLEAVED_ROUNDS = 9
-LEAST_SECONDS = 2e-3  # of one measurement on a GPU: shorter calls are repeated
+MIN_MEASURED_SECONDS = 2e-3  # on a GPU: shorter calls are repeated
 
 
 def device_seconds(run: Callable[[], Any], device: str, repeats: int = 1) -> float:
-    """Of one call among `repeats`: by events on a GPU, else by the clock on the wall."""
+    """Mean seconds of a call over `repeats`: by events on a GPU, else wall time."""
     if device == "cpu":
         return seconds_of(lambda: [run() for _ in range(repeats)]) / repeats
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -232,10 +233,10 @@ def device_seconds(run: Callable[[], Any], device: str, repeats: int = 1) -> flo
 
 
 def captured(run: Callable[[], Any]) -> Callable[[], Any]:
-    """Replays what `run` launches, as a CUDA graph. RuntimeError where it waits for the device."""
+    """A call that replays `run` from a CUDA graph. RuntimeError if `run` waits for the device."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # as capture wants it: warmed up, and on another stream
+    with torch.cuda.stream(stream):  # a capture needs a warm-up on another stream
         run()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
@@ -248,12 +249,12 @@ def captured(run: Callable[[], Any]) -> Callable[[], Any]:
 def interleaved_seconds(
     calls: dict[str, Callable[[], Any]], device: str, rounds: int = INTERLEAVED_ROUNDS
 ) -> dict[str, float]:
-    """Median seconds of each, all of them in turn in every round, after a warm-up."""
+    """Median seconds of each call. After a warm-up every round times all of them in turn."""
     repeats = {}
     for name, call in calls.items():
         device_seconds(call, device)
         once = device_seconds(call, device)
-        repeats[name] = max(1, min(20, int(LEAST_SECONDS / once))) if device == "cuda" else 1
+        repeats[name] = max(1, min(20, int(MIN_MEASURED_SECONDS / once))) if device == "cuda" else 1
     measures: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -265,7 +266,7 @@ def interleaved_seconds(
 
 
 def kept_bytes(run: Callable[[], Any], known: Sequence[Tensor]) -> int:
-    """Of float tensors that autograd keeps for the backward of `run`, beside the `known` ones."""
+    """Bytes of float tensors that autograd saves for the backward of `run`, without `known`."""
     own = {t.untyped_storage().data_ptr() for t in known}
     kept: dict[int, int] = {}
 
@@ -281,7 +282,7 @@ def kept_bytes(run: Callable[[], Any], known: Sequence[Tensor]) -> int:
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """The most that `run` held on the GPU at once beside what was there before."""
+    """Peak bytes that `run` allocates on the GPU, without what was allocated before."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -294,9 +295,9 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 
 def normalised_error(got: Tensor, wanted: Tensor) -> float:
-    """Root mean square of the difference over that of the reference."""
+    """Root mean square of the difference over that of `wanted`."""
     error = size = 0.0
-    # In pieces: copies of large tensors in fp64 would not fit.
+    # In pieces, because fp64 copies of large tensors would not fit into memory.
     pieces = zip(*(t.detach().flatten().split(1 << 26) for t in (got, wanted)), strict=True)
     for mine, theirs in pieces:
         mine, theirs = mine.double(), theirs.double()
@@ -306,7 +307,7 @@ def normalised_error(got: Tensor, wanted: Tensor) -> float:
 
 
 def assert_same(got: Sequence[Tensor], wanted: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """Both did the same work: floats agree to a few roundings of the storage type, ints exactly."""
+    """Floats agree within a few roundings of their dtype, integers exactly."""
     limits = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
     for mine, theirs in zip(got, wanted, strict=True):
         assert mine.shape == theirs.shape and mine.dtype == theirs.dtype

@@ -1,4 +1,4 @@
-"""Prints the results of the benchmarks as tables, and adds their options."""
+"""Adds the option --full, and prints the results of the benchmarks as tables at the end."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ WANTED_RATIO, WANTED_FRACTION, WANTED_HALF, WANTED_SHARE = 1.3, 0.85, 1.8, 0.10
 
 
 def pytest_addoption(parser: Any) -> None:
-    parser.addoption("--full", action="store_true", help="all-reduces of 256 MB and 1 GB as well")
+    parser.addoption("--full", action="store_true", help="also all-reduce 256 MB and 1 GB")
 
 
 def share_of_verbs(case: common.Case) -> float | None:
-    """route + compact + combine (with what they add to the backward) of the layer's time."""
+    """Fraction of the layer's time in route, compact and combine, with their backward passes."""
     shape, _, residency = case
     verbs = [
         common.verb_results.get(("route", (shape, torch.float32, "all"))),
@@ -34,12 +34,12 @@ def share_of_verbs(case: common.Case) -> float | None:
     if not all(verbs):
         return None
     route, compact, combine = (verb["seconds"] for verb in verbs if verb)
-    layer = common.layer_results[case]["seconds"]  # holds compact and combine already
+    layer = common.layer_results[case]["seconds"]  # includes compact and combine, but not route
     return (route + compact + combine) / (route + layer)
 
 
 def half_speed_up(case: common.Case) -> float | None:
-    """Time with all experts resident over time with half of them."""
+    """Time with all experts resident over time with half of them resident."""
     full = common.layer_results.get((*case[:2], "all"))
     if case[2] == "all" or full is None:
         return None
@@ -47,18 +47,18 @@ def half_speed_up(case: common.Case) -> float | None:
 
 
 def mark(value: float | None, good: bool, text: str) -> str:
-    """A number, with a * if it misses the target."""
+    """The formatted number, with a * if it misses the target."""
     if value is None:
         return "-"
     return format(value, text) + ("" if good else "*")
 
 
 def layer_table() -> Table:
-    table = Table(title="expert layer, forward + backward (GFLOP/s; x = ours over it)")
+    table = Table(title="expert layer, forward + backward (GFLOP/s; x = our rate over the rival's)")
     for name in ("shape", "dtype", "resident", "ms", "GFLOP/s", "of dense", "loop", "grouped_mm"):
         table.add_column(name, justify="left" if name in ("shape", "dtype") else "right")
     table.add_column("all/half", justify="right")
-    table.add_column("verbs' share", justify="right")
+    table.add_column("route + compact + combine", justify="right")
     for case, r in common.layer_results.items():
         rate, dense = r["flops_per_second"], r["dense_flops_per_second"]
         rivals = [r["loop_flops_per_second"], r["grouped_mm_flops_per_second"]]
@@ -80,7 +80,7 @@ def layer_table() -> Table:
 
 
 def verb_table() -> Table:
-    table = Table(title="route (with backward), compact, combine (with its sum in the backward)")
+    table = Table(title="route and combine with backward, compact (x = torch's time over ours)")
     for name in ("verb", "shape", "dtype", "resident", "ms", "of bandwidth", "torch ops"):
         table.add_column(name, justify="left" if name in ("verb", "shape", "dtype") else "right")
     for (verb, case), r in common.verb_results.items():
@@ -146,11 +146,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if common.layer_results:
         console.print(layer_table())
         console.print(
-            f"* misses the target: {WANTED_RATIO}x the better rival or {WANTED_FRACTION:.0%} "
-            f"of the dense rate (the lesser), half resident {WANTED_HALF}x all, verbs under "
-            f"{WANTED_SHARE:.0%}. Medians of interleaved rounds; dense is torch.matmul of "
-            f"{common.DENSE_SIZE} squared between the rounds, in fp32 where that is the faster. "
-            f"T=: a rival too slow for all tokens ran on so many."
+            f"* misses its target. Rate: {WANTED_RATIO}x the better rival's or "
+            f"{WANTED_FRACTION:.0%} of the dense rate, whichever is less. all/half, the time with "
+            f"all experts resident over that with half: {WANTED_HALF}x. route + compact + combine: "
+            f"less than {WANTED_SHARE:.0%} of the time. Medians of interleaved rounds. Dense: a "
+            f"square torch.matmul of size {common.DENSE_SIZE} in the same rounds, in fp32 if that "
+            "is faster. T=: a slow rival computed only so many tokens."
         )
     if common.verb_results:
         console.print(verb_table())
@@ -158,8 +159,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         console.print(token_table())
         copy = common.token_results[0]["copy_bytes_per_second"]
         console.print(
-            f"bytes us, flops us: the two floors. Copy: {copy / 1e9:.1f} GB/s read and written by "
-            f"{common.token_results[0]['copy_call']} in the same run.",
+            f"bytes us, flops us: two lower bounds on time. of copy: our bandwidth over that of "
+            f"{common.token_results[0]['copy_call']} in the same run, {copy / 1e9:.1f} GB/s read "
+            "and written.",
             highlight=False,
         )
         for r in common.token_results:
@@ -169,7 +171,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if common.hf_results:
         console.print(hf_table())
         wanted = ", ".join(f"{x}x {name}" for name, x in WANTED_OF_BLOCKS.items())
-        console.print(f"* misses the target: {wanted}. The block's own code, the same weights.")
+        console.print(f"* misses the target: {wanted}. Rivals are the block's own implementations.")
     outer_tables.show(console)
     bench_dispatch.show(console)
     bench_checkpoint.show(console)

@@ -1,22 +1,23 @@
-"""The process of one rank in the benchmark of the dispatch inside a site (bench_dispatch.py).
+"""One rank of the benchmark of the dispatch inside a site; bench_dispatch.py starts it.
 
     python -m fomoe_ext.link --sites 2 -- python bench/dispatch_site.py --out FILE
 
-Three ways in which rows travel to the ranks that hold their experts, and back:
+There are three ways to send rows to the ranks that hold their experts, and back:
 
-    ours       of slots whose expert is resident in the site, as MoELayer does it
-    unskipped  of all slots; what comes for an expert that is not resident is not computed
-    padded     a fixed number of places per expert and rank, `CAPACITY` times the mean load; what
-               finds no place is dropped (GShard, arXiv 2006.16668); plain torch
+    ours       rows of slots whose expert is resident on the site, as in MoELayer
+    unskipped  rows of all slots; those of absent experts are sent but not computed
+    padded     a fixed capacity per expert and rank, `CAPACITY` times the mean load; slots beyond it
+               are dropped (GShard, arXiv 2006.16668); in plain torch
 
-Each is timed twice, forward and backward: the exchange alone (results are the rows themselves), and
-with the experts. All of them in turn in every round; the time of a round is that of its slowest
-rank. Rank 0 writes what was found to FILE.
+Each is timed twice, forward and backward: the exchange alone, with the rows as results, and with
+the experts. Every round times all of them in turn; its time is that of the slowest rank. Rank 0
+writes the results to FILE.
 
-With --skewed other cases: hot experts side by side, and two ways to share them out,
+With --skewed the most popular experts have neighbouring ids, and two ways to assign experts to
+ranks are compared:
 
-    chunks     ascending by id, as MoELayer does it unless told otherwise
-    spread     apart from each other, by the load of other tokens of the same router
+    chunks     neighbouring ids on each rank, the default of MoELayer
+    spread     balanced by load, measured with other tokens of the same router
 """
 
 from __future__ import annotations
@@ -52,18 +53,18 @@ SKIPPED = (0.0, 0.5, 0.75)
 CAPACITY = 1.25
 CUTS = ("chunks", "spread")
 SKEW = 1.0
-"""Expert e's logits, of deviation 1, are lower than the first one's by SKEW * log(1 + e)."""
+"""Logits have deviation 1; those of expert e have a mean of -SKEW * log(1 + e)."""
 CHECKED = 48
-"""Tokens of a rank on which all ways must agree before they are timed."""
+"""Tokens per rank with which all ways are compared before they are timed."""
 DENSE = 512
-"""Size of the square product whose rate stands for a rank's share of the machine."""
+"""Size of the square matmul that gives a rank's share of the machine's rate."""
 LINK_BYTES = 1 << 24
-"""What the ranks send each other to measure how fast they can."""
+"""Bytes that ranks exchange to measure their bandwidth."""
 TIMEOUT_S = 120.0
 
 
 class Echo(nn.Module):
-    """In the place of experts: every row is its own result."""
+    """Stands in for the experts: returns the rows unchanged."""
 
     def forward(
         self, x: Tensor, weights: Tensor, experts: Tensor, index: Tensor
@@ -71,8 +72,8 @@ class Echo(nn.Module):
         return x * 1.0, ops.compact(experts, index, index.shape[0])
 
 
-class OfResidents(nn.Module):
-    """The chunk of a site that dispatches to all experts, of which few are resident."""
+class ResidentOnly(nn.Module):
+    """A rank's experts if rows of absent ones arrive too: computes only those that are resident."""
 
     def __init__(self, experts: Experts, chunk: Sequence[int]) -> None:
         super().__init__()
@@ -88,7 +89,7 @@ class OfResidents(nn.Module):
 
 
 class _EvenExchange(torch.autograd.Function):
-    """Equal parts to all ranks; the backward pass is the same exchange."""
+    """all_to_all of equal parts; the backward pass is the same exchange."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: ExpertAxis) -> Tensor:
@@ -103,9 +104,9 @@ class _EvenExchange(torch.autograd.Function):
 
 
 class Padded:
-    """Places for `capacity` rows of each rank for each resident expert; in plain torch.
+    """A dispatch with a fixed capacity: `capacity` rows from each rank for each resident expert.
 
-    Needs as many experts on every rank.
+    In plain torch. All ranks must have equally many experts.
     """
 
     def __init__(self, axis: ExpertAxis, index: Tensor, residents: int, capacity: int) -> None:
@@ -115,12 +116,12 @@ class Padded:
             raise ValueError(f"residents must be a multiple of {axis.size} ranks, got {residents}")
 
     def bytes_sent(self, hidden: int) -> int:
-        """In one direction, to other ranks, fp32."""
+        """Bytes of one exchange to other ranks, in fp32."""
         places = self.residents // self.axis.size * self.capacity
         return (self.axis.size - 1) * places * hidden * 4
 
     def places(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the slots that have one: their numbers, and the place of each."""
+        """Numbers of the slots within the capacity, and the position of each in the buffer."""
         expert = self.index[chosen.long()].flatten()
         slots = (expert >= 0).nonzero().squeeze(1)
         expert = expert[slots].long()
@@ -154,7 +155,7 @@ class Padded:
 
 
 class Work:
-    """Inputs of a rank, and all ways to dispatch them, with a share of the slots skipped."""
+    """Inputs of a rank and all ways to dispatch them; a fraction of the slots is skipped."""
 
     def __init__(self, mesh: DeviceMesh, shape: Shape, skipped: float, seed: int = 0) -> None:
         every = round(1 / (1 - skipped))
@@ -171,24 +172,24 @@ class Work:
             for ids in (residents, range(shape.experts))
         ]
         if None in dispatches:
-            raise ValueError("mesh must have more than one rank")
+            raise ValueError("mesh must have more than one rank, got 1")
         self.dispatches: dict[str, Dispatch] = dict(zip(WAYS, dispatches, strict=False))
         ours, unskipped = dispatches
         sizes = (shape.hidden, shape.expert, shape.experts)
         self.experts = Experts(*sizes, resident_experts=ours.own_experts)
-        # The chunks of all experts hold as many resident ones each, the same as of residents alone.
-        self.of_all = OfResidents(self.experts, unskipped.own_experts)
+        # Each chunk of all experts has the same resident ones as the chunk of residents alone.
+        self.of_all = ResidentOnly(self.experts, unskipped.own_experts)
         capacity = math.ceil(CAPACITY * shape.tokens * shape.top_k / shape.experts)
         index = ours.resident_index
         self.padded = Padded(self.axis, index, len(residents), capacity)
-        self.roomy = Padded(self.axis, index, len(residents), shape.tokens)
+        self.lossless = Padded(self.axis, index, len(residents), shape.tokens)
         self.rows = 0
 
     def forward(self, way: str, part: str) -> Tensor:
-        """y [T, D]; of "roomy", padded so that nothing is dropped, too."""
+        """y [T, D]. One more way is "lossless": padded, with a capacity that drops nothing."""
         inputs = (self.x, self.weights, self.chosen)
         if way not in self.dispatches:
-            padded = self.roomy if way == "roomy" else self.padded
+            padded = self.lossless if way == "lossless" else self.padded
             return padded(*inputs, self.experts if part == "layer" else None)
         experts: nn.Module = Echo()
         if part == "layer":
@@ -199,7 +200,7 @@ class Work:
         return y
 
     def run(self, way: str, part: str) -> None:
-        """Forward and backward."""
+        """One forward and backward pass."""
         self.forward(way, part).backward(self.grad)
         for leaf in self.leaves:
             leaf.grad = None
@@ -209,7 +210,7 @@ class Work:
         return [self.x, self.weights, *self.experts.parameters()]
 
     def bytes_sent(self, way: str) -> int:
-        """Of one forward and backward pass: four exchanges."""
+        """Bytes that this rank sends in the four exchanges of a forward and backward pass."""
         if way == "padded":
             return 4 * self.padded.bytes_sent(self.shape.hidden)
         sent = self.dispatches[way].bytes_sent
@@ -218,25 +219,25 @@ class Work:
         return sum(sent[name] for name in DIRECTIONS) - before
 
     def check(self) -> None:
-        """All ways compute the same, forward and backward, where nothing is dropped."""
+        """Checks that all ways give the same results and gradients if nothing is dropped."""
         found: dict[str, list[Tensor]] = {}
-        for way in ("ours", "unskipped", "roomy"):
+        for way in ("ours", "unskipped", "lossless"):
             y = self.forward(way, "layer")
             grads = list(torch.autograd.grad(y, self.leaves, self.grad))
-            if way == "roomy":  # the gradient of a sum of losses, not of their mean
+            if way == "lossless":  # the gradient of a sum of losses, not of their mean
                 grads[2:] = [grad / self.axis.size for grad in grads[2:]]
             found[way] = [y, *grads]
-        for way in ("unskipped", "roomy"):
+        for way in ("unskipped", "lossless"):
             for mine, theirs in zip(found["ours"], found[way], strict=True):
                 if not (error := normalised_error(theirs, mine)) < 1e-5:
-                    raise AssertionError(f"{way} computes something else, by {error:.1e}")
+                    raise AssertionError(f"{way} has another result: relative error {error:.1e}")
 
 
 # ---- hot experts ---------------------------------------------------------------------------------
 
 
 class Skewed:
-    """Inputs of a rank that prefer the first experts, and a layer's work by either cut."""
+    """Inputs of a rank whose router prefers the first experts; layers with chunks and spread."""
 
     def __init__(self, mesh: DeviceMesh, shape: Shape, seed: int = 0) -> None:
         self.axis, self.shape = ExpertAxis(mesh), shape
@@ -247,7 +248,7 @@ class Skewed:
         self.grad = draw(shape.tokens, shape.hidden)
         weights, self.chosen = ops.route(draw(shape.tokens, shape.experts) + hot, shape.top_k)
         self.weights = weights.requires_grad_()
-        # What a run would have measured: not the tokens that are going to be timed.
+        # As in a training run, the load was measured earlier, with other tokens.
         earlier = ops.route(draw(shape.tokens, shape.experts) + hot, shape.top_k)[1]
         experts = range(shape.experts)
         cuts = (None, spread_experts(experts, self.axis.size, self.load_of(earlier)))
@@ -260,12 +261,12 @@ class Skewed:
                 mesh, experts, shape.experts, shape.hidden, rank_experts=groups
             )
             if dispatch is None:
-                raise ValueError("mesh must have more than one rank")
+                raise ValueError("mesh must have more than one rank, got 1")
             self.dispatches[cut] = dispatch
             self.experts[cut] = Experts(*sizes, resident_experts=dispatch.own_experts)
 
     def load_of(self, chosen: Tensor) -> list[int]:
-        """Slots by expert, of all ranks."""
+        """Number of slots of each expert, over all ranks."""
         load = chosen.flatten().bincount(minlength=self.shape.experts)
         dist.all_reduce(load)
         return load.tolist()
@@ -277,35 +278,35 @@ class Skewed:
         return y, int(rows)
 
     def run(self, cut: str) -> None:
-        """Forward and backward."""
+        """One forward and backward pass."""
         self.forward(cut)[0].backward(self.grad)
         for leaf in (self.x, self.weights, *self.experts[cut].parameters()):
             leaf.grad = None
 
     def bytes_sent(self, cut: str) -> int:
-        """Of one forward and backward pass, by the rank that sends most."""
+        """Bytes of a forward and backward pass, from the rank that sends most."""
         sent = self.dispatches[cut].bytes_sent
         before = sum(sent[name] for name in DIRECTIONS)
         self.run(cut)
         return int(largest(sum(sent[name] for name in DIRECTIONS) - before))
 
     def check(self) -> None:
-        """Both cuts compute the same, and the rows that the load says."""
+        """Checks that both give the same results, and compute as many rows as the load says."""
         found: list[list[Tensor]] = []
         for cut in CUTS:
             y, rows = self.forward(cut)
             groups = self.dispatches[cut].rank_experts
             if rows != sum(self.load[expert] for expert in groups[self.axis.rank]):
-                raise AssertionError(f"{cut}: {rows} rows are not those of {groups}")
+                raise AssertionError(f"{cut}: rows must be those of {groups}, got {rows} rows")
             found.append([y, *torch.autograd.grad(y, [self.x, self.weights], self.grad)])
         for mine, theirs in zip(*found, strict=True):
             if not (error := normalised_error(theirs, mine)) < 1e-5:
-                raise AssertionError(f"the cuts compute not the same, by {error:.1e}")
+                raise AssertionError(f"spread has another result: relative error {error:.1e}")
 
 
 def measure_skewed(mesh: DeviceMesh, shape: Shape, rounds: int) -> dict[str, Any]:
-    """By cut: seconds, those of the processor on the busiest rank, bytes, the largest number of
-    rows of a rank over the mean. The floor is of rows shared out evenly.
+    """Figures of chunks and spread: seconds, CPU seconds of the busiest rank, bytes, and the
+    largest number of rows of a rank over the mean. The floor assumes equally many rows per rank.
     """
     Skewed(mesh, replace(shape, tokens=CHECKED)).check()
     work = Skewed(mesh, shape)
@@ -347,20 +348,20 @@ def measure_skewed(mesh: DeviceMesh, shape: Shape, rounds: int) -> dict[str, Any
 
 
 def largest(value: float) -> float:
-    """Of all ranks."""
+    """The maximum over all ranks."""
     number = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(number, op=dist.ReduceOp.MAX)
     return float(number)
 
 
 def timed(run: Callable[[], Any]) -> float:
-    """Seconds of the slowest rank, all of which begin together."""
+    """Seconds of the slowest rank; all start together."""
     dist.barrier()
     return largest(seconds_of(run))
 
 
 def link_rate(axis: ExpertAxis) -> float:
-    """Bytes per second that a rank sends to others, when all do: an all_to_all of equal parts."""
+    """Bytes per second that a rank sends to others in an all_to_all of equal parts."""
     sent = torch.zeros(LINK_BYTES // axis.size * axis.size, dtype=torch.uint8)
     received = torch.empty_like(sent)
     swap = lambda: dist.all_to_all_single(received, sent, group=axis.group)
@@ -368,7 +369,7 @@ def link_rate(axis: ExpertAxis) -> float:
 
 
 def measure(mesh: DeviceMesh, shape: Shape, skipped: float, rounds: int) -> dict[str, Any]:
-    """Seconds by way and part, bytes and rates; floors are this rank's."""
+    """Seconds of each way, for the exchange and the layer; bytes, rates, floors of this rank."""
     Work(mesh, replace(shape, tokens=CHECKED), skipped).check()
     work = Work(mesh, shape, skipped)
     runs = {
@@ -410,16 +411,16 @@ def measure(mesh: DeviceMesh, shape: Shape, skipped: float, rounds: int) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=SHAPE.tokens)
-    parser.add_argument("--skewed", action="store_true")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds to time")
+    parser.add_argument("--tokens", type=int, default=SHAPE.tokens, help="tokens per rank")
+    parser.add_argument("--skewed", action="store_true", help="compare chunks with spread")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the results")
     given = parser.parse_args()
     world = find_world(int(os.environ.get("WORLD_SIZE", "1")))
     use_threads(0, world)
     shape = replace(SHAPE, tokens=given.tokens)
     if world.num_sites < 2 or chunk_sizes(8, world.num_sites)[-1] * world.num_sites != 8:
-        parser.error(f"needs 2, 4 or 8 processes, got {world.num_sites}")
+        parser.error(f"the number of processes must be 2, 4 or 8, got {world.num_sites}")
     with joined(world, TIMEOUT_S):
         mesh = init_device_mesh("cpu", (world.num_sites,), mesh_dim_names=("expert",))
         if given.skewed:

@@ -1,6 +1,7 @@
-"""Inputs of expert layers of any size; every verb and the layer, with rivals that compute the same.
+"""Inputs for expert layers of any size, and what the benchmarks run on them: each grouped GEMM, the
+experts and the layer, ours and rivals.
 
-On any device: tests run all of it on the CPU with tiny sizes, the benchmarks on a GPU.
+All of it runs on any device: the tests use the CPU and tiny sizes, the benchmarks a GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _ops = torch.ops.fomoe
 
 
 def balanced_experts(model: Model, tokens: int, generator: torch.Generator) -> Tensor:
-    """int32 [T, K]: every expert equally often, in random order, never twice for a token."""
+    """int32 [T, K]: each expert equally often, in random order, at most once per token."""
     per_round = model.experts // model.top_k  # tokens that choose every expert once
     if model.experts % model.top_k:
         raise ValueError(f"top_k must be a divisor of {model.experts} experts, got {model.top_k}")
@@ -38,21 +39,21 @@ def balanced_experts(model: Model, tokens: int, generator: torch.Generator) -> T
 
 
 def zipf_experts(model: Model, tokens: int, generator: torch.Generator) -> Tensor:
-    """int32 [T, K]: K different experts a token, drawn by a popularity that falls as rank^-1.2; in
-    random order, so that any set of experts has its share of popular ones.
+    """int32 [T, K]: K different experts per token, drawn with a popularity that falls as rank^-1.2.
+    Ranks are assigned at random, so that any set of experts has some popular ones.
     """
     device = generator.device
     ranks = torch.randperm(model.experts, generator=generator, device=device)
     popularity = torch.tensor(work.zipf_popularity(model.experts), device=device)[ranks]
     noise = torch.rand(tokens, model.experts, generator=generator, device=device)
-    # The exponential race: the first K of arrival times with these rates.
+    # Exponential race: arrival times with these rates; the first K are chosen.
     arrivals = -noise.clamp_min(1e-20).log() / popularity
     return arrivals.topk(model.top_k, dim=1, largest=False).indices.int()
 
 
 def fit_selection_bias(scores: Tensor, wanted: Tensor, top_k: int, steps: int = 200) -> Tensor:
-    """A bias [E] with which the top-k of scores [T, E] in 0 .. 1 chooses each expert about as often
-    as `wanted` [E] counts.
+    """A bias [E] with which the top-k of the scores [T, E], in 0 .. 1, choose each expert about as
+    often as `wanted` [E] says.
     """
     bias = torch.zeros_like(wanted, dtype=torch.float32)
     target = wanted.float().clamp_min(1).log()
@@ -68,7 +69,7 @@ def fit_selection_bias(scores: Tensor, wanted: Tensor, top_k: int, steps: int = 
 
 @dataclass
 class Inputs:
-    """Of moe_experts, with the row table; the first R of the model's experts are resident."""
+    """Inputs of moe_experts and the row table. The first R of the model's experts are resident."""
 
     model: Model
     x: Tensor  # [T, D]
@@ -100,7 +101,7 @@ class Inputs:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """What gradients are taken to."""
+        """The tensors that need gradients."""
         every = (self.x, self.weights, *self.parameters)
         return [tensor for tensor in every if tensor is not None]
 
@@ -109,7 +110,7 @@ class Inputs:
         return self.expand_weight, self.contract_weight, self.expand_bias, self.contract_bias
 
     def part(self, parts: int) -> Inputs:
-        """The same with one expert in `parts` resident: views of the same weights."""
+        """The same inputs with only the first 1 / `parts` of the experts resident, as views."""
         count = self.expand_weight.shape[0] // parts
         first = lambda t: None if t is None else t.detach()[:count].requires_grad_()
         names = ("expand_weight", "contract_weight", "expand_bias", "contract_bias")
@@ -124,7 +125,7 @@ def make_inputs(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> Inputs:
-    """Unit-variance tokens, weights of deviation 1/sqrt(fan-in), from a seed on the device."""
+    """Random tokens of unit variance and weights of deviation 1/sqrt(fan-in), from a seed."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(*sizes: int, scale: float = 1.0) -> Tensor:
@@ -182,7 +183,7 @@ def torch_experts(inputs: Inputs, layer: rivals.Layer = rivals.grouped_mm_expert
 
 
 def compiled_experts(inputs: Inputs) -> Callable[[Inputs], Tensor]:
-    """The composition under torch.compile. Raises `rivals.Absent` where there is no Triton."""
+    """grouped_mm_experts under torch.compile. Raises `rivals.Absent` on the CPU."""
     if not inputs.x.is_cuda:
         raise rivals.Absent("it is measured on a GPU only")
     torch.compiler.reset()  # versions of earlier cases count against a limit
@@ -191,7 +192,7 @@ def compiled_experts(inputs: Inputs) -> Callable[[Inputs], Tensor]:
 
 
 def other_experts(inputs: Inputs, name: str) -> Callable[[Inputs], Tensor]:
-    """A layer of `rivals.OTHERS` over these weights. Raises `rivals.Absent`."""
+    """A layer of `rivals.OTHERS` with these weights. Raises `rivals.Absent`."""
     i = inputs
     weights = (i.resident_index, i.expand_weight, i.contract_weight, i.model.activation)
     run = rivals.OTHERS[name](*weights, i.model.bias)
@@ -199,7 +200,7 @@ def other_experts(inputs: Inputs, name: str) -> Callable[[Inputs], Tensor]:
 
 
 def with_gradients(layer: Callable[[Inputs], Tensor], inputs: Inputs) -> Outputs:
-    """y and its gradients to all leaves."""
+    """y and the gradients of all leaves."""
     y = layer(inputs)
     return y, *torch.autograd.grad(y, inputs.leaves, inputs.grad_y)
 
@@ -220,8 +221,8 @@ def with_mode(
 
 @dataclass
 class WholeLayers:
-    """MoELayer with the inputs' weights, and the same composed of torch ops; `router` is what
-    `rivals.routed` takes.
+    """MoELayer with the inputs' weights, and the same layer made of torch ops. `router`: arguments
+    for `rivals.routed`.
     """
 
     ours: MoELayer
@@ -250,8 +251,8 @@ class WholeLayers:
 
 
 def make_layers(inputs: Inputs) -> WholeLayers:
-    """The router chooses each expert about as often as the inputs' routing does. The weights are
-    shared, so that no second copy of them is needed.
+    """Layers whose router chooses each expert about as often as the inputs' routing does. They
+    share the inputs' weights, so that no second copy is needed.
     """
     model, device = inputs.model, inputs.x.device
     residents = inputs.expand_weight.shape[0]
@@ -286,14 +287,14 @@ def make_layers(inputs: Inputs) -> WholeLayers:
 
 @dataclass
 class Verbs:
-    """The six grouped products of a layer: ours, and by any `Products` from the same inputs.
+    """The six grouped GEMMs of a layer, by our kernels and by any `Products`, from the same inputs.
 
-    Inputs of a verb that another verb computes come from the plain torch definition. Rows past the
-    last one are not compared.
+    If the input of a GEMM is the result of another, it is computed with plain torch. Rows past the
+    end are not compared.
     """
 
     inputs: Inputs
-    preact: Tensor = field(init=False)  # [S, G*N], as the rest with zeros past the last row
+    preact: Tensor = field(init=False)  # [S, G*N]; this and the next three are 0 past the last row
     act: Tensor = field(init=False)
     grad_preact: Tensor = field(init=False)
     scaled_act: Tensor = field(init=False)
@@ -320,7 +321,7 @@ class Verbs:
     def names(self) -> tuple[str, ...]:
         return tuple(work.gemms(self.inputs.model, self.inputs.load))
 
-    # Lookups that the products start from, of existing rows.
+    # Index tables, of existing rows only.
     @property
     def _tokens(self) -> Tensor:
         return self.inputs.table.token_of_row[: self.inputs.rows]
@@ -336,7 +337,7 @@ class Verbs:
         resident = torch.arange(len(counts), device=rows.device)
         return rows + bias[resident.repeat_interleave(counts, output_size=rows.shape[0])]
 
-    # By plain torch and `products`.
+    # With plain torch and `products`.
     def expand(self, products: Products) -> Outputs:
         """act, preact"""
         i = self.inputs
@@ -387,9 +388,9 @@ class Verbs:
     def theirs(self, name: str, products: Products) -> Outputs:
         return getattr(self, name)(products)
 
-    # By the kernels.
+    # With our kernels.
     def ours(self, name: str) -> Outputs:
-        """Outputs as `theirs`, with undefined rows past the last one."""
+        """The same outputs as `theirs`, but with undefined rows past the end."""
         i, t = self.inputs, self.inputs.table
         activation = activation_id(i.model.activation)
         if name == "expand":
@@ -429,14 +430,14 @@ class Verbs:
         return (_ops.weight_grad(i.grad_y, self.scaled_act, *indices, t.offsets),)
 
     def our_rows(self, name: str) -> Outputs:
-        """`ours`, without the rows past the last one."""
+        """`ours` without the rows past the end."""
         slots, rows = self.inputs.load.slots, self.inputs.rows
         cut = lambda t: t[:rows] if t.dim() == 2 and t.shape[0] == slots else t
         return tuple(map(cut, self.ours(name)))
 
     def dense(self, name: str) -> Callable[[], Tensor]:
-        """One dense product of the same sums: all rows by one weight, or all rows' outer products
-        added up in one gradient.
+        """A dense GEMM of as many FLOPs: all rows times one weight, or one weight gradient of all
+        rows.
         """
         i, gemm = self.inputs, work.gemms(self.inputs.model, self.inputs.load)[name]
         draw = lambda *sizes: torch.randn(*sizes, device=i.x.device, dtype=i.x.dtype)

@@ -1,8 +1,7 @@
-"""The work of expert layers of real models in numbers: products, FLOPs, bytes, memory.
+"""FLOPs, bytes and memory of the expert layers of real models, by arithmetic.
 
 Letters: T tokens, K slots per token, D hidden size, N intermediate size, G = 2 for gated
-activations and else 1. Elements have 2 bytes. The benchmarks and the prediction share this plain
-arithmetic.
+activations and else 1. Elements have 2 bytes. The benchmarks and the prediction share this file.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Model:
 
     @property
     def wide(self) -> int:
-        """G*N, columns of the pre-activation."""
+        """G*N: width of the pre-activations."""
         return self.gates * self.expert
 
     @property
@@ -53,13 +52,14 @@ MODELS = (
 )
 TOKENS = (4096, 16384, 65536)
 ROUTINGS = ("balanced", "zipf")
-PARTS = {"all": 1, "half": 2, "quarter": 4}  # of the experts that are resident: one in so many
+PARTS = {"all": 1, "half": 2, "quarter": 4}  # one in so many experts is resident
 ZIPF_EXPONENT = 1.2
 
 
 @dataclass(frozen=True)
 class Load:
-    """What routing leaves to a site: rows of each resident expert, tokens with at least one row."""
+    """A site's work after routing: `groups`, the number of rows of each resident expert; `touched`,
+    the number of tokens with at least one row."""
 
     tokens: int
     slots: int
@@ -75,16 +75,16 @@ class Load:
 
 
 def zipf_popularity(experts: int) -> list[float]:
-    """Falls as rank^-1.2; sums to 1."""
+    """Probabilities that fall as rank^-1.2."""
     weights = [(rank + 1) ** -ZIPF_EXPONENT for rank in range(experts)]
     return [weight / sum(weights) for weight in weights]
 
 
 def chosen_shares(popularity: Sequence[float], top_k: int) -> list[float]:
-    """Of the tokens, those that choose each expert, when a token draws `top_k` different ones.
+    """The fraction of tokens that choose each expert, if a token draws `top_k` different ones.
 
-    1 - exp(-rate * popularity), with the rate at which they add up to `top_k`: as if every expert
-    called at random times and the first `top_k` to call were taken.
+    It is 1 - exp(-rate * popularity), with the rate at which the fractions sum to `top_k`: as if
+    experts arrived at random times and a token took the first `top_k` of them.
     """
     low, high = 0.0, 1.0
     shares = lambda rate: [-math.expm1(-rate * p) for p in popularity]
@@ -97,10 +97,10 @@ def chosen_shares(popularity: Sequence[float], top_k: int) -> list[float]:
 
 
 def expected_load(model: Model, tokens: int, routing: str, parts: int = 1) -> Load:
-    """The load to expect when one expert in `parts` is resident, of any popularity.
+    """The expected load if every `parts`-th expert, by popularity, is resident.
 
-    Tokens without a row are exact for balanced routing; for Zipf they are counted as if experts
-    were chosen independently of each other.
+    The number of tokens without a row is exact for balanced routing. For Zipf it is approximated as
+    if experts were chosen independently of each other.
     """
     if routing == "balanced":
         shares = [model.top_k / model.experts] * model.experts
@@ -122,7 +122,7 @@ def expected_load(model: Model, tokens: int, routing: str, parts: int = 1) -> Lo
 
 @dataclass(frozen=True)
 class Kernel:
-    """FLOPs and the bytes that must cross memory: each operand read once, results written once."""
+    """FLOPs, and the bytes if each operand is read once and each result written once."""
 
     name: str
     flops: int
@@ -131,9 +131,9 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Gemm(Kernel):
-    """A grouped product. One that makes rows sums over `length`; one that makes gradients of
-    weights has `length` lines for each expert and sums over its rows. `verb`: its name in the
-    table of tiles.
+    """A grouped GEMM. If it computes rows, it sums over `length`. If it computes gradients of
+    weights (`makes_weights`), its result has `length` rows for each expert, and it sums over the
+    expert's rows. `verb`: its name in the table of tiles.
     """
 
     verb: str
@@ -144,18 +144,18 @@ class Gemm(Kernel):
 
     @property
     def terms(self) -> int:
-        """Of a sum, for the table of tiles; 0 where only the device knows."""
+        """Length of the sums, for the table of tiles; 0 if it depends on the routing."""
         return 0 if self.makes_weights else self.length
 
 
 def gemms(model: Model, load: Load, training: bool = True) -> dict[str, Gemm]:
-    """The six grouped products of a layer, forward first. Without `training` expand keeps no
-    pre-activation.
+    """The six grouped GEMMs of a layer, forward first. Without `training` expand stores no
+    pre-activations.
     """
     d, n, wide, rows = model.hidden, model.expert, model.wide, load.rows
     residents = sum(1 for group in load.groups if group)  # others' weights are not read
     expand_weight, contract_weight = residents * wide * d, residents * n * d
-    grads_of = len(load.groups)  # those of experts without rows are written, too
+    grads_of = len(load.groups)  # gradients of experts without rows are written too
     touched = load.touched * d
 
     def gemm(
@@ -187,13 +187,13 @@ def gemms(model: Model, load: Load, training: bool = True) -> dict[str, Gemm]:
 
 
 def sums(model: Model, load: Load) -> Kernel:
-    """combine, or the same without weights in the backward: rows in, tokens out, tables."""
+    """combine, or the same sum without weights in the backward pass."""
     moved = ELEMENT * model.hidden * (load.rows + load.tokens) + 8 * load.slots
     return Kernel("combine", 2 * load.rows * model.hidden, moved)
 
 
 def experts_kernels(model: Model, load: Load, backward: bool) -> list[Kernel]:
-    """Of moe_experts, in order: what runs one after the other."""
+    """The kernels of moe_experts, in the order in which they run."""
     of = gemms(model, load, training=backward)
     forward = [of["expand"], of["contract"], sums(model, load)]
     if not backward:
@@ -207,7 +207,7 @@ def experts_kernels(model: Model, load: Load, backward: bool) -> list[Kernel]:
 
 
 def router_kernels(model: Model, load: Load) -> list[Kernel]:
-    """What MoELayer adds forward and backward: logits and their gradients, route, compact."""
+    """The kernels that MoELayer adds to moe_experts, forward and backward."""
     t, d, e = load.tokens, model.hidden, model.experts
     tokens, weight, logits = ELEMENT * t * d, ELEMENT * e * d, 4 * t * e
     product = 2 * t * d * e
@@ -222,7 +222,8 @@ def router_kernels(model: Model, load: Load) -> list[Kernel]:
 
 @dataclass(frozen=True)
 class Floors:
-    """Least seconds: for all FLOPs, for all bytes, and of kernel after kernel, each its larger."""
+    """Lower bounds in seconds: for all FLOPs, for all bytes, and the sum over the kernels of the
+    larger of both."""
 
     compute: float
     memory: float
@@ -244,10 +245,10 @@ def floors(kernels: Iterable[Kernel], flops_per_second: float, bytes_per_second:
 
 
 def kept_elements(model: Model) -> dict[str, int]:
-    """Elements per slot that a layer keeps for its backward beside inputs and index tables.
+    """Elements per slot that a layer saves for its backward, besides inputs and index tables.
 
-    Ours: the pre-activations. The composition of torch ops: gathered tokens, pre-activations,
-    what the activation keeps of itself, activations, rows.
+    Ours saves the pre-activations. grouped_mm with torch ops saves gathered tokens,
+    pre-activations, the activation's own saved tensors, activations and rows.
     """
     inside = {"swiglu": 1, "geglu": 1, "clamped_swiglu": 4}.get(model.activation, 0) * model.expert
     composed = model.hidden + model.wide + inside + model.expert + model.hidden
@@ -255,10 +256,11 @@ def kept_elements(model: Model) -> dict[str, int]:
 
 
 def needed_bytes(model: Model, tokens: int) -> int:
-    """Of device memory for all that a benchmark of the whole layer holds at once, on the safe side.
+    """Upper estimate of the device memory that a benchmark of the whole layer needs.
 
-    Weights, their gradients from an eager pass and in the memory of a graph, inputs and gradients
-    of tokens; ours in a graph beside the composition, each with twice what it keeps and its rows.
+    It counts weights, their gradients twice (an eager pass, and a CUDA graph's memory), inputs and
+    gradients of tokens. For ours and for grouped_mm, which are held at the same time, it counts the
+    rows and twice what is saved for the backward.
     """
     kept, slots = kept_elements(model), tokens * model.top_k
     layers = sum(2 * elements + model.hidden for elements in kept.values()) * slots

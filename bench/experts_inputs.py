@@ -1,8 +1,8 @@
-"""Parameters of the chip and of the kernels for the prediction of the grouped GEMMs.
+"""Parameters of the GPU and the kernels, from which the times of the grouped GEMMs are predicted.
 
-Inputs that are in no data sheet come from hardware counters of one H200 on 2026-11-29
-(bench/results/h200-counters-2026-11-29.txt): OLMoE's six products at 16384 tokens, balanced.
-"Deduced" means: the clocks that remain of those counted after the rest of the model is subtracted.
+Those that are in no data sheet come from hardware counters of one H200 on 2026-11-29
+(bench/results/h200-counters-2026-11-29.txt), for OLMoE's six GEMMs with 16384 tokens and balanced
+routing. "Deduced" means: counted clocks minus those that the rest of the model explains.
 """
 
 from __future__ import annotations
@@ -17,41 +17,41 @@ STAGING_BYTES, BARRIER_BYTES = STRIP_ROWS * (STRIP_COLUMNS * 2 + 16), 4 << 10  #
 
 @dataclass(frozen=True)
 class Chip:
-    """An H200 in SXM form. Clocks and bytes are of a multiprocessor."""
+    """An H200 SXM. Rates per clock are those of one multiprocessor."""
 
     processors: int = 132
     flops_per_clock: int = 4096  # dense bf16
     shared_per_clock: int = 128
     shared_bytes: int = 227 << 10
     registers: int = 65536
-    # Seen at 700 W: clocks counted over seconds in benchmarks (experts_model.py --counters). The
-    # rate with the tensor cores idle, and by how much power grows when they are always busy: 1.70
-    # to 1.79 GHz with them up to a fifth busy (331c15c's slow backward), 1.39 to 1.62 from half on.
+    # At 700 W, from counted clocks over seconds in benchmarks (experts_model.py --counters): the
+    # clock with idle tensor cores, and how much more power they take when always busy. It was 1.70
+    # to 1.79 GHz with them at most 20 % busy (backward of 331c15c), 1.39 to 1.62 from 50 % on.
     clock: float = 1.80e9
     power_of_tensor: float = 0.3
     copy: float = 4.25e12  # bytes read and written per second by an elementwise kernel
-    # At 100 % of lts__throughput: bytes asked for over the percentage that they took, of what comes
-    # by TMA (grouped_rows has nothing else) and, in the other products, of gathered rows.
+    # At 100 % of lts__throughput, extrapolated from requested bytes and the percentage they took:
+    # by TMA (as in grouped_rows, which uses nothing else), and by gathering rows.
     l2_per_clock: float = 82
     l2_gathered_per_clock: float = 60
-    sheet_clock: float = 1.83e9  # at which the peak is the data sheet's 989.4 TFLOP/s
+    sheet_clock: float = 1.83e9  # gives the data sheet's peak of 989.4 TFLOP/s
 
     @property
     def peak(self) -> float:
         return self.processors * self.flops_per_clock * self.sheet_clock
 
     def clock_at(self, tensor: float) -> float:
-        """Clocks per second when the tensor cores are busy for this fraction of the time."""
+        """The clock when the tensor cores are busy for this fraction of the time."""
         return self.clock / (1 + self.power_of_tensor * tensor)
 
 
-# ---- what is known of the kernels ----------------------------------------------------------------
+# ---- the kernels ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What a warp does for a strip of 16 x 64 sums: `clocks` from first to last, `bytes` through
-    shared memory, in and out, and `fetched` bytes of its code that the instruction cache has lost.
+    """A warp's work for a strip of 16 x 64 sums: `clocks` from start to end, `bytes` read from and
+    written to shared memory, and `fetched` bytes of code that missed the instruction cache.
     """
 
     clocks: float
@@ -72,16 +72,16 @@ FETCH_CLOCKS = 55
 
 @dataclass(frozen=True)
 class Kernels:
-    """A state of csrc/cuda."""
+    """A version of csrc/cuda."""
 
     name: str
-    # Slices are announced by the producer, as many behind as the ring has stages less two; else by
-    # the copies themselves.
+    # Whether the producer signals a k-block only after it has requested stages - 2 later ones. Else
+    # the copies signal their own arrival.
     announces_late: bool
-    row_copy: float  # clocks in which a producer thread asks for 16 bytes of a gathered row
-    step_copy: float  # the same where the rows are steps of the sum
-    # Clocks of one load of indices; how many follow each other in a slice, and whether nothing else
-    # is done meanwhile.
+    row_copy: float  # clocks in which a producer thread requests 16 bytes of a gathered row
+    step_copy: float  # the same if the rows are gathered along k
+    # Clocks of a load of row indices, the number of such loads in sequence per k-block, and whether
+    # the producer waits for them.
     index_clocks: float
     index_loads: int
     index_waits: bool
@@ -90,7 +90,7 @@ class Kernels:
 
 STRIP_BYTES = 2 * STRIP_ROWS * STRIP_COLUMNS * 2
 STORE = Epilogue(890, STRIP_BYTES)
-BACKWARD_CODE = 14_700 // 4 * 16  # bytes of straight code for a strip; instructions have 16
+BACKWARD_CODE = 14_700 // 4 * 16  # bytes of unrolled code per strip; 16 per instruction
 MAIN = Kernels(
     "main 331c15c",
     announces_late=True,
@@ -130,14 +130,15 @@ SKETCH = Kernels(
     },
 )
 KERNELS = {kernels.name: kernels for kernels in (MAIN, SKETCH)}
-CURRENT = SKETCH  # what csrc/cuda has; it was measured as a sketch
+CURRENT = SKETCH  # csrc/cuda as it is now, which was measured as a sketch
 
-# From a free stage to products of what fills it, beside the filling: both barriers are waited for.
+# From the release of a stage to the products of its next k-block, without filling it: the waits at
+# both barriers.
 HANDSHAKE_CLOCKS = 200
-# From a tile's last product to the next one's first, beside the epilogue.
+# From the last product of a tile to the first of the next one, without the epilogue.
 TURN_CLOCKS = 1000
-START_SECONDS = 4e-6  # launch, first slices on their way, last stores: of every kernel (assumed)
-# What is gathered, by product: lines of A, or steps of the sum of A or B.
+START_SECONDS = 4e-6  # launch, first k-blocks under way, last stores of a kernel (assumed)
+# What each GEMM gathers: rows of A, or A or B along k.
 GATHERS = {
     "expand": "rows",
     "contract_backward": "rows",

@@ -3,16 +3,15 @@
     python bench/experts_model.py [--markdown] [--clock GHz] [--kernels NAME] [--resources]
     python bench/experts_model.py --measured bench/results/<gpu>-experts-<date>.jsonl [--markdown]
 
-The main loop of a tile takes, for every k-block (slice) of 64 terms of the sum, the longest of: the
-products on the tensor cores, the bytes through shared memory, the bytes from L2, the producer's
-work, and the wait for a free stage. In ping-pong the epilogue overlaps the other warpgroup's main
-loop; when both warpgroups share a tile it is added. Tiles are assigned to blocks as in
-scheduler.cuh; the block with most work ends last. No expert takes less time than its bytes over the
-bandwidth of a copying kernel. The clock falls as the tensor cores are used more, since power is
-limited.
+For each k-block of 64 terms the main loop of a tile takes the longest of: the products on the
+tensor cores, the bytes through shared memory, the bytes from L2, the producer's work, and the wait
+for a free stage. With ping-pong tiles the epilogue overlaps the other warpgroup's main loop; with
+cooperative ones it comes on top. Tiles are assigned to blocks as in scheduler.cuh, and the block
+with the most work determines the time. No expert takes less time than its bytes over the bandwidth
+of a copying kernel. Power is limited, so the clock falls as the tensor cores become busier.
 
-Inputs that are in no data sheet come from hardware counters of one H200: OLMoE's six products at
-16384 tokens, balanced. --measured compares with seconds of benchmarks, also of other models and
+Inputs that are in no data sheet come from hardware counters of one H200, for OLMoE's six GEMMs with
+16384 tokens and balanced routing. --measured compares with benchmarks, also of other models and
 routings.
 """
 
@@ -46,11 +45,11 @@ from experts_inputs import (
 from experts_predict import (
     TILES,
     Prediction,
-    can_make,
     experts_seconds,
     measured_tile,
     predict,
     predictions,
+    supports,
 )
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -59,7 +58,7 @@ Row = Sequence[str]
 
 
 def table(title: str, head: Row, rows: Sequence[Row], markdown: bool) -> str:
-    """A title and a table, in Markdown or with columns set out by blanks."""
+    """A title and a table, in Markdown or with columns aligned by spaces."""
     if markdown:
         lines = [head, ["---"] * len(head), *rows]
         text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -70,70 +69,71 @@ def table(title: str, head: Row, rows: Sequence[Row], markdown: bool) -> str:
     return "\n".join([title, *shown, ""])
 
 
+PER_CLOCK, OF_WARP = "bytes per clock and multiprocessor", "clocks of a warp"
 SHEET, COUNTED, SEEN, ASSUMED = "data sheet", "counters", "clocks in benchmarks", "assumed"
-DEDUCED = "deduced from clocks counted"
+DEDUCED = "deduced from counted clocks"
 
 
 def inputs_table(chip: Chip, kernels: Kernels, markdown: bool) -> str:
     clock = f"{chip.clock / 1e9:.2f} GHz / (1 + {chip.power_of_tensor:g} x fraction of time busy)"
     rows = [
         ("multiprocessors", f"{chip.processors}", SHEET),
-        ("bf16 FLOP per clock and multiprocessor", f"{chip.flops_per_clock}", SHEET),
+        ("bf16 FLOPs per clock and multiprocessor", f"{chip.flops_per_clock}", SHEET),
         ("peak of the tensor cores", f"{chip.peak / 1e12:.0f} TFLOP/s at 1.83 GHz", SHEET),
         ("clock at the power limit, 700 W", clock, SEEN),
-        ("shared memory", f"{chip.shared_per_clock} bytes per clock", SHEET),
-        ("L2, by TMA", f"{chip.l2_per_clock:g} bytes per clock for each", COUNTED),
-        ("L2, rows gathered by 16 bytes", f"{chip.l2_gathered_per_clock:g} bytes", COUNTED),
-        ("copy by a kernel", f"{chip.copy / 1e12:.2f} TB/s read and written", "measured"),
-        ("from tile to tile, beside the epilogue", f"{TURN_CLOCKS} clocks", DEDUCED),
+        ("shared memory", f"{chip.shared_per_clock} {PER_CLOCK}", SHEET),
+        ("L2 by TMA", f"{chip.l2_per_clock:g} {PER_CLOCK}", COUNTED),
+        ("L2 by gathered 16-byte copies", f"{chip.l2_gathered_per_clock:g} {PER_CLOCK}", COUNTED),
+        ("memory", f"{chip.copy / 1e12:.2f} TB/s read and written by a copying kernel", "measured"),
+        ("change of tile, without the epilogue", f"{TURN_CLOCKS} clocks", DEDUCED),
         ("start and end of a kernel", f"{START_SECONDS * 1e6:.0f} µs", ASSUMED),
-        ("asking for 16 bytes of a row", f"{kernels.row_copy:g} clocks of a warp", DEDUCED),
-        ("the same, rows are steps of the sum", f"{kernels.step_copy:g} clocks of a warp", DEDUCED),
+        ("request 16 bytes of a gathered row of A", f"{kernels.row_copy:g} {OF_WARP}", DEDUCED),
+        ("the same, gathered along k", f"{kernels.step_copy:g} {OF_WARP}", DEDUCED),
     ]
-    times = f"{kernels.index_loads} after another" if kernels.index_loads > 1 else "one"
-    loads = f"{times} of {kernels.index_clocks:g} clocks for a slice"
-    beside = "nothing beside them" if kernels.index_waits else "beside the copies"
-    rows.append(("loads of indices, weight gradients", f"{loads}, {beside}", DEDUCED))
+    times = f"{kernels.index_loads} in sequence, each" if kernels.index_loads > 1 else "one"
+    loads = f"{times} of {kernels.index_clocks:g} clocks"
+    beside = "not overlapped" if kernels.index_waits else "overlapping the copies"
+    rows.append(("index loads per k-block, weight gradients", f"{loads}, {beside}", DEDUCED))
     if kernels.announces_late:
-        rows.append(("slices that are gathered", "announced in turn with the products", "source"))
-        rows.append(("two barriers between", f"{HANDSHAKE_CLOCKS} clocks", DEDUCED))
-        fetching = f"{FETCH_CLOCKS} clocks for {CODE_LINE} bytes"
-        rows.append(("code that the instruction cache has lost", fetching, COUNTED))
+        rows.append(("gathered k-blocks", "signalled after later ones are requested", "source"))
+        rows.append(("handshake over two barriers", f"{HANDSHAKE_CLOCKS} clocks", DEDUCED))
+        fetching = f"{FETCH_CLOCKS} clocks per {CODE_LINE} bytes"
+        rows.append(("instruction cache misses", fetching, COUNTED))
     for (name, gates), e in kernels.epilogues.items():
         if name == "StoreRows" and gates == 2:
             continue
         gated = ", gated" if gates == 2 else ""
-        lost = f", {e.fetched} bytes of code" if e.fetched else ""
+        lost = f", {e.fetched} bytes of missed code" if e.fetched else ""
         said = f"{e.clocks:g} clocks, {e.bytes} bytes of shared memory{lost}"
         known = {"StoreRows": True, "Activate": gates == 2, "ActivateBackward": gates == 2}
-        source = DEDUCED if known.get(name, False) else "in proportion"
-        rows.append((f"epilogue {name}{gated}, a strip of 16 x 64", said, source))
+        source = DEDUCED if known.get(name, False) else "scaled from a deduced one"
+        rows.append((f"epilogue {name}{gated}, per strip of 16 x 64", said, source))
     return table(f"Inputs: {kernels.name}", ("what", "value", "source"), rows, markdown)
 
 
 def tiles_table(chip: Chip, markdown: bool) -> str:
-    """Limits of a main loop: tiles that there are, and 256 columns with B sent to two blocks."""
+    """Limits of the main loop for each tile, and for 256 columns with B sent to two blocks."""
     rows = []
     cooperative = TILES["cooperative_256"]
-    shared = [replace(cooperative, name=f"{cooperative.name}, B to two", sharing=2)]
+    shared = [replace(cooperative, name=f"{cooperative.name}, B multicast to 2", sharing=2)]
     names = ("tensor", "shared", "L2", "producer")
     for tile in (*TILES.values(), *shared):
-        for gathers, said in (("", "-"), ("rows", "rows of A"), ("B", "steps of B")):
+        for gathers, said in (("", "-"), ("rows", "rows of A"), ("B", "B along k")):
             if gathers == "B" and tile.sharing > 1:
-                continue  # gathered, so not sent
-            cycles = tile.slice_cycles(chip, gathers=gathers)
+                continue  # a gathered B is not multicast
+            cycles = tile.k_block_clocks(chip, gathers=gathers)
             fraction = cycles["tensor"] / max(cycles.values())
             shown = (f"{cycles[name]:.0f}" if name in cycles else "-" for name in names)
             limit = max(cycles, key=cycles.__getitem__)
             cells = (tile.name, said, *shown, limit, f"{fraction:.2f}", f"{tile.stages(chip, 1)}")
             rows.append(cells)
     head = ("tile", "gathered", *names, "limit", "tensor cores busy", "stages")
-    return table("Main loop: clocks for a slice of 64 terms", head, rows, markdown)
+    return table("Main loop: clocks per k-block of 64 terms", head, rows, markdown)
 
 
 def faster_tile(model: Model, load: Load, p: Prediction, chip: Chip, kernels: Kernels) -> str:
-    """A compiled tile that the model has faster by 3 % or more, and by how much."""
-    others = [tile for tile in TILES.values() if tile != p.tile and can_make(tile, p.gemm)]
+    """Another compiled tile that is predicted to be at least 3 % faster, and how much."""
+    others = [tile for tile in TILES.values() if tile != p.tile and supports(tile, p.gemm)]
     found = [predict(model, p.gemm, load, tile, chip, kernels) for tile in others]
     best = min(found, key=lambda other: other.seconds)
     gain = p.seconds / best.seconds
@@ -161,14 +161,14 @@ def products_table(chip: Chip, kernels: Kernels, tokens: int, routing: str, mark
                     faster_tile(model, load, p, chip, kernels),
                 )
             )
-    head = ("model", "product", "tile", "main loop", "epilogue", "rows", "columns", "waves")
+    head = ("model", "GEMM", "tile", "main loop", "epilogue", "rows", "columns", "waves")
     head += ("limit", "of peak", "TFLOP/s", "µs", "floor µs", "faster tile")
-    title = f"Grouped products, {tokens} tokens, {routing} routing, all experts resident"
+    title = f"Grouped GEMMs, {tokens} tokens, {routing} routing, all experts resident"
     return table(title, head, rows, markdown)
 
 
 def fractions_table(chip: Chip, kernels: Kernels, markdown: bool) -> str:
-    """Of peak, of every product; the layer's experts; and the time of fewer residents."""
+    """Fraction of peak of every GEMM, rates of a layer's experts, and time with fewer residents."""
     rows, names = [], []
     for model in work.MODELS:
         for tokens in work.TOKENS:
@@ -181,7 +181,7 @@ def fractions_table(chip: Chip, kernels: Kernels, markdown: bool) -> str:
 
                 forward, flops = seconds_of(False)
                 both, flops_of_both = seconds_of(True)
-                # Which of the popular experts are resident would decide it under Zipf.
+                # With Zipf routing it would depend on which popular experts are resident.
                 of_all = ["-", "-"]
                 if routing == "balanced":
                     for i, parts in enumerate((2, 4)):
@@ -201,13 +201,13 @@ def fractions_table(chip: Chip, kernels: Kernels, markdown: bool) -> str:
                 )
     head = ("model", "tokens", "routing", "rows per expert", *names)
     head += ("forward TFLOP/s", "forward+backward TFLOP/s", "half / all", "quarter / all")
-    title = "Fraction of the tensor cores' peak by product, and the experts of a layer"
+    title = "Fraction of the tensor cores' peak of each GEMM, and the experts of a layer"
     return table(title, head, rows, markdown)
 
 
 def resources_table(markdown: bool) -> str:
-    """Registers and warps of the warp-specialised kernels, from the built library, else from the
-    committed budget.
+    """Registers and warps of the warp-specialised kernels, from the built library or, without one,
+    from the committed budget.
     """
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     import cuda_resources
@@ -251,7 +251,7 @@ class Compared:
     model: str
     tokens: int
     routing: str
-    what: str  # a product, or forward, or forward + backward of the experts
+    what: str  # a GEMM, or "forward" or "forward + backward" of the experts
     tile: str
     predicted: float
     measured: float
@@ -262,29 +262,30 @@ class Compared:
 
     @property
     def is_part(self) -> bool:
-        """Not of all experts."""
+        """Whether only half or a quarter of the experts were resident."""
         return self.what.endswith(("half", "quarter"))
 
 
 class BadFile(Exception):
-    """A file that is not a result; the message names it and says why."""
+    """A file does not hold results; the message has its path and the reason."""
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """Results, an object in each line."""
+    """The results in a file with a JSON object per line. Raises BadFile."""
     try:
         found = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise BadFile(f"{path}: cannot be read as lines of JSON: {error}") from error
+        raise BadFile(f"{path} cannot be read as lines of JSON: {error}") from error
     if not all(isinstance(each, dict) and "kind" in each for each in found):
-        raise BadFile(f"{path}: the 'kind' of a line must be ceilings, verb or layer, got none")
+        raise BadFile(f"{path} must have an object with a 'kind' in every line, got another value")
     return found
 
 
 def compare(path: Path, chip: Chip) -> list[Compared]:
-    """Every product and layer in the file whose label is one of KERNELS. Layers: replayed from a
-    graph where that was measured, as the host's time is not modelled; a half or a quarter of the
-    experts was not.
+    """Predictions for every GEMM and layer in the file whose label is one of KERNELS.
+
+    The host's time is not modelled, so a layer is compared with its replay from a CUDA graph if
+    that was measured. With half or a quarter of the experts it was not.
     """
     models = {model.name: model for model in work.MODELS}
     found = []
@@ -333,17 +334,18 @@ def compared_table(path: Path, chip: Chip, markdown: bool) -> str:
     head += ("predicted µs", "measured µs", "ratio")
     worst = lambda few: f"{max((c.ratio for c in few), key=lambda ratio: abs(ratio - 1)):.2f}"
     whole = [c for c in found if not c.is_part]
-    last = f"{len(whole)} figures of all experts, the worst ratio is {worst(whole)}."
+    last = f"{len(whole)} figures with all experts resident; the ratio furthest from 1 is "
+    last += f"{worst(whole)}."
     if len(found) > len(whole):
         parts = [c for c in found if c.is_part]
-        last += f" {len(parts)} of a half or a quarter, the worst ratio is {worst(parts)}."
+        last += f" For {len(parts)} figures with half or a quarter of them it is {worst(parts)}."
     return table(f"Predicted and measured, {path.name}", head, rows, markdown) + "\n" + last
 
 
 @dataclass(frozen=True)
 class Counted:
-    """Of a launch under the profiler: seconds, the part in which tensor cores were busy, and of
-    the rate of L2.
+    """Counters of a launch: seconds, and the fractions of time with the tensor cores busy, and of
+    L2's bandwidth.
     """
 
     seconds: float
@@ -352,12 +354,12 @@ class Counted:
 
 
 def counted(path: Path) -> dict[str, list[Counted]]:
-    """Of the grouped GEMMs in order, by label."""
+    """Counters of the grouped GEMMs in order, by label of the kernels."""
     found: dict[str, list[Counted]] = {}
     try:
         text = path.read_text()
     except OSError as error:
-        raise BadFile(f"{path}: cannot be read: {error}") from error
+        raise BadFile(f"{path} cannot be read: {error}") from error
     for part in re.split(r"^# ", text, flags=re.MULTILINE)[1:]:
         label, *launches = re.split(r"\n== ", part)
         for launch in launches:
@@ -369,12 +371,12 @@ def counted(path: Path) -> dict[str, list[Counted]]:
                 line = Counted(nanoseconds / 1e9, percent / 100, l2 / 100)
                 found.setdefault(label.splitlines()[0], []).append(line)
     if not found:
-        raise BadFile(f"{path}: has no counters of a warp_specialized_kernel")
+        raise BadFile(f"{path} must have counters of a warp_specialized_kernel, got no counters")
     return found
 
 
 def counters_table(path: Path, measured: Path, chip: Chip, markdown: bool) -> str:
-    """OLMoE's products at 16384 tokens, balanced, which the profiler ran."""
+    """OLMoE's GEMMs with 16384 tokens and balanced routing: predictions against counters."""
     model = next(model for model in work.MODELS if model.name == "OLMoE")
     timed = {(c.kernels, c.model, c.what, c.tile): c.measured for c in compare(measured, chip)}
     rows = []
@@ -394,44 +396,33 @@ def counters_table(path: Path, measured: Path, chip: Chip, markdown: bool) -> st
         "product",
         "tensor cores busy, predicted",
         "counted",
-        "clocks counted, million",
+        "million clocks counted",
     )
     head += ("GHz under the profiler", "GHz in the benchmark", "GHz predicted")
     return table(f"Predicted and counted, {path.name}", head, rows, markdown)
 
 
 def l2_table(path: Path, measured: Path, chip: Chip, markdown: bool) -> str:
-    """What the products of rows ask L2 for with every tile, beside what was counted and measured:
-    OLMoE, 16384 tokens, balanced, the kernels of now. A tile that was not timed has a "-".
+    """Predicted L2 traffic and time of the GEMMs over rows with every tile, beside counters and
+    measurements: OLMoE, 16384 tokens, balanced, the current kernels. A "-": not measured.
     """
     model = next(model for model in work.MODELS if model.name == "OLMoE")
-    load = work.expected_load(model, 16384, "balanced")
+    load, rows = work.expected_load(model, 16384, "balanced"), []
     timed = {
-        (c.what, c.tile): c.measured
-        for c in compare(measured, chip)
-        if (c.kernels, c.model, c.tokens) == (CURRENT.name, model.name, 16384)
+        (c.kernels, c.model, c.tokens, c.what, c.tile): c.measured for c in compare(measured, chip)
     }
     gemms = work.gemms(model, load).values()
-    launches = dict(zip((gemm.name for gemm in gemms), counted(path)[CURRENT.name], strict=True))
-    rows = []
-    for gemm in gemms:
-        for tile in TILES.values():
-            if not can_make(TILES["paired_128"], gemm):
-                continue
+    for gemm, launch in zip(gemms, counted(path)[CURRENT.name], strict=True):
+        for tile in TILES.values() if supports(TILES["paired_128"], gemm) else ():
             p = predict(model, gemm, load, tile, chip)
-            was_counted = tile == measured_tile(gemm)
-            seconds = timed.get((gemm.name, tile.name))
-            rows.append(
-                (
-                    *(gemm.name, tile.name, f"{p.l2_bytes / 1e9:.2f}", f"{p.l2:.2f}"),
-                    f"{launches[gemm.name].l2:.2f}" if was_counted else "-",
-                    f"{p.seconds * 1e6:.0f}",
-                    "-" if seconds is None else f"{seconds * 1e6:.0f}",
-                )
-            )
-    head = ("product", "tile", "GB from and to L2", "of L2's rate, predicted", "counted")
+            seconds = timed.get((CURRENT.name, model.name, 16384, gemm.name, tile.name))
+            cells = [gemm.name, tile.name, f"{p.l2_bytes / 1e9:.2f}", f"{p.l2:.2f}"]
+            cells += [f"{launch.l2:.2f}" if tile == measured_tile(gemm) else "-"]
+            cells += [f"{p.seconds * 1e6:.0f}", f"{seconds * 1e6:.0f}" if seconds else "-"]
+            rows.append(cells)
+    head = ("GEMM", "tile", "GB from and to L2", "of L2's bandwidth, predicted", "counted")
     head += ("predicted µs", "measured µs")
-    return table("L2, with one B to a block and to two: OLMoE, 16384 tokens", head, rows, markdown)
+    return table("L2 traffic by tile: OLMoE, 16384 tokens, balanced", head, rows, markdown)
 
 
 def report(chip: Chip, kernels: Kernels, markdown: bool) -> str:
@@ -450,19 +441,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--markdown", action="store_true", help="as docs/performance.md has it")
+    parser.add_argument("--markdown", action="store_true", help="print tables in Markdown")
     parser.add_argument(
-        "--clock", type=float, default=Chip.clock / 1e9, help="in GHz, with the tensor cores idle"
-    )
-    parser.add_argument("--kernels", choices=KERNELS, default=CURRENT.name)
-    parser.add_argument(
-        "--measured", type=Path, metavar="FILE", help="compare with a file of results instead"
-    )
-    parser.add_argument(
-        "--counters", type=Path, metavar="FILE", help="and, with --measured, hardware counters"
+        "--clock",
+        type=float,
+        default=Chip.clock / 1e9,
+        metavar="GHz",
+        help="clock with the tensor cores idle (default: %(default)s)",
     )
     parser.add_argument(
-        "--resources", action="store_true", help="registers and stages of the built kernels only"
+        "--kernels",
+        choices=KERNELS,
+        default=CURRENT.name,
+        help="state of the kernels to predict (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--measured", type=Path, metavar="FILE", help="only compare with the results in this file"
+    )
+    parser.add_argument(
+        "--counters",
+        type=Path,
+        metavar="FILE",
+        help="with --measured: also compare with these hardware counters",
+    )
+    parser.add_argument(
+        "--resources",
+        action="store_true",
+        help="only print registers, stages and warps of the built kernels",
     )
     arguments = parser.parse_args()
     if arguments.resources:
@@ -471,7 +476,7 @@ def main() -> int:
     if arguments.clock <= 0:
         parser.error(f"--clock must be positive, got {arguments.clock}")
     if arguments.counters and not arguments.measured:
-        parser.error("--counters needs --measured")
+        parser.error("--counters must be given together with --measured")
     chip = Chip(clock=arguments.clock * 1e9)
     if arguments.measured:
         try:

@@ -34,8 +34,8 @@ from fomoe_ext import _C
 
 @dataclass(frozen=True)
 class Tile:
-    """TILE_ROWS x `columns` sums. `sharing`: blocks of a cluster that receive one copy of B from L2
-    where they multiply by the same.
+    """A tile of TILE_ROWS x `columns` sums. `sharing`: number of blocks of a cluster that receive
+    the same copy of B from L2 (multicast), where they multiply by the same B.
     """
 
     name: str
@@ -51,24 +51,24 @@ class Tile:
         staging = CONSUMERS * GROUP_WARPS * windows * STAGING_BYTES
         return (chip.shared_bytes - BARRIER_BYTES - staging) // self.stage_bytes
 
-    def slice_bytes(self) -> float:
-        """That a block asks L2 for, for a slice: its own lines of A, and its part of B."""
+    def k_block_bytes(self) -> float:
+        """Bytes that a block reads from L2 for a k-block: its rows of A, and its part of B."""
         return (TILE_ROWS + self.columns / self.sharing) * DEPTH * 2
 
-    def slice_cycles(
+    def k_block_clocks(
         self,
         chip: Chip,
         products: int = 2,
         gathers: str = "",
         kernels: Kernels = CURRENT,
     ) -> dict[str, float]:
-        """Of one slice, by limit, when `products` x 64 rows of the tile are multiplied."""
+        """Clocks per k-block, by what limits it, if `products` x 64 rows of the tile are used."""
         flops = 2 * products * PRODUCT_ROWS * self.columns * DEPTH
         tensor = flops / chip.flops_per_clock
         read = products * (DEPTH // PRODUCT_SUM) * (PRODUCT_ROWS + self.columns) * PRODUCT_SUM * 2
         gathered = {"": 0, "rows": TILE_ROWS, "A": TILE_ROWS, "B": self.columns}[gathers]
         gathered *= DEPTH * 2
-        boxes = self.slice_bytes() - gathered
+        boxes = self.k_block_bytes() - gathered
         cycles = {
             "tensor": tensor,
             "shared": (read + gathered) / chip.shared_per_clock,
@@ -82,14 +82,14 @@ class Tile:
                 filling = filling + index if kernels.index_waits else max(filling, index)
             cycles["producer"] = filling
             if kernels.announces_late:
-                # Slice k is announced after k + stages - 2 has been asked for, into the stage of
-                # k - 2, which is given back when the products of k - 1 have been issued, and those
-                # are issued as fast as the tensor cores take them: one after the other.
+                # K-block k is signalled after k + stages - 2 is requested. That goes into the stage
+                # of k - 2, which is released when the products of k - 1 are issued. So filling,
+                # handshake and products happen one after the other.
                 cycles["ring"] = tensor + inputs.HANDSHAKE_CLOCKS + filling
         return cycles
 
 
-# Those of warp_specialized.cuh, by name.
+# The tiles of warp_specialized.cuh, by name.
 TILES = {
     tile["name"]: Tile(
         tile["name"], tile["kernel"], tile["columns"], 2 if tile["kernel"] == "paired" else 1
@@ -99,20 +99,22 @@ TILES = {
 }
 
 
-def can_make(tile: Tile, gemm: Gemm) -> bool:
-    """Blocks cannot share a B that is gathered, as it is for gradients of weights."""
+def supports(tile: Tile, gemm: Gemm) -> bool:
+    """Whether a GEMM can use the tile. Blocks cannot share a B that is gathered, as in gradients of
+    weights.
+    """
     return tile.kernel != "paired" or not gemm.makes_weights
 
 
 def measured_tile(gemm: Gemm) -> Tile:
-    """What every product ran with on 2026-11-29."""
+    """The tile that a GEMM used in the measurements of 2026-11-29."""
     wide = gemm.columns >= 256 and (gemm.makes_weights or gemm.terms >= 256)
     wide = wide and gemm.verb != "contract_backward"
     return TILES["cooperative_256" if wide else "ping_pong_128"]
 
 
 def chosen_tile(gemm: Gemm) -> Tile:
-    """What the kernels run with on Hopper. FOMOE_EXPERTS_TILE overrides it, as it does theirs."""
+    """The tile that the kernels use on Hopper. FOMOE_EXPERTS_TILE overrides both."""
     name = _C.expert_tile(gemm.verb, "bfloat16", gemm.columns, gemm.terms, True)
     if name not in TILES:
         raise SystemExit(f"FOMOE_EXPERTS_TILE must be one of {', '.join(TILES)}, got {name}")
@@ -124,45 +126,46 @@ def chosen_tile(gemm: Gemm) -> Tile:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one grouped GEMM; the factors multiply to `fraction`, but for start and memory."""
+    """The time of one grouped GEMM. `fraction` is the product of the factors, but for the start of
+    the kernel and waits for memory."""
 
     gemm: Gemm
     tile: Tile
-    limit: str  # of slice_cycles, or epilogue or memory
-    main_loop: float  # tensor time over that of the main loops
-    epilogue: float  # main loops over whole tiles
-    rows: float  # existing rows over those multiplied
-    columns: float
-    waves: float  # mean work of a block over the most
+    limit: str  # a key of k_block_clocks, or "epilogue" or "memory"
+    main_loop: float  # time of the tensor cores over that of the main loops
+    epilogue: float  # time of the main loops over that of the tiles
+    rows: float  # existing rows over multiplied rows
+    columns: float  # the same for columns
+    waves: float  # mean work of a block over that of the busiest
     seconds: float
     fraction: float  # of the tensor cores' peak
-    l2_bytes: float  # that main loops and epilogues ask L2 for
-    l2: float  # of L2's rate, on average
+    l2_bytes: float  # bytes that main loops and epilogues move from and to L2
+    l2: float  # mean fraction of L2's bandwidth
 
 
 def items_of(gemm: Gemm, load: Load, tile: Tile) -> tuple[np.ndarray, np.ndarray]:
-    """Of every tile in the order in which blocks take them: products of 64 rows, and slices."""
+    """For every tile, in the order of the scheduler: used products of 64 rows, and k-blocks."""
     columns = -(-gemm.columns // tile.columns)
     ranked = sorted(load.groups, reverse=True)
     if gemm.makes_weights:
         row_tiles = row_products(gemm.length)
         within = np.concatenate([row_tiles[band] for band in bands(len(row_tiles), columns)])
-        slices = np.array([-(-group // DEPTH) for group in ranked])
-        return np.tile(within, len(ranked)), np.repeat(slices, len(within))
+        k_blocks = np.array([-(-group // DEPTH) for group in ranked])
+        return np.tile(within, len(ranked)), np.repeat(k_blocks, len(within))
     row_tiles = np.concatenate([row_products(group) for group in ranked])
     products = np.concatenate([row_tiles[band] for band in bands(len(row_tiles), columns)])
     return products, np.full(len(products), -(-gemm.length // DEPTH))
 
 
 def row_products(rows: int) -> np.ndarray:
-    """Of each row tile of so many rows: its products of 64 rows."""
+    """Number of products of 64 rows in each tile of a group of `rows` rows."""
     full, rest = divmod(rows, TILE_ROWS)
     last = [-(-rest // PRODUCT_ROWS)] if rest else []
     return np.array([TILE_ROWS // PRODUCT_ROWS] * full + last, dtype=np.int64)
 
 
 def bands(row_tiles: int, column_tiles: int, height: int = BAND) -> Iterable[np.ndarray]:
-    """Row tiles in the order of scheduler.cuh: within a band, down each column."""
+    """Row tiles in the order of scheduler.cuh: band by band, and column by column within a band."""
     for first in range(0, row_tiles, height):
         yield np.tile(np.arange(first, min(first + height, row_tiles)), column_tiles)
 
@@ -182,7 +185,7 @@ def pairs_of(gemm: Gemm, load: Load, tile: Tile) -> tuple[np.ndarray, np.ndarray
 
 
 def epilogue_bytes(gemm: Gemm, load: Load) -> int:
-    """What a product reads and writes beside its operands."""
+    """Bytes that a GEMM reads and writes beside its operands."""
     if gemm.makes_weights:
         return work.ELEMENT * len(load.groups) * gemm.columns * gemm.length
     lines = load.touched if gemm.name in GATHERS else load.rows
@@ -194,33 +197,33 @@ def predict(
     model: Model, gemm: Gemm, load: Load, tile: Tile, chip: Chip, kernels: Kernels = CURRENT
 ) -> Prediction:
     # Long: one step after the other, each with names of the steps before.
-    # Gate and up columns are both sums; the result has half of the columns.
+    # The sums include gate and up columns; the result of a gated activation has half as many.
     epilogue = kernels.epilogues[gemm.epilogue, model.gates]
     gathers = GATHERS.get(gemm.name, "")
     if tile.sharing > 1:
         of_block, shares = pairs_of(gemm, load, tile)
-        slices = np.full(len(of_block), -(-gemm.length // DEPTH))
+        k_blocks = np.full(len(of_block), -(-gemm.length // DEPTH))
     else:
-        products, slices = items_of(gemm, load, tile)
+        products, k_blocks = items_of(gemm, load, tile)
         of_block, shares = products[:, None], np.ones(len(products), dtype=bool)
-    products = of_block.max(1)  # blocks of a pair work in step
-    alone_tile = replace(tile, sharing=1)
-    cycles = {p: tile.slice_cycles(chip, p, gathers, kernels) for p in (1, 2)}
-    cycles_alone = {p: alone_tile.slice_cycles(chip, p, gathers, kernels) for p in (1, 2)}
+    products = of_block.max(1)  # the blocks of a pair work in lockstep
+    single = replace(tile, sharing=1)
+    cycles = {p: tile.k_block_clocks(chip, p, gathers, kernels) for p in (1, 2)}
+    cycles_single = {p: single.k_block_clocks(chip, p, gathers, kernels) for p in (1, 2)}
     of = lambda kind, cycles: np.array([0.0, *(kind(cycles[p]) for p in (1, 2))])
     longest = lambda limits: max(limits.values())
-    loops = np.where(shares, of(longest, cycles)[products], of(longest, cycles_alone)[products])
-    loops = loops * slices
-    tensor = of(lambda c: c["tensor"], cycles)[of_block].mean(1) * slices
+    loops = np.where(shares, of(longest, cycles)[products], of(longest, cycles_single)[products])
+    loops = loops * k_blocks
+    tensor = of(lambda c: c["tensor"], cycles)[of_block].mean(1) * k_blocks
     strips = products * PRODUCT_ROWS // STRIP_ROWS * (tile.columns // STRIP_COLUMNS)
     if tile.kernel != "cooperative":
         alone = strips / GROUP_WARPS * epilogue.total
         shared_of = of(lambda c: c["shared"], cycles)
-        shared = shared_of[products] * slices + strips * epilogue.bytes / chip.shared_per_clock
+        shared = shared_of[products] * k_blocks + strips * epilogue.bytes / chip.shared_per_clock
         times = np.maximum.reduce(
             [loops + inputs.TURN_CLOCKS, (loops + alone + inputs.TURN_CLOCKS) / 2, shared]
         )
-    else:  # each warpgroup has a half of the rows, the first one always
+    else:  # each warpgroup has half of the rows; in a last tile the second may have none
         own = strips / np.maximum(products, 1) / GROUP_WARPS
         times = loops + own * epilogue.total + inputs.TURN_CLOCKS
     clusters = chip.processors // tile.sharing
@@ -241,10 +244,10 @@ def predict(
     groups = [along] if along else load.groups
     multiplied = sum(-(-group // PRODUCT_ROWS) * PRODUCT_ROWS for group in groups)
     whole = -(-gemm.columns // tile.columns) * tile.columns
-    # A block without a tile asks for its half of B.
-    asked = np.where(shares, tile.slice_bytes(), alone_tile.slice_bytes())
-    asked = (asked * slices * tile.sharing).sum()
-    l2_clocks = np.where(shares, cycles[2]["L2"], cycles_alone[2]["L2"]) * slices * tile.sharing
+    # A block without a tile reads its half of B all the same.
+    read = np.where(shares, tile.k_block_bytes(), single.k_block_bytes())
+    read = (read * k_blocks * tile.sharing).sum()
+    l2_clocks = np.where(shares, cycles[2]["L2"], cycles_single[2]["L2"]) * k_blocks * tile.sharing
     beside = epilogue_bytes(gemm, load)
     l2_clocks = l2_clocks.sum() + beside / chip.l2_per_clock
     return Prediction(
@@ -258,7 +261,7 @@ def predict(
         waves=work_of_block.mean() / work_of_block.max(),
         seconds=seconds,
         fraction=gemm.flops / seconds / chip.peak,
-        l2_bytes=float(asked + beside),
+        l2_bytes=float(read + beside),
         l2=float(l2_clocks / chip.processors / clock / seconds),
     )
 
@@ -266,9 +269,10 @@ def predict(
 def memory_wait(
     gemm: Gemm, load: Load, tile: Tile, products: np.ndarray, seconds: np.ndarray, chip: Chip
 ) -> float:
-    """Seconds that experts' bytes take longer than their products, which are `seconds` per tile.
+    """By how many seconds loading takes longer than multiplying, summed over experts.
 
-    Expert by expert, largest first: many rows of one do not hide the weights of one with few.
+    `seconds`: of the products of each tile. Experts are processed one by one, largest first, so the
+    products of one with many rows do not hide loading the weights of one with few.
     """
     ranked = sorted((group for group in load.groups if group or gemm.makes_weights), reverse=True)
     if gemm.makes_weights:
@@ -300,7 +304,7 @@ def predictions(
     choice: Choice = chosen_tile,
     training: bool = True,
 ) -> tuple[Prediction, ...]:
-    """Of the six products of a layer, with the tiles that the kernels choose."""
+    """Predictions for the six grouped GEMMs of a layer, by default with the tiles in use."""
     load = work.expected_load(model, tokens, routing, parts)
     gemms = work.gemms(model, load, training).values()
     return tuple(predict(model, gemm, load, choice(gemm), chip, kernels) for gemm in gemms)
@@ -316,7 +320,7 @@ def experts_seconds(
     kernels: Kernels = CURRENT,
     choice: Choice = chosen_tile,
 ) -> tuple[float, int]:
-    """Seconds of moe_experts and its FLOPs: products as predicted, the rest by its bytes."""
+    """Seconds and FLOPs of moe_experts: GEMMs as predicted, other kernels by their bytes."""
     load = work.expected_load(model, tokens, routing, parts)
     found = predictions(model, tokens, routing, chip, parts, kernels, choice, backward)
     known = {p.gemm.name: p.seconds for p in found}

@@ -1,12 +1,12 @@
-"""Validation loss against bits on the wire: one job per codec and seed, at equal tokens.
+"""Validation loss against bits per parameter: one training job per codec and seed, equally long.
 
     python bench/loss_vs_bits.py --seeds 3
     python bench/loss_vs_bits.py --seeds 1 --codecs fp32 int8 -- --rounds 8 --sites 2
 
-What follows `--` goes to `fomoe train`. Every run's figures are in the file of data at once, so
-that an interrupted series goes on where it was; runs with other flags stay there, apart.
-Differences are paired: a codec's loss against that of fp32 with the same seed, which saw the same
-data in the same order from the same weights.
+What follows `--` is passed to `fomoe train`. Each run is recorded when it ends, so an interrupted
+series can be continued. The file also keeps runs with other flags, which are not mixed with these.
+Differences are between a codec and fp32 with the same seed: both start from the same weights and
+see the same data in the same order.
 """
 
 from __future__ import annotations
@@ -38,39 +38,39 @@ BASE = "fp32"
 WANTED = {"int8": 0.1, "int4": 0.5, "topk": 1.0}  # % of the loss of fp32 that may be lost
 DEFAULT_OUT = Path(__file__).resolve().parent / "results" / "loss_vs_bits"
 JOB = {"--router-scope": "global", "--local-steps": "16", "--rounds": "48"}
-"""The job, but for flags that are given: that of `fomoe train` with a meeting every 16 steps."""
+"""Flags of the jobs, unless they are given after `--`: a meeting every 16 steps."""
 TAIL_LINES = 15  # of a failed run's output
 
 Run = Mapping[str, Any]
 
 
 def bits_per_parameter(codec: str, numel: int = 1 << 20) -> float:
-    """Bits of a payload per value, of many values."""
+    """Bits per value of a large payload."""
     return 8 * wire.wire_bytes(codec, numel) / numel
 
 
 class Row(NamedTuple):
-    """A codec's figures. Losses and differences by seed, ascending; differences in % of fp32."""
+    """A codec's figures. Losses and differences are by seed; differences in % of fp32's loss."""
 
     codec: str
     bits: float
     bytes_sent: float
-    """Of one site in one run, the mean over sites."""
+    """Bytes that a site sent in one run: the mean over sites."""
     losses: dict[int, float]
     differences: dict[int, float]
     as_predicted: bool
-    """All runs' sites have sent exactly the bytes that were predicted."""
+    """Whether every site in every run sent exactly the predicted number of bytes."""
 
     @property
     def good(self) -> bool | None:
-        """Whether the mean difference is as small as wanted; None where nothing is to be said."""
+        """Whether the mean difference meets the target; None without a target or a difference."""
         if self.codec not in WANTED or not self.differences:
             return None
         return fmean(self.differences.values()) <= WANTED[self.codec]
 
 
 def summarise(runs: Sequence[Run]) -> list[Row]:
-    """A row per codec, in the order of bits; `runs` of one set of flags."""
+    """A row per codec, by ascending bits. All `runs` must have the same flags."""
     by_codec: dict[str, dict[int, Run]] = {}
     for run in sorted(runs, key=lambda run: run["seed"]):
         by_codec.setdefault(run["codec"], {})[run["seed"]] = run
@@ -100,28 +100,28 @@ def summarise(runs: Sequence[Run]) -> list[Row]:
 
 
 def load_runs(path: Path) -> list[dict[str, Any]]:
-    """Of all flags; none where the file is not there. ValueError for a file of another kind."""
+    """All runs in the file, empty if there is no file. ValueError if it is another kind of file."""
     if not path.exists():
         return []
     try:
         return list(json.loads(path.read_text())["runs"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"--out: {path} does not hold runs of this benchmark: {error}") from None
+        raise ValueError(f"--out must name a file of this benchmark, got {path}: {error}") from None
 
 
 def with_flags(runs: Sequence[dict[str, Any]], flags: Sequence[str]) -> list[dict[str, Any]]:
-    """Those that were made with exactly these flags."""
+    """The runs that were made with exactly these flags."""
     return [run for run in runs if run["flags"] == list(flags)]
 
 
 def save_runs(path: Path, runs: Sequence[Run]) -> None:
-    """Replaces the file in one go: an interruption leaves the old or the new one."""
+    """Replaces the file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps({"runs": list(runs)}, indent=1) + "\n")
 
 
 def add_run(path: Path, run: Run) -> None:
-    """Adds a run to those of the file, also while another series does the same."""
+    """Adds a run to the file; safe while another process does the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -133,7 +133,7 @@ def add_run(path: Path, run: Run) -> None:
 
 
 def figures(report: Run, codec: str, seed: int, flags: Sequence[str]) -> dict[str, Any]:
-    """What is kept of a run's report.json."""
+    """The record of a run, from its report.json."""
     sites = report["sites"]
     return {
         "codec": codec,
@@ -152,11 +152,11 @@ def figures(report: Run, codec: str, seed: int, flags: Sequence[str]) -> dict[st
 
 
 class RunFailed(RuntimeError):
-    """A training job that did not end well; says what it printed last."""
+    """A training job failed; the message has the end of its output."""
 
 
 def train(codec: str, seed: int, flags: Sequence[str]) -> dict[str, Any]:
-    """Runs the job and returns its figures."""
+    """Runs the job and returns its record."""
     with tempfile.TemporaryDirectory(prefix="loss-vs-bits-") as folder:
         run_dir = Path(folder) / "run"
         words = ["--codec", codec, "--seed", str(seed), "--eval-rounds", "0", "--no-tensorboard"]
@@ -184,7 +184,7 @@ def machine_facts() -> dict[str, Any]:
 
 
 def run_missing(path: Path, codecs: Sequence[str], seeds: int, flags: Sequence[str]) -> int:
-    """Runs what the file has not got, seed by seed, saving after each; returns how many failed."""
+    """Makes the runs that the file lacks and records each as it ends; returns how many failed."""
     runs = load_runs(path)
     there = {(run["codec"], run["seed"]) for run in with_flags(runs, flags)}
     todo = [(c, s) for s in range(seeds) for c in codecs if (c, s) not in there]
@@ -215,7 +215,7 @@ def loss_table(rows: Sequence[Row], runs: Sequence[Run]) -> Table:
     table.add_column("codec")
     for name in ("bits/parameter", "MB sent per site", *(f"seed {s}" for s in seeds), "mean"):
         table.add_column(name, justify="right")
-    for name in ("mean diff %", "largest diff %", "wanted %", "bytes as predicted"):
+    for name in ("mean diff %", "largest diff %", "target %", "bytes as predicted"):
         table.add_column(name, justify="right")
     for row in rows:
         differences = list(row.differences.values())
@@ -235,21 +235,21 @@ def loss_table(rows: Sequence[Row], runs: Sequence[Run]) -> Table:
 
 
 def notes(runs: Sequence[Run], flags: Sequence[str]) -> list[str]:
-    """What the table is of, in lines."""
+    """Lines below the table: the setting, versions and commits."""
     first = runs[0]["run"]
     commits = sorted({str(run["machine"]["commit"]) for run in runs})
     torches = sorted({run["machine"]["torch"] for run in runs})
     threads = sorted({str(run["machine"].get("isa", run["machine"]["device"])) for run in runs})
     lines = [
-        "Differences from fp32 with the same seed, in % of its loss; above 0 is worse. * misses "
-        "what is wanted.",
+        "diff: difference from fp32 with the same seed, in % of its loss; above 0 is worse. * "
+        "misses the target.",
         f"{first['sites']} sites, replication {first['replication']}, {first['rounds']} x "
         f"{first['local_steps']} steps; {first['data']}.",
         f"flags: {' '.join(flags) or 'none'}; torch {', '.join(torches)}, "
         f"{', '.join(threads)}, commit {', '.join(commits)}.",
     ]
     if len(commits) > 1:
-        lines.append("The runs are of several commits: they may not be comparable.")
+        lines.append("The runs were made at several commits and may not be comparable.")
     return lines
 
 
@@ -287,7 +287,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def show(path: Path, flags: Sequence[str]) -> None:
-    """Prints the table of the runs with these flags and writes the plot beside the data."""
+    """Prints the table of the runs with these flags, and writes the plot next to the file."""
     runs = with_flags(load_runs(path), flags)
     if not runs:
         raise ValueError(f"{path} has no runs with the flags: {' '.join(flags) or 'none'}")
@@ -303,26 +303,28 @@ def show(path: Path, flags: Sequence[str]) -> None:
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Own arguments, and the flags for `fomoe train`."""
+    """This script's arguments, and the flags for `fomoe train`."""
     arguments = list(arguments)
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(
         prog="loss_vs_bits.py",
-        description="Validation loss against bits on the wire, by codec.",
-        epilog="What follows -- goes to fomoe train.",
+        description="Validation loss against bits per parameter, by codec.",
+        epilog="What follows -- is passed to fomoe train.",
     )
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. N-1 (default: 3)")
-    parser.add_argument("--rounds", type=int, help="rounds of a run (default: the job's)")
+    parser.add_argument("--rounds", type=int, help="rounds of a run (default: as fomoe train)")
     parser.add_argument("--codecs", nargs="+", default=list(CODECS), choices=wire.CODECS)
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="path without .json, .png")
-    parser.add_argument("--plot-only", action="store_true", help="of the runs that are there")
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="path without .json or .png")
+    parser.add_argument(
+        "--plot-only", action="store_true", help="print and plot recorded runs, make no new ones"
+    )
     given = parser.parse_args(arguments[:cut])
     flags = arguments[cut + 1 :]
     if given.seeds < 1:
         parser.error(f"--seeds must be >= 1, got {given.seeds}")
     for name in ("--codec", "--seed", "--run-dir"):
         if any(flag == name or flag.startswith(name + "=") for flag in flags):
-            parser.error(f"{name} is set by this benchmark: leave it out after --")
+            parser.error(f"{name} must not be given after --: this script sets it")
     if given.rounds is not None:
         if given.rounds < 1:
             parser.error(f"--rounds must be >= 1, got {given.rounds}")
@@ -331,7 +333,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0, or 1 when a run failed or there is nothing to show."""
+    """Returns the exit code: 1 when a run failed or there is nothing to show, else 0."""
     given, flags = parse(sys.argv[1:] if arguments is None else arguments)
     path = given.out.parent / (given.out.name + ".json")
     try:

@@ -1,7 +1,7 @@
-"""Facts of the machine that go into every result, and what makes a result suspect.
+"""Facts about the machine that are recorded with every result, and reasons to doubt a result.
 
-A time from a GPU that slows itself down, or that somebody else uses too, says little about a
-kernel: the GPU is asked before and after each measurement (NVML), and such results are marked.
+If a GPU lowered its clock, or another process used it, a time says little about the kernel. So NVML
+is asked before and after each measurement, and such results are marked as suspect.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from fomoe_ext import _C
 
-# Bits of NVML's clock event reasons (nvml.h); those of SLOWING make a GPU slower than it could be.
+# Bits of NVML's clock event reasons (nvml.h). Those in SLOWING reduce the clock.
 REASONS = {
     0x1: "idle",
     0x2: "clocks set by an application",
@@ -31,7 +31,7 @@ SLOWING = 0x4 | 0x8 | 0x20 | 0x40 | 0x80
 
 @dataclass(frozen=True)
 class GpuState:
-    """What NVML told at one moment; None where it did not."""
+    """What NVML reported at one moment; None for what it did not report."""
 
     name: str | None = None
     driver: str | None = None
@@ -42,7 +42,7 @@ class GpuState:
     power_limit_watts: float | None = None
     temperature_celsius: int | None = None
     clock_event_reasons: int | None = None
-    processes: list[int] = field(default_factory=list)  # process ids that compute on it
+    processes: list[int] = field(default_factory=list)  # ids of processes that compute on the GPU
 
     def reasons(self) -> list[str]:
         """The clock event reasons in words."""
@@ -51,7 +51,7 @@ class GpuState:
 
 
 def read_gpu(nvml: Any, uuid: str) -> GpuState | None:
-    """The state of the GPU with this UUID, through a module like pynvml; None without a driver."""
+    """The state of the GPU with this UUID; None without a driver. `nvml`: the module pynvml."""
 
     def ask(function: str, *arguments: Any) -> Any:
         try:
@@ -84,7 +84,7 @@ def read_gpu(nvml: Any, uuid: str) -> GpuState | None:
 
 
 def suspicions(before: GpuState | None, after: GpuState | None, own_pid: int) -> list[str]:
-    """What speaks against a result that was measured between the two states, in words."""
+    """Reasons to doubt a result that was measured between the two states."""
     if before is None or after is None:
         return ["the GPU's state is unknown: NVML does not answer (needs nvidia-ml-py)"]
     found = []
@@ -92,7 +92,7 @@ def suspicions(before: GpuState | None, after: GpuState | None, own_pid: int) ->
         slowed = (state.clock_event_reasons or 0) & SLOWING
         found += [f"{text} {when}" for bit, text in REASONS.items() if slowed & bit]
     others = sorted({*before.processes, *after.processes} - {own_pid})
-    # In a container NVML may count processes by the host's numbers: a single one is this one.
+    # In a container NVML may report the host's process ids: then a single other id is our own.
     alone = len(others) == 1 and own_pid not in {*before.processes, *after.processes}
     if others and not alone:
         found.append(f"shared with processes {', '.join(map(str, others))}")
@@ -100,7 +100,7 @@ def suspicions(before: GpuState | None, after: GpuState | None, own_pid: int) ->
 
 
 def current_gpu() -> GpuState | None:
-    """The state of torch's current GPU; None without nvidia-ml-py or an NVML that answers."""
+    """The state of torch's current GPU; None without nvidia-ml-py or if NVML does not answer."""
     try:
         import pynvml
     except ImportError:
@@ -110,14 +110,14 @@ def current_gpu() -> GpuState | None:
 
 
 class Watch:
-    """Facts of the machine around one measurement: `facts()` after it, for `extra_info`."""
+    """Made before a measurement; `facts()` after it gives the machine's facts for `extra_info`."""
 
     def __init__(self, device: str) -> None:
         self.device = device
         self.before = current_gpu() if device == "cuda" else None
 
     def facts(self) -> dict[str, Any]:
-        """Machine, commit and versions; `suspect` lists what speaks against the result."""
+        """Machine, commit and versions; `suspect` lists reasons to doubt the result."""
         build = _C.build_facts()
         facts: dict[str, Any] = {
             "device": self.device,

@@ -1,5 +1,5 @@
-"""What the benchmarks of codecs and of the all-reduce share: deltas, errors of means, floors,
-rivals, links and crossovers. Nothing here takes a time.
+"""Shared by the benchmarks of codecs and of the all-reduce: deltas, errors of means, lower bounds,
+rivals, links and crossovers. Nothing here measures time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ allreduce_results: list[dict[str, Any]] = []
 
 
 def load() -> float | None:
-    """Processes that wanted to run here in the last minute, this one among them."""
+    """Load average of the last minute: running and waiting processes, including this one."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
@@ -49,8 +49,10 @@ def run_processes(
     link: str | None = None,
     timeout_s: int,
 ) -> dict[str, Any]:
-    """Runs a script once per site, or rank, on a link or without one; returns what the first one
-    has written to its --out. RuntimeError, with the end of their output, when one fails."""
+    """Runs a script in `number` processes (sites or ranks), with or without a slow link.
+
+    Returns the JSON that the first one writes to its --out. When a process fails: RuntimeError with
+    the end of the output."""
     found = folder / "found.json"
     command = [sys.executable, "-m", "fomoe_ext.link", "--sites", str(number)]
     if link:
@@ -76,8 +78,8 @@ def run_processes(
 
 
 def site_deltas(sites: int, rows: int, width: int, seed: int = 0) -> Tensor:
-    """Deltas as sites have them, fp32 [sites, rows * width]: rows of log-normal scales, of which
-    half the variance is common to all sites.
+    """Random deltas, fp32 [sites, rows * width]. The scales of rows are log-normal, and half of the
+    variance is common to all sites.
     """
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *sizes: torch.randn(*sizes, generator=generator)
@@ -93,9 +95,10 @@ def _shares(numel: int, sites: int) -> list[slice]:
 
 
 def our_mean(codec: Codec, deltas: Tensor) -> Tensor:
-    """The mean as `fomoe_ext.outer.reduce` makes it, without error feedback: the owner of a share
-    adds the others' payloads to its own values and encodes the sum, two encodings a value; sparse
-    payloads are added up by everybody.
+    """The mean as `fomoe_ext.outer.reduce` computes it, without error feedback.
+
+    The owner of a share sums the others' payloads and its own values, and encodes the sum: a value
+    is encoded twice. Sparse payloads are summed by every site.
     """
     sites, numel = deltas.shape
     if wire.is_sparse(codec.name):
@@ -111,7 +114,7 @@ def our_mean(codec: Codec, deltas: Tensor) -> Tensor:
 
 
 def ring_mean(codec: Codec, deltas: Tensor) -> Tensor:
-    """The mean of a ring that encodes the running sum at every hop: as many encodings as sites."""
+    """The mean by a ring all-reduce: a value is encoded at every hop, once per site."""
     sites, numel = deltas.shape
     mean = torch.empty(numel)
     for owner, share in enumerate(_shares(numel, sites)):
@@ -125,7 +128,7 @@ def ring_mean(codec: Codec, deltas: Tensor) -> Tensor:
 
 
 def mean_errors(codec: Codec, deltas: Tensor) -> dict[str, float]:
-    """Relative L2 errors of both means against the exact one."""
+    """Relative L2 errors of `our_mean` and `ring_mean`."""
     exact = deltas.double().mean(0)
     return {
         "ours": normalised_error(our_mean(codec, deltas), exact),
@@ -137,9 +140,10 @@ def mean_errors(codec: Codec, deltas: Tensor) -> dict[str, float]:
 
 
 def least_bytes(verb: str, codec: Codec, numel: int, members: int = MEMBERS) -> int:
-    """Bytes that a verb must read and write: each input and output once. ValueError for no verb.
+    """Bytes of a verb if each input is read once and each output written once.
 
-    A lossy codec keeps its error in "encode delta" and "reduce": read and written.
+    "encode delta" and "reduce" of a lossy codec also read and write its error. ValueError for
+    another verb.
     """
     payload, values = codec.wire_bytes(numel), 4 * numel
     error = 2 * values if codec.lossy else 0
@@ -158,7 +162,7 @@ def least_bytes(verb: str, codec: Codec, numel: int, members: int = MEMBERS) -> 
 
 
 class Rival(NamedTuple):
-    """Another way to make few bytes of flat fp32 values, and values of them again."""
+    """Another codec for flat fp32 values."""
 
     name: str
     encode: Callable[[Tensor], Any]
@@ -170,7 +174,7 @@ def _torch_bf16() -> Rival:
 
 
 def _torch_int8() -> Rival:
-    """One scale for all; quantize_per_tensor with the pass over the values that finds it."""
+    """quantize_per_tensor with one scale for all values; finding the scale is included."""
 
     def encode(values: Tensor) -> Tensor:
         low, high = values.aminmax()
@@ -181,7 +185,7 @@ def _torch_int8() -> Rival:
 
 
 def _torch_topk() -> Rival:
-    """The same values chosen; sent as they are, with 16-bit indices."""
+    """Chooses the same values as ours, and sends them in fp32 with 16-bit indices."""
 
     def encode(values: Tensor) -> tuple[Tensor, Tensor]:
         chunks = values.view(-1, 4096)
@@ -268,11 +272,11 @@ _RIVALS: dict[str, dict[str, Callable[[], Rival]]] = {
     "int2": {"pypiquant": lambda: _piquant(torch.quint2x4)},
     "topk": {"torch": _torch_topk},
 }
-_TRIAL = 1 << 14  # values that a rival must bring back before it is timed
+_TRIAL = 1 << 14  # values that a rival must encode and decode correctly before it is timed
 
 
 def rivals_of(codec: str, device: str = "cpu") -> tuple[list[Rival], dict[str, str]]:
-    """Those that work here, and why others do not, by name."""
+    """Rivals that work on this machine, and the reasons why others do not, by name."""
     found, absent = [], {}
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(_TRIAL, generator=generator).to(device)
@@ -282,11 +286,11 @@ def rivals_of(codec: str, device: str = "cpu") -> tuple[list[Rival], dict[str, s
                 warnings.simplefilter("ignore")  # torch's quantised dtypes are deprecated
                 rival = make()
                 error = normalised_error(rival.decode(rival.encode(values)), values)
-        except Exception as failure:  # whatever other people's code raises; said in the result
+        except Exception as failure:  # other packages may raise anything; it is recorded
             absent[name] = f"{type(failure).__name__}: {str(failure).splitlines()[0][:120]}"
             continue
         if not error < 1:
-            absent[name] = f"decodes to something else (relative error {error:.2f})"
+            absent[name] = f"its result differs (relative error {error:.2f})"
             continue
         found.append(rival)
     return found, absent
@@ -297,7 +301,7 @@ def rivals_of(codec: str, device: str = "cpu") -> tuple[list[Rival], dict[str, s
 
 @dataclass
 class Work:
-    """Inputs of all verbs, of `numel` values; `error` is changed by "encode delta" and "reduce"."""
+    """Inputs of all verbs. "encode delta" and "reduce" change `error`."""
 
     codec: Codec
     anchor: Tensor
@@ -318,7 +322,7 @@ class Work:
         return self.anchor.numel()
 
     def ours(self, verb: str) -> Callable[[], Tensor]:
-        """What runs the verb; returns its output, the same tensor every time."""
+        """A call that runs the verb with our codec; it always returns the same output tensor."""
         from fomoe_ext.outer.codec import DeltaPart
 
         codec, numel, given = self.codec, self.numel, self.given
@@ -341,7 +345,7 @@ class Work:
         raise ValueError(f"verb must be one of {', '.join(VERBS)}, got {verb!r}")
 
     def theirs(self, verb: str, rival: Rival) -> Callable[[], Any]:
-        """The same of a rival, the rest in plain torch ops."""
+        """A call that runs the verb with a rival's codec and plain torch ops."""
         given, error = self.given, self.error
         encode, decode = rival.encode, rival.decode
         if verb == "encode values":
@@ -374,18 +378,18 @@ class Work:
 
 
 class LinkCase(NamedTuple):
-    """One run of bench/outer_site.py: `link` None = as fast as the machine is."""
+    """One run of bench/outer_site.py. `link` None: not made slow."""
 
     sites: int
     link: str | None
     numel: int
     rounds: int
     full: bool = False
-    """Only with --full."""
+    """Whether it only runs with --full."""
 
     @property
     def megabytes(self) -> int:
-        """MiB of fp32."""
+        """Size of the vector in MiB."""
         return 4 * self.numel >> 20
 
     def __str__(self) -> str:
@@ -393,7 +397,7 @@ class LinkCase(NamedTuple):
 
     @property
     def memory(self) -> int:
-        """Bytes that all sites need: six vectors each and what a process takes."""
+        """Bytes of memory that all sites need: six vectors each, and a process's own memory."""
         return self.sites * (6 * 4 * self.numel + (300 << 20))
 
 
@@ -410,13 +414,15 @@ LINK_CASES = (
 
 
 def link_share(bytes_sent: int, seconds: float, bandwidth: float) -> float:
-    """Share of the bits that the link could have carried in this time."""
+    """Fraction of the link's bandwidth that was used."""
     return 8 * bytes_sent / (bandwidth * seconds)
 
 
 def crossover(ours: tuple[float, int], theirs: tuple[float, int]) -> float:
-    """The bandwidth in bits/s below which ours is faster, each given as (seconds on a link without
-    limits, bytes sent) and taking seconds + bits / bandwidth. math.inf = always, 0 = never.
+    """The bandwidth in bits/s below which ours is faster. math.inf = always, 0 = never.
+
+    Both are (seconds without a slow link, bytes sent); their time on a link is taken to be
+    seconds + bits / bandwidth.
     """
     more_seconds, fewer_bits = ours[0] - theirs[0], 8 * (theirs[1] - ours[1])
     if fewer_bits >= 0 and more_seconds <= 0:

@@ -1,10 +1,10 @@
-"""The process of one site in the benchmark of the whole all-reduce (bench_outer_allreduce.py).
+"""One site of the benchmark of the all-reduce; bench_outer_allreduce.py starts it.
 
     python -m fomoe_ext.link --sites 2 --link 200mbit -- python bench/outer_site.py --out FILE
 
-Averages one fp32 vector over all sites: by every codec as a meeting does it, with error feedback,
-and by Gloo's own all_reduce in fp32 and in bf16. All methods in turn in every round; the time of a
-round is that of its slowest site. Site 0 writes what was found to FILE.
+It averages one fp32 vector over all sites: with every codec as in a meeting, with error feedback;
+and with Gloo's all_reduce in fp32 and bf16. Every round times all methods in turn; the time of a
+round is that of the slowest site. Site 0 writes the results to FILE.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ TIMEOUT_S = 300.0
 
 
 def gloo_bytes(numel: int, sites: int, dtype: torch.dtype) -> int:
-    """What a site sends in Gloo's ring: every element but its own part, twice."""
+    """Bytes that a site sends in Gloo's ring: all elements but its own part, twice."""
     return 2 * (sites - 1) * numel * dtype.itemsize // sites
 
 
 class Ours:
-    """A meeting's mean of one vector, in place; a call returns the bytes sent."""
+    """Averages one vector in place as a meeting does; a call returns the bytes sent."""
 
     def __init__(self, group: SiteGroup, site: int, codec: str, values: Tensor) -> None:
         wanted = get_codec(codec)
@@ -51,7 +51,7 @@ class Ours:
         feedback = Feedback(layout, wanted, BUCKET_BYTES, wanted=True)
         for kept in (feedback.own, feedback.shares):
             if kept is not None:
-                kept.zero_()  # as in a job, its memory is there before the first meeting
+                kept.zero_()  # allocates its memory, as a job does before the first meeting
         self.job = MeanJob(layout, site, wanted, lambda piece: piece.tensor, feedback=feedback)
 
     def __call__(self) -> int:
@@ -59,8 +59,8 @@ class Ours:
 
 
 class Gloo:
-    """all_reduce of one vector over the default group, as fp32 or by way of bf16, and the division
-    by the number of sites; a call returns the bytes sent."""
+    """Averages one vector with all_reduce over the default group, in fp32 or cast to bf16; a call
+    returns the bytes sent."""
 
     def __init__(self, groups: SiteGroups, dtype: torch.dtype, values: Tensor) -> None:
         self.link, self.sites = groups.link, groups.num_sites
@@ -68,7 +68,7 @@ class Gloo:
 
     def __call__(self) -> int:
         sent = gloo_bytes(self.values.numel(), self.sites, self.dtype)
-        # Where the kernel does not shape the link its delays are counted, for Gloo as for us.
+        # If the operating system does not shape the link, its delay is added here, as in ours.
         until = self.link.send(sent) if self.link else 0.0
         there = self.values.to(self.dtype)
         dist.all_reduce(there)
@@ -79,7 +79,8 @@ class Gloo:
 
 
 def make_method(name: str, groups: SiteGroups, values: Tensor) -> Callable[[], int]:
-    """Averages `values` over all sites; ValueError for a name neither in GLOO nor a codec's."""
+    """A call that averages `values` over all sites. ValueError if `name` is neither in GLOO nor a
+    codec."""
     if name in GLOO:
         return Gloo(groups, GLOO[name], values)
     return Ours(groups.group(groups.everyone), groups.site, name, values)
@@ -93,7 +94,7 @@ def all_equal(values: Tensor) -> bool:
 
 
 def seconds_of_slowest(own: Sequence[float]) -> list[float]:
-    """By round, from this site's."""
+    """Seconds of the slowest site in each round; `own`: those of this site."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, list(own))
     return [max(times) for times in zip(*everyone, strict=True)]
@@ -102,9 +103,9 @@ def seconds_of_slowest(own: Sequence[float]) -> list[float]:
 def measure(
     groups: SiteGroups, names: Sequence[str], numel: int, rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """Of each method: `seconds` of the slowest site and `cpu_seconds` of this one by round,
-    `bytes_sent` by this site, the relative `error` of the mean against Gloo's in fp32 (with two
-    sites exact but for one rounding), and whether all sites had `equal_bits`; of the first round.
+    """For each method, by round: `seconds` of the slowest site and `cpu_seconds` of this site. Also
+    `bytes_sent` by this site and, for the first round, the relative `error` of the mean and whether
+    all sites have `equal_bits`. The error is that against Gloo in fp32.
     """
     generator = torch.Generator().manual_seed(groups.site)
     given = torch.randn(numel, generator=generator)
@@ -116,7 +117,9 @@ def measure(
     found: dict[str, dict[str, Any]] = {n: {"seconds": [], "cpu_seconds": []} for n in names}
     for number in range(rounds):
         for name in names:
-            method = make_method(name, groups, buffer)  # one at a time: errors fill much memory
+            method = make_method(
+                name, groups, buffer
+            )  # one at a time: the error feedback needs much memory
             buffer.copy_(given)
             facts = found[name]
             dist.barrier()
@@ -134,8 +137,8 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--numel", type=int, default=1 << 24)
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--numel", type=int, default=1 << 24, help="values in the vector")
+    parser.add_argument("--rounds", type=int, default=1, help="rounds to time")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=(*GLOO, *wire.CODECS))
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()

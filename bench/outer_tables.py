@@ -13,16 +13,16 @@ from rich.table import Table
 from fomoe_ext.config.links import parse_link
 from fomoe_ext.launch import processes as launch
 
-WANTED_FRACTION = {"cpu": 0.60, "cuda": 0.75}  # of the floor, encoding int8
-WANTED_ERROR = {"int8": 0.007}  # of the mean of 8 sites
-WANTED_SHARE = {"200mbit": 0.90}  # of the link, by link
+WANTED_FRACTION = {"cpu": 0.60, "cuda": 0.75}  # fraction of the floor when encoding int8
+WANTED_ERROR = {"int8": 0.007}  # relative error of the mean of 8 sites
+WANTED_SHARE = {"200mbit": 0.90}  # fraction of the link's bandwidth
 BASE = "gloo fp32"
 
 Result = dict[str, Any]
 
 
 def mark(text: str, good: bool) -> str:
-    """The text, with a * if it misses the target."""
+    """The text, with a * if the figure misses the target."""
     return text + ("" if good else "*")
 
 
@@ -39,7 +39,7 @@ def columns(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
 
 
 def fraction_is_good(result: Result) -> bool:
-    """Only the encodings of int8 have a target."""
+    """Whether the target is met; only the encoding verbs of int8 have one."""
     asked = result["codec"] == "int8" and result["verb"].startswith("encode")
     return not asked or result["fraction_of_floor"] >= WANTED_FRACTION[result["device"]]
 
@@ -63,7 +63,7 @@ def codec_table(results: Sequence[Result]) -> Table:
 
 
 def absent_lines(results: Sequence[Result]) -> list[str]:
-    """Each missing rival once, and why."""
+    """A line for each missing rival with the reason, without duplicates."""
     reasons = {(r["codec"], name): why for r in results for name, why in r["absent"].items()}
     found: dict[str, str] = {}
     for (codec, name), why in reasons.items():
@@ -110,8 +110,8 @@ def time_table(results: Sequence[Result], methods: Sequence[str]) -> Table:
 
 
 def share_table(results: Sequence[Result], methods: Sequence[str]) -> Table:
-    """Of the cases on a link."""
-    table = columns("share of the link that was used", (*_CASE, "who shapes it"), methods)
+    """How much of the link was used, for the cases with a slow link."""
+    table = columns("used fraction of the link's bandwidth", (*_CASE, "made slow by"), methods)
     for result in results:
         link = result["case"]["link"]
         bandwidth, wanted = parse_link(link).bandwidth, WANTED_SHARE.get(link, 0.0)
@@ -133,8 +133,9 @@ def bandwidth_words(value: float) -> str:
 
 
 def crossover_table(results: Sequence[Result], methods: Sequence[str]) -> Table:
-    """Of the cases without a link: bytes, arithmetic, and below which bandwidth a codec wins."""
-    title = "without a link: faster than Gloo fp32 below; CPU seconds of a site; error of the mean"
+    """For the cases without a slow link: the bandwidth below which a method is faster than Gloo in
+    fp32, CPU seconds, and the error of the mean."""
+    title = "without a slow link: faster than Gloo fp32 below; CPU seconds of a site; error of mean"
     table = columns(title, _CASE, methods)
     for result in results:
         base = result["methods"][BASE]
@@ -151,12 +152,12 @@ def crossover_table(results: Sequence[Result], methods: Sequence[str]) -> Table:
 
 
 def load_line(results: Sequence[Result]) -> str:
-    """Says so where other work has shared the machine; empty where it has not, or nobody knows."""
+    """A warning if other processes used the machine; else, or if that is not known, empty."""
     most = max((r["load"] or 0.0 for r in results), default=0.0)
     cores = launch.cores()
-    if most <= cores + 1:  # one more: the benchmark's own earlier cases are in it
+    if most <= cores + 1:  # the load average includes earlier cases of this benchmark
         return ""
-    return f"SUSPECT: up to {most:.0f} processes shared {cores} cores, times say little."
+    return f"SUSPECT: up to {most:.0f} processes shared {cores} cores; times are not reliable."
 
 
 def show(console: Console) -> None:
@@ -165,17 +166,18 @@ def show(console: Console) -> None:
         console.print(codec_table(codecs))
         rates = [r["copy_bytes_per_second"] for r in codecs]
         console.print(
-            f"Floor: bytes read and written once, at the {min(rates) / 1e9:.1f} .. "
-            f"{max(rates) / 1e9:.1f} GB/s of a copy ({codecs[0]['copy_call']}) in the same rounds. "
-            f"* misses the target of int8: {WANTED_FRACTION[codecs[0]['device']]:.0%}."
+            "Floor: each byte read and written once, at the bandwidth of a copy in the same rounds "
+            f"({codecs[0]['copy_call']}: {min(rates) / 1e9:.1f} to {max(rates) / 1e9:.1f} GB/s). "
+            f"* misses the target for int8: {WANTED_FRACTION[codecs[0]['device']]:.0%}."
         )
         for line in filter(None, [load_line(codecs), *absent_lines(codecs)]):
             console.print(line, markup=False, highlight=False)
     if errors := outer_cases.error_results:
         console.print(error_table(errors))
         console.print(
-            "Deltas with rows of log-normal scales, half the variance common to all. Ours: "
-            "reduce-scatter and all-gather (topk: all-gather). A ring encodes at every hop."
+            "Random deltas: the scales of rows are log-normal, half of the variance is common to "
+            "all sites. Ours: reduce-scatter and all-gather (topk: all-gather). Ring: encodes at "
+            "every hop."
         )
     if results := outer_cases.allreduce_results:
         methods = list(results[0]["methods"])
@@ -184,12 +186,12 @@ def show(console: Console) -> None:
         console.print(time_table(results, methods))
         if linked:
             console.print(share_table(linked, methods))
-            console.print("Bits of payloads over bandwidth x time; headers of packets come on top.")
+            console.print("Bits of payloads over bandwidth x time, without headers of packets.")
         if free:
             console.print(crossover_table(free, methods))
             console.print(
-                "t = time without a link + bits / bandwidth. All sites share this machine's cores, "
-                "so the time without a link is more than sites of their own would take."
+                "Time on a link is taken to be time without one + bits / bandwidth. All sites "
+                "share this machine's cores, so they are slower than on separate machines."
             )
         if line := load_line(results[:1]):
             console.print(line)

@@ -3,10 +3,11 @@
     python bench/report.py bench/results/<gpu>*.json > table.md
     python bench/report.py bench/results/<gpu>-experts-<date>.jsonl [--label NAME ...]
 
-Reads pytest-benchmark's JSON: results of bench_experts.py on a GPU and of bench_token_kernels.py.
-A section for each file: machine, then figures with both floors, the fraction of the larger one that
-was reached, and every rival's time over ours (above 1: we are faster). Of files with an object in
-each line (ceilings, verb, layer; bench/results/README.md) TFLOP/s and rivals, by label.
+Reads JSON of pytest-benchmark: results of bench_experts.py on a GPU and of bench_token_kernels.py.
+It prints a section for each file: facts of the machine, then times with two lower bounds
+("floors"), the fraction of the larger one that was reached, and the time of every rival over ours
+(above 1: we are faster). Of .jsonl files (bench/results/README.md) it prints TFLOP/s and rivals, by
+the label of the kernels.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise BadFile(f"{path}: cannot be read as JSON: {error}") from error
+        raise BadFile(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("benchmarks"), list):
         raise BadFile(
             f"{path} must be a file of pytest-benchmark, got one without a list 'benchmarks'"
@@ -41,7 +42,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def machine_lines(results: Sequence[Result]) -> list[str]:
-    """What bench/machine.py recorded, over all results: device, driver, clocks, commit, doubts."""
+    """Facts that bench/machine.py recorded with the results, and how many are suspect and why."""
     machines = [result["machine"] for result in results if "machine" in result]
     gpus = [machine["gpu"] for machine in machines if machine.get("gpu")]
 
@@ -89,7 +90,7 @@ def ratio(value: float | None) -> str:
 
 
 def rival_names(results: Sequence[Result]) -> list[str]:
-    """Those measured in any of the results, in the order in which they first stand there."""
+    """Names of rivals that were measured in any of the results, in order of appearance."""
     return list(dict.fromkeys(name for result in results for name in result["rivals"]))
 
 
@@ -126,16 +127,14 @@ def rival_cells(result: Result, names: Sequence[str]) -> list[str]:
 
 
 def part_cells(result: Result) -> list[str]:
-    """Ours in a graph, and with half or a quarter of the experts, over the time of all."""
+    """Times of variants over ours: in a CUDA graph, and with half or a quarter of the experts."""
     share = lambda name: result.get(f"{name}_seconds")
     over = lambda seconds: "-" if seconds is None else f"{seconds / result['seconds']:.2f}"
     return [microseconds(share("graph")), over(share("half")), over(share("quarter"))]
 
 
 def memory_cells(result: Result) -> list[str]:
-    """GB at the peak without the gradients of weights, ours and the composition's, and ours over
-    theirs.
-    """
+    """Peak GB without the gradients of weights: ours, that of grouped_mm, and the ratio."""
     memory = result.get("memory") or {}
     ours, theirs = (
         (memory.get(name) or {}).get("peak_without_weight_gradients")
@@ -152,7 +151,7 @@ def experts_tables(results: Sequence[Result]) -> list[str]:
         names = rival_names(products)
         tile = lambda result: result.get("tiles", {}).get(result["task"], "-")
         rows = [[*case_cells(r), tile(r), *rival_cells(r, names)] for r in products]
-        tables.append(table("Grouped products", (*CASE_HEAD, "tile", *names), rows, True))
+        tables.append(table("Grouped GEMMs", (*CASE_HEAD, "tile", *names), rows, True))
     layers = [result for result in results if result["task"] in LAYERS]
     if layers:
         names = rival_names(layers)
@@ -167,7 +166,7 @@ def experts_tables(results: Sequence[Result]) -> list[str]:
 
 
 def absent_lines(results: Sequence[Result]) -> list[str]:
-    """What could not be measured, and why."""
+    """Rivals and variants that could not be measured, and why."""
     reasons: dict[tuple[str, str], int] = defaultdict(int)
     for result in results:
         for name, reason in result.get("absent", {}).items():
@@ -189,11 +188,11 @@ def token_table(named: Sequence[tuple[str, Result]]) -> str:
         for name, result in named
     ]
     head = ("kernel", *FLOOR_HEAD, "copy GB/s", "torch", "compiled")
-    return table("Kernels around the grouped products", head, rows, True)
+    return table("Kernels around the grouped GEMMs", head, rows, True)
 
 
 def section(path: Path) -> str:
-    """Of one file."""
+    """The section of a pytest-benchmark file."""
     found = read(path)
     named = [(b.get("name", "?"), b.get("extra_info", {})) for b in found["benchmarks"]]
     is_experts: Callable[[Result], bool] = lambda result: "task" in result and "rivals" in result
@@ -214,7 +213,7 @@ def section(path: Path) -> str:
     return "\n".join(lines)
 
 
-# ---- an object in each line ----------------------------------------------------------------------
+# ---- .jsonl files --------------------------------------------------------------------------------
 
 
 def verb_cells(line: Result) -> list[str]:
@@ -226,7 +225,7 @@ def verb_cells(line: Result) -> list[str]:
     return [*case, microseconds(seconds["default"]), *rates, over("dense"), over("grouped_mm")]
 
 
-VERB_HEAD = ("kernels", "model", "tokens", "routing", "product", "µs", "TFLOP/s")
+VERB_HEAD = ("kernels", "model", "tokens", "routing", "GEMM", "µs", "TFLOP/s")
 VERB_HEAD += ("cuBLAS TFLOP/s", "grouped_mm TFLOP/s", "cuBLAS", "grouped_mm")
 
 
@@ -245,22 +244,22 @@ def layer_cells(line: Result) -> list[str]:
     ]
 
 
-LAYER_HEAD = ("kernels", "model", "tokens", "routing", "experts", "µs", "TFLOP/s", "grouped_mm")
-LAYER_HEAD += ("in a graph / eager", "half / all", "quarter / all", "peak memory / grouped_mm")
+LAYER_HEAD = ("kernels", "model", "tokens", "routing", "pass", "µs", "TFLOP/s", "grouped_mm")
+LAYER_HEAD += ("CUDA graph / eager", "half / all", "quarter / all", "peak memory / grouped_mm")
 
 
 def lines_section(path: Path, labels: Sequence[str]) -> str:
-    """Of one file with an object in each line; all labels if none are given."""
+    """The section of a .jsonl file; of all labels if none is given."""
     found = [line for line in json_lines(path) if not labels or line["label"] in labels]
     if not found:
-        raise BadFile(f"{path}: no line has the label {' or '.join(map(repr, labels))}")
+        raise BadFile(f"{path} has no line with the label {' or '.join(map(repr, labels))}")
     squares = [line["square"] / 1e12 for line in found if line["kind"] == "ceilings"]
     parts = [f"### {path.name}", ""]
     if squares:
         said = f"{min(squares):.0f} to {max(squares):.0f} TFLOP/s"
-        parts += [f"Dense products of 8192 x 8192 x 8192 in the same processes: {said}.", ""]
+        parts += [f"Dense GEMMs of 8192 x 8192 x 8192 in the same processes: {said}.", ""]
     for kind, title, head, cells in (
-        ("verb", "Grouped products", VERB_HEAD, verb_cells),
+        ("verb", "Grouped GEMMs", VERB_HEAD, verb_cells),
         ("layer", "Experts of a layer", LAYER_HEAD, layer_cells),
     ):
         rows = [cells(line) for line in found if line["kind"] == kind]
@@ -275,7 +274,10 @@ def main() -> int:
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="results.json")
     parser.add_argument(
-        "--label", action="append", default=[], help="of .jsonl: show this one; again for more"
+        "--label",
+        action="append",
+        default=[],
+        help="of .jsonl files: show only lines with this label; can be repeated",
     )
     arguments = parser.parse_args()
     try:

@@ -1,7 +1,7 @@
-"""What a user has without this package: an MoE layer's experts in plain torch, and other packages.
+"""Rivals: the experts of an MoE layer in plain torch, and by other packages.
 
-All take the same routing, weights and residency as `fomoe_ext.ops.moe_experts` and drop skipped
-slots before computing anything. Letters as in fomoe_ext/layer/moe.py.
+All get the same routing, weights and resident experts as `fomoe_ext.ops.moe_experts`, and drop
+skipped slots before they compute anything. Letters as in fomoe_ext/layer/moe.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def activate(preact: Tensor, activation: str) -> Tensor:
-    """act [rows, N] of preact [rows, G*N]; activation as in `fomoe_ext.ops.ACTIVATIONS`."""
+    """act [rows, N] from preact [rows, G*N]; activation: a name in `fomoe_ext.ops.ACTIVATIONS`."""
     if activation == "clamped_swiglu":
         gate, up = preact.chunk(2, dim=-1)
         gate = gate.clamp(max=7.0)
@@ -35,19 +35,19 @@ def activate(preact: Tensor, activation: str) -> Tensor:
 
 
 class Products(Protocol):
-    """Products of rows grouped by expert; `ends` int32 [R]: where each group ends."""
+    """GEMMs over rows that are grouped by expert; `ends` int32 [R]: where each group ends."""
 
     def rows(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        """[rows, in] by the group's weight of [R, in, out] -> [rows, out]."""
+        """rows [rows, in] times the weight of their group, [R, in, out] -> [rows, out]."""
         ...
 
     def weights(self, left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-        """[rows, L] and [rows, C] -> [R, L, C], the sums over each group's rows."""
+        """left [rows, L], right [rows, C] -> [R, L, C]: for each group left^T times right."""
         ...
 
 
 class LoopProducts:
-    """One expert after the other, by torch.matmul: the definition."""
+    """torch.matmul, one expert after the other. Results are compared with this."""
 
     def rows(self, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         return torch.cat([rows[b:e] @ weight[i] for i, (b, e) in enumerate(self._groups(ends))])
@@ -84,7 +84,7 @@ def loop_experts(
     expand_bias: Tensor | None = None,
     contract_bias: Tensor | None = None,
 ) -> Tensor:
-    """One expert after the other, as the eager MoE blocks of transformers do.
+    """A loop over experts, as in the eager MoE blocks of transformers.
 
     x [T, D], weights fp32 [T, K], experts int32 [T, K], resident_index int32 [E], expand_weight
     [R, G*N, D], contract_weight [R, D, N], biases [R, G*N] and [R, D] or None -> y [T, D] of x's
@@ -94,7 +94,7 @@ def loop_experts(
     rows = resident_index[experts.long()]
     with torch.no_grad():
         hit = torch.bincount(rows[rows >= 0], minlength=expand_weight.shape[0]).nonzero().flatten()
-    # Unbound at once: the gradient of one expert's slice would be as large as all of them.
+    # unbind, because the gradient of indexing one expert is as large as the whole weight.
     of_each = lambda t: [None] * expand_weight.shape[0] if t is None else t.unbind(0)
     expand, expand_biases = of_each(expand_weight), of_each(expand_bias)
     contract, contract_biases = of_each(contract_weight), of_each(contract_bias)
@@ -120,9 +120,9 @@ def grouped_mm_experts(
 ) -> Tensor:
     """Sort the slots by expert, gather, two `torch.nn.functional.grouped_mm`, weighted sum.
 
-    Arguments and result as `loop_experts`. Where all experts are resident nothing waits for the
-    device, and rows go back into the order of slots to be added up; else the number of rows is
-    asked for, so that skipped slots cost nothing, and rows are added where they belong.
+    Arguments and result as `loop_experts`. If all experts are resident, nothing waits for the
+    device, and rows are put back into the order of slots and summed. Else it waits for the number
+    of rows, so that skipped slots cost nothing, and sums rows with index_add_.
     """
     residents = expand_weight.shape[0]
     complete = residents == resident_index.shape[0]
@@ -156,9 +156,9 @@ def grouped_mm_experts(
 def routed(
     layer: Callable[..., Tensor], router_weight: Tensor, selection_bias: Tensor, top_k: int
 ) -> Callable[..., Tensor]:
-    """`layer` behind a router as MoELayer's: sigmoid scores, a selection bias, top-k.
+    """`layer` with a router like MoELayer's: sigmoid scores, a selection bias, top-k.
 
-    The function takes x, then the arguments of `layer` after `experts`.
+    The returned function takes x, then the arguments of `layer` after `experts`.
     """
 
     def run(x: Tensor, *arguments: Any) -> Tensor:
@@ -175,21 +175,21 @@ Layer = Callable[..., Tensor]
 
 
 class Absent(Exception):
-    """Why a rival cannot be measured here."""
+    """A rival cannot be measured here; the message says why."""
 
 
 def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except Exception as error:  # whatever goes wrong in there
+    except Exception as error:  # other packages may raise anything
         raise Absent(f"{name} cannot be imported: {type(error).__name__}: {error}"[:200]) from error
 
 
 def _all_resident_swiglu(resident_index: Tensor, residents: int, activation: str, bias: bool):
     if activation != "swiglu" or bias:
-        raise Absent("it takes SwiGLU without biases only")
+        raise Absent("it only supports SwiGLU without biases")
     if residents != resident_index.shape[0]:
-        raise Absent("it holds all experts")
+        raise Absent("it needs all experts to be resident")
 
 
 def transformers_experts(
@@ -199,9 +199,9 @@ def transformers_experts(
     activation: str,
     bias: bool,
 ) -> Layer:
-    """The eager expert loop of transformers (Mixtral's), over these weights.
+    """The eager expert loop of transformers (that of Mixtral) with these weights.
 
-    The function takes x, weights, experts. Raises `Absent`.
+    The returned function takes x, weights, experts. Raises `Absent`.
     """
     residents, hidden, expert = contract_weight.shape
     _all_resident_swiglu(resident_index, residents, activation, bias)
@@ -209,7 +209,7 @@ def transformers_experts(
         _module("transformers.models.mixtral.modeling_mixtral"), "MixtralExperts", None
     )
     if experts_class is None:
-        raise Absent("this transformers has no MixtralExperts; it needs 5.0 or later")
+        raise Absent("transformers must be 5.0 or later, got a version without MixtralExperts")
     config = SimpleNamespace(
         num_local_experts=residents,
         hidden_size=hidden,
@@ -237,13 +237,13 @@ def liger_experts(
     activation: str,
     bias: bool,
 ) -> Layer:
-    """Liger-Kernel's fused MoE in Triton. As `transformers_experts`."""
+    """Liger-Kernel's fused MoE in Triton. Arguments and result as `transformers_experts`."""
     _all_resident_swiglu(resident_index, contract_weight.shape[0], activation, bias)
     if not expand_weight.is_cuda:
         raise Absent("it runs on a GPU only")
     function = getattr(_module("liger_kernel.ops.fused_moe"), "LigerFusedMoEFunction", None)
     if function is None:
-        raise Absent("this liger_kernel has no LigerFusedMoEFunction")
+        raise Absent("the installed liger_kernel has no LigerFusedMoEFunction")
     return lambda x, weights, experts: function.apply(
         x, expand_weight, contract_weight, experts, weights
     )
@@ -252,16 +252,16 @@ def liger_experts(
 def sonicmoe_layer(
     router_weight: Tensor, expand_weight: Tensor, contract_weight: Tensor, top_k: int
 ) -> Callable[[Tensor, bool], Tensor]:
-    """SonicMoE's layer: softmax and top-k of its own logits, SwiGLU, all experts resident.
+    """SonicMoE's layer: softmax of its own logits, top-k, SwiGLU; all experts are resident.
 
-    router_weight [E, D]; expand_weight [E, 2 N, D] with each gate beside its up; contract_weight
-    [E, D, N]. The function takes x and whether no gradient is wanted. Raises `Absent`.
+    router_weight [E, D]; expand_weight [E, 2 N, D], gate and up rows alternating; contract_weight
+    [E, D, N]. The returned function takes x and is_inference. Raises `Absent`.
     """
     if not expand_weight.is_cuda:
         raise Absent("it runs on a GPU only")
     layer = getattr(_module("sonicmoe.functional"), "moe_TC_softmax_topk_layer", None)
     if layer is None:
-        raise Absent("this sonicmoe has no moe_TC_softmax_topk_layer")
+        raise Absent("the installed sonicmoe has no moe_TC_softmax_topk_layer")
     swiglu = _module("sonicmoe.enums").ActivationType.SWIGLU
     expand, contract = expand_weight.permute(1, 2, 0), contract_weight.permute(1, 2, 0)
 

@@ -1,8 +1,8 @@
-"""Any command, once per site, on a slow link (`fomoe_ext.launch.link`). Needs no torch.
+"""Runs a command once per site over an emulated slow link (`fomoe_ext.launch.link`). No torch.
 
     python -m fomoe_ext.link --sites 2 --link 200mbit,50ms -- command...
 
-runs it with the environment of a site.
+Each of the processes has the environment variables of a site.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from fomoe_ext.launch.processes import run_sites
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command per site on a link; returns the exit code as `fomoe train` does."""
+    """Runs the command once per site; returns an exit code as `fomoe train` does."""
     parser = argparse.ArgumentParser(
-        prog="python -m fomoe_ext.link", description="Run a command once per site on a slow link."
+        prog="python -m fomoe_ext.link",
+        description="Run a command once per site over an emulated slow link.",
     )
-    parser.add_argument("--sites", type=int, default=2, help="how many (default: 2)")
-    parser.add_argument("--link", help="such as 200mbit,50ms (default: no shaping)")
+    parser.add_argument("--sites", type=int, default=2, help="number of sites (default: 2)")
     parser.add_argument(
-        "--log-dir", type=Path, help="folder for the output of the sites but the first"
+        "--link", help="bandwidth and latency, such as 200mbit,50ms (default: no limit)"
+    )
+    parser.add_argument(
+        "--log-dir", type=Path, help="folder for the output of all sites except the first"
     )
     parser.add_argument("command", nargs="+", help="after --: the command and its arguments")
     given = parser.parse_args(arguments)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# Processes that share the processors (pytest -n) do not each take all of them, nor do theirs.
+# With `pytest -n`, each worker and the processes that it starts use their share of the cores.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 PROCESSORS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 if WORKERS > 1:
@@ -17,7 +17,7 @@ if WORKERS > 1:
 
 import pytest  # noqa: E402
 
-# An assert that fails in a helper module shows its values, as one of a test module does.
+# A failing assert shows its values in helper modules too.
 _here = Path(__file__).parent
 _modules = {path.stem for path in (*_here.glob("*.py"), *_here.glob("*/*.py"))}
 pytest.register_assert_rewrite(*_modules - {"conftest", "__init__"})
@@ -47,15 +47,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Of `pytest -n auto`. Each takes about 2 GB."""
+    """The number of workers of `pytest -n auto`: each takes about 2 GB."""
     return min(PROCESSORS or 1, 8)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """With `pytest -n` and no `--dist`, a process that has no tests left takes some from another.
+    """With `pytest -n` and no `--dist`, an idle worker takes tests from another.
 
-    Comes before xdist's own, which would choose for it.
+    This hook runs before xdist's, which would choose another mode.
     """
     if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
         config.option.dist = "worksteal"
@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """More are for the tests that ask for them: waiting threads are slow on a busy machine."""
+    """One thread unless a test sets more: waiting threads are slow on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -105,7 +105,7 @@ def emulated() -> Device:
     return Device("emulated", "cpu", emulator.NAMESPACE)
 
 
-# Of the session, so that Hypothesis may draw many inputs for one device.
+# Session scope, so that Hypothesis may draw many inputs for one device.
 @pytest.fixture(scope="session", params=["cpu", "emulated", "cuda"])
 def device(request: pytest.FixtureRequest) -> Device:
     """Every device in turn; `cuda` is skipped where torch sees no GPU."""

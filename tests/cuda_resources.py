@@ -1,4 +1,4 @@
-"""What the assembler made of the CUDA kernels: registers, shared memory, stack, machine code.
+"""Resources of the compiled CUDA kernels: registers, shared memory, stack, machine code.
 
     FOMOE_CUDA_ARCHS="80;90a" python setup.py build_ext --inplace
     python tests/cuda_resources.py            prints the table, with warps per multiprocessor
@@ -52,7 +52,7 @@ class Code:
         return self.total(pattern) > 0
 
     def total(self, pattern: str) -> int:
-        """How many instructions have a mnemonic that the pattern is found in."""
+        """The number of instructions whose mnemonic matches the pattern."""
         return sum(n for mnemonic, n in self.count.items() if re.search(pattern, mnemonic))
 
 
@@ -96,7 +96,8 @@ def readable(symbols: Iterable[str]) -> dict[str, str]:
         name = re.sub(r"\(fomoe::Format\)(\d)", lambda m: FORMATS[int(m[1])], name)
         name = re.sub(r"\(fomoe::Activation\)(\d)", lambda m: ACTIVATIONS[int(m[1])], name)
         name = re.sub(r"^void ", "", name).split("(")[0].replace("> >", ">>")
-        # A GEMM is named by its problem, columns and stages: the rest says the same twice.
+        # A GEMM is named by its problem, columns and stages; its other template arguments follow
+        # from them.
         name = re.sub(r"(\w+)::\1_kernel<\1::Shape<(.*)>>$", r"\1<\2>", name)
         name = re.sub(r"(\w+)::\1_kernel<\1::PairShape<(.*)>>$", r"paired<\2>", name)
         names[symbol] = name
@@ -162,7 +163,7 @@ def read_budget() -> Table:
 
 
 def for_archs(table: Table, archs: Iterable[str]) -> Table:
-    """The part about these architectures, without kernels that have none of them."""
+    """The columns of these architectures, without kernels that are built for none of them."""
     kept = {"shared", *archs}
     return {
         kernel: {what: value for what, value in row.items() if what in kept}
@@ -190,7 +191,7 @@ def arch_number(arch: str) -> int:
 
 
 def complaints(table: Table, budget: Table) -> Iterator[str]:
-    """Where the table is not within the budget, in words."""
+    """A message for each place where the table exceeds the budget."""
     for kernel in sorted(table.keys() - budget.keys()):
         yield f"{kernel}: has no line in {BUDGET.name}"
     for kernel in sorted(budget.keys() - table.keys()):
@@ -206,7 +207,7 @@ def complaints(table: Table, budget: Table) -> Iterator[str]:
 
 
 def warps_per_multiprocessor(registers: int, shared: int, threads: int) -> int:
-    """Warps that live on a multiprocessor of sm_90 at once, from blocks of so many threads.
+    """How many warps are resident on a multiprocessor of sm_90, with blocks of so many threads.
 
     Registers are given out in units of 8 per thread and 256 per warp.
     """

@@ -1,4 +1,5 @@
-"""The delta formats of csrc/kernels.h, value by value in numpy: slow, with no code in common.
+"""The delta formats of csrc/kernels.h, value by value in numpy: slow, and independent of the
+kernels' code.
 
 A step "rounded once" is an operation on numpy float32; whatever the contract calls exact is done in
 float64 or in Python's integers.
@@ -211,7 +212,7 @@ KINDS = ("normal", "outliers", "zeros", "tiny", "huge", "ties", "mixed")
 
 
 def make_values(numel: int, kind: str, seed: int) -> np.ndarray:
-    """fp32 values of a kind that deltas are known for, or that is hard."""
+    """fp32 values of one kind: typical for deltas, or hard to encode."""
     rng = np.random.default_rng(seed)
     v = rng.standard_normal(numel)
     if kind == "outliers":

@@ -1,8 +1,8 @@
 """`fomoe train` for tests, by processes forked from one that has imported everything.
 
-All is as on the command line, launcher and sites, but for the seconds in which each of them imports
-torch. What depends on how processes start (signals, torchrun, namespaces, restarts) is tested with
-real ones (`small_job.command`, `chaos/test_launching.py`).
+The launcher and the sites run as on the command line, without the seconds in which each of them
+imports torch. What depends on how processes start (signals, torchrun, namespaces, restarts) is
+tested with real processes (`small_job.command`, `chaos/test_launching.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LIMIT_S = 120.0
 def train(
     *arguments: str, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs `fomoe train` with these flags to its end; `env`: its environment, whole."""
+    """Runs `fomoe train` with these flags to its end; `env` is its whole environment."""
     given = dict(os.environ if env is None else env)
     with tempfile.TemporaryDirectory(prefix="fomoe-forked-") as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
@@ -63,7 +63,7 @@ def _launch(
 
 
 def _popen(words: Sequence[str], **options: Any) -> Any:
-    """A site's process: a fork where the words are those of a training job, else a real one."""
+    """A site's process: a fork if the command is a training job, else a new process."""
     if list(words[:4]) != [sys.executable, "-P", "-m", "fomoe_ext.train"]:
         return subprocess.Popen(words, **options)
     return _Site(words[4:], **options)

@@ -79,12 +79,12 @@ def make_config(family: str, **changes: Any) -> Any:
 def make_model(
     family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> Any:
-    """A causal language model with weights of some size everywhere, biases too; in eval mode."""
+    """A causal language model in eval mode, with weights and biases of noticeable size."""
     from transformers import AutoModelForCausalLM
 
     config = make_config(family, **changes)
     config._attn_implementation = "eager"
-    # The blocks that we compare with are the plain ones.
+    # Tests compare with transformers' eager blocks.
     config._experts_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(seed)

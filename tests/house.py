@@ -1,8 +1,8 @@
-"""The package's imports as floors: a module stands one floor above the highest that it imports.
+"""The floors of the package: a module is one floor above the highest that it imports.
 
-    python tests/house.py [FOLDER]      files, floors, circles and upward arrows of a package
+    python tests/house.py [FOLDER]      a package's files, floors, cycles and upward imports
 
-Every import counts, also one in a function or for type hints alone.
+Every import counts, also one inside a function or only for type hints.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FLOORS = """
 
 
 def modules(package: Path) -> dict[str, Path]:
-    """Every module of a package by its dotted name below the package; "" is the package's own."""
+    """Every module of a package by its dotted name below the package; "" is its __init__."""
     found = {}
     for path in sorted(package.rglob("*.py")):
         words = path.relative_to(package).with_suffix("").parts
@@ -43,7 +43,7 @@ def modules(package: Path) -> dict[str, Path]:
 
 
 def imports(package: Path) -> dict[str, set[str]]:
-    """What each module imports of its own package."""
+    """The modules of the package that each module imports."""
     paths = modules(package)
     return {name: _imported(path, package, paths) - {name} for name, path in paths.items()}
 
@@ -68,7 +68,7 @@ def _imported(path: Path, package: Path, known: dict[str, Path]) -> set[str]:
 
 
 def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
-    """The sets of modules that reach each other."""
+    """Import cycles: sets of modules that reach each other."""
     reach = {name: _reached(name, arrows) for name in arrows}
     groups = {frozenset(b for b in reach[a] if a in reach[b]) for a in arrows}
     return sorted(sorted(group) for group in groups if len(group) > 1)
@@ -84,7 +84,7 @@ def _reached(start: str, arrows: dict[str, set[str]]) -> set[str]:
 
 
 def floors(arrows: dict[str, set[str]]) -> int:
-    """How many floors there are, each circle taken as one module."""
+    """The number of floors, with each cycle taken as one module."""
     of = {name: group[0] for group in circles(arrows) for name in group}
     whole: dict[str, set[str]] = {}
     for name, below in arrows.items():
@@ -97,9 +97,9 @@ def floors(arrows: dict[str, set[str]]) -> int:
 
 
 def upward(arrows: dict[str, set[str]], order: str) -> list[str]:
-    """Arrows between folders that do not lead down; folders of one floor do not know each other.
+    """Imports between folders that do not lead down; on one floor none may import another.
 
-    The package's own names are lazy and may be of any floor: who imports them looks up.
+    The package's own names are lazy and may be of any floor: importing them counts as upward.
     """
     floor = {
         folder: -number for number, line in enumerate(order.split("\n")) for folder in line.split()
@@ -115,7 +115,7 @@ def upward(arrows: dict[str, set[str]], order: str) -> list[str]:
 
 
 def faces(arrows: dict[str, set[str]]) -> list[str]:
-    """Arrows to a folder, where the module in it that defines the name is meant."""
+    """Imports from a folder instead of the module in it that defines the name."""
     folders = {name.rpartition(".")[0] for name in arrows} - {""}
     return [f"{name} -> {other}" for name in arrows for other in sorted(arrows[name] & folders)]
 

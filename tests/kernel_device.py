@@ -1,4 +1,4 @@
-"""A place that runs kernels: the CPU, a GPU, or the CPU with the CUDA kernels' source."""
+"""Devices to run kernels on: the CPU, a GPU, or the CPU with the CUDA kernels' source."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 
 @dataclass(frozen=True)
 class Device:
-    """A place that runs kernels, all of them through torch's dispatcher. `emulated` runs the CUDA
-    kernels' source, and the ops around them, on CPU tensors.
+    """A device whose kernels are called through torch's dispatcher. `emulated` runs the source of
+    the CUDA kernels and of their ops on CPU tensors.
     """
 
     name: str

@@ -13,12 +13,12 @@ OTHER_ISAS = [n for n in _C.cpu_features()["available"] if n != _C.cpu_features(
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """With which a new process imports what this one does: the package, helpers, test modules."""
+    """The environment in which a new process can import the package, helpers and test modules."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **changes}
 
 
 def told_with_isa(isa: str, code: str) -> str:
-    """What a script prints whose kernels are made to run with another instruction set."""
+    """The output of a script that runs with another instruction set."""
     forced = f"from fomoe_ext import _C\nassert _C.cpu_features()['chosen'] == {isa!r}\n"
     done = subprocess.run(
         [sys.executable, "-c", forced + code],

@@ -1,4 +1,4 @@
-"""A small model for the tests of the outer step, its pieces by name, and what a round should do."""
+"""A small model for tests of the outer step, its pieces by name, and the definition of a round."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def noise(name: Any, *shape: int) -> Tensor:
 
 
 def give_gradients(model: nn.Module, site: int, step: int) -> None:
-    """Stands for a backward pass: every parameter of a site gets a gradient of its own."""
+    """Replaces a backward pass: gives every parameter a gradient that depends on site and step."""
     for name, parameter in model.named_parameters():
         grad = noise(("grad", site, step, name), *parameter.shape)
         parameter.grad = grad.to(parameter.dtype)
@@ -83,7 +83,7 @@ def pieces(
 ) -> dict[tuple[Any, ...], Tensor]:
     """Copies of all parameters: ("dense", name), ("router", l, e), ("expert", l, e, part).
 
-    `of` gives what is cut in pieces, e.g. a parameter's gradient.
+    `of` maps a parameter to the tensor to cut, e.g. its gradient.
     """
     result: dict[tuple[Any, ...], Tensor] = {}
     special = set()

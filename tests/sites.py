@@ -24,7 +24,7 @@ _TIMEOUT_S = 60.0
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors as arrays: multiprocessing would pass a file descriptor for each."""
+    """Sends tensors as arrays: multiprocessing would open a file descriptor for each."""
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -73,17 +73,17 @@ _PRELOADED = [
     "matplotlib.figure",
     "jinja2",
 ]
-"""What tests' processes would else import one by one."""
+"""Modules that each process of a test would otherwise import by itself."""
 
 
 @lru_cache(maxsize=1)
 def forkserver() -> Any:
-    """The multiprocessing context of this test session; its processes begin with all imported."""
+    """The multiprocessing context of this test session: processes with `_PRELOADED` imported."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     saved = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME")}
     os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
-    ensure_running()  # with these variables, which its processes have too
+    ensure_running()  # its processes inherit these variables
     for name, value in saved.items():
         if value is None:
             del os.environ[name]
@@ -93,7 +93,7 @@ def forkserver() -> Any:
 
 
 class Sites:
-    """`run` calls a function on every site of a world of its own and returns the results."""
+    """A pool of processes: `run` calls a function at every site of a new world."""
 
     def __init__(self, largest: int = LARGEST) -> None:
         context = forkserver()
@@ -109,9 +109,10 @@ class Sites:
             self._connections.append(here)
 
     def run(self, num_sites: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """function(site, num_sites, *arguments) on each site. Fails when one raises or is silent.
+        """The results of function(site, num_sites, *arguments) at each site. Fails if one raises or
+        does not answer.
 
-        The function is one of a test module, and its arguments and result can be pickled.
+        The function must be at the top of a test module; its arguments and result are pickled.
         """
         self._worlds += 1
         store = os.path.join(self._folder.name, f"world-{self._worlds}")

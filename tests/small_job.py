@@ -1,4 +1,4 @@
-"""Small jobs of `fomoe train`, run to their end or started and watched."""
+"""Small jobs of `fomoe train`, run to their end or started in the background."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def train(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """`fomoe train`, quickly; `started` is as users start it."""
+    """Runs `fomoe train` from a forked process, which is faster than `started`."""
     return forked.train(*arguments, env=environment())
 
 
@@ -52,7 +52,7 @@ def children(pid: int) -> list[int]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs (one that only waits to be collected does not)."""
+    """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -60,7 +60,7 @@ def alive(pid: int) -> bool:
 
 
 def start_and_wait_for(marker: str, *arguments: str) -> tuple[subprocess.Popen[str], list[int]]:
-    """A running job that has said `marker`, and the processes of its sites."""
+    """A running job that has printed `marker`, and the process ids of its sites."""
     process = subprocess.Popen(
         command(*arguments),
         stdout=subprocess.PIPE,

@@ -30,7 +30,7 @@ def tokens(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def normalised_error(got: Tensor, wanted: Tensor) -> float:
-    """Root mean square of the difference over that of what is wanted."""
+    """RMS of the difference over the RMS of the wanted values."""
     assert got.shape == wanted.shape
     got, wanted = got.detach().double(), wanted.detach().double()
     return ((got - wanted).norm() / wanted.norm().clamp_min(1e-30)).item()
@@ -52,8 +52,8 @@ def activate(preact: Tensor, activation: str) -> Tensor:
 def dense_layer(layer: MoELayer, x: Tensor, params: dict[str, Tensor], logits: Tensor) -> Tensor:
     """The layer's definition with every expert computed on every token, in the dtype of `params`.
 
-    The choice is taken from `logits` (the layer's own fp32 ones: rounding could turn it), the
-    combine weights from logits of the same precision as everything else.
+    The choice is that of `logits` (the layer's own fp32 ones, as rounding could change it); the
+    combine weights are of logits in the precision of everything else.
     """
     router, experts, residents = layer.router, layer.experts, layer.experts.resident_experts
     own = x @ params["router.weight"].T

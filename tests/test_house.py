@@ -1,4 +1,4 @@
-"""The package's structure: imports lead down, rooms are small, the guide names what is there."""
+"""The package's structure: imports lead down, files are small, CONTRIBUTING names what exists."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILE_LINES, CLASS_LINES, FUNCTION_LINES = 500, 300, 60
 
 
 def package(folder: Path, **files: str) -> Path:
-    """A package of these modules; `a__b` is b in the folder a, `init` what it says of itself."""
+    """Writes a package of these modules: `a__b` is b in the folder a, `init` its __init__."""
     root = folder / "things"
     for name, text in files.items():
         path = root / (name.replace("__", "/").replace("init", "__init__") + ".py")
@@ -194,7 +194,7 @@ def test_the_changelog_knows_where_modules_went():
 
 
 def names_in(path: Path) -> set[str]:
-    """What a module defines, imports or speaks of."""
+    """All names that a module defines, imports or uses."""
     found = {"__file__"}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):

@@ -1,4 +1,4 @@
-"""`fomoe info`: the facts it tells are those of this build and this machine."""
+"""`fomoe info` shows the facts of this build and this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The set-up of README: what Python finds after it, and that CI runs the same tests."""
+"""README's set-up: which package Python imports after it, and that CI runs the same tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_python_runs_where_the_set_up_leaves_people(tmp_path):
+def test_python_runs_in_the_clone_after_the_set_up(tmp_path):
     """In the clone, after `pip install .`: nothing is built there, and Python looks there first."""
     result = run_in_clone(tmp_path, "examples", "-c", CODE[0])
     assert result.returncode == 0, result.stderr
@@ -27,7 +27,7 @@ def test_python_runs_where_the_set_up_leaves_people(tmp_path):
     assert libraries == tmp_path / "site-packages/fomoe_ext"
 
 
-def test_a_clone_of_other_sources_than_the_installed_package_is_told_apart(tmp_path):
+def test_a_clone_of_other_sources_than_the_installed_package_is_refused(tmp_path):
     tree, site = clone(tmp_path / "clone"), installed(tmp_path / "site-packages")
     (tree / "csrc/kernels.h").write_text("// another contract\n")
     result = run_in(tree, site, "-c", "from fomoe_ext import MoELayer")
@@ -64,8 +64,8 @@ def test_ci_runs_the_tests_as_people_do():
 
 
 @pytest.mark.parametrize("module", ["bench.study", "tests.fuzz.run", "tests.chaos.soak"])
-def test_what_python_starts_finds_an_installed_package(module, tmp_path):
-    """In a clone that nothing was built in, which `python -m` puts first."""
+def test_modules_of_a_clone_find_the_installed_package(module, tmp_path):
+    """`python -m` in a clone without built libraries, which is first on sys.path."""
     folder = "/".join(module.split(".")[:2])
     result = run_in_clone(tmp_path, folder, "-m", module, "--help")
     assert result.returncode == 0, result.stderr

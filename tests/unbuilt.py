@@ -1,4 +1,4 @@
-"""What Python finds that starts in a clone whose package was installed, and nothing built in it."""
+"""Python started in a clone without built libraries, with the package installed elsewhere."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""What wants a GPU, in one go: `python -m bench.gpu FOLDER` (.ci/gpu).
+"""Runs all tests and measurements that need a GPU: `python -m bench.gpu FOLDER` (.ci/gpu).
 
-steps.py is the table of what runs, runner.py runs it, summary.py says what came out. The other
-modules are what the steps run, a process each; measured.py is what these share.
+steps.py lists the steps, runner.py runs them, summary.py prints the results. The other modules are
+the programs that the steps run, each in its own process; measured.py is shared by these.
 """
 
 import sys
 from pathlib import Path
 
-# The benchmarks of bench/ import each other by their bare names.
+# The modules of bench/ import each other without a package name.
 _BENCH = str(Path(__file__).resolve().parents[1])
 if _BENCH not in sys.path:
     sys.path.append(_BENCH)

@@ -1,7 +1,7 @@
-"""`python -m bench.gpu FOLDER`: tests, measurements and checks on a GPU, and a table of them.
+"""Runs tests, measurements and checks on a GPU, and prints a summary of at most 80 lines.
 
-At most 80 lines at the end tell what came out; results and logs go into FOLDER, at most 8 files.
-The exit status is 1 when a step failed or took too long.
+Results and logs are written to FOLDER, at most 8 files. The exit status is 1 when a step failed or
+took too long.
 """
 
 from __future__ import annotations
@@ -22,26 +22,28 @@ from bench.gpu.runner import Outcome, Runner, Step
 from bench.gpu.steps import ROOT, Setting, make_steps
 
 MOST_FILES = 8
-LOG_BYTES = 200_000  # of each step: its beginning and its end
+LOG_BYTES = 200_000  # kept of each step's log: half from the beginning, half from the end
 ASKED = "name,driver_version,clocks.sm,clocks.max.sm,power.draw,power.limit,temperature.gpu"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     dated = ROOT / "bench" / "results" / f"gpu-{time.strftime('%Y%m%d-%H%M%S')}"
-    parser.add_argument("folder", type=Path, nargs="?", default=dated, help="new, or empty")
-    parser.add_argument("--seconds", type=float, default=480.0, help="for all of it")
-    parser.add_argument("--steps", help="only these, separated by commas")
+    parser.add_argument("folder", type=Path, nargs="?", default=dated, help="a new or empty folder")
+    parser.add_argument(
+        "--seconds", type=float, default=480.0, help="time for all steps (default: %(default)s)"
+    )
+    parser.add_argument("--steps", help="run only these steps; names separated by commas")
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="all steps on the CPU, small, with programs that stand in for those of a GPU",
+        help="run all steps with small sizes on the CPU, with stand-ins for the GPU's programs",
     )
     return parser.parse_args(arguments)
 
 
 def chosen(steps: list[Step], wanted: str | None) -> list[Step]:
-    """Those named. Raises ValueError for a name that is none."""
+    """The steps that `wanted` names. Raises ValueError for an unknown name."""
     if wanted is None:
         return steps
     names = [name.strip() for name in wanted.split(",")]
@@ -53,10 +55,10 @@ def chosen(steps: list[Step], wanted: str | None) -> list[Step]:
 
 
 def gpu_line(setting: Setting) -> str:
-    """What nvidia-smi says of the GPU."""
+    """What nvidia-smi reports about the GPU."""
     program = shutil.which("nvidia-smi", path=setting.programs)
     if program is None:
-        return "no nvidia-smi"
+        return "nvidia-smi is not installed"
     command = [program, f"--query-gpu={ASKED}", "--format=csv,noheader"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, timeout=20)
@@ -66,7 +68,7 @@ def gpu_line(setting: Setting) -> str:
 
 
 def read_results(work: Path) -> summary.Results:
-    """Of all steps, by the name of their results; the last line may be cut short."""
+    """Results of all steps, by the name of their file. An incomplete last line is ignored."""
     found: summary.Results = {}
     for path in sorted(work.glob("*.jsonl")):
         entries = []
@@ -80,7 +82,7 @@ def read_results(work: Path) -> summary.Results:
 
 
 def keep_logs(outcomes: Sequence[Outcome], path: Path) -> None:
-    """All outputs in one file."""
+    """Writes the outputs of all steps to one file."""
     with path.open("w") as file:
         for outcome in outcomes:
             file.write(f"==== {outcome.name}: {outcome.state}, {outcome.seconds:.1f} s\n")
@@ -95,7 +97,7 @@ def keep_logs(outcomes: Sequence[Outcome], path: Path) -> None:
 def keep(
     folder: Path, work: Path, outcomes: Sequence[Outcome], gpu: Sequence[str], lines: Sequence[str]
 ) -> None:
-    """Writes what is kept; results in files that bench/report.py reads."""
+    """Writes summary, logs and results to the folder; bench/report.py can read the results."""
     results = read_results(work)
     facts = [{**asdict(o), "log": None} for o in outcomes]
     run = {"gpu": list(gpu), "steps": facts, "profile": results.pop("profile", [])}
@@ -123,7 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"python -m bench.gpu: {error}", file=sys.stderr)
             return 2
         if given.folder.is_dir() and any(given.folder.iterdir()):
-            print(f"python -m bench.gpu: {given.folder} is not empty", file=sys.stderr)
+            print(
+                f"python -m bench.gpu: FOLDER must be new or empty, got {given.folder}",
+                file=sys.stderr,
+            )
             return 2
         gpu = [gpu_line(setting)]
         runner = Runner(work, given.seconds, lambda text: print(text, flush=True))

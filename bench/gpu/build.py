@@ -1,5 +1,6 @@
-"""Builds the package's libraries in this tree where some are missing; those that are there, or come
-with an installed package of the same sources, are used as they are.
+"""Builds the package's native libraries in this tree if any is missing.
+
+Libraries that exist here, or in an installed package with the same sources, are used as they are.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ LIBRARIES = ("libfomoe_facts.so", "libfomoe_cpu.so", "libfomoe_cuda.so")
 
 
 def missing(device: str) -> list[str]:
-    """Names of libraries that are not there; all of them where none can be used."""
+    """Names of missing libraries; all of them if they cannot be loaded."""
     names = [name for name in LIBRARIES if device == "cuda" or "cuda" not in name]
     check = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True)
     if check.returncode:
@@ -27,18 +28,18 @@ def main() -> int:
     device = sys.argv[1] if len(sys.argv) > 1 else "cuda"
     lacking = missing(device)
     if lacking and device == "cpu":  # a dry run
-        print(f"there is no {', '.join(lacking)}: build it, or install the package")
+        print(f"{', '.join(lacking)} missing: build the package here, or install it")
         return 1
     if lacking:
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         if code := subprocess.run(command, cwd=ROOT, check=False).returncode:
             return code
         if still := missing(device):
-            print(f"{', '.join(still)} cannot be loaded even after a build")
+            print(f"{', '.join(still)} cannot be loaded after the build")
             return 1
     if device == "cuda" and subprocess.run([sys.executable, "-c", SEE], check=False).returncode:
         return 1
-    print(f"built: {', '.join(lacking)}" if lacking else "all libraries were there")
+    print(f"built: {', '.join(lacking)}" if lacking else "all libraries exist already")
     return 0
 
 

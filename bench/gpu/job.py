@@ -1,8 +1,8 @@
-"""A job of two sites on one device: ten rounds with a checkpoint on the way, and again from there.
+"""A training job of two sites on one device: ten rounds, then again from a checkpoint in between.
 
-Both sites compute on the same GPU, in processes of their own, and meet through gloo: what they
-exchange is copied to the CPU. Without tyro the sites start from their configuration alone, and
-without rich nothing of what they say is drawn; all else is as with `fomoe train`.
+Both sites use the same GPU, in separate processes, and meet through gloo, which copies what they
+exchange to the CPU. It also runs where tyro or rich is missing: then the sites start from the
+configuration file alone, and print no tables. Otherwise it is the same as `fomoe train`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RICH = ("rich", "rich.console", "rich.table", "rich.progress")
 
 
 def installed(module: str) -> bool:
-    """Whether it can be imported."""
+    """Whether the module can be imported."""
     try:
         importlib.import_module(module)
     except ImportError:
@@ -38,7 +38,7 @@ def installed(module: str) -> bool:
 
 
 def write_config(path: Path, folder: Path, device: str, resume: str | None = None) -> Path:
-    """The job's configuration, whose run folder is `folder`; returns `path`."""
+    """Writes the job's configuration, with the run folder `folder`; returns `path`."""
     from fomoe_ext.config.io import save_config
     from fomoe_ext.config.job import preset_config
 
@@ -78,7 +78,7 @@ def write_config(path: Path, folder: Path, device: str, resume: str | None = Non
 
 
 def site(config: Path) -> int:
-    """A site's process, without the command line."""
+    """Runs a site in this process, without the command line."""
     if not installed("rich"):
         sys.modules.update({name: MagicMock() for name in RICH})
     from fomoe_ext.config.io import load_config
@@ -90,7 +90,7 @@ def site(config: Path) -> int:
 
 
 def launch(config: Path, run: Path, resume: str | None) -> int:
-    """`fomoe train`, or the same without tyro and rich; the exit code."""
+    """Runs `fomoe train`, or the same without tyro and rich; returns the exit code."""
     if installed("tyro") and installed("rich"):
         more = ["--run-dir", str(run), *(["--resume", resume] if resume else [])]
         command = [sys.executable, "-m", "fomoe_ext.cli", "train", "--config", str(config), *more]
@@ -102,7 +102,7 @@ def launch(config: Path, run: Path, resume: str | None) -> int:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Losses of the rounds, seconds of rounds and meetings, from the run's own file."""
+    """Losses of the rounds, seconds of their meetings and more, from the run's files."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rounds = [line for line in lines if "meeting_s" in line]
     final = json.loads((folder / "report.json").read_text())
@@ -117,7 +117,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[float]:
-    """Of the losses of rounds that both made: those after the one that the second went on from."""
+    """Differences of the losses of both runs, for the rounds after the resume."""
     of = dict(zip(first["rounds"], first["losses"], strict=True))
     begin = max(second["resumed"], default=ROUNDS)
     pairs = zip(second["rounds"], second["losses"], strict=True)
@@ -125,7 +125,7 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> list[float]:
 
 
 def run_job(folder: Path, device: str) -> tuple[dict[str, Any], str]:
-    """Both runs: what was found, and what is wrong with it."""
+    """Runs the job and resumes it. Returns the results, and what is wrong with them or ""."""
     first, second = folder / "first", folder / "second"
     start = time.monotonic()
     code = launch(write_config(folder / "first.toml", first, device), first, None)
@@ -136,7 +136,7 @@ def run_job(folder: Path, device: str) -> tuple[dict[str, Any], str]:
     found: dict[str, Any] = {"seconds": middle - start, "checkpoints": [p.name for p in saved]}
     if len(saved) < 2:
         return found, f"checkpoints must be 2, got {len(saved)}"
-    # A resumed job goes on in the folder of its checkpoint: in a copy, as of when that was new.
+    # A resumed job continues in the folder of its checkpoint. It gets a copy without later ones.
     shutil.copytree(first, second)
     for later in saved[1:]:
         shutil.rmtree(second / "checkpoints" / later.name)
@@ -152,13 +152,14 @@ def run_job(folder: Path, device: str) -> tuple[dict[str, Any], str]:
     if len(losses) < ROUNDS or len(apart) != ROUNDS - SAVED:
         return (
             found,
-            f"rounds must be {ROUNDS} and {SAVED} again, got {len(losses)} and {len(apart)}",
+            f"rounds must be {ROUNDS}, and {ROUNDS - SAVED} after the resume, "
+            f"got {len(losses)} and {len(apart)}",
         )
     if not losses[-1] < losses[0]:
-        return found, f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f}"
-    # On a GPU some of torch's own sums are made in any order.
+        return found, f"the loss must fall, got {losses[0]:.3f} to {losses[-1]:.3f}"
+    # On a GPU torch does some sums in no fixed order.
     if max(apart) > (0.1 if device == "cuda" else 0.0):
-        return found, f"losses after the resume are {max(apart):.3f} apart"
+        return found, f"losses after the resume differ by {max(apart):.3f}"
     return found, ""
 
 

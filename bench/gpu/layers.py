@@ -1,6 +1,6 @@
 """Expert layers against all rivals that run here: the expert loop, grouped_mm, Liger, SonicMoE.
 
-Rivals that compile or tune themselves do that before this step's turn, beside other steps.
+Rivals that compile or tune themselves do so before this step's turn, while other steps run.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ UNREADY = "not prepared: it is for SwiGLU, up to 128 experts, on a GPU"
 def experts_task(
     inputs: cases.Inputs, backward: bool, unready: Mapping[str, str]
 ) -> tuple[Task, float]:
-    """compact and moe_experts with given routing, its rivals, and the error of ours. `unready`:
-    why a rival of COMPILED is left out.
+    """compact and moe_experts with given routing, rivals, and our relative error. `unready`: why
+    rivals of COMPILED are left out, by name.
     """
     call = lambda layer: cases.with_mode(layer, inputs, backward)
     loop = call(lambda i: cases.torch_experts(i, rivals.loop_experts))
@@ -66,7 +66,7 @@ def experts_task(
 
 @dataclass
 class FromLogits:
-    """A layer that routes by softmax and top-k of its own logits, in SonicMoE and here."""
+    """A layer that routes by softmax and top-k of its own logits, by SonicMoE and by us."""
 
     inputs: cases.Inputs
     router: Tensor  # [E, D]
@@ -104,7 +104,7 @@ class FromLogits:
         return rivals.sonicmoe_layer(*weights, i.model.top_k)(i.x, inference)
 
     def call(self, ours: bool, backward: bool) -> Call:
-        """What both give alike: y, and gradients to x, router and the contract weight."""
+        """The outputs that can be compared: y; the gradients of x, router and contract weight."""
         i = self.inputs
         run = self.ours if ours else lambda: self.theirs(not backward)
         if not backward:
@@ -125,7 +125,7 @@ class FromLogits:
 
 
 def sonic_task(inputs: cases.Inputs, backward: bool, unready: str) -> Task:
-    """The whole layer from logits on; without the rival where that is absent or not ready."""
+    """The whole layer from the logits on; without SonicMoE if it is absent or not ready."""
     kernels = work.experts_kernels(inputs.model, inputs.load, backward)
     router = work.router_kernels(inputs.model, inputs.load)
     kernels += router if backward else router[:3]
@@ -143,7 +143,7 @@ def sonic_task(inputs: cases.Inputs, backward: bool, unready: str) -> Task:
 
 
 def sonic_cases(device: str) -> list[Case]:
-    """Models of SonicMoE's kind, largest number of tokens."""
+    """Cases that SonicMoE supports, with the largest number of tokens."""
     first = [case for case in measured.cases_of(device) if case.routing == "balanced"]
     most = max(case.tokens for case in first)
     plain = lambda model: model.activation == "swiglu" and not model.bias
@@ -152,7 +152,7 @@ def sonic_cases(device: str) -> list[Case]:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """TimeoutError inside when they are over: other people's compilers may take any time."""
+    """Raises TimeoutError inside after so many seconds: other compilers may take very long."""
 
     def over(number: int, frame: object) -> None:
         raise TimeoutError(f"not ready after {seconds:.0f} s")
@@ -167,8 +167,9 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def prepare(device: str, turn: Turn) -> dict[str, str]:
-    """Calls every rival that compiles once at each size, until it is this step's turn; "" for those
-    that are ready, else why not.
+    """Calls each rival that compiles once at each size, until it is this step's turn.
+
+    Returns "" for each that is ready, else the reason why not.
     """
     said: dict[str, str] = {}
 
@@ -180,7 +181,7 @@ def prepare(device: str, turn: Turn) -> dict[str, str]:
         try:
             with time_limit(PREPARE_SECONDS):
                 run()
-        except Exception as error:  # whatever somebody else's code may raise; said in the result
+        except Exception as error:  # other packages may raise anything; it is recorded
             said[name] = f"{type(error).__name__}: {error}"[:200]
         else:
             said[name] = ""
@@ -207,7 +208,7 @@ def prepare(device: str, turn: Turn) -> dict[str, str]:
 
 
 def measure(results: Results, case: Case, device: str, prepared: dict[str, str]) -> int:
-    """Both passes of a case; how many were measured."""
+    """Measures a case forward, and forward and backward; returns how many were measured."""
     inputs, done = cases.make_inputs(case.model, case.tokens, case.routing, device), 0
     facts = {"model": asdict(case.model), "tokens": case.tokens, "routing": case.routing}
     facts |= {"rows": inputs.rows, "prepared": prepared}

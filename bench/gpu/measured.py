@@ -1,7 +1,6 @@
-"""What the measuring steps share: their arguments, what they measure at which size, their results.
+"""Shared by the steps that measure: arguments, sizes, results.
 
-Results are lines of JSON, written as they come, so that a step that is ended leaves what it had
-measured; runner and summary make files of them that bench/report.py reads.
+Each result is written at once as a line of JSON, so that a step that is killed leaves those it has.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def models_of(device: str) -> Sequence[Model]:
 
 
 def cases_of(device: str) -> list[Case]:
-    """All that is measured, what tells most first."""
+    """All cases, the most important first."""
     tokens = (16384, 4096) if device == "cuda" else (96, 48)
     large, small = tokens
     orders = [(large, "balanced"), (small, "zipf"), (large, "zipf"), (small, "balanced")]
@@ -60,7 +59,7 @@ def cases_of(device: str) -> list[Case]:
 
 
 class Results:
-    """Lines of results, and the time that a step has for them."""
+    """Writes results, and knows how much time the step has left."""
 
     def __init__(self, path: Path, budget: float) -> None:
         self.path, self.budget = path, budget
@@ -70,7 +69,7 @@ class Results:
 
     @property
     def left(self) -> float:
-        """Seconds of the budget."""
+        """Seconds left of the budget."""
         return self.budget - (time.monotonic() - self.began)
 
     def add(self, name: str, result: dict[str, Any]) -> None:
@@ -78,13 +77,16 @@ class Results:
             file.write(json.dumps({"name": name, "extra_info": result}) + "\n")
 
     def check(self, what: str, error: float) -> None:
-        """Notes what is further from its definition than roundings explain."""
+        """Records a result as wrong if its error is larger than rounding explains."""
         if not error < WRONG:
             self.wrong.append(f"{what} ({error:.1e})")
 
     @contextmanager
     def guarded(self, what: object) -> Iterator[None]:
-        """What fails inside is noted, and the next thing tried; SystemExit where that is vain."""
+        """Records an exception raised inside, so that the step continues with the next case.
+
+        Raises SystemExit if the GPU itself no longer works.
+        """
         try:
             yield
         except torch.OutOfMemoryError:
@@ -95,18 +97,18 @@ class Results:
             if torch.cuda.is_available():
                 try:
                     torch.cuda.synchronize()
-                except RuntimeError as broken:  # an error that stays: nothing runs any more
+                except RuntimeError as broken:  # a sticky CUDA error: nothing can run any more
                     raise SystemExit(f"{what}: {broken}"[:400]) from error
 
     def enough(self, what: object, seconds: float = 2.0) -> bool:
-        """Whether so much time is left for it; what is not reached is told at the end."""
+        """Whether so much time is left; cases without are listed at the end."""
         if self.left < seconds:
             self.missed.append(str(what))
             return False
         return True
 
     def finish(self, done: str) -> int:
-        """Says in one line what came of it; the exit code."""
+        """Prints a line about the results; returns the exit code."""
         missed = f", not reached: {len(self.missed)} ({self.missed[0]} ...)" if self.missed else ""
         wrong = f", WRONG: {', '.join(self.wrong)}" if self.wrong else ""
         print(f"{done}{wrong}{missed}", flush=True)
@@ -114,7 +116,7 @@ class Results:
 
 
 def arguments(description: str | None, *flags: str) -> argparse.Namespace:
-    """Of a step's process; `flags` are on or off."""
+    """Parses the arguments of a step's process; `flags` are switches."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--out", type=Path, required=True, help="file to append results to")
@@ -125,16 +127,16 @@ def arguments(description: str | None, *flags: str) -> argparse.Namespace:
 
 
 def release_memory() -> None:
-    """What nobody holds any more, for other processes too."""
+    """Frees unused GPU memory, so that other processes can use it."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 class Turn:
-    """Of a step that prepares itself: when the runner says on standard input that it has come.
+    """The turn of a step that prepares itself: the runner then writes a line to its standard input.
 
-    One that does not wait prepares itself for as long as it takes.
+    A step that runs without the runner prepares for as long as it takes.
     """
 
     def __init__(self, waits: bool) -> None:
@@ -152,7 +154,7 @@ class Turn:
         return self._came.is_set()
 
     def wait(self) -> float:
-        """When it came, as time.monotonic counts; now where there is nothing to wait for."""
+        """Waits for the turn. Returns its time by time.monotonic; without a runner, now."""
         print("prepared", flush=True)
         if not self._waits:
             return time.monotonic()

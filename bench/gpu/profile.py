@@ -1,7 +1,7 @@
-"""A profile of the grouped products by Nsight Compute: its report, and its counters as results.
+"""Profiles the grouped GEMMs with Nsight Compute; keeps its report, and some counters as results.
 
-Counters of one kernel each: share of the tensor cores' and L2's peak, bytes of DRAM, instructions
-issued per clock. The report holds much more, and where warps waited, instruction by instruction.
+The counters are, for each kernel: fraction of the tensor cores' and of L2's peak, bytes of DRAM,
+instructions issued per clock. The report has many more, and where warps stalled, by instruction.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _METRICS = ",".join(COUNTERS)
 
 
 def profile_command(report: Path, device: str) -> list[str]:
-    """Runs the target under the profiler; `report`: without its ending."""
+    """Command that runs the target under the profiler; `report`: path without suffix."""
     sections = [word for name in SECTIONS for word in ("--section", name)]
     target = [sys.executable, "-m", "bench.gpu.profile_target", "--device", device]
     return [
@@ -49,13 +49,13 @@ def profile_command(report: Path, device: str) -> list[str]:
 
 
 def counters_command(report: Path) -> list[str]:
-    """Prints what a report holds."""
+    """Command that prints the counters in a report."""
     shown = ["--csv", "--page", "raw", "--print-units", "base", "--print-kernel-base", "mangled"]
     return ["ncu", "--import", str(report), *shown]
 
 
 def number(text: str) -> float | None:
-    """Of a cell, which may have commas between thousands."""
+    """The number in a cell, which may have commas between thousands."""
     try:
         return float(text.replace(",", ""))
     except ValueError:
@@ -76,7 +76,7 @@ def short_name(mangled: str) -> str:
 
 
 def read_counters(text: str) -> list[dict[str, Any]]:
-    """A result for each kernel of a `--page raw` table: a head, a line of units, a line each."""
+    """A result for each kernel in a `--page raw` table: header, a line of units, a line each."""
     begin = text.find('"ID"')
     lines = list(csv.reader(io.StringIO(text[begin:]))) if begin >= 0 else []
     if len(lines) < 3:

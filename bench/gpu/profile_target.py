@@ -1,4 +1,4 @@
-"""What the profiler looks at: each grouped product and kernel around them once, of one layer."""
+"""The program to profile: runs each grouped GEMM of a layer, and the kernels around them, once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fomoe_ext import ops
 
 
 def calls_of(device: str, name: str | None) -> list[Callable[[], object]]:
-    """One call of each, for the largest number of tokens."""
+    """One call of each kernel, with the largest number of tokens."""
     models = {model.name: model for model in measured.models_of(device)}
     case = measured.cases_of(device)[0]
     inputs = cases.make_inputs(models[name or case.model.name], case.tokens, "balanced", device)
@@ -34,7 +34,7 @@ def calls_of(device: str, name: str | None) -> list[Callable[[], object]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--model", help="of bench/expert_work.MODELS; default: the first")
+    parser.add_argument("--model", help="name in bench/expert_work.MODELS (default: the first)")
     given = parser.parse_args()
     calls = calls_of(given.device, given.model)
 

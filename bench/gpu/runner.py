@@ -1,9 +1,8 @@
-"""Runs steps, each a process with a time limit, and sees to it that nothing of them is left.
+"""Runs steps, each in a process with a time limit, and leaves no process behind.
 
-Steps of one group run side by side, the groups one after the other. A step that fails or hangs does
-not end the others: when its time is up, and when it has ended, every process of its session is
-killed. A step that prepares itself (`early`) starts with the run, prepares, and waits for a line on
-its standard input, which it gets when its turn comes.
+Steps of a group run concurrently, groups one after the other. A step that fails or hangs does not
+stop the others. When a step ends or its time is up, every process of its session is killed. A step
+with `early` starts at once and prepares itself; at its turn it gets a line on standard input.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from typing import IO
 
 OK, FAILED, TIMED_OUT, LEFT_OUT = "ok", "failed", "timed out", "left out"
 LEAST_SECONDS = 5.0
-"""A step is left out when less than so much of the run's time is left."""
+"""A step is skipped if less time than this is left of the run."""
 _POLL_S = 0.05
 _NOTE_BYTES = 1 << 16  # of the end of an output, in which its last line is looked for
 
 
 @dataclass(frozen=True)
 class Step:
-    """What is to run.
+    """A command to run.
 
-    `limit`: seconds that it may take from its turn on. `results`: name of the results that it
-    appends to the file named by --out. `absent`: why it cannot run here, empty where it can.
-    `needed`: whether nothing after it can run when it fails.
+    `limit`: seconds that it may take from its turn on. `results`: name of the file of results that
+    it appends to (--out). `absent`: why it cannot run here, or "". `needed`: whether later steps
+    are skipped when it fails.
     """
 
     name: str
@@ -48,7 +47,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a step ended. `note`: why, or the last line that it said. `log`: all that it said."""
+    """How a step ended. `note`: the reason or its last line of output. `log`: its output."""
 
     name: str
     state: str
@@ -65,16 +64,18 @@ class Outcome:
 
 
 def session_of(process: int) -> int | None:
-    """The session of a process; None where it is gone, or this is not Linux."""
+    """The session id of a process; None if it has ended or this is not Linux."""
     try:
         text = Path(f"/proc/{process}/stat").read_text()
     except OSError:
         return None
-    return int(text.rpartition(")")[2].split()[3])  # the name before it may hold anything
+    return int(
+        text.rpartition(")")[2].split()[3]
+    )  # the process name before it may contain any character
 
 
 def kill_session(leader: int) -> None:
-    """Kills every process of the session that `leader` began, whatever group it moved into."""
+    """Kills every process in the session of `leader`, also those in other process groups."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(leader, signal.SIGKILL)
     with contextlib.suppress(OSError):
@@ -85,7 +86,7 @@ def kill_session(leader: int) -> None:
 
 
 class _Running:
-    """A step's process."""
+    """The process of a step."""
 
     def __init__(self, step: Step, log: Path) -> None:
         self.step, self.log = step, log
@@ -101,7 +102,7 @@ class _Running:
         )
 
     def go(self) -> None:
-        """Its turn has come: the time counts from now on."""
+        """Tells the process that it is its turn; the time limit counts from now on."""
         self.began = time.monotonic()
         if self.process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
@@ -109,14 +110,14 @@ class _Running:
                 self.process.stdin.close()
 
     def ended(self) -> bool:
-        """Whether it has. Its number stays taken until `end`, so that no other process gets it."""
+        """Whether it has ended. It is not reaped before `end`, so that its id is not reused."""
         if self.process.returncode is not None:
             return True
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return os.waitid(os.P_PID, self.process.pid, flags) is not None
 
     def end(self) -> None:
-        """Kills what is left of it."""
+        """Kills what is left of its session; returns the outcome."""
         kill_session(self.process.pid)
         self.process.wait()
         if self.process.stdin is not None:
@@ -139,7 +140,7 @@ class _Running:
 
 
 def last_line(log: Path) -> str:
-    """The last line of an output that is not blank."""
+    """The last line of an output that is not empty."""
     data = log.read_bytes()[-_NOTE_BYTES:] if log.exists() else b""
     lines = [line.strip() for line in data.decode(errors="replace").splitlines()]
     return next((line for line in reversed(lines) if line), "")
@@ -149,7 +150,7 @@ def last_line(log: Path) -> str:
 
 
 class Runner:
-    """Runs steps within `seconds` of time in all; logs go into `folder`."""
+    """Runs steps within `seconds` in all; writes logs to `folder`."""
 
     def __init__(
         self, folder: Path, seconds: float, say: Callable[[str], None] = lambda text: None
@@ -161,11 +162,11 @@ class Runner:
 
     @property
     def left(self) -> float:
-        """Seconds until all must be over."""
+        """Seconds left for the run."""
         return self.deadline - time.monotonic()
 
     def run(self, steps: Sequence[Step]) -> list[Outcome]:
-        """Outcomes in the order of the steps."""
+        """Runs all steps; returns outcomes in the order of `steps`."""
         outcomes: dict[str, Outcome] = {}
         with self._all_ended():
             broken = ""
@@ -193,7 +194,7 @@ class Runner:
         return running
 
     def _start_early(self, steps: Sequence[Step], outcomes: Mapping[str, Outcome]) -> None:
-        """Once what all others need is there."""
+        """Starts the steps that prepare themselves, after the steps that all others need."""
         for step in steps:
             waits = step.early and not step.absent and step.name not in outcomes
             if waits and step.name not in self._running:
@@ -201,7 +202,7 @@ class Runner:
                     self._start(step)
 
     def _run_group(self, steps: Sequence[Step]) -> Iterator[Outcome]:
-        """Outcomes as they come."""
+        """Runs a group; yields outcomes as the steps end."""
         waiting: list[tuple[_Running, float]] = []
         for step in steps:
             limit = min(step.limit, max(self.left, LEAST_SECONDS))
@@ -226,7 +227,7 @@ class Runner:
 
     @contextlib.contextmanager
     def _all_ended(self) -> Iterator[None]:
-        """Nothing runs afterwards, even if this process is told to end."""
+        """Kills all steps at the end, also if this process is terminated."""
         before = signal.getsignal(signal.SIGTERM)
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGTERM, _raise_exit)

@@ -1,7 +1,7 @@
-"""Every kernel with every tile once, on inputs that a checking tool gets through in seconds.
+"""Runs every kernel with every tile once, on inputs small enough for compute-sanitizer.
 
-For compute-sanitizer: sizes are around those of tiles, some experts get nothing, half of them are
-not resident. Results are compared with the CPU's, roughly: tests/ does that well.
+Sizes are close to those of tiles, some experts get no tokens, and half are not resident. Results
+are compared roughly with the CPU's; the exact comparison is in tests/.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ MODELS = (
 )
 TOKENS, NUMEL = 130, 4096 + 77
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LIMIT = 3e-2  # relative error: roundings of 16 bits, and what comes of them
+LIMIT = 3e-2  # relative error that rounding to 16 bits may cause
 
 
 def tensors_in(found: object) -> list[Tensor]:
-    """Those of floats, in order, of nested tuples."""
+    """The float tensors in nested tuples, in order."""
     if isinstance(found, Tensor):
         return [found.detach()] if found.is_floating_point() else []
     if isinstance(found, Sequence) and not isinstance(found, str):
@@ -42,7 +42,7 @@ def tensors_in(found: object) -> list[Tensor]:
 
 
 class Compared:
-    """Runs things on the device and on the CPU and compares the floats that come out."""
+    """Runs functions on the device and on the CPU and compares their float outputs."""
 
     def __init__(self, device: str, results: Results) -> None:
         self.device, self.results, self.done = device, results, 0
@@ -66,7 +66,7 @@ class Compared:
 
 
 def inputs_of(model: Model, dtype: torch.dtype, device: str, parts: int) -> cases.Inputs:
-    """The same on every device: drawn on the CPU."""
+    """Random inputs, drawn on the CPU so that they are equal on every device."""
     made = cases.make_inputs(model, TOKENS, "zipf", "cpu", dtype)
     names = ("x", "weights", "experts", "expand_weight", "contract_weight")
     names += ("expand_bias", "contract_bias", "grad_y")
@@ -78,7 +78,7 @@ def inputs_of(model: Model, dtype: torch.dtype, device: str, parts: int) -> case
 
 
 def check_experts(compared: Compared, dtype: torch.dtype) -> None:
-    """The layer with gradients, then each grouped product by itself."""
+    """The layer with gradients, then each grouped GEMM by itself."""
     for tile in (str(tile["name"]) for tile in _C.expert_tiles()):
         for model, parts in zip(MODELS, (1, 2, 2), strict=True):
 
@@ -98,7 +98,7 @@ def check_experts(compared: Compared, dtype: torch.dtype) -> None:
 
 
 def check_tokens(compared: Compared, dtype: torch.dtype) -> None:
-    """route, compact, gather, combine and their gradients; a bias gradient and an added one."""
+    """route, compact, gather, combine and their gradients; bias gradients, one accumulated."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *sizes: torch.randn(*sizes, generator=generator)
     tokens, experts, top_k, hidden = TOKENS, 64, 8, 136
@@ -125,7 +125,7 @@ def check_tokens(compared: Compared, dtype: torch.dtype) -> None:
 
 
 def check_codecs(compared: Compared) -> None:
-    """Every verb of every codec, and the hash of what it made."""
+    """Every verb of every codec, and the hash of its result."""
     for name in outer_cases.CODECS:
         for verb in outer_cases.VERBS:
 

@@ -1,7 +1,7 @@
-"""The table of steps: what runs where a GPU is, in which order and for how long at most.
+"""The steps that run on a machine with a GPU, their order and their time limits.
 
-What tells most comes first, should the time run out. Steps whose times count run alone; what only
-has to be right runs side by side.
+The most important steps come first, in case the time runs out. Steps that measure time run alone;
+those that only check results run concurrently.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from bench.gpu.runner import Step
 
 ROOT = Path(__file__).resolve().parents[2]
-# From where Python takes this package: the tree, or a folder that shows nothing else of it.
+# Where Python imports this package from: the source tree, or a folder with nothing else of it.
 IMPORTED_FROM = Path(__file__).absolute().parents[2]
 STANDINS = Path(__file__).parent / "standins"
 CUDA_BIN = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
@@ -39,12 +39,12 @@ KERNEL_TESTS = tuple(
 )
 CHECKS = ("memcheck", "racecheck", "synccheck")
 MOST_WORKERS = 12  # of the tests: each takes memory of the GPU
-OWN_BUDGET = 0.85  # of a step's limit, for what it measures; the rest is for its start
+OWN_BUDGET = 0.85  # fraction of a step's limit for measuring; the rest is for starting
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where the steps run. `standin`: on the CPU, with programs that stand in for the GPU's."""
+    """Where the steps run. `standin`: on the CPU, with stand-ins for the GPU's programs."""
 
     work: Path
     standin: bool = False
@@ -55,26 +55,27 @@ class Setting:
 
     @property
     def programs(self) -> str:
-        """Folders in which programs are looked for."""
+        """PATH: the folders with programs."""
         first = [str(STANDINS)] if self.standin else []
         return os.pathsep.join([*first, os.environ.get("PATH", ""), str(CUDA_BIN)])
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """Of all steps. With a stand-in, what may be missing where the GPU is, is missing."""
+        """Environment of all steps. With stand-ins it hides packages that a machine with a GPU may
+        lack."""
         folders = [str(STANDINS / "absent")] if self.standin else []
         folders += [str(IMPORTED_FROM), os.environ.get("PYTHONPATH", "")]
         path = os.pathsep.join(folder for folder in folders if folder)
         made = {"PATH": self.programs, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
-        made["PYTHONSAFEPATH"] = "1"  # whatever the current folder is
+        made["PYTHONSAFEPATH"] = "1"  # does not import from the current folder
         if self.standin:
             made["CUDA_VISIBLE_DEVICES"] = ""
-            made["OMP_NUM_THREADS"] = "1"  # waiting threads are slow on a busy machine
+            made["OMP_NUM_THREADS"] = "1"  # on a busy machine waiting threads take time
         return made
 
     def lacks(self, *needs: str) -> str:
-        """Why a step cannot run: the modules and programs ("ncu()") among `needs` that are not
-        here; empty where all are.
+        """Why a step cannot run: which modules and programs ("ncu()") of `needs` are missing; "" if
+        none is.
         """
         missing = [
             need.removesuffix("()")
@@ -89,13 +90,13 @@ class Setting:
 
 
 def workers() -> int:
-    """Processes of the tests."""
+    """Number of processes for the tests."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(MOST_WORKERS, (cores or 1) * 3 // 4))
 
 
 def test_command(setting: Setting) -> list[str]:
-    """The tests of kernels on the GPU, in as many processes as there are cores for."""
+    """The tests of kernels on the GPU, in several processes."""
     wanted = "cuda or graph or hardware"
     if setting.standin:
         wanted = "(cpu or graph or hardware) and not emulated"
@@ -121,7 +122,7 @@ def _step(
     early: bool = False,
     more: Mapping[str, str] | None = None,
 ) -> Step:
-    """A step whose command, unless another is given, is the module of its name."""
+    """A step. Unless `command` is given, it runs the module of its name."""
     out = setting.work / f"{results or name}.jsonl"
     budget = f"{OWN_BUDGET * limit:.0f}"
     own = [*_module(name), "--device", setting.device, "--out", str(out), "--budget", budget]
@@ -138,17 +139,16 @@ def _step(
 
 
 def _check(setting: Setting, tool: str) -> Step:
-    """Small cases under a tool of compute-sanitizer."""
+    """The small cases under a tool of compute-sanitizer."""
     limit, budget = 70.0, 45.0  # the tool takes its time to start torch
     checked = [*_module("small_cases"), "--device", setting.device, "--out", os.devnull]
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
     command += ["--target-processes", "application-only", "--launch-timeout", "50"]
-    # torch's own kernels are not ours to check, and there are many of them; nor are the calls
-    # with which it finds out what there is.
+    # Neither torch's own kernels nor its API calls that probe the device are checked.
     command += ["--kernel-name", "kns=fomoe", "--print-limit", "20"]
     command += ["--report-api-errors", "no"] if tool == "memcheck" else []
     command += [*checked, "--budget", f"{budget:.0f}"]
-    # Each tensor by itself, or what is next to one in torch's pool would be taken for its own.
+    # Without torch's memory pool, in which an access past a tensor's end would not be noticed.
     more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     needs = "compute-sanitizer()"
     return _step(setting, tool, limit, needs, command=command, group="checks", more=more)
@@ -169,7 +169,7 @@ def make_steps(setting: Setting) -> list[Step]:
         build,
         step("tests", 80, "pytest", "hypothesis", command=test_command(setting)),
         step("verbs", 100, results="verbs"),
-        # What its rivals compile, they compile beside the tests, and beside verbs if need be.
+        # Starts early: rivals compile while the tests run, and while verbs runs if need be.
         step("layers", 80, results="layers", flags=("--wait",), early=True),
         step("training", 45, results="training"),
         step("job", 70, "safetensors", results="training", group="checks"),

@@ -1,7 +1,7 @@
-"""What came out of a run, in lines: the steps, then the figures that tell most, as ratios.
+"""The summary of a run in lines: the steps, then the most important figures, as ratios.
 
-A GPU that throttles changes every time and few ratios: of rivals the time over ours is stated,
-measured in turn with ours (above 1: we are faster), and of floors the fraction that was reached.
+Throttling of the GPU changes times, but hardly their ratios. So a rival is given by its time over
+ours, measured in turn (above 1: we are faster), and a lower bound by the fraction reached.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bench.gpu.runner import FAILED, TIMED_OUT, Outcome
 
 MOST_LINES, MOST_COLUMNS = 80, 148
 TAIL_LINES, TILE_LINES = 3, 2
-FASTER = 1.03  # a tile is worth a word from here on
+FASTER = 1.03  # a tile that is faster than the chosen one by this factor is mentioned
 
 Result = dict[str, Any]
 Results = dict[str, list[Result]]  # {"name", "extra_info"} by the name of the results
@@ -26,7 +26,7 @@ Rows = list[list[str]]
 
 
 def columns(head: Sequence[str], rows: Rows) -> list[str]:
-    """Set out by blanks; nothing where there are no rows."""
+    """A table with columns aligned by spaces; empty without rows."""
     if not rows:
         return []
     table = [list(head), *rows]
@@ -53,13 +53,13 @@ def ratio(value: float | None) -> str:
 
 
 def mean(values: Iterable[float]) -> float | None:
-    """The geometric one."""
+    """The geometric mean."""
     found = list(values)
     return math.exp(sum(map(math.log, found)) / len(found)) if found else None
 
 
 def rival(result: Result, name: str) -> float | None:
-    """A rival's time over ours; None where it was not measured."""
+    """A rival's time over ours; None if it was not measured."""
     found: float | None = result["rivals"].get(name, {}).get("ratio")
     return found
 
@@ -82,7 +82,7 @@ def step_lines(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def by_setting(results: Sequence[Result]) -> dict[tuple[int, str], list[Result]]:
-    """By tokens and routing, in the order in which they were measured."""
+    """Results by tokens and routing, in the order of measurement."""
     found: dict[tuple[int, str], list[Result]] = defaultdict(list)
     for result in results:
         found[result["tokens"], result["routing"]].append(result)
@@ -90,7 +90,7 @@ def by_setting(results: Sequence[Result]) -> dict[tuple[int, str], list[Result]]
 
 
 def verb_cell(results: Sequence[Result]) -> str:
-    """Means over the results: dense, floor, grouped_mm."""
+    """Means over the results: dense/ours, fraction of the floor, grouped_mm/ours."""
     if not results:
         return "-"
     dense = mean(x for r in results if (x := rival(r, "dense")))
@@ -99,7 +99,7 @@ def verb_cell(results: Sequence[Result]) -> str:
 
 
 def verb_lines(results: Sequence[Result]) -> list[str]:
-    """The first setting model by model, means over models of the others, and faster tiles."""
+    """Each model with the first tokens and routing, means over models for others; faster tiles."""
     if not results:
         return []
     verbs = list(dict.fromkeys(r["task"] for r in results))
@@ -118,7 +118,7 @@ def verb_lines(results: Sequence[Result]) -> list[str]:
 
 
 def tile_lines(results: Sequence[Result]) -> list[str]:
-    """Where another tile than the chosen one is faster, and how much."""
+    """Lists where another tile than the chosen one is faster, and by how much."""
     found = []
     for result in results:
         for tile, seconds in result["tile_seconds"].items():
@@ -148,7 +148,7 @@ def layer_row(result: Result, name: str, over: Sequence[str]) -> list[str]:
 
 
 def layer_lines(results: Sequence[Result]) -> list[str]:
-    """The first setting layer by layer, and means of the ratios of both passes of the others."""
+    """Each layer with the first tokens and routing; means of ratios of both passes for others."""
     if not results:
         return []
     names = list(dict.fromkeys(name for r in results for name in r["rivals"]))
@@ -171,7 +171,7 @@ def layer_lines(results: Sequence[Result]) -> list[str]:
 
 
 def absent_lines(results: Sequence[Result]) -> list[str]:
-    """Rivals that were nowhere measured, in one line, and why."""
+    """A line with the rivals that were never measured, and the reasons."""
     measured = {name for r in results for name in r["rivals"]}
     reasons = {
         name: reason
@@ -181,6 +181,9 @@ def absent_lines(results: Sequence[Result]) -> list[str]:
     }
     said = "; ".join(f"no {name}: {reason}" for name, reason in reasons.items())
     return [said] if said else []
+
+
+STEP_TIMES = ("seconds", "host_seconds", "gpu_seconds", "graph_seconds")
 
 
 def training_lines(results: Sequence[Result]) -> list[str]:
@@ -195,12 +198,13 @@ def training_lines(results: Sequence[Result]) -> list[str]:
             [
                 f"{r['preset']}, {r['layers']} layers, {r['tokens']} tokens",
                 f"{r['resident']:g}",
-                *(milliseconds(r[key]) for key in ("seconds", "host_seconds", "gpu_seconds")),
+                *(milliseconds(r[key]) for key in STEP_TIMES),
                 ratio(speed),
                 "-" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 1e9:.1f}",
             ]
         )
-    head = ("", "resident", "step ms", "host ms", "GPU busy ms", "speed-up", "peak GB")
+    times = ("step ms", "host ms", "GPU busy ms", "graph ms")
+    head = ("", "resident", *times, "speed-up", "peak GB")
     return ["== training steps", *columns(head, rows)] if rows else []
 
 
@@ -227,7 +231,7 @@ def token_lines(results: Sequence[Result]) -> list[str]:
 
 
 def profile_lines(results: Sequence[Result]) -> list[str]:
-    """Of kernels that take long."""
+    """The profile, of kernels that take long."""
     long = sorted(results, key=lambda r: -r.get("nanoseconds", 0))[:4]
     number = lambda r, key, scale=1.0: f"{r[key] * scale:.2f}" if key in r else "-"
     rows = [
@@ -246,7 +250,7 @@ def profile_lines(results: Sequence[Result]) -> list[str]:
 
 
 def lines_of(gpu: Sequence[str], outcomes: Sequence[Outcome], results: Results) -> list[str]:
-    """All of it."""
+    """All lines of the summary."""
     of = lambda name, part="": [
         entry["extra_info"] for entry in results.get(name, []) if entry["name"].startswith(part)
     ]

@@ -1,4 +1,4 @@
-"""Kernels around the grouped products, and codecs of deltas: bytes over the bandwidth of a copy."""
+"""Kernels around the grouped GEMMs, and codecs of deltas, against the bandwidth of a copy."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ SIZES = {  # tokens, experts, slots per token, hidden size
     "cpu": ((64, 16, 4, 32),),
 }
 NUMEL = {"cuda": 1 << 28, "cpu": 1 << 14}  # values of a delta
-CALLS = 10  # in a graph, as one launch alone takes less than a clock tells
+CALLS = 10  # calls in a CUDA graph, because a single one is too short to be timed
 
 
 def seconds_of(calls: dict[str, Call], device: str) -> dict[str, float]:
-    """Of each, in turn; on a GPU without the time that the host takes."""
+    """Seconds of each call, timed in turn; on a GPU without the host's time."""
     if device == "cpu":
         return common.interleaved_seconds(calls, device, measured.ROUNDS[device])
 
@@ -52,7 +52,7 @@ def seconds_of(calls: dict[str, Call], device: str) -> dict[str, float]:
 def result_of(
     seconds: dict[str, float], least_bytes: int, flops: int, copy_rate: float
 ) -> dict[str, Any]:
-    """As bench/report.py takes it."""
+    """The result as bench/report.py expects it."""
     own = seconds["ours"]
     memory_floor = least_bytes / copy_rate
     return {
@@ -67,7 +67,7 @@ def result_of(
 
 
 def measure_tokens(results: Results, size: tuple[int, int, int, int], device: str) -> int:
-    """route, route with bias and statistics, compact, both, gather and combine of a size."""
+    """route, route with bias and statistics, compact, route + compact, gather and combine."""
     tokens, experts, top_k, hidden = size
     copy_rate, slots = token_kernels.copy_bandwidth(), tokens * top_k
     generator = torch.Generator(device).manual_seed(0)

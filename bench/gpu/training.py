@@ -1,5 +1,5 @@
-"""Whole training steps of the paper's models with all, half, a quarter and none of the experts
-resident: seconds of a step, of the host alone, and of the GPU's kernels.
+"""Training steps of the paper's models with all, half, a quarter and none of the experts resident:
+seconds of a step, of the host, of the GPU's kernels, and of a step replayed from a CUDA graph.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from fomoe_ext.config.job import preset_config
 from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.layer.moe import MoELayer
 from fomoe_ext.model.language import LanguageModel
+from fomoe_ext.plan.cost import flops_per_token
+from fomoe_ext.train.captured import CapturedStep, Computed
 from fomoe_ext.train.job import make_optimizer
 
 SHARES = (1.0, 0.5, 0.25, 0.0)
-STEPS, WARM_UP = 5, 2
+STEPS, WARM_UP, GRAPH_WARM_UP = 5, 2, 4
 
 
 class Sized(NamedTuple):
-    """A model of the paper, not as deep, and the sequences of a step."""
+    """A model of the paper with fewer layers, and the number of sequences per step."""
 
     preset: str
     layers: int
@@ -54,7 +56,7 @@ SIZES: dict[str, Sequence[Sized]] = {
 
 
 def make_model(config: ModelConfig, share: float, device: str) -> LanguageModel:
-    """With the first experts of every layer resident."""
+    """The model with only the first experts of every layer resident."""
     model = LanguageModel(config, None, seed=1, device=device)
     if share == 1:
         return model
@@ -75,7 +77,7 @@ def make_model(config: ModelConfig, share: float, device: str) -> LanguageModel:
 
 
 def timed(step: Callable[[], None], device: str) -> tuple[float, float]:
-    """Seconds until a step was done, and until the host had asked for all of it."""
+    """Seconds until the step was done, and until the host had launched all of it."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
@@ -86,7 +88,7 @@ def timed(step: Callable[[], None], device: str) -> tuple[float, float]:
 
 
 def largest_kernels(step: Callable[[], None], device: str) -> dict[str, Any]:
-    """Seconds of all kernels of a step, and of those that take most, by the profiler."""
+    """Seconds of all kernels of a step, and of the longest ones, by torch's profiler."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -95,7 +97,7 @@ def largest_kernels(step: Callable[[], None], device: str) -> dict[str, Any]:
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         step()
         torch.cuda.synchronize()
-    # Besides kernels there are spans that others have named, which hold kernels.
+    # Annotated ranges contain kernels and must not be counted too.
     kernels = [
         event
         for event in seen.key_averages()
@@ -109,17 +111,24 @@ def largest_kernels(step: Callable[[], None], device: str) -> dict[str, Any]:
 
 
 def measure(size: Sized, share: float, device: str) -> dict[str, Any]:
+    """Seconds of a step: eager, the host's part of that, and replayed from a CUDA graph."""
     config = size.config
     tokens = torch.randint(size.vocabulary, (size.sequences, size.seq_len + 1), device=device)
     model = make_model(config, share, device)
     optimizer = make_optimizer(model, InnerConfig())
+    lr = InnerConfig().inner_lr
 
-    def step() -> None:
+    def compute(tokens: torch.Tensor) -> Computed:
         with torch.autocast(device, dtype=torch.bfloat16):
-            loss = model.loss(tokens).total
-        loss.backward()
+            loss = model.loss(tokens)
+        loss.total.backward()
         optimizer.step()
         optimizer.zero_grad()
+        rows = [layer.stats.rows for layer in model.moe_layers() if layer.stats is not None]
+        return Computed(loss.cross_entropy.detach(), None, torch.stack(rows).sum())
+
+    def step() -> None:
+        compute(tokens)
 
     for _ in range(WARM_UP):
         step()
@@ -127,19 +136,33 @@ def measure(size: Sized, share: float, device: str) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     measures = [timed(step, device) for _ in range(STEPS)]
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
-    with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16):
-        loss = float(model.loss(tokens).total)
+    kernels = largest_kernels(step, device)
+    graph = CapturedStep(compute, optimizer, torch.device(device))
+    for _ in range(GRAPH_WARM_UP):
+        graph(tokens, lr)
+    replays = [timed(lambda: graph(tokens, lr), device) for _ in range(STEPS)]
+    loss = float(graph(tokens, lr).loss)
     return {
         "seconds": median(done for done, _ in measures),
         "host_seconds": median(asked for _, asked in measures),
+        "graph_seconds": median(done for done, _ in replays),
+        "captured": graph.captured,
         "tokens": size.sequences * size.seq_len,
         "layers": size.layers,
         "preset": size.preset,
         "resident": share,
+        "flops": step_flops(config, share) * size.sequences * size.seq_len,
         "peak_bytes": peak,
         "loss": loss,
-        **largest_kernels(step, device),
+        **kernels,
     }
+
+
+def step_flops(config: ModelConfig, share: float) -> float:
+    """Floating-point operations of forward and backward per token, without those of skipped slots:
+    three times a forward pass (`plan.cost.flops_per_token`)."""
+    whole = flops_per_token(config)
+    return 3 * (whole.forward - (1 - share) * whole.experts)
 
 
 def main() -> int:

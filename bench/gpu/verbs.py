@@ -1,4 +1,4 @@
-"""Each grouped product with each tile, against a dense product of as many FLOPs and grouped_mm."""
+"""Each grouped GEMM with each tile, against a dense GEMM of as many FLOPs and grouped_mm."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORCED = "FOMOE_EXPERTS_TILE"
 
 
 def forced(tile: str, run: Callable[[], Any]) -> Callable[[], Any]:
-    """`run` with this tile; "": with the one that the kernels choose."""
+    """A call of `run` with this tile; "" = the tile that the kernels choose."""
 
     def call() -> Any:
         os.environ[FORCED] = tile
@@ -33,17 +33,17 @@ def forced(tile: str, run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def tiles_for(case: Case, gemm: work.Gemm) -> list[str]:
-    """Those that the product can take. Those of other architectures are slow here: with few tokens
-    only.
+    """The tiles to measure, of those that the GEMM supports. Those for older GPUs are slow, so only
+    with few tokens.
     """
 
-    def is_taken(name: str) -> bool:
+    def is_used(name: str) -> bool:
         os.environ[FORCED] = name
         return _C.expert_tile(gemm.verb, "bfloat16", gemm.columns, gemm.terms, True) == name
 
     names = [tile["name"] for tile in _C.expert_tiles()]
     few = case.tokens <= 4096 and case.routing == "balanced"
-    found = [n for n in names if (few or not n.startswith("multistage")) and is_taken(n)]
+    found = [n for n in names if (few or not n.startswith("multistage")) and is_used(n)]
     os.environ[FORCED] = ""
     return found
 
@@ -57,7 +57,7 @@ def error_of(verbs: cases.Verbs, name: str, wanted: cases.Outputs) -> float:
 def measure_verb(
     results: Results, case: Case, verbs: cases.Verbs, name: str, device: str
 ) -> dict[str, Any]:
-    """One product: ours as chosen and with every tile, and rivals, in turn."""
+    """One GEMM: ours with the chosen tile and with every tile, and rivals, in turn."""
     wanted = verbs.theirs(name, rivals.LoopProducts())
     ours = lambda: verbs.ours(name)
     gemm = work.gemms(case.model, verbs.inputs.load)[name]
@@ -81,7 +81,7 @@ def measure_verb(
 
 
 def measure_case(results: Results, case: Case, device: str) -> int:
-    """All products of a case; how many were measured."""
+    """Measures all GEMMs of a case; returns how many were measured."""
     inputs, done = cases.make_inputs(case.model, case.tokens, case.routing, device), 0
     verbs = cases.Verbs(inputs)
     facts = {"model": asdict(case.model), "tokens": case.tokens, "routing": case.routing}

@@ -1,4 +1,5 @@
-"""The study behind `docs/claims.md`: the FoMoE paper's claims at a size that two cores train.
+"""The study behind `docs/claims.md`: the FoMoE paper's claims, tested at a size that trains on two
+CPU cores.
 
-`python -m bench.study all` in the root of the repository; `--help` says what else.
+Run `python -m bench.study all` in the root of the repository; `--help` lists the other tables.
 """

@@ -1,4 +1,4 @@
-"""`python -m bench.study`: the tables of the study, one command each."""
+"""`python -m bench.study TABLE` makes the runs that a table of the study lacks and prints it."""
 
 from __future__ import annotations
 
@@ -10,31 +10,69 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench.study import claims, design, run, store, tables, throughput
+from bench.study import claims, design, proxy, run, store, tables, throughput
 from fomoe_ext.report.tables import print_tables
 
 QUICK_RUNS = store.RUNS.with_name("quick.jsonl")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The arguments."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.study",
-        description="Makes the runs that a table lacks, then prints the table.",
+        description="Makes the training runs that a table lacks, then prints the table.",
     )
-    kinds = [*tables.TABLES, "throughput", "claims", "all"]
-    parser.add_argument("table", choices=kinds, help="all: every table, then claims")
+    kinds = [*tables.TABLES, "throughput", "gpu", "claims", "all"]
     parser.add_argument(
-        "--quick", action="store_true", help="few, short runs, in a file of their own; no claims"
+        "table",
+        choices=kinds,
+        help="gpu: the paper's proxy sizes, all sites on one GPU; claims: write docs/claims.md "
+        "from the recorded runs; all: every table that the CPU can make, then claims",
     )
-    parser.add_argument("--seeds", type=int, help="only seeds 0 .. N-1 (default: 3, quick: 1)")
-    parser.add_argument("--show", action="store_true", help="only what is there, no new runs")
-    parser.add_argument("--out", type=Path, help=f"file of runs (default: {store.RUNS.name})")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a few short runs, recorded in another file; docs/claims.md is not written",
+    )
+    parser.add_argument(
+        "--seeds", type=int, metavar="N", help="seeds 0 .. N-1 only (default: 3, --quick: 1)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=60, help="of table gpu, for all its runs (default: 60)"
+    )
+    parser.add_argument("--show", action="store_true", help="print recorded runs, make no new ones")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help=f"file where runs are recorded (default: {store.RUNS.name}; gpu: {proxy.RUNS.name})",
+    )
+    given = parser.parse_args(arguments)
+    if not given.minutes > 0:
+        parser.error(f"--minutes must be > 0, got {given.minutes:g}")
+    return given
+
+
+def _gpu(given: argparse.Namespace, console: Console) -> int:
+    """Table gpu; returns how many runs failed."""
+    import torch
+
+    device = "cpu" if given.quick else "cuda"
+    path = given.out or (proxy.RUNS.with_name("quick-gpu.jsonl") if given.quick else proxy.RUNS)
+    failed = 0
+    if not given.show:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise SystemExit(
+                "python -m bench.study gpu needs a GPU; --quick tries it on the CPU, --show "
+                "prints what is recorded"
+            )
+        seeds = range((1 if given.quick else 3) if given.seeds is None else given.seeds)
+        failed = proxy.run_all(given.minutes, device, seeds, run.machine_facts(), path)
+    print_tables(proxy.table(path), console)
+    return failed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0, or 1 when a run failed."""
+    """Returns the exit code: 1 when a run failed, else 0."""
     given = parse(sys.argv[1:] if arguments is None else arguments)
     size = design.QUICK if given.quick else design.FULL
     path = given.out or (QUICK_RUNS if given.quick else store.RUNS)
@@ -45,9 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in [*tables.TABLES, "throughput"] if given.table == "all" else [given.table]:
         if name == "claims":
             continue
+        if name == "gpu":
+            failed += _gpu(given, console)
+            continue
         if name == "throughput":
             if not given.show:
-                throughput.run(3 if given.quick else 15, run.machine_facts(), timed)
+                repeats = 3 if given.quick else 15
+                throughput.run(repeats, run.machine_facts(), timed, sizes=given.quick)
             print_tables(throughput.throughput_table(timed), console)
             continue
         if not given.show:

@@ -1,8 +1,8 @@
-"""`docs/claims.md`: every claim of the paper's abstract, planned and measured here.
+"""Writes `docs/claims.md`: each claim of the paper's abstract, the planned and the measured figure.
 
     python -m bench.study claims
 
-Nothing in it is written by hand but the claims themselves and the words around the figures.
+All figures are computed from the recorded runs; only the text is written by hand.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from fomoe_ext.report.tables import ReportTable, markdown_table
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAPER_LOCAL_STEPS = 32
 WANTED = {"replica": 8.0, "ddp": 250.0}
-"""Communication at equal loss, below the fp32 full replica and below DDP, at least."""
+"""Targets: at equal loss, how many times fewer bytes than the fp32 full replica, and than DDP."""
 
 
 def _shares(preset: str) -> tuple[int, int]:
-    """Dense and sparse parameters as the paper counts them: routers belong to the experts."""
+    """Numbers of dense and sparse parameters. As in the paper, routers count as sparse."""
     counts = count_parameters(preset_config(preset).model)
     return counts.dense, counts.sparse + counts.router
 
@@ -54,7 +54,7 @@ _NO_RUNS = "no runs yet"
 
 
 def _communication(kept: Kept, size: Size) -> tuple[str, str]:
-    """Counted bytes of plain jobs against what a full replica and DDP send for the same steps."""
+    """How many times fewer bytes plain jobs sent than a full replica and DDP in as many steps."""
     records = _plain(kept, size)
     if not records:
         return _NO_RUNS, _NO_RUNS
@@ -66,8 +66,8 @@ def _communication(kept: Kept, size: Size) -> tuple[str, str]:
 
 
 def _equal_loss(kept: Kept, size: Size) -> tuple[str, str]:
-    """The cheapest compressed jobs that reach the full replica's loss, against both baselines: of
-    as many tokens, and of more."""
+    """How many times fewer bytes than both baselines the cheapest compressed jobs sent that reach
+    the full replica's loss: the best job with as many tokens, and the best ones with more."""
     seeds = tables.bytes_seeds(kept, size)
     if not seeds:
         return _NO_RUNS, _NO_RUNS
@@ -84,14 +84,16 @@ def _equal_loss(kept: Kept, size: Size) -> tuple[str, str]:
         found.setdefault(more, []).append((sent, f"{name}, {steps} local steps, loss {loss:.3f}"))
     ways = [(*min(jobs), more) for more, jobs in sorted(found.items())]
     if not ways or replica is None:
-        return "no compressed job reaches it", "no compressed job reaches it"
+        return ("no compressed job reaches that loss",) * 2
 
     def below(sent: float, wanted: float, digits: int) -> str:
         parts = [f"{sent / own:.{digits}f}x{more} ({how})" for own, how, more in ways]
-        return f"{'; '.join(parts)}; wanted {wanted:g}x"
+        return f"{'; '.join(parts)}; target: {wanted:g}x"
 
     first = below(replica[1], WANTED["replica"], 1)
-    return first, "no DDP job reaches it" if ddp is None else below(ddp[1], WANTED["ddp"], 0)
+    if ddp is None:
+        return first, "no DDP job reaches that loss"
+    return first, below(ddp[1], WANTED["ddp"], 0)
 
 
 def _quality(kept: Kept, size: Size) -> tuple[str, str]:
@@ -111,12 +113,12 @@ def _quality(kept: Kept, size: Size) -> tuple[str, str]:
     itself = tables.gaps(kept, [(of[often], b) for of, b in zip(rows, base, strict=True)])
     return f"{plain} nats", (
         f"{tables.spread(full[name], sign=True)} nats ({name}), {part:.0%} of the plain gap "
-        f"(wanted: 50 %); but {often}: {tables.spread(itself, sign=True)}"
+        f"(target: at most 50 %); for comparison, {often}: {tables.spread(itself, sign=True)}"
     )
 
 
 def _quality_by_sites(kept: Kept, size: Size) -> str:
-    """The best of `design.BEST` at each number of sites."""
+    """The gap to the full replica of the best of `design.BEST`, at each number of sites."""
     parts = []
     for sites in size.sites:
         of = tables.gaps_of_sites(kept, size, sites)
@@ -141,9 +143,9 @@ def _routing(kept: Kept, size: Size) -> str:
             return _NO_RUNS
         last = [k["routing"][-1] for k in records]
         parts.append(
-            f"{row}: {fmean(r['between_rounds'] for r in last):.0%} of choices as a round ago, "
-            f"load std/mean {fmean(r['load_variation'] for r in last):.2f}, "
-            f"{fmean(r['dead_experts'] for r in last):.1f} dead"
+            f"{row}: {fmean(r['between_rounds'] for r in last):.0%} of choices unchanged since "
+            f"the round before, load std/mean {fmean(r['load_variation'] for r in last):.2f}, "
+            f"{fmean(r['dead_experts'] for r in last):.1f} dead experts"
         )
     return "; ".join(parts)
 
@@ -154,7 +156,7 @@ def _speed(share: float) -> str:
 
 
 def claims_table(kept: Kept, size: Size = FULL) -> ReportTable:
-    """A row per claim: claimed, configuration, planned, measured here, command. Long: a table."""
+    """A row for each claim. Long because it lists them all."""
     replica, ddp = _communication(kept, size)
     equal_replica, equal_ddp = _equal_loss(kept, size)
     plain, best = _quality(kept, size)
@@ -192,14 +194,14 @@ def claims_table(kept: Kept, size: Size = FULL) -> ReportTable:
             "python -m bench.study gap",
         ),
         (
-            "... at equal loss, below fp32 DiLoCo full replica (ours)",
+            "at equal loss, less communication than fp32 DiLoCo with full replicas (ours)",
             half,
             "-",
             equal_replica,
             "python -m bench.study bytes",
         ),
         (
-            "... at equal loss, below DDP (ours)",
+            "at equal loss, less communication than DDP (ours)",
             half,
             "-",
             equal_ddp,
@@ -213,35 +215,36 @@ def claims_table(kept: Kept, size: Size = FULL) -> ReportTable:
             "python -m bench.study throughput",
         ),
         (
-            "up to 1.4x throughput (every expert absent)",
+            "up to 1.4x throughput (no expert resident)",
             "the same",
             f"{predicted(0.0):.2f}x by FLOPs",
             _speed(0.0),
             "python -m bench.study throughput",
         ),
         (
-            "perplexity is maintained (the paper's tables: +0.06 to +0.08 nats at sites/2)",
+            "perplexity is maintained (the paper's tables: +0.06 to +0.08 nats at replication = "
+            "sites / 2)",
             at,
             "-",
             plain,
             "python -m bench.study gap",
         ),
         (
-            "... and the gap closed (ours)",
+            "the gap to a full replica is closed (ours)",
             half,
             "-",
             best,
             "python -m bench.study gap",
         ),
         (
-            "... at other numbers of sites (ours; wanted: 50 % of the plain gap)",
+            "the same at other numbers of sites (ours; target: at most 50 % of the plain gap)",
             "replication = sites / 2",
             "-",
             _quality_by_sites(kept, size),
             "python -m bench.study gap",
         ),
         (
-            "routing stays stable (no numbers given)",
+            "routing stays stable (the paper gives no numbers)",
             at,
             "-",
             _routing(kept, size),
@@ -252,13 +255,13 @@ def claims_table(kept: Kept, size: Size = FULL) -> ReportTable:
         "The claims",
         ("claimed", "configuration", "planned", "measured here", "command"),
         rows,
-        "Planned: by the paper's formulas (`fomoe_ext/plan/cost.py`). Measured: at the size of "
-        "the study, below.",
+        "Planned: by the paper's formulas (`fomoe_ext/plan/cost.py`). Measured: with the small "
+        "model described above. The gap is the loss minus that of a full replica.",
     )
 
 
 def coverage(kept: Kept, size: Size) -> ReportTable:
-    """How many of each table's runs are there, and what they took."""
+    """How many runs of each table are recorded, and how long they took."""
     rows = []
     for name in tables.TABLES:
         runs = {run.key: run for run in design.runs_of(name, size)}
@@ -268,8 +271,9 @@ def coverage(kept: Kept, size: Size) -> ReportTable:
     unequal = tables.unequal_bytes(kept)
     total = sum(k["job_s"] for k in kept.values())
     note = (
-        f"All {len(kept)} runs took {total / 3600:.1f} h. Bytes counted are those predicted in "
-        + ("every run, at every site." if not unequal else f"all but {len(unequal)} runs!")
+        f"All {len(kept)} runs took {total / 3600:.1f} h. "
+        f"In {f'all but {len(unequal)} runs' if unequal else 'every run'} every site sent exactly "
+        "as many bytes as predicted."
     )
     return ReportTable("Runs", ("table", "planned", "done", "time"), tuple(rows), note)
 
@@ -283,11 +287,12 @@ def page(kept: Kept, size: Size = FULL) -> str:
         "# The paper's claims: planned and measured",
         "<!-- written by python -m bench.study claims -->",
         "The FoMoE paper ([arXiv 2606.19025](https://arxiv.org/abs/2606.19025)) ships no code. "
-        "Here each claim of its abstract stands beside what the cost model says and what was "
-        "measured with fomoe_ext at a size that two CPU cores train. **No GPU was used.** "
-        "`python -m bench.study all` makes every run that is missing in "
-        "`bench/results/study/runs.jsonl` (hours; `--quick`: minutes, elsewhere); "
-        "`python -m bench.study claims` writes this page.",
+        "This page compares each claim of its abstract with the cost model's prediction and with "
+        "a measurement of fomoe_ext, at a size that trains on two CPU cores. **No GPU was used.** "
+        "`python -m bench.study all` makes the runs that are missing in "
+        "`bench/results/study/runs.jsonl`, which takes hours; with `--quick` it makes a few short "
+        "ones, recorded in another file, in minutes. `python -m bench.study claims` writes this "
+        "page.",
         _setting(size),
         markdown_table(claims_table(kept, size)),
         "![loss against bytes](claims/loss_against_bytes.png)",
@@ -306,15 +311,15 @@ def _setting(size: Size) -> str:
     return (
         f"The study's model: {model['num_layers']} layers of width {model['hidden_size']}, "
         f"{model['num_experts']} SwiGLU experts of width {model['intermediate_size']} per layer, "
-        "2 per "
-        f"token. Text: the source code of Python's standard library, as bytes. All sites together "
-        f"take {design.SEQUENCES} sequences of {model['seq_len']} tokens per step, {size.steps} "
-        f"steps; AdamW at {model['inner_lr']}, seeds {', '.join(map(str, size.seeds))}."
+        "2 of them per token. It is trained on the source code of Python's standard library, as "
+        f"bytes, for {size.steps} steps of {design.SEQUENCES} sequences of {model['seq_len']} "
+        "tokens, shared out among all sites. The inner optimizer is AdamW with a learning rate of "
+        f"{model['inner_lr']}; seeds {', '.join(map(str, size.seeds))}."
     )
 
 
 def write(path: Path = store.RUNS, size: Size = FULL, docs: Path = DOCS) -> None:
-    """Writes docs/claims.md and its pictures from the runs in the file."""
+    """Writes docs/claims.md and its plots from the recorded runs."""
     kept = store.load(path)
     plots.draw(kept, size, docs / "claims")
     write_text(docs / "claims.md", page(kept, size))

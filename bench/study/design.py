@@ -1,11 +1,12 @@
-"""Which runs each table of the study is made of.
+"""Which runs each table of the study consists of.
 
-The model: 2 layers of width 64, 16 gated experts of width 64 and 2 of them per token; 86 % of its
-parameters are in experts (3.9 % in the model that the paper trained). The text: the source code of
-Python's standard library, as bytes. Equal tokens: in a step all sites together take 16 sequences of
-128 tokens. 320 steps are 20, 10 or 5 rounds of 16, 32 or 64, as in the paper (20, 10 or 5 of 32, 64
-or 128). The learning rate 0.01 is the paper's; of 0.0025, 0.005, 0.01, 0.015 and 0.02 it was the
-best both with full replicas and with half of the experts resident (one seed).
+The model has 2 layers of width 64, each with 16 gated experts of width 64, 2 per token; 86 %
+of its parameters are in experts (3.9 % in the model that the paper trained). It learns the source
+code of Python's standard library, as bytes. All jobs see equally many tokens: a step is 16
+sequences of 128 tokens, shared out among all sites. 320 steps are 20, 10 or 5 rounds of 16, 32 or
+64 local steps; the paper has as many rounds, of 32, 64 or 128. The learning rate 0.01 is the
+paper's. Of 0.0025, 0.005, 0.01, 0.015 and 0.02 it gave the lowest loss, both with full replicas and
+with half of the experts resident (one seed).
 """
 
 from __future__ import annotations
@@ -34,14 +35,16 @@ BASE: dict[str, Any] = {
     "codec": "fp32",
     "router_scope": "global",
 }
-"""Flags of every job, unless a table says otherwise; nothing that matters is left to a default."""
+"""Flags of every job, unless a table changes them. Everything that affects a result is named here,
+so that a change of a default does not change the study."""
 SEQUENCES = 16
-"""Of all sites in a step."""
+"""Sequences per step, shared out among all sites."""
 OPTIMIZERS = ("diloco", "local-adamw")
 PLAIN_GLOBAL = {"router_scope": "global", "router_mean": "all"}
-"""As the paper's "skip token" mode: all choose among all experts, routers are averaged over all."""
+"""The paper's "skip token" mode: tokens choose among all experts; routers are averaged over all
+sites."""
 PLAIN_RESIDENT = {"router_scope": "resident"}
-"""As the paper's mode of most of its experiments: sites choose among the experts they hold."""
+"""The mode of most of the paper's experiments: tokens choose among the experts of their site."""
 SCOPES = {"resident": PLAIN_RESIDENT, "global": PLAIN_GLOBAL}
 
 
@@ -57,7 +60,7 @@ class Size:
 
 
 def with_seeds(size: Size, count: int) -> Size:
-    """Only the first seeds of `size`. Raises ValueError for a count it has not got."""
+    """`size` with only its first `count` seeds. Raises ValueError if it has fewer."""
     if not 1 <= count <= len(size.seeds):
         raise ValueError(f"seeds must be in 1..{len(size.seeds)}, got {count}")
     return dataclasses.replace(size, seeds=size.seeds[:count])
@@ -70,7 +73,7 @@ QUICK = Size(64, (0,), (2, 4), (16,), ("diloco",))
 def job(
     size: Size, sites: int, replication: int, local_steps: int = 16, seed: int = 0, **flags: Any
 ) -> Run:
-    """A run of the study's model; flags that are None are left out."""
+    """A training job of the study's model. A flag that is None is left out."""
     own = {
         **BASE,
         "replication": replication,
@@ -83,12 +86,12 @@ def job(
 
 
 def replications(sites: int) -> list[int]:
-    """Powers of two up to all sites."""
+    """Powers of two up to `sites`, the last of which is a full replica."""
     return [1 << n for n in range(sites.bit_length())]
 
 
 def full(size: Size, sites: int, local_steps: int = 16, seed: int = 0, **flags: Any) -> Run:
-    """A full replica on every site: no expert is absent, so the scope says nothing."""
+    """A job with a full replica on every site. Its router_scope makes no difference."""
     return job(size, sites, sites, local_steps, seed, **flags)
 
 
@@ -113,7 +116,7 @@ def quality(size: Size) -> Iterator[Run]:
 
 
 SITES, HALF, LOCAL_STEPS = 4, 2, 16
-"""Of the tables below, unless they say otherwise: four sites, every expert on two of them."""
+"""Sites, replication and local steps of the tables below, unless a row changes them."""
 
 
 def _half(size: Size, seed: int, local_steps: int = LOCAL_STEPS, **flags: Any) -> Run:
@@ -121,20 +124,21 @@ def _half(size: Size, seed: int, local_steps: int = LOCAL_STEPS, **flags: Any) -
 
 
 def costs_rows(size: Size, seed: int) -> dict[str, Run]:
-    """Table 2: what is lost by training experts less, and what by not computing them."""
+    """Table 2: how much loss comes from training each expert on fewer sites, and how much from
+    skipping slots."""
     spes = {"router_scope": "global", "stale_experts": -1}
     rows = {"full replica": full(size, SITES, LOCAL_STEPS, seed)}
     for replication in (HALF, 1):
         of = lambda name, r=replication: f"{name}, replication {r}"
         make = lambda r=replication, **flags: job(size, SITES, r, LOCAL_STEPS, seed, **flags)
-        rows[of("among residents")] = make(**PLAIN_RESIDENT)
-        rows[of("skipped")] = make(**PLAIN_GLOBAL)
-        rows[of("frozen but computed")] = make(**spes)
+        rows[of("tokens choose among residents")] = make(**PLAIN_RESIDENT)
+        rows[of("absent experts skipped")] = make(**PLAIN_GLOBAL)
+        rows[of("frozen copies of absent experts")] = make(**spes)
     return rows
 
 
 def stability_rows(size: Size, seed: int) -> dict[str, Run]:
-    """Table 3: the same kinds of jobs with a probe of routing."""
+    """Table 3: the same kinds of jobs, with statistics of routing recorded."""
     probe = {"probe_tokens": 2048}
     rows = {"full replica": full(size, SITES, LOCAL_STEPS, seed, **probe)}
     for replication in (HALF, 1):
@@ -146,20 +150,20 @@ def stability_rows(size: Size, seed: int) -> dict[str, Run]:
 
 
 LONGER = (1.25, 1.1)
-"""Times as many steps, and tokens, have the last two jobs of table 4: what a loss costs in bytes
-where compute is cheaper than the link."""
+"""How many times as many steps the last two jobs of table 4 train: where compute is cheaper than
+the link, more steps can buy the same loss with fewer bytes."""
 DDP_PARTS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.75, 0.9, 1.0)
-"""Shares of the study's steps for which DDP is trained, each to the end of its own schedule."""
+"""Fractions of the study's steps for which DDP trains, each to the end of its own schedule."""
 
 
 def bytes_families(size: Size, seed: int) -> dict[str, list[Run]]:
-    """Table 4: for each method the jobs from which the cheapest that reaches the loss is taken.
+    """Table 4: several jobs per method. `tables.cheapest` takes from each the one with the fewest
+    bytes that reaches the full replica's loss.
 
-    All train for the same tokens, to the end of their schedule, but for DDP, which gets there with
-    fewer steps, and the last two, which take `LONGER` times as many. The loss to reach is that of
-    the full replica.
+    All train on the same number of tokens, to the end of their schedule. Exceptions: DDP, which
+    reaches that loss in fewer steps, and the last two, which take `LONGER` times as many.
     """
-    # More is more, however short the study is.
+    # A longer job has at least one more round, even in a short study.
     whole = lambda part: round(size.steps * part / 16, 6)
     rounds = lambda part: max(1, ceil(whole(part)) if part > 1 else round(whole(part)))
     of_steps = lambda part: Size(rounds(part) * 16, (), (), ())
@@ -177,7 +181,7 @@ def bytes_families(size: Size, seed: int) -> dict[str, list[Run]]:
     half = lambda steps, **flags: [_half(size, seed, h, **flags) for h in steps]
 
     def in_turns(local_steps: int) -> dict[str, Any]:
-        """Every expert meets every `LOCAL_STEPS`."""
+        """Flags with which every expert is averaged every `LOCAL_STEPS` local steps."""
         return {"expert_turns": LOCAL_STEPS // local_steps, "turn_order": ORDERS[0]}
 
     return {
@@ -199,13 +203,13 @@ def bytes_families(size: Size, seed: int) -> dict[str, list[Run]]:
 
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
-    "plain: among residents, fp32": {},
-    "plain: global, skipped, fp32": PLAIN_GLOBAL,
-    "router rows averaged over holders (global)": {"router_scope": "global"},
-    "experts averaged by tokens": {"expert_mean": "tokens"},
+    "plain: tokens choose among residents, fp32": {},
+    "plain (global): absent experts skipped, fp32": PLAIN_GLOBAL,
+    "router rows averaged over holders only (global)": {"router_scope": "global"},
+    "experts averaged with their tokens as weights": {"expert_mean": "tokens"},
     "mean deltas times sqrt(sites)": {"rescale": True},
-    "scores divided by their sum": {"router_renormalize": True},
-    "mass of skipped slots given to the others (global)": {
+    "routing weights divided by their sum": {"router_renormalize": True},
+    "routing weight of skipped slots given to the others (global)": {
         "router_scope": "global",
         "skipped_mass": "rescale",
     },
@@ -214,19 +218,25 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "stale_experts": -1,
     },
     "frozen copies of 4 absent experts (global)": {"router_scope": "global", "stale_experts": 4},
-    "frozen copies of the 4 most chosen absent experts (global)": {
+    "frozen copies of the 4 absent experts chosen most often (global)": {
         "router_scope": "global",
         "stale_experts": 4,
         "stale_by": "counted",
     },
     "random placement": {"placement": "random"},
-    "experts chosen together on the same sites": {
+    "experts that are chosen together on the same sites": {
         "placement": "together",
         "placement_by": "counted",
     },
-    "experts chosen together apart": {"placement": "apart", "placement_by": "counted"},
-    "reshuffle every 4 rounds, state reset": {"placement": "random", "reshuffle_rounds": 4},
-    "reshuffle every 4 rounds, state carried": {
+    "experts that are chosen together on different sites": {
+        "placement": "apart",
+        "placement_by": "counted",
+    },
+    "reshuffle every 4 rounds, AdamW moments reset": {
+        "placement": "random",
+        "reshuffle_rounds": 4,
+    },
+    "reshuffle every 4 rounds, AdamW moments carried": {
         "placement": "random",
         "reshuffle_rounds": 4,
         "reshuffle_moments": "carry",
@@ -245,7 +255,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         }
         for order in ORDERS
     },
-    "LocalAdamW, int4, meetings 4 times as often, moments at every 4th and 8th": {
+    "LocalAdamW, int4, meetings 4 times as often, moments in every 4th and 8th": {
         "optimizer": "local-adamw",
         "codec": "int4",
         "local_steps": 4,
@@ -253,15 +263,15 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
         "moment_periods": [4, 8],
     },
 }
-"""Table 5: ways to close the gap to the full replica, each alone."""
+"""Table 5: ways to close the gap to the full replica, each by itself."""
 
 
 OFTEN = "full replica, int4, meetings 4 times as often"
-"""What a full replica gains from the best of these methods."""
+"""The full replica with one of the best of these methods, for comparison."""
 
 
 def gap_rows(size: Size, seed: int) -> dict[str, Run]:
-    """The full replica, what it gains from the best way itself, and `METHODS`."""
+    """The full replica, `OFTEN`, and `METHODS`."""
     rows = {
         "full replica": full(size, SITES, LOCAL_STEPS, seed),
         OFTEN: full(size, SITES, LOCAL_STEPS // 4, seed, codec="int4"),
@@ -273,26 +283,27 @@ def gap_rows(size: Size, seed: int) -> dict[str, Run]:
 
 
 def counted(size: Size, seed: int) -> Run:
-    """The plain job again, which keeps how often experts were chosen together: what
-    `placement_by` and `stale_by` = "counted" stand for."""
+    """The plain job, which also records how often each two experts are chosen together. A job with
+    `placement_by` or `stale_by` = "counted" reads these counts."""
     return _half(size, seed, coactivation=True)
 
 
 def counted_for(run: Run) -> Run:
-    """The job whose counts one that has "counted" for them means: the plain one of its seed."""
+    """The job whose counts `run` reads: `counted`, of the same seed and size."""
     changes = {"placement": None, "placement_by": None, "stale_by": None, "stale_experts": None}
     return run.named(**changes, **PLAIN_RESIDENT, coactivation=True)
 
 
 BEST = {
     "int4": "int4, meetings 4 times as often (half the bytes)",
-    "LocalAdamW": "LocalAdamW, int4, meetings 4 times as often, moments at every 4th and 8th",
+    "LocalAdamW": "LocalAdamW, int4, meetings 4 times as often, moments in every 4th and 8th",
 }
-"""Of `METHODS` those whose loss is also shown at other numbers of sites, by a short name."""
+"""Those of `METHODS` that are also run with other numbers of sites, by a short name."""
 
 
 def gap_sites_rows(size: Size, seed: int) -> dict[tuple[int, str], Run]:
-    """By sites and row, at replication = sites / 2: the full replica, the plain job, `BEST`."""
+    """The full replica, the plain job and `BEST`, by number of sites and name of the row. All but
+    the full replica have replication = sites / 2."""
     rows: dict[tuple[int, str], Run] = {}
     for sites in size.sites:
         rows[sites, "full replica"] = full(size, sites, LOCAL_STEPS, seed)
@@ -305,7 +316,7 @@ def gap_sites_rows(size: Size, seed: int) -> dict[tuple[int, str], Run]:
 
 
 def runs_of(table: str, size: Size) -> list[Run]:
-    """All runs of a table, seed after seed. Raises KeyError for a table without runs."""
+    """All runs of a table, seed by seed. Raises KeyError for a table without runs."""
     if table == "quality":
         return list(quality(size))
     if table == "bytes":

@@ -1,4 +1,4 @@
-"""The pictures of `docs/claims.md`, drawn from the runs in the file."""
+"""The plots of `docs/claims.md`, drawn from the recorded runs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def loss_against_bytes(kept: Kept, size: Size, path: Path) -> None:
 
 
 def quality_against_replication(kept: Kept, size: Size, path: Path) -> None:
-    """Loss over full replica of the plain method, DiLoCo, against the share of experts held."""
+    """Loss of the plain method (DiLoCo) over the full replica's, against the fraction of experts
+    that a site holds."""
     figure, axes = _axes()
     local_steps = size.local_steps[0]
     for mark, sites in zip("osD", size.sites, strict=False):
@@ -89,11 +90,11 @@ def quality_against_replication(kept: Kept, size: Size, path: Path) -> None:
 
 
 def names() -> Iterable[str]:
-    """Files that `docs/claims.md` shows, in the folder docs/claims."""
+    """Names of the files in docs/claims that `docs/claims.md` shows."""
     return ("loss_against_bytes.png", "quality_against_replication.png")
 
 
 def draw(kept: Kept, size: Size, folder: Path) -> None:
-    """All of `names`, into `folder`. Raises ImportError without matplotlib."""
+    """Draws all plots into `folder`. Raises ImportError without matplotlib."""
     loss_against_bytes(kept, size, folder / "loss_against_bytes.png")
     quality_against_replication(kept, size, folder / "quality_against_replication.png")

@@ -1,7 +1,7 @@
-"""Many short training jobs on one machine, without importing torch anew for every site.
+"""Runs many short training jobs on one machine without importing torch for each.
 
-A job is what `fomoe train` runs, `fomoe_ext.train.process.main` in a process per site with
-torchrun's variables; here the processes are forked from one that has everything imported.
+As with `fomoe train`, each site is a process that runs `fomoe_ext.train.process.main` with
+torchrun's environment variables. Here these are forked from a server that has imported everything.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PRELOAD = ["fomoe_ext.train.process"]
 
 
 class RunFailed(RuntimeError):
-    """A training job that did not end well; says what it printed last."""
+    """A training job failed; the message has the end of its output."""
 
 
 def _site(arguments: list[str], environment: dict[str, str], log: str) -> None:
@@ -67,17 +67,17 @@ def _start(
     return processes, logs
 
 
-def train(arguments: Sequence[str], num_sites: int) -> dict[str, Any]:
+def train(arguments: Sequence[str], num_sites: int, device: str = "cpu") -> dict[str, Any]:
     """Runs `fomoe train` with these flags and `num_sites` sites of one thread each.
 
-    Returns its report, with "metrics", the lines of metrics.jsonl, and "job_s", the seconds from
-    the start of the processes to the end of the last. Raises RunFailed.
+    Returns its report, with two more items: "metrics", the lines of metrics.jsonl, and "job_s", the
+    seconds from the start of the processes to the end of the last one. Raises RunFailed.
     """
     with tempfile.TemporaryDirectory(prefix="fomoe-study-") as name:
         folder, start = Path(name), time.perf_counter()
         run_dir = folder / "run"
         words = [*arguments, "--sites", str(num_sites), "--threads", "1", "--no-tensorboard"]
-        words += ["--run-dir", str(run_dir), "--device", "cpu"]
+        words += ["--run-dir", str(run_dir), "--device", device]
         processes, logs = _start(words, num_sites, folder)
         _wait(processes)
         failed = [site for site, process in enumerate(processes) if process.exitcode]
@@ -92,7 +92,7 @@ def train(arguments: Sequence[str], num_sites: int) -> dict[str, Any]:
 
 
 def _wait(processes: Sequence[ForkServerProcess]) -> None:
-    """Until all have ended; once one has failed the others are ended."""
+    """Waits until all have ended. When one fails it ends the others."""
     running = list(processes)
     try:
         while running:

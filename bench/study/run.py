@@ -1,4 +1,4 @@
-"""Makes the runs that a table lacks, one after the other."""
+"""Makes the runs that are not recorded yet, one after the other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.study.store import Run
 
 
 def machine_facts() -> dict[str, Any]:
-    """Processor, commit, versions (`bench/machine.py`)."""
+    """Instruction set, commit and versions (`bench/machine.py`)."""
     sys.path.append(str(Path(__file__).resolve().parents[1]))
     import machine
 
@@ -23,14 +23,16 @@ def machine_facts() -> dict[str, Any]:
 
 
 def _train(run: Run, path: Path) -> dict[str, Any]:
-    """Runs a job; what it counts on is what the file keeps of the job that counts, for its seed."""
+    """Runs a job. A flag that is "counted" gets the counts that `design.counted` recorded."""
     by = [name for name in ("placement_by", "stale_by") if run.flags.get(name) == "counted"]
     if not by:
         return pool.train(run.arguments(), run.sites)
     kept = store.load(path).get(design.counted_for(run).key)
     if kept is None:
-        raise pool.RunFailed("the run that counts how often experts are chosen together is missing")
-    # An expert is chosen together with itself as often as it is chosen.
+        raise pool.RunFailed(
+            "no run is recorded that counts how often experts are chosen together (coactivation)"
+        )
+    # The diagonal: how often each expert is chosen.
     load = [[row[expert] for expert, row in enumerate(layer)] for layer in kept["coactivation"]]
     with tempfile.TemporaryDirectory(prefix="fomoe-study-") as folder:
         counts = Path(folder) / "counts.json"
@@ -39,7 +41,7 @@ def _train(run: Run, path: Path) -> dict[str, Any]:
 
 
 def run_missing(name: str, runs: Iterable[Run], path: Path = store.RUNS) -> int:
-    """Runs what the file lacks and keeps each result at once; returns how many failed."""
+    """Makes the runs that the file lacks and records each as it ends; returns how many failed."""
     todo = store.missing(runs, path)
     if not todo:
         return 0

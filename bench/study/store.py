@@ -1,7 +1,7 @@
-"""The file of finished runs: one JSON object per line, in the order in which they ended.
+"""The file of recorded runs: one JSON object per line, in the order in which they ended.
 
-An interrupted study goes on where it was: a run whose flags, sites and seed are there is not made
-again, whichever table asked for it.
+A run whose flags, sites and seed are in the file is not made again, whichever table needs it. So an
+interrupted study can be continued.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RUNS = Path(__file__).resolve().parents[1] / "results" / "study" / "runs.jsonl"
 
 @dataclass(frozen=True)
 class Run:
-    """A training job: flags of `fomoe train` by name without dashes, its sites and seed."""
+    """A training job: sites, seed, and flags of `fomoe train` (with underscores, not dashes)."""
 
     sites: int
     seed: int = 0
@@ -32,11 +32,11 @@ class Run:
 
     @property
     def key(self) -> str:
-        """What tells it from others."""
+        """Identifies the run: equal for equal sites, seed and flags."""
         return json.dumps([self.sites, self.seed, dict(sorted(self.flags.items()))])
 
     def arguments(self) -> list[str]:
-        """For the command line of `fomoe train`, but for the number of sites."""
+        """Arguments for `fomoe train`, without the number of sites."""
         words = ["--seed", str(self.seed)]
         for name, value in sorted(self.flags.items()):
             flag = f"--{name.replace('_', '-')}"
@@ -49,13 +49,13 @@ class Run:
         return words
 
     def named(self, **changes: Any) -> Run:
-        """This run with other flags; None takes one away."""
+        """This run with these flags changed; None removes a flag."""
         flags = {k: v for k, v in {**self.flags, **changes}.items() if v is not None}
         return Run(self.sites, self.seed, flags)
 
 
 def record(run: Run, report: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of a run: `report` is that of `pool.train`, `facts` those of the machine."""
+    """The record of a run. `report` comes from `pool.train`, `facts` describe the machine."""
     sites, lines = report["sites"], report["metrics"]
     rounds = [line for line in lines if line["kind"] == "round"]
     sent, sent_by = 0, {0: 0}
@@ -101,12 +101,12 @@ def record(run: Run, report: Mapping[str, Any], facts: Mapping[str, Any]) -> dic
 
 
 def key_of(kept: Mapping[str, Any]) -> str:
-    """The key of the run that a record is of."""
+    """`Run.key` of the recorded run."""
     return Run(kept["sites"], kept["seed"], kept["flags"]).key
 
 
 def load(path: Path = RUNS) -> dict[str, dict[str, Any]]:
-    """Records by key; none where there is no file. ValueError for a line that is none."""
+    """Records by key, empty if there is no file. ValueError if a line is not a record."""
     if not path.exists():
         return {}
     result = {}
@@ -115,12 +115,14 @@ def load(path: Path = RUNS) -> dict[str, dict[str, Any]]:
             kept = json.loads(line)
             result[key_of(kept)] = kept
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}, is not a run of the study: {error}") from None
+            raise ValueError(
+                f"{path}, line {number}, must be a run of the study, got another line: {error}"
+            ) from None
     return result
 
 
 def append(kept: Mapping[str, Any], path: Path = RUNS) -> None:
-    """Adds a record; it is on disk when this returns, and a torn line of before is cut off."""
+    """Appends a record and syncs the file. An incomplete last line is removed first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         if fcntl is not None:  # another study may be about to
@@ -134,7 +136,7 @@ def append(kept: Mapping[str, Any], path: Path = RUNS) -> None:
 
 
 def missing(runs: Iterable[Run], path: Path = RUNS) -> list[Run]:
-    """Those that are not in the file, each once."""
+    """The runs that are not in the file, without duplicates."""
     there = load(path)
     wanted = {run.key: run for run in runs}
     return [run for key, run in wanted.items() if key not in there]

@@ -1,4 +1,4 @@
-"""The tables of the study, made of nothing but the runs that are in the file."""
+"""The tables of the study, computed from the recorded runs alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Kept = Mapping[str, Mapping[str, Any]]
 
 
 def spread(values: Iterable[float], digits: int = 3, sign: bool = False) -> str:
-    """Mean ± standard deviation of the sample, and of how many values where fewer than 3."""
+    """Mean ± sample standard deviation; with fewer than 3 values their number in parentheses."""
     found = list(values)
     if not found:
         return "-"
@@ -29,7 +29,7 @@ def spread(values: Iterable[float], digits: int = 3, sign: bool = False) -> str:
 
 
 def gaps(kept: Kept, pairs: Iterable[tuple[Run, Run]]) -> list[float]:
-    """Loss of the first run of each pair less that of the second, where both are there, nats."""
+    """Loss of the first run minus that of the second, in nats, of pairs that are recorded."""
     found = [
         (kept[one.key], kept[base.key]) for one, base in pairs if {one.key, base.key} <= set(kept)
     ]
@@ -37,12 +37,12 @@ def gaps(kept: Kept, pairs: Iterable[tuple[Run, Run]]) -> list[float]:
 
 
 def there(kept: Kept, runs: Iterable[Run]) -> list[Mapping[str, Any]]:
-    """The records of those runs that are there."""
+    """The records of those runs that are in the file."""
     return [kept[run.key] for run in runs if run.key in kept]
 
 
 def quality_table(kept: Kept, size: Size) -> list[ReportTable]:
-    """Loss over full replica of the plain method, a table per optimizer."""
+    """Table 1: loss of the plain method over that of a full replica, a table per optimizer."""
     tables = []
     for optimizer in size.optimizers:
         rows = []
@@ -75,22 +75,24 @@ def quality_table(kept: Kept, size: Size) -> list[ReportTable]:
                 f"Loss over full replica, {optimizer}",
                 ("local steps", "sites", "replication", "full replica", *design.SCOPES),
                 tuple(rows),
-                "Nats per token of validation text; paired by seed, mean ± standard deviation over "
-                f"{len(size.seeds)} seeds (in parentheses: how many, where fewer). resident: sites "
-                "choose among the experts they hold; global: among all, absent ones are skipped.",
+                "Validation loss in nats per token. resident and global: differences from the full "
+                "replica with the same seed. Mean ± standard deviation over "
+                f"{len(size.seeds)} seeds (a number in parentheses: over so many). resident: "
+                "tokens choose among the experts of their site. global: they choose among all "
+                "experts, and absent ones are skipped.",
             )
         )
     return tables
 
 
 def _by_row(rows: Callable[[Size, int], Mapping[str, Run]], size: Size) -> dict[str, list[Run]]:
-    """Of every row the runs of all seeds."""
+    """The runs of all seeds, by name of the row."""
     of_seeds = [rows(size, seed) for seed in size.seeds]
     return {name: [of[name] for of in of_seeds] for name in of_seeds[0]}
 
 
 def costs_table(kept: Kept, size: Size) -> list[ReportTable]:
-    """Table 2."""
+    """Table 2: loss, bytes and memory of ways to treat absent experts."""
     by_row = _by_row(design.costs_rows, size)
     base = by_row["full replica"]
     rows = []
@@ -111,17 +113,18 @@ def costs_table(kept: Kept, size: Size) -> list[ReportTable]:
         )
     return [
         ReportTable(
-            f"What costs what: {design.SITES} sites, {design.LOCAL_STEPS} local steps, DiLoCo",
+            f"Ways to treat absent experts: {design.SITES} sites, {design.LOCAL_STEPS} local "
+            "steps, DiLoCo",
             ("", "loss", "over full replica", "sent per site", "memory", "skipped slots"),
             tuple(rows),
-            "Frozen but computed (as SPES): a site also holds copies of all absent experts, in "
-            "int8 refreshed at every meeting, which it computes and does not train.",
+            "Frozen copies (as in SPES): a site also holds int8 copies of all absent experts. It "
+            "computes them but does not train them; every meeting refreshes them.",
         )
     ]
 
 
 def stability_table(kept: Kept, size: Size) -> list[ReportTable]:
-    """Table 3, of the first, the middle and the last meeting."""
+    """Table 3: routing statistics after the first, the middle and the last meeting."""
     rows = []
     for name, runs in _by_row(design.stability_rows, size).items():
         records = there(kept, runs)
@@ -152,12 +155,13 @@ def stability_table(kept: Kept, size: Size) -> list[ReportTable]:
                 "load std/mean",
                 "same on two sites",
                 "same as a round ago",
-                f"dead of {experts}",
+                f"dead experts of {experts}",
             ),
             tuple(rows),
-            "Of 2048 validation tokens that all sites route. Same: share of a token's choices, "
-            "before a meeting between two sites, and of the model after this and the last meeting. "
-            "With scope resident two sites can only agree on the experts that both hold.",
+            "All sites route the same 2048 validation tokens. Same: the fraction of a token's "
+            "choices that two sites share before the meeting, or that the model shares after this "
+            "meeting and the one before. With router_scope resident two sites can only share the "
+            "experts that both hold.",
         )
     ]
 
@@ -165,10 +169,10 @@ def stability_table(kept: Kept, size: Size) -> list[ReportTable]:
 def cheapest(
     kept: Kept, families: list[Mapping[str, list[Run]]]
 ) -> dict[str, tuple[float, float, Run] | None]:
-    """Of each method the job with the fewest bytes whose mean loss over the seeds reaches that of
-    the full replica: mean loss, mean bytes per site, and the job (of the first seed).
+    """For each method the job with the fewest bytes whose loss is at most the full replica's, both
+    as means over the seeds: its loss, its bytes per site, and the job with the first seed.
 
-    None = no job gets there. `families`: `design.bytes_families` of every seed.
+    None = no job reaches that loss. `families`: `design.bytes_families` of every seed.
     """
     goal = _mean(kept, [of["DiLoCo, full replica"][0] for of in families], "loss")
     result: dict[str, tuple[float, float, Run] | None] = {}
@@ -186,19 +190,19 @@ def cheapest(
 
 
 def mean_of(records: Iterable[Mapping[str, Any]], what: str) -> float:
-    """Mean over records, and over sites where each has a value per site."""
+    """Mean of a field over the records; a field with a value per site is averaged over sites."""
     values = [record[what] for record in records]
     return fmean(fmean(v) if isinstance(v, list) else v for v in values)
 
 
 def _mean(kept: Kept, runs: list[Run], what: str) -> float | None:
-    """`mean_of` runs, None unless all of them are there."""
+    """`mean_of` the runs' records; None unless all runs are in the file."""
     records = there(kept, runs)
     return mean_of(records, what) if len(records) == len(runs) else None
 
 
 def bytes_seeds(kept: Kept, size: Size) -> list[int]:
-    """The seeds of which all runs of table 4 are there."""
+    """The seeds for which all runs of table 4 are in the file."""
     return [
         seed
         for seed in size.seeds
@@ -240,17 +244,17 @@ def bytes_table(kept: Kept, size: Size) -> list[ReportTable]:
             f"Communication at equal loss: {design.SITES} sites, replication {design.HALF}",
             ("", "local steps", "steps", "loss", "sent per site", "below replica", "below DDP *"),
             tuple(rows),
-            f"Mean over seeds {', '.join(map(str, seeds))}. * the fewest bytes of the method at "
-            "the full replica's loss or better; each job trains to the end of its schedule. Below: "
-            "bytes of the fp32 full replica, and of that DDP job, over this job's. DDP needs fewer "
-            f"steps than all others for that loss. In turns: an expert meets every "
-            f"{design.LOCAL_STEPS} steps.",
+            f"Mean over seeds {', '.join(map(str, seeds))}. *: the job of the method with the "
+            "fewest bytes whose loss is at most the full replica's. Below: how many times fewer "
+            "bytes this job sends than the fp32 full replica, and than the DDP job with a *. Each "
+            "job trains to the end of its schedule; DDP needs fewer steps than the others for that "
+            f"loss. In turns: each expert is averaged every {design.LOCAL_STEPS} steps.",
         )
     ]
 
 
 def gap_table(kept: Kept, size: Size) -> list[ReportTable]:
-    """Table 5."""
+    """Table 5: ways to close the gap to the full replica; the best at other numbers of sites."""
     by_row = _by_row(design.gap_rows, size)
     base = by_row["full replica"]
     plain = next(iter(design.METHODS))
@@ -279,8 +283,8 @@ def gap_table(kept: Kept, size: Size) -> list[ReportTable]:
             f"Closing the gap: {design.SITES} sites, replication {design.HALF}, DiLoCo",
             ("", "loss", "over full replica", "of plain's gap", "sent per site", "memory"),
             tuple(rows),
-            f"{design.LOCAL_STEPS} local steps unless the row says otherwise; the full replica "
-            "meets every 16 steps in fp32. Paired by seed, mean ± standard deviation.",
+            f"{design.LOCAL_STEPS} local steps in fp32 unless the row says otherwise. Differences "
+            "are between runs with the same seed; mean ± standard deviation.",
         ),
         _gap_of_sites(kept, size),
     ]
@@ -295,7 +299,7 @@ def _runs_of_sites(size: Size, sites: int) -> dict[str, list[Run]]:
 
 
 def gaps_of_sites(kept: Kept, size: Size, sites: int) -> dict[str, list[float]]:
-    """`gaps` over the full replica of the rows of `design.gap_sites_rows`, by name."""
+    """`gaps` to the full replica, by name of the row of `design.gap_sites_rows`."""
     base, *others = _OF_SITES
     runs = _runs_of_sites(size, sites)
     return {name: gaps(kept, zip(runs[name], runs[base], strict=True)) for name in others}
@@ -316,8 +320,8 @@ def _gap_of_sites(kept: Kept, size: Size) -> ReportTable:
         "The same at other numbers of sites, replication = sites / 2",
         ("sites", *names, *(f"sent: {name}" for name in names)),
         tuple(rows),
-        f"plain: among residents, fp32, {design.LOCAL_STEPS} local steps; {shorts}; all three as "
-        "nats over the full replica.",
+        f"plain: tokens choose among residents, fp32, {design.LOCAL_STEPS} local steps; {shorts}. "
+        "All three are differences from the full replica, in nats.",
     )
 
 
@@ -331,5 +335,5 @@ TABLES: Mapping[str, Callable[[Kept, Size], list[ReportTable]]] = {
 
 
 def unequal_bytes(kept: Kept) -> list[str]:
-    """Keys of the runs in which some site has not sent exactly what was predicted."""
+    """Keys of the runs in which a site did not send exactly as many bytes as predicted."""
     return [key for key, run in kept.items() if run["bytes_sent"] != run["bytes_predicted"]]

@@ -1,8 +1,8 @@
-"""Table 6: how much faster a layer and a whole training step are where experts are absent.
+"""Table 6: how much faster a layer and a whole training step are when experts are absent.
 
-Slots on absent experts are skipped (router_scope "global"), as in the paper's figure 11: 1.16x at
-half of the experts and 1.43x with every expert absent. Shares take turns, so that all see the same
-machine; medians. A slowed machine changes all of them.
+Slots of absent experts are skipped (router_scope "global"), as in the paper's figure 11: 1.16x with
+half of the experts resident and 1.43x with none. The fractions are timed in turn in every repeat,
+so that a slower machine affects all of them alike; figures are medians.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ SEQUENCES = {"cpu": 4, "cuda": 64}
 
 
 def expert_share(model: ModelConfig) -> float:
-    """Share of the experts in a training step's arithmetic (`plan.cost.flops_per_token`)."""
+    """Fraction of a training step's FLOPs that are in experts (`plan.cost.flops_per_token`)."""
     flops = plan_cost.flops_per_token(model)
     return flops.experts / flops.forward
 
 
 def _steps(device: str) -> dict[str, dict[float, Callable[[], None]]]:
-    """By kind ("layer", "step") and share resident, what is timed."""
+    """The calls to time, by kind ("layer" or "step") and fraction of the experts resident."""
     import torch
 
     from fomoe_ext import MoELayer
@@ -85,7 +85,7 @@ def _steps(device: str) -> dict[str, dict[float, Callable[[], None]]]:
 
 
 def measure(repeats: int, device: str = "cpu") -> dict[str, Any]:
-    """Seconds of every repeat, by kind and share."""
+    """Seconds of every repeat, by kind and fraction resident."""
     import torch
 
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -104,18 +104,42 @@ def measure(repeats: int, device: str = "cpu") -> dict[str, Any]:
     return {"seconds": result, "tokens": SEQUENCES[device] * MODEL.seq_len, "device": device}
 
 
-def run(repeats: int, facts: Mapping[str, Any], path: Path = RESULT) -> None:
-    """Measures on the GPU where there is one, else the CPU, and keeps the result."""
+def measure_sizes(device: str) -> dict[str, Any]:
+    """Steps of the paper's 13.3B and 1.8B shapes (on the CPU: of a tiny one), by
+    `bench.gpu.training`, and the rate of a large dense product in FLOP/s."""
+    import common
+    import torch
+
+    from bench.gpu import measured, training
+
+    steps = []
+    for size in training.SIZES[device]:
+        for share in training.SHARES:
+            steps.append(training.measure(size, share, device))
+            measured.release_memory()
+    rate = common.dense_rate(torch.bfloat16 if device == "cuda" else torch.float32)
+    return {"steps": steps, "dense_rate": rate, "device": device}
+
+
+def run(
+    repeats: int, facts: Mapping[str, Any], path: Path = RESULT, *, sizes: bool = False
+) -> None:
+    """Measures on a GPU if there is one, else on the CPU, and writes the result to `path`.
+
+    `sizes`: also `measure_sizes`, as on a GPU in any case.
+    """
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = {**measure(repeats, device), "machine": dict(facts)}
+    if sizes or device == "cuda":
+        kept["sizes"] = measure_sizes(device)
     write_text(path, json.dumps(kept, indent=1) + "\n")
 
 
 def throughput_table(path: Path = RESULT) -> list[ReportTable]:
-    """The table of the result that is kept; none where there is none."""
+    """The table of the recorded result; an empty list if there is none."""
     if not path.exists():
         return []
     kept = json.loads(path.read_text())
@@ -138,6 +162,7 @@ def throughput_table(path: Path = RESULT) -> list[ReportTable]:
         )
     machine = kept["machine"]
     return [
+        *([sizes_table(kept["sizes"])] if "sizes" in kept else []),
         ReportTable(
             "Speed-up from skipping, forward and backward",
             ("experts resident", "layer", "whole step", "tokens/s", "by FLOPs", "paper"),
@@ -145,14 +170,46 @@ def throughput_table(path: Path = RESULT) -> list[ReportTable]:
             f"{MODEL.num_layers} layers of width {MODEL.hidden_size}, {MODEL.num_experts} experts "
             f"of {MODEL.intermediate_size}, {MODEL.top_k} per token: experts are "
             f"{expert_share(MODEL):.0%} of the FLOPs. {kept['device']}, "
-            f"{machine.get('isa', '')} {machine.get('threads', '')} threads. By FLOPs: what the "
-            "cost model says of the whole step.",
-        )
+            f"{machine.get('isa', '')} {machine.get('threads', '')} threads. By FLOPs: the cost "
+            "model's prediction for the whole step.",
+        ),
     ]
 
 
+def sizes_table(kept: Mapping[str, Any]) -> ReportTable:
+    """Whole steps of the paper's sizes, from what `measure_sizes` has recorded."""
+    whole: dict[str, float] = {}
+    rows = []
+    for step in kept["steps"]:
+        whole.setdefault(step["preset"], step["graph_seconds"])
+        seconds, graph = step["seconds"], step["graph_seconds"]
+        floor = step["flops"] / kept["dense_rate"]
+        rows.append(
+            (
+                f"{step['preset']}, {step['layers']} layers",
+                f"{step['resident']:.0%}",
+                human_count(step["tokens"] / seconds),
+                human_count(step["tokens"] / graph),
+                f"{whole[step['preset']] / graph:.2f}x",
+                f"{floor / graph:.0%}",
+                f"{step['host_seconds'] / seconds:.0%}",
+                f"{PAPER[step['resident']]:.2f}x" if step["resident"] in PAPER else "-",
+            )
+        )
+    head = ("", "experts resident", "tokens/s", "with --cuda-graph", "speed-up", "of the floor")
+    return ReportTable(
+        "Whole training steps of the paper's sizes",
+        (*head, "host", "paper"),
+        tuple(rows),
+        f"On {kept['device']}. Speed-up from skipping and share of the floor: with a CUDA graph "
+        "(on the CPU the same path, uncaptured). Floor: the FLOPs of a step without skipped slots "
+        "at the rate of a large dense product in the same process. Host: the part of an eager step "
+        "until the host has launched all of it.",
+    )
+
+
 def speed_up(share: float, kind: str = "step", path: Path = RESULT) -> float | None:
-    """Time with all experts resident over that with `share` of them; None without a result."""
+    """Time with all experts resident over time with a fraction `share`; None without a result."""
     if not path.exists():
         return None
     seconds = json.loads(path.read_text())["seconds"][kind]

@@ -143,7 +143,7 @@ def _load_numbers(training: TrainingRank, resumed: Resumed) -> None:
     sync.log.round = int(numbers["round"])
     sync.step_count.taken = int(numbers["steps"])
     sync.step_count.reductions = int(numbers["reductions"])
-    sync.overlap.resume(int(numbers.get("overlap", 0)))
+    sync.overlap.resume(numbers)
     training.load_progress_state(state, resumed.same)
     if not resumed.same:
         return

@@ -1,12 +1,12 @@
-"""The typed configuration of a job: a file per section, presets, TOML and flags, idle ones.
+"""The typed configuration of a job: sections, presets, TOML files, flags, options without effect.
 
 May import placement and files; starts nothing, knows no tensor and needs no torch. The names here
-are for users; the package imports the module that defines a name.
+are for users; the package itself imports from the module that defines a name.
 
     sections         model, data, sites, inner, outer, run, fault; limits: ranges of their values
-    all together     job, and what they must agree on; presets
-    read, written    io; effects (options that do nothing), changes (where a run goes on),
-                     vocabulary (ids that no token of the data has)
+    all together     job (checks across sections), presets
+    read, written    io; effects (options that do nothing), changes (in a resumed run),
+                     vocabulary (token ids that the data never uses)
     values as text   links, addresses
 """
 

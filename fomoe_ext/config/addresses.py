@@ -1,6 +1,6 @@
-"""Addresses in options and variables: HOST:PORT, read, listened on and tried in one way.
+"""HOST:PORT addresses in options and environment variables: parsing, listening, connecting.
 
-Every error names the option or variable that the address is from. Needs no torch.
+Each error names the option or variable with the address. Needs no torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PATIENCE_S = 5.0
 
 
 class Address(NamedTuple):
-    """A host, an IPv6 address without its brackets, and a port."""
+    """A host (a name or an IP address, IPv6 without brackets) and a port."""
 
     host: str
     port: int
@@ -30,15 +30,14 @@ class Address(NamedTuple):
 
 
 def bracketed(host: str) -> str:
-    """A host as it stands before a port: an IPv6 address in brackets."""
+    """A host as written before a port: IPv6 addresses get brackets."""
     return f"[{host}]" if ":" in host else host
 
 
 def parse_address(text: str, name: str, *, any_port: bool = False) -> Address:
-    """HOST:PORT, with an IPv6 address in brackets. `name`: of the option or variable.
+    """Parses HOST:PORT, with IPv6 addresses in brackets. `name`: of the option or variable.
 
-    `any_port`: port 0 is allowed, which means one that is free. Raises ValueError for anything
-    else.
+    `any_port`: allow port 0, which stands for any free port. Raises ValueError for anything else.
     """
     host, colon, port = text.rpartition(":")
     wrong = ""
@@ -59,7 +58,7 @@ def parse_address(text: str, name: str, *, any_port: bool = False) -> Address:
 
 
 def why_no_port(text: str, any_port: bool = False) -> str:
-    """What is wrong with a port, or an empty string. `any_port`: 0 is one."""
+    """What is wrong with a port, or an empty string. `any_port`: allow 0."""
     least = 0 if any_port else 1
     if text.isascii() and text.isdecimal() and len(text) < 9 and least <= int(text) <= _LAST_PORT:
         return ""
@@ -67,28 +66,28 @@ def why_no_port(text: str, any_port: bool = False) -> str:
 
 
 def why_no_host(text: str, in_brackets: bool = False) -> str:
-    """What is wrong with a host, or an empty string. `in_brackets`: an IPv6 address has to be."""
+    """What is wrong with a host, or an empty string. `in_brackets`: IPv6 needs brackets."""
     bare = text
     if in_brackets and (text.startswith("[") or text.endswith("]")):
         bare = text.removeprefix("[").removesuffix("]")
         if text != f"[{bare}]" or ":" not in bare:
-            return f"in brackets stands an IPv6 address, not {text!r}"
+            return f"brackets are for an IPv6 address, not for {text!r}"
     elif in_brackets and ":" in text:
         return "an IPv6 address must be in brackets, before the port"
     if "%" in bare:
-        return "an IPv6 address with a zone (%) cannot be used, take one that is valid everywhere"
+        return "an IPv6 address must have no zone (%): other machines cannot use it"
     if ":" in bare or re.fullmatch(r"[0-9.]+", bare):
         try:
             ipaddress.ip_address(bare)
         except ValueError as error:
             return str(error)
     elif len(bare) > 253 or not _NAME.fullmatch(bare):
-        return f"{bare!r} is no host name"
+        return f"{bare!r} is not a host name"
     return ""
 
 
 def resolve(address: Address, name: str) -> Address:
-    """The address in numbers: IPv4 where the host has both. Raises OSError where it is unknown."""
+    """The numeric address, IPv4 if the host has both kinds. Raises OSError for an unknown host."""
     return _resolve_all(address, name)[0]
 
 
@@ -103,7 +102,7 @@ def _resolve_all(address: Address, name: str) -> list[Address]:
 
 
 def listen(address: Address, name: str) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises OSError where that cannot be had."""
+    """A listening socket; port 0 takes a free port. Raises OSError if that is not possible."""
     numbers = resolve(address, name)
     family = socket.AF_INET6 if ":" in numbers.host else socket.AF_INET
     both = numbers.host == "::" and socket.has_dualstack_ipv6()
@@ -121,9 +120,9 @@ def require_listener(
     hint: str,
     say: Callable[[str], object] | None = None,
 ) -> None:
-    """Raises ConnectionError when nobody accepts a connection within some seconds.
+    """Raises ConnectionError if no connection is accepted within `within_s` seconds.
 
-    `hint`: what to look at, the end of the message. `say` is told where it takes long.
+    `hint`: the end of the message, what to check. `say`: called with a message if it takes long.
     """
     start, told = time.monotonic(), False
     while True:

@@ -1,6 +1,6 @@
-"""Options that were given and have no effect. Needs no torch.
+"""Finds options that were given but have no effect in this job. Needs no torch.
 
-`_IDLE` has for every option that needs another when it does nothing, and what it would need.
+`_IDLE` lists, for each option that depends on others, the conditions under which it does nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _NO_STALE: _Idle = (lambda c: not c.sites.stale_experts, "without --stale-expert
 _NO_RESHUFFLE: _Idle = (lambda c: not c.sites.reshuffle_rounds, "without --reshuffle-rounds")
 _NO_MOMENTS: _Idle = (
     lambda c: c.outer.optimizer != "local-adamw",
-    "with another --optimizer than local-adamw",
+    "with an --optimizer other than local-adamw",
 )
 _DDP: _Idle = (lambda c: c.outer.optimizer == "ddp", "with --optimizer ddp")
 _SGD: _Idle = (lambda c: c.inner.inner_optimizer == "sgd", "with --inner-optimizer sgd")
@@ -69,14 +69,14 @@ _IDLE: dict[str, Sequence[_Idle]] = {
         )
     ],
     "skipped_mass": [(_no_skips, "where no slot is skipped (--router-scope, --replication)")],
-    "validation_fraction": [(lambda c: bool(c.data.val_data), "beside --val-data")],
+    "validation_fraction": [(lambda c: bool(c.data.val_data), "with --val-data")],
     "text_field": [(lambda c: not _has_tables(c), "without --data of .jsonl or .parquet")],
     "placement": [
-        (lambda c: c.sites.placement_file is not None, "beside --placement-file"),
+        (lambda c: c.sites.placement_file is not None, "with --placement-file"),
         _EVERYWHERE,
     ],
     "placement_by": [
-        (lambda c: c.sites.placement_file is not None, "beside --placement-file"),
+        (lambda c: c.sites.placement_file is not None, "with --placement-file"),
         _EVERYWHERE,
     ],
     "stale_experts": [
@@ -86,7 +86,7 @@ _IDLE: dict[str, Sequence[_Idle]] = {
     "reshuffle_rounds": [
         (
             lambda c: c.sites.reshuffle_rounds >= c.run.resolved_rounds,
-            "in a job of no more than that many --rounds",
+            "in a job of at most that many --rounds",
         ),
         _EVERYWHERE,
     ],
@@ -102,7 +102,7 @@ _IDLE: dict[str, Sequence[_Idle]] = {
     "rounding": [
         (
             lambda c: not c.outer.codec.startswith("int"),
-            "with another --codec than int8, int4, int2",
+            "with a --codec other than int8, int4, int2",
         )
     ],
     "error_feedback": [
@@ -128,7 +128,9 @@ _IDLE: dict[str, Sequence[_Idle]] = {
     "on_mismatch": [_ONE_SITE],
     "in_flight": [_ONE_SITE],
     "bucket_bytes": [_ONE_SITE],
-    "rounds": [(lambda c: c.run.steps is not None, "beside --steps, which says how many")],
+    "rounds": [
+        (lambda c: c.run.steps is not None, "with --steps, which sets the length of the job")
+    ],
     "eval_rounds": [
         (
             lambda c: c.run.eval_rounds > c.run.resolved_rounds,
@@ -174,7 +176,7 @@ def _named_in(args: Sequence[str]) -> set[str]:
 
 
 def _named_in_file(path: str, config: TrainConfig) -> set[str]:
-    """The options of a TOML file that are not what its preset has anyway."""
+    """The options of a TOML file whose values differ from those of its preset."""
     plain, tables = preset_config(config.preset), read_toml(path)
     return {
         name
@@ -185,8 +187,8 @@ def _named_in_file(path: str, config: TrainConfig) -> set[str]:
 
 
 def without_effect(config: TrainConfig, args: Sequence[str], file: str | None = None) -> list[str]:
-    """A sentence for every option, given on the command line or in a TOML file, that does nothing
-    in this job."""
+    """A sentence for each option on the command line or in a TOML file that does nothing in this
+    job."""
     given = _named_in(args) | (set() if file is None else _named_in_file(file, config))
     result = []
     for option in sorted(given & _IDLE.keys()):

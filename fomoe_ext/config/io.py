@@ -13,7 +13,7 @@ import os
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,22 @@ RENAMED = {
     "model.z_loss_coef": "model.router_z_loss_coef",
     "model.bias_update_rate": "model.balance_bias_rate",
 }
-"""Keys of configuration files of version 0.0, and what they are called now."""
+"""Keys of configuration files of version 0.0 and their present names."""
+
+
+def check_renamed(
+    keys: Iterable[str], section: str, where: str, names: Mapping[str, str] | None = None
+) -> None:
+    """Raises ValueError for an option of version 0.0, with its present name.
+
+    `keys`: those of a section in another file than a TOML configuration. `where`: the file, for
+    the message. `names`: of options that the file calls otherwise.
+    """
+    for key in keys:
+        if now := RENAMED.get(f"{section}.{key}"):
+            now = now.removeprefix(f"{section}.")
+            now = now if names is None else names.get(now, now)
+            raise ValueError(f"{where}: unknown key {key!r}; it is called {now!r} now")
 
 
 def _hints(kind: type) -> dict[str, Any]:
@@ -49,7 +64,7 @@ def _type_name(kind: Any) -> str:
 
 
 def _convert(key: str, kind: Any, value: Any) -> Any:
-    """The TOML value as the field's type. Raises TypeError or ValueError naming the key."""
+    """The TOML value converted to the field's type. Raises TypeError or ValueError for the key."""
     origin, choices = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return _convert_one(key, [c for c in choices if c is not type(None)], value)
@@ -63,7 +78,9 @@ def _convert(key: str, kind: Any, value: Any) -> Any:
         try:
             return float(value)
         except OverflowError:
-            raise ValueError(f"{key} must be a number that fits, got {value!r:.60}") from None
+            raise ValueError(
+                f"{key} must be a number that fits into fp64, got {value!r:.60}"
+            ) from None
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind in (int, bool, str) and type(value) is kind:
@@ -72,7 +89,7 @@ def _convert(key: str, kind: Any, value: Any) -> Any:
 
 
 def _convert_one(key: str, kinds: Sequence[Any], value: Any) -> Any:
-    """The TOML value as the first of several types that it is of."""
+    """The TOML value converted to the first of several types that accepts it."""
     if len(kinds) == 1:
         return _convert(key, kinds[0], value)
     for kind in kinds:
@@ -85,15 +102,15 @@ def _convert_one(key: str, kinds: Sequence[Any], value: Any) -> Any:
 
 
 def _unknown_key(path: Path, key: str, section: str | None) -> ValueError:
-    """The error for a key that is not ours, with the nearest ones that are."""
+    """The error for an unknown key, with its present name or the most similar known keys."""
     where = {name: part for part in SECTIONS for name in _hints(_hints(TrainConfig)[part]) if name}
     full = key if section is None else f"{section}.{key}"
     if full in RENAMED:
         return ValueError(f"{path}: unknown key {full!r}; it is called {RENAMED[full]!r} now")
     if section is None and key in where:
-        return ValueError(f"{path}: key {key!r} belongs into section [{where[key]}]")
+        return ValueError(f"{path}: key {key!r} belongs in section [{where[key]}]")
     if key in where:
-        return ValueError(f"{path}: unknown key {full!r}; it belongs into section [{where[key]}]")
+        return ValueError(f"{path}: unknown key {full!r}; it belongs in section [{where[key]}]")
     known = [*where, "preset", *SECTIONS]
     nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     named = [f"{where[name]}.{name}" if name in where else name for name in nearest]
@@ -104,8 +121,8 @@ def _unknown_key(path: Path, key: str, section: str | None) -> ValueError:
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The type-checked content of a TOML configuration: {"preset": str, section: {key: value}}.
 
-    Raises FileNotFoundError for a missing file, ValueError for bad TOML and for unknown keys
-    (naming the nearest known ones) and TypeError for a value of the wrong type.
+    Raises FileNotFoundError for a missing file, ValueError for invalid TOML and for unknown keys
+    (naming similar known ones), and TypeError for a value of the wrong type.
     """
     path = Path(path)
     try:
@@ -113,9 +130,11 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileNotFoundError(f"configuration file {path} does not exist") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ValueError(f"{path} is not a TOML file: {error}") from None
+        raise ValueError(f"configuration file must be TOML, got {path}: {error}") from None
     except RecursionError:
-        raise ValueError(f"{path} is not a TOML file: nested too deeply") from None
+        raise ValueError(
+            f"configuration file must be TOML, got {path}: nested too deeply"
+        ) from None
     result: dict[str, Any] = {}
     kinds = _hints(TrainConfig)
     for name, value in tables.items():
@@ -146,7 +165,7 @@ def _apply(base: TrainConfig, tables: dict[str, Any]) -> TrainConfig:
 
 
 def load_config(path: str | os.PathLike[str], preset: str | None = None) -> TrainConfig:
-    """The configuration in a TOML file on top of its preset, or of `preset` where that is given.
+    """The configuration in a TOML file, on top of its preset or, if given, of `preset`.
 
     Errors as in `read_toml`, and ValueError for values out of range.
     """
@@ -161,7 +180,7 @@ def _toml_value(value: Any) -> str:
         return repr(value)  # repr of a float is its shortest exact form, legal in TOML
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    # A JSON string is a TOML basic string, but for DEL, which TOML wants escaped.
+    # A JSON string is a TOML basic string, except that TOML requires DEL to be escaped.
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -177,15 +196,15 @@ def dump_config(config: TrainConfig) -> str:
 
 
 def save_config(config: TrainConfig, path: str | os.PathLike[str]) -> None:
-    """Write `dump_config` to a file, whole or not at all, after a line with its hash
-    (`atomic.check_text_seal`); `load_config` gives `config` again."""
+    """Writes the configuration to a TOML file, whole or not at all, with its hash in the first line
+    (`atomic.check_text_seal`). `load_config` reads it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, seal_text(dump_config(config)))
 
 
 def flag_value(args: Sequence[str], flag: str) -> str | None:
-    """The last value of `--flag VALUE` or `--flag=VALUE`; "" where the flag stands alone."""
+    """The last value of `--flag VALUE` or `--flag=VALUE`; "" for a flag without a value."""
     value = None
     for i, arg in enumerate(args):
         if arg == flag:
@@ -197,7 +216,7 @@ def flag_value(args: Sequence[str], flag: str) -> str | None:
 
 
 def _take_option(args: list[str], flag: str) -> str | None:
-    """Remove `flag VALUE` or `flag=VALUE` from the arguments and return the last value."""
+    """Removes `flag VALUE` or `flag=VALUE` from the arguments; returns the last value."""
     value = None
     i = 0
     while i < len(args):
@@ -214,15 +233,19 @@ def _take_option(args: list[str], flag: str) -> str | None:
     return value
 
 
-def parse_args(args: Sequence[str], prog: str = "fomoe train") -> TrainConfig:
-    """The configuration that the arguments of `fomoe train` ask for.
+def parse_args(
+    args: Sequence[str],
+    prog: str = "fomoe train",
+    about: str = "Train a FoMoE language model across sites.",
+) -> TrainConfig:
+    """The configuration that the arguments of `fomoe train` describe.
 
-    Besides the flags of every field: `--preset NAME`, `--config FILE.toml`, and `--resume` may
-    stand without a value (= auto). Raises SystemExit (0 after --help, 2 after a bad flag or a value
-    out of range, with the reason on stderr), and the errors of `load_config` for a bad preset or
-    file.
+    Every field has a flag. There are also `--preset NAME` and `--config FILE.toml`, and `--resume`
+    may have no value (= auto). `about`: the first sentence of the help. Raises SystemExit (0 after
+    --help, 2 after a bad flag or a value out of range, with the reason on stderr), and the errors
+    of `load_config` for a bad preset or file.
     """
-    import tyro  # not needed by those who only read configurations
+    import tyro  # not needed to read a configuration file
 
     rest = list(args)
     for i, arg in enumerate(rest):
@@ -233,8 +256,7 @@ def parse_args(args: Sequence[str], prog: str = "fomoe train") -> TrainConfig:
     file = _take_option(rest, "--config")
     base = load_config(file, preset) if file else preset_config(preset or "tiny")
     description = (
-        "Train a FoMoE language model across sites. Values come from --preset NAME, "
-        "then --config FILE.toml, then the flags below."
+        f"{about} Values come from --preset NAME, then --config FILE.toml, then the flags below."
     )
     return tyro.cli(
         TrainConfig,

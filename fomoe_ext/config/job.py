@@ -1,8 +1,8 @@
-"""The configuration of a training job: its sections together, and what they must agree on.
+"""The configuration of a training job: its sections, and checks across sections.
 
-Nothing here needs torch. `fomoe_ext.config.io` reads and writes these classes (TOML, command line).
-Field names are unique over all sections, so that every command-line flag is flat (`--num-layers`).
-A `None` default means "decided elsewhere" and is left out of a saved file.
+Needs no torch. `fomoe_ext.config.io` reads and writes these classes (TOML, command line). Field
+names are unique over all sections, so that flags need no section (`--num-layers`). A value of
+`None` stands for a default that depends on other options and is left out of a saved file.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class TrainConfig:
         if sites.placement_file is None and experts * sites.replication % sites.sites:
             raise ValueError(
                 f"model.num_experts * sites.replication must be a multiple of sites.sites, so that "
-                f"every site holds the same number of experts; got {experts} * "
+                f"every site holds the same number of experts, got {experts} * "
                 f"{sites.replication} over {sites.sites} sites"
             )
         if self.inner.batch_size % sites.ranks_per_site:
             raise ValueError(
-                f"inner.batch_size, of a site, must be a multiple of sites.ranks_per_site = "
+                f"inner.batch_size (of a site) must be a multiple of sites.ranks_per_site = "
                 f"{sites.ranks_per_site}, got {self.inner.batch_size}"
             )
         if self.outer.optimizer == "local-adamw" and self.inner.inner_optimizer != "adamw":
@@ -66,6 +66,8 @@ class TrainConfig:
             )
         if sites.stale_experts:
             self._check_stale()
+        if self.run.cuda_graph:
+            self._check_graph()
         with in_section("outer."):
             check_staggering(
                 outer.optimizer,
@@ -85,8 +87,8 @@ class TrainConfig:
         absent //= self.sites.sites
         if self.sites.stale_experts > absent:
             raise ValueError(
-                f"sites.stale_experts must be at most the {absent} experts of a layer that a site "
-                f"does not hold, or -1 for all, got {self.sites.stale_experts}"
+                f"sites.stale_experts must be at most {absent}, the number of experts per layer "
+                f"that a site does not hold, or -1 for all, got {self.sites.stale_experts}"
             )
         if self.model.router_scope != "global":
             raise ValueError(
@@ -95,8 +97,27 @@ class TrainConfig:
             )
         self.outer.require_whole("sites.stale_experts")
 
+    def _check_graph(self) -> None:
+        """Raises ValueError for what a step that is captured as a CUDA graph cannot contain."""
+        wrong = {
+            "sites.ranks_per_site = 1 (ranks exchange rows within a step)": (
+                self.sites.ranks_per_site > 1
+            ),
+            "an outer.optimizer that is not ddp (sites exchange gradients within a step)": (
+                self.outer.optimizer == "ddp"
+            ),
+            "inner.inner_optimizer = adamw (torch's SGD reads its learning rate on the host)": (
+                self.inner.inner_optimizer != "adamw"
+            ),
+            "outer.expert_mean = equal, and outer.turn_order = numbered if outer.expert_turns > 1 "
+            "(a hook of each pass counts the tokens of an expert)": (self.outer.counts_tokens),
+        }
+        if needed := [what for what, violated in wrong.items() if violated]:
+            raise ValueError(f"run.cuda_graph needs {', and '.join(needed)}")
+
     def _check_tolerant(self) -> None:
-        """Raises ValueError for what a job that outlives its sites cannot do."""
+        """Raises ValueError for options that a job cannot have if it continues without lost
+        sites."""
         sites, outer = self.sites, self.outer
         wrong = {
             "sites.ranks_per_site = 1": sites.ranks_per_site > 1,
@@ -128,6 +149,6 @@ SECTIONS = tuple(f.name for f in dataclasses.fields(TrainConfig) if f.name != "p
 
 
 def preset_config(name: str) -> TrainConfig:
-    """The configuration of a preset. Raises ValueError for an unknown name."""
+    """The configuration of a preset. Raises ValueError for an unknown preset."""
     check_preset(name)
     return TrainConfig(preset=name, **PRESETS[name]._asdict())

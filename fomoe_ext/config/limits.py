@@ -12,24 +12,24 @@ from fomoe_ext.checks import a_bool, one_of
 
 
 def at_least(owner: str, low: float, **values: float | None) -> None:
-    """Each value that is given at least `low`, else ValueError. `owner`: the section and a dot."""
+    """ValueError unless each value is at least `low` or None. `owner`: the section and a dot."""
     for name, value in values.items():
         if value is not None and not value >= low:
-            raise ValueError(f"{owner}{name} must be >= {low}, got {value}")
+            raise ValueError(f"{owner}{name} must be at least {low}, got {value}")
 
 
 def inside(owner: str, low: float, high: float, **values: float) -> None:
-    """Each value in [low, high], else ValueError. `owner`: the section and a dot."""
+    """ValueError unless each value is in [low, high]. `owner`: the section and a dot."""
     for name, value in values.items():
         if not low <= value <= high:
             raise ValueError(f"{owner}{name} must be in [{low}, {high}], got {value}")
 
 
 def check_choices(options: Any) -> None:
-    """Of a dataclass: each field of a Literal type has one of its values, and each bool is one.
+    """Checks the Literal and bool fields of a dataclass, for values that a program passes.
 
-    Raises ValueError or TypeError naming the field. Files and flags are checked when they are read;
-    this is for values that a program passes.
+    Values from files and flags are checked when they are read. Raises ValueError or TypeError
+    naming the field.
     """
     for name, kind in _hints(type(options)).items():
         value = getattr(options, name)
@@ -46,7 +46,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 @contextmanager
 def in_section(owner: str) -> Iterator[None]:
-    """Puts the section (and a dot) before the option that an error's message begins with."""
+    """Adds the section (and a dot) before the option with which an error's message begins."""
     try:
         yield
     except TypeError as error:

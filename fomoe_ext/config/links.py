@@ -1,4 +1,4 @@
-"""Links as text: "200mbit,50ms" and back, and in words for people. Needs no torch."""
+"""Links from and to text such as "200mbit,50ms", and in words for people. Needs no torch."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def _quantity(text: str, units: Mapping[str, float]) -> float | None:
 
 
 def parse_link(text: str) -> Link:
-    """A link from its rate and, after a comma, its latency one way: "200mbit,50ms", "1gbit".
+    """A link from its bandwidth and, after a comma, its one-way latency: "200mbit,50ms", "1gbit".
 
     Units: bit, kbit, mbit, gbit (per second, powers of 1000) and us, ms, s. Raises ValueError for
-    anything else, and for a rate below 1 bit/s.
+    anything else and for a bandwidth below 1 bit/s.
     """
     parts = text.split(",")
     rate = _quantity(parts[0], _BITS)
@@ -35,7 +35,7 @@ def parse_link(text: str) -> Link:
     good = rate is not None and latency is not None and len(parts) <= 2
     if not (good and 1 <= rate < math.inf and latency < math.inf):
         raise ValueError(
-            f"link must be a rate in kbit, mbit or gbit and perhaps a latency in us, ms or s, "
+            f"link must be a bandwidth in kbit, mbit or gbit and perhaps a latency in us, ms or s, "
             f"such as 200mbit,50ms or 1gbit, got {text!r}"
         )
     return Link(rate, latency)
@@ -53,7 +53,7 @@ def _scaled(value: float, units: Mapping[str, str]) -> str:
 
 
 def describe(link: Link) -> str:
-    """The link in words: "200 Mbit/s, 50 ms"; without the latency where there is none."""
+    """The link in words: "200 Mbit/s, 50 ms"; a latency of 0 is left out."""
     rate = _scaled(
         link.bandwidth, {"1e9": "Gbit/s", "1e6": "Mbit/s", "1e3": "kbit/s", "1": "bit/s"}
     )

@@ -94,7 +94,8 @@ class ModelConfig:
             )
         if self.top_k > self.num_experts:
             raise ValueError(
-                f"model.top_k must be <= model.num_experts, got {self.top_k} and {self.num_experts}"
+                f"model.top_k must be at most model.num_experts = {self.num_experts}, got "
+                f"{self.top_k}"
             )
         if self.num_experts % self.router_num_groups:
             raise ValueError(
@@ -105,8 +106,8 @@ class ModelConfig:
         choosable = self.num_experts // self.router_num_groups * self.router_groups_kept
         if self.top_k > choosable:
             raise ValueError(
-                f"model.top_k must be <= the {choosable} experts in router_groups_kept groups, got "
-                f"{self.top_k}"
+                f"model.top_k must be at most {choosable}, the number of experts in "
+                f"router_groups_kept = {self.router_groups_kept} groups, got {self.top_k}"
             )
         if not self.rope_base > 1:
             raise ValueError(f"model.rope_base must be > 1, got {self.rope_base}")
@@ -123,7 +124,8 @@ class ModelConfig:
 
 
 class ParameterCounts(NamedTuple):
-    """Parameters of a whole model by kind; `dense`: all but routed experts and routers."""
+    """Number of parameters of a whole model by kind. dense: all except routed experts (`sparse`)
+    and routers."""
 
     dense: int
     sparse: int
@@ -141,8 +143,9 @@ class ParameterCounts(NamedTuple):
 
 
 def expert_matrices(config: ModelConfig, intermediate_size: int | None = None) -> int:
-    """Elements of the matrices of an expert, routed or (of another size) shared: G*N*D up and D*N
-    down, G = 2 for gated activations.
+    """Elements of the matrices of an expert: G*N*D up and D*N down, G = 2 for gated activations.
+
+    `intermediate_size`: N of a shared expert; None = that of routed experts.
     """
     size = config.intermediate_size if intermediate_size is None else intermediate_size
     return (num_projections(config.activation) + 1) * size * config.hidden_size

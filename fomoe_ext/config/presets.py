@@ -11,7 +11,7 @@ from fomoe_ext.config.run import RunConfig
 
 
 class Preset(NamedTuple):
-    """The sections in which a preset differs from the defaults."""
+    """The sections that a preset sets; the others have their defaults."""
 
     model: ModelConfig
     inner: InnerConfig
@@ -22,8 +22,8 @@ class Preset(NamedTuple):
 def _paper_model(hidden: int, layers: int, heads: int, experts: int, top_k: int) -> ModelConfig:
     """A size of the FoMoE paper (arXiv 2606.19025): V = 200,019, plain SiLU experts of size 128.
 
-    The paper names a CompleteP depth multiplier on block outputs but not its base depth; we take
-    the depth of its trained proxy, 4 layers.
+    The paper has a CompleteP depth multiplier on block outputs but does not give its base depth; we
+    use the depth of its trained proxy, 4 layers.
     """
     return ModelConfig(
         vocab_size=200_019,
@@ -62,6 +62,6 @@ PRESETS: dict[str, Preset] = {
 
 
 def check_preset(name: str) -> None:
-    """Raises ValueError for the name of no preset."""
+    """Raises ValueError for an unknown preset."""
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")

@@ -51,6 +51,9 @@ class RunConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of matrix products; with bfloat16 they run under autocast. Parameters are fp32 in
     both cases."""
+    cuda_graph: bool = False
+    """Capture a local step as a CUDA graph and replay it, so that the host does not limit small
+    layers. Takes the memory of a step's activations for good. On the CPU nothing is captured."""
 
     def __post_init__(self) -> None:
         at = "run."

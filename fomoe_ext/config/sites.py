@@ -53,7 +53,7 @@ class SitesConfig:
     threads: int = 0
     """CPU threads per site; 0 = an equal share of this machine's cores."""
     link: str | None = None
-    """Imitate a slow link between sites on this machine, such as 200mbit,50ms (bandwidth of each
+    """Emulate a slow link between sites on this machine, such as 200mbit,50ms (bandwidth of each
     site, one-way latency). Meetings then take as long as over such a link; none = no limit."""
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""How much of a model's vocabulary the tokens of the data can use. Needs no torch."""
+"""Warns about a vocabulary much larger than the data's tokens can use. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.config.model import count_parameters
 
 BYTES = 256
-"""Token ids without a tokenizer: tokens are bytes then."""
+"""Number of token ids without a tokenizer, where tokens are bytes."""
 _LEAST_SHARE = 0.01
 
 
 def vocabulary_notes(config: TrainConfig, num_ids: int | None = None) -> list[str]:
     """A note if at least 1 % of the model's parameters are embedding rows that no token uses.
 
-    num_ids: token ids of the data's tokenizer; None = those of bytes if the job has no tokenizer,
-    else unknown, without a note.
+    num_ids: number of token ids of the data's tokenizer. None = 256 for a job without a tokenizer;
+    with one the number is unknown, and there is no note.
     """
     if num_ids is None:
         if config.data.tokenizer is not None:

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from fomoe_ext.config.io import check_renamed
 from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.files.atomic import write_text
 from fomoe_ext.layer.moe import TRAINING_OPTIONS
@@ -64,7 +65,9 @@ def transformers_config(model: ModelConfig, tokens: str, end: int | None, dtype:
 
 
 def model_of_config(config: dict[str, Any]) -> ModelConfig:
-    """The ModelConfig of a config.json. Raises ValueError if it does not have this format."""
+    """The ModelConfig of a config.json. Raises ValueError if it does not have this format, and for
+    an option of version 0.0, with its present name."""
+    check_renamed(config, "model", "config.json", _RENAMED)
     try:
         return ModelConfig(
             **{
@@ -75,6 +78,6 @@ def model_of_config(config: dict[str, Any]) -> ModelConfig:
             balance="none",
         )
     except KeyError as error:
-        raise ValueError(f"config.json must have {error}, got none") from None
+        raise ValueError(f"config.json must have the key {error}, got none") from None
     except TypeError as error:
-        raise ValueError(f"config.json has a value of a wrong type ({error})") from None
+        raise ValueError(f"config.json must have values of the right types: {error}") from None

@@ -8,6 +8,7 @@ from typing import Any
 
 from fomoe_ext.checkpoint import manifest as ckpt
 from fomoe_ext.checkpoint.publish import reading
+from fomoe_ext.config.io import check_renamed
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.report.runs import CHECKPOINTS, CONFIG, load_run_config, run_of
@@ -15,7 +16,7 @@ from fomoe_ext.report.runs import CHECKPOINTS, CONFIG, load_run_config, run_of
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint, the run folder around it and its configuration (None for a lone checkpoint)."""
+    """A checkpoint, with its run folder and configuration (None for one outside of a run)."""
 
     checkpoint: Path
     manifest: ckpt.Manifest
@@ -23,14 +24,14 @@ class Source:
     config: TrainConfig | None
     run: Path | None
     passed_over: str = ""
-    """Why newer checkpoints were not used; "" = there are none."""
+    """Why newer checkpoints were not used; "" if there are none."""
     lock: Any = field(default=None, repr=False, compare=False)
-    """As long as this is held, a running job does not delete the checkpoint."""
+    """While this exists, a running job does not delete the checkpoint."""
 
     def tokenizer(self, given: Path | None) -> Path | None:
-        """The tokenizer's file, `given` or that of the run; None = bytes.
+        """The tokenizer's file: `given`, or else that of the run; None = tokens are bytes.
 
-        Raises ValueError if it is unknown, or differs from the one that the run was trained with.
+        Raises ValueError if the run's tokenizer is unknown, or is not the one used in training.
         """
         if given is not None:
             return given
@@ -51,8 +52,8 @@ class Source:
         found = "byte" if file is None else ckpt.sha256(file)
         if found != wanted:
             raise ValueError(
-                f"tokenizer {file or 'bytes'} is not the one that the run was trained with: it was "
-                "changed or is damaged (to use another one anyway, give --tokenizer)"
+                f"tokenizer must be the one that the run was trained with, got {file or 'bytes'}, "
+                "which was changed or is damaged (to use another one anyway, give --tokenizer)"
             )
 
 
@@ -62,7 +63,7 @@ def model_files(manifest: ckpt.Manifest) -> list[str]:
 
 
 def why_not_whole(path: Path) -> str:
-    """Why a checkpoint's global model cannot be read here, or ""; ignores states of sites."""
+    """Why a checkpoint's global model cannot be read here, or ""; states of sites do not matter."""
     try:
         manifest = ckpt.read_manifest(path)
     except ckpt.CheckpointError as error:
@@ -125,10 +126,12 @@ def find_source(path: Path, name: str | None = None) -> Source:
         raise ValueError(reason)
     manifest = ckpt.read_manifest(chosen)
     try:
-        model = ModelConfig(**manifest.meta["model"])
+        options = dict(manifest.meta["model"])
+        check_renamed(options, "model", f"model in {ckpt.MANIFEST}")
+        model = ModelConfig(**options)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"checkpoint {chosen} has no valid description of its model ({error})"
+            f"checkpoint {chosen} must have a valid description of its model: {error}"
         ) from None
     run = run_of(chosen) if (run_of(chosen) / CONFIG).is_file() else None
     config = None if run is None else load_run_config(run)

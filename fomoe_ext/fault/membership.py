@@ -99,6 +99,7 @@ class _Beats:
         self.counts = True
         self.knocked: frozenset[int] = frozenset()
         self.blind_since: float | None = None
+        self.ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fomoe-beats", daemon=True)
 
     def start(self) -> None:
@@ -117,8 +118,7 @@ class _Beats:
             owner.beat_client.heartbeat(str(owner.site), timedelta(seconds=5))
 
     def _run(self) -> None:
-        while True:
-            time.sleep(_BEAT_S)
+        while not self.ended.wait(_BEAT_S):
             try:
                 self.beat()
                 self._look()
@@ -305,6 +305,10 @@ class TorchftMembership:
             time.sleep(_LOOK_S)
         raise TooFew(f"the other sites did not take in site {self.site} within {timeout_s:g} s")
 
+    def close(self) -> None:
+        """Sends no more heartbeats: to the other sites this one is silent from now on."""
+        self._beats.ended.set()
+
     def why(self, site: int) -> str:
         """Why a site counts as lost, as text."""
         if site in self._ended:
@@ -359,7 +363,7 @@ class TorchftMembership:
         return read_current(self.store.get(keys.CURRENT), len(self.all_sites))
 
     def _ask(self, round_index: int, least: int) -> View:
-        """Asks the lighthouse for a quorum; the view of its sites. `_enter` makes it the current one.
+        """Asks the lighthouse for a quorum: the next view, which `_enter` makes the current one.
 
         Raises TooFew for fewer than `least` sites.
         """

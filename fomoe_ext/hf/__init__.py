@@ -13,7 +13,7 @@ another. Needs transformers 5.6 or later. May import outer, layer and what is be
 of `fomoe train`: its model, jobs and checkpoints.
 """
 
-from fomoe_ext.hf.convert import convert
+from fomoe_ext.hf.convert import ConvertOptions, convert
 from fomoe_ext.hf.converted import layers
 from fomoe_ext.hf.families import Family, families, register
 from fomoe_ext.hf.load import from_pretrained_resident
@@ -21,6 +21,7 @@ from fomoe_ext.hf.merge import save_merged
 from fomoe_ext.hf.restore import restore, save_pretrained
 
 __all__ = [
+    "ConvertOptions",
     "Family",
     "convert",
     "families",

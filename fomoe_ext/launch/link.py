@@ -47,7 +47,7 @@ class CountedLink:
             raise ValueError(f"link must have a bandwidth > 0 and a latency >= 0, got {link}")
         self.link, self.rate = link, rate
         self._latency = link.latency if latency else 0.0
-        self._clock, self._sleep = clock, sleep
+        self.clock, self._sleep = clock, sleep
         self._lock = threading.Lock()
         self._busy = -math.inf
 
@@ -59,22 +59,25 @@ class CountedLink:
         if nbytes < 0:
             raise ValueError(f"nbytes must be >= 0, got {nbytes}")
         with self._lock:
-            self._busy = max(self._busy, self._clock())
+            self._busy = max(self._busy, self.clock())
             if self.rate:
                 self._busy += 8 * nbytes / self.link.bandwidth
             return self._busy + self._latency
 
-    def ended(self, until: float) -> float:
+    def ended(self, until: float, at: float | None = None) -> float:
         """The time at which an exchange is complete, called when its collective has ended.
 
         `until`: from `send`. If the kernel shapes the rate, the collective itself took the transfer
-        time, and the latency is added to it.
+        time, and the latency is added to it. `at`: the time of `clock` at which the collective
+        ended; None = now. Exchanges that travel side by side so wait for one latency together.
         """
-        return until if self.rate else max(until, self._clock() + self._latency)
+        if self.rate:
+            return until
+        return max(until, (self.clock() if at is None else at) + self._latency)
 
     def wait(self, until: float) -> None:
         """Sleeps until the time `until`."""
-        while (left := until - self._clock()) > 0:
+        while (left := until - self.clock()) > 0:
             self._sleep(left)
 
 

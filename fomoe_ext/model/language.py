@@ -9,6 +9,7 @@ skipped.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -109,6 +110,21 @@ class Attention(nn.Module):
         return F.linear(y.transpose(1, 2).reshape(batch, length, width), self.out_weight)
 
 
+_OF_THE_MODEL = frozenset(
+    ("vocab_size", "seq_len", "num_layers", "num_heads", "norm", "rope_base", "depth_multiplier")
+)
+"""Options that are not those of its MoE layers."""
+
+
+def layer_options(config: ModelConfig) -> dict[str, Any]:
+    """The arguments of `MoELayer` that a configuration has, by name: all but `_OF_THE_MODEL`.
+
+    An option that only one of the two has so fails as an unknown argument.
+    """
+    named = {field.name: getattr(config, field.name) for field in fields(config)}
+    return {name: value for name, value in named.items() if name not in _OF_THE_MODEL}
+
+
 class Block(nn.Module):
     """Attention, then an MoE, each between two norms and added to the stream [B, L, D]."""
 
@@ -132,25 +148,8 @@ class Block(nn.Module):
         self.moe_in, self.moe_out = norm(), norm()
         self.attention = Attention(config, f"blocks.{layer}.attention", seed, device, dtype)
         self.moe = MoELayer(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_experts,
-            config.top_k,
-            activation=config.activation,
-            expert_bias=config.expert_bias,
+            **layer_options(config),
             resident_experts=residents,
-            shared_expert_intermediate_size=config.shared_expert_intermediate_size,
-            skipped_mass=config.skipped_mass,
-            router_scope=config.router_scope,
-            router_scoring=config.router_scoring,
-            router_renormalize=config.router_renormalize,
-            router_scale=config.router_scale,
-            router_num_groups=config.router_num_groups,
-            router_groups_kept=config.router_groups_kept,
-            router_z_loss_coef=config.router_z_loss_coef,
-            balance=config.balance,
-            balance_coef=config.balance_coef,
-            balance_bias_rate=config.balance_bias_rate,
             layer_index=layer,
             seed=seed,
             device=device,

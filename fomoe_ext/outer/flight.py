@@ -48,9 +48,9 @@ class Flight:
 
 
 class _Check(NamedTuple):
-    """A comparison of hashes under way, and the local step at which it began."""
+    """A comparison of the hashes of a fragment under way."""
 
-    step: int
+    fragment: int
     compared: Agreement
     done: Future[None]
 
@@ -93,8 +93,8 @@ class InFlight(Driver):
 
     def meet(self, fragment: int) -> None:
         """Sends a fragment off."""
-        # Not those that began at this step: waiting for them would be waiting for all sites.
-        self._finish_checks(before=self._steps.taken)
+        # Not those of other fragments: a site that is ahead would wait for all others to land them.
+        self._finish_checks(fragment)
         meeting = self._begin(fragment)
         meeting.tell_times(self.times.told())
         problem = meeting.check()
@@ -139,14 +139,15 @@ class InFlight(Driver):
         self._give_back(flight.meeting)
         compared = flight.meeting.agreement()
         done = self._background.submit(compared.exchange)
-        self._checks.append(_Check(self._steps.taken, compared, done))
+        self._checks.append(_Check(flight.meeting.fragment, compared, done))
 
-    def _finish_checks(self, before: int | None = None) -> None:
-        """Waits for comparisons in the background: of what landed before a step, or all.
+    def _finish_checks(self, fragment: int | None = None) -> None:
+        """Waits for comparisons in the background: of all fragments, or up to those of one.
 
         At the same steps at all sites, because healing is an exchange too.
         """
-        while self._checks and (before is None or self._checks[0].step < before):
+        of = [n for n, c in enumerate(self._checks, 1) if fragment in (None, c.fragment)]
+        for _ in range(max(of, default=0)):
             check = self._checks.pop(0)
             check.done.result()
             self._require_agreement(check.compared)

@@ -52,11 +52,17 @@ class _Exchange:
     def __init__(self, work: Any, link: CountedLink | None, sent: int) -> None:
         self._work, self._link = work, link
         self._until = link.send(sent) if link is not None else 0.0
+        self._ended: list[float] = []
+        """When the work ended, which may be long before anyone waits for it."""
+        if link is not None and not link.rate:
+            ended, clock = self._ended, link.clock
+            work.get_future().add_done_callback(lambda _: ended.append(clock()))
 
     def wait(self) -> None:
         wait_for(self._work)
         if self._link is not None:
-            self._link.wait(self._link.ended(self._until))
+            at = self._ended[0] if self._ended else None
+            self._link.wait(self._link.ended(self._until, at))
 
 
 class SiteGroup:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fomoe_ext.outer.options import OuterOptions
 from fomoe_ext.placement.overlap import (
@@ -24,6 +25,9 @@ from fomoe_ext.placement.overlap import (
 _log = logging.getLogger(__name__)
 _NEWEST = 64
 """So many of the last local steps are measured by their median."""
+_EXCHANGES = 5
+"""And so many of the last exchanges of a fragment. A single late one changes no choice. Where now
+one site is behind and now another, all usually wait a little, which then counts."""
 
 
 class OverlapTimes:
@@ -42,12 +46,14 @@ class OverlapTimes:
         self._begun: float | None = None
         """When the local step under way began; None where it is not measured."""
         self._of_steps: list[float] = []
-        self._of_fragments: dict[int, tuple[float, float]] = {}
+        self._of_fragments: dict[int, list[tuple[float, float]]] = {}
 
-    def resume(self, steps: int) -> None:
-        """The overlap that a run had before; one that is given, not chosen, stays."""
-        if self.chosen and steps:
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """The overlap that a run had before, and the reason: of `OuterSync.state_dict`, of which
+        earlier ones lack them. One that is given, not chosen, stays."""
+        if self.chosen and (steps := int(state.get("overlap", 0))):
             self.steps = min(steps, most_overlap(self._local_steps))
+            self.reason = str(state.get("overlap_reason", ""))
 
     # ---- what is measured
 
@@ -68,14 +74,19 @@ class OverlapTimes:
 
     def exchanged(self, fragment: int, announced_s: float, moved_s: float) -> None:
         """An exchange of a fragment: seconds until all sites had announced it, and from then on."""
-        self._of_fragments[fragment] = announced_s, moved_s
+        before = self._of_fragments.get(fragment, [])
+        self._of_fragments[fragment] = [*before[1 - _EXCHANGES :], (announced_s, moved_s)]
 
     def told(self) -> tuple[float, float, float]:
         """What this site tells all others (`placement.overlap.needed_steps`): of the fragment that
         takes longest. Zeros as long as nothing has been measured."""
         if not (self._of_fragments and self._of_steps):
             return 0.0, 0.0, 0.0
-        announced, moved = max(self._of_fragments.values(), key=lambda times: times[1])
+        usual = [
+            tuple(map(statistics.median, zip(*times, strict=True)))
+            for times in self._of_fragments.values()
+        ]
+        announced, moved = max(usual, key=lambda times: times[1])
         return announced, moved, statistics.median(self._of_steps)
 
     # ---- what is chosen

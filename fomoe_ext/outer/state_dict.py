@@ -57,6 +57,7 @@ class Resumable:
             **_tensors(self.state),
             "warmup": [[*key, *steps] for key, steps in warming.items()],
             "overlap": self.times.steps,
+            "overlap_reason": self.times.reason,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -82,7 +83,7 @@ class Resumable:
         self.log.agreements = numbers["agreements"]
         self.steps.taken, self.steps.reductions = numbers["steps"], numbers["reductions"]
         load_met(self.counts.met, state)
-        self.times.resume(int(state.get("overlap", 0)))
+        self.times.resume(state)
         if self.warmup is not None:
             self.warmup.progress = warming
 

@@ -1,8 +1,8 @@
 """Which site holds which expert, and how many bytes it sends: plain arithmetic, without torch.
 
-Placements and the designs and searches that make them, experts that meet in turns, frozen copies,
-experts spread over the ranks of a site, bytes on the wire. May import checks; knows no file,
-tensor, process or job.
+Placements and the designs and searches that make them, experts that are averaged in turns, frozen
+copies, experts spread over the ranks of a site, bytes on the wire. May import checks; knows no
+file, tensor, process or job.
 """
 
 from fomoe_ext.placement.placement import Placement

@@ -1,8 +1,8 @@
-"""How large buckets are where the job does not say, and what memory those under way take. No torch.
+"""The default size of buckets, and the memory of the buckets on their way. Needs no torch.
 
-A site has `in_flight` buckets under way at once in each direction. All of a meeting's buckets so
-travel in waves, each of which costs at least one latency of the link. Large buckets make few waves
-and take much memory.
+A site has `in_flight` buckets on their way at once in each direction. So the buckets of a meeting
+travel in waves, each of which takes at least one latency of the link. Larger buckets make fewer
+waves but take more memory.
 """
 
 from __future__ import annotations
@@ -14,37 +14,41 @@ from fomoe_ext.placement import wire
 from fomoe_ext.placement.wire import GroupElements
 
 SMALLEST = 1 << 22
-"""Bytes of fp32: the size of buckets of all but large models."""
+"""Bytes of fp32: the size of buckets for all but large models."""
 LARGEST = 1 << 30
 WAVES = 16
-"""As many waves as the whole model should have at most. A site has a part of it, so that latencies
-of waves are few beside the others that a meeting costs (a status, the first share, the last sum,
-the hashes)."""
+"""The whole model should take at most this many waves. A site holds a part of it and needs fewer,
+so that waves add few latencies to those of the status, the first share, the last sum and the
+hashes."""
 _BYTES_UNDER_WAY = 1 << 25
 _SHARE_UNDER_WAY = 128
-"""Buckets under way in one direction may take, encoded, 32 MiB, or 1/128 of the model in fp32 where
-that is more; and one that is decoded as much again. Both directions take several times that
-(`buffer_bytes`)."""
+"""Encoded buckets on their way in one direction may take 32 MiB, or 1/128 of the model in fp32 if
+that is more, and one decoded bucket the same again. Both directions together take several times
+that (`buffer_bytes`)."""
 
 
 def check_bucket_bytes(bucket_bytes: int) -> None:
-    """ValueError or TypeError unless it is a number of bytes for fp32 values, or 0 for a choice."""
+    """ValueError or TypeError unless it is 0 (chosen by the model's size) or at least 4 bytes."""
     at_least(0, bucket_bytes=bucket_bytes)
     if 0 < bucket_bytes < 4:
         raise ValueError(f"bucket_bytes must be 0 or at least 4, got {bucket_bytes}")
 
 
 def chosen_bytes(elements: int, codecs: Iterable[str], in_flight: int, fragments: int = 1) -> int:
-    """The size of buckets, in bytes of fp32, where a job does not say: 4 MiB times a power of two.
+    """The default size of buckets in bytes of fp32: 4 MiB times a power of two.
 
-    `elements`: trained ones of the whole model, every expert once. `codecs`: all with which values
-    travel, of which the widest counts. Large enough for at most `WAVES` waves of `in_flight`
-    buckets per fragment, as far as the memory that is named above and `LARGEST` allow.
+    It is large enough for at most `WAVES` waves of `in_flight` buckets per fragment, within the
+    memory limit above and `LARGEST`. A fragment of at most `WAVES * in_flight` buckets of 4 MiB (by
+    default 512 MiB in fp32, 134 million elements) has buckets of 4 MiB.
 
-    A fragment of at most `WAVES * in_flight` buckets of 4 MiB (by default 512 MiB in fp32, 134
-    million elements) has 4 MiB: block scales and what encoding loses depend on where buckets begin,
-    so for such models the size is part of their results. For the same reason nothing else has a
-    say: with other sites, or over another link, a model has the same buckets.
+    The size depends only on these arguments, not on the sites or the link: block scales and the
+    errors of encoding depend on where buckets begin, so another size gives other results.
+
+    Args:
+        elements: Trained elements of the whole model, every expert once.
+        codecs: All codecs in use; the one with the most bytes counts.
+        in_flight: Buckets on their way at once in each direction.
+        fragments: Parts of the model that are averaged at different steps.
     """
     size_fp32 = 4 * -(-elements // fragments)
     wanted = -(-size_fp32 // (WAVES * in_flight))
@@ -59,8 +63,8 @@ def chosen_bytes(elements: int, codecs: Iterable[str], in_flight: int, fragments
 
 
 def codecs_of(optimizer: str, codec: str, moment_codecs: Sequence[str]) -> tuple[str, ...]:
-    """All codecs with which a job's values travel in buckets of their own; selection biases, which
-    are few, and the last step of ddp, which sends no more than it has, are not counted."""
+    """The codecs of a job's buckets. fp32 for selection biases and for the last step of ddp is left
+    out: the biases are few, and that step needs no more memory than the others."""
     return (codec, *moment_codecs) if optimizer == "local-adamw" else (codec,)
 
 
@@ -73,13 +77,17 @@ def buffer_bytes(
     ranks: int = 1,
     whole: bool = False,
 ) -> int:
-    """Bytes that a meeting's buckets take at a rank of a site, besides what it always holds.
+    """Bytes that the buckets of a meeting take at a rank of a site.
 
-    `elements` of the site, by fragment; its `ranks` take turns in the buckets. As long as a
-    bucket's shares are on their way it takes a share in fp32, and a payload to and from every other
-    member; then the payload of a sum, and those of all sums. At most `in_flight` buckets are at
-    either stage, and one is decoded. `whole`: everything that a fragment has is encoded at once
-    (with overlap), or kept until all has arrived (staged).
+    While the shares of a bucket are on their way, it takes one share in fp32 and a payload to and
+    from every other member. After that it takes the payload of its own sum and those of all sums.
+    At most `in_flight` buckets are in each of the two stages, and one bucket is decoded.
+
+    Args:
+        elements: Of the site, by fragment.
+        ranks: Ranks of the site, which transfer buckets in turn.
+        whole: Whether a whole fragment is in memory at once: encoded at once (with overlap) or kept
+            until all data has arrived (staged).
     """
     most = 0
     for fragment in elements:
@@ -110,7 +118,7 @@ def _stages(size: int, members: int, codec: str) -> tuple[int, int]:
 
 
 def _largest_of(sizes: Iterable[tuple[int, int]], count: int) -> int:
-    """The sum of the `count` largest sizes, each of which is there so many times."""
+    """The sum of the `count` largest of these (size, number of times) pairs."""
     total = 0
     for size, times in sorted(sizes, reverse=True):
         taken = min(times, count)

@@ -1,8 +1,8 @@
-"""The search of `Placement.from_coactivation`, which describes its objective. Needs no torch.
+"""The search of `Placement.from_coactivation`, whose docstring has the objective. Needs no torch.
 
-`fomoe_ext.model.evaluate` counts which experts are chosen together. The layers are independent, and
-all are searched at once, because numpy is slow on small arrays. Counts are integers that fp64 adds
-exactly, so that every site and machine finds the same placement.
+`fomoe_ext.model.evaluate` counts which experts are chosen together. The layers are independent and
+are searched all at once, because numpy is slow on small arrays. Counts are integers, which fp64
+adds exactly, so that all sites and machines find the same placement.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _Ints = NDArray[np.int64]
 _SMALL = 1 << 18
 _MOST_PASSES = 50
 _EXACT = 2**50
-"""Limit of sums of counts: below it fp64 adds and subtracts them without rounding."""
+"""Limit of sums of counts, below which fp64 adds and subtracts them without rounding."""
 
 
 def is_small(num_layers: int, num_experts: int) -> bool:
-    """Whether the counts of all pairs are few enough (2^18 numbers) to be part of every report."""
+    """Whether the counts of all pairs are few enough (2^18 numbers) for every report."""
     return num_layers * num_experts**2 <= _SMALL
 
 
@@ -127,9 +127,11 @@ def _objective(counts: _Floats, held: NDArray[np.bool_]) -> _Floats:
 
 
 def _greedy(counts: _Floats, num_sites: int, size: int) -> NDArray[np.bool_]:
-    """Fills one site after the other: first the remaining expert with the largest total count, then
-    the one with the largest count with those already there. An expert that all remaining sites must
-    hold takes precedence.
+    """Fills one site after the other.
+
+    The first expert of a site is the remaining one with the largest total count, each further one
+    that with the largest sum of counts with the experts already there. An expert that all remaining
+    sites must hold takes precedence.
     """
     layers, experts = counts.shape[:2]
     rows = np.arange(layers)
@@ -137,7 +139,7 @@ def _greedy(counts: _Floats, num_sites: int, size: int) -> NDArray[np.bool_]:
     left = np.full((layers, experts), num_sites * size // experts)
     heaviest = counts.sum(axis=2)
     for site in range(num_sites):
-        common = heaviest.copy()  # only for the choice of the first expert
+        common = heaviest.copy()  # scores of the first expert only
         for place in range(size):
             free = (left > 0) & ~held[:, site]
             due = free & (left >= num_sites - site)

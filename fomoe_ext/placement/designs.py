@@ -1,8 +1,8 @@
-"""Tables [layer][expert] -> sites that depend only on sizes (and a seed): cyclic and random.
+"""Cyclic and random tables [layer][expert] -> sites, which depend only on sizes and a seed.
 
-In the cyclic table any two sites share about the same number of experts (a cyclic design: the owner
-sets of a layer are shifts of a few base blocks). The random table is that of the FoMoE paper (arXiv
-2606.19025, Algorithm 1).
+In the cyclic table any two sites share about the same number of experts. It is a cyclic design: the
+owner sets of a layer are shifts of a few base blocks. The random table is that of the FoMoE paper
+(arXiv 2606.19025, Algorithm 1).
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ Row = tuple[tuple[int, ...], ...]
 _LAYER_WEIGHT = 1000
 """Weight of evenness within a layer, relative to evenness over all layers."""
 _MOST_WORK = 100_000
+"""Limit for the work of finding switches; large tables are about even without them."""
 _SWITCHES_PER_EDGE = 10
 
 
 def check_sizes(
     num_sites: int, num_experts: int, num_layers: int, replication: int, even: bool = True
 ) -> None:
-    """ValueError for sizes without a placement; the message names sizes that work."""
+    """ValueError for sizes for which no placement exists; the message names possible ones."""
     sizes = {
         "num_sites": num_sites,
         "num_experts": num_experts,
@@ -61,8 +62,8 @@ def cyclic_table(
 ) -> tuple[Row, ...]:
     """The table of `Placement.cyclic`; equal layers are one object.
 
-    The experts take their sites in turn from the cycle 0, 1, .. N-1, 0, ..; layer l begins at site
-    l. Then switches even out how many experts each pair of sites shares, in the layer and over all
+    Each expert takes the next sites of the cycle 0, 1, .. N-1, 0, ..; layer l begins at site l.
+    Then switches even out how many experts each pair of sites shares, in the layer and over all
     layers. Raises ValueError for impossible sizes.
     """
     check_sizes(num_sites, num_experts, num_layers, replication)
@@ -102,12 +103,13 @@ def _even_designs(
 def _even_out(owners: list[set[int]], total: list[list[int]]) -> None:
     """Switches sites between experts as long as that makes the pair counts more even.
 
-    A switch (expert a gives site s to b and gets t) keeps the number of experts of every site. Each
-    one reduces the sum of squared pair counts: first of this layer, then of all layers so far
-    (`total`). At the end the counts of this layer are added to `total`.
+    In a switch, expert a gives site s to expert b and gets site t, so that no site holds more or
+    fewer experts. Every switch reduces the sum of squared pair counts of this layer and, with
+    `_LAYER_WEIGHT` times less weight, of all layers so far (`total`). At the end the counts of this
+    layer are added to `total`.
     """
     sites, weight = range(len(total)), _LAYER_WEIGHT + 1
-    # For each pair of sites, half the increase of the sum if the two share one more expert.
+    # For each pair of sites, half of what the sum gains if the two share one more expert.
     cost = [list(row) for row in total]
     for holders in owners:
         for s in holders:
@@ -126,7 +128,7 @@ def _even_out(owners: list[set[int]], total: list[list[int]]) -> None:
             if effort is None:
                 effort = 2 * len(a - b) ** 3
             work += effort
-            if work > _MOST_WORK:  # large tables are about even without switches
+            if work > _MOST_WORK:
                 improved = False
                 break
             if known:
@@ -153,7 +155,7 @@ def _best_switch(
     """The best sites of a and b to switch; None if no switch reduces the sum."""
 
     def gains(sites: Sequence[int], others: Sequence[int]) -> list[int]:
-        # After the switch, s pairs with the sites of b instead of those of a, and t vice versa.
+        # After the switch, s shares an expert with the sites of b, not a; t the reverse.
         found = []
         for site in sites:
             row = cost[site]
@@ -209,7 +211,7 @@ def random_table(table: Sequence[Row], seed: int, epoch: int) -> tuple[Row, ...]
 def _switched(experts: Row, generator: random.Random) -> Row:
     """The owner sets after random switches, in which two experts exchange one holder each.
 
-    It uses only `generator.random()`, whose stream is equal in all versions of Python.
+    It uses only `generator.random()`, which gives the same numbers in all versions of Python.
     """
 
     def below(bound: int) -> int:

@@ -1,6 +1,7 @@
-"""How many local steps should go on while a fragment is under way, from measured times. No torch.
+"""The number of local steps that overlap with an exchange, chosen from measured times. No torch.
 
-Every step of overlap makes what arrives one step older. So there are as few as the exchange needs.
+Each step of overlap makes the averaged values one step older when they arrive. So the overlap is
+only as long as the exchange.
 """
 
 from __future__ import annotations
@@ -10,22 +11,25 @@ from collections.abc import Sequence
 
 AUTO = "auto"
 TIMES = 3
-"""Numbers that a site tells all others with every fragment: see `needed_steps`."""
+"""How many numbers a site sends to all others with each fragment: see `needed_steps`."""
 FIRST = 1
 """Steps of overlap until times have been measured."""
 _SPARE = 1.25
-"""Of an exchange that takes 8 steps 10 are waited for: times vary."""
+"""Margin, because times vary: a quarter more than an exchange takes."""
+_AHEAD = 1
+"""Steps: sites are not at the same point of a step, and an exchange begins when the last of them
+has announced it."""
 _LESS = 0.6
-"""A choice is taken back where so much of it would do."""
+"""The overlap becomes shorter only if at most this share of it is enough."""
 
 
 def needed_steps(told: Sequence[Sequence[float]]) -> float | None:
-    """Local steps that an exchange takes, from what the sites tell of themselves; None as long as
-    one of them has measured nothing, which it tells as zeros.
+    """How many local steps an exchange takes at the site where it takes most.
 
-    `told`: of every site seconds that it took until all sites had announced the exchange, seconds
-    of the exchange from then on, and seconds of a local step. Of the first only the least counts:
-    the others have waited for sites that were behind. The site with most steps decides.
+    `told`: three times in seconds from each site: from its own announcement of the exchange until
+    those of all sites had arrived; from then until the exchange was complete; one local step. Of
+    the first, the smallest of all sites is used, since the other sites also waited for late ones. A
+    site sends zeros until it has measured something; the result is None as long as one site does.
     """
     if not all(moved > 0 and step > 0 for _, moved, step in told):
         return None
@@ -34,32 +38,33 @@ def needed_steps(told: Sequence[Sequence[float]]) -> float | None:
 
 
 def most_overlap(local_steps: int) -> int:
-    """Of a round's steps: a fragment must have arrived before it is sent again."""
+    """The longest possible overlap: a fragment must have arrived before it is sent again."""
     return local_steps - 1
 
 
 def chosen_overlap(exchange_steps: float, local_steps: int) -> int:
-    """Steps of overlap for an exchange that lasts as long as so many local steps.
+    """The overlap for an exchange that takes as long as `exchange_steps` local steps.
 
-    A quarter more than that, at least 1, at most one less than a round has.
+    It is a quarter longer than the exchange, and a step, and at most `local_steps` - 1.
     """
     if not 0 <= exchange_steps < math.inf:
-        raise ValueError(f"exchange_steps must be finite and >= 0, got {exchange_steps}")
-    return max(1, min(math.ceil(_SPARE * exchange_steps), most_overlap(local_steps)))
+        raise ValueError(f"exchange_steps must be finite and at least 0, got {exchange_steps}")
+    wanted = math.ceil(_SPARE * exchange_steps + _AHEAD)
+    return max(1, min(wanted, most_overlap(local_steps)))
 
 
 def next_overlap(now: int, exchange_steps: float, local_steps: int) -> int:
-    """As `chosen_overlap`, but `now` stays where the exchange fits and not much less would do."""
+    """As `chosen_overlap`, but keeps the overlap `now` if it is long enough, not much too long."""
     wanted = chosen_overlap(exchange_steps, local_steps)
-    fits = exchange_steps <= now or now == most_overlap(local_steps)
+    fits = exchange_steps + _AHEAD <= now or now == most_overlap(local_steps)
     return now if fits and wanted > _LESS * now else wanted
 
 
 def reason(overlap: int, exchange_steps: float, local_steps: int, fragments: int = 1) -> str:
-    """A sentence: which overlap was chosen, and why not more."""
+    """A sentence that says which overlap was chosen and why not a longer one."""
     plural = "" if f"{exchange_steps:.1f}" == "1.0" else "s"
     told = f"overlap {overlap}: the exchange takes {exchange_steps:.1f} step{plural}"
-    help_ = "the rest is waited for (a codec of fewer bits or more local steps would help)"
+    help_ = "sites wait for the rest (a codec with fewer bits or more local steps would help)"
     if exchange_steps > overlap:
         return (
             f"{told}; more is not possible, as a fragment is sent again after {local_steps} steps; "

@@ -82,7 +82,7 @@ class Placement:
     def cyclic(
         cls, *, num_sites: int, num_experts: int, num_layers: int, replication: int
     ) -> Placement:
-        """The default placement, which depends only on these sizes.
+        """The default placement, which depends only on its sizes.
 
         Any two sites share about the same number of experts, in each layer and over all layers.
         Raises ValueError for impossible sizes.
@@ -107,7 +107,7 @@ class Placement:
         seed: int,
         epoch: int = 0,
     ) -> Placement:
-        """A random placement that depends only on the arguments: it is equal on all sites.
+        """A random placement that depends only on the arguments, so that all sites draw the same.
 
         It is drawn almost uniformly from all placements of these sizes: the experts of the cyclic
         placement are shuffled, then ten random switches per (expert, site) pair are tried (a Markov
@@ -132,10 +132,10 @@ class Placement:
         In each layer it maximises (`together`) or minimises (not `together`) the sum of the counts
         of all pairs of experts that share a site, over all sites. The expected number of a token's
         experts on a site is the same in all placements of these sizes. With pairs together, a token
-        finds all or none of its experts on a site more often; with pairs apart, some of them. Load
-        is not balanced: one site may hold more heavily used experts than another. The result is a
-        local optimum of a greedy start and pairwise swaps, equal on all machines and never worse
-        than the cyclic placement.
+        more often finds all or none of its experts on a site; with pairs apart, some of them. Load
+        is not balanced: one site may hold more heavily used experts than another. The search is
+        greedy, followed by pairwise swaps to a local optimum. Its result is the same on all
+        machines and never worse than the cyclic placement.
 
         Args:
             counts: ints [L, E, E] by layer, at least 0 and symmetric, as nested lists, an array or
@@ -188,8 +188,9 @@ class Placement:
     def uneven(cls, table: Sequence[Sequence[Sequence[int]]], num_sites: int) -> Placement:
         """As `from_table`, but sites may hold different numbers of experts.
 
-        `replication` is the largest number of holders of an expert. If the table is even, so is the
-        placement. Raises ValueError if an expert has no holder or a site is not in [0, num_sites).
+        `replication` is the largest number of holders of an expert. An even table gives the same
+        placement as with `from_table`. Raises ValueError if an expert has no holder or a site is
+        not in [0, num_sites).
         """
         try:
             rows = tuple(tuple(tuple(sorted(sites)) for sites in experts) for experts in table)
@@ -209,7 +210,7 @@ class Placement:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Placement:
-        """The placement that `to_dict` was called on. Raises ValueError for any other dict."""
+        """The placement from the dict that `to_dict` returned. ValueError for any other dict."""
         try:
             if value.get("even", True):
                 placement = cls.from_table(value["owners"], value["num_sites"])
@@ -231,7 +232,7 @@ class Placement:
 
     @property
     def experts_per_site(self) -> int:
-        """Number of experts of one layer that each site holds; if not even, the largest number."""
+        """Number of experts of a layer that each site holds; the largest one if not `even`."""
         if self.even:
             return self.num_experts * self.replication // self.num_sites
         held: tuple[tuple[tuple[int, ...], ...], ...] = self._residents  # type: ignore[attr-defined]
@@ -263,11 +264,11 @@ class Placement:
         return sum(len(of_layer[site]) for of_layer in self._residents)  # type: ignore[attr-defined]
 
     def owner_sets(self) -> tuple[Owners, ...]:
-        """All distinct `owners` of experts, in ascending order."""
+        """All distinct sets of `owners` of experts, in ascending order."""
         return tuple(sorted({owners for experts in self.table for owners in experts}))
 
     def num_by_owners(self, layers: tuple[int, ...]) -> Mapping[Owners, int]:
-        """Numbers of experts, over these layers, by the sites that hold them."""
+        """Number of experts in these layers for each set of sites that holds some."""
         known: dict[tuple[int, ...], Counter[Owners]] = self._num_by_owners  # type: ignore[attr-defined]
         if layers not in known:
             known[layers] = Counter()
@@ -353,6 +354,6 @@ def _check_layer(placement: Placement, layer: int, experts: Sequence[Owners]) ->
     held = [counts[site] for site in range(placement.num_sites)]
     if len(set(held)) > 1:
         raise ValueError(
-            f"every site must hold {placement.experts_per_site} experts of layer {layer}, sites "
-            f"0..{placement.num_sites - 1} hold {held}"
+            f"every site must hold {placement.experts_per_site} experts of layer {layer}, got "
+            f"{held} at sites 0..{placement.num_sites - 1}"
         )

@@ -1,8 +1,8 @@
-"""Which rank of a site holds which of its resident experts. Needs no torch.
+"""Which rank of a site holds which of the site's resident experts. Needs no torch.
 
-All ranks need about the same memory, so their numbers of experts differ by at most one. Their load
-depends on the router, and all ranks wait for the one with the largest load. `spread_experts` puts
-heavily used experts on different ranks, given a measured load.
+The numbers of experts of two ranks differ by at most one, so that all need about the same memory.
+Their load depends on the router, and all ranks wait for the one with the largest load. Given a
+measured load, `spread_experts` puts heavily used experts on different ranks.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def spread_experts(
     """For each rank the ids of the experts that it holds, ascending; deterministic.
 
     The numbers of experts of two ranks differ by at most one. Without a load, ranks get chunks of
-    ascending ids. With a load, the largest total load of a rank is made small: the result is the
-    better of two local optima, in which no move and no swap of two experts reduces it. One search
-    starts from longest processing time first (Graham 1969, with a limit on experts per rank), the
-    other from the chunks, so that the result is never worse than the chunks.
+    ascending ids. With a load, a search reduces the largest total load of any rank until no move
+    and no swap of two experts reduces it further. It starts once from longest processing time first
+    (Graham 1969, with a limit on experts per rank) and once from the chunks. The better result is
+    returned, which is never worse than the chunks.
 
     Args:
         experts: ids, in any order.
@@ -88,7 +88,7 @@ def _indices(name: str, values: Iterable[Any]) -> list[int]:
 
 
 def _checked(load: Sequence[float], experts: Sequence[int]) -> list[int]:
-    """The load as integer multiples of one unit, so that sums do not depend on their order."""
+    """The load as multiples of one unit: sums of ints do not depend on their order."""
     load = list(load)
     for expert, value in enumerate(load):
         if not is_load(value):

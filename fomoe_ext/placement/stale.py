@@ -1,9 +1,10 @@
 """Frozen copies of absent experts: which copies a site keeps, which site sends them, their bytes.
 
-A site can keep copies of experts that it does not hold. It computes them but does not train them.
-At the end of a meeting one holder of each such expert sends its encoded parameters. With copies of
-all absent experts no slot is skipped: every site computes the whole model and trains a part of it,
-as in SPES (arXiv 2602.11543). Needs no torch; `fomoe_ext.outer.stale` exchanges the copies.
+A site can keep copies of experts that it does not hold. It computes with them but does not train
+them. At the end of a meeting, one holder of each such expert sends its encoded parameters. With
+copies of all absent experts no slot is skipped: every site computes the whole model and trains a
+part of it, as in SPES (arXiv 2602.11543). Needs no torch; `fomoe_ext.outer.stale` exchanges the
+copies.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from fomoe_ext.placement import wire
 from fomoe_ext.placement.placement import Owners, Placement, Transfer
 
 CODECS = ("fp32", "bf16", "int8", "int4")
-"""Codecs for copies, from `wire.CODECS`: without error feedback sparse ones would lose too much."""
+"""Codecs for copies. topk is missing: without error feedback it would lose too much."""
 
 Wanted = tuple[tuple[tuple[int, ...], ...], ...]
 """For each layer and site, the experts of which the site keeps copies, ascending."""
@@ -28,10 +29,10 @@ def wanted_copies(
 ) -> Wanted:
     """For each layer and site, `count` absent experts (-1 = all of them) to keep copies of.
 
-    load: by layer and expert, how often it is chosen. A site copies the absent experts that are
-    chosen most (the lowest number among equals). Without a load the copies are spread evenly over
-    the experts. Raises ValueError if `count` is larger than the number of absent experts, or for a
-    load of other sizes than the placement.
+    `load`: how often each expert is chosen, by layer and expert. A site copies the absent experts
+    that are chosen most (ties: the lowest number). Without a load, each expert is copied about
+    equally often. Raises ValueError if `count` is larger than the number of absent experts, or for
+    a load of other sizes than the placement.
     """
     absent = placement.num_experts - placement.experts_per_site
     if not -1 <= count <= absent:
@@ -57,8 +58,8 @@ def wanted_copies(
 def _of_layer(
     owners: tuple[Owners, ...], num_sites: int, count: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Sites take turns. Each takes the expert with the fewest copies so far; ties go to the first
-    one from the site's own offset."""
+    """Sites choose in turn. Each takes the absent expert with the fewest copies so far; ties go to
+    the first one after the site's own offset."""
     experts = len(owners)
     taken = [0] * experts
     chosen: list[list[int]] = [[] for _ in range(num_sites)]
@@ -93,12 +94,12 @@ def copy_transfers(placement: Placement, wanted: Wanted) -> tuple[Transfer, ...]
             for expert in experts:
                 if site in placement.owners(layer, expert):
                     raise ValueError(
-                        f"wanted must be absent experts, got expert {expert} of layer {layer} for "
-                        f"site {site}, which holds it"
+                        f"wanted must name absent experts, got expert {expert} of layer "
+                        f"{layer} for site {site}, which holds it"
                     )
                 targets.setdefault(expert, []).append(site)
         asked += [(layer, e, target) for e in sorted(targets) for target in targets[e]]
-    # The holder with the fewest copies to send gets the next one; then copies move to even out.
+    # Each copy goes to the holder that sends fewest so far; further passes even this out.
     sends = [0] * placement.num_sites
     sources: list[int | None] = [None] * len(asked)
     for _ in range(_PASSES):
@@ -153,9 +154,9 @@ def refresh_bytes(
 def copy_waves(
     wanted: Wanted, elements: Sequence[int], codec: str, most_bytes: int
 ) -> list[list[int]]:
-    """Layers whose copies travel together, equal at all sites.
+    """Groups of layers whose copies travel together; the same at all sites.
 
-    A wave has as many layers as fit into most_bytes received per site, but at least one. Layers
+    A wave has as many layers as a site can receive with `most_bytes`, but at least one. Layers
     without copies are left out.
     """
     waves: list[list[int]] = []

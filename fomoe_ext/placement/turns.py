@@ -1,12 +1,14 @@
 """Experts in turns: which of an owner group's experts travel in which meeting. Needs no torch.
 
-With `expert_turns` = P, every P meetings form a cycle in which each expert is averaged once; dense
-parameters are averaged in every meeting. Sites can thus meet P times as often with the same bytes
-for experts. `turn_order` chooses the order in a cycle: "least-trained" begins with the experts to
-which their holders routed the fewest tokens per round since their last meeting (they may gain most
-from other sites), "most-trained" with those that got the most (they have changed most), "numbered"
-goes by layer and number. In docs/claims.md the three reach the same loss. Between its meetings each
-holder trains its own version of an expert, and the anchor stays.
+With `expert_turns` = P, P meetings form a cycle in which each expert is averaged once. Dense
+parameters are averaged in every meeting. So sites can meet P times as often with the same bytes for
+experts. Between the meetings of an expert each holder trains its own version of it, and the anchor
+does not change.
+
+`turn_order` is the order in a cycle. "least-trained" begins with the experts to which their holders
+routed the fewest tokens per round since their last meeting, since these may gain most from other
+sites. "most-trained" begins with those that got the most tokens, since they have changed most.
+"numbered" goes by layer and number. In docs/claims.md all three reach the same loss.
 """
 
 from __future__ import annotations
@@ -24,14 +26,14 @@ Expert = tuple[int, int]
 
 
 class GroupExperts(NamedTuple):
-    """The experts of an owner group: their number, and the elements that travel with each."""
+    """The experts of an owner group: their number, and the elements that travel for each."""
 
     count: int
     elements: int
 
 
 def check_turns(expert_turns: int, turn_order: str, optimizer: str, staggered: bool) -> None:
-    """ValueError or TypeError, naming the argument, unless experts can meet in these turns."""
+    """ValueError or TypeError, naming the argument, unless these turns are possible."""
     at_least(1, expert_turns=expert_turns)
     one_of(ORDERS, turn_order=turn_order)
     if expert_turns > 1 and (staggered or optimizer not in ("diloco", "fedavg")):
@@ -41,7 +43,7 @@ def check_turns(expert_turns: int, turn_order: str, optimizer: str, staggered: b
 
 
 def counts_tokens(expert_mean: str, expert_turns: int, turn_order: str) -> bool:
-    """Whether sites exchange how many tokens they routed to each expert: as weights of means, or to
+    """Whether sites exchange how many tokens they routed to each expert: to weight means, or to
     order the experts."""
     return expert_mean == "tokens" or (expert_turns > 1 and turn_order != "numbered")
 
@@ -68,8 +70,8 @@ def experts_of_turn(
 ) -> list[Expert]:
     """The experts of one owner group that meet in a round, in ascending order.
 
-    met: the round in which an expert last met, 0 = never. trained: tokens that its holders have
-    routed to it since. All holders must pass the same values.
+    met: the round in which an expert was last averaged, 0 = never. trained: tokens that its holders
+    have routed to it since. All holders must pass the same values.
     """
     begun = (round_index - 1) // turns * turns  # the last round before this cycle
     sign = {"least-trained": 1, "most-trained": -1, "numbered": 0}[order]

@@ -1,11 +1,11 @@
 """Exact bytes on the wire: how a meeting splits its data and what it sends. Needs no torch.
 
-The N members of an owner group reduce their common parameters in buckets. A bucket of n elements is
-split into N shares of ceil(n / N), one per member (the last ones padded). Reduce-scatter: every
-member sends each other member that member's share, encoded. All-gather: it sends the encoded sum of
-its own share to each other member. So a member sends 2 (N - 1) encoded shares per bucket. Sparse
-payloads are all-gathered instead, and every member adds them up. `fomoe_ext.outer` counts the bytes
-that it sends; the functions here predict them.
+The N members of an owner group all-reduce their common parameters in buckets. A bucket of n
+elements is split into N shares of ceil(n / N), one per member (the last ones padded). In the
+reduce-scatter, a member sends each other member that member's share, encoded. In the all-gather, it
+sends the encoded sum of its own share to each other member. So a member sends 2 (N - 1) encoded
+shares per bucket. Sparse payloads are all-gathered instead, and every member adds them up.
+`fomoe_ext.outer` counts the bytes that it sends; the functions here predict them.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ CODECS = ("fp32", "bf16", "int8", "int8-128", "int4", "int4-128", "int2", "int2-
 values; or only the 1/64 largest of every 4096 values. csrc/kernels.h describes the formats."""
 OPTIMIZERS = ("diloco", "fedavg", "local-adamw", "ddp")
 STATUS_BYTES = 128
-"""Bytes of the status that every site sends every other one before a meeting."""
+"""Bytes of the status that each site sends to every other one before a meeting."""
 NORM_BYTES = 8
 """Bytes of a site's part of the squared gradient norm, fp64."""
 HASH_BYTES = 8
 """Bytes of a 64-bit hash: after every payload, and after a meeting for each owner group."""
 COMMIT_BYTES = 8
-"""Bytes by which a site tells every other one, in a staged meeting, that all data has arrived."""
+"""Bytes with which a site confirms to every other one, in a staged meeting, that all data has
+arrived."""
 COUNT_BYTES = 8
-"""Bytes of one number that a site sends before a meeting: the tokens that it has routed to an
-expert, if they weight the means of experts; see also `site_numbers`."""
+"""Bytes of one number that a site sends before a meeting: the number of tokens that it routed to an
+expert, or one of the `site_numbers`."""
 IN_FLIGHT = 8
 """Number of buckets that a site transfers at the same time in each direction."""
 
 
 class Link(NamedTuple):
-    """A site's connection to the others: bits per second that it can send, latency in seconds."""
+    """A site's connection to the others: bandwidth in bits per second, latency in seconds."""
 
     bandwidth: float
     latency: float
@@ -60,8 +61,8 @@ class Sizes(NamedTuple):
 class GroupElements(NamedTuple):
     """Elements that a site has in common with each owner group that it belongs to.
 
-    parameters: updated by the outer optimizer. biases: selection biases, which are only averaged.
-    experts: the part of `parameters` that belongs to experts.
+    parameters: those that the outer optimizer updates. biases: selection biases, which are only
+    averaged. experts: the part of `parameters` that belongs to experts.
     """
 
     parameters: dict[Owners, int]
@@ -99,7 +100,7 @@ def wire_bytes(codec: str, numel: int) -> int:
 
 
 def is_sparse(codec: str) -> bool:
-    """Whether a codec keeps only some values. Encoding a sum again would lose most of them."""
+    """Whether a codec keeps only some values. Encoding a sum again would lose most of it."""
     return codec == "topk"
 
 
@@ -170,21 +171,21 @@ def own_elements(numel: int, members: int, codec: str, bucket_bytes: int) -> int
 
 @lru_cache(maxsize=64)
 def owner_sets(placement: Placement) -> tuple[Owners, ...]:
-    """All sets of sites that have parameters in common, ascending, with the set of all sites."""
+    """All sets of sites that have parameters in common, ascending, including that of all sites."""
     return tuple(sorted({tuple(range(placement.num_sites)), *placement.owner_sets()}))
 
 
 def lane_of(bucket: int, turn: int, ranks: int) -> int:
-    """The rank of a site that transfers a bucket: ranks take turns. turn: where the buckets of an
-    owner set and a fragment begin, the index of the set in `owner_sets` plus the fragment."""
+    """The rank of a site that transfers a bucket; ranks take turns. turn: the rank of bucket 0,
+    modulo `ranks`: the index of the owner set in `owner_sets` plus the fragment."""
     return (bucket + turn) % ranks
 
 
 def lane_elements(numel: int, turn: int, rank: int, ranks: int, bucket_bytes: int) -> int:
-    """Elements, out of `numel`, that a rank of a site transfers."""
+    """How many of `numel` elements a rank of a site transfers."""
     size = bucket_elements(bucket_bytes)
     full, rest = divmod(numel, size)
-    first = (rank - turn) % ranks  # as `lane_of`: the rank's turn comes every so many buckets
+    first = (rank - turn) % ranks  # the rank's first bucket, as in `lane_of`
     of_full = size * max(0, -(-(full - first) // ranks))
     return of_full + (rest if lane_of(full, turn, ranks) == rank else 0)
 
@@ -207,8 +208,9 @@ def _blocks_of_fragments(blocks: int, fragments: int) -> tuple[tuple[int, ...], 
 
 
 def fragment_steps(fragments: int, local_steps: int) -> list[int]:
-    """For each fragment the local step of a round, from 1, after which it meets: evenly spread, the
-    last one at the end. Raises ValueError unless 1 <= fragments <= local_steps."""
+    """For each fragment the local step of a round, from 1, after which it is averaged: evenly
+    spread, with the last fragment at the end. Raises ValueError unless
+    1 <= fragments <= local_steps."""
     if not 1 <= fragments <= local_steps:
         raise ValueError(f"fragments must be in [1, local_steps = {local_steps}], got {fragments}")
     return [(index + 1) * local_steps // fragments for index in range(fragments)]
@@ -226,8 +228,8 @@ def group_elements(
     """For each fragment the elements that a site has in common with its owner groups, as in
     `OuterSync`.
 
-    With router_scope "global" all router rows travel with the dense parameters, with "resident"
-    each one travels with its expert. selection_bias: whether routers balance by bias (one fp32 per
+    With router_scope "global" router rows travel with the dense parameters, with "resident" each
+    row travels with its expert. selection_bias: whether routers have selection biases (one fp32 per
     expert).
     """
     everyone = tuple(range(placement.num_sites))
@@ -268,10 +270,10 @@ def moment_codecs_of(codec: str, given: Sequence[str] | None = None) -> tuple[st
 
 
 def check_moments(moment_periods: Sequence[int], moment_codecs: Sequence[str]) -> None:
-    """ValueError or TypeError, naming the argument, unless moments can be averaged this way.
+    """Raises ValueError or TypeError, naming the argument, unless moments can be averaged this way.
 
     Moments have no error feedback, so sparse codecs would lose values. The second moment is a
-    divisor, and coarse codecs could round it to zero.
+    divisor, which coarse codecs could round to zero.
     """
     if len(moment_periods) != 2:
         raise ValueError(f"moment_periods must be two numbers of rounds, got {moment_periods!r}")
@@ -296,8 +298,8 @@ def check_staggering(
     overlap_alpha: float,
     local_steps: int | None = None,
 ) -> None:
-    """ValueError or TypeError, naming the argument, unless a round of `local_steps` (None = not
-    known yet) can be spread so. `overlap` is a number of steps or "auto"."""
+    """Raises ValueError or TypeError, naming the argument, unless meetings can be spread over a
+    round in this way. `overlap`: a number of steps or "auto"; `local_steps`: None = not known."""
     at_least(1, fragments=fragments)
     if isinstance(overlap, str) and overlap != AUTO:
         raise ValueError(f"overlap must be a number of steps or {AUTO!r}, got {overlap!r}")
@@ -310,20 +312,20 @@ def check_staggering(
         return
     if optimizer not in ("diloco", "fedavg"):
         raise ValueError(
-            f"fragments and overlap are for optimizer diloco or fedavg, got {optimizer!r}"
+            f"optimizer must be diloco or fedavg with fragments or overlap, got {optimizer!r}"
         )
     if local_steps is None:
         return
     fragment_steps(fragments, local_steps)
     if isinstance(overlap, str):
         if local_steps < 2:
-            raise ValueError(f"overlap = {AUTO} needs local_steps >= 2, got {local_steps}")
+            raise ValueError(f"overlap = {AUTO} needs local_steps of at least 2, got {local_steps}")
     elif overlap >= local_steps:
         raise ValueError(f"overlap must be less than local_steps = {local_steps}, got {overlap}")
 
 
 def check_clip_delta(clip_delta: float) -> None:
-    """ValueError or TypeError, naming the argument, unless it is 0 or finite and at least 1."""
+    """Raises ValueError or TypeError unless `clip_delta` is 0 or finite and at least 1."""
     finite(0.0, clip_delta=clip_delta)
     if clip_delta and clip_delta < 1:
         raise ValueError(f"clip_delta must be 0 or at least 1, got {clip_delta}")
@@ -331,8 +333,7 @@ def check_clip_delta(clip_delta: float) -> None:
 
 def site_numbers(by_tokens: bool, clip_delta: float, overlap: int | str = 0) -> int:
     """How many numbers a site sends about itself before a meeting: its tokens, if they weight the
-    means; the norm of its delta, if deltas are clipped; the `TIMES` by which overlap "auto" is
-    chosen."""
+    means; the norm of its delta, if deltas are clipped; `TIMES` times for overlap "auto"."""
     return int(by_tokens) + int(clip_delta > 0) + (TIMES if overlap == AUTO else 0)
 
 
@@ -414,8 +415,8 @@ def reshuffle_bytes(
     """Bytes that a site sends to change to the placement `new`: plain fp32, and a status.
 
     For each expert it sends the anchor, the outer momentum (outer_momentum None = with "diloco"
-    only) and `inner_moments` moments of the inner optimizer (2 if moments are carried along); with
-    router_scope "resident" also the expert's router row and bias.
+    only) and `inner_moments` moments of the inner optimizer (2 if moments are sent along). With
+    router_scope "resident" it also sends the expert's router row and bias.
     """
     if outer_momentum is None:
         outer_momentum = optimizer == "diloco"
@@ -430,15 +431,15 @@ def reshuffle_bytes(
 
 
 def shadow_site(placement: Placement, layer: int, expert: int) -> int | None:
-    """The site that keeps an expert's shadow copy: the first site after the expert's first holder
-    that does not hold it. None if all sites hold it."""
+    """The site that keeps an expert's shadow copy: the next site after the expert's first holder
+    that does not hold the expert. None if all sites hold it."""
     owners, count = placement.owners(layer, expert), placement.num_sites
     others = (site % count for site in range(owners[0] + 1, owners[0] + count))
     return next((site for site in others if site not in owners), None)
 
 
 def shadow_parcels(placement: Placement) -> list[Transfer]:
-    """The transfers of all shadow copies at the end of a meeting; holders take turns."""
+    """The transfers of all shadow copies at the end of a meeting; the holders send in turn."""
     result = []
     for layer in range(placement.num_layers):
         for expert in range(placement.num_experts):

@@ -1,8 +1,8 @@
-"""The flags of `fomoe plan`, read in a hundredth of a second. Needs no torch.
+"""Fast parsing of the flags of `fomoe plan`. Needs no torch.
 
-`tyro` reads flags, says what is wrong with them and prints help, but takes as long as all the rest
-of a plan. Flags in their plain form, `--name value` with a good value, are read here; for anything
-else it is asked.
+Importing and running `tyro` takes as long as the rest of a plan. So flags of the plain form
+`--name value` with a valid value are parsed here, in a hundredth of a second. Help, errors and all
+other forms are left to `tyro`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Options = TypeVar("Options")
 
 
 class _Unclear(Exception):
-    """Something that tyro shall read."""
+    """Raised for arguments that are left to tyro."""
 
 
 def _convert(kind: Any, text: str) -> Any:
-    """A flag's value. Raises _Unclear unless it plainly is one."""
+    """The text as a value of a field's type. Raises _Unclear if that needs tyro."""
     origin, choices = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType) and text != "None":
         for choice in choices:
@@ -47,7 +47,7 @@ def _convert(kind: Any, text: str) -> Any:
 
 
 def _take(kinds: dict[str, Any], args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Values by field of the flags that are known, and the arguments that are left."""
+    """The values of the known flags, by field, and the remaining arguments."""
     values: dict[str, Any] = {}
     rest = []
     given = list(args)
@@ -72,9 +72,10 @@ def _take(kinds: dict[str, Any], args: Sequence[str]) -> tuple[dict[str, Any], l
 
 
 def parse_options(kind: type[Options], arguments: Sequence[str]) -> tuple[Options, list[str]]:
-    """A flat dataclass of options, and the arguments that are none of its flags.
+    """A flat dataclass of options filled from its flags, and the remaining arguments.
 
-    Raises SystemExit after --help, with that of the job's flags below it, and after a bad flag.
+    --help prints the help of these options and then that of the job's flags. Raises SystemExit
+    after --help and after a bad flag.
     """
     hints = typing.get_type_hints(kind)
     args = list(arguments)
@@ -92,12 +93,12 @@ def parse_options(kind: type[Options], arguments: Sequence[str]) -> tuple[Option
             tyro.cli(kind, prog=PROGRAM, args=["--help"])
         except SystemExit:
             print()
-        parse_args(["--help"], PROGRAM)
+        parse_args(["--help"], PROGRAM, "The job, described by the flags of `fomoe train`.")
     return tyro.cli(kind, prog=PROGRAM, args=args, return_unknown_args=True)
 
 
 def parse_job(arguments: Sequence[str]) -> TrainConfig:
-    """What `parse_args` makes of the flags of `fomoe train`, and with its errors."""
+    """The job that the flags of `fomoe train` describe: as `parse_args`, with the same errors."""
     try:
         return _plain_job(arguments)
     except (_Unclear, ValueError, TypeError, OSError):

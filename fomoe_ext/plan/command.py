@@ -23,34 +23,38 @@ from fomoe_ext.plan.jobs import compared_costs
 DEFAULT_LINK = "1gbit"
 DEFAULT_LATENCY = "50ms"
 GPUS = {"a100": 312.0, "h100": 989.0, "h200": 989.0, "b200": 2250.0}
-"""10^12 operations per second, bf16 without sparsity, of the SXM kinds: NVIDIA's data sheets."""
+"""Peak TFLOP/s of the SXM models in bf16 without sparsity, from NVIDIA's data sheets."""
 _UNITS = {
     unit: size
     for power, letter in enumerate(("", "k", "m", "g", "t"))
     for unit, size in ((f"{letter}b", 1000**power), (f"{letter}ib", 1024**power))
 }
 _READ_WITH_HF = ("seq_len", "router_scope", "skipped_mass")
-"""Of the model's options, those that a config.json does not say."""
+"""Options of the model that may be given with --hf-config: a config.json does not have them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanOptions:
-    """Options of plans alone; every other flag is one of `fomoe train`.
+    """Estimate what a training job costs, before it is trained.
 
-    `--link` is the planned link here: 1gbit,50ms unless given; without a latency, 50 ms.
+    All flags of `fomoe train` (listed below) describe the job. `--link` is the link between sites
+    that the plan assumes: 1gbit,50ms by default. A link without a latency gets 50 ms.
     """
 
     hf_config: Path | None = None
-    """config.json of a transformers model (or its folder), whose sizes are planned with: Mixtral,
-    Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V3, gpt-oss. Steps are then those of the preset 54m."""
+    """Plan for the transformers model of this config.json (or of the folder that holds it):
+    Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, DeepSeek-V3 or gpt-oss. Steps and batches are those of the
+    preset 54m, unless --preset or --config is given."""
     gpu_peak: str = "h100"
-    """Peak of a rank's GPU in TFLOP/s, or a100, h100, h200, b200 (bf16, dense)."""
+    """Peak of each rank's GPU: a number of TFLOP/s, or a100, h100, h200, b200 (bf16, dense)."""
     mfu: float = 0.4
-    """Share of the peak that training reaches."""
+    """Model FLOPs utilization: the share of the peak that training reaches, above 0 and up to 1."""
     fit: str | None = None
-    """Memory such as 80GB or 79GiB (of a rank): find the fastest replication and codec that fit."""
+    """Memory of a rank, such as 80GB or 79GiB: choose the fastest replication and codec that fit
+    into it."""
     plot: Path | None = None
-    """File .svg or .png: cost against replication, utilization against bandwidth."""
+    """Draw cost against replication and utilization against bandwidth into this .svg or .png
+    file."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
@@ -62,12 +66,12 @@ class PlanOptions:
             parse_memory(self.fit)
 
     def flops_per_s(self, config: TrainConfig) -> float:
-        """What a site of a job reaches in training."""
+        """FLOP/s that a site of the job reaches in training."""
         return parse_gpu(self.gpu_peak) * self.mfu * config.sites.ranks_per_site
 
 
 def parse_gpu(text: str) -> float:
-    """Operations per second of a GPU: a name of `GPUS`, or a number of TFLOP/s.
+    """Peak FLOP/s of a GPU, from its name in `GPUS` or a number of TFLOP/s.
 
     Raises ValueError for anything else.
     """
@@ -83,7 +87,10 @@ def parse_gpu(text: str) -> float:
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of a size such as 80GB (powers of 1000) or 79GiB (of 1024). Raises ValueError."""
+    """Number of bytes of a size such as 80GB (powers of 1000) or 79GiB (powers of 1024).
+
+    Raises ValueError for any other text.
+    """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]+)", text.strip().lower())
     if match is None or match[2] not in _UNITS or not float(match[1]):
         raise ValueError(
@@ -94,17 +101,17 @@ def parse_memory(text: str) -> int:
 
 
 def planned_link(config: TrainConfig) -> Link:
-    """The job's link, or the default one; without a latency it has the default one."""
+    """The job's link. A missing link or latency is replaced by the default one."""
     text = config.sites.link or DEFAULT_LINK
     return parse_link(text if "," in text else f"{text},{DEFAULT_LATENCY}")
 
 
 def planned_job(options: PlanOptions, arguments: Sequence[str]) -> tuple[TrainConfig, str]:
-    """The job that the flags of `fomoe train` ask for, and the name of its model.
+    """The job that the flags of `fomoe train` describe, and the name of its model.
 
-    With `hf_config` the model is the one of that file: of the model's flags only those in
-    `_READ_WITH_HF` go with it. Raises ValueError for others, and as `read_hf_config` and
-    `parse_job`.
+    With `hf_config` the sizes of the model come from that file, and of the model's flags only those
+    in `_READ_WITH_HF` may be given. Raises ValueError for others, and what `read_hf_config` and
+    `parse_job` raise.
     """
     if options.hf_config is None:
         config = parse_job(arguments)
@@ -116,7 +123,7 @@ def planned_job(options: PlanOptions, arguments: Sequence[str]) -> tuple[TrainCo
     for field in dataclasses.fields(ModelConfig):
         flag = field.name.replace("_", "-")
         if field.name not in _READ_WITH_HF and given & {flag, field.name}:
-            raise ValueError(f"--{flag} does not go with --hf-config, which says it")
+            raise ValueError(f"--{flag} must not be given with --hf-config, which sets it")
     if not given & {"preset", "config"}:
         rest += ["--preset", "54m"]
     sizes = read_hf_config(options.hf_config, 1)
@@ -131,16 +138,16 @@ def planned_job(options: PlanOptions, arguments: Sequence[str]) -> tuple[TrainCo
     config = parse_job(rest)
     model = config.model
     sizes = read_hf_config(options.hf_config, model.seq_len, model.router_scope)
-    # The cost model takes either kind of model.
+    # The cost model accepts a ModelConfig or ModelSizes.
     job: Any = dataclasses.replace(config, model=sizes)  # type: ignore[arg-type]
     path = options.hf_config
     return job, str(path.parent if path.name == "config.json" else path)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`fomoe plan [flags]`; returns the exit code: 1 where nothing fits.
+    """`fomoe plan [flags]`; returns the exit code: 1 if nothing fits into the memory of --fit.
 
-    Raises ValueError and OSError for bad values and files; SystemExit as `parse_job`.
+    Raises ValueError and OSError for bad values and files, and SystemExit as `parse_job` does.
     """
     options, rest = parse_options(PlanOptions, arguments)
     config, name = planned_job(options, rest)

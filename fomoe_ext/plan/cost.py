@@ -1,7 +1,8 @@
-"""Arithmetic, time and bandwidth of a job's rounds, and the paper's own formulas. Needs no torch.
+"""FLOPs, time and bandwidth of a job's rounds, and the paper's own formulas. Needs no torch.
 
-Time is a model: a link of a bandwidth and a latency, a site of so many FLOP/s. The formulas of the
-FoMoE paper (arXiv 2606.19025, section on cost models) are the functions that begin with `paper_`.
+Times are estimated from the bandwidth and latency of the link and the FLOP/s of a site. Functions
+whose names begin with `paper_` are formulas of the FoMoE paper (arXiv 2606.19025, section on cost
+models).
 """
 
 from __future__ import annotations
@@ -42,28 +43,30 @@ class TokenFlops(NamedTuple):
 
     @property
     def forward(self) -> float:
-        """All of the forward pass."""
+        """The whole forward pass."""
         return sum(self)
 
     @property
     def training(self) -> float:
-        """Forward and backward: three times the forward pass; of frozen copies, whose weights get
-        no gradient, twice."""
+        """Forward and backward pass: three times the forward pass, but twice for frozen copies,
+        whose weights get no gradient."""
         return 3 * sum(self) - self.stale_experts
 
 
 def flops_per_token(
     model: ModelConfig | ModelSizes, resident_share: float = 1.0, stale_share: float = 0.0
 ) -> TokenFlops:
-    """FLOPs per token of a sequence of `model.seq_len`; norms and other vector work are left out.
+    """FLOPs per token in sequences of `model.seq_len`, without norms and other vector operations.
 
-    The paper's Eq. 3, with matrix products written out: sigma = `resident_share` on the experts'
-    work where slots are skipped, min(k, N_local) / k of it where they are not. Other than there the
-    router is computed whole, as `MoELayer` does. MLPs of dense blocks count as shared experts.
-    `resident_share` in 0..1 is the share of experts a site holds. With router_scope "global" slots
-    on the others are skipped: with an even load the experts' work is times that share. With
-    "resident" a token still has min(top_k, residents) experts. `stale_share`: of experts of which
-    it computes frozen copies. Attention counts the causal half.
+    This is Eq. 3 of the paper with the matrix products written out, except that router scores are
+    computed for all experts, as in `MoELayer`. The paper's factor sigma on the experts' FLOPs is
+    `resident_share` with router_scope "global", where slots on absent experts are skipped (for an
+    even load), and min(top_k, residents) / top_k with "resident". MLPs of dense blocks count as
+    shared experts. Attention counts the causal half.
+
+    Args:
+        resident_share: Share of a layer's experts that a site holds, above 0 and up to 1.
+        stale_share: Share of a layer's experts of which a site computes frozen copies.
     """
     if not 0 < resident_share <= 1:
         raise ValueError(f"resident_share must be in (0, 1], got {resident_share}")
@@ -94,11 +97,12 @@ def flops_per_token(
 class RoundCost(NamedTuple):
     """What a round costs a site.
 
-    local_s: seconds of arithmetic. meeting_s: seconds of sending, of which `hidden_s` pass while
-    local steps go on (`hideable_s` could). bytes_sent. memory: bytes, as `SiteMemory.total`. flops:
-    of all local steps. waits: exchanges one after the other, each of which costs a latency. waves:
-    times that `in_flight` buckets travel; each costs a latency at least. overlap: local steps that
-    go on while a fragment is under way; with overlap "auto" those that would be chosen.
+    local_s: seconds of local steps. meeting_s: seconds of meetings; at most `hideable_s` of them
+    can overlap with local steps. bytes_sent: in the round. memory: bytes, `SiteMemory.total`.
+    flops: of all local steps. waits: exchanges that follow one another, each of which takes a
+    latency. waves: sets of `in_flight` buckets that travel together, each of which takes at least a
+    latency. overlap: local steps taken while a fragment is on its way; for overlap "auto" the
+    number that it would choose.
     """
 
     local_s: float
@@ -113,12 +117,12 @@ class RoundCost(NamedTuple):
 
     @property
     def hidden_s(self) -> float:
-        """Seconds of meetings behind local steps."""
+        """Seconds of meetings that overlap with local steps."""
         return min(self.meeting_s, self.hideable_s)
 
     @property
     def seconds(self) -> float:
-        """Of the whole round."""
+        """Seconds of the whole round."""
         return self.local_s + self.meeting_s - self.hidden_s
 
     @property
@@ -132,7 +136,7 @@ class RoundCost(NamedTuple):
         return self._replace(meeting_s=self.waits * link.latency + sending_s)
 
     def limit(self, link: Link) -> str:
-        """Which of `LIMITS` makes the meetings as long as they are over this link."""
+        """What limits the meetings over this link: a key of `LIMITS`."""
         if not self.bytes_sent:
             return "nothing"
         if self.hidden_s == self.meeting_s:
@@ -145,24 +149,25 @@ class RoundCost(NamedTuple):
 
 
 LIMITS = {
-    "bandwidth": "the link is full: a codec of fewer bits, more local steps or less replication "
+    "bandwidth": "the link is full; a codec with fewer bits, more local steps or less replication "
     "would help",
-    "latency x buckets": "buckets travel in waves, each of which costs a latency at least: larger "
-    "buckets (--bucket-bytes) or more of them at once (--in-flight) would help, and take memory",
-    "latency": "a few exchanges one after the other, which no bandwidth makes shorter: more local "
-    "steps or --overlap would help",
-    "nothing: hidden": "local steps go on meanwhile, and take longer",
-    "nothing": "there are no others to meet",
+    "latency x buckets": "buckets travel in waves, and each wave takes at least a latency; larger "
+    "buckets (--bucket-bytes) or more at once (--in-flight) would help, but take memory",
+    "latency": "a few exchanges follow one another, which takes as long at any bandwidth; more "
+    "local steps or --overlap would help",
+    "nothing: hidden": "the local steps that overlap with the meetings take longer",
+    "nothing": "there is only one site",
 }
-"""What limits meetings, and what that means. Time to encode is not in the model."""
+"""What can limit the meetings, with explanations. The time to encode is not modelled."""
 
 
 def meeting_waits(config: TrainConfig, placement: Placement, site: int) -> tuple[int, int]:
-    """Exchanges of a round that a site waits for one after the other, and waves of its buckets.
+    """How many exchanges of a round follow one another, and how many waves a site's buckets take.
 
-    A note, then for every fragment a status, the first share, the last sum and the hashes. Between
-    these, `in_flight` buckets are under way at once. ddp has a status and buckets in every step.
-    Frozen copies of experts are exchanged after that; of several rounds' exchanges, the mean.
+    The exchanges are a note, then for each fragment a status, the first share, the last sum and the
+    hashes. Between first share and last sum, buckets travel in waves of `in_flight`. ddp exchanges
+    a status and buckets in every step. Frozen copies of experts come last; if they are not
+    refreshed in every round, the mean over the rounds counts.
     """
     size, in_flight = wire.bucket_elements(bucket_bytes(config)), config.outer.in_flight
     waits, waves = 1 + _copy_waits(config, placement), 0
@@ -182,7 +187,7 @@ def meeting_waits(config: TrainConfig, placement: Placement, site: int) -> tuple
 
 
 def _tells_numbers(config: TrainConfig) -> bool:
-    """Whether sites tell each other numbers before a meeting, besides their statuses."""
+    """Whether sites send each other numbers before a meeting, in addition to their statuses."""
     outer = config.outer
     by_tokens = outer.counts_tokens or config.inner.uneven_steps
     return by_tokens or outer.clip_delta > 0 or outer.overlap == AUTO
@@ -192,7 +197,7 @@ def _copy_waits(config: TrainConfig, placement: Placement) -> int:
     outer, count = config.outer, copies_per_layer(config)
     if not count:
         return 0
-    wanted = [(tuple(range(count)),)] * placement.num_layers  # every site as many of each layer
+    wanted = [(tuple(range(count)),)] * placement.num_layers  # the same number at each site
     sizes = [sizes_of(config.model).expert] * placement.num_layers
     most_bytes = bucket_bytes(config) * outer.in_flight
     waits = len(stale.copy_waves(wanted, sizes, outer.stale_codec, most_bytes))
@@ -200,7 +205,7 @@ def _copy_waits(config: TrainConfig, placement: Placement) -> int:
 
 
 def sent_bytes(config: TrainConfig, placement: Placement, site: int) -> int:
-    """Bytes a site sends in a round; what happens only every few rounds is spread over them."""
+    """Bytes that a site sends per round, averaged over what happens only every few rounds."""
     cycle = config.outer.expert_turns
     rounds = [meeting_bytes(config, placement, site, index + 1) for index in range(cycle)]
     sent = sum(rounds) // cycle + shadow_bytes(config, placement, site)
@@ -214,19 +219,20 @@ def sent_bytes(config: TrainConfig, placement: Placement, site: int) -> int:
 
 
 def round_cost(
-    config: TrainConfig, placement: Placement, link: Link, flops_per_s: float, site: int = 0
+    config: TrainConfig, placement: Placement, link: Link, flops_per_s: float, site: int
 ) -> RoundCost:
-    """The cost of a round of a job: local steps and meetings.
+    """The cost of a round at a site: local steps and meetings.
 
-    With overlap, of each fragment's exchange as much is hidden as its `overlap` steps take, and of
-    all of them together no more than the round's steps take.
-    `flops_per_s`: what a site reaches in training. With `reshuffle_rounds` the experts moved by one
-    reshuffle are spread over its rounds. Raises ValueError unless bandwidth and `flops_per_s` are
-    positive and the latency is not negative.
+    With overlap, each fragment's exchange is hidden for as long as its `overlap` steps take, and
+    all exchanges together for at most the steps of the round. With `reshuffle_rounds`, the bytes of
+    a reshuffle are divided by that number of rounds.
+
+    `flops_per_s`: what the site reaches in training. Raises ValueError unless bandwidth and
+    `flops_per_s` are above 0 and the latency is at least 0.
     """
     if not (link.bandwidth > 0 and link.latency >= 0 and flops_per_s > 0):
         raise ValueError(
-            f"bandwidth and flops_per_s must be > 0 and latency >= 0, got {link.bandwidth}, "
+            f"bandwidth and flops_per_s must be > 0 and latency at least 0, got {link.bandwidth}, "
             f"{flops_per_s} and {link.latency}"
         )
     sent = sent_bytes(config, placement, site)
@@ -240,7 +246,7 @@ def round_cost(
     steps, fragments = config.run.local_steps, config.outer.fragments
     of_fragment = meeting_s / fragments * steps / local_s
     behind = overlap_steps(config.outer.overlap, of_fragment, steps)
-    # Over another link "auto" would choose another overlap, up to the most that is possible.
+    # Over another link "auto" would choose another overlap, up to the longest possible one.
     most = most_overlap(steps) if config.outer.overlap == AUTO else behind
     return RoundCost(
         local_s=local_s,
@@ -256,20 +262,20 @@ def round_cost(
 
 
 def overlap_steps(overlap: int | str, exchange_steps: float, local_steps: int) -> int:
-    """The overlap of a job; "auto" chooses it for an exchange as long as so many steps."""
+    """The overlap in steps; "auto" chooses it for an exchange as long as `exchange_steps` steps."""
     return chosen_overlap(exchange_steps, local_steps) if overlap == AUTO else int(overlap)
 
 
 def most_utilization(cost: RoundCost, latency: float) -> float:
-    """The share of the time in local steps that the latency allows, whatever the bandwidth."""
+    """The utilization (share of the time in local steps) with unlimited bandwidth."""
     return cost.over(Link(math.inf, latency)).utilization
 
 
 def bandwidth_needed(cost: RoundCost, utilization: float, latency: float) -> float | None:
-    """Bits per second for a share `utilization` of the time in local steps; None = latency alone
-    takes more (`most_utilization`).
+    """Bits per second with which a share `utilization` of the time is spent in local steps.
 
-    Raises ValueError unless 0 < utilization < 1.
+    None if the latency alone takes too long (see `most_utilization`). Raises ValueError unless
+    0 < utilization < 1.
     """
     if not 0 < utilization < 1:
         raise ValueError(f"utilization must be in (0, 1), got {utilization}")
@@ -297,12 +303,12 @@ def paper_round_bytes(
     reshuffles_per_round: float = 0.0,
     moments: bool = False,
 ) -> float:
-    """Bytes a site sends per round by the paper's formula, for numbers of parameters of the model.
+    """Bytes that a site sends per round by the paper's formula: dense and sparse traffic.
 
-    The sum of its dense and sparse traffic:
+    `dense` and `sparse` are numbers of parameters of the whole model. With M sites,
+    O = `replication` and gamma = `reshuffles_per_round`,
     B = 2(M-1)/M S_dense + (2(O-1)/O + gamma (1 - O/M)) (O/M) S_sparse, times 3 for LocalAdamW
-    (`moments`), with M sites, O = replication and gamma = `reshuffles_per_round`. Their payload is
-    bf16.
+    (`moments`). The paper's payload is bf16, 2 bytes per parameter.
     """
     if not 1 <= replication <= num_sites:
         raise ValueError(f"replication must be in [1, num_sites = {num_sites}], got {replication}")
@@ -319,6 +325,6 @@ def paper_memory_bytes(dense: float, sparse: float, num_sites: int, replication:
 
 
 def paper_cumulative_bytes(round_bytes: float, rounds: int) -> float:
-    """Bytes a site has sent after `rounds` rounds as the paper's figures 5 and 6 count them: the
-    last round of a job has no meeting."""
+    """Bytes that a site has sent after `rounds` rounds, as the paper's figures 5 and 6 count them:
+    without a meeting after the last round."""
     return (rounds - 1) * round_bytes

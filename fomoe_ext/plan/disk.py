@@ -1,4 +1,4 @@
-"""What a checkpoint of a job takes on disk: the cost model's part on it. Needs no torch."""
+"""The size of a job's checkpoints on disk. Needs no torch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fomoe_ext.report.units import human_bytes
 
 
 class CheckpointSize(NamedTuple):
-    """Bytes of a checkpoint's tensors by kind, of all sites together.
+    """Bytes of a checkpoint's tensors by kind, for all sites together.
 
-    model: of all sites, every expert once, with selection biases; the anchor is made of it.
-    inner_state: moments, of every site its own, as sites train on different data. outer_state:
-    outer momentum, once for all sites. error_feedback: of every site its own, of what it sends and
-    of the sums that it encodes. own_models: of every site its parameters, where they differ from
-    the model (with fragments, overlap or expert_turns).
+    model: every parameter once, with selection biases; the anchor is restored from it. inner_state:
+    the moments of each site, since sites train on different data. outer_state: outer momentum, once
+    for all sites. error_feedback: of each site, for the deltas that it sends and the sums that it
+    encodes. own_models: the parameters of each site, if they differ from the model (with fragments,
+    overlap or expert_turns).
     """
 
     model: int
@@ -31,14 +31,14 @@ class CheckpointSize(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes of all kinds."""
         return sum(self)
 
 
 def checkpoint_size(config: TrainConfig, placement: Placement) -> CheckpointSize:
-    """What the checkpoint of a job takes at the end of a round.
+    """The size of a job's checkpoint at the end of a round.
 
-    Frozen copies of experts are not in it where they are those of the last meeting.
+    Frozen copies of experts are not counted: a checkpoint does not store those of the last meeting.
     """
     sites = [job_memory(config, placement, site) for site in range(placement.num_sites)]
     sizes = sizes_of(config.model)
@@ -56,8 +56,8 @@ def checkpoint_size(config: TrainConfig, placement: Placement) -> CheckpointSize
 
 
 def _errors(config: TrainConfig, placement: Placement, site: int) -> int:
-    """Elements of a site's error feedback as they are stored, which has zeros of experts that no
-    other site holds."""
+    """Elements of a site's stored error feedback, which includes zeros for experts that no other
+    site holds."""
     if not feeds_back(config):
         return 0
     codec, bucket = config.outer.codec, bucket_bytes(config)
@@ -69,7 +69,7 @@ def _errors(config: TrainConfig, placement: Placement, site: int) -> int:
 
 
 def described(size: CheckpointSize) -> str:
-    """A line: what a checkpoint takes, and what of it the parts take."""
+    """A line with the size of a checkpoint and the sizes of its parts."""
     parts = [
         f"{name.replace('_', ' ')} {human_bytes(count)}"
         for name, count in size._asdict().items()

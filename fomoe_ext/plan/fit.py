@@ -1,4 +1,4 @@
-"""Which replication and codec fit into a memory and cost the least time per round. No torch."""
+"""The replication and codec that fit into a memory and take the least time per round. No torch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fomoe_ext.report.tables import ReportTable
 from fomoe_ext.report.units import human_bytes
 
 FIT_CODECS = ("fp32", "bf16", "int8", "int4", "int2")
-"""Codecs that a fit may choose, and the job's own: topk needs thousands of rounds, so it is chosen
-only for a job that asks for it."""
+"""Codecs that a fit may choose, in addition to the job's own. topk is missing because it needs
+thousands of rounds."""
 
 
 class Candidate(NamedTuple):
-    """A job with another replication and codec, and whether its fullest rank has room for it."""
+    """A job with another replication and codec. fits: whether its fullest rank has the memory."""
 
     config: TrainConfig
     cost: JobCost
@@ -36,11 +36,11 @@ class Candidate(NamedTuple):
 
     @property
     def codec(self) -> str:
-        """How deltas travel."""
+        """Codec of the deltas."""
         return self.config.outer.codec
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data; memory in bytes, of a meeting too, without activations."""
+        """Plain data. memory: bytes at the fullest rank during a meeting, without activations."""
         return {
             "replication": self.replication,
             "codec": self.codec,
@@ -55,7 +55,7 @@ class Candidate(NamedTuple):
 def fit_candidates(
     config: TrainConfig, memory: float, link: Link, flops_per_s: float
 ) -> list[Candidate]:
-    """Every possible replication with every codec, the highest replication first."""
+    """Every possible replication with every codec, highest replication first."""
     own = config.outer.codec
     codecs = FIT_CODECS if own in FIT_CODECS else (*FIT_CODECS, own)
     result = []
@@ -69,14 +69,14 @@ def fit_candidates(
 
 
 def cheapest(candidates: Sequence[Candidate]) -> Candidate | None:
-    """Of those that fit the one with least seconds per round; of equals the highest replication,
-    then the codec with most bits. None where nothing fits."""
+    """The candidate that fits and takes the least time per round. Ties go to the highest
+    replication, then to the codec with the most bits. None if nothing fits."""
     fitting = [candidate for candidate in candidates if candidate.fits]
     return min(fitting, key=lambda c: (c.cost.round.seconds, -c.replication), default=None)
 
 
 def fit_dict(candidates: Sequence[Candidate], memory: float) -> dict[str, Any]:
-    """A fit as plain data: the limit, the candidates, the choice and the smallest memory of all."""
+    """Plain data: the limit, all candidates, the chosen one, and the smallest memory of any."""
     choice = cheapest(candidates)
     return {
         "memory": memory,
@@ -87,7 +87,7 @@ def fit_dict(candidates: Sequence[Candidate], memory: float) -> dict[str, Any]:
 
 
 def fit_table(candidates: Sequence[Candidate], memory: float) -> ReportTable:
-    """The candidates, the choice marked."""
+    """A table of the candidates, in which the chosen one is marked."""
     choice = cheapest(candidates)
     ranks = candidates[0].config.sites.ranks_per_site
     rows = []
@@ -110,13 +110,14 @@ def fit_table(candidates: Sequence[Candidate], memory: float) -> ReportTable:
         f"What fits into {human_bytes(memory)}",
         ("replication", "codec", f"memory per {of_what}", "fits", "sent", "round", "utilization"),
         tuple(rows),
-        "Chosen: least time per round of what fits. Activations are not counted. Less replication "
-        "skips more slots or chooses among fewer experts: that saves time, and costs quality.",
+        "Chosen: the least time per round of those that fit. Activations are not counted. With "
+        "less replication more slots are skipped, or tokens choose among fewer experts: that saves "
+        "time and costs quality.",
     )
 
 
 def no_fit(candidates: Sequence[Candidate], memory: float) -> str:
-    """Says that nothing fits, and what comes nearest."""
+    """The message that nothing fits, with the candidate that needs the least memory."""
     best = min(candidates, key=lambda candidate: candidate.cost.peak_memory)
     return (
         f"nothing fits into {human_bytes(memory)}: the least is "

@@ -16,9 +16,9 @@ from fomoe_ext.files.json_values import loads
 from fomoe_ext.plan.sizes import ModelSizes, Weight
 
 _MOST = 2**40
-"""No size of a model is larger, and sums of such are no trouble."""
+"""Upper limit for each size, so that products and sums of sizes stay reasonable."""
 _MOST_LAYERS = 100_000
-"""No model has more; a file that says so is damaged, and would take memory for each."""
+"""Upper limit for the number of layers, each of which takes memory here."""
 
 
 class _Keys:
@@ -28,7 +28,7 @@ class _Keys:
         self.path, self.values = path, values
 
     def number(self, key: str, default: int | None = None) -> int:
-        """A whole number > 0; where the key is absent or null, the default. ValueError else."""
+        """A whole number > 0, or the default if the key is absent or null. Else ValueError."""
         value = self.values.get(key)
         value = default if value is None else value
         if type(value) is not int or value < 1:
@@ -42,19 +42,19 @@ class _Keys:
         return self.number(key if self.values.get(key) is not None else "num_local_experts")
 
     def count(self, key: str, default: int) -> int:
-        """As `number`, or 0."""
+        """As `number`, but 0 is allowed."""
         return 0 if self.values.get(key) == 0 else self.number(key, default)
 
     def flag(self, key: str, default: bool) -> bool:
-        """true or false."""
+        """true or false, or the default if the key is absent or null. Else ValueError."""
         value = self.values.get(key)
         value = default if value is None else value
         if type(value) is not bool:
             raise ValueError(f"{self.path}: {key} must be true or false, got {value!r}")
         return value
 
-    def words(self, key: str) -> list[Any] | None:
-        """A list, or None where the key is absent or null."""
+    def entries(self, key: str) -> list[Any] | None:
+        """A list, or None if the key is absent or null. Else ValueError."""
         value = self.values.get(key)
         if value is not None and not isinstance(value, list):
             raise ValueError(f"{self.path}: {key} must be a list, got {value!r}")
@@ -62,7 +62,7 @@ class _Keys:
 
 
 class _Model:
-    """Tensors of a model as they are found, one kind of block after the other."""
+    """Collects the tensors of a model, part by part."""
 
     def __init__(self, keys: _Keys) -> None:
         self.keys = keys
@@ -75,7 +75,7 @@ class _Model:
         self.heads = keys.number("num_attention_heads")
         self.dense_layers: frozenset[int] = frozenset()
         self.dense: list[Weight] = []
-        # What a head's scores and its weighted sum of values take per token attended to.
+        # FLOPs of scores and weighted sums, in one layer, per token and token attended to.
         self.scores = 0
 
     @property
@@ -83,14 +83,14 @@ class _Model:
         return self.layers - len(self.dense_layers)
 
     def everywhere(self, part: Any, rows: int, row_size: int, bias: bool = False) -> None:
-        """A tensor of every block, and the bias of its rows."""
+        """Adds a tensor to every block, perhaps with one bias per row."""
         for times, in_block in ((self.moe_layers, True), (len(self.dense_layers), False)):
             self.dense.append(Weight(part, rows, row_size, times, in_block))
             if bias:
                 self.dense.append(Weight("other", rows, 1, times, in_block))
 
     def mlp(self, size: int, times: int, in_block: bool) -> None:
-        """A gated MLP: gate, up and down projection."""
+        """Adds `times` gated MLPs: gate, up and down projection."""
         self.dense.append(Weight("shared", size, self.width, 2 * times, in_block))
         self.dense.append(Weight("shared", self.width, size, times, in_block))
 
@@ -103,7 +103,7 @@ class _Model:
         out_bias: bool = False,
         norms: tuple[int, ...] = (),
     ) -> None:
-        """Grouped-query attention, perhaps with norms of queries and keys of these sizes."""
+        """Adds grouped-query attention. `norms`: sizes of the norms of queries and keys, if any."""
         queries, shared = self.heads * head, kv_heads * head
         self.everywhere("attention", queries, self.width, qkv_bias)
         self.everywhere("attention", shared, self.width, qkv_bias)
@@ -114,7 +114,7 @@ class _Model:
         self.scores = 2 * queries * 2
 
     def latent_attention(self) -> None:
-        """Multi-head latent attention of DeepSeek-V3 (arXiv 2412.19437)."""
+        """Adds multi-head latent attention, as in DeepSeek-V3 (arXiv 2412.19437)."""
         keys, width, heads = self.keys, self.width, self.heads
         bias = keys.flag("attention_bias", False)
         rope, plain = keys.number("qk_rope_head_dim", 64), keys.number("qk_nope_head_dim", 128)
@@ -143,11 +143,13 @@ class _Model:
         windows: list[int | None] | None = None,
         expert_bias: bool = False,
     ) -> ModelSizes:
-        """Norms, embedding and head, and what is left to say. `windows`: tokens that each layer
-        attends to, None = all."""
+        """Adds norms, embedding and head, and returns the sizes of the model. `windows`: number of
+        tokens that each layer attends to, None = all."""
         keys, width = self.keys, self.width
         if not self.moe_layers:
-            raise ValueError(f"{keys.path}: none of the {self.layers} layers has experts")
+            raise ValueError(
+                f"{keys.path}: at least one of the {self.layers} layers must have experts, got none"
+            )
         self.everywhere("other", width, 1)
         self.everywhere("other", width, 1)
         vocab = keys.number("vocab_size")
@@ -180,10 +182,10 @@ class _Model:
             )
         return top_k
 
-    def leave_dense(self) -> None:
-        """Reads which layers of a Qwen model have a plain MLP."""
+    def read_dense_layers(self) -> None:
+        """Reads which layers of a Qwen model have a dense MLP, and adds their MLPs."""
         step = self.keys.number("decoder_sparse_step", 1)
-        named = self.keys.words("mlp_only_layers") or []
+        named = self.keys.entries("mlp_only_layers") or []
         self.dense_layers = frozenset(
             layer for layer in range(self.layers) if layer in named or (layer + 1) % step
         )
@@ -191,8 +193,8 @@ class _Model:
             self.mlp(self.keys.number("intermediate_size"), len(self.dense_layers), False)
 
     def sliding(self, window: int, default: list[bool]) -> list[int | None]:
-        """The window of every layer, by layer_types or by default only where it says so."""
-        types = self.keys.words("layer_types")
+        """The attention window of each layer: by layer_types, or by `default` without them."""
+        types = self.keys.entries("layer_types")
         if types is not None and len(types) != self.layers:
             raise ValueError(
                 f"{self.keys.path}: layer_types must have {self.layers} entries, got {len(types)}"
@@ -202,7 +204,7 @@ class _Model:
 
 
 def _attended(seq_len: int, window: int | None) -> float:
-    """Tokens that a token of a causal sequence attends to on average."""
+    """Mean number of tokens that a token of a causal sequence attends to."""
     window = min(window or seq_len, seq_len)
     return (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
 
@@ -224,7 +226,7 @@ def _mixtral(keys: _Keys, seq_len: int, scope: Literal["global", "resident"]) ->
 
 def _qwen2_moe(keys: _Keys, seq_len: int, scope: Literal["global", "resident"]) -> ModelSizes:
     model = _Model(keys)
-    model.leave_dense()
+    model.read_dense_layers()
     head = keys.number("head_dim", model.width // model.heads)
     kv_heads = keys.number("num_key_value_heads", model.heads)
     model.grouped_attention(kv_heads, head, qkv_bias=keys.flag("qkv_bias", True))
@@ -241,7 +243,7 @@ def _qwen2_moe(keys: _Keys, seq_len: int, scope: Literal["global", "resident"]) 
 
 def _qwen3_moe(keys: _Keys, seq_len: int, scope: Literal["global", "resident"]) -> ModelSizes:
     model = _Model(keys)
-    model.leave_dense()
+    model.read_dense_layers()
     head = keys.number("head_dim", model.width // model.heads)
     bias = keys.flag("attention_bias", False)
     kv_heads = keys.number("num_key_value_heads", 4)
@@ -294,7 +296,7 @@ FAMILIES: dict[str, _Maker] = {
     "deepseek_v3": _deepseek_v3,
     "gpt_oss": _gpt_oss,
 }
-"""By `model_type`, what reads a configuration."""
+"""The function that reads a configuration, by `model_type`."""
 
 
 def read_hf_config(
@@ -302,9 +304,9 @@ def read_hf_config(
 ) -> ModelSizes:
     """The sizes of a transformers model, from its config.json or the folder that holds it.
 
-    `seq_len` is that of the training sequences, not the longest one the model can read. Raises
-    FileNotFoundError for a missing file; ValueError, naming the file and the key, for one that is
-    no JSON object, for a `model_type` that is not one of `FAMILIES`, and for wrong values.
+    `seq_len`: length of the training sequences, which may be below the model's limit. Raises
+    FileNotFoundError for a missing file. Raises ValueError, naming the file and the key, if the
+    file is not a JSON object, for a `model_type` that is not in `FAMILIES`, and for wrong values.
     """
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
@@ -313,7 +315,7 @@ def read_hf_config(
     except FileNotFoundError:
         raise FileNotFoundError(f"hf_config {path} does not exist") from None
     except ValueError as error:
-        raise ValueError(f"hf_config {path} is not a JSON file: {error}") from None
+        raise ValueError(f"hf_config must be a JSON file, got {path}: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"hf_config {path} must hold a JSON object, got {type(values).__name__}")
     kind = values.get("model_type")

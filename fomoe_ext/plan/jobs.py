@@ -1,9 +1,9 @@
-"""Jobs side by side: what a round of each costs a site. Needs no torch.
+"""Jobs side by side: the cost of a round of each at a site. Needs no torch.
 
-The job planned for ("FoMoE", with fp32 and with other codecs) stands beside others of the same
-model, steps and batches: plain DDP; a full replica on every site, as DiLoCo (arXiv 2311.08105) has;
-and one in the manner of SPES (arXiv 2602.11543), where every site stores and computes all experts,
-and trains those of which it is the only owner.
+The planned job ("FoMoE", with fp32 and with other codecs) is compared with others of the same
+model, steps and batches: plain DDP; a full replica at every site, as in DiLoCo (arXiv 2311.08105);
+and a job in the style of SPES (arXiv 2602.11543), where every site stores and computes all experts
+but trains only those that it owns alone.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from fomoe_ext.plan.sizes import sizes_of
 from fomoe_ext.plan.traffic import bucket_bytes, full_replica, job_placement
 
 CODECS = ("bf16", "int8", "int4", "int2", "topk")
-"""Codecs that stand beside fp32 and the job's own."""
+"""Codecs that are compared, in addition to fp32 and the job's own."""
 UTILIZATIONS = (0.50, 0.75, 0.90, 0.95, 0.99)
-"""Shares of the time in local steps for which the bandwidth is asked."""
+"""Shares of the time in local steps for which a plan gives the bandwidth needed."""
 
 
 class JobCost(NamedTuple):
-    """A job's round, of the site that sends most.
+    """The cost of a job's round at the site that sends most.
 
-    rank_memory: bytes on the fullest rank of all sites. meeting_memory: bytes that a rank needs
-    besides, during meetings. sent_by_all: bytes of all sites. tokens: of all sites.
+    rank_memory: bytes at the fullest rank of all sites. meeting_memory: bytes that a rank needs in
+    addition during meetings. sent_by_all: bytes that all sites send. tokens: those that all sites
+    train on.
     """
 
     config: TrainConfig
@@ -51,17 +52,17 @@ class JobCost(NamedTuple):
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes that all sites send per token that they train on: the paper's BPT."""
+        """Bytes that all sites send per training token: the paper's BPT."""
         return self.sent_by_all / self.tokens
 
     @property
     def peak_memory(self) -> int:
-        """Bytes on the fullest rank while sites meet, without activations."""
+        """Bytes at the fullest rank during a meeting, without activations."""
         return self.rank_memory + self.meeting_memory
 
     def as_dict(self, link: Link) -> dict[str, Any]:
-        """Plain data, with the bandwidth needed (bits per second; None = latency alone takes
-        more)."""
+        """Plain data. bandwidth_needed: bits per second for each of `UTILIZATIONS`, None if the
+        latency alone takes too long."""
         return {
             **self.round._asdict(),
             "seconds": self.round.seconds,
@@ -83,13 +84,13 @@ class JobCost(NamedTuple):
 
 
 def with_codec(config: TrainConfig, codec: str) -> TrainConfig:
-    """The same job with another codec; moments travel as they do by default with it."""
+    """The same job with another codec, and that codec's default for AdamW moments."""
     outer = dataclasses.replace(config.outer, codec=codec, moment_codecs=())
     return dataclasses.replace(config, outer=outer)
 
 
 def with_replication(config: TrainConfig, replication: int) -> TrainConfig:
-    """The same job with other experts per site, and at most as many frozen copies as are absent."""
+    """The same job with another replication, and no more frozen copies than absent experts."""
     absent = config.model.num_experts * (config.sites.sites - replication) // config.sites.sites
     stale = min(config.sites.stale_experts, absent)
     sites = dataclasses.replace(
@@ -102,7 +103,7 @@ def with_replication(config: TrainConfig, replication: int) -> TrainConfig:
 
 
 def possible_replications(config: TrainConfig) -> list[int]:
-    """Replications with which every site holds as many experts; a placement_file has one."""
+    """Replications with which all sites hold equally many experts; one for a placement_file."""
     sites, experts = config.sites.sites, config.model.num_experts
     if config.sites.placement_file is not None:
         return [config.sites.replication]
@@ -133,8 +134,8 @@ def _full_replica(config: TrainConfig) -> TrainConfig:
 
 
 def _spes(config: TrainConfig) -> TrainConfig | None:
-    """Frozen copies of all experts that a site does not own, fp32, no outer optimizer. None where
-    experts cannot be shared out evenly among so many owners."""
+    """Frozen copies of all experts that a site does not own, in fp32, without outer optimizer. None
+    if the experts cannot be divided evenly among the sites."""
     if config.model.num_experts % config.sites.sites:
         return None
     sites = dataclasses.replace(
@@ -162,7 +163,10 @@ def _spes(config: TrainConfig) -> TrainConfig | None:
 
 
 def compared_jobs(config: TrainConfig) -> dict[str, TrainConfig]:
-    """By name: DDP, a full replica, SPES-style, and the job with fp32, its own and other codecs."""
+    """By name: DDP, a full replica, SPES-style, and the job with fp32, its own and other codecs.
+
+    SPES-style is missing if the experts cannot be divided evenly among the sites.
+    """
     jobs = {"DDP": _ddp(config), "full replica": _full_replica(config)}
     spes = _spes(config)
     if spes is not None:
@@ -177,16 +181,17 @@ def compared_jobs(config: TrainConfig) -> dict[str, TrainConfig]:
 
 
 def job_name(codec: str) -> str:
-    """What a job with partial replicas and this codec is called in plans."""
+    """The name that plans give to a job with partial replicas and this codec."""
     return "FoMoE" if codec == "fp32" else f"FoMoE, {codec}"
 
 
 def job_cost(
     config: TrainConfig, link: Link, flops_per_s: float, placement: Placement | None = None
 ) -> JobCost:
-    """The cost of a job on the site that sends most. `flops_per_s`: of a site, in training.
+    """The cost of a job at the site that sends most.
 
-    Raises what `job_placement` and `round_cost` raise.
+    `flops_per_s`: what a site reaches in training. `placement`: None = the one that the job starts
+    with. Raises what `job_placement` and `round_cost` raise.
     """
     placement = job_placement(config) if placement is None else placement
     sent = [sent_bytes(config, placement, site) for site in range(placement.num_sites)]
@@ -214,7 +219,11 @@ def job_cost(
 def compared_costs(
     config: TrainConfig, link: Link, flops_per_s: float
 ) -> Iterator[tuple[str, JobCost]]:
-    """Costs of `compared_jobs`. A site of several ranks shares SPES's memory evenly among them."""
+    """The costs of `compared_jobs`, by name.
+
+    SPES-style is planned with one rank per site; for a site of several ranks its memory is divided
+    by their number.
+    """
     for name, job in compared_jobs(config).items():
         cost = job_cost(job, link, flops_per_s)
         ranks = config.sites.ranks_per_site
@@ -224,8 +233,8 @@ def compared_costs(
 
 
 def paper_figures(config: TrainConfig) -> dict[str, float]:
-    """What the paper's own formulas say of a job (bf16 payloads, 18 bytes per parameter in memory),
-    and of a full replica: bytes per site and round, memory per site, and their ratios.
+    """Bytes per site and round and memory per site by the paper's formulas, for the job and for a
+    full replica, and their ratios. Payloads are bf16, and a parameter takes 18 bytes of memory.
     """
     counts, sites = sizes_of(config.model).counts, config.sites
     routers = counts.router if config.model.router_scope == "resident" else 0

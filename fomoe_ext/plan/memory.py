@@ -1,13 +1,14 @@
-"""What a site of a job holds in memory: the cost model's part on it. Needs no torch.
+"""The memory that a site of a job needs. Needs no torch.
 
-Parameters, gradients, optimizer and outer state are counted, activations and buffers are not.
+Parameters, gradients, optimizer state and outer state are counted. Activations are not. The buffers
+of a meeting are counted in `meeting_memory` alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
+from fomoe_ext.checks import one_of
 from fomoe_ext.config.job import TrainConfig
 from fomoe_ext.config.model import ModelConfig, ParameterCounts
 from fomoe_ext.placement import buckets, wire
@@ -31,7 +32,7 @@ FLOAT_BYTES = 4
 
 
 class SiteMemory(NamedTuple):
-    """Bytes that one site holds, without activations and buffers of a meeting."""
+    """Bytes that a site holds, without activations and the buffers of a meeting."""
 
     parameters: int
     gradients: int
@@ -44,24 +45,29 @@ class SiteMemory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes of all parts."""
         return sum(self)
 
 
 def site_parameters(
-    model: ModelConfig | ModelSizes, placement: Placement | None, site: int
+    model: ModelConfig | ModelSizes, placement: Placement | None, site: int | None = None
 ) -> ParameterCounts:
-    """Parameters that a site holds by kind; `placement` None = a full replica."""
+    """Number of parameters at a site, by kind; `placement` None = a full replica, without `site`.
+
+    Raises ValueError for a placement without a site.
+    """
     whole = sizes_of(model).counts
     if placement is None:
         return whole
+    if site is None:
+        raise ValueError("site must be given with a placement, got None")
     return whole._replace(sparse=placement.num_resident(site) * sizes_of(model).expert)
 
 
 def site_memory(
     model: ModelConfig | ModelSizes,
     placement: Placement | None,
-    site: int = 0,
+    site: int | None = None,
     *,
     optimizer: str = "diloco",
     inner_optimizer: str = "adamw",
@@ -69,15 +75,24 @@ def site_memory(
     error_feedback: int = 0,
     stale_experts: int = 0,
 ) -> SiteMemory:
-    """Bytes of parameters and state on a site; `placement` None = a full replica.
+    """Bytes of parameters and optimizer state at a site; `placement` None = a full replica.
 
-    `optimizer` as in `OuterConfig`: ddp needs no anchor; with outer momentum (None = the default,
-    diloco alone has it) the others keep that too. `inner_optimizer` adamw keeps two moments, sgd
-    one. `error_feedback`: elements of it. `stale_experts`: frozen copies, in all layers. With
-    router_scope "resident" router rows of absent experts do not meet: they have no anchor.
+    With router_scope "resident", router rows of absent experts are never averaged and so have no
+    anchor.
+
+    Args:
+        site: Needed with a placement.
+        optimizer: As in `OuterConfig`. All but ddp keep an anchor.
+        inner_optimizer: adamw keeps two moments, sgd one.
+        outer_momentum: Above 0, the momentum takes as much as the anchor (not with ddp); None = the
+            default, which is above 0 only for diloco.
+        error_feedback: Number of elements.
+        stale_experts: Number of frozen copies over all layers.
+
+    Raises ValueError for a placement without a site.
     """
-    _one_of("optimizer", optimizer, ("diloco", "fedavg", "local-adamw", "ddp"))
-    _one_of("inner_optimizer", inner_optimizer, ("adamw", "sgd"))
+    one_of(wire.OPTIMIZERS, optimizer=optimizer)
+    one_of(("adamw", "sgd"), inner_optimizer=inner_optimizer)
     momentum = optimizer == "diloco" if outer_momentum is None else outer_momentum > 0
     held = site_parameters(model, placement, site)
     unit = met = FLOAT_BYTES * held.total
@@ -96,9 +111,17 @@ def site_memory(
     )
 
 
-def job_memory(config: TrainConfig, placement: Placement | None, site: int = 0) -> SiteMemory:
-    """`site_memory` of a job's model with its optimizers and codec, of all ranks of the site."""
-    of_job = placement or job_placement(full_replica(config))
+def job_memory(
+    config: TrainConfig, placement: Placement | None, site: int | None = None
+) -> SiteMemory:
+    """`site_memory` for a job's model, optimizers and codec, summed over the ranks of the site.
+
+    `placement` None = a full replica, the same at all sites. Raises ValueError for a placement
+    without a site.
+    """
+    if placement is not None and site is None:
+        raise ValueError("site must be given with a placement, got None")
+    of_job, site = placement or job_placement(full_replica(config)), site or 0
     if config.sites.ranks_per_site > 1:
         ranks = rank_memories(config, of_job, site)
         return SiteMemory(*(sum(parts) for parts in zip(*ranks, strict=True)))
@@ -125,10 +148,10 @@ def job_memory(config: TrainConfig, placement: Placement | None, site: int = 0) 
 
 
 def meeting_memory(config: TrainConfig, placement: Placement, site: int) -> int:
-    """Bytes that a rank of a site needs besides, for the buckets under way in a meeting.
+    """Bytes that a rank needs in addition during a meeting, for the buckets on their way.
 
-    Of several ranks each has its own under way. With overlap all buckets of a fragment are, and of
-    as many fragments as are under way at once.
+    Each rank of a site has its own buckets. With overlap, all buckets of a fragment are on their
+    way at once, and so are those of other fragments whose exchanges overlap in time.
     """
     outer, at_once = config.outer, 1
     if outer.overlap:
@@ -148,8 +171,10 @@ def _copies_held(config: TrainConfig, placement: Placement) -> int:
 
 
 def rank_memories(config: TrainConfig, placement: Placement, site: int) -> list[SiteMemory]:
-    """Bytes on each rank of a site: experts as they are shared out (once per replica), dense
-    parameters by rows, what the outer optimizer keeps by buckets.
+    """Bytes at each rank of a site.
+
+    Ranks divide the experts among them (once per replica), dense parameters by rows, and the state
+    of the outer optimizer by buckets.
     """
     sites, model, outer = config.sites, config.model, config.outer
     sharing = sites.ranks_per_site // sites.replicas
@@ -193,10 +218,10 @@ def rank_memories(config: TrainConfig, placement: Placement, site: int) -> list[
 
 
 def _dense_share(model: ModelConfig | ModelSizes, rank: int, ranks: int) -> int:
-    """Elements of dense parameters and routers that a rank holds: of each, rows in equal runs."""
+    """Elements of dense parameters and routers at a rank: an equal run of rows of each tensor."""
     sizes = sizes_of(model)
     tensors = [(weight.rows, weight.row_size, weight.times) for weight in sizes.dense]
-    # A router may have biases, one per row, which are a tensor with the same cut.
+    # A router's biases, one per row, are another tensor that is divided in the same way.
     tensors.append((sizes.num_experts, sizes.router_row, sizes.num_layers))
 
     def held(rows: int) -> int:
@@ -207,10 +232,5 @@ def _dense_share(model: ModelConfig | ModelSizes, rank: int, ranks: int) -> int:
 
 
 def feeds_back(config: TrainConfig) -> bool:
-    """Whether a job keeps what encoding loses."""
+    """Whether a job uses error feedback."""
     return config.outer.codec != "fp32" and config.outer.error_feedback
-
-
-def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,4 +1,4 @@
-"""Pictures of a plan: cost against replication, utilization against bandwidth. Needs matplotlib."""
+"""Plots of a plan: cost against replication, utilization against bandwidth. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ FORMATS = (".svg", ".png")
 
 
 def check_plot(path: Path) -> None:
-    """Raises ValueError for another ending than .svg and .png and where matplotlib is missing,
-    FileNotFoundError for a missing folder."""
+    """Raises ValueError unless the file's name ends in .svg or .png and matplotlib is installed.
+    Raises FileNotFoundError for a missing folder."""
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"plot must end in {' or '.join(FORMATS)}, got {str(path)!r}")
     if not path.parent.is_dir():
@@ -40,7 +40,7 @@ def check_plot(path: Path) -> None:
 def by_replication(
     config: TrainConfig, link: Link, flops_per_s: float, codecs: Sequence[str]
 ) -> dict[str, list[tuple[int, JobCost]]]:
-    """By codec, the job's cost at every possible replication."""
+    """The job's cost at every possible replication, by codec."""
     return {
         codec: [
             (r, job_cost(with_codec(with_replication(config, r), codec), link, flops_per_s))
@@ -51,8 +51,11 @@ def by_replication(
 
 
 def bandwidths(costs: Mapping[str, JobCost], link: Link, points: int = 160) -> list[float]:
-    """Bits per second, evenly on a log axis: from where the leanest job is at 10 % to where the
-    most wasteful one sends as long as it computes, the link itself inside."""
+    """Bandwidths in bits per second, evenly spaced on a log axis and around that of the link.
+
+    At the lowest, the job that sends least sends ten times as long as it computes. At the highest,
+    the job that sends most sends as long as it computes.
+    """
     least = min(cost.round.bytes_sent / cost.round.local_s for cost in costs.values())
     most = max(cost.round.bytes_sent / cost.round.local_s for cost in costs.values())
     low, high = min(8 * least / 10, link.bandwidth / 10), max(8 * most, link.bandwidth * 10)
@@ -63,7 +66,7 @@ def bandwidths(costs: Mapping[str, JobCost], link: Link, points: int = 160) -> l
 def draw_plan(
     path: Path, config: TrainConfig, costs: Mapping[str, JobCost], link: Link, flops_per_s: float
 ) -> None:
-    """Writes the picture, whole or not at all. `costs`: of the jobs side by side, by name.
+    """Writes the plot, whole or not at all. `costs`: of the compared jobs, by name.
 
     Raises as `check_plot`.
     """
@@ -121,7 +124,7 @@ def _draw_bytes(
 def _draw_memory(
     axes: Any, known: Mapping[str, Sequence[tuple[int, JobCost]]], config: TrainConfig
 ) -> None:
-    # Memory depends on the codec only by whether it keeps what encoding loses.
+    # The codec changes the memory only by error feedback.
     ranks = config.sites.ranks_per_site
     kinds = ("fp32", "fp32", "0.2"), ("with error feedback", "int4", "0.55")
     for label, codec, color in kinds:
@@ -159,8 +162,8 @@ def _draw_utilization(
     axes.xaxis.set_major_formatter(lambda value, _: f"{human_count(value)}bit/s")
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_xlabel("bandwidth that a site can send with (dotted: the link)")
+    axes.set_xlabel("bandwidth of a site (dotted: the link)")
     axes.set_ylabel("utilization (share of the time in local steps)")
-    axes.set_title("Utilization against bandwidth (where it is flat, latency is the limit)")
+    axes.set_title("Utilization against bandwidth (flat where latency is the limit)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="upper left")

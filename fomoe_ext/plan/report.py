@@ -1,4 +1,4 @@
-"""What `fomoe plan` tells: plain data, and tables made of nothing else. Needs no torch."""
+"""The result of `fomoe plan`: plain data, and tables made from it. Needs no torch."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ def make_plan(
     name: str | None = None,
     costs: Mapping[str, JobCost] | None = None,
 ) -> dict[str, Any]:
-    """Everything `fomoe plan` tells, as plain data: costs per round of the busiest site, by job.
+    """The result of `fomoe plan` as plain data: for each job, the cost of a round at the site that
+    sends most.
 
     `flops_per_s`: what a site reaches in training. `name`: of the model, None = the preset.
-    `costs`: `compared_costs`, if they are known already. Raises what `job_placement` raises.
+    `costs`: the result of `compared_costs`, if it is known. Raises what `job_placement` raises.
     """
     if costs is None:
         costs = dict(compared_costs(config, link, flops_per_s))
@@ -107,9 +108,9 @@ def _cost_table(planned: Mapping[str, Any]) -> ReportTable:
         f"{planned['sites']} sites, * is this job: replication {planned['replication']}, "
         f"{planned['optimizer']}, {planned['codec']}; "
         f"{human_count(planned['tokens_per_round'])} tokens per site and round, "
-        f"{planned['rounds']} rounds. Of the site that sends most; bytes/token: of all sites, per "
-        "token. Utilization: share of the time in local steps. SPES-style: every site stores and "
-        "computes all experts, and trains its own.",
+        f"{planned['rounds']} rounds. Figures are those of the site that sends most; bytes/token: "
+        "bytes of all sites per training token. Utilization: share of the time in local steps. "
+        "SPES-style: every site stores and computes all experts and trains its own.",
     )
 
 
@@ -140,12 +141,13 @@ def _time_table(planned: Mapping[str, Any]) -> ReportTable:
         rows,
         f"At {link['bandwidth'] / 1e9:g} Gbit/s, {link['latency'] * 1e3:g} ms and "
         f"{planned['flops_per_s'] / 1e12:.4g} TFLOP/s; time to encode is not counted. Hidden: "
-        f"behind local steps (--overlap).{chosen} Limited by{limits}",
+        f"share of the meetings that overlaps with local steps (--overlap).{chosen} Limited "
+        f"by{limits}",
     )
 
 
 def _bandwidth(needed: float | None, most: float) -> str:
-    """A bandwidth, or where none is enough the most that can be reached, rounded down."""
+    """A bandwidth, or if none is enough the highest possible utilization, rounded down."""
     if needed is not None:
         return f"{human_count(needed)}bit/s"
     return f"max {math.floor(1000 * most) / 10:.1f}%"
@@ -164,14 +166,14 @@ def _bandwidth_table(planned: Mapping[str, Any]) -> ReportTable:
             )
             for name, job in jobs.items()
         ),
-        f"At a latency of {planned['link']['latency'] * 1e3:g} ms. max: the largest share that it "
-        "leaves, with any bandwidth.",
+        f"At a latency of {planned['link']['latency'] * 1e3:g} ms. max: the largest share that "
+        "this latency allows, with any bandwidth.",
     )
 
 
 def _memory_table(planned: Mapping[str, Any]) -> ReportTable:
     jobs, several = planned["jobs"], planned["ranks_per_site"] > 1
-    # Of codecs it matters only whether encoding loses anything, so one of them is enough.
+    # Memory depends on the codec only by error feedback, so one lossy codec is enough.
     own = planned["job"] if planned["codec"] != "fp32" else job_name("int4")
     names = [n for n in jobs if n in ("DDP", "full replica", "SPES-style", job_name("fp32"), own)]
     shown = [jobs[name] for name in names]
@@ -184,14 +186,14 @@ def _memory_table(planned: Mapping[str, Any]) -> ReportTable:
     ]
     rows.append(("total", *(human_bytes(job["memory"]) for job in shown)))
     if several:
-        rows.append(("of a rank, at most", *(human_bytes(job["rank_memory"]) for job in shown)))
-    rows.append(("in meetings, besides", *(human_bytes(job["meeting_memory"]) for job in shown)))
+        rows.append(("fullest rank", *(human_bytes(job["rank_memory"]) for job in shown)))
+    rows.append(("more in meetings", *(human_bytes(job["meeting_memory"]) for job in shown)))
     ranks = f"A site has {planned['ranks_per_site']} ranks. " if several else ""
     return ReportTable(
         "Memory per site, without activations",
         ("", *(_marked(planned, name) for name in names)),
         tuple(rows),
-        f"{ranks}In meetings: buckets under way{', of a rank' if several else ''}.",
+        f"{ranks}In meetings: buckets on their way{', at a rank' if several else ''}.",
     )
 
 
@@ -202,8 +204,8 @@ def _disk_table(planned: Mapping[str, Any]) -> ReportTable:
         "A checkpoint of this job, on disk",
         ("", *(part.replace("_", " ") for part in shown), "total"),
         (("all sites", *map(human_bytes, shown.values()), human_bytes(sum(parts.values()))),),
-        "The model is that of all sites, every expert once. Inner state (moments) and error "
-        "feedback are each site's own: with them a run goes on bit for bit.",
+        "Model: every expert once. Inner state (moments) and error feedback: of each site, so that "
+        "a resumed run gives the same bits.",
     )
 
 

@@ -1,8 +1,8 @@
-"""What the cost model must know of a model: its tensors, and which multiply tokens; without torch.
+"""The sizes of a model that the cost model needs. Needs no torch.
 
-`ModelSizes` describes any decoder of which some blocks have experts: `sizes_of` makes one of a
-`ModelConfig`, `fomoe_ext.plan.hf` of a config.json of transformers. A planned job has either as its
-`TrainConfig.model`.
+`ModelSizes` describes any decoder with experts in some of its blocks. `sizes_of` makes it from a
+`ModelConfig`, `fomoe_ext.plan.hf` from a config.json of transformers. The `model` of a planned
+job's `TrainConfig` is of either type.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from typing import Literal, NamedTuple
 from fomoe_ext.config.model import ModelConfig, ParameterCounts, expert_matrices, expert_parameters
 
 Part = Literal["attention", "shared", "unembedding", "other"]
-"""What a dense tensor is for: matrices of attention, of MLPs that every token goes through (shared
-experts, dense blocks), of the logits; or nothing that multiplies tokens (embedding, norms, biases).
-"""
+"""What a dense tensor is for: attention; MLPs that all tokens use (shared experts, dense blocks);
+logits; or other tensors, which do not multiply tokens (embedding, norms, biases)."""
 
 
 class Weight(NamedTuple):
-    """`times` dense tensors of the same shape, `rows` of `row_size` elements.
+    """`times` dense tensors of one shape, each of `rows` rows of `row_size` elements.
 
-    in_block: they are in blocks that have experts, equally many in each.
+    in_block: whether they are in the blocks with experts, the same number in each.
     """
 
     part: Part
@@ -33,17 +32,18 @@ class Weight(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """Of all of them."""
+        """Elements of all `times` tensors."""
         return self.rows * self.row_size * self.times
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """A model's sizes as the cost model sees it. Names that `ModelConfig` has mean the same.
+    """The sizes of a model. Fields that are also in `ModelConfig` mean the same.
 
-    num_layers: blocks with experts. dense: all tensors but routers and routed experts. router_row:
-    elements of a router per expert. expert: elements of one. expert_matrices: those of them that
-    multiply a token. attention_scores: FLOPs per token for scores and weighted sums, all layers.
+    num_layers: blocks with experts. dense: all tensors except routers and routed experts.
+    router_row: elements of a router per expert. expert: elements of one expert. expert_matrices:
+    elements of its matrices, without biases. attention_scores: FLOPs per token for scores and
+    weighted sums in all layers.
     """
 
     num_layers: int
@@ -78,10 +78,11 @@ class ModelSizes:
 
 @lru_cache(maxsize=64)
 def sizes_of(model: ModelConfig | ModelSizes) -> ModelSizes:
-    """The sizes of the model that `fomoe train` makes of a `ModelConfig`; others as they are.
+    """The sizes of the model that `fomoe train` builds from a `ModelConfig`. A `ModelSizes` is
+    returned as it is.
 
-    Attention of 4 D^2 and a tied embedding, as in the FoMoE paper (arXiv 2606.19025), whose sizes
-    `count_parameters` reproduces. Of attention the causal half is counted.
+    Attention has 4 D^2 parameters and the embedding is tied, as in the FoMoE paper (arXiv
+    2606.19025). Attention scores count the causal half.
     """
     if isinstance(model, ModelSizes):
         return model

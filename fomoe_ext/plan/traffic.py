@@ -1,6 +1,6 @@
 """A job's placement, and the bytes that each of its sites sends. Needs no torch.
 
-Bytes are exact: `meeting_bytes` and `moved_bytes` are what the training job counts where it sends.
+Bytes are exact: `meeting_bytes` and `moved_bytes` equal what a training job counts when it sends.
 The rest of the cost model is in `fomoe_ext.plan.memory` and `fomoe_ext.plan.cost`.
 """
 
@@ -22,13 +22,14 @@ from fomoe_ext.report.measured import measured_coactivation, measured_load
 
 
 class RoundNote(NamedTuple):
-    """What every site tells every other one before a meeting, a fp64 each.
+    """The note that each site sends to every other one before a meeting, one fp64 per field.
 
-    stop: 1 when it was asked to stop. steps: local steps it has taken in all. loss: its sum over
-    the round's steps, nats per token. rows and slots: of the round. knocks: 1 where it knows of a
-    site that wants to join. taken and left: steps of the round that it has taken and will not have
-    taken before the meeting, unless it was asked to stop, 0. pace: seconds that a local step takes
-    there, 0 = not known.
+    stop: 1 if the site was asked to stop. steps: local steps it has taken since the job began.
+    loss: the sum of the round's losses, nats per token. rows: rows that its experts computed in the
+    round. slots: slots that its routers chose in the round. knocks: 1 if it knows of a site that
+    asks to join. taken: steps of the round it has taken. left: steps of the round it has yet to
+    take, above 0 only if it was asked to stop. pace: seconds of one of its local steps, 0 = not
+    known.
     """
 
     stop: float
@@ -49,16 +50,16 @@ NOTE_BYTES = 8 * len(RoundNote._fields)
 
 
 def read_placement(path: Path, num_sites: int) -> Placement:
-    """The placement in a JSON file, a table [layer][expert] -> list of sites.
+    """The placement in a JSON file with a table [layer][expert] -> list of sites.
 
-    Raises FileNotFoundError for a missing file, ValueError for what is no valid table.
+    Raises FileNotFoundError for a missing file, ValueError for an invalid table.
     """
     try:
         table = loads(path.read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(f"placement_file {path} does not exist") from None
     except (ValueError, IsADirectoryError) as error:
-        raise ValueError(f"placement_file {path} is not a JSON file: {error}") from None
+        raise ValueError(f"placement_file must be a JSON file, got {path}: {error}") from None
     try:
         return Placement.from_table(table, num_sites)
     except ValueError as error:
@@ -66,10 +67,10 @@ def read_placement(path: Path, num_sites: int) -> Placement:
 
 
 def job_placement(config: TrainConfig, epoch: int = 0) -> Placement:
-    """The placement a job begins with, or a random one after `epoch` reshuffles.
+    """The placement with which a job starts, or a random one after `epoch` reshuffles.
 
-    Raises ValueError for an impossible one, or a table that is not of the model's layers and
-    experts; FileNotFoundError for a missing table.
+    Raises ValueError for impossible sizes, or for a table of other sizes than the model's, and
+    FileNotFoundError for a missing table.
     """
     sites, model = config.sites, config.model
     sizes = (sites.sites, model.num_experts, model.num_layers, sites.replication)
@@ -84,7 +85,7 @@ def job_placement(config: TrainConfig, epoch: int = 0) -> Placement:
             )
         return placement
     if sites.placement_by is not None:
-        counts = measured_coactivation(sites.placement_by)
+        counts = measured_coactivation(sites.placement_by, "placement_by")
         if counts.shape[:2] != (model.num_layers, model.num_experts):
             raise ValueError(
                 f"placement_by {sites.placement_by} must have the counts of {model.num_layers} "
@@ -102,7 +103,7 @@ def job_placement(config: TrainConfig, epoch: int = 0) -> Placement:
 def _made(
     sites: int, experts: int, layers: int, replication: int, seed: int | None, epoch: int
 ) -> Placement:
-    """A placement, made once for all jobs of a plan that have it."""
+    """A placement, which all jobs of a plan with the same sizes and seed share."""
     sizes = {
         "num_sites": sites,
         "num_experts": experts,
@@ -117,9 +118,9 @@ def _made(
 def rank_experts(
     config: TrainConfig, placement: Placement, site: int
 ) -> list[tuple[tuple[int, ...], ...]] | None:
-    """By layer and rank, the experts of a site that each rank holds; None = ascending by id.
+    """For each layer and rank of a site, the experts that the rank holds; None = in order of ids.
 
-    Raises ValueError or FileNotFoundError for a load that is not of this model.
+    Raises ValueError or FileNotFoundError for the load of another model.
     """
     sites = config.sites
     if sites.spread_by is None:
@@ -133,8 +134,8 @@ def rank_experts(
 
 
 def _load_of(name: str, path: Path, placement: Placement) -> list[list[float]]:
-    """The load that a file has of a placement's experts; `name`: of the argument, for an error."""
-    load = measured_load(path)
+    """The load of a placement's experts, from a file. `name`: the option, for messages."""
+    load = measured_load(path, name)
     if [len(row) for row in load] != [placement.num_experts] * placement.num_layers:
         raise ValueError(
             f"{name} {path} must have the load of {placement.num_layers} layers of "
@@ -162,7 +163,7 @@ def full_replica(config: TrainConfig) -> TrainConfig:
 
 
 def bucket_bytes(config: TrainConfig) -> int:
-    """The size of a job's buckets, bytes of fp32: as given, or chosen as `OuterSync` chooses it."""
+    """The size of a job's buckets in bytes of fp32: as given, or as `OuterSync` chooses it."""
     outer = config.outer
     if outer.bucket_bytes:
         return outer.bucket_bytes
@@ -172,8 +173,8 @@ def bucket_bytes(config: TrainConfig) -> int:
 
 
 def model_sizes(model: ModelConfig | ModelSizes) -> wire.Sizes:
-    """Elements outside of the blocks (also of blocks without experts), of a block, of one expert
-    and of one router row."""
+    """Elements outside of the blocks with experts, of such a block, of an expert and of a router
+    row."""
     sizes = sizes_of(model)
     outside = sizes.counts.dense - sizes.num_layers * sizes.block
     return wire.Sizes(outside, sizes.block, sizes.expert, sizes.router_row)
@@ -182,7 +183,7 @@ def model_sizes(model: ModelConfig | ModelSizes) -> wire.Sizes:
 def site_elements(
     config: TrainConfig, placement: Placement, site: int
 ) -> tuple[wire.GroupElements, ...]:
-    """What a site of a job shares with which owner group, by fragment."""
+    """Elements that a site has in common with each owner group, by fragment."""
     return wire.group_elements(
         placement,
         site,
@@ -196,9 +197,9 @@ def site_elements(
 def meeting_bytes(
     config: TrainConfig, placement: Placement, site: int, round_index: int = 1
 ) -> int:
-    """Bytes a site sends in a round, in its meetings (with ddp: in all its steps) and before them.
+    """Bytes that a site sends in a round: in its meetings (ddp: in all steps) and in notes before.
 
-    `round_index` counts from 1; it matters where moments have periods or experts take turns.
+    `round_index` counts from 1. It matters for moment_periods, stale_period and expert_turns.
     """
     experts = placement.num_layers * placement.num_experts
     besides = (placement.num_sites - 1) * NOTE_BYTES
@@ -225,12 +226,12 @@ def meeting_bytes(
 
 
 def copied_bytes(config: TrainConfig, placement: Placement, site: int) -> int:
-    """Bytes a site sends to refresh the frozen copies of experts that others keep."""
+    """Bytes that a site sends to refresh the frozen copies of its experts at other sites."""
     count, expert = copies_per_layer(config), sizes_of(config.model).expert
     if not count:
         return 0
     if placement.replication == 1 and count == placement.num_experts - placement.experts_per_site:
-        # Everyone gets everything from the only one that has it.
+        # The only holder of each expert sends it to all other sites.
         sends = (placement.num_sites - 1) * placement.experts_per_site * placement.num_layers
         return sends * stale.copy_bytes(config.outer.stale_codec, expert)
     wanted = wanted_copies(config, placement)
@@ -239,10 +240,10 @@ def copied_bytes(config: TrainConfig, placement: Placement, site: int) -> int:
 
 
 def wanted_copies(config: TrainConfig, placement: Placement) -> stale.Wanted:
-    """By layer and site, the absent experts of which it computes frozen copies.
+    """For each layer and site, the absent experts of which the site computes frozen copies.
 
-    A file of loads is read once: what is written to it later is of no account to this process.
-    Raises ValueError or FileNotFoundError for a load that is not of this model.
+    A process reads the file of loads once; later changes to it have no effect. Raises ValueError or
+    FileNotFoundError for the load of another model.
     """
     sites = config.sites
     load = None if sites.stale_by is None else _stale_load(sites.stale_by, placement)
@@ -255,7 +256,7 @@ def _stale_load(path: Path, placement: Placement) -> list[list[float]]:
 
 
 def copies_per_layer(config: TrainConfig) -> int:
-    """Experts of a layer of which a site computes frozen copies."""
+    """Number of experts per layer of which a site computes frozen copies."""
     sites, experts = config.sites, config.model.num_experts
     if sites.stale_experts < 0:
         return experts - experts * sites.replication // sites.sites
@@ -268,7 +269,7 @@ def stale_share(config: TrainConfig) -> float:
 
 
 def moved_bytes(config: TrainConfig, placement: Placement, new: Placement, site: int) -> int:
-    """Bytes a site sends when a new placement comes into force."""
+    """Bytes that a site sends to change from one placement to another."""
     return wire.reshuffle_bytes(
         placement,
         new,
@@ -283,14 +284,14 @@ def moved_bytes(config: TrainConfig, placement: Placement, new: Placement, site:
 
 
 def shadow_bytes(config: TrainConfig, placement: Placement, site: int) -> int:
-    """Bytes a site sends in a round to refresh shadow copies; 0 where there are none."""
+    """Bytes that a site sends in a round to refresh shadow copies; 0 without shadow_experts."""
     if not config.fault.shadow_experts:
         return 0
     return wire.shadow_bytes(placement, site, _shadow_elements(config))
 
 
 def shadow_memory(config: TrainConfig, placement: Placement, site: int) -> int:
-    """Bytes of the shadow copies that a site keeps, in host memory; 0 where there are none."""
+    """Bytes of the shadow copies that a site keeps in host memory; 0 without shadow_experts."""
     if not config.fault.shadow_experts:
         return 0
     return wire.shadow_memory(placement, site, _shadow_elements(config))
@@ -306,15 +307,16 @@ def _shadow_elements(config: TrainConfig) -> int:
 
 
 def full_replica_bytes(config: TrainConfig, rounds: int, first: int = 0) -> int:
-    """Bytes a site would send in `rounds` rounds of the same job with all experts everywhere, but
-    for the `first` of them."""
+    """Bytes that a site would send in rounds `first` + 1 to `rounds` of the same job with all
+    experts at every site."""
     replica = full_replica(config)
     placement = job_placement(replica)
     return sum(meeting_bytes(replica, placement, 0, index + 1) for index in range(first, rounds))
 
 
 def ddp_bytes(config: TrainConfig, steps: int) -> int:
-    """Bytes a site would send in `steps` steps of plain DDP: all gradients, fp32, every step."""
+    """Bytes that a site would send in `steps` steps of plain DDP: all gradients in fp32, in every
+    step."""
     total = sizes_of(config.model).counts.total
     sites, bucket = config.sites.sites, bucket_bytes(config)
     return steps * wire.all_reduce_bytes(total, sites, "fp32", bucket)

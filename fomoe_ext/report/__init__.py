@@ -1,11 +1,12 @@
-"""What a run tells: its folder, metrics while it goes on, the report at its end, both read again.
+"""The output of a run: its folder, metrics during training, the report at the end; reading them.
 
-May import config, placement, files and launch.console. Is given plain data; knows neither trainer
+May import config, placement, files and launch.console. Works on plain data; knows neither trainer
 nor model, needs no torch.
 
-    while it goes on  run_log (progress, TensorBoard), metrics (metrics.jsonl), tally (counts), runs
-                      (run folders), units
-    the report        report, of tables: spent (time and bytes), course (loss), story (sites lost)
-    as a page         page (page.jinja), plots, svg
-    read again        command (fomoe report), stored, compare, measured (loads, for other jobs)
+    during training  run_log (progress, TensorBoard), metrics (metrics.jsonl), tally (counts), runs
+                     (run folders), units
+    the report       report, with tables from spent (time and bytes), course (loss over the run),
+                     story (sites lost)
+    as a page        page (page.jinja), plots, svg
+    reading          command (fomoe report), stored, compare, measured (loads for other jobs)
 """

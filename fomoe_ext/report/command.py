@@ -1,4 +1,4 @@
-"""`fomoe report`: the report of a finished run, again or as a page; several runs side by side."""
+"""`fomoe report`: shows the report of a finished run or compares several runs; text or HTML."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMPARISON = Path("comparison.html")
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fomoe report",
-        description="Shows the report of a finished run again. With several runs: side by side.",
+        description="Show the report of a finished run, or compare several runs side by side.",
     )
     parser.add_argument(
         "runs", nargs="*", type=Path, metavar="RUN", help=f"run folder (default: newest in {RUNS}/)"
@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const=True,
         metavar="FILE",
-        help=f"write one HTML page with plots instead (default: RUN/{PAGE}, or {COMPARISON} of "
+        help=f"write one HTML page with plots instead (default: RUN/{PAGE}, or {COMPARISON} for "
         "several runs)",
     )
     return parser
@@ -41,8 +41,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """`fomoe report [RUN ...] [--html [FILE]]`; returns the exit code.
 
-    Raises ValueError and OSError for what is no finished run, NotInstalled for a page without the
-    extra `plot`.
+    Raises ValueError and OSError for a folder that is not a finished run, NotInstalled for a page
+    without the extra `plot`.
     """
     given = _parser().parse_args(arguments)
     folders, html = list(given.runs), given.html
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     if not folders:
         newest = newest_run()
         if newest is None:
-            raise FileNotFoundError(f"there is no run in {RUNS}/: name a run folder")
+            raise FileNotFoundError(f"RUN must be given: there is no run in {RUNS}/")
         folders = [newest]
     runs = [read_run(folder) for folder in folders]
     if html is None:

@@ -1,4 +1,4 @@
-"""Several runs side by side: their figures, and what was configured differently."""
+"""Several runs side by side: their results and the options in which they differ."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NO_DIFFERENCE = {"run.run_dir", "run.resume"}
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """A name for each run: its folder's, or its whole path where two would have the same."""
+    """A name for each run: that of its folder, or the whole path if two folders have one name."""
     paths = [Path(os.path.abspath(folder)) for folder in folders]
     names = [path.name for path in paths]
     return [
@@ -28,7 +28,7 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 
 def comparison_tables(runs: Mapping[str, StoredRun]) -> list[ReportTable]:
-    """A row for every run, and one for every option in which they differ."""
+    """A table with a row for each run, and one with a row for each option that differs."""
     rows = tuple((name, *_figures(run.report)) for name, run in runs.items())
     columns = ("loss", "bits per byte", "tokens", "sent by a site", "vs DDP", "validation sent")
     tables = [
@@ -36,8 +36,8 @@ def comparison_tables(runs: Mapping[str, StoredRun]) -> list[ReportTable]:
             "Runs side by side",
             ("", *columns, "tokens/s", "time"),
             rows,
-            "Loss in nats per token, on validation text. Sent by a site: in meetings, the mean of "
-            "all sites. Tokens/s: of all sites, in rounds.",
+            "Loss: on validation text, in nats per token. Sent by a site: in meetings, mean of all "
+            "sites. Tokens/s: all sites together, in rounds.",
         )
     ]
     differences = _differences({name: run.config for name, run in runs.items()})

@@ -1,4 +1,4 @@
-"""The course of a run: the records of metrics.jsonl as curves over rounds and tokens."""
+"""Loss curves of a run over rounds and tokens, from the records of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _MOST_BARS = 40
 class Point(NamedTuple):
     """A loss in nats per token at the end of a round.
 
-    `tokens`: that all sites have trained on so far, None where the run did not say; `sent`: bytes
-    that the first site has sent in meetings so far; `low` and `high`: of the sites.
+    tokens: number that all sites have trained on so far, None if not recorded. sent: bytes that the
+    first site has sent in meetings so far. low, high: lowest and highest loss of a site.
     """
 
     round: int
@@ -38,7 +38,7 @@ class Course(NamedTuple):
 
 
 def read_course(run_dir: Path) -> Course:
-    """The course of a run from its folder; empty where there are no metrics.
+    """The loss curves of a run from its folder; empty without metrics.
 
     Raises ValueError naming a damaged line, and OSError.
     """
@@ -47,7 +47,7 @@ def read_course(run_dir: Path) -> Course:
 
 
 def course_of(records: Sequence[Mapping[str, Any]]) -> Course:
-    """The course that the records of a metrics.jsonl tell."""
+    """The loss curves from the records of a metrics.jsonl."""
     training: list[Point] = []
     validation: list[Point] = []
     tokens: int | None = 0
@@ -67,21 +67,23 @@ def course_of(records: Sequence[Mapping[str, Any]]) -> Course:
 
 
 def bits_per_nat(report: Mapping[str, Any]) -> float:
-    """Bits per byte of a loss of one nat per token; NaN where the run's loss is no number."""
+    """Bits per byte for a loss of one nat per token; NaN if the run's loss is NaN."""
     validation = report["validation"]
     return validation["bits_per_byte"] / validation["loss"] if validation["loss"] else math.nan
 
 
 def uniform_loss(report: Mapping[str, Any]) -> float | None:
-    """Loss of guessing every token with the same probability, in nats per token; None where the
-    report does not say how many tokens there are."""
+    """Loss of a uniform distribution over tokens, in nats per token; None if the report does not
+    have the size of the vocabulary."""
     size = report["run"].get("vocab_size")
     return math.log(size) if size else None
 
 
 def sparkline(values: Sequence[float], low: float, high: float, width: int = _MOST_BARS) -> str:
-    """Values as a line of bars between `low` and `high`, at most `width` of them, each the mean of
-    its neighbours; a value that is no number is a dot."""
+    """Values as a line of at most `width` bars between `low` and `high`.
+
+    A bar is the mean of neighbouring values, or a dot if one of them is NaN or infinite.
+    """
     count = min(len(values), width)
     bars = []
     for i in range(count):
@@ -96,7 +98,7 @@ def sparkline(values: Sequence[float], low: float, high: float, width: int = _MO
 
 
 def loss_table(report: Mapping[str, Any], course: Course) -> ReportTable | None:
-    """How the loss went, in a line each for training and validation; None without metrics."""
+    """The loss over the run, with a row each for training and validation; None without metrics."""
     named = [("training", course.training), ("validation", course.validation)]
     named = [(name, points) for name, points in named if points]
     every = [point.loss for _, points in named for point in points if math.isfinite(point.loss)]

@@ -1,4 +1,4 @@
-"""metrics.jsonl: written line by line, read, and cut back where a job goes on from before."""
+"""metrics.jsonl: appending records, reading them, and removing those that a resumed job repeats."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from fomoe_ext.files.unwritten import AppendedFile, Unwritten
 
 
 class MetricsFile:
-    """Appends one JSON object per line; every line is complete when `write` returns.
+    """Appends one JSON object per line; each line is complete when `write` returns.
 
-    Where the disk is full the lines wait for room, `unwritten` has how many, and nothing raises.
+    If the disk is full, nothing raises: lines are kept until there is room, and `unwritten` counts
+    them.
     """
 
     def __init__(self, path: Path, unwritten: Unwritten | None = None) -> None:
@@ -30,15 +31,15 @@ class MetricsFile:
             self._unwritten.note(path, error)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append a record. Raises ValueError for values that JSON cannot hold, such as tensors."""
+        """Appends a record. Raises ValueError for values that are not JSON, such as tensors."""
         try:
             line = json.dumps(dict(record), allow_nan=True)
         except TypeError as error:
-            raise ValueError(f"record is not JSON: {error}") from None
+            raise ValueError(f"record must have values of JSON: {error}") from None
         self._file.write(seal_line(line).encode() + b"\n")
 
     def flush(self) -> None:
-        """Tries again to write what is left."""
+        """Tries again to write the lines that are kept."""
         self._file.flush()
 
     def close(self) -> None:
@@ -47,7 +48,7 @@ class MetricsFile:
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Cuts off half a line, as a job that was killed may have left it."""
+    """Removes an incomplete last line, which a killed job may have left."""
     text = path.read_bytes()
     if text and not text.endswith(b"\n"):
         os.truncate(path, text.rfind(b"\n") + 1)
@@ -56,7 +57,7 @@ def _cut_torn_line(path: Path) -> None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All records of a metrics.jsonl.
 
-    Raises ValueError naming the line that is no JSON object, or not what was written.
+    Raises ValueError naming the line that is not a JSON object or is damaged.
     """
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -65,7 +66,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: wanted a JSON object, got {record!r:.60}")
+            raise ValueError(f"{path}, line {number} must be a JSON object, got {record!r:.60}")
         records.append(record)
     return records
 
@@ -78,9 +79,9 @@ def _step(record: Mapping[str, Any], path: Path) -> int:
 
 
 def rewind_metrics(path: Path, step: int) -> None:
-    """Drop the records of later steps than `step`, which a resumed job is going to write again.
+    """Removes the records after `step`, which a resumed job will write again.
 
-    Raises ValueError for a damaged file, OSError where it cannot be written.
+    Raises ValueError for a damaged file, OSError if it cannot be written.
     """
     if not path.exists():
         return
@@ -90,7 +91,7 @@ def rewind_metrics(path: Path, step: int) -> None:
     if kept == records:
         return
     if records[: len(kept)] == kept:
-        # Takes no room on a full disk.
+        # Needs no room on a full disk.
         lines = path.read_bytes().splitlines(keepends=True)[: len(kept)]
         os.truncate(path, sum(map(len, lines)))
         return

@@ -27,7 +27,7 @@ _TEMPLATE = Path(__file__).with_name("page.jinja")
 
 
 _NARROW, _SHORT = 76, 14
-"""Characters and rows of a table that is half as wide as the page."""
+"""Most characters and rows of a table that takes half the width of the page."""
 _SHADES = (
     (100, "c1", "none"),
     (50, "c1", "half"),
@@ -35,11 +35,11 @@ _SHADES = (
     (50, "c2", "double"),
     (100, "c2", "triple and more"),
 )
-"""Of the load: percent of a colour, and what it is for."""
+"""Legend of the load: percent of a colour, its name, and its meaning."""
 
 
 class _Figure(NamedTuple):
-    """A number at the head of a page."""
+    """A number at the top of a page."""
 
     name: str
     value: str
@@ -47,7 +47,7 @@ class _Figure(NamedTuple):
 
 
 class _Drawing(NamedTuple):
-    """A drawing in its frame; `legend`: percent of a colour, its name, what it is for."""
+    """A plot in its frame. legend: percent of a colour, its name, and its meaning."""
 
     title: str
     svg: Any
@@ -74,10 +74,10 @@ def report_page(report: Mapping[str, Any], course: Course) -> str:
 
 
 def write_page(run_dir: Path, report: Mapping[str, Any], unwritten: Unwritten) -> Path | None:
-    """Writes report.html into the run folder; None where that is impossible.
+    """Writes report.html into the run folder; None if that is not possible.
 
-    Without the extra `plot` there is no page and no word of it. Nothing raises: a run is not to
-    fail by a drawing of it. `unwritten`: notes what cannot be written.
+    Without the extra `plot` no page is written, and nothing is said. Nothing raises: a run must not
+    fail because of its plots. `unwritten`: notes files that cannot be written.
     """
     file = run_dir / PAGE
     try:
@@ -158,7 +158,7 @@ def _drawings(report: Mapping[str, Any], course: Course) -> list[_Drawing]:
 
 
 def _is_wide(table: ReportTable) -> bool:
-    """Whether a table wants the width of the page, by the characters of its longest cells."""
+    """Whether a table needs the width of the page, by the lengths of its longest cells."""
     columns = zip(*table.rows, strict=True)
     widest = sum(max(map(len, cells), default=0) + 2 for cells in columns)
     return widest + 4 * len(table.columns) > _NARROW or len(table.rows) > _SHORT

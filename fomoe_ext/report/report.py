@@ -1,6 +1,6 @@
-"""The report of a run: report.json for machines, report.md and the terminal for people.
+"""The report of a run: report.json for programs, report.md and the terminal for people.
 
-Both renderings show the same tables, made of report.json and the records of metrics.jsonl.
+report.md and the terminal show the same tables, from report.json and the records of metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fomoe_ext.report.tables import (
 from fomoe_ext.report.units import human_bytes, human_count
 
 _MOST_EXPERTS, _MOST_LAYERS = 64, 8
-"""Up to so many experts and layers the load of each expert is shown."""
+"""Up to this many experts and layers, the load of each expert is shown."""
 
 
 def _result(report: Mapping[str, Any]) -> ReportTable:
@@ -54,14 +54,14 @@ def _result(report: Mapping[str, Any]) -> ReportTable:
         note += ". Tokens choose among the experts that their site holds"
     if run.get("from_round"):
         note += (
-            f". Bytes, tokens and times are since round {run['from_round']}, when the job was "
+            f". Bytes, tokens and times count from round {run['from_round']}, where the job was "
             "resumed with other sites or another placement"
         )
     return ReportTable("Result", ("", ""), tuple(rows), note, texts=(0, 1))
 
 
 def _tokens_per_s(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Tokens per second of all sites together: while they trained, and of the whole time."""
+    """Tokens per second of all sites together: in rounds, and over the whole time."""
     tokens, wall = report["run"]["tokens"], report["run"]["wall_s"]
     busy = max(site["local_s"] + site["meeting_s"] for site in report["sites"])
     if not (busy and wall):
@@ -71,7 +71,7 @@ def _tokens_per_s(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _checkpoints(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What checkpoints during the training cost it, where there were some."""
+    """How long training waited for checkpoints, if there were some."""
     sites = report["sites"]
     failed = max(site.get("checkpoints_failed", 0) for site in sites)
     rows = [("checkpoints that could not be written", str(failed))] if failed else []
@@ -111,8 +111,8 @@ def _memory(report: Mapping[str, Any]) -> ReportTable:
         ("", *names),
         tuple(rows),
         f"The model has {human_count(counts['total'])} parameters, "
-        f"{counts['sparse'] / counts['total']:.0%} of them in experts. Counted from tensors held"
-        f"{_of_ranks(report)}.",
+        f"{counts['sparse'] / counts['total']:.0%} of them in experts. Counted from the tensors "
+        f"in memory{_of_ranks(report)}.",
     )
 
 
@@ -161,9 +161,9 @@ def _clipped(report: Mapping[str, Any]) -> ReportTable:
         "Deltas that were scaled down or left out",
         ("", "scaled down", "smallest factor", "left out"),
         tuple(site_rows(cells)),
-        f"In so many meetings: scaled down where longer than {limit:g} times the median of all "
-        "sites', left out where NaN or infinite. This helps against accidents, not against a site "
-        "that wants to do harm.",
+        f"Numbers of meetings in which a site's delta was scaled down (its norm was more than "
+        f"{limit:g} times the median of all sites) or left out (it was NaN or infinite). This "
+        "protects against accidents, not against a malicious site.",
     )
 
 
@@ -175,7 +175,7 @@ def _routing(report: Mapping[str, Any]) -> ReportTable:
         ("", ""),
         (
             ("same choices on two sites, before the meeting", share(routing["between_sites"])),
-            ("same choices as a meeting ago", share(routing["between_rounds"])),
+            ("same choices as at the meeting before", share(routing["between_rounds"])),
             ("entropy of a token's scores", f"{routing['entropy']:.3f} nats"),
             ("load, standard deviation / mean", f"{routing['load_variation']:.2f}"),
             ("experts that no token chose", str(routing["dead_experts"])),
@@ -192,7 +192,7 @@ def arithmetic_table(flops: Mapping[str, Mapping[str, float]]) -> ReportTable:
 
 
 def report_tables(report: Mapping[str, Any], course: Course | None = None) -> list[ReportTable]:
-    """The tables of a report; `course`: of its loss, None = not known."""
+    """The tables of a report. `course`: the loss curves, None = not known."""
     story = _story(report) if report.get("story") else None
     losses = None if course is None else loss_table(report, course)
     tables = [_result(report), losses, story]
@@ -205,7 +205,7 @@ def report_tables(report: Mapping[str, Any], course: Course | None = None) -> li
 
 
 def _story(report: Mapping[str, Any]) -> ReportTable:
-    """Which sites were lost and came, and what it cost."""
+    """Which sites were lost or joined, and the time and bytes that it took."""
     rows = [
         (
             what(event),
@@ -219,12 +219,12 @@ def _story(report: Mapping[str, Any]) -> ReportTable:
     slowest = max(site.get("recovery_s", 0.0) for site in sites)
     moved = sum(site.get("recovery_bytes", 0) for site in sites)
     busy = max(site["local_s"] + site["meeting_s"] for site in sites)
-    note = f"All sites sent {human_bytes(moved)} to share out experts anew."
+    note = f"All sites together sent {human_bytes(moved)} to redistribute experts."
     if busy + slowest:
-        note += f" Training was {busy / (busy + slowest):.1%} of training and recovery"
+        note += f" Training took {busy / (busy + slowest):.1%} of the time of training and recovery"
         note += f" ({run['rounds']} rounds)."
-    columns = ("What happened to the sites", "after round", "goes on with", "after")
-    return ReportTable("Sites that were lost and came", columns, tuple(rows), note, texts=(0, 2))
+    columns = ("what happened", "after round", "continues with sites", "recovery")
+    return ReportTable("Sites that were lost or joined", columns, tuple(rows), note, texts=(0, 2))
 
 
 def markdown(report: Mapping[str, Any], course: Course | None = None) -> str:
@@ -239,7 +239,7 @@ def print_report(report: Mapping[str, Any], console: Console, course: Course | N
 
 
 def known_course(run_dir: Path) -> Course | None:
-    """The course of a run; None where its metrics cannot be read, as on a full disk."""
+    """The loss curves of a run; None if its metrics cannot be read, as on a full disk."""
     try:
         return read_course(run_dir)
     except (OSError, ValueError):
@@ -247,9 +247,9 @@ def known_course(run_dir: Path) -> Course | None:
 
 
 def write_report(run_dir: Path, report: Mapping[str, Any], unwritten: Unwritten) -> None:
-    """Write report.json, sealed, and report.md into the run folder, each whole or not at all.
+    """Writes report.json (with its hash) and report.md into the run folder.
 
-    `unwritten`: notes what cannot be written.
+    Each file is written whole or not at all. `unwritten`: notes files that cannot be written.
     """
     texts = {
         "report.json": json.dumps(sealed(report), indent=1) + "\n",

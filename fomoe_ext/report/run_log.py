@@ -1,6 +1,6 @@
-"""What a run tells while it goes on: metrics.jsonl, TensorBoard, and a progress display.
+"""The output of a run during training: metrics.jsonl, TensorBoard, and a progress display.
 
-Only site 0 makes a `RunLog`. On a terminal it is one live line; elsewhere one plain line per round.
+Only site 0 makes a `RunLog`. Progress is one live line on a terminal, else a plain line per round.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _REFRESH_S = 0.2
 
 
 class _Board:
-    """TensorBoard's events of scalars: one file per start of a job, written at once."""
+    """Writes scalars as TensorBoard events, in one file per start of a job, without buffering."""
 
     def __init__(self, folder: Path, first_step: int, unwritten: Unwritten) -> None:
         try:
@@ -44,7 +44,7 @@ class _Board:
         self._file = AppendedFile(folder / name, unwritten, "events")
         self._write(file_version="brain.Event:2")
         if first_step:
-            # What an earlier start has told of later steps is not shown any more.
+            # Makes TensorBoard discard later steps of an earlier start.
             log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._write(step=first_step + 1, session_log=log)
 
@@ -55,7 +55,7 @@ class _Board:
         self._file.write(record.getvalue())
 
     def add_scalars(self, scalars: Mapping[str, float], step: int) -> None:
-        """Values by name at a step."""
+        """Writes values by name at a step."""
         values = [
             self._summaries.Summary.Value(tag=tag, simple_value=value)
             for tag, value in scalars.items()
@@ -72,7 +72,7 @@ class _Board:
 
 
 class _ProgressLine(Progress):
-    """The live line of a job. What has no room on it goes to a line below: nothing is cut."""
+    """The live line of a job. Parts that do not fit continue on a line below."""
 
     def get_renderable(self) -> RenderableType:
         lines = [
@@ -94,8 +94,8 @@ _BAR = 20
 def progress_lines(
     steps: tuple[int, int], seconds_left: float | None, note: Sequence[str], width: int
 ) -> list[str]:
-    """How far a job is, in lines of at most `width` characters: a bar where there is room, the
-    steps taken of how many, the time that is left (None = not known), the parts of the note."""
+    """The progress of a job in lines of at most `width` characters: a bar if there is room, steps
+    taken and total steps, the remaining time (None = not known), and the parts of the note."""
     done, total = steps
     left = "-:--:--"
     if seconds_left is not None:
@@ -116,7 +116,7 @@ def progress_lines(
 
 
 class RunLog:
-    """The run's voice: records to files, progress to the console. Use as a context manager."""
+    """Writes records to files and progress to the console. Use as a context manager."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class RunLog:
         console: Console | None = None,
         unwritten: Unwritten | None = None,
     ) -> None:
-        """`unwritten`: where it is noted what could not be written."""
+        """`unwritten`: notes files that could not be written."""
         unwritten = unwritten or Unwritten()
         self.console = console or Console()
         self._file = MetricsFile(run_dir / "metrics.jsonl", unwritten)
@@ -166,17 +166,17 @@ class RunLog:
             self._board.close()
 
     def flush(self) -> None:
-        """Tries again to write what the files still lack."""
+        """Tries again to write what could not be written before."""
         self._file.flush()
         if self._board is not None:
             self._board.flush()
 
     def say(self, message: str) -> None:
-        """A line for the reader, above the progress line where there is one."""
+        """Prints a line, above the progress line if there is one."""
         self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def step(self, step: int, loss: Callable[[], float], tokens_per_s: float) -> None:
-        """After a local step of site 0. `loss` is asked only when the display is due."""
+        """Shows a local step of site 0. `loss` is called only when the display is refreshed."""
         if self._progress is None or time.monotonic() - self._shown < _REFRESH_S:
             return
         self._shown = time.monotonic()
@@ -184,8 +184,8 @@ class RunLog:
         self._progress.update(self._task, completed=step, note=note)
 
     def round(self, record: Mapping[str, Any]) -> None:
-        """After a meeting. Wants round, step, loss, lr, tokens_per_s, skipped_share, bytes_sent and
-        meeting_s; all numbers go to the files."""
+        """Records a round after its meeting. The record needs round, step, loss, lr, tokens_per_s,
+        skipped_share, bytes_sent and meeting_s; all its numbers go to the files."""
         self._record("round", record)
         self._round_note = _noteworthy(record)
         if self._progress is not None:
@@ -198,7 +198,8 @@ class RunLog:
         )
 
     def validation(self, record: Mapping[str, Any]) -> None:
-        """After a validation of the global model. Wants round, step, loss and bits_per_byte."""
+        """Records a validation of the global model. The record needs round, step, loss and
+        bits_per_byte."""
         self._record("validation", record)
         self.say(
             f"round {record['round']:>4}/{self._total_rounds}  validation: loss "
@@ -206,7 +207,7 @@ class RunLog:
         )
 
     def event(self, kind: str, **record: Any) -> None:
-        """Anything else worth a line in metrics.jsonl."""
+        """Records any other event in metrics.jsonl."""
         self._record(kind, record)
 
     def _record(self, kind: str, record: Mapping[str, Any]) -> None:
@@ -221,9 +222,9 @@ class RunLog:
 
 
 def _noteworthy(record: Mapping[str, Any]) -> list[str]:
-    """What a round skipped and sent; nothing where it skipped or sent nothing."""
+    """The skipped share and bytes sent of a round, each only if it is not 0."""
     words = []
-    if record["skipped_share"] >= 0.005:  # 0% is no news
+    if record["skipped_share"] >= 0.005:  # less is shown as 0%
         words.append(f"skipped {record['skipped_share']:.0%}")
     if record["bytes_sent"]:
         words.append(f"sent {human_bytes(record['bytes_sent'])}/site")

@@ -1,14 +1,14 @@
 """Run folders: where a job writes, and which one it continues. Needs no torch.
 
-<run>/.lock                      which job writes here, while it does (`folder_lock`)
-<run>/config.toml                the resolved configuration, sealed (`atomic.seal_text`)
-<run>/config-until-step-N.toml   that of before, where a resumed job changed it after N local steps
+<run>/.lock                      the job that is writing here (`folder_lock`)
+<run>/config.toml                the resolved configuration, with its hash (`atomic.seal_text`)
+<run>/config-until-step-N.toml   the previous one, if a resumed job changed it after N local steps
 <run>/metrics.jsonl              a line per round and validation
 <run>/tensorboard/               the same for TensorBoard
 <run>/checkpoints/step-00000640/ see `fomoe_ext.checkpoint`
-<run>/logs/site-1.log            what the sites but the first had to say (local launch)
+<run>/logs/site-1.log            output of each site except the first (local launch)
 <run>/report.md, report.json     at the end
-<run>/report.html                the same with plots, where the extra `plot` is installed
+<run>/report.html                the same with plots, if the extra `plot` is installed
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ def run_of(path: Path) -> Path:
 
 
 AUTO = "auto"
-"""`resume`: the newest whole checkpoint of the run folder, or the beginning where there is none."""
+"""`resume`: the newest complete checkpoint of the run folder, or step 0 if there is none."""
 
 
 def newest_run(folder: Path = RUNS) -> Path | None:
-    """The run folder in `folder` that was begun last, or None where there is none."""
+    """The run folder in `folder` that was begun last, or None."""
     runs = [path.parent for path in folder.glob(f"*/{CONFIG}")] if folder.is_dir() else []
     return max(runs, key=lambda path: ((path / CONFIG).stat().st_mtime_ns, path.name), default=None)
 
 
 def _run_to_resume(resume: str, run_dir: Path | None) -> Path | None:
-    """The run folder of what is to be resumed; None where auto finds no run at all."""
+    """The run folder to resume; None if "auto" finds no run."""
     return (run_dir or newest_run()) if resume in ("", AUTO) else run_of(Path(resume))
 
 
 class Job(NamedTuple):
-    """A job's configuration, which names its run folder. `unnamed`: the user did not name one, so
-    that another is taken where that one is in use."""
+    """A job's configuration, with its run folder. unnamed: whether the user did not choose the
+    folder; then another is used if it is taken."""
 
     config: TrainConfig
     unnamed: bool
@@ -69,13 +69,12 @@ def job_config(args: Sequence[str], prog: str = "fomoe train") -> TrainConfig:
 
 
 def find_job(args: Sequence[str], prog: str = "fomoe train") -> Job:
-    """A job from its arguments: its configuration with the run folder and what it resumes.
+    """A job from its arguments: its configuration, with the run folder and what it resumes.
 
-    A resumed job takes the configuration saved with its run, unless --config or --preset is given;
-    other flags change it. `--resume auto` of a run folder that does not exist yet, or of none where
-    there is no run, begins the job. Raises what `parse_args` raises, ValueError for a run
-    that is to go on in another folder or whose configuration is damaged, and FileNotFoundError
-    where a run that was named is not there.
+    A resumed job has the configuration saved with its run, unless --config or --preset is given;
+    other flags change it. `--resume auto` starts from step 0 if there is no such run. Raises what
+    `parse_args` raises, ValueError for a run that should continue in another folder or whose
+    configuration is damaged, and FileNotFoundError if a named run does not exist.
     """
     args = list(args)
     resume, given = flag_value(args, "--resume"), flag_value(args, "--run-dir")
@@ -87,9 +86,9 @@ def find_job(args: Sequence[str], prog: str = "fomoe train") -> Job:
             check_text_seal(found / CONFIG)
             _require_same(resume, found, known)
             args += ["--config", str(found / CONFIG)]
-            known = known or found  # wherever it was when it was saved
+            known = known or found  # the folder may have moved since
         elif resume not in ("", AUTO):
-            raise FileNotFoundError(f"--resume: {found} is no run folder, it has no {CONFIG}")
+            raise FileNotFoundError(f"--resume must be a run folder with {CONFIG}, got {found}")
     config = parse_args(args, prog)
     run = config.run
     if run.resume is not None:
@@ -106,42 +105,42 @@ def find_job(args: Sequence[str], prog: str = "fomoe train") -> Job:
 
 
 def _require_same(resume: str, found: Path, wanted: Path | None) -> None:
-    """Raises ValueError where a run is to be resumed, but in another folder."""
+    """Raises ValueError if a run is to be resumed in another folder."""
     if resume in ("", AUTO) or wanted is None or found.resolve() == wanted.resolve():
         return
     raise ValueError(
-        f"--resume {resume} goes on in its own folder, {found}, but run_dir is {wanted}: leave out "
+        f"run_dir must be {found}, the folder of --resume {resume}, got {wanted}: leave out "
         f"--run-dir, or copy {found} to {wanted} and give --resume {wanted}"
     )
 
 
 def load_run_config(folder: Path) -> TrainConfig:
-    """The configuration of a run folder. Raises as `load_config`, and ValueError where the file is
-    not what was written."""
+    """The configuration of a run folder. Raises what `load_config` raises, and ValueError for a
+    damaged file."""
     check_text_seal(folder / CONFIG)
     return load_config(folder / CONFIG)
 
 
 def check_folder(config: TrainConfig) -> None:
-    """Raises ValueError when a job that resumes nothing would write into another run's folder."""
+    """Raises ValueError if a new job would write into another run's folder."""
     folder = config.run.run_dir
     assert folder is not None
     holds_run = (folder / METRICS).exists() or any((folder / CHECKPOINTS).glob("step-*"))
     if config.run.resume is None and holds_run:
         raise ValueError(
-            f"run_dir {folder} holds a run already: continue it with --resume {folder}, or name "
-            "another folder"
+            f"run_dir must be a folder without a run, got {folder}: continue its run with --resume "
+            f"{folder}, or choose another folder"
         )
 
 
-# -------------------------------------------------------------------------- whose the folder is
+# -------------------------------------------------------------------------- locking the folder
 
 HELD = "FOMOE_HELD"
-"""Environment variable: the job that holds the run folder, of which a process is."""
+"""Environment variable: the name of the job that holds the folder, for the job's processes."""
 
 
 class Claim(NamedTuple):
-    """A run folder that this process holds; `made`: which was not there before."""
+    """A run folder that this process has locked. made: whether it created the folder."""
 
     config: TrainConfig
     held: Held
@@ -149,10 +148,10 @@ class Claim(NamedTuple):
 
 
 def claim(job: Job) -> Claim:
-    """Makes the run folder, or another where it is taken and nobody named it, and holds it.
+    """Creates and locks the run folder, or another one if it exists and the user did not choose it.
 
-    For the first process of a job, by its launcher or alone; the others `join_folder`. Raises
-    InUse, which names who has the folder, ValueError where it holds another run, and OSError.
+    For the first process of a job; the others call `join_folder`. Raises InUse, which names the
+    holder of the folder, ValueError if the folder has another run, and OSError.
     """
     config = job.config
     first, made = config.run.run_dir, False
@@ -175,13 +174,13 @@ def claim(job: Job) -> Claim:
 
 
 def join_folder(folder: Path, job: str | None) -> Held:
-    """Holds a run folder as a process of a job. Raises InUse where another job has it."""
+    """Locks a run folder as a further process of a job. Raises InUse if another job has it."""
     _make(folder)
     return hold(folder, "run_dir", job)
 
 
 def _make(folder: Path) -> bool:
-    """Whether the folder was not there. Raises OSError naming the argument."""
+    """Creates the folder; returns whether it was missing. Raises OSError naming the argument."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir()
@@ -194,8 +193,8 @@ def _make(folder: Path) -> bool:
 
 @contextmanager
 def claimed(job: Job) -> Iterator[TrainConfig]:
-    """Inside, the run folder is held by this process and those that it starts, which find the job's
-    name in the environment. What was made for nothing is removed again. Raises as `claim`."""
+    """Locks the run folder for this process and those that it starts, which find the job's name in
+    the environment. Removes a new folder that stays unused. Raises what `claim` raises."""
     mine = claim(job)
     before = os.environ.get(HELD)
     os.environ[HELD] = mine.held.job
@@ -210,7 +209,7 @@ def claimed(job: Job) -> Iterator[TrainConfig]:
 
 
 def release(mine: Claim) -> None:
-    """Lets go of a run folder; one that was made goes where the job has left nothing in it."""
+    """Unlocks a run folder; removes one that was created here and has no output."""
     folder, held = mine.config.run.run_dir, mine.held
     assert folder is not None
     logs = folder / "logs"
@@ -226,5 +225,5 @@ def release(mine: Claim) -> None:
             logs.rmdir()
         held.release(remove=True)
         folder.rmdir()
-    except OSError:  # another job has it by now, say
+    except OSError:  # for example, another job uses it by now
         held.release()

@@ -1,4 +1,4 @@
-"""What a run has spent: seconds by what they went into, and bytes sent."""
+"""Time and bytes of a run: the seconds of each activity, and the bytes sent."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _ratio(whole: float, part: float) -> str:
 
 
 def time_parts(site: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of a site by what they went into; they add up to its time from start to report."""
+    """Seconds of a site by activity; they add up to its time from start to report."""
     parts = {
         "start-up": site.get("startup_s", 0.0),
         "local steps": site["local_s"],
@@ -59,7 +59,7 @@ def time_table(report: Mapping[str, Any]) -> ReportTable:
 
 
 def training_table(report: Mapping[str, Any]) -> ReportTable:
-    """How fast each site trained, and what of the exchange it did not wait for."""
+    """The speed of each site, and the share of its exchanges that overlapped with local steps."""
     sites, run = report["sites"], report["run"]
     uneven = run.get("uneven_steps", False)
     exchanged = any(site["exchange_s"] for site in sites)
@@ -76,19 +76,19 @@ def training_table(report: Mapping[str, Any]) -> ReportTable:
         row += [f"{site['skipped_share']:.1%}"] if skipped else []
         row += [str(site["steps"] - site["from_step"])] if uneven else []
         cells[site["site"]] = tuple(row)
-    note = "Tokens/s: in local steps. Training share: of local steps and meetings."
+    note = "Tokens/s: in local steps. Training share: local steps / (local steps + meetings)."
     if exchanged:
         note += (
             " Exchange: from the first byte of a meeting to the last; hidden: the share of it that "
-            f"passed during local steps{_spread(run)}.{_link(run)}"
+            f"overlapped with local steps{_spread(run)}.{_chosen(run)}{_link(run)}"
         )
-    note += " Skipped slots cost no arithmetic." if skipped else ""
+    note += " Skipped slots are not computed." if skipped else ""
     note += f"{_UNEVEN if uneven else ''}{_turns(run)}"
     return ReportTable("Training", tuple(columns), tuple(site_rows(cells)), note)
 
 
 _UNEVEN = (
-    " Slower sites took fewer local steps, and their deltas weighed as many tokens as they had "
+    " Slower sites took fewer local steps; deltas were weighted by the tokens that each site "
     "trained on."
 )
 
@@ -97,11 +97,12 @@ def _turns(run: Mapping[str, Any]) -> str:
     turns = run.get("expert_turns", 1)
     if turns == 1:
         return ""
-    return f" Experts took turns: each met in one of {turns} meetings, {run['turn_order']} first."
+    order = "by number" if run["turn_order"] == "numbered" else f"{run['turn_order']} first"
+    return f" Experts took turns: each was averaged in one of {turns} meetings, {order}."
 
 
 def _hidden(site: Mapping[str, Any]) -> str:
-    """The share of exchanges during which the site went on."""
+    """The share of exchanges for which the site did not wait."""
     whole = site["exchange_s"]
     return f"{max(0.0, 1 - site['meeting_s'] / whole):.1%}" if whole else "-"
 
@@ -112,6 +113,12 @@ def _spread(run: Mapping[str, Any]) -> str:
     return f" ({run['fragments']} fragments, {run['overlap']} steps of overlap)"
 
 
+def _chosen(run: Mapping[str, Any]) -> str:
+    """Why overlap "auto" chose its number of steps; empty for an overlap that was given."""
+    reason = run.get("overlap_reason")  # not in reports of version 0.0
+    return f" Chosen: {reason}." if reason else ""
+
+
 def _link(run: Mapping[str, Any]) -> str:
     return f" Link: {run['link']}." if run["link"] else ""
 
@@ -120,7 +127,7 @@ def _link(run: Mapping[str, Any]) -> str:
 
 
 def bytes_table(report: Mapping[str, Any]) -> ReportTable:
-    """What each site has sent, and what it would have sent as a full replica or with DDP."""
+    """The bytes that each site sent, and would have sent as a full replica or with DDP."""
     sites = report["sites"]
     cells = {}
     for site in sites:

@@ -13,7 +13,7 @@ from fomoe_ext.report.runs import CONFIG, REPORT, load_run_config, run_of
 
 
 class StoredRun(NamedTuple):
-    """A run: its folder, report, course of the loss, and configuration if that is there."""
+    """A run: its folder, report, loss curves, and configuration if there is one."""
 
     folder: Path
     report: dict[str, Any]
@@ -22,9 +22,9 @@ class StoredRun(NamedTuple):
 
 
 def read_run(path: Path) -> StoredRun:
-    """The run of a run folder, or of a checkpoint in one.
+    """The run in a run folder, which may be given by a checkpoint in it.
 
-    Raises FileNotFoundError where there is no report, and ValueError naming a file that is damaged.
+    Raises FileNotFoundError without a report, and ValueError naming a damaged file.
     """
     folder = run_of(path)
     file = folder / REPORT
@@ -33,10 +33,10 @@ def read_run(path: Path) -> StoredRun:
     course = read_course(folder)
     if not file.is_file():
         if not course.training:
-            raise FileNotFoundError(f"run {folder} has no {REPORT}: it is no folder of a run")
+            raise FileNotFoundError(f"run must be a run folder with {REPORT}, got {folder}")
         last = course.training[-1]
         raise FileNotFoundError(
-            f"run {folder} has no {REPORT}, which is written at its end; its last round is "
+            f"run must be a finished run with {REPORT}, got {folder}: its last round so far is "
             f"{last.round}, with a training loss of {last.loss:.4f}"
         )
     try:

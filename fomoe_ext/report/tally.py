@@ -1,4 +1,4 @@
-"""What a site counts while it trains: plain numbers."""
+"""The counts of a site during training: plain numbers."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ from typing import Any
 
 @dataclass
 class Tally:
-    """Counts of one site since the job began, over all its resumptions.
+    """Counts of one site since the job began, including all resumed parts.
 
-    Seconds, bytes, tokens of text trained on, slots that routers chose and rows that experts
-    computed. `exchange_s`: from the start of exchanges to their end; `meeting_s`: what the site
-    waited in meetings, for others too. `healed`: tensors restored from the majority.
-    `from_round` and `from_step`: where counting began anew, with other sites than before.
-    `startup_s`: from the start of the process to its first local step, of every start of the job;
-    `wall_s` from there to the report.
-    `agreements`: meetings after which the hashes of all that was exchanged were the same.
-    `checkpoints` during the training, `checkpoints_failed`: of which it could not be written;
-    `checkpoint_s`: what the site waited for them. With another the job ends, or stops.
-    `recovery_s`, `recovery_bytes`: to go on with other sites after one was lost or came.
-    `clipped`: meetings in which this site's delta was scaled down, `least_factor`: by how much at
-    most; `left_out`: in which it was left out.
-    `bytes_sent`: in meetings, for moved experts and in notes; `planned_bytes`: what
-    `fomoe_ext.plan` says of the same.
+    steps, tokens, slots, rows: local steps, training tokens, slots that routers chose, rows that
+    experts computed. local_s: seconds of local steps. meeting_s: seconds that the site waited in
+    meetings, also for other sites. exchange_s: seconds from the start of exchanges to their end.
+    startup_s: seconds from the start of the process to its first local step, for all starts of the
+    job. wall_s: seconds from the start of the process to the report.
+
+    healed: tensors restored from the majority. agreements: meetings after which the hashes of all
+    exchanged tensors were equal. clipped: meetings in which the site's delta was scaled down;
+    least_factor: the smallest factor. left_out: meetings in which the delta was left out.
+
+    checkpoints: those written during training; the job writes one more when it ends or stops.
+    checkpoints_failed: those that could not be written. checkpoint_s: seconds that training waited
+    for checkpoints. recovery_s, recovery_bytes: spent to continue after a site was lost or joined.
+
+    bytes_sent: in meetings, for moved experts and in notes. planned_bytes: the prediction of
+    `fomoe_ext.plan` for the same. from_round, from_step: where counting began again, with other
+    sites than before.
     """
 
     steps: int = 0
@@ -63,21 +66,21 @@ class Tally:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Tally:
-        """The counts of `state_dict`. Raises ValueError when it is not one."""
+        """The counts from a `state_dict`. Raises ValueError for any other dict."""
         try:
             return cls(**state)
         except TypeError as error:
-            raise ValueError(f"state is no tally: {error}") from None
+            raise ValueError(f"state must be a dict of Tally.state_dict: {error}") from None
 
     @classmethod
     def of_ranks(cls, tallies: Sequence[Tally]) -> Tally:
-        """A site's tally from those of its ranks, the first of which speaks for the site."""
+        """A site's tally from those of its ranks: sums, maxima, and else the values of rank 0."""
         sums = {name: sum(getattr(t, name) for t in tallies) for name in _OF_RANKS}
         longest = {name: max(getattr(t, name) for t in tallies) for name in _SECONDS}
         return replace(tallies[0], **sums, **longest)
 
     def without_counts(self) -> Tally:
-        """This tally for another rank than the first: what ranks add up is zero."""
+        """This tally for a rank other than the first: counts that ranks add up are zero."""
         return replace(self, **dict.fromkeys(_OF_RANKS, 0))
 
     @property
@@ -97,7 +100,7 @@ _OF_RANKS = (
     "gradient_bytes",
     "planned_bytes",
 )
-"""Counts of which every rank of a site has a part."""
+"""Counts that the ranks of a site add up."""
 _SECONDS = (
     "startup_s",
     "local_s",

@@ -7,7 +7,7 @@ May import everything below it; knows no other command.
                         become optimizer, schedule and OuterSync
     its site            site, built on state; making: model, optimizer, connections; divergence:
                         errors about NaN
-    the loop            trainer: local_steps (pace, round_progress), notes, meeting (probing),
-                        validation, saving
+    the loop            trainer: local_steps (captured, pace, round_progress), notes, meeting
+                        (probing), validation, saving
     what is reported    speaker during the job, job_report at its end
 """

@@ -75,17 +75,17 @@ def test_constants_are_those_of_the_sources():
 def test_a_slice_by_hand():
     """Of 128 x 128 and 128 x 256 x 64 terms."""
     chip = Chip(l2_per_clock=32, l2_gathered_per_clock=16)
-    cycles = PING_PONG.slice_cycles(chip)
+    cycles = PING_PONG.k_block_clocks(chip)
     assert cycles["tensor"] == 2 * 128 * 128 * 64 / 4096 == 512
     assert cycles["shared"] == 8 * (2048 + 4096) / 128 == 384
     assert cycles["L2"] == 256 * 128 / 32
     assert "producer" not in cycles
-    cycles = COOPERATIVE.slice_cycles(chip)
+    cycles = COOPERATIVE.k_block_clocks(chip)
     assert (cycles["tensor"], cycles["shared"]) == (1024, 640)
-    assert PING_PONG.slice_cycles(chip, products=1)["tensor"] == 256
-    assert PING_PONG.slice_cycles(chip, products=1)["shared"] == 4 * 6144 / 128
-    assert PAIRED.slice_cycles(chip)["L2"] == (128 + 64) * 128 / 32
-    assert (PAIRED.slice_bytes(), PING_PONG.slice_bytes()) == (192 * 128, 256 * 128)
+    assert PING_PONG.k_block_clocks(chip, products=1)["tensor"] == 256
+    assert PING_PONG.k_block_clocks(chip, products=1)["shared"] == 4 * 6144 / 128
+    assert PAIRED.k_block_clocks(chip)["L2"] == (128 + 64) * 128 / 32
+    assert (PAIRED.k_block_bytes(), PING_PONG.k_block_bytes()) == (192 * 128, 256 * 128)
     assert Chip().peak == pytest.approx(989.4e12, rel=1e-3)
     assert (PING_PONG.stages(chip, 1), COOPERATIVE.stages(chip, 1)) == (6, 4)
     assert (PING_PONG.stages(chip, 2), COOPERATIVE.stages(chip, 2)) == (5, 3)
@@ -95,11 +95,11 @@ def test_a_gathered_slice_by_hand():
     """Of 128 or 256 lines, 8 or 16 copies of a thread."""
     chip = Chip(l2_per_clock=32, l2_gathered_per_clock=16)
     kernels = replace(SKETCH, row_copy=10, step_copy=20, index_clocks=300)
-    cycles = COOPERATIVE.slice_cycles(chip, gathers="rows", kernels=kernels)
+    cycles = COOPERATIVE.k_block_clocks(chip, gathers="rows", kernels=kernels)
     assert cycles["shared"] == 640 + 128 * 128 / 128  # they are written there by the threads
     assert cycles["L2"] == 256 * 128 / 32 + 128 * 128 / 16
     assert (cycles["producer"], "ring" in cycles) == (8 * 10, False)
-    of = lambda gathers, **changes: COOPERATIVE.slice_cycles(
+    of = lambda gathers, **changes: COOPERATIVE.k_block_clocks(
         chip, gathers=gathers, kernels=replace(kernels, **changes)
     )
     assert (of("B")["producer"], of("A")["producer"]) == (16 * 20, 300)  # indices meanwhile
@@ -131,11 +131,11 @@ def test_pairs_are_in_the_order_of_the_scheduler():
 
 
 def test_what_l2_is_asked_for_by_hand(free):
-    """Two tiles of rows to a column: A for each, B for each or for both."""
+    """Two row tiles to a column: each reads A, and each or both together B."""
     load, some = load_of(256), gemm(256, 128, rows=256)
     for tile, lines in ((PING_PONG, 4 * 256), (COOPERATIVE, 2 * 384), (PAIRED, 4 * 192)):
         p = predict_of.predict(work.MODELS[0], some, load, tile, FREE)
-        # `some` says that nothing is moved: what an epilogue moves is what its operands do not.
+        # `some` says that nothing is moved at all: an epilogue moves that less the operands.
         beside = -2 * (256 + 256) * 128
         assert p.l2_bytes == lines * 128 * 2 + beside
     alone = predict_of.predict(work.MODELS[0], some, load_of(128, 128), PAIRED, FREE)
@@ -143,7 +143,7 @@ def test_what_l2_is_asked_for_by_hand(free):
 
 
 def test_blocks_of_a_pair_work_in_step(free):
-    """The longer tile takes both blocks' time, and so does one that stands alone."""
+    """A pair takes as long as its longer tile, also if the other block has none."""
     seconds = lambda *groups: (
         predict_of.predict(
             work.MODELS[0], gemm(128, 64, rows=sum(groups)), load_of(*groups), PAIRED, FREE
@@ -296,7 +296,7 @@ def test_clocks_counted_are_predicted():
 
 
 def test_what_l2_does_is_predicted():
-    """Of its rate, but for contract_backward, in which L2 is busier than the model says."""
+    """Its bandwidth, but not in contract_backward, where L2 is busier than predicted."""
     found = model_of.counted(ROOT / COUNTERS)[SKETCH.name]
     at = (work.MODELS[0], 16384, "balanced", Chip())
     all_of = predict_of.predictions(*at, choice=predict_of.measured_tile)
@@ -363,7 +363,7 @@ def test_the_page_shows_what_the_command_prints(command):
 def test_the_command_refuses_nonsense():
     with pytest.raises(AssertionError, match="must be positive, got 0"):
         run_python("bench/experts_model.py", "--clock", "0")
-    with pytest.raises(AssertionError, match="--counters needs --measured"):
+    with pytest.raises(AssertionError, match="--counters must be given together"):
         run_python("bench/experts_model.py", "--counters", COUNTERS)
     before = run_python("bench/experts_model.py", "--kernels", "main 331c15c", "--clock", "1.4")
-    assert "1.40 GHz" in before and "announced in turn" in before
+    assert "1.40 GHz" in before and "signalled after" in before

@@ -180,7 +180,8 @@ def many_results() -> summary.Results:
         token |= {"tokens": 1, "experts": 2}
         made["tokens"].append({"name": "tokens", "extra_info": token})
         step = {"preset": "p", "layers": 1, "tokens": 2, "resident": 1 / (place + 1)}
-        step |= {"seconds": 2.0, "host_seconds": 1.0, "gpu_seconds": None, "peak_bytes": 10**9}
+        step |= {"seconds": 2.0, "host_seconds": 1.0, "gpu_seconds": None}
+        step |= {"graph_seconds": 1.5, "peak_bytes": 10**9}
         made["training"].append({"name": "training[p]", "extra_info": step})
     return made
 
@@ -228,7 +229,7 @@ def test_exit_status(tmp_path, monkeypatch, capsys):
     code, said = run(python("wrong", "print('what is wrong'); raise SystemExit(1)"))
     assert code == 1 and "exit code 1; what is wrong" in said
     assert command.main([str(tmp_path / "wrong"), "--dry-run"]) == 2  # holds another run's results
-    assert "is not empty" in capsys.readouterr().err
+    assert "FOLDER must be new or empty, got" in capsys.readouterr().err
 
 
 def test_unknown_step(tmp_path, capsys):

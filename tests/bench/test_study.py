@@ -134,7 +134,7 @@ def test_a_torn_line_is_cut_and_the_rest_kept(tmp_path):
 def test_another_file_is_refused(tmp_path):
     path = tmp_path / "runs.jsonl"
     path.write_text('{"sites": 1}\n')
-    with pytest.raises(ValueError, match="line 1, is not a run"):
+    with pytest.raises(ValueError, match="line 1, must be a run of the study"):
         store.load(path)
     assert store.load(tmp_path / "none") == {}
 
@@ -197,7 +197,7 @@ def test_the_tables_say_what_is_in_the_records():
     assert set(gap) == {"full replica", often, *design.METHODS}
     assert gap["int8"][2:4] == ("+0.100 ± 0.000 (2)", "100%")
     costs = {row[0]: row for row in tables.costs_table(made, SMALL)[0].rows}
-    assert costs["skipped, replication 1"][-1] == "25%"
+    assert costs["absent experts skipped, replication 1"][-1] == "25%"
     stable = tables.stability_table(made, SMALL)[0].rows
     assert [row[1] for row in stable[:2]] == ["2", "3"] and "0.90" in stable[0][5]
     assert tables.unequal_bytes(made) == []
@@ -223,7 +223,8 @@ def test_the_page_of_claims(tmp_path):
     page = (tmp_path / "docs" / "claims.md").read_text()
     assert "| 1875, 1254, 944, 789 GB per site | 50% of a replica" in page
     assert "| 1.42x | 4.00x (86% in experts)" in page and "| 45.44x | 80.0x at 16" in page
-    assert "no compressed job reaches it" in page and "90% of choices as a round ago" in page
+    assert "no compressed job reaches that loss" in page
+    assert "90% of choices unchanged since the round before" in page
     for name in ("loss_against_bytes", "quality_against_replication"):
         picture = tmp_path / "docs" / "claims" / f"{name}.png"
         assert f"claims/{name}.png" in page and picture.stat().st_size > 10_000
@@ -337,9 +338,9 @@ def test_more_tokens_are_told_beside_equal_ones():
             run = of[name][number]
             made[run.key] = kept(run, 1.95, sent)
     rows = {row[0]: row[3] for row in claims.claims_table(made, SMALL).rows}
-    assert rows["... at equal loss, below DDP (ours)"] == (
+    assert rows["at equal loss, less communication than DDP (ours)"] == (
         "160x (FoMoE, int4, 8 local steps, loss 1.950); 800x with 1.5x the tokens "
-        "(FoMoE, int2, longer, 16 local steps, loss 1.950); wanted 250x"
+        "(FoMoE, int2, longer, 16 local steps, loss 1.950); target: 250x"
     )
 
 

@@ -1,7 +1,7 @@
-"""`python -m tests.chaos.soak --minutes 15`: jobs with random faults until the time is up.
+"""`python -m tests.chaos.soak --minutes 15` runs jobs with random faults until the time is up.
 
-Prints a line per job and a table of faults at the end; a job that does not survive is told with the
-seed and the script that it can be repeated with, and the exit code is 1.
+It prints what happened in each job and, at the end, a table of the faults. For a job that fails it
+prints the seed and the faults, with which it can be repeated; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KINDS = {"kill": 5, "stop": 2, "cut": 2, "slow": 1, "corrupt": 2, "full": 1}
 
 
 def draw_script(random_: random.Random) -> list[Fault]:
-    """One to three faults of different sites in different rounds."""
+    """Draws one to three faults, at different sites and in different rounds."""
     count = random_.choice((1, 1, 2, 3))
     rounds = sorted(random_.sample(range(2, ROUNDS - 3), count))
     sites = random_.sample(range(NUM_SITES), count)
@@ -45,39 +45,39 @@ def draw_script(random_: random.Random) -> list[Fault]:
 
 
 def problems(outcome: Outcome, faults: Sequence[Fault], replication: int) -> list[str]:
-    """What is wrong with a job that should have survived."""
+    """What is wrong with a job that should have survived its faults."""
     if outcome.report is None:
-        return ["there is no report"]
+        return ["the report is missing"]
     found = []
     run_ = outcome.report["run"]
     if run_["rounds"] != ROUNDS:
-        found.append(f"{run_['rounds']} rounds of {ROUNDS}")
+        found.append(f"rounds must be {ROUNDS}, got {run_['rounds']}")
     if outcome.left:
-        found.append(f"left behind: {outcome.left}")
+        found.append(f"processes left behind: {outcome.left}")
     for site in outcome.report["sites"]:
         sent, planned = site["bytes_sent"], site["planned"]["bytes"]
         if sent != planned:
-            found.append(f"site {site['site']} sent {sent} bytes, planned were {planned}")
+            found.append(f"bytes sent by site {site['site']} must be {planned}, got {sent}")
     restored = [(event, entry) for event in outcome.story for entry in event["restored"]]
     for event, entry in restored:
         if replication > 1 and len(faults) == 1:
-            found.append(f"an expert lost all its holders at once: {entry}")
+            found.append(f"one fault took all holders of an expert: {entry}")
         if replication == 1 and len(event["lost"]) == 1:
             at = entry["from_step"]
             if at is None or event["step"] - at > run_["local_steps"]:
                 found.append(f"more than a round of an expert was lost: {entry} at {event['step']}")
     if not outcome.loss < 3.0:  # 5.5 at the start
-        found.append(f"loss {outcome.loss}")
+        found.append(f"loss must be below 3, got {outcome.loss}")
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 when all jobs survived."""
+    """Returns the exit code: 0 when all jobs survived, else 1."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.soak", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=15.0)
-    parser.add_argument("--seed", type=int, help="of the first job; the next ones count up")
-    parser.add_argument("--write", type=Path, help="file for the table, as Markdown")
-    parser.add_argument("--keep", type=Path, help="folder for the logs of jobs that failed")
+    parser.add_argument("--minutes", type=float, default=15.0, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, help="seed of the first job; later ones count up")
+    parser.add_argument("--write", type=Path, help="write the table to this Markdown file")
+    parser.add_argument("--keep", type=Path, help="folder for the logs of jobs that fail")
     given = parser.parse_args(arguments)
     seed = given.seed if given.seed is not None else random.SystemRandom().randrange(10**6)
     deadline, failed, losses = time.monotonic() + 60 * given.minutes, [], []
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 wrong = problems(outcome, faults, replication)
                 log = outcome.log
             except AssertionError as error:
-                outcome, wrong, log = None, ["it did not end"], str(error)
+                outcome, wrong, log = None, ["the job did not end"], str(error)
         print(f"seed {seed}, replication {replication}: {script}", flush=True)
         if outcome is not None and outcome.report is not None:
             losses.append(outcome.loss)
@@ -117,16 +117,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary = [
         f"{jobs} jobs of {NUM_SITES} sites and {ROUNDS} rounds in {given.minutes:g} minutes, "
         f"{sum(happened.values())} faults, {len(losses)} jobs ended{spread}; "
-        + (f"failed: seeds {failed}" if failed else "all survived, bytes as planned"),
-        f"Seconds from a loss to going on: median {_median(recoveries):.1f}, "
-        f"most {max(recoveries, default=0.0):.1f}, of {len(recoveries)}",
+        + (
+            f"failed: seeds {failed}"
+            if failed
+            else "all survived and sent exactly as many bytes as planned"
+        ),
+        "Seconds from the loss of a site until training continued: median "
+        f"{_median(recoveries):.1f}, longest {max(recoveries, default=0.0):.1f}, "
+        f"over {len(recoveries)} recoveries",
     ]
     text = "\n".join([*_table(happened), "", *(f"{line}." for line in summary)])
     print(f"\n{text}")
     if given.write:
         command = f"python -m tests.chaos.soak --minutes {given.minutes:g} --seed {first}"
-        intro = "Random faults in jobs of real processes: how many of each, and what came of it."
-        write_text(given.write, f"# Faults survived\n\n{intro} Made by `{command}`.\n\n{text}\n")
+        intro = (
+            "Random faults were injected into training jobs of real processes. The table counts "
+        )
+        intro += f"them by kind, phase of the round, and replication. `{command}` writes this page."
+        write_text(given.write, f"# Faults survived\n\n{intro}\n\n{text}\n")
     return 1 if failed else 0
 
 

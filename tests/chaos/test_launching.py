@@ -36,7 +36,7 @@ def test_the_launcher_starts_a_lost_site_again(tmp_path: Path) -> None:
     rounds = re.findall(r"^round +(\d+)/40  loss", result.stdout, re.MULTILINE)
     assert list(dict.fromkeys(map(int, rounds))) == list(range(1, 41))
     assert "site 0 lost, its process has ended" in result.stdout
-    assert "Sites that were lost and came" in result.stdout
+    assert "Sites that were lost or joined" in result.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     joined = [site for event in report["story"] for site in event["joined"]]
     # On a machine that is busy enough it comes when all is done, and says so.

@@ -12,7 +12,7 @@ from two_by_two import NAME, save
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """A checkpoint of 2 x 2 processes. Not to be changed."""
+    """A checkpoint of 2 sites of 2 ranks, shared by tests: change a copy (`copied`)."""
     folder = tmp_path_factory.mktemp("saved")
     assert pool().run(4, save, folder) == [NAME] * 4
     return folder / NAME

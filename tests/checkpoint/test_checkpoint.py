@@ -1,4 +1,4 @@
-"""Checkpoints of the global model and its validation, by sites of which none holds all experts."""
+"""Checkpoints and validation of the global model, by sites that each hold only some experts."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def site_model(num_sites: int, replication: int, site: int) -> LanguageModel:
 
 
 def full_model() -> LanguageModel:
-    """The same model with all experts; its bits do not depend on who holds what."""
+    """The same model with all experts: initial weights do not depend on the placement."""
     return with_biases(LanguageModel(CONFIG, seed=3))
 
 
@@ -82,7 +82,7 @@ def save(
     failing: int = -1,
     shard_bytes: int = 1 << 30,
 ) -> str:
-    """Writes a checkpoint; `failing` is a site whose state cannot be written."""
+    """Writes a checkpoint; the state of site `failing` cannot be written."""
     model, placement = site_model(num_sites, replication, site), place(num_sites, replication)
     if site == failing:
         file_writer.write_text = lambda *a, **k: (_ for _ in ()).throw(OSError("no space left"))
@@ -111,7 +111,7 @@ def save(
 
 @pytest.mark.parametrize("num_sites, replication", [(1, 1), (2, 1), (3, 2), (3, 3)])
 def test_the_global_model_comes_back(tmp_path, num_sites, replication):
-    """Written by sites that hold parts, read by one that holds all and one that holds others."""
+    """Sites with some experts write it; a site with all and a site with other experts read it."""
     answers = pool().run(num_sites, save, replication, tmp_path)
     assert answers == ["step-00000007"] * num_sites
     path = tmp_path / "step-00000007"
@@ -138,7 +138,7 @@ def test_the_global_model_comes_back(tmp_path, num_sites, replication):
 
 
 def test_shards_are_small_and_complete(tmp_path):
-    """No file much larger than asked for, every tensor in exactly one, written by one site."""
+    """Files keep to the size limit; every tensor is in exactly one file and written by one site."""
     pool().run(2, save, 2, tmp_path, -1, 2000)
     path = tmp_path / "step-00000007"
     files = sorted(path.glob("model-*.safetensors"))
@@ -232,7 +232,7 @@ def test_the_newest_whole_checkpoint_is_chosen(tmp_path):
     (reason,) = skipped
     assert "step-00000008: the content of model-00001-of-00002.safetensors is damaged" in reason
     assert newest_whole(tmp_path, content=False).path == newer
-    # Each of three that see the folder reads a third of the files; one of them finds it.
+    # Three processes that see the folder check a third of the files each; one finds the damage.
     found = [newest_whole(tmp_path, share=(i, 3)).path for i in range(3)]
     assert found.count(newer) == 2
     os.truncate(newer / "state-00000.json", 5)
@@ -287,7 +287,7 @@ def texts(tmp_path_factory):
 
 @pytest.mark.parametrize("buffer_bytes", [1, 1 << 20])
 def test_the_global_model_of_one_site_is_its_own(buffer_bytes):
-    """With weights, biases and activation of the layers themselves."""
+    """It uses the layers' own weights, biases and activation."""
     model = full_model().eval()
     tokens = torch.arange(2 * CONFIG.seq_len).view(2, -1)
     with torch.no_grad():
@@ -299,7 +299,7 @@ def test_the_global_model_of_one_site_is_its_own(buffer_bytes):
 @pytest.mark.parametrize("num_sites, replication", [(2, 1), (3, 1), (3, 2), (4, 2), (2, 2)])
 @pytest.mark.parametrize("buffer_bytes", [1, 1 << 20])
 def test_validation_is_that_of_a_full_replica(texts, num_sites, replication, buffer_bytes):
-    """Experts come by one at a time, or all at once; loss, tokens and load are the same."""
+    """The loss, tokens and load are the same whether experts are read one by one or all at once."""
     (whole,) = pool().run(1, validate, 1, texts, 1 << 20)
     answers = pool().run(num_sites, validate, replication, texts, buffer_bytes)
     for loss, tokens, load, sent, _ in answers:

@@ -1,4 +1,4 @@
-"""Checkpoints written behind the training: what they hold, when they are whole, how they fail."""
+"""Checkpoints written in the background: their content, when they are complete, how they fail."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAME = ckpt.checkpoint_name(5)
 
 @contextmanager
 def before_writing(act: Callable[[], None]) -> Iterator[None]:
-    """Inside, a writing thread does this before each file of tensors of the global model."""
+    """A context in which the writing thread calls this before each file of the global model."""
     write = file_writer.write_synced
 
     def acting(*arguments: Any) -> Any:
@@ -51,9 +51,9 @@ def start(
     copy: bool = True,
     before_last: Callable[[], object] | None = None,
 ) -> tuple[PendingCheckpoint, list[torch.Tensor]]:
-    """Begins a checkpoint; its tensors too, of which the training might change the content.
+    """Begins a checkpoint. Returns it and its tensors, which the test changes as training would.
 
-    `before_last`: done before the last tensor is copied, by a thread.
+    `before_last`: the copying thread calls it before it copies the last tensor.
     """
     model, state = torch.full((3, 4), 1.0 + site), torch.arange(4) + 10 * site
 
@@ -89,7 +89,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def until_done(pending: PendingCheckpoint) -> Outcome:
-    """Asks as a training job does between its rounds."""
+    """Polls until the checkpoint has ended, as a training job does between its rounds."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if (outcome := pending.poll()) is not None:
@@ -98,8 +98,8 @@ def until_done(pending: PendingCheckpoint) -> Outcome:
     raise AssertionError("the checkpoint never ended")
 
 
-def test_training_goes_on_and_the_checkpoint_has_what_was(tmp_path):
-    """Tensors change while it is written; the folder has its name only when all is there."""
+def test_a_checkpoint_has_the_tensors_as_they_were_at_its_start(tmp_path):
+    """Tensors change while it is written. The folder gets its final name when it is complete."""
     writer, go_on = CheckpointWriter(tmp_path), threading.Event()
     with before_writing(lambda: go_on.wait(30)):
         pending, tensors = start(writer)
@@ -117,8 +117,8 @@ def test_training_goes_on_and_the_checkpoint_has_what_was(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
-def test_a_thread_copies_and_training_waits_before_it_changes_anything(tmp_path):
-    """Nothing waits for the copies at the start; who is to change the tensors can wait for them."""
+def test_training_waits_for_the_copies_before_it_changes_tensors(tmp_path):
+    """`start` does not wait for the copies; whoever changes the tensors waits for `copied`."""
     writer, go_on, freed = CheckpointWriter(tmp_path), threading.Event(), threading.Event()
     pending, (model, state) = start(writer, before_last=lambda: go_on.wait(30))
 
@@ -138,8 +138,8 @@ def test_a_thread_copies_and_training_waits_before_it_changes_anything(tmp_path)
     training.join()
 
 
-def test_what_goes_wrong_while_a_thread_copies_is_told(tmp_path):
-    """Nobody waits for ever for copies that will not be."""
+def test_an_error_of_the_copying_thread_is_reported(tmp_path):
+    """If copying fails, `copied` is set all the same: nobody waits for ever."""
     writer = CheckpointWriter(tmp_path)
 
     def fail() -> None:
@@ -166,7 +166,7 @@ def test_a_checkpoint_given_up_while_a_thread_copies(tmp_path):
 
 
 def slow_site(site: int, num_sites: int, folder: Path) -> list[Any]:
-    """Site 1 writes slowly: until it has finished no site has."""
+    """Site 1 writes slowly, and the checkpoint is complete at no site before it has finished."""
     writer, go_on = CheckpointWriter(folder), threading.Event()
     with before_writing(lambda: go_on.wait(30) if site == 1 else None):
         pending, _ = start(writer, site, num_sites)
@@ -177,14 +177,14 @@ def slow_site(site: int, num_sites: int, folder: Path) -> list[Any]:
         return [early, pending.wait().error]
 
 
-def test_it_is_whole_when_all_sites_have_written(tmp_path):
+def test_a_checkpoint_is_whole_when_all_sites_have_written(tmp_path):
     assert pool().run(3, slow_site, tmp_path) == [[[None] * 3, ""]] * 3
     path, _ = newest_whole(tmp_path)
     assert [content(path, site) for site in range(3)] == [[1.0, 0], [2.0, 10], [3.0, 20]]
 
 
 def full_disk(site: int, num_sites: int, folder: Path) -> list[str]:
-    """Site 1 cannot write its first checkpoint; the next one, of the same name, is written."""
+    """Site 1 fails to write its first checkpoint; the next one, of the same name, succeeds."""
     writer = CheckpointWriter(folder)
 
     def refuse() -> None:
@@ -203,14 +203,14 @@ def full_disk(site: int, num_sites: int, folder: Path) -> list[str]:
     return errors
 
 
-def test_a_full_disk_is_told_everywhere_and_leaves_nothing(tmp_path):
+def test_a_full_disk_is_reported_at_all_sites_and_leaves_nothing(tmp_path):
     answers = pool().run(2, full_disk, tmp_path)
     assert answers == [["site 1: [Errno 28] No space left on device", "", ""]] * 2
     assert newest_whole(tmp_path).path == tmp_path / NAME
 
 
 def lost_site(site: int, num_sites: int, folder: Path) -> str:
-    """All drop the checkpoint, each when it notices, and begin the same one again."""
+    """All sites abandon the checkpoint, at different times, and begin one of the same name."""
     writer, go_on = CheckpointWriter(folder), threading.Event()
     with before_writing(lambda: go_on.wait(30)):
         pending, _ = start(writer, site, num_sites)
@@ -246,7 +246,7 @@ def test_an_abandoned_checkpoint_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [ckpt.checkpoint_name(6)]
 
 
-def test_other_processes_than_began_it_drop_it(tmp_path, monkeypatch):
+def test_a_checkpoint_is_dropped_when_the_number_of_processes_has_changed(tmp_path, monkeypatch):
     writer = CheckpointWriter(tmp_path)
     pending, _ = start(writer)
     monkeypatch.setattr(pending_checkpoint, "_gather_number", lambda number: [number, number])
@@ -255,7 +255,7 @@ def test_other_processes_than_began_it_drop_it(tmp_path, monkeypatch):
     assert files_in(tmp_path) == []
 
 
-def test_what_a_killed_job_left_in_the_temporary_folder_is_not_taken_over(tmp_path):
+def test_leftovers_in_the_temporary_folder_are_not_reused(tmp_path):
     left = tmp_path / f".{NAME}.partial/training"
     left.mkdir(parents=True)
     (left / "shard-00007-model-00001-of-00001.safetensors").write_bytes(b"x")
@@ -268,7 +268,7 @@ def test_what_a_killed_job_left_in_the_temporary_folder_is_not_taken_over(tmp_pa
     assert files == {ckpt.MANIFEST, *ckpt.read_manifest(tmp_path / NAME).files}
 
 
-def test_old_checkpoints_go_when_a_newer_one_is_whole(tmp_path):
+def test_old_checkpoints_are_removed_when_a_newer_one_is_whole(tmp_path):
     everything = CheckpointWriter(tmp_path)
     for steps in (1, 2, 3, 9):
         pending, _ = start(everything, name=ckpt.checkpoint_name(steps))
@@ -288,8 +288,9 @@ def test_old_checkpoints_go_when_a_newer_one_is_whole(tmp_path):
         CheckpointWriter(tmp_path, keep=-1)
 
 
-def test_what_a_killed_job_left_is_cleared_away(tmp_path):
-    """Killed while writing, before the last rename, and between the two of a replacement."""
+def test_leftovers_of_a_killed_job_are_renamed_or_removed(tmp_path):
+    """A job killed while writing, before the final rename, and between the two renames that replace
+    a checkpoint."""
     writer = CheckpointWriter(tmp_path)
     for steps in (1, 2, 3):
         pending, _ = start(writer, name=ckpt.checkpoint_name(steps))

@@ -28,7 +28,7 @@ from fomoe_ext.files.tensors import INDEX
 
 
 def test_one_process_reads_what_four_wrote(saved):
-    """Names, shapes, bits; the bits of tensors that share memory or are not contiguous too."""
+    """The same names, shapes and bits, also of tensors that share memory or are not contiguous."""
     whole = whole_tensors()
     names = names_in_checkpoint(saved)
     assert {n: s for n, s in names.items() if n in whole} == {
@@ -63,7 +63,7 @@ def test_a_plain_tensor_of_many_is_written_once(saved):
 
 
 def read_sharded(process: int, num_processes: int, path: Path, num_sites: int, dim: int) -> int:
-    """Reads sharded tensors as DTensors, others plain, and compares; how many were compared."""
+    """Reads sharded tensors as DTensors, others plain. Returns how many were compared."""
     site = process * num_sites // num_processes
     whole = whole_tensors()
     mesh = rank_mesh(num_sites)
@@ -99,7 +99,7 @@ def test_other_sites_and_ranks_read_it(saved, num_processes, num_sites, dim):
 
 
 def test_four_read_what_one_process_wrote(tmp_path):
-    """Written without torch.distributed; and by a world of which only some give tensors."""
+    """Written without torch.distributed; and by a world where only some have tensors."""
     names = write_tensors(tmp_path / "one", whole_tensors())
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == names
     assert pool().run(2, write_some, tmp_path / "some") == [[], names]

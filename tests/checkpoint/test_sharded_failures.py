@@ -1,4 +1,4 @@
-"""Checkpoints of several ranks: processes that fail while they write, and damage that is found."""
+"""Checkpoints of several ranks: a process fails while it writes; files are damaged afterwards."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def partial_sum(process: int) -> dict[str, Any]:
 
 
 def other_shape(process: int) -> dict[str, Any]:
-    """The processes do not agree on a tensor that all of them give."""
+    """The processes give different shapes for a tensor that all of them have."""
     return {"named": {"a": torch.ones(3 + process)}}
 
 
@@ -72,7 +72,7 @@ def other_shape(process: int) -> dict[str, Any]:
     ],
 )
 def test_a_process_that_fails_leaves_nothing_new(copied, break_it, message):
-    """All processes say the same, and the checkpoint of that name that was there stays."""
+    """All processes report the same error, and the earlier checkpoint of that name is unchanged."""
     before = {p: p.read_bytes() for p in copied.rglob("*") if p.is_file()}
     answers = pool().run(4, save, copied.parent, 1 << 30, break_it)
     for answer in answers:
@@ -130,7 +130,7 @@ def test_damage_is_found_and_named(copied, damage, message, process):
 
 
 def test_a_file_that_is_not_read_may_be_damaged(copied):
-    """What is read decides, not the whole checkpoint; the list of names is in the headers."""
+    """Only files that are read are checked. Listing the names needs the headers alone."""
     names = names_in_checkpoint(copied)
     (file,) = (copied / "training").glob("shard-00004*")
     flip(file)
@@ -186,7 +186,7 @@ def test_another_format_is_refused(copied):
 
 
 def newest(process: int, num_processes: int, folder: Path, torn: str) -> list[Any]:
-    """With a copy of the newer checkpoint whose file is torn on the last process's machine."""
+    """The newer of two checkpoints has a truncated file on the last process's machine."""
     if process == num_processes - 1:
         shutil.copytree(folder, other := folder.with_name("other"))
         folder = other

@@ -1,4 +1,4 @@
-"""The training state's files: any mesh, how tensors are dealt to files, and what is no tensor."""
+"""Files of the training state: any mesh, how tensors are divided among files, plain values."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from fomoe_ext.files.tensors import write_synced
 
 
 def many_meshes(process: int, num_processes: int, folder: Path) -> list[str]:
-    """Copies and shards on two axes, two processes of four, the same in two meshes, and FSDP2."""
+    """Replicated and sharded on two axes, on two of four processes, in two meshes, and by FSDP2."""
     tensor, mesh = torch.arange(30.0).view(6, 5), init_device_mesh("cpu", (2, 2))
     two = DeviceMesh("cpu", [1, 2])
     site = init_device_mesh("cpu", (2, 2), mesh_dim_names=("site", "rank"))["rank"]
@@ -71,7 +71,7 @@ def many_meshes(process: int, num_processes: int, folder: Path) -> list[str]:
     return names
 
 
-def test_any_mesh_will_do(tmp_path):
+def test_tensors_of_any_mesh_are_written(tmp_path):
     names = [name for own in pool().run(4, many_meshes, tmp_path) for name in own]
     assert sorted(names) == sorted(file.name for file in tmp_path.iterdir())
     shapes = dict.fromkeys(("copies", "shards", "two", "both sites"), (6, 5)) | {"number": (1,)}
@@ -146,13 +146,13 @@ def test_numbers_come_back_bit_for_bit():
 
 
 @pytest.mark.parametrize("wrong", [torch.ones(1), {1, 2}, b"x", Path("x")])
-def test_what_json_does_not_have_is_refused(wrong):
+def test_values_that_json_lacks_are_refused(wrong):
     with pytest.raises(TypeError, match=r"state\['a'\]\[1\] must be of numbers"):
         to_json({"a": [0, wrong]})
 
 
 def test_a_header_that_is_nested_too_deeply_is_refused(tmp_path):
-    """Found by the fuzzer: torch reads it with Python's json, which has its own error for that."""
+    """Found by fuzzing: Python's json, which reads it, raises RecursionError."""
     name = "shard-00001-model-00001-of-00001.safetensors"
     offsets = '{"a": {"saved_offsets": ' + "[" * 5000 + "]" * 5000 + "}}"
     metadata = {"format": "pt", "DCP_SHARDING_INFO": offsets}

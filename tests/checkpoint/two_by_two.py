@@ -38,7 +38,7 @@ def value(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32)
 
 
 def whole_tensors() -> dict[str, Tensor]:
-    """All tensors of two sites' training state, whole; one expert is on each rank."""
+    """All tensors of two sites' training state, unsharded; each rank holds one expert."""
     found = {}
     for site in range(2):
         for name, shape in SHARED.items():
@@ -87,7 +87,7 @@ def tensors_of_rank(process: int) -> dict[str, Tensor]:
 
 @contextmanager
 def no_unpickling() -> Iterator[None]:
-    """Inside, whatever reads a pickle raises."""
+    """A context in which reading a pickle raises."""
 
     def refused(*_: Any, **__: Any) -> Any:
         raise AssertionError("a pickle is read")
@@ -108,7 +108,7 @@ def save(
     break_it: Callable[[int], dict[str, Any]] | None = None,
     machines: bool = False,
 ) -> str:
-    """A checkpoint of two sites of two ranks. `break_it` may change arguments, or torch."""
+    """A checkpoint of two sites of two ranks. `break_it` may change arguments or patch torch."""
     site, rank = divmod(process, 2)
     if machines:
         folder = folder / f"machine-{site}"

@@ -50,11 +50,14 @@ def test_addresses_are_read(text, host, port):
             for port in ("", "x", "0", "-1", "65536", "8_0", "٣")
         ),
         *((f"{host}:1", "must be in brackets") for host in ("::1", "fd00::2", "::")),
-        *((f"{host}:1", "in brackets stands") for host in ("[::1", "::1]", "[host]", "[10.0.0.1]")),
+        *((f"{host}:1", "brackets are for") for host in ("[::1", "::1]", "[host]", "[10.0.0.1]")),
         *((f"{host}:1", "does not appear") for host in ("10.0.0.256", "1.2.3", "[::1::2]", "[:x]")),
         ("[fe80::1%eth0]:1", "zone"),
         ("http://host:80", "URL"),
-        *((f"{host}:1", "no host name") for host in ("-a", "a b", "a..b", "a/b", "hö", "x" * 64)),
+        *(
+            (f"{host}:1", "not a host name")
+            for host in ("-a", "a b", "a..b", "a/b", "hö", "x" * 64)
+        ),
     ],
 )
 def test_what_is_no_address_is_refused_by_name(text, reason):

@@ -209,10 +209,10 @@ def test_bad_files(tmp_path: Path, text: str, error: type[Exception], words: lis
 def test_missing_and_binary_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nothing\.toml"):
         read_toml(tmp_path / "nothing.toml")
-    with pytest.raises(ValueError, match="not a TOML file"):
+    with pytest.raises(ValueError, match="configuration file must be TOML"):
         read_toml(tmp_path)
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="not a TOML file"):
+    with pytest.raises(ValueError, match="configuration file must be TOML"):
         read_toml(tmp_path / "bytes.toml")
 
 

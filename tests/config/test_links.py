@@ -33,6 +33,8 @@ def test_links_are_read_and_told(text, link, words):
     ],
 )
 def test_what_is_no_link_is_refused(text):
-    with pytest.raises(ValueError, match=r"link must be a rate .* such as 200mbit,50ms") as error:
+    with pytest.raises(
+        ValueError, match=r"link must be a bandwidth .* such as 200mbit,50ms"
+    ) as error:
         parse_link(text)
     assert repr(text) in str(error.value)

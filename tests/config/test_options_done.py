@@ -32,7 +32,7 @@ IDLE = """
 --turn-order numbered                               turn-order without --expert-turns
 --moment-periods 3 6                                moment-periods than local-adamw
 --moment-codecs bf16 bf16                           moment-codecs than local-adamw
---codec fp32 --rounding nearest                     rounding with another --codec than int8
+--codec fp32 --rounding nearest                     rounding with a --codec other than int8
 --codec fp32 --no-error-feedback                    error-feedback loses nothing
 --optimizer ddp --outer-lr 0.5                      outer-lr with --optimizer ddp
 --optimizer ddp --outer-momentum=0.5                outer-momentum with --optimizer ddp
@@ -47,7 +47,7 @@ IDLE = """
 --schedule constant --min-lr-ratio 0.5              min-lr-ratio with --schedule constant
 --inner-optimizer sgd --beta2 0.5                   beta2 with --inner-optimizer sgd
 --inner-optimizer sgd --adam-eps 1e-6               adam-eps with --inner-optimizer sgd
---steps 8 --rounds 2                                rounds beside --steps
+--steps 8 --rounds 2                                rounds with --steps
 --rounds 4 --checkpoint-rounds 5                    checkpoint-rounds in a job of fewer
 --rounds 4 --eval-rounds 5                          eval-rounds in a job of fewer
 --keep-checkpoints 2                                keep-checkpoints without --checkpoint-rounds
@@ -55,7 +55,7 @@ IDLE = """
 --quorum 2                                          quorum without --membership
 --silent-s 2                                        silent-s without --membership
 --grace 2                                           grace without --membership
---val-data x --validation-fraction 0.1              validation-fraction beside --val-data
+--val-data x --validation-fraction 0.1              validation-fraction with --val-data
 --text-field body                                   text-field without --data of
 --sites 1 --replication 1 --clip-delta 3            clip-delta with a single site
 --sites 1 --replication 1 --link 1gbit,1ms          link with a single site
@@ -65,7 +65,7 @@ IDLE = """
 --sites 1 --replication 1 --on-mismatch heal        on-mismatch with a single site
 --sites 1 --replication 1 --in-flight 2             in-flight with a single site
 --sites 1 --replication 1 --bucket-bytes 4096       bucket-bytes with a single site
---placement random --reshuffle-rounds 9 --rounds 9  reshuffle-rounds in a job of no more
+--placement random --reshuffle-rounds 9 --rounds 9  reshuffle-rounds in a job of at most
 --replication 4 --router-scope global --stale-experts -1      stale-experts where every site
 --router-scope global --stale-experts 8 --stale-by x          stale-by where all absent experts
 --membership torchft --replication 4 --shadow-experts         shadow-experts where every site
@@ -153,7 +153,7 @@ def go_on(run: Path, *flags: str):
 def test_a_run_goes_on_in_its_own_folder(run, tmp_path, monkeypatch):
     other = tmp_path / "other"
     for resume in (run, run / "checkpoints/step-00000012"):
-        message = f"goes on in its own folder, .*, but run_dir is {other}"
+        message = f"run_dir must be .*, the folder of --resume .*, got {other}"
         with pytest.raises(ValueError, match=message):
             find_job(["--resume", str(resume), "--run-dir", str(other)])
         file = tmp_path / "job.toml"
@@ -191,11 +191,17 @@ def test_what_changes_is_told_and_kept(run):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--rounds 3", "rounds must be at least 6, as many as the checkpoint has, got 3"),
-        ("--steps 20", "rounds must be at least 6, as many as the checkpoint has, got 5"),
+        (
+            "--rounds 3",
+            "rounds must be at least 6, the number of rounds that the checkpoint has done, got 3",
+        ),
+        (
+            "--steps 20",
+            "rounds must be at least 6, the number of rounds that the checkpoint has done, got 5",
+        ),
         ("--batch-size 4", "inner.batch_size has no effect any more: all 6 rounds are done"),
         ("--rounds 8 --schedule constant --warmup-steps 3", "inner.warmup_steps has no effect any"),
-        ("--rounds 8 --placement random", "sites.placement cannot change from cyclic to random"),
+        ("--rounds 8 --placement random", "sites.placement must stay cyclic"),
     ],
 )
 def test_what_cannot_change_is_refused_and_nothing_is_touched(run, flags, message):
@@ -222,7 +228,7 @@ def test_changes_of_configurations():
     check_changes(None, new, 50)
     # With other sites the placement is made anew, as asked for.
     sites = dataclasses.replace(old.sites, placement="random")
-    with pytest.raises(ValueError, match="placement cannot change"):
+    with pytest.raises(ValueError, match=r"placement must stay cyclic .* got random"):
         check_changes(old, dataclasses.replace(old, sites=sites), 0)
     sites = dataclasses.replace(sites, replication=4)
     check_changes(old, dataclasses.replace(old, sites=sites), 0)

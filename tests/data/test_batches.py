@@ -1,4 +1,4 @@
-"""Batches: every window once an epoch, the same whatever the sites, resumed bit for bit."""
+"""Batches: every window once an epoch, whatever the number of sites, and resumed bit for bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fomoe_ext.data.sequences import BatchIterator, TextData, TokenArray
 
 
 def numbered(num_windows: int, seq_len: int = 8) -> TextData:
-    """Data whose tokens are 0, 1, 2, ... so that a window tells its place."""
+    """Data whose tokens are 0, 1, 2, ...: a window's first token is its position."""
     tokens = np.arange(num_windows * seq_len + 1 + 3, dtype=np.uint32)
     array = TokenArray(tokens, seq_len, 4 * len(tokens))
     return TextData(array, array, len(tokens), "hash", "numbers", 0)

@@ -1,4 +1,4 @@
-"""Text to tokens: every kind of source, the split, the cache, and files that are no text."""
+"""Text to tokens: every kind of source, the split, the cache, and unreadable files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from text_files import all_texts, text_of, texts_in, write_files
 from fomoe_ext.data.sequences import open_data
 from fomoe_ext.data.text import find_texts
 
-# ---- sources ------------------------------------------------------------------------------------
+# ---- sources -------------------------------------------------------------------------------------
 
 
 def test_folder_is_read_whole_and_byte_exact(opened: Callable, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_default_is_the_standard_library(tmp_path: Path) -> None:
     assert not [n for n in names if "site-packages" in n or n.startswith("test/")]
 
 
-# ---- the split ----------------------------------------------------------------------------------
+# ---- the split -----------------------------------------------------------------------------------
 
 
 def test_split_by_file_is_disjoint_and_everywhere_the_same(
@@ -134,7 +134,7 @@ def test_named_validation_text(opened: Callable, tmp_path: Path) -> None:
     assert sorted(texts_in(data.train)) == sorted(set(texts.values()) - {text_of(0)})
 
 
-# ---- the cache ----------------------------------------------------------------------------------
+# ---- the cache -----------------------------------------------------------------------------------
 
 
 def test_cache_is_mapped_reused_and_renewed(
@@ -208,7 +208,7 @@ def test_four_processes_start_at_once(tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache").iterdir())) == 1  # no temporary folder is left
 
 
-# ---- bad files ----------------------------------------------------------------------------------
+# ---- bad files -----------------------------------------------------------------------------------
 
 
 def test_missing_paths(opened: Callable, tmp_path: Path) -> None:

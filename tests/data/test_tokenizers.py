@@ -1,4 +1,4 @@
-"""Tokenizers of a file, what ends a text, and bits per byte."""
+"""Tokenizers read from a file, the token that ends a text, and bits per byte."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_ids_with_holes_and_a_tokenizer_without_an_end(tmp_path: Path) -> None:
 
 
 def spelling_tokenizer(path: Path, kind: str) -> str:
-    """Writes a tokenizer whose end of a text can be spelt in it; returns how."""
+    """Writes a tokenizer whose end-of-text token can be spelt in a text. Returns the spelling."""
     tokenizers = pytest.importorskip("tokenizers")
     pre = tokenizers.pre_tokenizers
     end, letters = "</s>", [*"</s>wx", "▁"]
@@ -120,7 +120,7 @@ def spelling_tokenizer(path: Path, kind: str) -> str:
 
 @pytest.mark.parametrize("kind", ["special", "added", "unigram", "words"])
 def test_a_text_that_spells_the_end_does_not_end(tmp_path: Path, kind: str) -> None:
-    """Specials, added tokens, and words of the vocabulary."""
+    """The end is a special token, an added token, or a word of the vocabulary."""
     end = spelling_tokenizer(tmp_path / "t.json", kind)
     tokenizer = FileTokenizer(tmp_path / "t.json")
     assert len(tokenizer.separator) == 1
@@ -134,7 +134,7 @@ def test_a_text_that_spells_the_end_does_not_end(tmp_path: Path, kind: str) -> N
 
 
 def test_an_end_that_cannot_be_told_is_refused(opened: Callable, tmp_path: Path) -> None:
-    """One character, or NUL in a text of bytes: with the file and the line."""
+    """The end is one character, or NUL in a text of bytes. The error names file and line."""
     tokenizers = pytest.importorskip("tokenizers")
     words = {"<unk>": 0, "w": 1, "$": 2}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))

@@ -1,4 +1,4 @@
-"""What a job says of a vocabulary that its tokens cannot fill."""
+"""The note on a vocabulary with more ids than the tokenizer produces."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fomoe_ext.config.vocabulary import BYTES, vocabulary_notes
 from fomoe_ext.data.text import ByteTokenizer
 
 
-def test_bytes_in_a_large_vocabulary_are_told_once() -> None:
+def test_bytes_in_a_large_vocabulary_give_one_note() -> None:
     config = parse_args(["--preset", "153m"])
     model = config.model
     unused = (200_019 - 256) * model.hidden_size
@@ -29,19 +29,21 @@ def test_bytes_in_a_large_vocabulary_are_told_once() -> None:
     assert vocabulary_notes(parse_args([])) == []
 
 
-def test_bytes_are_what_data_says() -> None:
+def test_the_number_of_bytes_is_that_of_the_byte_tokenizer() -> None:
     assert ByteTokenizer.vocab_size == BYTES
 
 
 @pytest.mark.parametrize(("num_ids", "notes"), [(None, 0), (200_000, 0), (50_257, 1)])
-def test_a_tokenizer_that_nearly_fills_it_is_not_told(num_ids: int | None, notes: int) -> None:
+def test_a_tokenizer_that_nearly_fills_the_vocabulary_gives_no_note(
+    num_ids: int | None, notes: int
+) -> None:
     config = parse_args(["--preset", "153m", "--tokenizer", "some/tokenizer.json"])
     found = vocabulary_notes(config, num_ids)
     assert len(found) == notes
     assert all("(tokenizer.json) use 50257 of" in note for note in found)
 
 
-def test_the_job_says_it_once(tmp_path: Path) -> None:
+def test_a_job_prints_the_note_once(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.mkdir()
     for name in ("a", "b", "c"):
@@ -58,7 +60,7 @@ def test_the_job_says_it_once(tmp_path: Path) -> None:
     assert result.stdout.count("(bytes) use 256 of the 4000 ids") == 1
 
 
-def test_the_plan_says_it() -> None:
+def test_plan_prints_the_note() -> None:
     command = [sys.executable, "-m", "fomoe_ext.cli", "plan", "--preset", "153m", "--json"]
     told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path.cwd())
     assert told.stderr.count("--vocab-size 256 leaves them out") == 1

@@ -34,7 +34,7 @@ class Block(NamedTuple):
 
     @property
     def needs(self) -> set[str]:
-        """What running it takes that a test has not, in the words of its mark."""
+        """What its mark says it needs beyond what a test has, e.g. {"gpu"}."""
         if not self.mark.startswith("needs: "):
             return set()
         return {word.strip() for word in self.mark.removeprefix("needs: ").split(",")}

@@ -1,9 +1,9 @@
-"""What the pages tell people to type is what the package understands; what they show is true.
+"""The commands and snippets on the pages work, and the results that they show are true.
 
-Blocks of Python are executed, in the order of a page, with small stand-ins for the names that they
-take for granted. Commands are given to the parser of the program that they start, so that a flag
-that is gone is found; a few are run. Marked blocks (<!-- needs: gpu -->, <!-- needs: several
-machines -->) are not executed, but their names and flags are looked up.
+Blocks of Python are executed, in the order of a page, with small stand-ins for names that they do
+not define. Commands are parsed by the program that they start, so that a removed flag is found; a
+few are run. Marked blocks (<!-- needs: gpu -->, <!-- needs: several machines -->) are not executed,
+but their names and flags are looked up.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def test_a_block_is_tested_or_says_what_it_needs(block):
 def test_there_is_something_to_test():
     assert len(PAGES) >= 20 and len(PYTHON) >= 9 and len(SHELL) >= 30 and len(TOML) >= 1
     assert len(SCRIPTS) == 1
+    assert sum(len(flags_in_the_text(page)) for page in PAGES) >= 20
 
 
 @pytest.mark.parametrize("block", SHELL, ids=ids(SHELL))
@@ -65,6 +66,15 @@ def test_commands_are_understood(block, tmp_path, monkeypatch, capsys, request):
             assert said_of(words) in capsys.readouterr().err
 
 
+def flags_in_the_text(page: str) -> list[str]:
+    """The flags of `fomoe` that a page names outside of its blocks."""
+    flags = []
+    for code in inline_code(read(page)):
+        if re.match(r"fomoe (train|plan|eval|export|report)\b|--", code):
+            flags += re.findall(r"(?<!\S)--([a-z][\w-]*)", code)
+    return flags
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_in_the_text_exist(page):
     fields = typing.get_type_hints(TrainConfig)
@@ -72,13 +82,10 @@ def test_flags_in_the_text_exist(page):
     others = {"preset", "config", "html", "format", "fit", "help"}
     # Of programs in bench, and of torchrun.
     others |= {"quick", "kernels", "clock", "resources", "rdzv_endpoint", "master_port"}
-    for code in inline_code(read(page)):
-        if not re.match(r"fomoe (train|plan|eval|export|report)\b|--", code):
-            continue
-        for flag in re.findall(r"(?<!\S)--([a-z][\w-]*)", code):
-            name = flag.replace("-", "_")
-            named = {flag, name, name.removeprefix("no_")}
-            assert named & (known | others), f"{page}: --{flag}"
+    for flag in flags_in_the_text(page):
+        name = flag.replace("-", "_")
+        named = {flag, name, name.removeprefix("no_")}
+        assert named & (known | others), f"{page}: --{flag}"
 
 
 @pytest.mark.parametrize("block", TOML, ids=ids(TOML))
@@ -214,8 +221,8 @@ def test_scripts_run_as_the_page_says(block, tmp_path):
 # ---- after a run ---------------------------------------------------------------------------------
 
 
-def test_what_follows_a_run(run, tmp_path, monkeypatch, capsys):
-    """The commands that pages give for `runs/<name>`, of a run that is there."""
+def test_commands_on_a_finished_run(run, tmp_path, monkeypatch, capsys):
+    """The pages' commands for `runs/<name>` succeed on a finished run."""
     monkeypatch.chdir(tmp_path)
     for name in ("<name>", "<other>"):
         shutil.copytree(run, tmp_path / "runs" / name)
@@ -233,8 +240,8 @@ def test_what_follows_a_run(run, tmp_path, monkeypatch, capsys):
 # ---- numbers -------------------------------------------------------------------------------------
 
 
-def test_what_one_gains_is_what_the_study_prints():
-    """The table of README is of rows of docs/claims.md, which `python -m bench.study` writes."""
+def test_numbers_in_readme_are_those_of_the_study():
+    """Every number in README's table is in docs/claims.md, which `python -m bench.study` writes."""
     claims = read("docs/claims.md")
     rows = {
         "gradients at every step": [r"\| DDP \* \|"],
@@ -252,10 +259,10 @@ def test_what_one_gains_is_what_the_study_prints():
         assert len(shown) >= 2 and all(f" {cell} " in known for cell in shown), (shown, known)
 
 
-# ---- this file's own means -----------------------------------------------------------------------
+# ---- the checks themselves -----------------------------------------------------------------------
 
 
-def test_a_block_that_no_test_looks_at_is_named():
+def test_a_block_that_no_test_covers_is_found():
     def said(text: str) -> str:
         return untested(blocks_of(text, "page")[0])
 
@@ -267,27 +274,38 @@ def test_a_block_that_no_test_looks_at_is_named():
     assert not said("```text\nbytes sent 3\n```\n")
 
 
-def test_a_flag_that_is_gone_is_found(request, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [
+        ("fomoe train --sites 2", "fomoe train --no-such-flag 2"),
+        ("fomoe plan --sites 2", "fomoe plan --no-such-flag 2"),
+        ("fomoe eval 'runs/<name>'", "fomoe eval 'runs/<name>' --no-such-flag"),
+        ("fomoe export 'runs/<name>'", "fomoe export 'runs/<name>' --no-such-flag"),
+        ("torchrun -m fomoe_ext.train --sites 2", "torchrun -m fomoe_ext.train --no-such-flag 2"),
+        ("torchrun --nnodes 2 own_loop.py", "torchrun --no-such-flag 2 own_loop.py"),
+        ("python -m fomoe_ext.train --sites 2", "python -m fomoe_ext.train --no-such-flag 2"),
+        ("python -m bench.study all", "python -m bench.study all --no-such-flag"),
+        ("pytest bench -q", "pytest bench --no-such-flag"),
+        ('pip install ".[docs]"', 'pip install ".[no-such-extra]"'),
+        ("mkdocs serve", "mkdocs no-such-word"),
+    ],
+)
+def test_a_removed_flag_is_found(good, bad, request, tmp_path, monkeypatch, capsys):
+    """The good command passes, so that what the bad one fails by is its last word alone."""
     monkeypatch.chdir(tmp_path)
-    for line in (
-        "fomoe train --no-such-flag 1",
-        "fomoe plan --no-such-flag 1",
-        "fomoe eval runs/x --no-such-flag",
-        "torchrun --nnodes 2 -m fomoe_ext.train --no-such-flag 1",
-        "torchrun --no-such-flag own_loop.py",
-        "python -m fomoe_ext.train --no-such-flag 1",
-        "python -m bench.study all --no-such-flag",
-        "pytest bench --no-such-flag",
-        'pip install ".[no-such-extra]"',
-        "mkdocs no-such-word",
-    ):
+
+    def check(line: str) -> None:
         (words,) = commands_in(line)
-        with pytest.raises((AssertionError, SystemExit, ValueError)):
-            understood(words, request.config)
+        understood(words, request.config)
+        if words[:2] in (["fomoe", "eval"], ["fomoe", "export"]):
             assert said_of(words) in capsys.readouterr().err
 
+    check(good)
+    with pytest.raises((AssertionError, SystemExit, ValueError)):
+        check(bad)
 
-def test_a_keyword_that_is_gone_is_found():
+
+def test_a_removed_keyword_is_found():
     text = "from fomoe_ext import MoELayer\nMoELayer(8, 8, 4, 2, no_such_word=1)\n"
     with pytest.raises(AssertionError, match="no_such_word"):
         keywords_known(Block("page", 1, "python", None, "", text))
@@ -296,7 +314,7 @@ def test_a_keyword_that_is_gone_is_found():
         keywords_known(Block("page", 1, "python", None, "", text))
 
 
-def test_commands_are_told_apart():
+def test_commands_are_split():
     text = "A=1 fomoe train \\\n    --sites 2  # two\nexport B=2\npip install x && fomoe info\n"
     assert commands_in(text) == [
         ["fomoe", "train", "--sites", "2"],

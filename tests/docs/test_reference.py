@@ -1,6 +1,6 @@
-"""The reference of the API: it has every public name, and its parameters are those of signatures.
+"""The API reference has every public name, and documents the parameters of its signature.
 
-mkdocs (in .ci/run) finds names that are gone and links that lead nowhere.
+mkdocs (in .ci/run) finds removed names and broken links.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pages import ROOT
 PAGES = sorted((ROOT / "docs/api").glob("*.md"))
 SHOWN = [name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)]
 FOLDERS = ["fomoe_ext"] + [f"fomoe_ext.{name}" for name in ("hf", "layer", "ops", "outer")]
-# Not for users: what a job shares with the library, or tables that the text of others names.
+# Not for users: names that jobs share with the library, and tables that other texts refer to.
 UNSHOWN = {"Codec", "SiteGroups", "get_codec", "__version__"}
 
 
@@ -74,6 +74,6 @@ def test_every_public_name_is_shown(folder):
     assert set(package.__all__) - UNSHOWN <= last | inside
 
 
-def test_a_parameter_that_is_gone_is_found():
+def test_a_removed_parameter_is_found():
     said = "A.\n\nArgs:\n    a: one.\n        more: of it.\n    b, c: two.\n\nRaises: d: no.\n"
     assert arguments_named(said) == ["a", "b", "c"]

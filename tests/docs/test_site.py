@@ -1,4 +1,4 @@
-"""Links are written as they work in the repository, and work in the site too."""
+"""Links on the pages work both in the repository and on the site."""
 
 from __future__ import annotations
 

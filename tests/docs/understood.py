@@ -1,4 +1,4 @@
-"""Whether a command on a page is one that the program understands: asked of its own parser."""
+"""Checks a command on a page with the parser of the program that it starts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOOLS = {
 
 
 class _Parsed(BaseException):
-    """The parser has accepted the arguments: the program is not to go on."""
+    """The parser has accepted the arguments; raised so that the program does not run."""
 
 
 def understood(words: Sequence[str], config: pytest.Config) -> None:
@@ -71,13 +71,13 @@ def _fomoe(rest: Sequence[str]) -> None:
         assert not flags
     elif command == "plan":
         assert cli.main(rest) == 0
-    else:  # every flag is known: it gets as far as the run, which is not there, or the secret
+    else:  # exit code 2 with every flag known: the run, or the secret, is missing
         assert command in ("eval", "export", "report", "lighthouse"), command
         assert cli.main(rest) == 2
 
 
 def said_of(words: Sequence[str]) -> str:
-    """What `fomoe eval`, export, report or lighthouse must complain about, as nothing is there."""
+    """What `fomoe eval`, export, report or lighthouse reports as missing in an empty folder."""
     return "FOMOE_SECRET" if words[1] == "lighthouse" else "runs/<name>"
 
 
@@ -143,8 +143,8 @@ def _pip(rest: Sequence[str]) -> None:
 
 
 def keywords_known(block: Block) -> None:
-    """In Python: every name that is imported from fomoe_ext exists, and every keyword of a call of
-    one is a parameter of it. For blocks that are not run, and those that are."""
+    """Fails unless every name that a block imports from fomoe_ext exists, and every keyword of a
+    call to one is a parameter of it."""
     ours: dict[str, Any] = {}
     tree = ast.parse(block.text)
     for node in ast.walk(tree):

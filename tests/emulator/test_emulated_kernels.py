@@ -21,8 +21,8 @@ def test_emulated_kernels_agree_with_the_cpu(sanitize):
 
 
 def test_emulated_kernels_agree_in_orders_by_chance():
-    """More orders than the others, from a first seed that FOMOE_EMULATOR_BASE_SEED moves: for what
-    goes wrong in one of many.
+    """More random orders, for races that few orders show. FOMOE_EMULATOR_BASE_SEED is the first
+    seed.
     """
     runs = seeded_runs(int(os.environ.get("FOMOE_EMULATOR_BASE_SEED", "1")), 36)
     failure = first_failure(emulator.build_driver("plain"), runs)

@@ -101,7 +101,7 @@ def test_emulated_selftest_is_right_in_every_schedule(programs, name):
         assert status == 0, stderr
 
 
-# name, planted bug, which build finds it and what it says; None: the output is wrong, or an error.
+# name, planted bug, the build that finds it, its message. None: wrong output, or any error.
 DEFECTS = [
     ("neighbours", 1, "thread", "data race"),  # no barrier
     ("neighbours", 1, "undefined", None),
@@ -125,7 +125,7 @@ DEFECTS = [
     ("bulk_ring", 6, "undefined", None),  # waits for the wrong parity
     ("bulk_ring", 7, "undefined", "no mbarrier at"),  # used before it is initialised
     ("bulk_ring", 8, "undefined", "ends with an mbarrier that expects 512 more bytes"),
-    # One lane speaks for its warp before the others have looked.
+    # One lane signals for its warp before the other lanes have read.
     ("spoken_for", 1, "undefined", "has missed the end of its phase"),
     ("spoken_for", 1, "thread", "data race"),
     ("chain", 1, "thread", "data race"),  # ordinary loads and stores for ordered ones
@@ -200,11 +200,11 @@ DEFECTS = [
     ("multicast", 9, "undefined", "livelock|deadlock"),  # its half to itself alone
     ("multicast", 10, "undefined", "rows of 3 blocks are not whole clusters of 2"),
     ("stored_bf16_64", 1, "undefined", None),  # no fence.proxy.async
-    ("stored_bf16_64", 2, "undefined", None),  # it comes before cp.async has arrived
-    ("stored_bf16_64", 3, "undefined", None),  # it comes before ordinary stores
+    ("stored_bf16_64", 2, "undefined", None),  # the fence comes before cp.async has arrived
+    ("stored_bf16_64", 3, "undefined", None),  # the fence comes before ordinary stores
     ("gathered", 1, "undefined", None),  # no fence.proxy.async
-    ("gathered", 2, "undefined", None),  # it comes before the wait
-    ("gathered", 3, "undefined", None),  # once it comes from who issued the copies
+    ("gathered", 2, "undefined", None),  # the fence comes before the wait
+    ("gathered", 3, "undefined", None),  # one fence is by the thread that issued the copies
     ("gathered", 4, "undefined", None),  # arrivals before the copies are issued
     ("gathered", 4, "thread", "data race"),
     ("gathered", 5, "undefined", "livelock|deadlock"),  # one thread does not arrive
@@ -257,7 +257,7 @@ def test_emulated_defect_is_caught(programs, name, defect, sanitize, message):
 
 @pytest.mark.parametrize("defect", [1, 2, 3])
 def test_emulated_copies_need_a_fence_of_who_waited(programs, defect):
-    """In every schedule, also where the copies have landed when the fence comes."""
+    """In every schedule, also where the copies have arrived before the fence."""
     arrivals = ["early", "late", "random"]
     for order, async_, seed in product(ORDERS, arrivals, range(2)):
         schedule = {"order": order, "async_": async_, "seed": seed, "resident": 1}
@@ -307,7 +307,7 @@ def call(library: ctypes.CDLL, name: str, defect: int) -> tuple[int, np.ndarray]
 
 
 def test_emulated_error_is_returned_not_fatal(library, monkeypatch, capfd):
-    """A launch that fails says where, who and how to see it again; the next one is not harmed."""
+    """A failed launch names place, thread and how to reproduce it; the next launch works."""
     monkeypatch.setenv("FOMOE_EMULATOR_SEED", "7")
     error, _ = call(library, "neighbours", 2)
     assert error == 719
@@ -382,7 +382,7 @@ def map_fault(
     box: Sequence[int],
     shift: int,
 ) -> tuple[int, str | None]:
-    """What make_tensor_map returns, and why."""
+    """The status and error message of make_tensor_map."""
     base = ctypes.c_void_p((1 << 20) + shift)
     sizes, strides = (ctypes.c_int64 * 3)(*sizes), (ctypes.c_int64 * 2)(*strides)
     error = ctypes.c_int()
@@ -413,7 +413,7 @@ def test_emulated_selftest_is_cuda_too(tmp_path, arch):
 
 @pytest.mark.parametrize("source", SOURCES[1:], ids=lambda source: source.stem)
 def test_products_and_boxes_are_hopper_instructions(tmp_path, source):
-    """In straight flight: no spills, and no wgmma that waits because of how the code is."""
+    """Without spills, and without wgmma that the assembler serialised."""
     cubin = tmp_path / f"{source.stem}.cubin"
     command = [nvcc(), "-std=c++20", "-O3", "-arch=sm_90a", "-cubin", "-Xptxas=-v", source]
     said = subprocess.run([*command, "-o", cubin], capture_output=True, text=True, check=True)

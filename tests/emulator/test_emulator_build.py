@@ -1,4 +1,4 @@
-"""What the emulator compiles is made once, whole, and again when something has changed."""
+"""The emulator's programs are compiled once, never left half written, and again after a change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from emulator.build import Builder, once, remove_unused
 
 needs_compiler = pytest.mark.skipif(emulator.compiler() is None, reason="a C++ compiler is needed")
 
-# A process of its own that makes a file slowly, tells so, and may die in the middle.
+# A separate process that writes a file slowly, says when it begins, and may die half way.
 MAKER = """
 import os, sys, time
 from pathlib import Path
@@ -129,7 +129,7 @@ def test_an_object_is_made_anew_when_anything_changes(tmp_path, compiled, monkey
 
 @needs_compiler
 def test_a_source_that_changes_while_it_is_compiled(tmp_path, compiled):
-    """The name of an object never stands for another state of the source."""
+    """An object's name always belongs to the source that it was compiled from."""
     source, meanwhile = tmp_path / "source.cpp", tmp_path / "meanwhile"
     source.write_text("int f() { return 1; }")
     meanwhile.write_text("int g() { return 2; }")

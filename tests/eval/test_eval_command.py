@@ -1,4 +1,4 @@
-"""`fomoe eval`: the loss of a run is that of its report, and skipping costs what it must."""
+"""`fomoe eval`: losses of a run, of skipped experts, and of exported and transformers' models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def evaluate(folder: Path, model: Path, *flags: str) -> dict:
-    """The figures of `fomoe eval`, which must go well."""
+    """The figures that `fomoe eval` prints; fails unless it succeeds."""
     figures = folder / "figures/eval.json"
     assert cli.main(["eval", str(model), "--json", str(figures), *flags]) == 0
     return json.loads(figures.read_text())
@@ -39,7 +39,7 @@ def losses(figures: dict) -> dict[str, float]:
 
 
 def refused(capsys, *arguments: str) -> str:
-    """What `fomoe eval` says when it refuses."""
+    """The error message of `fomoe eval`, which must fail."""
     assert cli.main(["eval", *arguments]) == 2
     return capsys.readouterr().err
 
@@ -53,7 +53,7 @@ def text(tmp_path_factory):
 
 
 def by_hand(model: LanguageModel, file: Path) -> float:
-    """Nats per token of a text of bytes in windows of 24 tokens, one by one."""
+    """Nats per token of a text of bytes, in windows of 24 tokens, computed one by one."""
     tokens = [*file.read_bytes(), 0]
     starts = range(0, len(tokens) - 24, 24)
     windows = torch.tensor([tokens[start : start + 25] for start in starts])
@@ -146,7 +146,7 @@ def test_another_checkpoint(tmp_path):
     assert losses(alone) == losses(early)
 
 
-def test_the_placement_of_the_checkpoint_counts(tmp_path, text):
+def test_the_placement_is_that_of_the_checkpoint(tmp_path, text):
     """With reshuffling the experts a site holds are in the checkpoint, not in the configuration."""
     model = random_model(tiny_config())
     sites = SitesConfig(sites=2, replication=1, placement="random", reshuffle_rounds=1)
@@ -163,7 +163,7 @@ def test_the_placement_of_the_checkpoint_counts(tmp_path, text):
     assert found == {"site 1 alone": pytest.approx(by_hand(lone.eval(), text), rel=1e-5)}
 
 
-def test_without_any_state_the_configuration_tells_the_placement(tmp_path, text, capsys):
+def test_without_a_state_the_placement_is_that_of_the_configuration(tmp_path, text, capsys):
     model = random_model(tiny_config(router_scope="resident"))
     config = TrainConfig(sites=SitesConfig(sites=4, replication=2))
     run = untrained_run(tmp_path / "run", model, config=config)
@@ -332,7 +332,7 @@ def test_bad_arguments_are_named(tmp_path, text, capsys):
         assert flags[0].strip("-").replace("-", "_") in capsys.readouterr().err
 
 
-def test_sites_are_of_runs_only(tmp_path, text, capsys):
+def test_site_and_checkpoint_are_refused_without_a_run(tmp_path, text, capsys):
     model = random_model(tiny_config())
     out = write_plain(tmp_path, model)
     given = [str(out), "--val-data", str(text)]

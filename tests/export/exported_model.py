@@ -22,7 +22,7 @@ def load(folder: Path, **options):
 
 
 def write(source: Path, out: Path, *flags: str) -> Path:
-    """`fomoe export`, which must go well."""
+    """Runs `fomoe export`; fails unless it succeeds."""
     assert cli.main(["export", str(source), "--out", str(out), *flags]) == 0
     return out
 

@@ -88,7 +88,7 @@ def test_gradients_are_the_same(tmp_path):
 
 
 def test_bf16_is_as_close_as_our_own(tmp_path):
-    # Every expert is chosen: a choice that rounding turns over would hide what is looked for.
+    # All experts are chosen for every token: rounding cannot change the choice.
     model = random_model(tiny_config(top_k=8, expert_bias=True, shared_expert_intermediate_size=8))
     out = write(untrained_run(tmp_path, model), tmp_path / "out", "--dtype", "bfloat16")
     exported = load(out)

@@ -57,7 +57,7 @@ def test_shards_are_small_and_hold_everything_once(tmp_path):
 
 
 def test_tensors_are_read_one_by_one(tmp_path, monkeypatch):
-    """What is in memory at any time is what the shard under way holds."""
+    """At any time, only the tensors of the shard being written are in memory."""
     source = untrained_run(tmp_path, random_model(tiny_config()))
     alive, most = 0, 0
     read, save = GlobalModelReader.tensor, tensor_files.save_file
@@ -97,7 +97,7 @@ def test_plain_safetensors_hold_the_bits_of_the_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["transformers", "safetensors"])
-def test_what_loads_it_is_said_where_code_is_written(form, tmp_path, capsys):
+def test_trust_remote_code_is_explained_if_code_is_written(form, tmp_path, capsys):
     out = write(finished_run(), tmp_path / "out", "--format", form)
     said = capsys.readouterr().out
     assert ("from_pretrained(folder, trust_remote_code=True)" in said) == (form == "transformers")
@@ -114,7 +114,7 @@ def test_the_card_tells_the_runs_facts(trained):
     assert f"{report['validation']['loss']:.4f} nats/token" in card
 
 
-def test_where_it_goes_by_default(tmp_path, capsys):
+def test_default_output_folder(tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(finished_run(), run)
     assert cli.main(["export", str(run), "--checkpoint", "step-00000012"]) == 0
@@ -137,7 +137,7 @@ def run(tmp_path):
 
 
 def refused(capsys, *arguments: str) -> str:
-    """What `fomoe export` says when it refuses."""
+    """The error message of `fomoe export`, which must fail."""
     assert cli.main(["export", *arguments]) == 2
     return capsys.readouterr().err
 
@@ -154,8 +154,12 @@ def test_files_of_another_machine_are_named_with_their_site(run, tmp_path, capsy
 
 
 def test_states_of_sites_are_not_needed(run, tmp_path):
-    for state in run.glob("checkpoints/*/state-*.pt"):
-        state.unlink()
+    for checkpoint in ckpt.list_checkpoints(run / "checkpoints"):
+        shutil.rmtree(checkpoint / ckpt.TRAINING)
+        states = list(checkpoint.glob("state-*.json"))
+        assert len(states) == 2
+        for state in states:
+            state.unlink()
     write(run, tmp_path / "out")
 
 
@@ -222,7 +226,8 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
     for field, value, message in (
         ("num_layers", 3, "must have the tensors of its model"),
         ("intermediate_size", 12, "must have shape"),
-        ("colour", 1, "has no valid description of its model"),
+        ("expert_size", 12, "unknown key 'expert_size'; it is called 'intermediate_size' now"),
+        ("colour", 1, "must have a valid description of its model"),
     ):
         changed = {**manifest, "meta": {"model": {**manifest["meta"]["model"], field: value}}}
         (path / "manifest.json").write_text(json.dumps(changed))
@@ -241,8 +246,16 @@ def test_help_needs_no_torch():
     assert result.stdout.endswith("False\n"), result.stderr
 
 
+def test_old_names_of_options_are_refused_with_the_new_ones():
+    written = transformers_config(tiny_config(), "bytes", 0, "float32")
+    for old, new in {"scoring": "router_scoring", "expert_size": "moe_intermediate_size"}.items():
+        before = {old if name == new else name: value for name, value in written.items()}
+        with pytest.raises(ValueError, match=f"unknown key '{old}'; it is called '{new}' now"):
+            model_of_config(before)
+
+
 def test_every_field_of_the_model_has_a_place():
-    """A new field of ModelConfig must be exported, or said to matter in training only."""
+    """A new field of ModelConfig must be exported or listed as used in training only."""
     config = tiny_config(
         top_k=3, router_num_groups=2, router_groups_kept=2, norm="rms", rope_base=77.0
     )

@@ -1,4 +1,4 @@
-"""Meetings of sites that hold the small model."""
+"""An OuterSync of the small model at every site, and local steps for it."""
 
 from __future__ import annotations
 

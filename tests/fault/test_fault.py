@@ -41,7 +41,7 @@ def test_a_wait_is_given_up_when_the_watch_says_so() -> None:
         wait_for(work)
     assert work.waited
     work = _Work(10**9)
-    wait_for(work)  # nobody watches: it is the work that waits
+    wait_for(work)  # without a watch the wait is that of the work itself
     assert work.waited
 
 
@@ -106,7 +106,7 @@ def test_a_corrupt_membership_record_is_refused() -> None:
         assert "membership record in the store is corrupt" in str(caught.value)
 
 
-def test_what_a_tolerant_job_cannot_do_is_said() -> None:
+def test_options_that_exclude_membership_are_named() -> None:
     config = preset_config("tiny")
     fault = FaultConfig(membership="torchft")
     dataclasses.replace(config, fault=fault)

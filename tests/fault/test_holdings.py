@@ -1,4 +1,5 @@
-"""Who holds what when sites come and go: orphans, moves with all belongings, shadows."""
+"""Which sites hold which experts as sites come and go: orphans, moves with their optimizer state,
+shadow copies."""
 
 from __future__ import annotations
 
@@ -20,12 +21,13 @@ from fomoe_ext.outer.belongings import Belongings, biases_of, items_of, ship
 from fomoe_ext.outer.reduce import Damaged
 from fomoe_ext.placement import Placement, wire
 
-# ------------------------------------------------------------------------------- who holds what
+# ----------------------------------------------------------------------------------- who holds what
 
 
 @st.composite
 def holdings_and_more(draw: st.DrawFn) -> tuple[list[list[list[int]]], int, int]:
-    """What 1 to 5 sites hold of 1 to 3 layers, some of it nowhere; experts; replication."""
+    """Experts held by each of 1 to 5 sites in 1 to 3 layers, some by none; their number;
+    replication."""
     sites, experts = draw(st.integers(1, 5)), draw(st.integers(1, 9))
     layers = draw(st.integers(1, 3))
     subsets = st.lists(st.integers(0, experts - 1), unique=True).map(sorted)
@@ -56,7 +58,7 @@ def test_orphans_find_a_holder_and_nobody_loses_an_expert(
             )
 
 
-def test_orphans_go_to_who_has_a_copy() -> None:
+def test_orphans_go_to_the_site_with_a_copy() -> None:
     holdings = [[[0, 1]], [[2]], [[3, 4, 5]]]
     placement = ownership.adopt_orphans(holdings, 8, {(0, 6): 2})
     assert placement.owners(0, 6) == (2,) and placement.owners(0, 7) == (1,)
@@ -73,7 +75,7 @@ def test_experts_are_shared_out_evenly_with_few_moves(
         return
     placement = ownership.rebalance(holdings, experts, replication)
     assert ownership.is_level(placement, replication)
-    # A level placement is left as it is.
+    # A balanced placement is not changed.
     level = [
         [list(placement.resident(layer, site)) for layer in range(placement.num_layers)]
         for site in range(placement.num_sites)
@@ -90,11 +92,12 @@ def test_after_a_death_only_what_is_missing_moves() -> None:
         for site in range(3)
         for layer in range(2)
     )
-    assert moved <= 2 * (8 + 2)  # the dead one's eight of each layer, and a few to make it even
+    # The dead site's eight of each layer, and a few more to balance the sites.
+    assert moved <= 2 * (8 + 2)
     assert not placement.even and Placement.from_dict(placement.to_dict()) == placement
 
 
-def test_a_site_that_comes_takes_from_the_fullest() -> None:
+def test_a_new_site_takes_experts_from_the_fullest() -> None:
     left = ownership.rebalance([[[0, 1, 2, 3]], [[4, 5, 6, 7]]], 8, 1)
     holdings = [[list(left.resident(0, s))] for s in range(2)] + [[[]]]
     placement = ownership.rebalance(holdings, 8, 1)
@@ -103,11 +106,11 @@ def test_a_site_that_comes_takes_from_the_fullest() -> None:
         assert set(placement.resident(0, site)) <= set(holdings[site][0])
 
 
-# ------------------------------------------------------------------------- belongings and shadows
+# --------------------------------------------------------------------------- belongings and shadows
 
 
 def moved_over(site: int, num_sites: int) -> None:
-    """An expert of site 0 goes to site 2 with all that belongs to it."""
+    """An expert of site 0 moves to site 2 with its anchor, momentum and optimizer state."""
     model, inner, sync = make(site, num_sites, "resident", codec="int4")
     for index in range(2):
         take_steps(model, inner, site, index)
@@ -224,7 +227,7 @@ def test_every_expert_has_a_shadow_elsewhere(scope: str, optimizer: str) -> None
     assert sum(len(site["kept"]) for site in sites) == LAYERS * EXPERTS
 
 
-def test_what_all_hold_has_no_shadow() -> None:
+def test_experts_that_all_sites_hold_have_no_shadow() -> None:
     placement = Placement.cyclic(num_sites=2, num_experts=4, num_layers=1, replication=2)
     assert wire.shadow_site(placement, 0, 0) is None
     assert wire.shadow_parcels(placement) == []

@@ -18,23 +18,26 @@ from fomoe_ext.fault.membership import TooFew, TorchftMembership
 
 pytest.importorskip("torchft", reason="the extra `fault` is not installed")
 
-NUM_SITES = 3
+NUM_SITES, SILENT_S = 3, 3.0
 
 
 @pytest.fixture
 def lighthouse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lighthouse]:
     monkeypatch.setenv("RUST_LOG", "error")
-    there = Lighthouse(parse_address("127.0.0.1:0", "--bind", any_port=True), 1, 3.0)
+    there = Lighthouse(parse_address("127.0.0.1:0", "--bind", any_port=True), 1, SILENT_S)
     yield there
     there.shutdown()
 
 
 @pytest.fixture
-def members(lighthouse: Lighthouse) -> list[TorchftMembership]:
-    return [
-        TorchftMembership(lighthouse.address, site, NUM_SITES, quorum=1, silent_s=3.0)
+def members(lighthouse: Lighthouse) -> Iterator[list[TorchftMembership]]:
+    all_of_them = [
+        TorchftMembership(lighthouse.address, site, NUM_SITES, quorum=1, silent_s=SILENT_S)
         for site in range(NUM_SITES)
     ]
+    yield all_of_them
+    for member in all_of_them:
+        member.close()
 
 
 class _Paused(dist.PrefixStore):
@@ -54,7 +57,7 @@ class _Paused(dist.PrefixStore):
 
 @pytest.mark.parametrize("key", [keys.CURRENT, keys.start(0)])
 def test_a_slow_site_is_in_the_first_view(members: list[TorchftMembership], key: str) -> None:
-    """However far the others get between two of its looks, the job does not run without it."""
+    """The job does not start without it, however far the others get between two of its reads."""
     *others, slow = members
     go = threading.Event()
 
@@ -77,7 +80,7 @@ def test_a_slow_site_is_in_the_first_view(members: list[TorchftMembership], key:
 def test_a_site_lost_at_the_start_is_waited_for_with_a_limit(
     members: list[TorchftMembership],
 ) -> None:
-    """It has said that it starts, and does not join: the others say which it was."""
+    """The site has announced its start but does not join: the error at the others names it."""
     *others, gone = members
     gone.store.set(keys.start(gone.site), "1")
     with ThreadPoolExecutor(NUM_SITES) as pool:
@@ -88,12 +91,23 @@ def test_a_site_lost_at_the_start_is_waited_for_with_a_limit(
     assert not others[0].store.check([keys.CURRENT])
 
 
-def test_a_site_that_comes_to_a_running_job_knows_it(
+def test_a_site_that_joins_a_running_job_has_no_first_view(
     lighthouse: Lighthouse, members: list[TorchftMembership]
 ) -> None:
     with ThreadPoolExecutor(NUM_SITES) as pool:
         views = [f.result() for f in [pool.submit(m.begin, 20.0) for m in members]]
     assert all(views)
-    again = TorchftMembership(lighthouse.address, 1, NUM_SITES, quorum=1, silent_s=3.0)
+    again = TorchftMembership(lighthouse.address, 1, NUM_SITES, quorum=1, silent_s=SILENT_S)
     assert again.incarnation == 2
     assert again.begin(1.0) is None
+
+
+def test_a_closed_member_is_silent(members: list[TorchftMembership]) -> None:
+    """Its thread ends; the others find out by its silence."""
+    with ThreadPoolExecutor(NUM_SITES) as pool:
+        assert all(f.result() for f in [pool.submit(m.begin, 20.0) for m in members])
+    members[2].close()
+    deadline = time.monotonic() + 30.0
+    while not members[0].lost() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert members[0].lost() == f"site 2 sent no heartbeat for {SILENT_S:g} s"

@@ -54,7 +54,7 @@ def test_a_staged_meeting_gives_the_same_bits(options: dict[str, Any]) -> None:
 
 
 def broken_off(site: int, num_sites: int, where: str) -> list[bytes]:
-    """A meeting that fails at one site, rolled back and held again; what all have then."""
+    """A meeting that fails at one site is rolled back and repeated. Returns the resulting state."""
     model, inner, sync = make(site, num_sites, codec="int4", staged=True)
     take_steps(model, inner, site, 0)
     sync.step()
@@ -84,14 +84,14 @@ def broken_off(site: int, num_sites: int, where: str) -> list[bytes]:
     return all_bits(sync)
 
 
-def test_a_meeting_that_broke_off_is_rolled_back_and_held_again() -> None:
+def test_a_meeting_that_broke_off_is_rolled_back_and_repeated() -> None:
     straight = pool().run(3, broken_off, "")
     assert pool().run(3, broken_off, "exchange") == straight
     assert pool().run(3, broken_off, "commit") == straight
 
 
 def applied_by_some(site: int, num_sites: int) -> list[bytes]:
-    """Site 0 has applied; the others have heard of a failure after everything had arrived."""
+    """Site 0 has committed; at the others the meeting failed after everything had arrived."""
     model, inner, sync = make(site, num_sites, codec="int4", staged=True)
     take_steps(model, inner, site, 0)
     right = Staged.end_pending
@@ -115,7 +115,7 @@ def applied_by_some(site: int, num_sites: int) -> list[bytes]:
     return all_bits(sync)
 
 
-def test_what_some_have_committed_all_can_commit() -> None:
+def test_a_meeting_that_one_site_has_committed_can_be_committed_by_all() -> None:
     straight = pool().run(3, _one_meeting)
     assert pool().run(3, applied_by_some) == straight
 
@@ -143,7 +143,7 @@ def not_arrived(site: int, num_sites: int) -> str:
     return str(caught.value)
 
 
-def test_what_has_not_arrived_cannot_be_committed() -> None:
+def test_an_incomplete_meeting_cannot_be_committed() -> None:
     pool().run(2, not_arrived)
 
 

@@ -1,4 +1,4 @@
-"""What was written is not believed when it has changed: at every door where it is read again."""
+"""Changed files are detected wherever they are read again."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def flip(path: Path, at: int = -9) -> None:
 
 
 def zero(path: Path) -> None:
-    """As a file looks whose blocks never came to the disk, but for its header."""
+    """Zeros after the header, as in a file whose blocks were never written to the disk."""
     content = path.read_bytes()
     kept = 8 + int.from_bytes(content[:8], "little") if path.suffix == ".safetensors" else 0
     path.write_bytes(content[:kept] + bytes(len(content) - kept))
@@ -123,7 +123,7 @@ def test_a_configuration_that_was_edited_by_hand_is_named_and_can_be_taken(run):
     for read in (lambda: load_run_config(run), lambda: find_job(["--resume", str(run)])):
         with pytest.raises(ValueError, match=r"damaged or was changed by hand.*its first line"):
             read()
-    # As a file of somebody's own it may be anything.
+    # Given as a user's own file, it may have any content.
     assert load_config(file).inner.inner_lr == 0.25 != before.inner.inner_lr
     file.write_text(file.read_text().partition("\n")[2])
     assert find_job(["--resume", str(run)]).config.inner.inner_lr == 0.25
@@ -155,7 +155,7 @@ def test_another_tokenizer_than_the_runs(tmp_path):
     )
     assert find_source(run).tokenizer(None) == file
     words.Tokenizer(words.models.WordLevel({"[UNK]": 0, "b": 1, "a": 2}, "[UNK]")).save(str(file))
-    with pytest.raises(ValueError, match=r"words.json is not the one that the run was"):
+    with pytest.raises(ValueError, match=r"tokenizer must be the one .* got .*words.json"):
         find_source(run).tokenizer(None)
     assert find_source(run).tokenizer(file) == file
 

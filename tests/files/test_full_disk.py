@@ -1,4 +1,4 @@
-"""A disk that is full, fails or can only be read does not end a job; what was lost is told."""
+"""A full, failing or read-only disk does not end a job; what could not be written is reported."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ needs_full = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
 
 @contextmanager
 def full_disk(monkeypatch, number: int = errno.ENOSPC, after: int = 0):
-    """Inside, no write to a file that is appended to has room for more than so many bytes."""
+    """A context in which appending to a file fails after `after` bytes."""
 
     def write(descriptor: int, data: bytes) -> int:
         part = bytes(data)[:after]
@@ -61,7 +61,7 @@ def small_disk(tmp_path):
 
 
 def fill(disk: Path) -> None:
-    """Leaves no room at all."""
+    """Fills the disk to the last byte."""
     with (disk / "filling").open("ab", buffering=0) as file:
         for size in (1 << 16, 1 << 12, 1):
             try:
@@ -91,7 +91,7 @@ def test_lines_wait_for_room(tmp_path, monkeypatch, caplog, number):
     file.close()
 
 
-def test_half_a_line_is_not_left(tmp_path, monkeypatch):
+def test_a_partly_written_line_is_removed(tmp_path, monkeypatch):
     lost, path = Unwritten(), tmp_path / "metrics.jsonl"
     file = AppendedFile(path, lost)
     file.write(b"one\n")
@@ -114,7 +114,7 @@ def _no_room() -> int:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_tensorboard_has_no_thread_that_dies(tmp_path, monkeypatch):
+def test_tensorboard_events_wait_for_room(tmp_path, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     lost = Unwritten()
     record = {"round": 1, "step": 3, "loss": 2.5, "bits_per_byte": 1.0}
@@ -131,7 +131,7 @@ def test_tensorboard_has_no_thread_that_dies(tmp_path, monkeypatch):
     assert [(e.step, e.value) for e in events.Scalars("validation/loss")] == [(3, 2.5), (6, 2.5)]
 
 
-def test_tensorboard_forgets_what_is_done_again(tmp_path):
+def test_tensorboard_replaces_events_of_repeated_steps(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for first_step, value in ((0, 1.0), (3, 2.0)):
         log = RunLog(
@@ -150,7 +150,7 @@ def _silent():
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-def test_a_replaced_file_is_the_old_one_whole_and_named(tmp_path, monkeypatch, number):
+def test_a_failed_replacement_leaves_the_old_file_and_names_it(tmp_path, monkeypatch, number):
     path = tmp_path / "report.json"
     write_text(path, "old")
 
@@ -208,7 +208,7 @@ def test_tokens_are_kept_in_memory_where_there_is_no_room_for_a_cache(tmp_path, 
 
 
 @needs_full
-def test_print_goes_on_where_there_is_no_room_for_it():
+def test_print_to_a_full_disk_does_not_raise():
     program = """
 import sys
 from fomoe_ext.files.unwritten import Unwritten, tolerant_output
@@ -228,7 +228,7 @@ os._exit(7)
 
 
 @needs_full
-def test_a_tolerant_stream_still_is_what_it_was(tmp_path):
+def test_a_tolerant_stream_passes_calls_through(tmp_path):
     with (tmp_path / "out").open("w") as file:
         stream = tolerant(file, Unwritten())
         assert stream.fileno() == file.fileno() and stream.write("text") == 4
@@ -247,8 +247,8 @@ def job(run: Path, *more: str):
 
 
 def test_a_disk_that_is_full_from_the_first_rounds_on(small_disk, monkeypatch):
-    """With a checkpoint after every round; what is left is named, and the report is on the
-    terminal."""
+    """With a checkpoint after every round. The files that are missing are named, and the report is
+    shown on the terminal."""
     run = small_disk / "run"
     (small_disk / "filling").write_bytes(bytes((1 << 20) - (300 << 10)))
     result = job(run, "--checkpoint-rounds", "1", "--tensorboard", "--no-async-checkpoints")
@@ -258,7 +258,7 @@ def test_a_disk_that_is_full_from_the_first_rounds_on(small_disk, monkeypatch):
     assert f"{run}/checkpoints/step-00000024: " in said and "No space left on device" in said
     assert "round    6/6  validation" in result.stdout
     assert "validation bits per byte" in result.stdout
-    # What has a name is whole.
+    # A folder with a final name is complete.
     whole = [p for p in (run / "checkpoints").iterdir() if not p.name.startswith(".")]
     for checkpoint in whole:
         assert (checkpoint / "manifest.json").stat().st_size
@@ -268,8 +268,8 @@ def test_a_disk_that_is_full_from_the_first_rounds_on(small_disk, monkeypatch):
     read_metrics(run / "metrics.jsonl")
 
 
-def test_the_last_checkpoint_and_the_report_are_in_the_way(tmp_path):
-    """All else is done."""
+def test_a_last_checkpoint_and_a_report_that_cannot_be_written(tmp_path):
+    """The job ends with an error code, after everything else has been written."""
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints/.step-00000024.partial").write_text("in the way")
@@ -288,7 +288,7 @@ def test_the_last_checkpoint_and_the_report_are_in_the_way(tmp_path):
     assert kinds.count("round") == 6 and kinds[-3:] == ["checkpoint_failed", "validation", "end"]
 
 
-def test_an_earlier_checkpoint_is_told_and_made_up_for(tmp_path):
+def test_an_earlier_checkpoint_that_cannot_be_written(tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints/.step-00000012.partial").write_text("in the way")

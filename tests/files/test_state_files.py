@@ -63,7 +63,7 @@ def test_files_that_are_no_safetensors_are_refused(tmp_path):
         read_state(tmp_path / "b")
 
 
-def test_what_cannot_be_written_is_named(tmp_path):
+def test_values_that_cannot_be_written_are_named(tmp_path):
     with pytest.raises(TypeError, match=r"state\['a'\]\['b'\] must be of numbers"):
         write_state(tmp_path / "a", {"a": {"b": {1, 2}}})
     assert not (tmp_path / "a").exists()

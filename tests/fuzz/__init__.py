@@ -1,5 +1,5 @@
 """Damaged and hostile inputs for every parser of what comes from disk or wire.
 
-`parsers.py` lists them, `mutate.py` damages valid inputs; `test_parsers.py` tries some hundred of
-each in the suite, `python -m tests.fuzz.run` as many as one likes.
+`parsers.py` lists them, `mutate.py` damages valid inputs; `test_parsers.py` tries some hundreds of
+each in the suite, `python -m tests.fuzz.run` any number.
 """

@@ -132,7 +132,7 @@ def checkpoint_parsers() -> list[Parser]:
     ) -> Parser:
         parser = _in_checkpoint(file, read, listed)
         seed = _original(file)
-        if file == ckpt.MANIFEST:  # else its seal is all that is tried
+        if file == ckpt.MANIFEST:  # else only its seal would be tested
             seed = json.dumps(_unsealed(seed)).encode()
         return Parser(name, parser, refused, [seed], how, share)
 

@@ -1,7 +1,7 @@
 """Inputs that atheris makes for one parser: `run --engine atheris` starts this, a process each.
 
-Only this package and the readers of text under it are instrumented: that must happen as they are
-imported, and to do it to torch would take longer than to fuzz.
+Only this package and the text parsers that it uses are instrumented, at import: instrumenting torch
+would take longer than fuzzing.
 """
 
 from __future__ import annotations

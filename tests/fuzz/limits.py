@@ -9,15 +9,15 @@ from types import FrameType
 
 
 class Hang(BaseException):
-    """A parser took too long. No Exception, so that no parser takes it for a bad input."""
+    """A parser took too long. Not an Exception, so that no parser catches it as a bad input."""
 
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Raises Hang where what is inside takes longer, in seconds of this process's own time.
+    """A context that raises Hang after so many seconds of this process's processor time.
 
-    Only in the main thread, and only while Python code runs. Processor time, not the clock's: on a
-    machine that is busy with other things nothing hangs.
+    Only in the main thread, and only while Python code runs. Processor time does not pass while a
+    busy machine runs other processes.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:

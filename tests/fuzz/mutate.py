@@ -75,7 +75,7 @@ def _some(chance: random.Random) -> Any:
 
 
 def changed(chance: random.Random, value: Any) -> Any:
-    """A value of JSON, changed in place where it can be: another value, or a key gone or new."""
+    """A changed JSON value, in place if possible: another value, or a key added or removed."""
     places = _places(value)
     if not places:
         return _some(chance)
@@ -100,7 +100,7 @@ def _keys(box: Any) -> Any:
 
 
 def of_json(chance: random.Random, corpus: Sequence[bytes]) -> bytes:
-    """A valid JSON text with other values, or, one time in three, with other bytes."""
+    """A valid JSON text with changed values or, one time in three, with changed bytes."""
     if chance.randrange(3) == 0:
         return of_bytes(chance, corpus)
     value = json.loads(chance.choice(corpus))

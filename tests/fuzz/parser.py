@@ -1,4 +1,4 @@
-"""A parser under test, and where its inputs lie."""
+"""A parser under test, and the folder for its inputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Parser:
     share: float = 1.0
 
     def accepts(self, raw: bytes) -> bool:
-        """Whether it reads the bytes. Lets through any error that it must not raise."""
+        """Whether the parser takes the bytes. Raises any error that it does not document."""
         try:
             self.read(raw)
         except self.refuses:
@@ -48,7 +48,7 @@ class Parser:
 
 @lru_cache(maxsize=1)
 def work_folder() -> Path:
-    """Where this process's inputs lie; in memory where that can be, for there are many."""
+    """The folder for this process's inputs; in memory if possible, as there are many."""
     memory = Path("/dev/shm")
     folder = tempfile.mkdtemp(prefix="fomoe-fuzz-", dir=memory if memory.is_dir() else None)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -1,9 +1,9 @@
 """Tries very many inputs on every parser: `python -m tests.fuzz.run --inputs 1000000`.
 
-Inputs are valid ones, damaged at random (`mutate.py`), or with `--engine atheris` what that finds
-by watching which lines an input reaches (`pip install atheris`). Input `number` of a parser depends
-on the seed alone: `--parser NAME --first NUMBER --inputs 1` makes it again. Exits 1 when a parser
-raises what it does not document, hangs, or keeps memory.
+Inputs are valid ones, damaged at random (`mutate.py`). With `--engine atheris` they are guided by
+coverage (`pip install atheris`). Input `number` of a parser depends on the seed alone: `--parser
+NAME --first NUMBER --inputs 1` repeats it. Exits 1 if a parser raises an error that it does not
+document, hangs, or leaks memory.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MOST_SHOWN = 5
 
 @dataclass
 class Outcome:
-    """What became of a parser's inputs; the first errors as texts."""
+    """How many inputs of a parser were tried, taken and failed; the first errors as texts."""
 
     inputs: int = 0
     accepted: int = 0
@@ -47,7 +47,7 @@ class Outcome:
     texts: list[str] = field(default_factory=list)
 
     def note(self, raw: bytes, number: int) -> None:
-        """An error that must not be, now being handled."""
+        """Records the undocumented error that is being handled."""
         self.errors += 1
         if len(self.texts) < _MOST_SHOWN:
             lines = traceback.format_exc().splitlines()

@@ -1,4 +1,4 @@
-"""Damaged and hostile inputs: a parser takes them or raises the error that it documents."""
+"""Damaged and hostile inputs: a parser takes them or raises an error that it documents."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def inputs(parser: Parser) -> st.SearchStrategy[bytes]:
 def test_valid_inputs_are_taken(name):
     parser = parsers()[name]
     sized = [raw for raw in parser.corpus if not name.startswith("payload") or raw[1] & 6]
-    assert [parser.accepts(raw) for raw in sized[:1]] == [True]
+    # The second status tells of a NaN: it is well formed, and a meeting refuses it.
+    taken = [parser.accepts(raw) for raw in sized]
+    assert taken and taken == [name != "statuses" or index == 0 for index in range(len(taken))]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -53,7 +55,7 @@ def test_only_documented_errors(name):
 
 
 @pytest.mark.parametrize("how", [mutate.of_bytes, mutate.of_json])
-def test_mutations_are_many_and_come_again(how):
+def test_mutations_are_diverse_and_reproducible(how):
     corpus = [json.dumps({"a": [1, 2, {"b": None}], "c": "text", "d": 1.5}).encode()]
     made = [how(random.Random(n), corpus) for n in range(400)]
     assert made == [how(random.Random(n), corpus) for n in range(400)]

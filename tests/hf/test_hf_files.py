@@ -109,7 +109,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 
 
 def test_a_left_over_index_is_not_followed(tmp_path):
-    """transformers reads the one file where there is one."""
+    """Like transformers, we read the single file if there is one."""
     saved("olmoe", tmp_path, shard="40KB", seed=3)
     whole = saved("olmoe", tmp_path / "new")
     (tmp_path / "new/model.safetensors").rename(tmp_path / "model.safetensors")
@@ -208,7 +208,7 @@ def write_twice(site: int, num_sites: int, folder: str) -> list[str]:
     return errors
 
 
-def test_what_cannot_be_written_is_said_at_all_sites(tmp_path):
+def test_errors_of_writing_are_raised_at_all_sites(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("kept")
     for site, said in enumerate(pool().run(SITES, write_twice, str(tmp_path))):

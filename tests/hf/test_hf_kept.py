@@ -1,4 +1,4 @@
-"""What a converted model has is written so that plain transformers reads it, or refused by name."""
+"""Saved models: plain transformers loads them, or saving names what the format cannot store."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def loaded(folder: Path, **options: Any) -> Any:
 
 
 def all_ways(model: nn.Module, folder: Path, family: str) -> list[tuple[str, Any]]:
-    """The ways back to the original format, and what each says."""
+    """Tries every way back to the original format. Returns the error message of each."""
     return [
         ("save_merged", lambda: hf.save_merged(model, folder, all_of(family), 0)),
         ("save_pretrained", lambda: hf.save_pretrained(model, folder)),
@@ -90,7 +90,7 @@ def test_a_selection_bias_with_a_place_is_kept_to_the_bit(tmp_path, way):
     assert torch.equal(found.state_dict()[name], bias)
 
 
-def test_what_the_configuration_does_not_say_is_refused(tmp_path):
+def test_changes_that_the_configuration_does_not_record_are_refused(tmp_path):
     def top_k(model: Any) -> None:
         hf.layers(model)[1].top_k = 2
 
@@ -141,7 +141,7 @@ def test_blocks_with_more_in_them_are_not_converted():
     assert not converted_layers(model)
 
 
-def test_another_shared_expert_is_written(tmp_path):
+def test_a_replaced_shared_expert_is_written(tmp_path):
     model = make_model("deepseek_v3")
     hf.convert(model)
     layer = hf.layers(model)[0]
@@ -167,13 +167,13 @@ def one_has_a_bias(site: int, num_sites: int, folder: str) -> str:
     return "written"
 
 
-def test_all_sites_hear_of_it(tmp_path):
+def test_all_sites_hear_of_a_bias_that_cannot_be_stored(tmp_path):
     said = pool().run(2, one_has_a_bias, str(tmp_path))
     assert said[0] == f"site 1: {said[1]}" and "cannot store" in said[1]
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- models that are saved as models are ---------------------------------------------------------
+# ---- models saved by their own save_pretrained ---------------------------------------------------
 
 
 def test_save_pretrained_writes_the_original_format(tmp_path):
@@ -192,7 +192,7 @@ def test_save_pretrained_writes_the_original_format(tmp_path):
 
 
 def test_a_sites_part_is_not_taken_for_a_model(tmp_path):
-    """Its own tensors are kept, and transformers refuses the folder by name."""
+    """A site's tensors are saved, and transformers refuses to load the folder as a model."""
     model = hf.convert(make_model("olmoe"), resident=[1, 2])
     with pytest.warns(UserWarning, match="needs all 8 experts"):
         model.save_pretrained(tmp_path)
@@ -203,7 +203,7 @@ def test_a_sites_part_is_not_taken_for_a_model(tmp_path):
     assert torch.equal(again(text()).logits, model(text()).logits)
 
 
-def test_more_than_the_configuration_says_is_kept_all_the_same(tmp_path):
+def test_extra_modules_are_kept_with_a_warning(tmp_path):
     model = hf.convert(make_model("olmoe"))
     model.extra = nn.Linear(2, 2)
     with pytest.warns(UserWarning, match="does not read: .*unexpected .*extra.weight"):
@@ -215,7 +215,7 @@ def test_more_than_the_configuration_says_is_kept_all_the_same(tmp_path):
 
 @pytest.mark.parametrize("resident", [None, [1, 2]])
 def test_a_trainers_checkpoint_has_the_names_that_it_reads_again(tmp_path, resident):
-    """Mixtral's files call blocks by another name, by which a Trainer would not find them."""
+    """In Mixtral's files blocks have another name, under which a Trainer would not find them."""
     model = hf.convert(make_model("mixtral"), resident=resident)
     model.save_pretrained(tmp_path / "checkpoint-20", state_dict=None, is_main_process=True)
     tensors = load_file(tmp_path / "checkpoint-20/model.safetensors")
@@ -334,10 +334,10 @@ def test_adapters_are_merged_first(tmp_path):
     assert relative_error(loaded(tmp_path / "out")(text()).logits, wanted) <= 1e-5
 
 
-# ---- what stands beside the weights --------------------------------------------------------------
+# ---- files beside the weights --------------------------------------------------------------------
 
 
-def test_how_to_generate_comes_along(tmp_path):
+def test_the_generation_config_is_kept(tmp_path):
     from transformers import GenerationConfig
 
     model = make_model("olmoe", dtype=torch.bfloat16)
@@ -361,7 +361,7 @@ def test_a_configuration_says_what_dtype_weights_have(tmp_path):
     assert loaded(tmp_path / "out").dtype == torch.float32
 
 
-def test_how_to_generate_is_kept_though_it_contradicts_itself(tmp_path):
+def test_a_contradictory_generation_config_is_kept(tmp_path):
     make_model("olmoe").save_pretrained(tmp_path / "in")
     said = {"do_sample": False, "temperature": 0.5, "eos_token_id": [2, 7]}
     (tmp_path / "in/generation_config.json").write_text(json.dumps(said))
@@ -394,7 +394,7 @@ def test_untied_heads_of_a_configuration_that_ties(tmp_path):
     hf.save_merged(found, tmp_path / "out", ALL, 0)
     again = loaded(tmp_path / "out").state_dict()
     assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
-    # The same twice, or only the head.
+    # The same tensor twice, or only the head.
     tensors = load_file(tmp_path / "in/model.safetensors")
     for names in (["lm_head.weight", "model.embed_tokens.weight"], ["lm_head.weight"]):
         one = {n: v for n, v in tensors.items() if "lm_head" not in n and "embed" not in n}
@@ -405,7 +405,7 @@ def test_untied_heads_of_a_configuration_that_ties(tmp_path):
         assert torch.equal(found.lm_head.weight, model.lm_head.weight)
 
 
-def test_heads_that_no_configuration_ties_are_written(tmp_path):
+def test_heads_tied_against_the_configuration_are_written(tmp_path):
     model = hf.convert(make_model("olmoe"))
     model.lm_head.weight = model.model.embed_tokens.weight
     wanted = model(text()).logits
@@ -435,7 +435,7 @@ def test_balance_losses_count_in_the_models_loss(family, options):
     assert output.loss.item() == pytest.approx(float(wanted.detach()) + added, rel=1e-6)
     as_tuple = model(text(), labels=text(), return_dict=False)
     assert as_tuple[0].item() == pytest.approx(output.loss.item(), rel=1e-6)
-    # Its gradient counts once, also where it is added by hand.
+    # Its gradient counts once, even if the loss is also added by hand.
     grads = []
     for by_hand in (False, True):
         model.zero_grad()

@@ -1,4 +1,4 @@
-"""Quantised checkpoints of transformers: worked out where the format says all, else refused."""
+"""Quantised checkpoints of transformers: dequantised if the format is fully known, else refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def one_site(family: str) -> Placement:
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks of FP8 as DeepSeek-V3 has them, and the scale of each."""
+    """FP8 blocks as in DeepSeek-V3's files, with a scale each."""
     rows, columns = weight.shape
     blocks = weight.float().view(rows // BLOCK[0], BLOCK[0], columns // BLOCK[1], BLOCK[1])
     scales = blocks.abs().amax(dim=(1, 3)) / 448
@@ -48,7 +48,7 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
 def write(
     folder: Path, family: str, change: Callable[[Tensors], None], config: Any = None, **changes: Any
 ) -> None:
-    """A model's folder with other tensors, and what its configuration says of them."""
+    """Writes a model's folder with changed tensors and the given quantization config."""
     make_model(family, **changes).save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -71,11 +71,11 @@ def read(folder: Path, family: str, placement: Placement | None = None) -> tuple
     )
 
 
-# ---- what is worked out --------------------------------------------------------------------------
+# ---- what is dequantised -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
-def test_blocks_of_fp8_are_what_transformers_makes_of_them(tmp_path, family):
+def test_fp8_blocks_are_dequantised_as_by_transformers(tmp_path, family):
     pytest.importorskip("accelerate")
     from transformers import AutoModelForCausalLM
 
@@ -90,7 +90,7 @@ def test_blocks_of_fp8_are_what_transformers_makes_of_them(tmp_path, family):
     exact = make_model(family).state_dict()
     name = next(n for n in found if n.endswith("mlp.experts.gate_up_proj"))
     assert 0 < relative_error(found[name], exact[name]) < 0.05
-    # A site reads its own, and what is written is plain.
+    # A site reads its own experts, and save_merged writes them unquantised.
     placement = Placement.cyclic(
         num_sites=2, num_experts=EXPERTS, num_layers=LAYERS_OF[family], replication=1
     )
@@ -135,7 +135,7 @@ def to_mxfp4(tensors: Tensors) -> None:
         tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
 
 
-def test_mxfp4_is_what_transformers_makes_of_it(tmp_path):
+def test_mxfp4_is_dequantised_as_by_transformers(tmp_path):
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     write(tmp_path, "gpt_oss", to_mxfp4, {"quant_method": "mxfp4"}, intermediate_size=32)
@@ -264,7 +264,7 @@ REFUSED: dict[str, tuple[Callable[[Tensors], None], Any, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
-def test_the_rest_is_refused_by_name(tmp_path, case):
+def test_other_formats_are_refused_by_name(tmp_path, case):
     change, config, message = case
     write(tmp_path, "olmoe", change, config)
     with pytest.raises(ValueError, match=message):
@@ -272,7 +272,7 @@ def test_the_rest_is_refused_by_name(tmp_path, case):
 
 
 @pytest.mark.parametrize("what", ["shape", "nan", "half"])
-def test_mxfp4_that_is_not_one_is_refused(tmp_path, what):
+def test_malformed_mxfp4_is_refused(tmp_path, what):
     def change(tensors: Tensors) -> None:
         to_mxfp4(tensors)
         name = next(n for n in tensors if n.endswith("down_proj_scales"))
@@ -293,8 +293,8 @@ def test_mxfp4_that_is_not_one_is_refused(tmp_path, what):
         read(tmp_path, "gpt_oss")
 
 
-def test_further_tokens_layers_are_named_and_left(tmp_path):
-    """DeepSeek-V3's files have a layer more, for predicting further tokens."""
+def test_layers_of_multi_token_prediction_are_named_and_skipped(tmp_path):
+    """DeepSeek-V3's files have an extra layer for multi-token prediction."""
     extra = put("model.layers.3.eh_proj.weight", lambda t: torch.ones(2, 2))
     write(tmp_path, "deepseek_v3", extra, num_nextn_predict_layers=1)
     with pytest.warns(UserWarning, match=r"model\.layers\.3\.eh_proj\.weight .* are not read"):

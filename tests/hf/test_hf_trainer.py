@@ -28,7 +28,7 @@ STEPS, LOCAL_STEPS = 6, 2
 
 
 class Texts(Dataset):
-    """Step i of a site sees text i of the site."""
+    """A data set in which step i of a site reads text i of that site."""
 
     def __init__(self, site: int) -> None:
         self.texts = [text(1, seed=100 * site + i)[0] for i in range(STEPS)]
@@ -101,7 +101,7 @@ def trained(
 
 
 def by_hand(site: int, options: dict[str, Any]) -> Any:
-    """The same in a loop of one's own, with what the Trainer does by default."""
+    """The same in a plain loop, with the Trainer's defaults."""
     model = hf.convert(make_model("olmoe"), PLACEMENT, site, balance="bias").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     sync = OuterSync(model, PLACEMENT, site, OuterOptions(**options), inner_optimizer=optimizer)
@@ -124,7 +124,7 @@ def train_both(site: int, num_sites: int, folder: str) -> tuple[int, int]:
     options = {"codec": "int8"}
     model, meetings = trained(site, folder, options, STEPS)
     expected = by_hand(site, options)
-    # A Trainer divides the sum of losses by their number; else the same.
+    # A Trainer divides the sum of losses by their number: the only difference.
     for (name, value), other in zip(
         model.state_dict().items(), expected.state_dict().values(), strict=True
     ):
@@ -178,7 +178,7 @@ def test_bad_arguments_are_named(tmp_path):
         OuterSyncCallback(PLACEMENT, 0, OuterOptions(local_steps=2), resume_from=tmp_path)
 
 
-# ---- what would part the sites ------------------------------------------------------------------
+# ---- what would let the sites diverge ------------------------------------------------------------
 
 
 BEST = {
@@ -198,7 +198,7 @@ def begin(
     options: dict[str, Any] | None = None,
     **more: Any,
 ) -> str:
-    """What is said when training begins so at the only site."""
+    """The error when training begins with these arguments, at a single site."""
     from transformers import TrainerControl, TrainerState
 
     from fomoe_ext.hf.trainer import OuterSyncCallback
@@ -231,7 +231,7 @@ def begin(
         ({"step": 3, "stored": 3}, "of a step at which sites met, a multiple of local_steps = 2"),
     ],
 )
-def test_what_would_part_the_sites_is_refused(given, words, tmp_path):
+def test_arguments_that_let_sites_diverge_are_refused(given, words, tmp_path):
     assert words in begin(tmp_path, **given)
 
 

@@ -35,7 +35,7 @@ def test_what_can_be_encoded_stays(monkeypatch):
 
 
 def run_ascii(*words: str) -> str:
-    """What a command says where only ASCII can be written; it must end well."""
+    """The output of a command on an ASCII stream; fails unless it succeeds."""
     environment = {**small_job.environment(), "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
     done = subprocess.run(
         [sys.executable, "-P", "-m", "fomoe_ext.cli", *words],

@@ -1,4 +1,4 @@
-"""The link that a site is told of, and the delays that it counts itself."""
+"""The link that a site reads from its environment, and the delays that it counts itself."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_malformed_variable_is_named(value):
 
 
 class Clock:
-    """A clock that moves when somebody sleeps, a little more than he wants."""
+    """A clock that only `sleep` advances, by a little more than asked for."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -65,7 +65,7 @@ def test_exchanges_take_the_uplink_one_after_the_other():
     clock = Clock()
     link = counted(clock)
     assert link.send(1000) == 101.5
-    assert link.send(2000) == 103.5  # its bits follow; the latency is not added up
+    assert link.send(2000) == 103.5  # its bits follow those of the first; latencies overlap
     clock.now = 102.0
     assert link.send(500) == 104.0  # the uplink is busy until 103
     clock.now = 110.0
@@ -79,8 +79,9 @@ def test_what_the_kernel_shapes_is_not_counted():
     link = counted(clock, rate=False)
     until = link.send(10**9)
     assert until == link.send(1) == 100.5
-    clock.now = 107.0  # the kernel took 7 s for the bits: the last one has its latency before it
+    clock.now = 107.0  # the kernel took 7 s for the bits; the last exchange waits for a latency
     assert link.ended(until) == 107.5
+    assert link.ended(until, 103.0) == 103.5  # it ended before anybody waited for it
     clock.now = 100.0
     assert link.ended(until) == 100.5
     assert counted(clock, latency=False).send(1000) == 101.0

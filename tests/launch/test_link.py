@@ -1,4 +1,4 @@
-"""`fomoe_ext.link`: sites in namespaces that the kernel shapes, or with counted delays."""
+"""`fomoe_ext.link`: sites in network namespaces with shaped traffic, or with counted delays."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def run(*given, env: dict[str, str] | None = None) -> subprocess.CompletedProces
 
 
 def lines_of(result: subprocess.CompletedProcess[str]) -> list:
-    """The JSON lines that the sites of a good run wrote, in order of their contents."""
+    """The JSON lines that the sites wrote, sorted; fails unless the run succeeds."""
     assert result.returncode == 0, result.stdout + result.stderr
     return sorted(json.loads(line) for line in result.stdout.splitlines())
 
@@ -71,7 +71,7 @@ SHOW = """
 
 @pytest.fixture(scope="module")
 def kernel():
-    """Skips where the kernel cannot shape."""
+    """Skips the test where the kernel cannot shape traffic."""
     try:
         Network(parse_link("1gbit"), 1).close()
     except NamespaceError as error:
@@ -91,7 +91,7 @@ def test_every_site_has_a_namespace_and_an_interface(kernel):
     first, second = lines_of(run(SHOW, env=environment(GLOO_SOCKET_IFNAME="lo,eth7")))
     assert [first[0], second[0]] == ["0", "1"]
     assert first[1] == second[1] == link_variable(Link(1e9, 0.0), "kernel")
-    assert first[2] == second[2] == "uplink,uplink"  # as many sets of connections as wanted
+    assert first[2] == second[2] == "uplink,uplink"  # any number of process groups
     assert len({first[3], second[3], os.readlink("/proc/self/ns/net")}) == 3
     assert "uplink" in first[4]
 
@@ -129,7 +129,7 @@ EXCHANGE = """
 
 
 def exchange(folder: Path, sites: int, link: str, size: int) -> tuple[float, list]:
-    """Seconds in which site 0 has received `size` bytes from each other one; what tc says there."""
+    """Seconds that site 0 takes to receive `size` bytes from each other site; tc's figures."""
     given = json.dumps([size, [address(i) for i in range(sites)], 0, str(folder)])
     lines = lines_of(
         subprocess.run(
@@ -159,7 +159,7 @@ def test_the_kernel_shapes_what_a_site_receives(kernel, tmp_path):
     size, rate = 800_000, 6e6
     seconds, sent = exchange(tmp_path, 3, f"{rate}bit", size)
     assert len(sent) == 2
-    alone = 8 * size / rate  # what either sender's uplink takes
+    alone = 8 * size / rate  # what one sender's uplink takes
     ahead = 0.25  # a receiver may run ahead by so many seconds of its rate
     assert seconds > 0.9 * (2 * alone - ahead) > 1.2 * alone
 
@@ -197,14 +197,14 @@ def test_a_user_namespace_is_made_where_the_network_alone_is_not_allowed(kernel,
     lines = lines_of(run(SHOW, 2, "1gbit,1ms", env=env))
     inside = {line[-1] for line in lines}
     assert inside != {Path("/proc/self/uid_map").read_text()}
-    assert all(int(line[-1].split()[2]) == 1 for line in lines)  # one user: root there, us here
+    assert all(int(line[-1].split()[2]) == 1 for line in lines)  # one user is mapped, as root
     assert all(line[1].endswith((";rate", ";kernel")) for line in lines)
     assert (tmp_path / "unshare.user").exists()
 
 
 @pytest.mark.parametrize("has_netem", [True, False])
 def test_the_latency_is_left_to_the_kernel_where_it_has_netem(kernel, tmp_path, has_netem):
-    """Of the machine's own `tc` only tbf is wanted: it stands for netem where that is missing."""
+    """Of the machine's `tc` only tbf is used: it replaces netem, which may be missing."""
     use = "s/netem delay .*/tbf rate 10gbit burst 1000000 limit 1000000/"
     tc = f"""
         input=$(cat)
@@ -264,7 +264,7 @@ def test_without_a_link_nothing_is_said():
 
 @pytest.mark.parametrize(
     "link, mode, message",
-    [("fast", "auto", "link must be a rate"), ("1gbit", "always", "FOMOE_LINK_MODE must be")],
+    [("fast", "auto", "link must be a bandwidth"), ("1gbit", "always", "FOMOE_LINK_MODE must be")],
 )
 def test_bad_arguments_are_named(link, mode, message):
     result = run(SHOW, 2, link, env=environment(FOMOE_LINK_MODE=mode))

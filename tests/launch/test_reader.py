@@ -1,4 +1,4 @@
-"""`fomoe ... | head`: a reader who leaves ends a command as SIGPIPE does, and blames nobody."""
+"""`fomoe ... | head`: a command whose reader leaves ends silently, as by SIGPIPE."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fomoe_ext.launch.signals import Interrupted
 
 
 def piped(words: list[str], reader: list[str], cwd: Path) -> tuple[int, str, str]:
-    """Exit code and standard error of a command whose output a reader reads, and what that said."""
+    """Runs `command | reader`: exit code and stderr of the command, output of the reader."""
     first = subprocess.Popen(
         [sys.executable, "-P", "-m", "fomoe_ext.cli", *words],
         stdout=subprocess.PIPE,
@@ -36,17 +36,17 @@ def piped(words: list[str], reader: list[str], cwd: Path) -> tuple[int, str, str
 
 
 @pytest.mark.parametrize("words", ["plan", "info", "--help", "plan --help", "train --help"])
-def test_a_command_ends_silently(words, tmp_path):
+def test_a_command_whose_reader_leaves_ends_silently(words, tmp_path):
     code, said, _ = piped(words.split(), ["true"], tmp_path)
     assert (code, said) == (EXIT_UNREAD, "")
 
 
-def test_what_is_read_to_its_end_is_another_matter(tmp_path):
+def test_a_command_that_is_read_to_its_end_succeeds(tmp_path):
     code, said, read = piped(["info", "--json"], ["cat"], tmp_path)
     assert (code, said) == (0, "") and read.rstrip().endswith("}")
 
 
-def test_a_job_writes_a_checkpoint_and_ends(tmp_path):
+def test_a_job_whose_reader_leaves_writes_a_checkpoint(tmp_path):
     (tmp_path / "text.txt").write_text("A text that is long enough. " * 500)
     flags = shlex.split("--sites 2 --replication 1 --rounds 3000 --data text.txt --run-dir run")
     code, said, read = piped(["train", *SMALL, *flags], ["head", "-3"], tmp_path)
@@ -77,7 +77,7 @@ def test_a_pipe_that_is_closed_is_seen_without_writing(monkeypatch):
     assert EXIT_UNREAD == 141 != EXIT_STOPPED
 
 
-def test_no_handler_of_failed_writes_takes_it(monkeypatch):
+def test_except_oserror_does_not_catch_the_end(monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as stream, monkeypatch.context() as patch:

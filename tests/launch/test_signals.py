@@ -1,4 +1,4 @@
-"""Signals that ask to stop, and a terminal that is gone: all alike, and nothing is lost by them."""
+"""Signals that ask a job to stop, and the loss of its terminal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ each = pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """What a test has changed is as before afterwards."""
+    """Restores the signal handlers after each test."""
     before = {kind: signal.getsignal(kind) for kind in ALL}
     for kind in ALL:
         signal.signal(kind, signal.SIG_DFL)
@@ -37,11 +37,11 @@ def handlers():
 
 def send(kind: signal.Signals) -> None:
     os.kill(os.getpid(), kind)
-    time.sleep(0.01)  # Python runs handlers between two steps of its own
+    time.sleep(0.01)  # gives Python time to run the handler
 
 
 @each
-def test_a_site_is_asked_to_stop_by_each(kind):
+def test_each_signal_asks_a_site_to_stop(kind):
     from fomoe_ext.launch.world import StopRequest
 
     stop = StopRequest()
@@ -49,13 +49,13 @@ def test_a_site_is_asked_to_stop_by_each(kind):
     assert not stop.asked
     send(kind)
     assert stop.asked
-    # Once more ends it; but a terminal that is closed hangs up several times.
+    # A second signal ends the process; but a closed terminal sends SIGHUP several times.
     again = signal.getsignal(kind)
     assert (again is signal.SIG_DFL) == (kind != signal.SIGHUP)
 
 
 @each
-def test_the_launcher_hears_each_once(kind):
+def test_the_launcher_receives_each_signal(kind):
     with _counted_signals() as received:
         for _ in range(3):
             send(kind)
@@ -113,7 +113,7 @@ open(sys.argv[1], "w").write(f"done {gone}")
 
 
 @pytest.mark.parametrize("kind", ["terminal", "pipe"])
-def test_a_job_outlives_who_listens(kind, tmp_path):
+def test_a_job_outlives_its_terminal_or_pipe(kind, tmp_path):
     reader, writer = pty.openpty() if kind == "terminal" else os.pipe()
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", TALKS, str(tmp_path / "file")],
@@ -130,7 +130,7 @@ def test_a_job_outlives_who_listens(kind, tmp_path):
     assert (tmp_path / "file").read_text() == "done [True, True]"
 
 
-def test_a_full_disk_is_another_matter():
+def test_errors_other_than_a_lost_reader_are_raised():
     from fomoe_ext.launch.console import _Output
 
     def write(text):

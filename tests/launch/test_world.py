@@ -1,4 +1,4 @@
-"""Which process of a job this is, by variables that somebody may have set by hand."""
+"""Which process of a job this is, by environment variables that may have been set by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def variables(*values: object) -> dict[str, str]:
     return {n: str(v) for n, v in zip(NAMES, values, strict=True) if v is not None}
 
 
-def test_good_ones():
+def test_good_variables():
     assert find_world(4, variables(3, 4, 0, 1)) == World(3, 4, 0, 1)
     assert find_world(2, variables(5, 6, 2, 3), 3) == World(1, 2, 2, 3, 2, 3)
     assert find_world(1, {"MASTER_ADDR": "x"}) == World()
@@ -52,14 +52,14 @@ def test_good_ones():
         ((None, None, None, None), "this is one process and sites is 4"),
     ],
 )
-def test_what_cannot_be_is_refused_at_once(values, said):
+def test_contradictory_variables_are_refused(values, said):
     with pytest.raises(ValueError) as error:
         find_world(4, variables(*values))
     assert said in str(error.value)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="interfaces have other names")
-def test_interfaces_that_are_not_here():
+def test_missing_network_interfaces_are_refused():
     here = [name for _, name in socket.if_nameindex()]
     find_world(1, {"GLOO_SOCKET_IFNAME": ",".join([here[0]] * 2)})
     with pytest.raises(ValueError, match=r"GLOO_SOCKET_IFNAME must name .*, got nothing0"):
@@ -93,7 +93,7 @@ def test_where_processes_meet_is_read():
         assert meeting_point(given) == Address(host, 29500)
 
 
-def test_who_waits_says_for_whom(monkeypatch, caplog):
+def test_a_waiting_process_says_what_it_waits_for(monkeypatch, caplog):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -105,7 +105,7 @@ def test_who_waits_says_for_whom(monkeypatch, caplog):
         world._find_others(World(1, 2), 0.5)
     said = caplog.messages[0]
     assert said.startswith("fomoe train, site 1: MASTER_ADDR:MASTER_PORT") and "yet" in said
-    world._find_others(World(0, 2), 0.5)  # there the others come
+    world._find_others(World(0, 2), 0.5)  # here the other process connects
 
     monkeypatch.setattr(world, "_PATIENCE_S", 0.0)
     with world._telling(World(0, 2), 300.0):

@@ -1,4 +1,4 @@
-"""Kinds of layers that people's tools are tried on, and all that a training pass of one leaves."""
+"""Kinds of layers to try frameworks on, and the results of a training pass of each."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def layer_of(kind: str, **changes: Any) -> MoELayer:
-    """A layer with biases of experts and of the choice that are not zero."""
+    """A layer whose expert biases and selection bias are not zero."""
     layer = make(**(KINDS.get(kind, {"balance": kind}) | changes))
     with torch.no_grad():
         for at, name in enumerate(layer.experts.parts[2:]):
@@ -65,7 +65,7 @@ Outcome = dict[str, Tensor]
 
 
 def outcome(layer: MoELayer, x: Tensor, run: Callable[[Tensor], Tensor] | None = None) -> Outcome:
-    """All that a training pass over x [T, D] leaves, by name."""
+    """All results of a training pass over x [T, D], by name: output, gradients, statistics."""
     leaf = x.clone().requires_grad_()
     layer.zero_grad()
     y = (layer if run is None else run)(leaf)

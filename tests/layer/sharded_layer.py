@@ -1,4 +1,4 @@
-"""A layer whose experts are shared by ranks: a pass on one of them, and the same in one process."""
+"""A layer whose experts are sharded over ranks: a pass on one rank, and the same in one process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fomoe_ext.layer.dispatch import average_dense, average_replicas
 from fomoe_ext.layer.moe import MoELayer
 
 HIDDEN = 24
-# fp32: another order of sums. bf16: roundings of outputs and gradients.
+# fp32: another order of summation. bf16: rounding of outputs and gradients.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
 Options = dict[str, Any]
 
@@ -28,7 +28,7 @@ def parts(sizes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Te
 
 
 def own_loss(y: Tensor, rank: int) -> Tensor:
-    """Of one rank: another one on each, 0 for no tokens."""
+    """The loss of a rank: different on each, 0 without tokens."""
     return (y.float() * tokens(*y.shape, seed=100 + rank)).sum()
 
 
@@ -40,7 +40,7 @@ def on_a_rank(
     rank: int, ranks: int, sizes: tuple[int, ...], options: Options, shape: tuple[int, ...]
 ) -> dict[str, Any]:
     """Forward and backward of one rank's tokens; dense gradients averaged as DDP would."""
-    # Memory that nothing has written is NaN: none of it may matter.
+    # Uninitialised memory is filled with NaN: none of it may reach a result.
     torch.use_deterministic_algorithms(True)
     mesh = mesh_of(*shape)
     layer = make(mesh=mesh, **options)
@@ -65,7 +65,7 @@ def on_a_rank(
 
 
 def alone(sizes: tuple[int, ...], options: Options) -> tuple[MoELayer, Tensor, list[Tensor]]:
-    """One process on the tokens of all ranks, with the mean of their losses: the layer, the
+    """One process on the tokens of all ranks, with the mean of their losses. Returns the layer, the
     gradient of x times the number of ranks, and y by rank.
     """
     layer = make(**options)

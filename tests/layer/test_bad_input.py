@@ -1,7 +1,7 @@
-"""Every public entry point of the layer and the ops, given what it must refuse.
+"""Bad input to every public entry point of the layer and the ops.
 
-A refusal is a ValueError, TypeError or RuntimeError whose message names the argument. (The verbs'
-own files try many more kinds of bad tensors; data, configuration and placement have theirs.)
+Each must raise ValueError, TypeError or RuntimeError with the argument's name. (More kinds of bad
+tensors are in the tests of each verb.)
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def test_a_layer_is_not_built_from(
 
 
 def test_a_good_layer_is_built() -> None:
-    """What the cases above change one argument of."""
+    """The arguments of which each case above changes one."""
     assert layer()(torch.zeros(3, 8)).shape == (3, 8)
 
 
@@ -196,7 +196,7 @@ def test_nan_in_a_routers_state_is_refused() -> None:
 def test_resident_experts_do_not_become(
     ids: list[int], weights: Any, name: str, kind: type[Exception]
 ) -> None:
-    """And nothing has changed afterwards."""
+    """A refused change leaves the layer as it was."""
     built = layer(resident_experts=[0, 1])
     before = {key: value.clone() for key, value in built.state_dict().items()}
     refused(lambda: built.set_resident_experts(ids, weights), name, kind)
@@ -281,7 +281,7 @@ BAD_CALLS: list[tuple[str, dict[str, Any], str, type[Exception]]] = [
 
 
 def good_call(verb: str) -> dict[str, Any]:
-    """Arguments that the verb takes."""
+    """Valid arguments of a verb."""
     x, weights = torch.ones(3, 8), torch.ones(3, 2)
     expand_weight, contract_weight = torch.ones(2, 12, 8), torch.ones(2, 8, 6)
     return {

@@ -1,4 +1,4 @@
-"""Statistics of a layer, the losses made of them, and the bias that balances its choices."""
+"""A layer's statistics, the auxiliary losses computed from them, and the balancing bias."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Weights that are no Parameters while the layer runs: given to functional_call, computed by
-parametrizations, pruning and adapters. A layer computes with what it finds under their names, and
-what would write into them, or average them between sites, refuses.
+"""Weights that are not Parameters while the layer runs: given to functional_call, or computed by
+parametrizations, pruning and adapters. The layer computes with the tensors under their names.
+Operations that would write into them, or average them between sites, refuse.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def test_a_parametrized_layer_compiles() -> None:
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_weight_norm(norm: Callable[..., nn.Module], name: str) -> None:
-    """Computes the same weights at first, and trains what they are made of."""
+    """The weights are the same at first; training updates their norm and direction."""
     layer, wanted, x = make(**KINDS["plain"]), make(**KINDS["plain"]), tokens(9, 24)
     norm(layer.experts, name)
     torch.testing.assert_close(layer(x), wanted(x))
@@ -133,7 +133,7 @@ class Plain(torch.Tensor):
 
 
 class Packed(torch.Tensor):
-    """As quantised tensors are: has a float dtype and a shape, and no memory of them."""
+    """Like a quantised tensor: has a float dtype and a shape, but no such storage."""
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Packed:
@@ -239,7 +239,7 @@ def adapted(converted: bool) -> tuple[nn.Module, Tensor, list[Tensor]]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_adapters_on_experts_and_routers_of_a_converted_model() -> None:
-    """What they do is what they do to the original model."""
+    """LoRA on a converted model computes the same as on the original model."""
     _, wanted, wanted_grads = adapted(False)
     model, loss, grads = adapted(True)
     torch.testing.assert_close(loss, wanted)

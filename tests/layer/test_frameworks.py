@@ -1,8 +1,8 @@
-"""What people's tools do to the layer and the model: compile, autocast, checkpointing, export ...
+"""The layer and the model under torch.compile, autocast, checkpointing, export ...
 
 One process, on the CPU; `test_frameworks_state.py` has copies, casts and the meta device,
-`test_frameworks_sites.py` FSDP and DDP. Plain cases of the layer are in `test_moe.py`; here are
-those of residents, biases, balancing and numbers of tokens.
+`test_frameworks_sites.py` FSDP and DDP. Plain cases of the layer are in `test_moe.py`; here they
+are combined with absent experts, biases, balancing and several numbers of tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ fomoe = torch.ops.fomoe
 
 @pytest.fixture
 def nothing_compiled() -> Any:
-    """Compilations of one test count against no other's limit."""
+    """Resets torch.compile: recompilations of other tests do not count towards the limit."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -48,7 +48,7 @@ def nothing_compiled() -> Any:
 
 @pytest.mark.parametrize("kind", [*KINDS, "entropy"])
 def test_compiled_once_for_any_number_of_tokens(kind: str) -> None:
-    """A second number makes the count dynamic, and then any does."""
+    """The second number of tokens makes the dimension dynamic; further ones do not recompile."""
     eager, traced = layer_of(kind), layer_of(kind)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(traced, fullgraph=True, backend=counter)
@@ -156,7 +156,7 @@ ALL_CHECKS = (
 
 @pytest.mark.parametrize("tokens_, residents", [(0, 2), (5, 0), (1, 4)])
 def test_opcheck_at_the_edges(tokens_: int, residents: int) -> None:
-    """No tokens, nothing resident, one token: no op of a pass may trip over the sizes."""
+    """No tokens, no resident expert, one token: every op of a pass accepts these sizes."""
     top_k, experts, hidden, inner = 2, 4, 6, 3
     logits = tokens(tokens_, experts).requires_grad_()
     routing = (top_k, 1, tokens(experts), None, 2, 2, True, 1.5)
@@ -254,10 +254,11 @@ def test_accumulated_gradients_are_those_of_one_large_batch(main_grad: bool) -> 
                 weight.main_grad = torch.zeros_like(weight)
     for part in batch.split(2):
         (parts.loss(part).total / 3).backward()
-    for parameter in parts.parameters():
-        if main_grad and hasattr(parameter, "main_grad"):
-            assert parameter.grad is None
-            parameter.grad = parameter.main_grad
+    with_total = [p for p in parts.parameters() if hasattr(p, "main_grad")]
+    assert len(with_total) == (2 * len(list(parts.moe_layers())) if main_grad else 0)
+    for parameter in with_total:
+        assert parameter.grad is None
+        parameter.grad = parameter.main_grad
     assert_same_gradients(parts, whole, rtol=1e-4, atol=1e-6)
     for model, optimizer in zip((whole, parts), optimizers, strict=True):
         optimizer.step()

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROCESSES = 2
 STEPS = 2
-# Gradients are a mean over processes, so that every loss must be a mean over tokens.
+# FSDP and DDP average gradients over processes, so every loss must be a mean over tokens.
 BY_TOKEN: dict[str, Any] = {"balance": "bias", "router_z_loss_coef": 0.1}
 
 
@@ -38,7 +38,7 @@ BY_TOKEN: dict[str, Any] = {"balance": "bias", "router_z_loss_coef": 0.1}
 
 
 def full(value: Tensor) -> Tensor:
-    """The whole of a parameter or gradient, sharded or not."""
+    """A parameter or gradient, gathered if it is sharded."""
     value = value.detach()
     return value.full_tensor() if isinstance(value, torch.distributed.tensor.DTensor) else value
 
@@ -91,7 +91,7 @@ def text_batches() -> list[Tensor]:
 
 
 def trained_alone(kind: str) -> dict[str, Tensor]:
-    """What the processes must find: of a layer, or of the language model."""
+    """The result to compare with: a layer or the language model, trained in one process."""
     if kind == "model":
         model = language_model(balance="bias")
         return train(model, lambda ids: model.loss(ids).total, text_batches())
@@ -130,7 +130,7 @@ def sharded(site: int, num_sites: int, kind: str) -> dict[str, Tensor]:
     fully_shard(layer, mesh=mesh, ignored_params={p for p in layer.parameters() if not p.numel()})
     assert all(p.to_local().shape[0] < p.shape[0] for p in layer.parameters() if p.numel())
     found = train(layer, layer_loss(layer, layer), share(layer_batches(), site))
-    # What a user reads after a pass is this process' own.
+    # The statistics that a user reads after a pass are this process's own.
     assert layer.stats.load.sum() == 20 * layer.top_k
     assert layer.aux_loss > 0
     return found
@@ -167,7 +167,7 @@ def test_fully_shard_in_mixed_precision() -> None:
 def sharded_state(
     site: int, num_sites: int, state: dict[str, Tensor], late: bool
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """A full state dict into a sharded layer and back, and what it then computes."""
+    """Loads a full state dict into a sharded layer. Returns it gathered, and an output."""
     if late:
         with torch.device("meta"):
             layer = make(**KINDS["skipping"])
@@ -251,7 +251,7 @@ def test_data_parallel_with_experts_without_tokens() -> None:
 
 
 def nothing_chosen(site: int, num_sites: int) -> dict[str, Tensor]:
-    """Process 0 gets tokens of which every slot is skipped."""
+    """Every slot of process 0's tokens is skipped."""
     layer = layer_of(
         "skipping",
         shared_expert_intermediate_size=0,

@@ -1,4 +1,4 @@
-"""Copies, state dicts, casts and the meta device: what is kept and what is made anew."""
+"""Copies, state dicts, casts and the meta device: which tensors are kept, which are rebuilt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MoELayer against a dense fp64 computation, who holds what of it, what torch may do to it."""
+"""MoELayer against a dense fp64 computation; resident experts; autocast, compile, copies."""
 
 from __future__ import annotations
 
@@ -203,11 +203,11 @@ def test_initial_weights_have_the_deviation_asked_for() -> None:
         assert weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.06)
     state = torch.get_rng_state()
     make(shared_expert_intermediate_size=8)
-    assert torch.equal(state, torch.get_rng_state())  # nobody else's random numbers are used up
+    assert torch.equal(state, torch.get_rng_state())  # the global generator is not used
 
 
 def test_replication_one_allocates_one_share_of_the_expert_bytes() -> None:
-    """Counted where memory is handed out, so that building all and slicing would show."""
+    """Measured at the allocator: allocating all experts and slicing would be noticed."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_experts": 16, "top_k": 2}
 
     def allocated(residents: list[int] | None) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""`print(module)` tells every argument of a module of the layer that is not its default."""
+"""`print(module)` shows every argument that differs from its default."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_frozen_copies_are_called_so() -> None:
     }
 
 
-def test_what_was_changed_later_and_many_ids_are_shown() -> None:
+def test_later_changes_and_many_ids_are_shown() -> None:
     layer = MoELayer(8, 6, 64, 2, resident_experts=range(0, 64, 2))
     layer.router.scale = 3.0
     assert "router_scale=3.0" in layer.extra_repr()

@@ -1,4 +1,4 @@
-"""How stable routing is: the figures, and a job that measures them."""
+"""The stability of routing: its figures, and a job that measures them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_load_figures():
 
 
 def test_the_probe_sees_what_the_layers_choose():
-    """Its choices against those that the layer's own statistics count; nothing is left behind."""
+    """The probe's choices agree with the layer's own statistics, and probing changes no state."""
     model = LanguageModel(tiny_config(), seed=3)
     tokens = torch.randint(256, (3, 24), generator=torch.Generator().manual_seed(1))
     layers = model.moe_layers()
@@ -66,7 +66,7 @@ def test_the_probe_sees_what_the_layers_choose():
     assert found.entropy == pytest.approx(expected, abs=1e-5)
 
 
-def test_residents_alone_are_chosen_where_the_scope_says_so():
+def test_only_resident_experts_are_chosen_with_router_scope_resident():
     placement = Placement.cyclic(num_sites=4, num_experts=8, num_layers=2, replication=2)
     model = LanguageModel(tiny_config(router_scope="resident"), placement, 1, seed=3)
     tokens = torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -110,7 +110,7 @@ def test_a_job_measures_and_trains_the_same(flags, tmp_path):
     for line in lines:
         assert 0 < line["between_sites"] <= 1 and 0 < line["entropy"] <= math.log(8)
     assert {key: lines[-1][key] for key in probed["routing"]} == probed["routing"]
-    assert "same choices as a meeting ago" in (run / "report.md").read_text()
+    assert "same choices as at the meeting before" in (run / "report.md").read_text()
     assert "same choices" not in (tmp_path / "0" / "report.md").read_text()
     assert [s["bytes_sent"] for s in plain["sites"]] == [s["bytes_sent"] for s in probed["sites"]]
 

@@ -1,4 +1,4 @@
-"""A layer whose experts are shared by a site's ranks computes what one process with all does."""
+"""A layer whose experts are sharded over a site's ranks computes the same as one process."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_sharded_exchange_carries_only_rows_for_other_ranks(case: str) -> None:
         assert stats.rows.item() == sum(n for (_, b), n in pairs.items() if b == rank)
         slots = stats.load.sum().item()
         assert stats.skipped_share.item() == pytest.approx(1 - own / slots)
-    if case == "one-expert":  # the second rank holds none, and all but its own rows stay at home
+    if case == "one-expert":  # the second rank holds no expert, so only its own rows travel
         assert answers[0]["bytes_sent"]["tokens"] == 0 < answers[1]["bytes_sent"]["tokens"]
 
 
@@ -176,7 +176,7 @@ def test_sharded_exchange_of_skipped_slots_is_empty() -> None:
 
 
 def measures(rank: int, ranks: int, options: Options) -> list[Any]:
-    """Of the layer with a mesh, and of one without on the same tokens."""
+    """Statistics, loss and bias of a layer with a mesh and of one without, on the same tokens."""
     found = []
     for more in ({"mesh": mesh_of(ranks)}, {}):
         layer = make(**options, **more)
@@ -325,7 +325,7 @@ def test_sharded_layers_in_compile_checkpointing_and_ddp() -> None:
 
 
 def under_autocast(rank: int, ranks: int) -> list[list[Tensor]]:
-    """With a mesh and without on the same tokens: y and the gradients of x and of the router."""
+    """y and the gradients of x and of the router, with a mesh and without, on the same tokens."""
     found = []
     for more in ({"mesh": mesh_of(ranks)}, {}):
         layer = make(shared_expert_intermediate_size=8, **more)
@@ -411,7 +411,7 @@ def test_sharded_layers_name_what_is_wrong() -> None:
 
 
 def one_rank(rank: int, ranks: int) -> list[Any]:
-    """With an axis of one rank, as without a mesh."""
+    """A mesh axis of one rank changes nothing."""
     mesh = mesh_of(ranks, 1)
     layers = [make(mesh=mesh), make()]
     for layer in layers:

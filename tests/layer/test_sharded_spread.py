@@ -1,4 +1,4 @@
-"""Hot experts apart: cuts by load, and layers whose ranks hold any share of the site's experts."""
+"""Experts divided over ranks by load ("cuts"), and layers with any such division."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def largest(groups: Sequence[Sequence[int]], load: Sequence[float]) -> float:
 
 
 def a_load(draw: random.Random, experts: int) -> list[float]:
-    """Of one of many kinds: even, a few hot ones, many equal, none."""
+    """A random load of one kind: even, a few hot experts, many equal ones, or all zero."""
     kinds: tuple[Callable[[], float], ...] = (
         draw.random,
         lambda: draw.paretovariate(1.0),
@@ -49,7 +49,7 @@ def a_load(draw: random.Random, experts: int) -> list[float]:
 
 
 def optimum(ids: Sequence[int], ranks: int, load: Sequence[float]) -> float:
-    """The smallest largest load of all cuts into floor and ceil, by trying all of them."""
+    """The smallest possible largest load, by trying all cuts into groups of nearly equal size."""
     small, larger = divmod(len(ids), ranks)
     best = math.inf
 
@@ -103,7 +103,7 @@ def test_sharded_spread_leaves_no_swap_that_helps(seed: int) -> None:
 
 
 def test_sharded_spread_is_near_the_optimum() -> None:
-    """All cuts of small cases are tried: one in fifty may be missed, none by a quarter."""
+    """In small cases, against all cuts: at most one in fifty misses the optimum, none by 25 %."""
     missed = 0
     for seed in range(200):
         draw = random.Random(seed)
@@ -127,31 +127,31 @@ def test_sharded_spread_is_near_the_optimum() -> None:
         pytest.param([10, 4, 20, 18, 15, 2, 11], id="from chunks"),
     ],
 )
-def test_sharded_spread_needs_each_of_its_ways(load: list[int]) -> None:
-    """Each reaches the optimum by one part of the search, and not without it."""
+def test_sharded_spread_needs_each_part_of_its_search(load: list[int]) -> None:
+    """Each load needs another part of the search to reach the optimum."""
     assert largest(spread_experts(range(7), 2, load), load) == optimum(range(7), 2, load)
 
 
 def test_sharded_spread_by_hand() -> None:
     assert spread_experts((0, 2, 4, 5, 7), 2) == ((0, 2, 4), (5, 7))
     assert spread_experts((7, 1), 3) == ((1,), (7,), ())
-    # Hot neighbours part; equal ones go by id.
+    # Hot neighbours are separated; ties are broken by id.
     load = [8.0, 8.0, 1.0, 1.0, 1.0, 1.0]
     assert spread_experts(range(6), 2, load) == ((1, 2, 3), (0, 4, 5))
-    # By number 3 and 2, which ranks is free; heaviest first alone would end with 7 + 4 + 3 = 14.
+    # Groups of 3 and 2, either first. Taking the heaviest first alone would give 7 + 4 + 3 = 14.
     load = [7, 6, 5, 4, 3]
     assert largest(spread_experts(range(5), 2, load), load) == optimum(range(5), 2, load) == 13
-    # Only resident experts count, and sums are exact: 2**53 + 1 is none of float64.
+    # Only resident experts count, and sums are exact: float64 does not have 2**53 + 1.
     assert spread_experts((1, 3), 2, [math.ldexp(1, 1000), 1, 0, 5e-324]) == ((1,), (3,))
     assert spread_experts(range(4), 2, [2.0**53, 1.0, 1.0, 2.0**53]) == ((0, 1), (2, 3))
 
 
 def test_sharded_spread_makes_a_skewed_load_even() -> None:
-    """A load as a router's often is: hot experts side by side, the hottest 30 times the coldest."""
+    """A typical skewed load: hot experts side by side, the hottest 30 times the coldest."""
     load = [30.0 / (1 + expert) for expert in range(32)]
     chunks, groups = spread_experts(range(32), 4), spread_experts(range(32), 4, load)
     assert imbalance(chunks, load) > 2.6
-    # Seven more must join the hottest: these are the coldest seven.
+    # Seven more experts must join the hottest: the seven coldest.
     assert (0, *range(25, 32)) in groups
     assert largest(groups, load) == math.fsum([load[0], *load[25:]])
     assert imbalance(groups, load) == pytest.approx(4 * largest(groups, load) / sum(load))
@@ -200,7 +200,7 @@ def test_sharded_spread_needs_no_torch(tmp_path: Path) -> None:
 
 def test_sharded_measured_load_is_that_of_the_last_validation(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
-    with pytest.raises(ValueError, match="has no validation with a load yet"):
+    with pytest.raises(ValueError, match=r"must be a run with a validation, got .*none yet"):
         measured_load(tmp_path)
     for record in (
         {"kind": "validation", "round": 1, "load": [[1, 2], [3, 4]]},
@@ -219,14 +219,14 @@ def test_sharded_measured_load_is_that_of_the_last_validation(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ("{", "load.json is not JSON"),
-        ("{}", r"load.json must hold a table \[layer\]\[expert\]"),
+        ("{", "path must be a JSON file, got .*load.json: "),
+        ("{}", r"path .*load.json must hold a table \[layer\]\[expert\] .*, got {}"),
         ("[]", "must hold a table"),
         ("[[]]", "must hold a table"),
         ("[1, 2]", "must hold a table"),
         ("[[1, 2], [3]]", "rows of one length"),
         ("[[1, 2], [3, -4]]", "layer 1, expert 1 must be a finite number of at least 0, got -4"),
-        ("[[1, NaN]]", "is not JSON: JSON has no NaN"),
+        ("[[1, NaN]]", "must be a JSON file, got .*: JSON has no NaN"),
         ("[[true]]", "layer 0, expert 0 .* got True"),
     ],
 )
@@ -238,9 +238,9 @@ def test_sharded_measured_load_names_what_is_wrong(tmp_path: Path, content: str,
 
 
 def test_sharded_measured_load_names_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no-run does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"path must be a run folder .*no-run, which"):
         measured_load(tmp_path / "no-run")
-    with pytest.raises(FileNotFoundError, match=r"is no run folder, it has no metrics\.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"path must be a run folder with metrics\.jsonl"):
         measured_load(tmp_path)
 
 
@@ -293,7 +293,7 @@ def test_sharded_layer_of_any_cut_is_that_of_one_process(case: str, scope: str) 
 
 @pytest.mark.parametrize("case", ["mixed", "four-uneven"])
 def test_sharded_layer_of_any_cut_sends_what_it_must(case: str) -> None:
-    """Counted by rank of the token and of the expert, as the router alone says."""
+    """Expected rows follow from the router's choices, by rank of token and of expert."""
     sizes, groups, options = case_of(case)
     answers = run(sizes, groups, options)
     layer = make(**options)
@@ -330,7 +330,7 @@ def test_sharded_chunks_given_are_the_default_to_the_bit() -> None:
 
 
 def facts(rank: int, ranks: int) -> dict[str, Any]:
-    """What a layer of a cut tells, and the same layer by other ways."""
+    """What a layer with a cut reports, built directly and in other ways."""
     groups = [[6, 1], [5, 0, 3]]  # in any order
     options = {"resident_experts": (0, 1, 3, 5, 6), "num_experts": 7, "router_scope": "resident"}
     cut = {"rank_experts": groups, "mesh": mesh_of(ranks)}
@@ -359,7 +359,7 @@ def facts(rank: int, ranks: int) -> dict[str, Any]:
     }
 
 
-def test_sharded_layer_tells_its_cut() -> None:
+def test_sharded_layer_reports_its_cut() -> None:
     for rank, found in enumerate(pool().run(2, facts)):
         assert found["rank_experts"] == ((1, 6), (0, 3, 5))
         assert found["default"] == ((0, 1, 3), (5, 6))

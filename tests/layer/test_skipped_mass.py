@@ -1,4 +1,4 @@
-"""`skipped_mass="rescale"`: computed slots carry the share of skipped ones, gradients included."""
+"""`skipped_mass="rescale"`: the weight of skipped slots goes to the computed ones."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def rescaling(**changes: Any) -> MoELayer:
 
 
 def by_definition(layer: MoELayer, x: Tensor, chosen: Tensor, p: dict[str, Tensor]) -> Tensor:
-    """In the dtype of x, a token at a time, from the experts that the layer chose."""
+    """The definition, in the dtype of x, token by token, with the layer's choice of experts."""
     router, residents = layer.router, layer.experts.resident_experts
     rows = []
     for token, experts in zip(x, chosen.tolist(), strict=True):
@@ -96,7 +96,7 @@ def test_forward_and_all_gradients_are_those_of_the_definition(case: str) -> Non
             assert parameter.grad.norm() < 1e-5, name
             continue
         assert normalised_error(parameter.grad, exact[name].grad) < limit, name
-    # The rows of absent experts learn by the factor alone.
+    # Router rows of absent experts get a gradient through the factor alone.
     absent = [e for e in range(6) if e not in layer.experts.resident_experts]
     if case not in ("top-1", "renormalize", "softmax-renormalize"):
         assert layer.router.weight.grad[absent].any(dim=1).all()
@@ -123,12 +123,12 @@ def test_gradient_of_the_factor_is_that_of_differences() -> None:
 
 
 @pytest.mark.parametrize("case", ["sigmoid", "softmax-renormalize", "groups", "top-1"])
-def test_without_skips_it_is_dropping_to_the_bit(case: str) -> None:
+def test_without_skipped_slots_rescale_equals_drop_bit_for_bit(case: str) -> None:
     x = tokens(57, 24)
     options = CASES[case] | {"resident_experts": range(6)}
     layers = [make(skipped_mass=mass, **options) for mass in ("drop", "rescale")]
     assert_same(outcome(layers[1], x), outcome(layers[0], x), **EXACT)
-    # And of a site with skips, the tokens that have none.
+    # At a site with skipped slots, the same holds for tokens without any.
     parts = [rescaling(skipped_mass=mass, **CASES[case]) for mass in ("drop", "rescale")]
     drop, rescale = (outcome(layer, x) for layer in parts)
     skipped = ~torch.isin(parts[0].router(x)[1], torch.tensor(parts[0].site_experts))
@@ -140,7 +140,7 @@ def test_without_skips_it_is_dropping_to_the_bit(case: str) -> None:
 
 
 def test_like_experts_give_what_a_full_layer_gives() -> None:
-    """Where all experts compute the same, what a token loses is its mass alone."""
+    """If all experts compute the same, a skipped slot loses only its weight."""
     mlp = torch.nn.Sequential(torch.nn.Linear(24, 20), torch.nn.SiLU(), torch.nn.Linear(20, 24))
     x = tokens(80, 24)
     common = {"top_k": 3, "router_scoring": "sigmoid", "router_renormalize": False}
@@ -165,7 +165,7 @@ def test_weights_near_zero_stay_finite() -> None:
     x[:, 1] = 1.0
     found = outcome(layer, x)
     assert all(value.isfinite().all() for value in found.values())
-    # 1 / sigmoid(-20), exactly carried; sigmoid(-88) is less than what is divided by.
+    # 1 / sigmoid(-20) is exact; sigmoid(-88) is below the smallest divisor.
     expert = layer.experts(x, torch.ones(4, 1), torch.ones(4, 1, dtype=torch.int32))[0]
     torch.testing.assert_close(found["y"][:2], expert[:2])
     assert found["y"][2].abs().max() < 1e-30 and expert[2].abs().max() > 1e-3
@@ -201,7 +201,7 @@ def test_what_another_rank_of_the_site_holds_is_not_skipped(ranks: int) -> None:
 
 
 def test_what_a_frozen_copy_computes_is_not_skipped() -> None:
-    """With copies of all absent experts nothing is scaled, with some only what is left over."""
+    """With copies of all absent experts nothing is rescaled; with some, only the rest is."""
     x = tokens(60, 24)
     absent = [e for e in range(6) if e not in HALF]
     full = {
@@ -215,7 +215,7 @@ def test_what_a_frozen_copy_computes_is_not_skipped() -> None:
 
 
 def test_experts_left_out_by_an_evaluation_are_skipped_slots() -> None:
-    """They stay in memory: what counts is the table of who is computed."""
+    """They stay in memory: the table of computed experts decides, not the resident ones."""
     config = ModelConfig(skipped_mass="rescale")
     outputs = {}
     for mass in ("drop", "rescale"):

@@ -1,4 +1,4 @@
-"""A layer computes frozen copies of absent experts as if it held them, and trains none."""
+"""A layer computes frozen copies of absent experts like resident ones, and trains none of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fomoe_ext.layer.moe import MoELayer
 
 
 def layer_of(resident: list[int] | None, copies: list[int], **options: Any) -> MoELayer:
-    """A layer of 8 experts; everything but who holds what is the same for all."""
+    """A layer of 8 experts; all layers differ only in which experts are resident or copied."""
     layer = MoELayer(
         16, 12, 8, 3, resident_experts=resident, stale_experts=copies, seed=3, **options
     )

@@ -1,8 +1,8 @@
-"""What is told by ids and sizes alone is right whatever is done to a module's tensors.
+"""Tables that follow from ids and sizes alone stay right whatever is done to a module's tensors.
 
 The tables of resident experts, the counts for bias balancing, frozen copies, the rotary table: none
-is in a state dict, so that nothing but the module itself can make them right. And the ids of the
-resident experts, which say what the rows of a state dict are, are in it.
+is in a state dict, so the module itself must rebuild them. The ids of the resident experts are in
+it: they say which experts its rows are.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def other_memory(module: nn.Module) -> nn.Module:
-    """`to_empty`, with what may be in fresh memory."""
+    """`to_empty`, with the new memory filled with 77, as it may hold anything."""
     module.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.state_dict(keep_vars=True).values()):
@@ -51,7 +51,7 @@ def other_memory(module: nn.Module) -> nn.Module:
 
 
 def check_alike(found: MoELayer, wanted: MoELayer) -> None:
-    """Trains alike and says the same of its experts."""
+    """Both layers give the same results in training and have the same tables."""
     outcomes = []
     for layer in (found, wanted):
         x = tokens(30, 24).requires_grad_()
@@ -82,7 +82,7 @@ def emptied(layer: MoELayer, state: dict[str, Tensor]) -> MoELayer:
 
 
 def placed(layer: MoELayer, state: dict[str, Tensor]) -> MoELayer:
-    """One by one, as loaders of checkpoints do."""
+    """Sets tensors one by one, as checkpoint loaders do."""
     for name, value in state.items():
         path, _, last = name.rpartition(".")
         module = layer.get_submodule(path)
@@ -109,7 +109,7 @@ def test_a_layer_of_the_meta_device_gets_its_tables(
     check_alike(fill(layer, state), wanted)
 
 
-def test_first_of_all_a_step_of_bias_balancing() -> None:
+def test_a_bias_update_before_the_first_pass() -> None:
     with torch.device("meta"):
         layer = make(**KINDS["resident"])
     layer.load_state_dict(make(**KINDS["resident"]).state_dict(), assign=True)
@@ -209,8 +209,8 @@ def test_tables_made_in_inference_mode_serve_training(kind: str, balance: str) -
 
 
 @every_kind
-def test_a_cast_of_all_tensors_leaves_numbers_alone(kind: str) -> None:
-    """`Module.type` casts integers, too."""
+def test_a_cast_of_all_tensors_keeps_tables_right(kind: str) -> None:
+    """`Module.type` casts integer tensors, too."""
     layer, wanted = make(**KINDS[kind]), make(**KINDS[kind])
     for each in (layer, wanted):
         each(tokens(300, 24))
@@ -295,7 +295,7 @@ OTHERS: dict[str, Callable[[nn.Module, nn.Module], Any]] = {
 
 @pytest.mark.parametrize("way", OTHERS)
 def test_a_state_dict_of_other_experts_is_refused(way: str) -> None:
-    """Both are named, and no row has changed."""
+    """The error names the ids of both, and no row is changed."""
     layer, other = make(resident_experts=[0, 2, 5]), make(resident_experts=[0, 2, 4], seed=1)
     before = copy.deepcopy(layer.experts.state_dict())
     with pytest.raises(
@@ -308,7 +308,7 @@ def test_a_state_dict_of_other_experts_is_refused(way: str) -> None:
 
 
 def test_extra_state_alone_is_compared_as_well() -> None:
-    """transformers hands it over without a state dict."""
+    """transformers passes the extra state alone, without a state dict."""
     layer = make(resident_experts=[0, 2, 5])
     layer.experts.set_extra_state(make(resident_experts=[0, 2, 5]).experts.get_extra_state())
     with pytest.raises(
@@ -328,7 +328,7 @@ def test_the_mean_of_two_sites_state_dicts_is_refused() -> None:
         make(resident_experts=[0]).load_state_dict(states[0] | {"experts._extra_state": None})
 
 
-def test_an_older_state_dict_does_not_say_and_is_loaded() -> None:
+def test_a_state_dict_without_resident_ids_is_loaded() -> None:
     old = make(**RESIDENT, seed=1).state_dict()
     del old["experts._extra_state"]
     layer = make(**RESIDENT)
@@ -336,7 +336,7 @@ def test_an_older_state_dict_does_not_say_and_is_loaded() -> None:
     assert torch.equal(layer.experts.expand_weight, old["experts.expand_weight"])
 
 
-def test_a_reshuffled_layer_says_what_it_holds_now() -> None:
+def test_a_state_dict_after_a_reshuffle_has_the_new_resident_ids() -> None:
     layer = make(resident_experts=[0, 2, 5])
     layer.set_resident_experts([0, 2, 4], {4: make().experts.expert_weights(4)})
     assert layer.state_dict()["experts._extra_state"].tolist() == [0, 2, 4]

@@ -21,7 +21,7 @@ WIDTH, INNER = 24, 20
 
 
 class GatedMLP(nn.Module):
-    """As the MLPs of Llama and its kin."""
+    """A gated MLP, as in Llama."""
 
     def __init__(self, act_fn: Any, bias: bool = False, factor: float = 1.0) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class GatedMLP(nn.Module):
 
 
 class ClampedMLP(GatedMLP):
-    """As an expert of gpt-oss: its activation takes both halves and is no attribute."""
+    """Like an expert of gpt-oss: its activation takes both halves and is not a module attribute."""
 
     def __init__(self) -> None:
         super().__init__(None, bias=True)
@@ -46,7 +46,7 @@ class ClampedMLP(GatedMLP):
 
 
 class PlainMLP(nn.Module):
-    """Two linear layers under any names, the activation under any."""
+    """Two linear layers and an activation, under the given names."""
 
     def __init__(self, names: tuple[str, str], act_name: str, act: Any, bias: bool = True) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def sequential(act: nn.Module, *, first_bias: bool, second_bias: bool) -> nn.Seq
 
 
 TANH = nn.GELU(approximate="tanh")
-# What makes the MLP, the activation it must be read as, and whether it has biases.
+# A builder of the MLP, the activation to be recognised, and whether it has biases.
 KNOWN: dict[str, tuple[Any, str, bool]] = {
     "llama": (lambda: GatedMLP(nn.SiLU()), "swiglu", False),
     "gated with biases": (lambda: GatedMLP(F.silu, bias=True), "swiglu", True),
@@ -106,7 +106,7 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_without_noise_the_layer_computes_what_the_mlp_does(name: str) -> None:
-    """Combine weights of a token add up to one, so a sum of equal outputs is that output."""
+    """A token's combine weights sum to one, so equal experts give the MLP's output."""
     mlp, (_, activation, bias) = built(name), KNOWN[name]
     layer = MoELayer.from_dense(mlp, 6, top_k=3, seed=7)
     assert layer.experts.activation == activation
@@ -139,7 +139,7 @@ def test_options_of_the_layer_keep_the_function(options: dict[str, Any]) -> None
     assert relative_error(layer(x), mlp(x)) < 1e-5
 
 
-def test_without_renormalisation_it_is_another_function() -> None:
+def test_without_renormalisation_the_function_differs() -> None:
     mlp, x = built("llama"), tokens(40)
     layer = MoELayer.from_dense(mlp, 6, top_k=2, router_renormalize=False)
     assert relative_error(layer(x), mlp(x)) > 0.3
@@ -164,7 +164,7 @@ def test_a_shared_expert_adds_its_own_output() -> None:
     assert relative_error(layer(x), mlp(x) + shared(x)) < 1e-5
 
 
-def test_all_but_the_experts_is_as_in_any_layer() -> None:
+def test_router_and_shared_expert_are_those_of_a_new_layer() -> None:
     options: dict[str, Any] = {
         "seed": 7,
         "layer_index": 3,
@@ -223,7 +223,7 @@ def test_noise_is_normal_and_relative_to_each_matrix(name: str) -> None:
             assert scaled.std().item() == pytest.approx(0.1, rel=0.05)
             assert abs(scaled.mean().item()) < 0.01
             drawn += list(scaled.flatten(1))
-    # Experts and matrices got noise of their own.
+    # Every expert and every matrix has its own noise.
     same = torch.corrcoef(torch.stack(drawn)).fill_diagonal_(0).abs().max()
     assert same < 0.25
     for part in exact.experts.parts[2:]:

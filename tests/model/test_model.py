@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from typing import Any
 
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from fomoe_ext.config.model import ModelConfig, count_parameters, expert_parameters
 from fomoe_ext.config.presets import PRESETS
+from fomoe_ext.layer.moe import MoELayer
 from fomoe_ext.model.language import (
     LanguageModel,
+    layer_options,
     optimizer_groups,
     parameter_kinds,
     rope_table,
@@ -28,7 +31,7 @@ def bits(tensor: Tensor) -> bytes:
     return tensor.detach().contiguous().numpy().tobytes()
 
 
-# ---- against a plain fp64 reading of the definition ---------------------------------------------
+# ---- against the definition in fp64 --------------------------------------------------------------
 
 
 def reference_norm(x: Tensor, gain: Tensor, kind: str) -> Tensor:
@@ -185,14 +188,14 @@ def test_skipped_tokens_get_exactly_nothing_from_the_moe() -> None:
     x = torch.randn(4, 19, 24, generator=torch.Generator().manual_seed(0))
     y = x + block.attention_out(block.attention(block.attention_in(x), model.rope))
     _, chosen = block.moe.router(block.moe_in(y).flatten(0, 1).detach())
-    held = torch.tensor(block.moe.experts.resident_experts)
-    skipped = ~torch.isin(chosen, held).any(-1).view(4, 19)
+    resident = torch.tensor(block.moe.experts.resident_experts)
+    skipped = ~torch.isin(chosen, resident).any(-1).view(4, 19)
     assert 0 < skipped.sum() < 4 * 19
     same = (block(x, model.rope) == y).all(-1)
     assert torch.equal(same, skipped)
 
 
-# ---- initial weights and who holds them ---------------------------------------------------------
+# ---- initial weights and resident experts --------------------------------------------------------
 
 
 @pytest.mark.parametrize("replication", [1, 2, 4])
@@ -267,7 +270,7 @@ def test_only_resident_experts_are_allocated(sites: int, replication: int) -> No
             assert moe.experts.resident_experts == placement.resident(layer, site)
 
 
-# ---- sizes --------------------------------------------------------------------------------------
+# ---- sizes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -302,12 +305,12 @@ def test_paper_presets_build_on_the_meta_device(name: str, total: float) -> None
     model = LanguageModel(config, placement, 3, device="meta")
     assert all(p.is_meta for p in model.parameters())
     counts = count_parameters(config)
-    held = sum(p.numel() for p in model.parameters())
-    assert held == counts.total - counts.sparse // 2
+    allocated = sum(p.numel() for p in model.parameters())
+    assert allocated == counts.total - counts.sparse // 2
     assert counts.total == pytest.approx(total, rel=0.001)
 
 
-# ---- training -----------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shared", [0, 12])
@@ -330,10 +333,10 @@ def test_gradients_reach_every_resident_parameter(scope: str, balance: str, shar
         elif "router" not in name:
             assert (p.grad != 0).any(), name
     for layer, moe in enumerate(model.moe_layers()):
-        held = placement.resident(layer, 3)
-        others = [e for e in range(8) if e not in held]
+        resident = placement.resident(layer, 3)
+        others = [e for e in range(8) if e not in resident]
         gradient = moe.router.weight.grad.abs().amax(1)
-        assert (gradient[list(held)] > 0).all()
+        assert (gradient[list(resident)] > 0).all()
         if balance == "none":
             assert not gradient[others].any()  # nothing is learnt about experts that are elsewhere
 
@@ -409,11 +412,11 @@ def test_lower_precision() -> None:
     ids = tokens(2, 10)
     got, wanted = model(ids), LanguageModel(SMALL, seed=1)(ids)
     assert got.dtype == torch.bfloat16
-    assert (got.float() - wanted).norm() / wanted.norm() < 0.2  # a choice of experts may turn
+    assert (got.float() - wanted).norm() / wanted.norm() < 0.2  # rounding may change the choice
     assert model.loss(ids).cross_entropy.dtype == torch.float32
 
 
-# ---- bad input ----------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -491,3 +494,19 @@ def test_bad_placements(placement: Placement | None, site: int | None, words: st
 def test_a_configuration_of_another_kind() -> None:
     with pytest.raises(TypeError, match="ModelConfig, got dict"):
         LanguageModel({"hidden_size": 24})  # type: ignore[arg-type]
+
+
+def test_layers_get_the_options_of_a_model_by_name() -> None:
+    """What a layer has besides is the site's, or only a converted model's (router_bias)."""
+    config = ModelConfig(balance="entropy", balance_coef=0.5, top_k=3, router_scale=2.5)
+    options = layer_options(config)
+    assert {n: options[n] for n in ("balance", "balance_coef", "top_k", "router_scale")} == {
+        "balance": "entropy",
+        "balance_coef": 0.5,
+        "top_k": 3,
+        "router_scale": 2.5,
+    }
+    parameters = set(inspect.signature(MoELayer).parameters)
+    of_the_site = {"resident_experts", "stale_experts", "layer_index", "seed", "device", "dtype"}
+    assert parameters - options.keys() == of_the_site | {"mesh", "rank_experts", "router_bias"}
+    assert options.keys() <= parameters

@@ -56,6 +56,6 @@ def module(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / "build_tools" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     found = importlib.util.module_from_spec(spec)
-    sys.modules[name] = found  # as dataclasses want it
+    sys.modules[name] = found  # dataclasses need the module there
     spec.loader.exec_module(found)
     return found

@@ -33,7 +33,7 @@ def built(library: str) -> Path:
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_only_the_stable_abi(library):
-    """No C++ symbol of torch is needed, only C functions that keep their meaning."""
+    """The libraries use no C++ symbol of torch, only functions of its stable C ABI."""
     if shutil.which("nm") is None:
         pytest.skip("nm is needed (binutils)")
     symbols = run("nm", "-D", "--undefined-only", built(library)).split()
@@ -44,7 +44,7 @@ def test_only_the_stable_abi(library):
 
 @pytest.mark.parametrize("library", EVERY)
 def test_no_python_and_no_cuda_library_is_needed(library):
-    """So every Python can load them: none of its functions is called, limited API or not."""
+    """The libraries call no function of Python, so that every version can load them."""
     if shutil.which("readelf") is None or shutil.which("nm") is None:
         pytest.skip("readelf and nm are needed (binutils)")
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", run("readelf", "-d", built(library)))
@@ -65,7 +65,7 @@ def other_pythons() -> list[str]:
     return [python for python in found if python is not None and works(python)]
 
 
-# _C.py needs neither torch nor anything else that is not Python's own, so the file alone will do.
+# _C.py uses the standard library alone, so the file can be run by itself.
 FACTS = """
 import importlib.util, json, sys
 spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
@@ -93,8 +93,8 @@ def test_a_word_that_is_not_a_choice_is_refused(tmp_path):
         configure(tmp_path, "-DFOMOE_CUDA=maybe")
 
 
-def test_without_nvcc_one_line_says_so(tmp_path, monkeypatch):
-    """auto goes on for the CPU, on stops; nvcc is hidden by naming a program that is not there."""
+def test_without_nvcc_the_build_says_so_in_one_line(tmp_path, monkeypatch):
+    """`auto` builds for the CPU, `on` stops. nvcc is hidden by the path of a missing program."""
     monkeypatch.setenv("CUDACXX", str(tmp_path / "no-nvcc"))
     said = configure(tmp_path / "auto", "-DFOMOE_CUDA=auto")
     lines = [line for line in said.splitlines() if line.startswith("-- fomoe_ext:")]
@@ -154,7 +154,7 @@ def test_wheel_built_in_isolation(tmp_path):
     assert {"fomoe_ext/py.typed", "fomoe_ext/libfomoe_cpu.so", "fomoe_ext/train/process.py"} <= set(
         names
     )
-    # For every Python from 3.11 on: no file is named after one.
+    # For every Python from 3.11 on: no file name has a version of Python.
     assert re.fullmatch(r"fomoe_ext-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
     libraries = {name for name in names if name.endswith(".so")}
     assert libraries == {"fomoe_ext/libfomoe_cpu.so", "fomoe_ext/libfomoe_facts.so"}
@@ -162,7 +162,7 @@ def test_wheel_built_in_isolation(tmp_path):
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [n for n in names if not n.startswith(("fomoe_ext/", "fomoe_ext-"))]
 
-    # The torch of this environment stands for the one that pip would bring along.
+    # The torch of this environment takes the place of the one that pip would install.
     site = tmp_path / "site"
     run(*pip, "install", "--quiet", "--no-deps", "--target", site, wheel, PYTHONPATH="")
     said = run(sys.executable, "-P", "-c", SMOKE, PYTHONPATH=str(site))
@@ -197,7 +197,7 @@ def test_one_build_runs_on_another_torch(tmp_path, version):
 
 
 def fake_torch(site: Path, version: str, headers: bool = True) -> Path:
-    """An installed torch as far as its build finds it; returns its package folder."""
+    """Files of an installed torch, as far as its build looks for them; the package's folder."""
     (site / f"torch-{version}.dist-info").mkdir(parents=True)
     metadata = f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n"
     (site / f"torch-{version}.dist-info/METADATA").write_text(metadata)
@@ -209,7 +209,7 @@ def fake_torch(site: Path, version: str, headers: bool = True) -> Path:
 
 
 def test_the_build_takes_the_torch_that_is_there(tmp_path, monkeypatch):
-    """The first that is new enough and whole; pip fetches one only where there is none."""
+    """The first complete one that is new enough; pip fetches one only if there is none."""
     backend = module("build_backend")
     fake_torch(tmp_path / "old", "2.9.1")
     fake_torch(tmp_path / "bare", "2.13.0", headers=False)
@@ -241,6 +241,6 @@ def test_editable_build_and_rebuild(tmp_path):
         build, cwd=source, check=True, env=environment, capture_output=True, text=True
     )
     compiled = re.findall(r"Building CXX object \S+/(\w+\.cpp)\.o", again.stdout)
-    assert sorted(compiled) == ["compact.cpp", "facts.cpp"]  # which tells what was built
+    assert sorted(compiled) == ["compact.cpp", "facts.cpp"]  # whose output lists what was built
     said = run(sys.executable, "-P", "-c", SMOKE, PYTHONPATH=str(source))
     assert str(source) in said

@@ -1,4 +1,4 @@
-"""Which GPU architectures the build is for: what is asked for, what there is."""
+"""Which GPU architectures the build is for: environment variables, GPUs found, the default."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def must_not_ask() -> list[tuple[int, int]]:
     ],
 )
 def test_fomoe_cuda_archs(text, entries):
-    """It wins over torch's variable and over GPUs."""
+    """FOMOE_CUDA_ARCHS comes before TORCH_CUDA_ARCH_LIST and the GPUs found."""
     environment = {"FOMOE_CUDA_ARCHS": text, "TORCH_CUDA_ARCH_LIST": "8.9"}
     chosen = cuda_archs.choose(environment, must_not_ask)
     assert chosen.entries == entries
@@ -58,8 +58,8 @@ def test_torch_cuda_arch_list(text, entries):
     assert chosen.why == f"TORCH_CUDA_ARCH_LIST={text}" and chosen.otherwise == ()
 
 
-def test_torch_reads_the_same(monkeypatch):
-    """What this torch's own builder makes flags of, for every version and name that is taken."""
+def test_torch_reads_torch_cuda_arch_list_alike(monkeypatch):
+    """For every version and name that we accept, the installed torch's builder gives the same."""
     extension = pytest.importorskip("torch.utils.cpp_extension")
     names = [name for name in cuda_archs.NAMES if name.startswith(("A", "H", "B"))]
     assert len(names) == 6
@@ -127,7 +127,7 @@ def test_bad_torch_cuda_arch_list(text, part):
         ([(7, 5), (9, 0)], DEFAULT, "default, as a GPU of compute capability 7.5 is too old"),
     ],
 )
-def test_where_nothing_is_said(gpus, entries, why):
+def test_default_architectures(gpus, entries, why):
     for environment in ({}, {"FOMOE_CUDA_ARCHS": "", "TORCH_CUDA_ARCH_LIST": " native "}):
         chosen = cuda_archs.choose(environment, lambda: gpus)
         assert (chosen.entries, chosen.why) == (entries, why)
@@ -166,7 +166,7 @@ def test_no_nvidia_smi(tmp_path, monkeypatch):
 
 
 def cmake_says(folder: Path, text: str) -> str:
-    """What a script of cmake's prints that has the functions of cuda_archs.cmake."""
+    """The output of a cmake script that includes cuda_archs.cmake."""
     if shutil.which("cmake") is None:
         pytest.skip("cmake is needed: pip install cmake")
     script = folder / "script.cmake"
@@ -200,7 +200,7 @@ def codes(flags: str) -> set[str]:
     ],
 )
 def test_one_front_end_makes_the_code_of_every_newer_architecture(archs, made, tmp_path):
-    """PTX is of the architecture that it is named after."""
+    """PTX is for the architecture in its name."""
     if "100-virtual" in archs:
         made = made | {"compute_100: compute_100"}
     flags = cmake_says(tmp_path, f"cuda_arch_flags(answer {archs})")
@@ -208,13 +208,13 @@ def test_one_front_end_makes_the_code_of_every_newer_architecture(archs, made, t
     assert flags.count("--generate-code") == len({code.split(":")[0] for code in made})
 
 
-def test_what_is_no_architecture_stops_cmake(tmp_path):
+def test_an_invalid_architecture_stops_cmake(tmp_path):
     with pytest.raises(AssertionError, match=r"FOMOE_CUDA_ARCHS must be like .*, got '80'"):
         cmake_says(tmp_path, "cuda_arch_flags(answer 80)")
 
 
 def test_an_architecture_that_nvcc_does_not_know(tmp_path):
-    """A suffix is of an architecture that it knows; nothing is said where it does not tell."""
+    """An architecture with a suffix counts as known with its base; no error if nvcc lists none."""
     nvcc = tmp_path / "nvcc"
     nvcc.write_text(
         '#!/bin/sh\n[ "$1" = --list-gpu-code ] && printf "sm_80\\nsm_90\\nsm_1000\\n"\n'

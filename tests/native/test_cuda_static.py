@@ -1,4 +1,4 @@
-"""What can be said of the CUDA kernels without a GPU: registers, spills, access widths.
+"""Checks of the CUDA kernels' machine code, without a GPU: registers, spills, access widths.
 
 The library under test is the one that was built; CI builds it for sm_80 and sm_90a with
 spills as errors.
@@ -62,7 +62,7 @@ def test_every_architecture_is_there(taken):
 def test_within_the_budget(taken):
     """Registers and shared memory; `python tests/cuda_resources.py --write` makes a new budget.
 
-    As far as the build has the budget's architectures: it may be for this machine's GPU alone.
+    Only architectures that were built are compared: a build may be for one GPU.
     """
     table, budget = cuda_resources.table_of(taken), cuda_resources.read_budget()
     archs = cuda_resources.archs_of(table) & cuda_resources.archs_of(budget)
@@ -87,7 +87,7 @@ def test_wide_accesses(codes):
     loading = {
         (kernel, arch): code
         for (kernel, arch), code in codes.items()
-        # As many experts to a lane as make 16 bytes.
+        # Each lane has enough experts for 16 bytes.
         if re.fullmatch(r"route(_backward)?_kernel<(F32, (4|8|16|32)|B?f?F?16, (8|16|32))>", kernel)
     }
     assert len(wide) > 0 and len(loading) > 0
@@ -100,7 +100,7 @@ def test_wide_accesses(codes):
 
 
 def test_delta_kernels_move_16_bytes_at_a_time(codes):
-    """Where values are aligned; payloads are where they are."""
+    """Only values are aligned; payloads may start at any byte."""
     found = {
         (kernel, arch): code
         for (kernel, arch), code in codes.items()
@@ -116,16 +116,17 @@ def test_delta_kernels_move_16_bytes_at_a_time(codes):
 
 
 def test_no_floating_point_atomics(codes):
-    """Sums of floats have one order."""
+    """Atomics would add floats in any order."""
     floating = r"^(ATOM|ATOMG|ATOMS|RED|REDG)\b.*\.(F16|F32|F64|BF16)"
     assert [key for key, code in codes.items() if code.has(floating)] == []
 
 
 def test_warp_reductions_are_instructions(codes):
-    """Choosing takes the maximum over a warp in one instruction."""
-    for (kernel, arch), code in codes.items():
-        if kernel.startswith("route_kernel"):
-            assert code.has(r"^C?REDUX"), (kernel, arch)
+    """route takes the maximum over a warp in one instruction (REDUX)."""
+    found = {key: code for key, code in codes.items() if key[0].startswith("route_kernel")}
+    assert len(found) > 0
+    for key, code in found.items():
+        assert code.has(r"^C?REDUX"), key
 
 
 def gemms(codes: dict[tuple[str, str], Code], kind: str, arch: str) -> dict[str, Code]:
@@ -138,7 +139,7 @@ def hopper_gemms(codes: dict[tuple[str, str], Code]) -> dict[str, Code]:
 
 
 def test_hopper_gemms_are_wgmma_and_tma(codes):
-    """Products of warpgroups, boxes by TMA, registers moved to those who multiply."""
+    """wgmma products, TMA loads, and registers reallocated to the consumer warpgroups."""
     if not {"90-real", "90a-real"} & set(_C.build_facts()["cuda_archs"]):
         pytest.skip("not built for 9.0")
     found = hopper_gemms(codes)
@@ -150,7 +151,7 @@ def test_hopper_gemms_are_wgmma_and_tma(codes):
             rf"^HGMMA\.64x{columns}x16\.F32\.{kind}$|HGMMA\.64x{columns}x16\.F32$"
         )
         assert products > 0 and products == code.total("^HGMMA"), kernel
-        # Serialised products would wait one by one.
+        # Serialised products would wait after each one.
         assert code.total(r"^WARPGROUP\.DEPBAR") <= products / 2, kernel
         assert code.total("^UTMALDG") > 0, kernel
         assert code.total("^USETMAXREG") == 2, kernel
@@ -159,9 +160,9 @@ def test_hopper_gemms_are_wgmma_and_tma(codes):
         assert code.has("^LDGSTS") == gathers, kernel
 
 
-def test_pairs_send_b_to_both_blocks(codes):
-    """One load for two blocks; a stage is given back without waiting for stores, which the barrier
-    of the cluster does at start and end.
+def test_paired_gemms_multicast_b(codes):
+    """One TMA load for two blocks. Only the cluster barriers at start and end wait for stores; the
+    arrival that frees a stage of the other block does not.
     """
     if not {"90-real", "90a-real"} & set(_C.build_facts()["cuda_archs"]):
         pytest.skip("not built for 9.0")
@@ -176,17 +177,17 @@ def test_pairs_send_b_to_both_blocks(codes):
         assert not code.has(r"MULTICAST|^UCGABAR"), kernel
 
 
-def test_hopper_gemms_keep_what_was_won(codes):
-    """What a measurement on an H200 found to cost most (docs/performance.md) does not come back."""
+def test_hopper_gemms_stay_optimised(codes):
+    """The costs that were removed after measurements on an H200 (docs/performance.md) stay away."""
     found = hopper_gemms(codes)
     assert len(found) > 0
     for kernel, code in found.items():
-        # Numbers of a warp, not of its lanes: descriptors are made in uniform registers.
+        # Descriptors are computed in uniform registers, once per warp.
         assert code.total("^R2UR") <= 40, kernel
-        # A producer waits for free stages only: slices tell by themselves when they have arrived.
+        # A producer waits for free stages only: copies signal their own arrival.
         assert not code.has("^LDGDEPBAR"), kernel
         assert code.has("^ARRIVES.LDGSTSBAR") == code.has("^LDGSTS"), kernel
-        # Code that fits into the instruction caches, as it did not.
+        # The code fits into the instruction cache.
         assert sum(code.count.values()) <= 7000, kernel
 
 
@@ -202,7 +203,7 @@ def test_epilogues_move_matrices(codes):
     for (kernel, arch), code in epilogues.items():
         if not kernel.startswith("multistage"):
             assert code.has("^STSM") == ("AddRows" not in kernel), kernel  # those add to fp32
-            # Products of warpgroups read no matrices.
+            # wgmma reads its operands without ldmatrix.
             assert code.has("^LDSM") == ("ActivateBackward" in kernel), kernel
         elif "ActivateBackward" in kernel:
             other = re.sub(r"ActivateBackward<(\w+), \w+>", r"StoreRows<\1>", kernel)
@@ -210,9 +211,10 @@ def test_epilogues_move_matrices(codes):
             assert code.total("^LDSM") > epilogues[other, arch].total("^LDSM"), (kernel, arch)
 
 
-def test_no_element_asks_for_its_activation(codes):
-    """As many exponentials as the activation has for a thread's elements, of it alone: at most
-    twice, where the compiler has split the code by whether pre-activations are kept.
+def test_the_activation_is_a_template_argument(codes):
+    """The activation is a template argument: a kernel has the exponentials of its own activation
+    only. They may be there twice, if the compiler split the code by whether pre-activations are
+    kept.
     """
     seen = set()
     for (kernel, arch), code in codes.items():
@@ -259,7 +261,7 @@ def test_inline_assembly_is_in_one_place():
     assert any(re.search(r"\basm\b", p.read_text()) for p in SOURCES if p.parent.name == "arch")
 
 
-# ---- what the assembler says ---------------------------------------------------------------------
+# ---- warnings of the assembler -------------------------------------------------------------------
 
 
 def nvcc() -> str:
@@ -279,7 +281,7 @@ def words_of_the_assembler(source: Path, cubin: Path) -> str:
 
 
 def complaints_about_warpgroups(words: str) -> list[str]:
-    """Lines that say that products are serialised, fences injected or setmaxnreg ignored."""
+    """Warnings that wgmma is serialised, a fence injected or setmaxnreg ignored."""
     return [
         line
         for line in words.splitlines()
@@ -290,8 +292,8 @@ def complaints_about_warpgroups(words: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_assembler_has_no_words_about_hopper_gemms(tmp_path):
-    """CI reads the same in what its own build says."""
+def test_the_assembler_has_no_warnings_about_hopper_gemms(tmp_path):
+    """CI checks the output of its own build in the same way."""
     # One of the 16-bit formats, whose kernels differ in the name of an instruction.
     source = emulator.ROOT / "csrc/cuda/gemm/experts_bf16_sm90.cu"
     words = words_of_the_assembler(source, tmp_path / "cubin")
@@ -299,8 +301,8 @@ def test_the_assembler_has_no_words_about_hopper_gemms(tmp_path):
     assert complaints_about_warpgroups(words) == []
 
 
-def test_words_about_warpgroups_are_noticed(tmp_path):
-    """Without launch bounds the assembler cannot tell how many registers there are to move."""
+def test_warnings_about_warpgroups_are_noticed(tmp_path):
+    """Without launch bounds the assembler does not know how many registers setmaxnreg may use."""
     source = tmp_path / "kernel.cu"
     source.write_text(
         f'#include "{emulator.ROOT / "csrc/cuda/arch/warpgroup.cuh"}"\n'
@@ -326,7 +328,7 @@ def test_a_budget_that_is_too_small_is_noticed():
 
 
 def test_only_what_was_built_is_compared():
-    """A library for one GPU lacks the others' columns, and kernels that are the others' alone."""
+    """A library for one GPU lacks the columns and the kernels of the others."""
     budget = {"a": {"shared": 0, "sm_80": 32, "sm_90a": 8}, "hopper": {"shared": 9, "sm_90a": 8}}
     assert cuda_resources.archs_of(budget) == {"sm_80", "sm_90a"}
     assert cuda_resources.for_archs(budget, ["sm_80"]) == {"a": {"shared": 0, "sm_80": 32}}
@@ -337,7 +339,7 @@ def test_warps_per_multiprocessor():
     """By hand: 65536 registers, 227 KiB, 64 warps."""
     warps = cuda_resources.warps_per_multiprocessor
     assert warps(32, 0, 256) == 64  # 2048 threads of 32 registers
-    assert warps(33, 0, 256) == 48  # 40 registers are given out: 6 blocks of 8 warps
+    assert warps(33, 0, 256) == 48  # rounded up to 40 registers: 6 blocks of 8 warps
     assert warps(255, 0, 128) == 8  # 256: 8 warps
     assert warps(32, 56 << 10, 256) == 24  # three blocks' shared memory
 

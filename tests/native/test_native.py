@@ -13,7 +13,7 @@ from native_build import configure, run
     "sanitizers", [pytest.param("", marks=pytest.mark.slow), "address,undefined"]
 )
 def test_gemm(tmp_path, sanitizers):
-    """Every instruction set's GEMMs against double precision, AVX-512 ones as twins."""
+    """Every instruction set's GEMMs against double precision, AVX-512 ones as scalar twins."""
     said = configure(tmp_path, f"-DFOMOE_SANITIZE={sanitizers}")
     assert "building for the CPU only" in said
     run("cmake", "--build", tmp_path, "--target", "test_gemm")
@@ -24,7 +24,7 @@ def test_gemm(tmp_path, sanitizers):
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86 kernels")
 def test_delta(tmp_path):
-    """Every instruction set's delta codecs make the same bits and stay in their buffers."""
+    """Delta codecs of every instruction set write the same bits, and only into their buffers."""
     configure(tmp_path, "-DFOMOE_SANITIZE=address,undefined")
     run("cmake", "--build", tmp_path, "--target", "test_delta")
     output = run(tmp_path / "test_delta", "2000", ASAN_OPTIONS="detect_leaks=0")

@@ -16,7 +16,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 class Sizes(NamedTuple):
-    """Tokens, hidden size, expert size, experts, resident experts, slots per token."""
+    """Tokens, hidden size, intermediate size, experts, resident experts, slots per token."""
 
     tokens: int
     hidden: int
@@ -85,7 +85,7 @@ def rows_of(inputs: Inputs) -> int:
 
 
 def exact(*tensors: Tensor) -> list[Tensor]:
-    """Leaves of the same values in fp64."""
+    """The same values in fp64, as leaves."""
     return [t.detach().double().requires_grad_() for t in tensors]
 
 
@@ -94,7 +94,7 @@ def leaves(*tensors: Tensor) -> list[Tensor]:
 
 
 def assert_near(got: Tensor, wanted: Tensor, tolerance: float, what: str = "") -> None:
-    """The root mean square of the difference is within tolerance of that of what is wanted."""
+    """The RMS of the difference is at most `tolerance` times the RMS of the wanted values."""
     assert got.shape == wanted.shape, what
     assert got.isfinite().all(), what
     if got.numel() == 1:  # no average over roundings
@@ -104,7 +104,7 @@ def assert_near(got: Tensor, wanted: Tensor, tolerance: float, what: str = "") -
 
 
 def poison_memory() -> None:
-    """Leaves NaN where the next outputs are likely to be allocated."""
+    """Fills freed memory with NaN, where the next outputs are likely to be allocated."""
     for size in (1 << 8, 1 << 12, 1 << 16, 1 << 20):
         _ = [torch.full((size,), torch.nan) for _ in range(4)]
 

@@ -24,7 +24,7 @@ GROUPS = {
     "few rows": (1, 0, 3, 2, 1, 1),
     "no rows": (0, 0, 0),
 }
-# Hidden and expert size: multiples of 8, not of the width of a tile. One case is wider than a tile.
+# Hidden and intermediate size: multiples of 8, not of a tile's width. One is wider than a tile.
 SMALL, WIDE = (72, 40), (136, 136)
 CASES = {name: (groups, *SMALL) for name, groups in GROUPS.items()} | {
     "wide": (GROUPS["zipf"], *WIDE)
@@ -41,7 +41,7 @@ with_and_without_bias = pytest.mark.parametrize("bias", [False, True], ids=["pla
 
 
 class Inputs(NamedTuple):
-    """What the verbs take; weights of the combination are fp32, all else of one dtype."""
+    """Inputs of the verbs: combine weights are fp32, all others of one dtype."""
 
     x: Tensor
     weights: Tensor
@@ -65,8 +65,8 @@ class Inputs(NamedTuple):
 
 
 def make_table(groups: Sequence[int], generator: torch.Generator) -> ops.RowTable:
-    """A table of such groups: slots in random order, so that tokens stand in several groups and
-    also twice in one; some slots are skipped.
+    """A table of groups of these sizes. Slots are in random order: a token is in several groups, or
+    twice in one, and some slots are skipped.
     """
     slots = sum(groups) + SKIPPED
     slots += -slots % TOP_K
@@ -127,7 +127,7 @@ def run(device: Device, verb: str, *arguments: Tensor | int | bool | None) -> li
 
 
 def poison(device: Device) -> None:
-    """Leaves NaN where the next outputs are likely to be allocated."""
+    """Fills freed memory with NaN, where the next outputs are likely to be allocated."""
     for size in (1 << 10, 1 << 13, 1 << 16, 1 << 18):
         _ = [torch.full((size,), torch.nan, device=device.tensors) for _ in range(3)]
 
@@ -148,10 +148,10 @@ def check(
     if not wanted.any():
         assert not first.any(), f"{what}: wanted zeros"
         return
-    # An average over few roundings is a matter of luck.
+    # The average of few rounding errors is random.
     room = 1.2 if int(wanted.count_nonzero()) >= 100 else 2.5
     error, allowed = relative(first, wanted), room * relative(plain, wanted) + floor
-    # fp32 sums in another order than torch's may be less exact by a unit in the last place.
+    # fp32 sums in another order than torch's may differ by a unit in the last place.
     allowed += 1.2e-7 if first.dtype == torch.float32 else 0
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 

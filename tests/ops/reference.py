@@ -1,4 +1,4 @@
-"""The verbs by their definitions, in the dtype of their inputs: slow, obvious, differentiable.
+"""Definitions of the verbs in plain torch, in the dtype of the inputs; differentiable and slow.
 
 Tests run these in float64 and compare the kernels with them.
 """

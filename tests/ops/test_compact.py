@@ -58,7 +58,7 @@ def test_all_skipped():
 
 
 def test_many_slots_and_threads():
-    """More slots than one thread's stretch, and the same table from any number of threads."""
+    """More slots than one thread handles: the table is the same for any number of threads."""
     generator = torch.Generator().manual_seed(0)
     experts = torch.randint(0, 33, (20011, 3), generator=generator).to(torch.int32)
     index = residents_of(33, list(range(32, 0, -2)))

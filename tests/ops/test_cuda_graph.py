@@ -1,5 +1,5 @@
-"""The verbs, and a whole layer, captured in one CUDA graph and replayed on new inputs: nothing
-waits for the host and nothing depends on sizes that only the device knows.
+"""The verbs, and a whole layer, captured in a CUDA graph and replayed on new inputs: no op
+synchronises with the host, or needs on the host a size that only the device knows.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def test_replay_on_new_inputs():
 
 
 def test_replay_of_a_layer_and_its_backward():
-    """The whole layer, half of its experts resident: forward and gradients of one graph, for inputs
-    that fill experts in other ways than those it was captured with.
+    """Forward and backward of a layer with half of its experts resident, in one graph, for inputs
+    that are routed otherwise than those of the capture.
     """
     layer_there = MoELayer(
         *(HIDDEN, 96, EXPERTS, TOP_K),
@@ -85,7 +85,7 @@ def test_replay_of_a_layer_and_its_backward():
     with torch.cuda.graph(graph):
         results = step()
     for seed, scale in [(1, 1.0), (2, 0.0), (3, 5.0)]:
-        # Scale 0: all tokens alike, so that some experts get everything and others nothing.
+        # Scale 0: all tokens are the same, so that some experts get all tokens and others none.
         with torch.no_grad():
             x.copy_(scale * make_inputs(seed, 0.0)[1] + (seed == 2))
         graph.replay()

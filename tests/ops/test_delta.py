@@ -1,4 +1,4 @@
-"""delta_encode, delta_reduce and hash_bits on every device, bit for bit, as delta_reference."""
+"""delta_encode, delta_reduce and hash_bits on every device, bit for bit against delta_reference."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ lengths = st.one_of(
 
 
 class Buffer:
-    """A tensor in the middle of poison: it starts `shift` elements in, and its ends are watched."""
+    """A tensor inside a larger one, `shift` elements in; writes around it are noticed."""
 
     def __init__(self, numel: int, dtype: torch.dtype, tensors: str, shift: int = 0) -> None:
         size = dtype.itemsize
@@ -42,7 +42,7 @@ class Buffer:
         return self.tensor
 
     def result(self) -> np.ndarray:
-        """What is in it, when nothing around it was touched."""
+        """Its values; fails if anything around it was written."""
         before, after = self._all[: self._ends[0]], self._all[self._ends[1] :]
         assert bool((before == POISON).all()) and bool((after == POISON).all())
         return self.tensor.cpu().numpy().copy()
@@ -88,7 +88,7 @@ def encode(
 def delta_of(
     parts: list[Part], numel: int, anchor: np.ndarray | None, error: np.ndarray | None
 ) -> np.ndarray:
-    """v of the contract."""
+    """The delta "v" of csrc/kernels.h."""
     v = np.zeros(numel, dtype=np.float32)
     ends = [p.begin for p in parts[1:]] + [numel]
     for part, end in zip(parts, ends[: len(parts)], strict=True):
@@ -187,7 +187,7 @@ def test_formats_without_steps_ignore_stochastic_rounding(device: Any, name: str
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_parameters_nobody_moved_have_no_delta(device: Any, dtype: torch.dtype) -> None:
-    """All 65536 patterns of a 16-bit type, and anchors beside them that round to them."""
+    """All 65536 patterns of a 16-bit type, with fp32 anchors that round to them."""
     local = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     local = local[local.isfinite()]
     local = local[local.float() == (local.float() * (1 + 2.0**-14)).to(dtype).float()]
@@ -209,7 +209,7 @@ def test_every_value_rounds_to_bf16(device: Any) -> None:
     assert payload == local.to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
 
 
-# ------------------------------------------------------------------------------------------ reduce
+# ------------------------------------------------------------------------------------------- reduce
 
 
 def reduce(
@@ -247,7 +247,7 @@ def reduce(
 
 @pytest.mark.parametrize("form", FORMS, ids=IDS)
 def test_reduces(device: Any, form: Format) -> None:
-    """Sums in rank order of what members sent and what one has itself; the sum or its payload."""
+    """The sum of the members' payloads and a site's own values, in rank order, or its payload."""
 
     @settings(max_examples=40 if device.name == "cpu" else 15, deadline=None)
     @given(st.data(), lengths, st.sampled_from([k for k in KINDS if k != "huge"]))
@@ -285,7 +285,7 @@ def test_reduces(device: Any, form: Format) -> None:
 
 @pytest.mark.parametrize("form", FORMS[:6], ids=IDS[:6])
 def test_decodes_every_code(device: Any, form: Format) -> None:
-    """Payloads that no encoder writes decode by the format too: any bits under any step."""
+    """Payloads that no encoder writes are decoded by the format too: any code with any step."""
     rng = np.random.default_rng(3)
     numel = 1000
     payload = bytearray(rng.integers(0, 256, form.payload_bytes(numel), dtype=np.uint8))
@@ -316,7 +316,7 @@ def test_adds_in_rank_order(device: Any) -> None:
             assert got.tolist() == [wanted] * 70
 
 
-# -------------------------------------------------------------------------------------------- hash
+# --------------------------------------------------------------------------------------------- hash
 
 
 def test_hashes_bits(device: Any) -> None:
@@ -345,7 +345,7 @@ def test_hashes_of_any_dtype_and_shape(device: Any) -> None:
     assert [h % 2**64 for h in hashes] == [ref.hash_bits(r) for r in raw]
 
 
-# --------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 def encode_arguments(device: Any, **change: Any) -> tuple[Any, ...]:

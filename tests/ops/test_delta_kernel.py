@@ -32,7 +32,7 @@ def parts_of(numel: int, count: int, seed: int) -> tuple[list[Tensor], list[int]
 @pytest.mark.parametrize("count", [64, 65, 128, 129, 1000])
 @pytest.mark.parametrize("anchored", [True, False], ids=["anchor", "no-anchor"])
 def test_more_parts_than_a_launch_takes(device: Any, count: int, anchored: bool) -> None:
-    """As with a launch for each of them on its own."""
+    """The result is the same as with a launch per part."""
     numel = 5000
     local, begins, weights = parts_of(numel, count, seed=count)
     anchor = torch.randn(numel, generator=torch.Generator().manual_seed(1)) if anchored else None
@@ -56,7 +56,7 @@ def test_more_parts_than_a_launch_takes(device: Any, count: int, anchored: bool)
 @pytest.mark.skipif(not native.cuda_loaded, reason="no GPU, or fomoe_ext was built without CUDA")
 @pytest.mark.parametrize("number", range(6), ids=FORMATS)
 def test_replay_on_new_values(number: int) -> None:
-    """Encode, reduce and hash captured in one graph: nothing waits for the host."""
+    """Encode, reduce and hash captured in one graph: no op synchronises with the host."""
     numel, ops = 9001, torch.ops.fomoe
     size = wire_bytes(FORMATS[number], numel)
     generator = torch.Generator().manual_seed(number)

@@ -1,6 +1,6 @@
 """Derivatives of the layer and the ops: the first, backward, is right; every other is refused.
 
-Torch gives an op that has no formula a zero, or nothing, and a warning at the most.
+For an op without a formula torch would return zeros or None, at most with a warning.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def test_second_derivatives_by_weights_are_refused() -> None:
 
 
 def test_second_derivatives_of_the_verbs_are_refused() -> None:
-    """All but that of gather, which is linear: what its backward calls has a formula."""
+    """All except gather, which is linear: its backward is an op that has a formula."""
     inputs = make_inputs(SIZES["odd"])
     table, rows = inputs.table, inputs.table.token_of_row.shape[0]
     act = torch.ones(rows, inputs.contract_weight.shape[2])
@@ -148,7 +148,7 @@ OTHER: dict[str, Callable[[Any, Tensor], Any]] = {
 @pytest.mark.parametrize("way", OTHER)
 @pytest.mark.parametrize("frozen", [False, True])
 def test_other_derivatives_of_a_layer_are_refused(way: str, frozen: bool) -> None:
-    """`frozen`: nothing requires gradients, so that autograd has nothing to do."""
+    """`frozen`: no parameter requires gradients, so autograd records nothing."""
     layer = make(**RESIDENT).requires_grad_(not frozen)
     with pytest.raises(NotImplementedError, match=r"fomoe::route has no derivative"):
         OTHER[way](loss_of(layer), tokens(5, 24))

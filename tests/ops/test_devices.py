@@ -1,5 +1,5 @@
-"""Tensors on several devices, or without memory, are refused by name: nothing comes from memory
-that nobody has written. Needs no GPU: the meta device, and fake tensors of one.
+"""Tensors on several devices, or without storage, are refused by name, instead of computing with
+uninitialised memory. Needs no GPU: uses the meta device and fake CUDA tensors.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def on_meta(value: Any, last_alone: bool = False) -> Any:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_argument_on_meta_is_refused(name: str) -> None:
-    """Each in turn; all together are taken."""
+    """One argument at a time is refused; all on meta are accepted."""
     op, arguments = every_op()[name]
     names = "|".join(argument.name for argument in op.default._schema.arguments)
     op(*arguments)

@@ -121,7 +121,7 @@ def test_single_verbs_match_fp64(name: str, activation: str, dtype: torch.dtype)
         mine, theirs = leaves(*tensors), exact(*tensors)
         poison_memory()
         got = ours(*mine)
-        wanted = definition(*theirs) + 0 * theirs[1].sum()  # differentiable without rows, too
+        wanted = definition(*theirs) + 0 * theirs[1].sum()  # works without rows, too
         assert_near(got, wanted, TOLERANCE[dtype])
         assert (got[rows_of(inputs) :] == 0).all()
         grad = draw(*got.shape, seed=7).to(dtype)
@@ -164,7 +164,7 @@ def test_clamped_swiglu_by_numbers() -> None:
 
 @pytest.mark.parametrize("which", ["expand_bias", "contract_bias"])
 def test_one_bias_alone(which: str) -> None:
-    """The same as both with the other one zero, and no gradient for what is not there."""
+    """The same as with both and a zero for the other; the missing bias gets no gradient."""
     inputs = make(SIZES["odd"])
     x, weights, expand_weight, contract_weight, *biases = leaves(*tensors_of(inputs))
     given = dict(zip(NAMES[4:], biases, strict=True))
@@ -426,8 +426,8 @@ def test_biases_move_with_their_experts() -> None:
         small_layer.make(expert_bias=True, resident_experts=ids) for ids in ([0, 4], [5, 1], [2, 3])
     ]
     for site in sites:
-        held = site.experts.resident_experts
-        site.set_resident_experts(held, {e: full.experts.expert_weights(e) for e in held})
+        ids = site.experts.resident_experts
+        site.set_resident_experts(ids, {e: full.experts.expert_weights(e) for e in ids})
     x = small_layer.tokens(150, 24)
     torch.testing.assert_close(sum(site(x) for site in sites), full(x), rtol=1e-5, atol=1e-5)
     for given, error, message in (

@@ -1,4 +1,4 @@
-"""What the expert verbs say to bad input."""
+"""Error messages of the expert verbs for bad input."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def test_bad_input_of_backward_ops() -> None:
             call(name, at, change)
 
 
-def test_a_backward_without_saved_pre_activations_says_so() -> None:
+def test_backward_without_saved_pre_activations_is_an_error() -> None:
     inputs = make(SIZES["odd"])
     for name in ("expand", "moe_experts"):
         op, arguments = op_arguments(inputs, "swiglu", grad=True)[name]

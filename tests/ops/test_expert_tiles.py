@@ -1,4 +1,4 @@
-"""The grouped GEMMs with every tile there is, and how one is chosen.
+"""The grouped GEMMs with every tile, and how a tile is chosen.
 
 FOMOE_EXPERTS_TILE forces a tile. The CPU kernels, which tests/ops/test_experts_kernel.py compares
 with float64, are the reference: both round exact sums of the same inputs but for the order of
@@ -114,7 +114,7 @@ def test_pairs_have_the_bits_of_single_blocks(
 
 
 def test_sizes_that_cannot_be_read_in_chunks(gpu_device):
-    """A clear word instead of a wrong result: for every verb that has such rows."""
+    """A clear error instead of a wrong result, for every verb with such rows."""
     inputs = make((3, 2), 20, 12, torch.bfloat16)
     arguments = [a.to(gpu_device.tensors) if a is not None else None for a in moe_arguments(inputs)]
     with pytest.raises(
@@ -182,7 +182,7 @@ def test_forced_choice(monkeypatch):
     assert _C.expert_tile("contract", "bfloat16", 4096, 0, True) == "multistage_64"
     monkeypatch.setenv("FOMOE_EXPERTS_TILE", "cooperative_256")
     assert _C.expert_tile("contract", "bfloat16", 64, 0, True) == "cooperative_256"
-    # What verb, dtype or device cannot have is passed over.
+    # A tile that the verb, dtype or device does not support is passed over.
     monkeypatch.setenv("FOMOE_EXPERTS_TILE", "paired_128")
     for verb in VERBS:
         wanted = "cooperative_256" if verb == "weight_grad" else "paired_128"
@@ -208,7 +208,7 @@ def test_unknown_names(monkeypatch):
 
 
 def test_unknown_tile(gpu_device, monkeypatch):
-    """The ops say so themselves."""
+    """The ops raise the error themselves."""
     monkeypatch.setenv("FOMOE_EXPERTS_TILE", "huge")
     inputs = make((3, 2), 16, 16, torch.bfloat16)
     arguments = [a.to(gpu_device.tensors) if a is not None else None for a in moe_arguments(inputs)]

@@ -94,7 +94,7 @@ def test_single_verbs_match_fp64(name: str, activation: str, dtype: torch.dtype)
         mine, theirs = leaves(*tensors), exact(*tensors)
         poison_memory()
         got = ours(*mine)
-        wanted = definition(*theirs) + 0 * theirs[1].sum()  # differentiable without rows, too
+        wanted = definition(*theirs) + 0 * theirs[1].sum()  # works without rows, too
         assert got.dtype == dtype
         assert_near(got, wanted, TOLERANCE[dtype])
         assert (got[rows_of(inputs) :] == 0).all()
@@ -261,7 +261,7 @@ def test_a_gradient_to_one_argument_only(wanted: int) -> None:
 
 
 def test_what_autograd_keeps_is_the_pre_activations() -> None:
-    """Beside inputs and row tables nothing but [S, G*N] is saved: no gathered x, no rows."""
+    """Only inputs, row tables and [S, G*N] are saved: no gathered x, no output rows."""
     inputs = make(SIZES["more than one block"])
     mine = leaves(inputs.x, inputs.weights, inputs.expand_weight, inputs.contract_weight)
     known = {t.data_ptr() for t in (*mine, *inputs.table)}
@@ -278,7 +278,7 @@ def test_what_autograd_keeps_is_the_pre_activations() -> None:
 
 @pytest.mark.parametrize("name", SIZES)
 def test_a_skipped_slot_costs_no_row(name: str) -> None:
-    """The rows that the kernel says it multiplied are the slots on resident experts."""
+    """The kernel's count of computed rows is the number of slots on resident experts."""
     sizes = SIZES[name]
     inputs = make(sizes)
     on_residents = int((chosen_experts(sizes, "even") < sizes.residents).sum())
@@ -312,7 +312,7 @@ def all_results(inputs: Inputs, activation: str) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("routing", ["even", "one hot expert"])
 def test_same_bits_for_any_number_of_threads(routing: str, dtype: torch.dtype) -> None:
-    # Rows are split differently for different numbers of threads, columns are in several ranges.
+    # The split of rows depends on the number of threads, and columns are in several ranges.
     inputs = make(Sizes(1500, 40, 530, 4, 3, 2), dtype=dtype, routing=routing)
     alone = all_results(inputs, "swiglu")
     for number in (2, 3, 1):
@@ -340,7 +340,7 @@ def test_calls_at_the_same_time_do_not_share_temporaries() -> None:
 
 @pytest.mark.parametrize("isa", OTHER_ISAS)
 def test_every_instruction_set_matches_fp64(isa: str) -> None:
-    """Runs the comparison of this file in a process that is made to use `isa`."""
+    """Runs this file's comparison in a process that uses `isa`."""
     code = """
 import test_experts as t
 t.torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 """The grouped GEMMs against float64: one set of tests for the CPU, emulated and CUDA kernels.
 
-Inputs are rounded to the dtype first, so that float64 gives what exact arithmetic would. A kernel's
+Inputs are rounded to the dtype first, so float64 gives the result of exact arithmetic. A kernel's
 relative error, per tensor, may be at most a little more than that of plain torch in the same dtype,
 which tests/ops/reference.py gives when it is called with tensors of that dtype.
 """
@@ -83,7 +83,7 @@ def test_expand_without_pre_activations(device, dtype):
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
 @pytest.mark.parametrize("scale", [1, 8])
 def test_expand_of_every_activation(device, activation, scale, dtype):
-    """Also of larger pre-activations, of which clamped_swiglu clamps some."""
+    """With larger pre-activations too, some of which clamped_swiglu clamps."""
     gates = 2 if ops.is_gated(activation) else 1
     inputs = make(GROUPS["zipf"], *SMALL, dtype, bias=True, gates=gates)
     check_expand(device, inputs._replace(x=inputs.x * scale), activation)
@@ -203,7 +203,7 @@ def test_activation_backward(device, groups, activation, dtype):
 
 @every_case
 def test_weight_grad(device, groups, hidden, size, dtype):
-    """Each side gathered or not."""
+    """Each operand gathered or not."""
     inputs = make(groups, hidden, size, dtype)
     tokens = inputs.table.token_of_row
     for left, right, left_index, right_index in (
@@ -257,7 +257,7 @@ def check_weight_grad_add(
 
 @every_case
 def test_bias_grad(device, groups, hidden, size, dtype):
-    """Of rows as they are, and of gathered and weighted ones."""
+    """For rows as they are, and for gathered and weighted rows."""
     inputs = make(groups, hidden, size, dtype)
     table, count = inputs.table, inputs.count
     tokens, slots = table.token_of_row[:count].long(), table.slot_of_row[:count].long()
@@ -327,7 +327,7 @@ def test_moe_experts(device, groups, hidden, size, dtype, bias):
 
 
 def check_moe_totals(device: Device, backward: tuple, without: list[Tensor]) -> None:
-    """Totals get what weight_grad_add gives them; all other gradients are the same bits."""
+    """Totals get the weight gradients added; all other gradients have the same bits as without."""
     on = lambda a: a.to(device.tensors) if isinstance(a, Tensor) else a
     op, start = device.op("moe_experts_backward"), [without[2][0], without[4][0]]
     generator = torch.Generator().manual_seed(2)
@@ -341,7 +341,7 @@ def check_moe_totals(device: Device, backward: tuple, without: list[Tensor]) -> 
                 continue
             assert grads[which].shape == (0, *grad.shape[1:])
             added = end.cpu().double() - total.double()
-            # The gradients' own rounding to their dtype is what the totals do not have.
+            # The gradients are rounded to their dtype, the totals are not.
             limit = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
             error = (added - grad.double()).norm()
             assert error <= limit[grad.dtype] * grad.double().norm() + 1e-7 * total.norm()

@@ -72,7 +72,7 @@ def test_totals_get_the_sum_of_several_passes(
         assert torch.equal(mine[0].grad, plain[0]) and torch.equal(mine[1].grad, plain[1])
         grads = exact_grads(inputs, grad_y, activation)[2:]
         wanted = [total + grad for total, grad in zip(wanted, grads, strict=True)]
-    # Activations and pre-activations are rounded to the dtype on their way, sums are not.
+    # Activations and pre-activations are rounded to the dtype, sums are not.
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
     without_rows = inputs.table.offsets.diff() == 0
     for total, right, before in zip(totals, wanted, start, strict=True):
@@ -199,7 +199,7 @@ def set_main_grads(layer: Any) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_layer_fills_main_grad(bias: bool) -> None:
-    """All other gradients as ever, of every pass; `grad` of the weights stays None."""
+    """All other gradients are as without it, after every pass; `grad` of the weights stays None."""
     plain, layer = (
         small_layer.make(expert_bias=bias, resident_experts=[0, 2, 5]) for _ in range(2)
     )
@@ -219,7 +219,7 @@ def test_a_layer_fills_main_grad(bias: bool) -> None:
 
 
 def test_many_small_passes_lose_nothing_in_bf16() -> None:
-    """256 passes: bf16 gradients stop growing long before, main_grad goes on."""
+    """After 256 passes main_grad has the exact sum; bf16 gradients stop growing long before."""
     layer = small_layer.make(dtype=torch.bfloat16)
     plain = small_layer.make(dtype=torch.bfloat16)
     set_main_grads(layer)

@@ -18,8 +18,8 @@ def make_logits(tokens, experts, dtype, seed=0, spread=2.0):
 
 
 def check_choice(experts, scores, bias, allowed, num_groups, groups_kept, top_k):
-    """The kernel's experts are those of the definition, up to choice scores that fp32 cannot tell
-    apart; where they differ the scores must agree to rounding.
+    """The kernel chooses the experts of the definition. Where they differ, the choice scores must
+    be equal up to fp32 rounding.
     """
     choice = scores if bias is None else scores + bias.double()
     wanted = reference.choose(choice, top_k, allowed, num_groups, groups_kept)
@@ -295,7 +295,7 @@ def test_statistics(scoring, restricted, biased):
 
 
 def test_statistics_of_extreme_logits():
-    """A certain router has no entropy; tiny scores neither overflow nor become NaN."""
+    """A certain choice has zero entropy; tiny scores neither overflow nor become NaN."""
     logits = torch.tensor([[100.0, -100.0, -torch.inf, -3e38]])
     for scoring in SCORINGS:
         _, _, statistics = ops.route(logits, 2, scoring=scoring, return_statistics=True)

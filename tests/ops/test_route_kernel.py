@@ -16,7 +16,7 @@ CPU = torch.ops.fomoe
 
 
 def make_logits(tokens, experts, dtype, kind, generator):
-    """Random logits of a kind that routers are known for, or that is hard."""
+    """Random logits of one kind: typical for routers, or hard."""
     logits = 2 * torch.randn(tokens, experts, generator=generator)
     if kind == "ties":
         logits = torch.randint(-1, 2, (tokens, experts), generator=generator).float()
@@ -46,7 +46,7 @@ def check(device, logits, top_k, scoring, bias, allowed, groups, kept, renormali
     assert torch.equal(weights, wanted[0])
     if statistics:
         assert torch.equal(sums[:-1], wanted[2][:-1])
-        # The logarithm in the entropy is not the CPU's.
+        # The entropy uses another logarithm than the CPU's.
         assert abs(sums[-1] - wanted[2][-1]) <= 1e-5 * 2**32 * max(len(logits), 1)
     generator = torch.Generator().manual_seed(top_k)
     grad = torch.randn(len(logits), top_k, generator=generator)
@@ -127,7 +127,7 @@ def test_storage_that_starts_anywhere(device, offset):
 
 @pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
 def test_nan_reaches_the_weights(device, scoring):
-    """Where nothing may wait for the device a bad token cannot raise: it shows in its weights."""
+    """On CUDA a bad token raises no error, as that would synchronise: its weights are NaN."""
     if device.name == "cpu":
         pytest.skip("the CPU op raises: test_route.py")
     logits = make_logits(5, 40, torch.float32, "normal", torch.Generator().manual_seed(0))

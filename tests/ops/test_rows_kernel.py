@@ -104,8 +104,8 @@ def test_same_bits_every_time(device):
 
 @pytest.mark.parametrize("verb, hidden", [("gather", (32 << 20) + 1), ("combine", 32 << 20)])
 def test_emulated_rows_beyond_32_bits(emulated, verb, hidden):
-    """Elements past number 2^31 of the rows, in memory of which only two rows are ever touched. An
-    odd width makes each element an index of its own.
+    """Elements past number 2^31 of the rows, in memory of which only two rows are touched. With an
+    odd width every element is accessed by itself.
     """
     tokens, top_k = 2, 36
     slots = tokens * top_k

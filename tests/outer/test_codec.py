@@ -1,5 +1,5 @@
-"""Codecs: what they promise of errors, noise and sums; all instruction sets and numbers of threads
-make the same bytes. The bytes themselves are compared in test_delta.py.
+"""Codecs: their errors, noise and sums, and the same bytes from all instruction sets and numbers of
+threads. The format of the bytes is tested in test_delta.py.
 """
 
 from __future__ import annotations
@@ -73,22 +73,23 @@ def test_the_error_is_what_is_missing(name: str) -> None:
 
 
 def mean_square_of_largest(count: int) -> float:
-    """Of so many normal values: the integral of the probability that the square is over t."""
+    """The mean square of the largest of so many normal values: the integral over t of the
+    probability that the square exceeds t."""
     t = np.linspace(0, 60, 20001)
     under = np.array([math.erf(math.sqrt(x / 2)) ** count for x in t])
     return float(np.trapezoid(1 - under, t))
 
 
 def uniform_error(most: int, block: int) -> float:
-    """Rounding errors spread evenly over a step of the largest / most; the largest itself has none.
-    Rounding the step up makes it 1 + 2^-8 / 1.44 times as large on average."""
+    """Uniform rounding errors over a step of largest / most; the largest value has none.
+    Rounding the step up makes it 1 + 2^-8 / 1.44 times larger on average."""
     step = math.sqrt(mean_square_of_largest(block)) / most * (1 + 2**-8 / 1.44)
     return step * math.sqrt((1 - 1 / block) / 12)
 
 
 def topk_error(kept: float) -> float:
-    """When a share `kept` of the energy of the largest 1/64 is decoded rightly. Beyond the quantile
-    z is 2 z pdf(z) + 1/64 of the energy of a normal distribution."""
+    """The error if a share `kept` of the energy of the largest 1/64 is decoded. Beyond its quantile
+    z a normal distribution has 2 z pdf(z) + 1/64 of its energy."""
     z = 2.41756
     energy = 2 * z * math.exp(-z * z / 2) / math.sqrt(2 * math.pi) + 1 / 64
     return math.sqrt(1 - kept * energy)
@@ -97,7 +98,7 @@ def topk_error(kept: float) -> float:
 # Four even levels for a normal distribution leave 0.1188 of the variance (Max, 1960).
 FOUR_LEVELS = math.sqrt(0.1188)
 BOUNDS = {
-    "bf16": (2**-9.5, 2**-9),  # at most half of 2^-8 and on average less
+    "bf16": (2**-9.5, 2**-9),  # at most 2^-9, on average less
     **{
         f"int{bits}{suffix}": tuple(uniform_error(most, block) * f for f in (0.985, 1.015))
         for bits, most in ((8, 127), (4, 7))
@@ -132,7 +133,7 @@ def test_no_value_is_further_off_than_half_a_step(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_stochastic_rounding_is_right_on_average(name: str) -> None:
-    """Within five standard deviations of the mean of as many seeds, each value of a block."""
+    """The mean over seeds of each value of a block is within five standard deviations."""
     codec, seeds = Codec(name, "stochastic"), 2000
     values = normal(128, 4)
     decoded = torch.stack(
@@ -142,7 +143,7 @@ def test_stochastic_rounding_is_right_on_average(name: str) -> None:
     inside = values.abs() < values.abs().max() if "int2" not in name else values.abs() < 1.0
     deviation = decoded.std(0) / math.sqrt(seeds)
     assert bool((off <= 5 * deviation + 1e-6)[inside].all())
-    # And no two values go up and down together.
+    # And the roundings of two values are uncorrelated.
     correlation = torch.corrcoef(decoded[:, deviation > 0].T)
     assert (correlation - torch.eye(len(correlation))).abs().max() < 0.15
     nearest = Codec(name)
@@ -157,7 +158,7 @@ def test_seeds_and_numbers_choose_the_noise(name: str) -> None:
     assert torch.equal(payload, codec.encode(values, seed=3, first=100))
     for seed, first in ((4, 100), (3, 101), (3 + 2**32, 100), (3, 100 + 2**32), (2**63 - 1, 0)):
         assert not torch.equal(payload, codec.encode(values, seed=seed, first=first))
-    # A stretch of values takes the same bits wherever a call begins.
+    # Values get the same random bits wherever a call begins.
     size = codec.wire_bytes(128)
     rest = codec.encode(values[128:], seed=3, first=228)
     assert torch.equal(payload[size:], rest)
@@ -165,7 +166,7 @@ def test_seeds_and_numbers_choose_the_noise(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in wire.CODECS if n != "fp32"])
 def test_with_error_feedback_nothing_is_lost(name: str) -> None:
-    """Rounds of the same mean: what was decoded sums up to what was given but for one error."""
+    """Over rounds with the same mean, the decoded values sum to the given ones up to one error."""
     codec, numel, rounds = Codec(name), 4096, 200
     mean = normal(numel, 9)
     error, given, decoded = torch.zeros(numel), torch.zeros(numel).double(), 0.0
@@ -219,11 +220,11 @@ def test_deltas_of_parts() -> None:
     codec.encode_delta([], 0, out[:0])
 
 
-# ----------------------------------------------------------------------------- the same on any CPU
+# ------------------------------------------------------------------------------ the same on any CPU
 
 
 def digest() -> str:
-    """Of what every codec makes of every kind of values, with parts, errors and sums."""
+    """A hash of every codec's output for every kind of values, with parts, errors and sums."""
     sha = hashlib.sha256()
     for name in wire.CODECS:
         for rounding in ("nearest", "stochastic"):
@@ -231,7 +232,7 @@ def digest() -> str:
             for kind in KINDS:
                 if kind == "huge" and name == "bf16":
                     continue
-                # 40000 values are shared out over threads.
+                # 40000 values are divided among threads.
                 for numel in (77, 4096 + 777, *([40000] if kind == "outliers" else [])):
                     values = torch.from_numpy(make_values(numel, kind, numel))
                     error = torch.zeros(numel)
@@ -276,7 +277,7 @@ print(t.digest())
     assert told_with_isa(isa, code) == digest()
 
 
-# --------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize("name", wire.CODECS)
@@ -302,7 +303,7 @@ def test_values_that_are_not_finite_are_named(name: str, bad: float, index: int)
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7F800001, 0xFFFFFFFF])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_nan_is_seen(bits: int, dtype: torch.dtype) -> None:
-    """Also one whose bits overflow when they are rounded, in an anchor."""
+    """Also a NaN in an anchor whose bits overflow when rounded."""
     anchor = torch.zeros(70)
     anchor[69:].view(torch.int32).fill_(bits - (1 << 32) * (bits >> 31))
     part = DeltaPart(torch.zeros(70, dtype=dtype), 0)
@@ -340,7 +341,7 @@ def test_codecs_refuse_bad_input() -> None:
 
 
 def test_ops_do_what_their_schemas_say() -> None:
-    """What they write is what the schema says, and torch can trace them."""
+    """The ops write the arguments that their schemas say, and torch can trace them."""
     ops, values = torch.ops.fomoe, normal(200)
     payload = Codec("int8").encode(values)
     numbers = (200, 2, 64, False, 0, 0)

@@ -1,4 +1,4 @@
-"""A site that sends what no encoder makes: it is named, and nothing of it is applied."""
+"""A site sends a payload that no encoder makes: the error names it, and nothing is applied."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NUMEL = 300
 
 
 class HostileJob(VectorJob):
-    """Its payloads begin with bytes that are NaN in every format, rightly sealed."""
+    """Its payloads begin with bytes that are NaN in every format, and have the right hash."""
 
     def encode(self, start: int, stop: int, payload: Tensor) -> None:
         super().encode(start, stop, payload)
@@ -40,7 +40,7 @@ def hostile_sum(site: int, num_sites: int, codec: str, summed: bool) -> str:
     ("codec", "summed"),
     [*((c, True) for c in ("fp32", "bf16", "int8", "int4", "int2", "topk")), ("fp32", False)],
 )
-def test_who_sends_nan_is_named(codec, summed):
+def test_a_site_that_sends_nan_is_named(codec, summed):
     told = pool().run(2, hostile_sum, codec, summed)[0]
     assert told.startswith(f"the payloads of site 1 for elements 0 .. {NUMEL - 1} of the sites")
     assert "is NaN or infinite" in told

@@ -1,4 +1,4 @@
-"""What inner optimizers keep of experts goes with them, by what it means, or is refused by name."""
+"""State of inner optimizers moves with its experts, or is refused if its meaning is unknown."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def hf_adafactor(parameters: Any) -> torch.optim.Optimizer:
 
 
 class Own(torch.optim.Optimizer):
-    """Keeps of every parameter what `make` gives."""
+    """An optimizer that keeps `make(parameter)` as its state."""
 
     def __init__(self, parameters: Any, make: Callable[[Tensor], dict[str, Any]]) -> None:
         super().__init__(parameters, {"lr": 0.1})
@@ -68,7 +68,7 @@ FIRST = {"sum": 0.25, "step_size": 0.03}
 
 
 def rows_of(model: SmallModel, inner: torch.optim.Optimizer) -> dict[Any, dict[str, Tensor]]:
-    """State by (layer, expert, part): what has rows of the stack."""
+    """State tensors with a row per expert, by (layer, expert, part)."""
     result: dict[Any, dict[str, Tensor]] = {}
     for index, layer in enumerate(model.layers):
         for part in layer.experts.parts:
@@ -96,7 +96,7 @@ def moved(site: int, num_sites: int, kind: str) -> Any:
     arrived = sync.reshuffle(new).arrived
     after = rows_of(model, inner)
     give_gradients(model, site, 3)
-    inner.step()  # goes on with it
+    inner.step()  # the optimizer continues with the moved state
     finite = all(bool(p.isfinite().all()) for p in model.parameters())
     return before, after, arrived, finite
 
@@ -120,7 +120,7 @@ def test_state_moves_with_its_expert(kind: str) -> None:
 
 
 class Quantised(Tensor):
-    """As libraries keep state of 8 bits: a tensor that says it is fp32."""
+    """Like the 8-bit state of libraries: a tensor that claims to be fp32."""
 
 
 REFUSED: list[tuple[Make, str]] = [
@@ -164,12 +164,12 @@ def refused(site: int, num_sites: int, which: int, at: int) -> tuple[str, str, b
 
 
 @pytest.mark.parametrize("which", range(len(REFUSED)))
-def test_what_is_not_understood_is_refused_before_anything_moves(which: int) -> None:
+def test_unknown_state_is_refused_before_anything_moves(which: int) -> None:
     for kind, text, unchanged in pool().run(2, refused, which, -1):
         assert kind == "ValueError" and REFUSED[which][1] in text and unchanged, text
 
 
-def test_all_sites_hear_of_what_one_does_not_understand() -> None:
+def test_all_sites_hear_of_state_that_one_refuses() -> None:
     (first, told, same), (second, own, same_) = pool().run(2, refused, 0, 1)
     assert (first, second) == ("MeetingError", "ValueError") and same and same_
     assert "site 1: state1 (torch.uint8) of layers.0" in told and "state1" in own
@@ -194,13 +194,16 @@ def stepped_by_another(site: int, num_sites: int, optimizer: str) -> str:
 @pytest.mark.parametrize(
     ("optimizer", "name"), [("fedavg", "layers.0.experts.expand_weight"), ("local-adamw", "first")]
 )
-def test_state_is_that_of_the_optimizer_that_trains(optimizer: str, name: str) -> None:
+def test_state_of_another_optimizer_than_the_one_that_trains_is_refused(
+    optimizer: str, name: str
+) -> None:
     for text in pool().run(2, stepped_by_another, optimizer):
         assert f"{name} was trained by another optimizer than inner_optimizer" in text
 
 
-def test_columns_of_a_matrix_are_of_all_its_rows() -> None:
-    """Adafactor factors biases [R, n] over the experts: nobody's own, be n = R or not."""
+def test_column_factors_belong_to_no_single_expert() -> None:
+    """Adafactor factors biases [R, n] over the experts: that state belongs to no single expert,
+    whether n = R or not."""
     for make, name in ((KNOWN["Adafactor"], "col_var"), (hf_adafactor, "exp_avg_sq_col")):
         for width in (3, 4):
             biases = nn.Parameter(noise("b", 4, width))
@@ -223,7 +226,7 @@ def test_state_that_cannot_travel_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["Adafactor", "transformers' Adafactor", "AdamW", "Adagrad"])
-def test_state_that_is_not_finite_begins_anew(kind: str) -> None:
+def test_state_that_is_not_finite_is_reset(kind: str) -> None:
     stack = nn.Parameter(noise("w", 3, 4, 5))
     inner = KNOWN[kind]([stack])
     for value in (1.0, float("nan")):

@@ -22,7 +22,7 @@ def log_of(missing: str = "", **options: Any) -> MeetingLog:
     return MeetingLog(site)
 
 
-def test_a_report_has_what_came_together_since_the_last_one() -> None:
+def test_a_report_has_what_was_counted_since_the_last_one() -> None:
     log = log_of()
     for count in (7, 30):
         with log.meeting("the meeting"):
@@ -55,11 +55,11 @@ def test_a_failed_meeting_is_the_last() -> None:
         raise RuntimeError("connection closed")
     again = pytest.raises(MeetingError, match=f"cannot go on: {named}; resume")
     with again, log.meeting("the meeting"):
-        pytest.fail("held all the same")
+        pytest.fail("the meeting went on")
 
 
 @pytest.mark.parametrize("error", [MeetingError("site 2 is in another round"), ValueError("no")])
-def test_what_was_refused_may_be_tried_again(error: Exception) -> None:
+def test_a_refused_meeting_may_be_tried_again(error: Exception) -> None:
     log = log_of()
     with pytest.raises(type(error)), log.meeting("the meeting"):
         raise error
@@ -76,7 +76,7 @@ def test_a_staged_meeting_that_breaks_off_is_lost_alone() -> None:
         pass
 
 
-def test_steps_of_a_round_go_on_from_a_checkpoints() -> None:
+def test_steps_of_a_round_continue_from_a_checkpoint() -> None:
     steps = StepCount(of_round=4)
     steps.taken = 10
     assert steps.since == 2

@@ -1,4 +1,4 @@
-"""What goes wrong between sites: damaged bytes, other bits, other rounds, lost sites."""
+"""Failures between sites: damaged bytes, diverged parameters, different rounds, lost sites."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def refused(call: Any) -> str:
     return ""
 
 
-# ----------------------------------------------------------------------------------- damaged bytes
+# ------------------------------------------------------------------------------------ damaged bytes
 
 
 class BadCable:
-    """A group's connections, on which one bit of a payload from site 0 is flipped on arrival."""
+    """A group's connections that flip one bit of a payload from site 0 on arrival."""
 
     def __init__(self, handle: Any, received: torch.Tensor, row: int) -> None:
         self._handle, self._received, self._row = handle, received, row
@@ -61,7 +61,7 @@ class BadCable:
 
 
 def flip(site: int, num_sites: int, stage: str, codec: str) -> tuple[str, str]:
-    sync = make(site, num_sites, codec=codec, timeout_s=4)  # site 0 waits for so long
+    sync = make(site, num_sites, codec=codec, timeout_s=4)  # site 0 waits this long
     everyone = sync.groups.group(sync.groups.everyone)
     real = getattr(everyone, stage)
 
@@ -91,11 +91,11 @@ def test_a_flipped_bit_is_seen_and_named(stage: str, codec: str) -> None:
     assert "broke off at site 0" in answers[0][0] or "cannot go on" in answers[0][1]
 
 
-# -------------------------------------------------------------------------------------- other bits
+# ----------------------------------------------------------------------------------- different bits
 
 
 def drift(site: int, num_sites: int, mode: str, culprits: tuple[int, ...]) -> Any:
-    """Sites whose memory has changed a bit of the anchor of a dense tensor after a good round."""
+    """At some sites one bit of a dense tensor's anchor changes after a good round."""
     sync = make(site, num_sites, on_mismatch=mode, codec="int8")
     train(sync, site, 0)
     sync.step()
@@ -116,7 +116,7 @@ def drift(site: int, num_sites: int, mode: str, culprits: tuple[int, ...]) -> An
     return message, again, healed, pieces(sync.model)["dense", "first"], sync.agreements
 
 
-def test_other_bits_stop_the_run_and_are_named() -> None:
+def test_different_bits_stop_the_run_and_are_named() -> None:
     for message, again, *_ in pool().run(3, drift, "stop", (1,)):
         assert message == "sites 1 hold other bits of first than sites 0, 2"
         assert "cannot go on" in again and message in again
@@ -140,7 +140,7 @@ def test_without_a_majority_nobody_is_healed() -> None:
 
 
 def compare(site: int, num_sites: int) -> list[Any]:
-    """Agreements of tensors of one owner set: the same, swapped, a sign of zero."""
+    """Hashes of tensors with the same owners: equal, swapped, and with zeros of another sign."""
     groups = SiteGroups(num_sites, site, timeout_s=20)
     owners = tuple(range(num_sites))
     one, two = torch.arange(5.0), torch.arange(5.0) + 1
@@ -164,11 +164,11 @@ def test_hashes_see_swaps_and_signs() -> None:
         assert found == [[], ["a", "b"], ["z"], ["p"]]
 
 
-# ------------------------------------------------------------------------------------ other rounds
+# --------------------------------------------------------------------------------- different rounds
 
 
 def out_of_step(site: int, num_sites: int) -> tuple[str, str, int]:
-    """Site 1 goes on from an older state than the others; then the same with another placement."""
+    """Site 1 continues from an older round than the others; then site 0 has another placement."""
     sync = make(site, num_sites)
     old = {name: value for name, value in sync.state_dict().items() if name == "round"}
     train(sync, site, 0)
@@ -201,7 +201,7 @@ def test_sites_of_different_rounds_or_placements_do_not_meet() -> None:
         assert after == 2
 
 
-# -------------------------------------------------------------------------------------- lost sites
+# --------------------------------------------------------------------------------------- lost sites
 
 LOST = """
 import os, signal, sys, time, torch, torch.distributed as dist
@@ -249,7 +249,7 @@ os._exit(0)
 
 
 def run_lost(how: str) -> list[str]:
-    """What the two sites that are left say when site 2 is killed or stopped."""
+    """The output of the other two sites when site 2 is killed or stopped."""
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             subprocess.Popen(
@@ -282,5 +282,5 @@ def test_a_silent_site_is_named_when_time_is_up() -> None:
         assert "imed out" in output, output
 
 
-def test_the_limit_of_time_is_minutes() -> None:
+def test_the_default_timeout_is_at_most_ten_minutes() -> None:
     assert SiteGroups(1, 0).timeout_s <= 600

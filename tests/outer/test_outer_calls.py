@@ -1,4 +1,4 @@
-"""Calls that were forgotten: meetings do without them, or refuse before anything is averaged."""
+"""Forgotten calls: a meeting works without them, or refuses before anything is averaged."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def passes(model: nn.Module, site: int, step: int, chunks: int = 1) -> None:
 
 
 def trained(site: int, num_sites: int, options: dict[str, Any], by_hand: bool) -> Any:
-    """What a loop ends with that calls `after_step`, or never does."""
+    """The results of a loop that calls `after_step`, or of one that does not."""
     model, inner, sync = made(site, num_sites, **options)
     for step in range(STEPS * ROUNDS):
         passes(model, site, step)
@@ -100,7 +100,7 @@ def test_after_step_need_not_be_called(options: dict[str, Any]) -> None:
 
 
 def several_optimizers(site: int, num_sites: int) -> int:
-    """Two that share a model take one step together; another model's count for nothing."""
+    """Two optimizers share a model: one step together. One of another model does not count."""
     model = SmallModel(place(num_sites), site)
     experts = [p for layer in model.layers for p in layer.experts.parameters()]
     others = [p for p in model.parameters() if not any(p is e for e in experts)]
@@ -124,7 +124,7 @@ def test_a_step_may_be_that_of_several_optimizers() -> None:
 
 
 def ddp(site: int, num_sites: int, how: str) -> tuple[dict[Any, Tensor], int]:
-    """Steps by gradients of all sites, however they came to be."""
+    """Steps with gradients averaged over sites, accumulated or clipped in several ways."""
     model, inner, sync = made(site, num_sites, optimizer="ddp")
     if how == "made after":
         inner = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -145,7 +145,7 @@ def ddp(site: int, num_sites: int, how: str) -> tuple[dict[Any, Tensor], int]:
 
 @pytest.mark.parametrize("how", ["never", "made after", "once", "accumulated", "clipped"])
 def test_gradients_are_averaged_before_every_step(how: str) -> None:
-    """All sites hold the same before the meeting, also where a reduction came too early."""
+    """All sites are equal before the meeting, even if gradients were reduced too early."""
     (one, count), (other, _) = pool().run(2, ddp, how)
     assert count == (3 if how in ("never", "once", "made after") else 6)
     for key in one.keys() & other.keys():
@@ -155,11 +155,11 @@ def test_gradients_are_averaged_before_every_step(how: str) -> None:
         assert all(torch.allclose(right[k], one[k], atol=3e-3) for k in right)
 
 
-# ------------------------------------------------------------------------- calls that were missed
+# --------------------------------------------------------------------------- calls that were missed
 
 
 class Plain:
-    """An optimizer that torch.optim knows nothing of."""
+    """An optimizer that is not a torch.optim.Optimizer."""
 
     def __init__(self, parameters: Any) -> None:
         self._parameters = list(parameters)
@@ -171,7 +171,7 @@ class Plain:
 
 
 def missed(site: int, num_sites: int, what: str) -> tuple[str, bool]:
-    """The error of a loop that misses a call; whether all is as it was before."""
+    """The error of a loop that omits a call, and whether the model is unchanged."""
     options = {
         "fragments": {"fragments": 2, "local_steps": 2},
         "step": {"fragments": 2, "local_steps": 2},
@@ -228,7 +228,7 @@ def test_finish_is_named_where_it_was_missed() -> None:
 
 
 def saved_early(site: int, num_sites: int, options: dict[str, Any]) -> list[str]:
-    """What speaks against taking the model as that of all sites, as a round goes on."""
+    """Why the model is not yet that of all sites, at several points of a round."""
     model, inner, sync = made(site, num_sites, **options)
     told = [unmet(model)]
     for _ in range(2):
@@ -266,7 +266,7 @@ def test_a_model_that_has_not_met_is_not_that_of_all_sites(
             assert word in text and bool(text) == bool(word)
 
 
-def test_a_bias_that_nobody_moves_is_told_of_once() -> None:
+def test_a_bias_that_is_never_updated_is_warned_of_once() -> None:
     model, inner, sync = made(0, 1)
     for step in range(3):
         passes(model, 0, step)
@@ -278,7 +278,7 @@ def test_a_bias_that_nobody_moves_is_told_of_once() -> None:
         assert len(told) == (step == 0), told
 
 
-def test_fragments_that_never_land_are_told_of() -> None:
+def test_fragments_that_are_never_applied_are_warned_of() -> None:
     sync = made(0, 1, overlap=1, local_steps=2)[2]
     for step in range(2):
         give_gradients(sync.model, 0, step)
@@ -292,7 +292,7 @@ def test_fragments_that_never_land_are_told_of() -> None:
         warn_of_lost(sync._driver.flights)
 
 
-# ------------------------------------------------------------------------------- what tokens are
+# ---------------------------------------------------------------------------------- what tokens are
 
 
 Pass = Callable[[nn.Module, Tensor], None]
@@ -317,7 +317,7 @@ def reentrant(model: nn.Module, x: Tensor) -> None:
 
 
 def looked_at(model: nn.Module, x: Tensor) -> None:
-    """With passes that do not train: evaluation, sampling, one that is thrown away."""
+    """With passes that do not train: evaluation, sampling, one without a backward pass."""
     micro_batches(model, x)
     with torch.no_grad():
         model(x)
@@ -368,12 +368,13 @@ def test_every_token_that_trains_is_counted_once(one_pass: Pass, told: bool) -> 
             sync.after_step()
     sync.watch.catch_up()
     assert sync.counts.tokens.sum() == wanted.sum() == 2 * 40 * 2 * LAYERS
-    # Steps of 1e-6 move no token from one expert to another here.
+    # Steps of 1e-6 are too small to change the routing of any token.
     assert torch.equal(sync.counts.tokens, wanted)
 
 
 def weighed(site: int, num_sites: int, chunks: int) -> float:
-    """How far an expert moves that site 0 has moved by 1 with 8 tokens, site 1 by 0 with one."""
+    """How far the mean moves an expert that moved by 1 at site 0 (8 tokens) and by 0 at site 1 (1
+    token)."""
     model, inner, sync = made(site, num_sites, expert_mean="tokens", optimizer="fedavg")
     x = noise("one", 1, HIDDEN).expand(8 if site == 0 else 1, HIDDEN)
     starts = [layer.experts.expand_weight.detach().clone() for layer in model.layers]
@@ -394,7 +395,7 @@ def test_a_mean_by_tokens_is_one_of_all_micro_batches(chunks: int) -> None:
     assert pool().run(2, weighed, chunks) == pytest.approx([8 / 9, 8 / 9], abs=1e-5)
 
 
-# ----------------------------------------------------------------------------------- what hooks do
+# ------------------------------------------------------------------------------------ what hooks do
 
 
 def test_a_model_can_be_copied_stored_compiled_and_met_anew() -> None:

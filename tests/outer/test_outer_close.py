@@ -1,4 +1,4 @@
-"""The end of an OuterSync: what it made is gone, and nobody waits for the other sites."""
+"""Closing an OuterSync frees what it made, without waiting for the other sites."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def made(site: int, num_sites: int, groups: SiteGroups | None = None, **options:
 
 
 def threads() -> int:
-    """Threads of this process, also those of C++."""
+    """The number of threads of this process, including those of C++."""
     return len(os.listdir("/proc/self/task"))
 
 
 def threads_but(many: int) -> int:
-    """Threads, once those that are ending have had time to."""
+    """The number of threads, after waiting for ending ones until at most `many` are left."""
     for _ in range(100):
         if threads() <= many:
             break
@@ -61,7 +61,7 @@ def rounds(model: SmallModel, inner: Any, sync: OuterSync, site: int) -> None:
 
 def whole_life(site: int, num_sites: int, options: dict[str, Any]) -> dict[str, Any]:
     torch.distributed.barrier()
-    rounds(*made(site, num_sites), site)  # starts what torch keeps for good
+    rounds(*made(site, num_sites), site)  # starts the threads that torch keeps for good
     gc.collect()
     hooks, before = len(HOOKS), threads_but(0)
     model, inner, sync = made(site, num_sites, **options)
@@ -79,7 +79,7 @@ def whole_life(site: int, num_sites: int, options: dict[str, Any]) -> dict[str, 
             call()
         refused.append(type(caught.value))
     give_gradients(model, site, 9)
-    inner.step()  # trains on, unwatched
+    inner.step()  # training goes on without hooks
     return {
         "threads": (before, within, after),
         "exchanging": exchanging,
@@ -121,7 +121,7 @@ def test_connections_that_were_given_stay_open() -> None:
 
 
 def leave_by_error(site: int, num_sites: int) -> tuple[float, int, bool]:
-    """Site 0 leaves with a fragment under way, and nobody answers it."""
+    """Site 0 leaves by an error while a fragment is being exchanged, and no site answers."""
     model, inner, sync = made(site, num_sites, **OVERLAP)
     start, told = time.perf_counter(), ""
     if site == 0:
@@ -158,8 +158,8 @@ def test_close_warns_of_what_is_lost() -> None:
     assert pool().run(2, lose) == [0, 0]
 
 
-def test_the_loop_of_the_docstring_is_enough() -> None:
-    """Exactly as it stands there: steps are seen, and `step` is all that is called."""
+def test_the_loop_of_the_docstring_runs() -> None:
+    """The docstring's loop as it is: it calls only `step`, and optimizer steps are counted."""
     text = inspect.getdoc(OuterSync) or ""
     begin = text.index("    with OuterSync")
     code = textwrap.dedent(text[begin : text.index("After `step`")])

@@ -1,4 +1,4 @@
-"""OuterSync when resumed, when asked for the impossible, and when a site is lost."""
+"""OuterSync: resuming, bad arguments, disagreement between sites, and a lost site."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from torch import nn
 from fomoe_ext.outer import MeetingError, OuterOptions, OuterSync, SiteGroups
 from fomoe_ext.placement import Placement
 
-# ---------------------------------------------------------------------------------------- resuming
+# ----------------------------------------------------------------------------------------- resuming
 
 
 def make(
@@ -55,7 +55,7 @@ def one_round(
 
 
 def resume(site: int, num_sites: int, optimizer: str, scope: str) -> tuple[Any, Any, Any, Any]:
-    """Three rounds and a reshuffle in one go, and again from a state stored in the middle."""
+    """Three rounds and a reshuffle without a break, and the third again from a stored state."""
     placements = [random_placement(num_sites, 2, epoch=epoch) for epoch in range(2)]
     model, inner, sync = make(placements[0], site, optimizer, scope)
     one_round(model, inner, sync, site, 0)
@@ -133,7 +133,7 @@ def test_anchor_undoes_local_steps() -> None:
 
 
 def test_bf16_parameters_without_learning_stay(site: int = 0) -> None:
-    """The anchor keeps what bf16 cannot: no local step means no delta, whatever was rounded."""
+    """The anchor is fp32: without a local step there is no delta, whatever bf16 rounded."""
     placement = cyclic_placement(1, 1)
     model = SmallModel(placement, 0).bfloat16()
     sync = OuterSync(model, placement, 0, OuterOptions(outer_lr=0.3))
@@ -147,7 +147,7 @@ def test_bf16_parameters_without_learning_stay(site: int = 0) -> None:
     assert bits(sync.state.anchors[0]) == bits(anchor)
 
 
-# ---------------------------------------------------------------------------------- bad arguments
+# ------------------------------------------------------------------------------------ bad arguments
 
 SINGLE = cyclic_placement(1, 1)
 ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [

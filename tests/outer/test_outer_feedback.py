@@ -1,4 +1,4 @@
-"""What lossy codecs lose and error feedback brings back; means weighted by tokens, and rescaled."""
+"""Error feedback for lossy codecs; means weighted by tokens, and rescaled."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def place(num_sites: int, replication: int = 2) -> Placement:
 def drift(site: int, num_sites: int, codec: str, feedback: bool, rounds: int) -> Any:
     """Every site adds the same small amount to its parameters in every round.
 
-    Returns how far each piece has moved in all, and what is still waiting to be sent.
+    Returns how far a dense piece has moved, the sum of unsent errors, and the bytes of feedback.
     """
     placement = place(num_sites)
     model = SmallModel(placement, site)
@@ -55,26 +55,26 @@ def drift(site: int, num_sites: int, codec: str, feedback: bool, rounds: int) ->
 
 
 def step_of(name: str, shape: Any) -> Tensor:
-    """The first value a hundred times the others: coarse codecs lose these."""
+    """The first value is a hundred times the others, which coarse codecs round to zero."""
     step = torch.full(shape, 1e-3)
     step.view(-1)[0] = 0.1
     return step
 
 
 @pytest.mark.parametrize("codec", ["bf16", "int8", "int4", "int2", "topk"])
-def test_feedback_brings_back_what_is_lost(codec: str) -> None:
+def test_error_feedback_recovers_lost_values(codec: str) -> None:
     rounds = 400 if codec == "topk" else 60
     exact = rounds * step_of("first", (HIDDEN, 3))
-    for moved, waiting, held in pool().run(2, drift, codec, True, rounds):
-        # Behind by what the two errors hold, which does not grow with the rounds.
+    for moved, waiting, stored in pool().run(2, drift, codec, True, rounds):
+        # The lag is what the two errors hold; it does not grow with the rounds.
         assert float((moved - exact).abs().max()) < 0.35 * float(exact.max())
         assert float((moved - exact).sum().abs()) < 0.15 * float(exact.sum())
-        assert held > 0 and (waiting > 0 or codec == "bf16")
+        assert stored > 0 and (waiting > 0 or codec == "bf16")
     if codec == "int4":
-        for moved, waiting, held in pool().run(2, drift, codec, False, rounds):
+        for moved, waiting, stored in pool().run(2, drift, codec, False, rounds):
             small = moved.view(-1)[1:]
             assert float(small.abs().max()) < 0.01 * float(exact.min())  # lost for good
-            assert waiting == held == 0
+            assert waiting == stored == 0
 
 
 def one_meeting(site: int, num_sites: int, codec: str) -> Any:
@@ -102,7 +102,7 @@ def one_meeting(site: int, num_sites: int, codec: str) -> Any:
 
 
 def test_own_part_is_exact_and_nothing_is_forgotten() -> None:
-    """All deltas = the mean that was applied, times sites, + what all errors hold."""
+    """The sum of all deltas = the applied mean times the number of sites + all stored errors."""
     answers = pool().run(3, one_meeting, "int4")
     deltas = sum(a[1].double() - a[0].double().view(-1) for a in answers)
     applied = 3 * (answers[0][1].double() - answers[0][2].double().view(-1))

@@ -1,4 +1,4 @@
-"""What takes part in meetings must stay what it was when OuterSync was made."""
+"""The parameters that take part in meetings may not change after OuterSync was made."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ CHANGES: list[tuple[Change, str]] = [
 
 
 def changed(site: int, num_sites: int, at: int, change: Change, how: str) -> tuple[str, bool]:
-    """What a meeting says after a change at site `at` alone; whether it has changed nothing."""
+    """The error of a meeting after a change at site `at` alone, and if nothing changed."""
     placement = placement_of(num_sites)
     model = Model(placement, site)
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -179,7 +179,7 @@ def test_a_change_is_refused_by_name(change: Change, words: str) -> None:
         (move_experts, "site 1: layers.0 holds other experts than placed"),
     ],
 )
-def test_all_sites_hear_of_it(change: Change, words: str, how: str) -> None:
+def test_all_sites_hear_of_a_change_at_one(change: Change, words: str, how: str) -> None:
     for text, unchanged in pool().run(3, changed, 1, change, how):
         assert words.removeprefix("site 1: ") in text and unchanged, text
 

@@ -40,7 +40,7 @@ def test_jobs_and_the_library_have_the_same_defaults(optimizer: str, momentum: f
 
 
 def test_every_option_of_a_job_reaches_its_meetings() -> None:
-    """Values that no default has, set by flags: none is left behind on the way."""
+    """Flags set options to other values than their defaults; all reach OuterOptions."""
     flags = (
         "--outer-lr 0.7 --outer-momentum 0.9 --codec int4-128 --rounding stochastic "
         "--no-error-feedback --router-mean all --expert-mean tokens --clip-delta 3 --rescale "

@@ -284,7 +284,11 @@ def test_step_out_of_turn_is_refused() -> None:
         ({"overlap": 1}, ValueError, "local_steps must be given"),
         ({"overlap": 4, "local_steps": 4}, ValueError, "overlap must be less than local_steps = 4"),
         ({"fragments": 5, "local_steps": 4}, ValueError, r"fragments must be in \[1, local_steps"),
-        ({"overlap": 1, "local_steps": 4, "optimizer": "ddp"}, ValueError, "for optimizer diloco"),
+        (
+            {"overlap": 1, "local_steps": 4, "optimizer": "ddp"},
+            ValueError,
+            "must be diloco or fedavg",
+        ),
         ({"overlap_alpha": 1.0}, ValueError, r"overlap_alpha must be in \[0, 1\)"),
         ({"rounding": "up"}, ValueError, "rounding must be"),
         ({"error_feedback": 1}, TypeError, "error_feedback must be True or False"),
@@ -339,27 +343,32 @@ def test_times_are_those_of_steps_and_exchanges_alone() -> None:
     assert times.told() == (0.0, 0.0, 0.0)  # no exchange yet
     times.exchanged(0, 0.5, 6.0)
     times.exchanged(1, 9.0, 5.0)
-    assert times.told() == (0.5, 6.0, 2.0)  # of the fragment that takes longest
+    assert times.told() == (0.5, 6.0, 2.0)  # the times of the slowest fragment
     times.exchanged(0, 0.5, 3.0)
     assert times.told() == (9.0, 5.0, 2.0)
+    for announced, moved in [(0.25, 7.0), (40.0, 6.5), (0.25, 6.5), (0.75, 90.0)]:
+        times.exchanged(0, announced, moved)
+    assert times.told() == (0.5, 6.5, 2.0)  # the medians of the last five
+    times.exchanged(0, 0.75, 8.0)
+    assert times.told() == (0.75, 7.0, 2.0)
 
 
-def test_the_site_with_most_steps_decides_and_zeros_decide_nothing() -> None:
+def test_the_overlap_is_chosen_by_the_site_that_needs_most_steps() -> None:
     times = OverlapTimes(OuterOptions(overlap="auto", local_steps=16))
     times.choose([(0.1, 4.0, 1.0), (0.0, 0.0, 0.0)])
     assert times.steps == 1 and not times.reason
-    # A second site waits 7 s for the first to announce: that is not what the exchange takes.
+    # The second site waits 7 s for the first to announce: that is no part of the exchange.
     times.choose([(0.1, 4.0, 1.0), (7.0, 4.0, 0.5)])
-    assert times.steps == 11  # (0.1 + 4) / 0.5 = 8.2 steps, and a quarter
-    assert times.reason.startswith("overlap 11: the exchange takes 8.2 steps; more would only")
+    assert times.steps == 12  # (0.1 + 4) / 0.5 = 8.2 steps, a quarter, and a step
+    assert times.reason.startswith("overlap 12: the exchange takes 8.2 steps; more would only")
     given = OverlapTimes(OuterOptions(overlap=3, local_steps=16))
     given.choose([(0.1, 4.0, 1.0)])
-    given.resume(7)
+    given.resume({"overlap": 7, "overlap_reason": "x"})
     assert given.steps == 3 and not given.reason
 
 
 def follow_chosen(site: int, num_sites: int, fragments: int) -> Any:
-    """With told times, so that it does not depend on this machine: the overlap after every step."""
+    """The overlap after every step, with given times instead of measured ones."""
     model, inner, sync = make(site, num_sites, fragments, "auto", codec="int8")
     sync.overlap.told = lambda: (0.1 + site, 1.9, 1.0 if site == 0 else 1.5)
     chosen, predicted = [], 0
@@ -393,8 +402,26 @@ def test_all_sites_choose_alike_and_at_the_same_step(fragments: int) -> None:
         assert shared and all(bits(ended[k]) == bits(other[0][k]) for k in shared)
 
 
+def count_checks(site: int, num_sites: int) -> list[int]:
+    """The comparisons of hashes that have been waited for, after every step."""
+    model, inner, sync = make(site, num_sites, 2, 1)
+    counts = []
+    for step in range(ROUNDS * STEPS):
+        train(model, inner, sync, site, step)
+        counts.append(sync.log.agreements)
+    sync.finish()
+    return [*counts, sync.log.agreements]
+
+
+def test_a_fragment_waits_for_its_own_check_alone() -> None:
+    """Fragments are sent after steps 2, 4, 6 .. in turn and land a step later: what is compared
+    from step 3 on must be known at step 6, when that fragment is sent again, not at step 4."""
+    for counts in pool().run(2, count_checks):
+        assert counts == [0, 0, 0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 6]
+
+
 def measure(site: int, num_sites: int) -> tuple[int, str, float]:
-    """Nothing is put in: the sites measure, and choose some overlap of 1 .. 3."""
+    """With measured times: the sites choose some overlap of 1 .. 3."""
     model, inner, sync = make(site, num_sites, 1, "auto")
     for step in range(ROUNDS * STEPS):
         train(model, inner, sync, site, step)
@@ -402,7 +429,7 @@ def measure(site: int, num_sites: int) -> tuple[int, str, float]:
     return sync.overlap.steps, sync.overlap.reason, min(sync.overlap.told())
 
 
-def test_what_is_measured_is_what_all_choose_by() -> None:
+def test_all_sites_choose_the_overlap_by_measured_times() -> None:
     answers = pool().run(3, measure)
     assert len({answer[:2] for answer in answers}) == 1
     steps, reason, _ = answers[0]

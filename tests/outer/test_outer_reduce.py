@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ from sites import pool
 from torch import Tensor
 from vector_job import VectorJob, contribution
 
+from fomoe_ext.launch.link import CountedLink
 from fomoe_ext.outer.groups import SiteGroups, share_statuses, sum_floats
 from fomoe_ext.outer.reduce import run_jobs
 from fomoe_ext.placement import Placement, wire
+from fomoe_ext.placement.wire import Link
 
-# ------------------------------------------------------------------------------------------- sums
+# --------------------------------------------------------------------------------------------- sums
 
 
 def sum_everything(
@@ -64,7 +67,7 @@ def test_sums_are_right_and_equal(
         for owners, result in results.items():
             values = [contribution(owners, s, numel + len(owners)) for s in owners]
             exact = torch.stack(values).double().sum(0)
-            # Two roundings: of every value and of the sum (which is as large with them).
+            # Two roundings: of every value, and of the sum.
             largest = torch.stack(values).double().abs().sum(0).max() if result.numel() else 0
             room = 2.2 * rounding * largest
             if len(owners) > 1:
@@ -151,6 +154,30 @@ def test_wrong_worlds_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             SiteGroups(*arguments)
+
+
+def side_by_side(site: int, num_sites: int) -> tuple[float, float]:
+    """Seconds of a link's latency that three exchanges side by side take, and then one more."""
+    now = [100.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    groups = SiteGroups(num_sites, site, timeout_s=20)
+    groups.link = CountedLink(Link(1e9, 0.5), rate=False, clock=lambda: now[0], sleep=sleep)
+    under_way = [groups.gather_numbers(torch.ones(1))[0] for _ in range(3)]
+    for exchange in under_way:
+        while not exchange._ended:
+            time.sleep(0.001)
+    for exchange in under_way:
+        exchange.wait()
+    together = now[0] - 100
+    groups.gather_numbers(torch.ones(1))[0].wait()
+    return together, now[0] - 100 - together
+
+
+def test_exchanges_side_by_side_wait_for_one_latency_together() -> None:
+    assert pool().run(2, side_by_side) == [(0.5, 0.5)] * 2
 
 
 def test_buckets_of_no_element_are_refused() -> None:

@@ -1,5 +1,5 @@
-"""Reshuffles: content follows the expert, its inner state does so or starts anew, its learning rate
-rises.
+"""Reshuffles: weights follow the expert, optimizer state follows or is reset, and the learning rate
+of new experts warms up.
 """
 
 from __future__ import annotations
@@ -207,14 +207,14 @@ def check_bytes(
 
 
 def swapped(placement: Placement) -> Placement:
-    """Two sites give each other all that they hold."""
+    """A placement in which two sites have swapped all experts."""
     table = [[[1 - s for s in owners] for owners in experts] for experts in placement.table]
     return Placement.from_table(table, 2)
 
 
 def train_experts(site: int, num_sites: int, moments: str | None) -> list[float]:
-    """Losses of the steps of 2 x 3 rounds in which experts alone learn; in the middle the sites
-    swap experts and data. `moments` None: they go on as they are.
+    """Losses of 2 x 3 rounds in which only experts are trained. In the middle the sites swap
+    experts and data; with `moments` None they do not.
     """
     placement = cyclic_placement(num_sites, 1)
     model, stream, losses = SmallModel(placement, site), site, []
@@ -243,12 +243,12 @@ def train_experts(site: int, num_sites: int, moments: str | None) -> list[float]
 
 
 def test_training_goes_on_as_if_no_expert_had_moved() -> None:
-    """All experts and the data change places: to the bit the losses of the other site."""
+    """All experts and the data are swapped: each site has the losses of the other, bit for bit."""
     kept, carried, reset = (pool().run(2, train_experts, m) for m in (None, "carry", "reset"))
     assert kept[0] != kept[1]
     for site in range(2):
         assert carried[site] == kept[site][:9] + kept[1 - site][9:]
-        # The first loss is of the same weights, later ones of steps without the moments.
+        # The first loss is with the same weights, later ones differ by the missing moments.
         assert reset[site][:10] == carried[site][:10]
         assert all(a != b for a, b in zip(reset[site][10:], carried[site][10:], strict=True))
 
@@ -278,7 +278,7 @@ def refused_carry(site: int, num_sites: int) -> list[str]:
     return messages
 
 
-def test_carrying_what_is_not_there_is_refused_by_all() -> None:
+def test_carrying_missing_state_is_refused_by_all() -> None:
     for messages in pool().run(2, refused_carry):
         assert "comes after an optimizer step, but at site 1 layers.0.experts." in messages[0]
         assert "the same placement to reshuffle, and the same moments" in messages[1]
@@ -291,7 +291,7 @@ def test_carrying_what_is_not_there_is_refused_by_all() -> None:
         sync.reshuffle(SINGLE, moments="keep")
 
 
-def test_a_job_warms_up_only_what_starts_anew() -> None:
+def test_a_job_warms_up_only_state_that_was_reset() -> None:
     flags = ["--placement", "random", "--reshuffle-rounds", "2", "--reshuffle-moments", "carry"]
     assert parse_args(flags).sites.resolved_warmup == 0
     assert parse_args([*flags, "--reshuffle-warmup", "3"]).sites.resolved_warmup == 3
@@ -301,7 +301,7 @@ def test_a_job_warms_up_only_what_starts_anew() -> None:
     reset = dataclasses.replace(parse_args(flags), sites=parse_args(flags[:4]).sites)
     old, new = job_placement(reset), job_placement(reset, 1)
     moved = sum(t.source == 0 for t in old.transfers(new))
-    # Among residents an expert's router row moves with it.
+    # With router_scope "resident" an expert's router row moves with it.
     assert reset.model.router_scope == "resident"
     elements = expert_parameters(reset.model) + reset.model.hidden_size
     more = moved_bytes(parse_args(flags), old, new, 0) - moved_bytes(reset, old, new, 0)
@@ -333,7 +333,7 @@ def reshuffle_twice(site: int, num_sites: int) -> tuple[dict[Any, Any], dict[Any
     return {k: (before[k] - after[k]) / (0.1 * gradients[k]) for k in after}, gradients
 
 
-def test_learning_rate_rises_for_those_that_arrived() -> None:
+def test_the_learning_rate_of_arrived_experts_warms_up() -> None:
     """Shares of the full SGD step: 1/5 new, 3/5 arrived one reshuffle ago, 1 otherwise."""
     placements = [drawn(3, 2, epoch) for epoch in range(3)]
     seen = set()
@@ -354,7 +354,7 @@ def test_learning_rate_rises_for_those_that_arrived() -> None:
 
 
 def test_warmup_is_a_smaller_learning_rate_and_ends() -> None:
-    """AdamW with weight decay: the warmed rows are as with lr i / W, all others untouched."""
+    """AdamW with weight decay: rows in warm-up step with lr i / W, all others with the full lr."""
     steps = 4
     placement = cyclic_placement(1, 1)
     model, twin = SmallModel(placement, 0), SmallModel(placement, 0)

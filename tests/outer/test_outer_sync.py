@@ -1,4 +1,4 @@
-"""OuterSync: equal to one process, equal bits everywhere, values and bytes as they should be."""
+"""OuterSync equals training in one process; equal bits at all sites; values and bytes sent."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def place(num_sites: int, replication: int) -> Placement:
     return cyclic_placement(num_sites, replication)
 
 
-# ------------------------------------------------------------------------- equal to one process
+# ----------------------------------------------------------------------------- equal to one process
 
 
 def loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -112,10 +112,10 @@ def test_sites_equal_one_process_on_the_joined_batch(
             got = answers[0][step][key]
             assert torch.allclose(got, wanted, rtol=1e-5, atol=room), (step, key)
     moved = sum(not torch.allclose(joined[-1][k], start[k], atol=10 * room) for k in start)
-    assert moved > 0.8 * len(start)  # else this would prove nothing
+    assert moved > 0.8 * len(start)  # else the comparison would prove nothing
 
 
-# ------------------------------------------------------------------- an outer step by reference
+# ----------------------------------------------------------------------- an outer step by reference
 
 
 def nesterov_round(site: int, num_sites: int, rounds: int) -> tuple[Pieces, list[Pieces], Pieces]:
@@ -184,7 +184,7 @@ def test_the_reference_is_torchs_nesterov() -> None:
     assert torch.allclose(reference_nesterov(key, renamed, Alone), anchor, atol=1e-6)  # type: ignore[arg-type]
 
 
-# --------------------------------------------------------------- equal bits, right values, bytes
+# ------------------------------------------------------------------ equal bits, right values, bytes
 
 
 class Case(NamedTuple):
@@ -278,7 +278,7 @@ def train_case(
 
 
 def check_values(case: Case, rounds: list[list[Round]], placement: Placement, scope: str) -> None:
-    """Means over the right sites in fp64, for every piece of every site."""
+    """Every piece of every site is the mean over the right sites, in fp64."""
     rounding = {"fp32": 2**-21, "bf16": 2**-7}[case.codec]
     everything = {key for site in rounds for key in site[0].after}
     velocity = dict.fromkeys(everything, 0.0)
@@ -405,11 +405,11 @@ def test_bytes_by_hand() -> None:
     assert elements[0].parameters == {(0, 1, 2, 3): 22, (0, 1): 105 + 7}
 
 
-# -------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 def memory_of(site: int, num_sites: int, replication: int) -> dict[str, int]:
-    """Bytes of what the site really allocates for experts and their optimizer state."""
+    """Bytes that the site has allocated for experts and their optimizer state."""
     placement = place(num_sites, replication)
     model = SmallModel(placement, site)
     inner = torch.optim.AdamW(model.parameters())

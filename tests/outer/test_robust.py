@@ -1,4 +1,4 @@
-"""Deltas that are far too long, or NaN: scaled down, left out (`clip_delta`)."""
+"""`clip_delta`: deltas that are far too long are scaled down, non-finite ones left out."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def place(replication: int) -> Placement:
 
 
 def spoil(model: SmallModel, inner: torch.optim.Optimizer, how: str) -> None:
-    """Something that is not finite, somewhere."""
+    """Puts NaN or infinity into a site's model or optimizer state."""
     with torch.no_grad():
         if how == "dense":
             model.first[2, 1] = math.nan
@@ -58,7 +58,7 @@ def meet(
     length: tuple[float, ...] = (1.0, 1.0, 1.0),
     rounds: int = 1,
 ) -> dict[str, Any]:
-    """Rounds of which in the last one some sites have something that is not finite."""
+    """Some rounds; in the last one the sites `bad` have non-finite values."""
     placement = place(replication)
     model = SmallModel(placement, site, scope, balance="bias")
     inner = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -127,7 +127,7 @@ def wanted_mean(answers: list[dict[str, Any]], key: Any, sites: list[int]) -> Te
 @pytest.mark.parametrize("scope", ["global", "resident"])
 @pytest.mark.parametrize("replication", [1, 2])
 def test_long_deltas_are_scaled_down(replication: int, scope: str) -> None:
-    """Against norms, factors and means computed in fp64 from what the sites had."""
+    """Norms, factors and means are compared with fp64 ones, computed from the sites' values."""
     options = {"optimizer": "fedavg", "clip_delta": 1.5}
     answers = pool().run(SITES, meet, replication, scope, options, (), "dense", (1.0, 1.3, 50.0))
     placement = place(replication)
@@ -166,8 +166,8 @@ def test_long_deltas_are_scaled_down(replication: int, scope: str) -> None:
 @pytest.mark.parametrize("replication", [1, 2])
 @pytest.mark.parametrize("staged", [False, True])
 def test_a_site_with_nan_is_left_out(replication: int, scope: str, how: str, staged: bool) -> None:
-    """It ends with what the others have; an expert that it alone holds stays what it was, momentum
-    of the outer optimizer included."""
+    """The site gets the others' result. An expert that it alone holds is unchanged, also in the
+    momentum of the outer optimizer."""
     bad = 1
     options = {"outer_lr": 1.0, "outer_momentum": 0.5, "clip_delta": 100.0, "staged": staged}
     answers = pool().run(SITES, meet, replication, scope, options, (bad,), how, (1.0, 1.0, 1.0), 2)
@@ -199,8 +199,8 @@ def test_a_site_with_nan_is_left_out(replication: int, scope: str, how: str, sta
 
 
 @pytest.mark.parametrize("scope", ["global", "resident"])
-def test_experts_all_of_whose_holders_are_left_out(scope: str) -> None:
-    """Each stays what it was at the last meeting, its outer momentum too; biases are averaged."""
+def test_experts_whose_holders_are_all_left_out(scope: str) -> None:
+    """These experts and their outer momentum stay as they were; biases are averaged."""
     options = {"outer_lr": 1.0, "outer_momentum": 0.5, "clip_delta": 100.0}
     answers = pool().run(SITES, meet, 2, scope, options, (0, 1), "expert", (1.0, 1.0, 1.0), 2)
     placement, lost = place(2), 0
@@ -224,8 +224,7 @@ def test_experts_all_of_whose_holders_are_left_out(scope: str) -> None:
 
 
 def _bias(left: list[int], of: Any) -> float:
-    """After two rounds in which site s moved its bias by 0.01 s: a mean of all, then of those
-    left."""
+    """The bias if site s moves it by 0.01 s in two rounds: a mean of all, then of `left`."""
     first = sum(0.01 * s for s in of) / len(list(of))
     return first + sum(0.01 * s for s in left) / len(left)
 
@@ -255,7 +254,7 @@ def test_means_of_those_that_are_left(replication: int, codec: str) -> None:
 @pytest.mark.parametrize("replication", [1, 2, 3])
 @pytest.mark.parametrize("how", ["dense", "moment"])
 def test_moments_of_a_site_that_is_left_out(how: str, replication: int) -> None:
-    """Those that were exchanged become the others' mean; what is still not finite begins anew."""
+    """Moments that were exchanged become the others' mean; other non-finite state is reset."""
     options = {"optimizer": "local-adamw", "clip_delta": 100.0}
     answers = pool().run(SITES, meet, replication, "global", options, (0,), how)
     placement = place(replication)
@@ -329,8 +328,8 @@ def run_job(site: int, num_sites: int, arguments: list[str]) -> dict[str, Any]:
 @pytest.mark.parametrize("replication", [1, 2])
 @pytest.mark.parametrize("scope", ["global", "resident"])
 def test_a_job_outlives_nan_at_one_site(text, tmp_path, replication, scope) -> None:
-    """Routers refuse NaN, so that it has no more steps in that round; one meeting goes without it;
-    then it trains on as the others do, and the report tells."""
+    """Its router refuses NaN, so the site takes no more steps in that round. One meeting leaves it
+    out, then it trains on like the others, and the report says so."""
     from fomoe_ext.data.sequences import open_data
 
     open_data([str(text / "*.py")], 32, cache_dir=text / "cache")  # encoded once, for all sites
@@ -360,7 +359,7 @@ def test_factors() -> None:
     assert treat([1.0, 2.0, 8.0], 2.0) == ((1.0, 1.0, 0.5), ())
     assert treat([1.0, 3.0, 8.0, 8.0], 1.0)[0] == (1.0, 1.0, 5.5 / 8, 5.5 / 8)
     assert treat([1.0, nan, 4.0, inf], 1.0) == ((1.0, 0.0, 2.5 / 4, 0.0), (1, 3))
-    assert treat([0.0, 0.0, 5.0], 3.0) == ((1.0, 1.0, 1.0), ())  # nothing to measure by
+    assert treat([0.0, 0.0, 5.0], 3.0) == ((1.0, 1.0, 1.0), ())  # no norm to compare with
     assert treat([nan, nan], 3.0) == ((0.0, 0.0), (0, 1))
 
 

@@ -1,4 +1,4 @@
-"""Sites of several ranks meet as sites of one: the same bits, the same bytes, for every option."""
+"""Sites of several ranks give the same bits and bytes as sites of one rank, for every option."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def place(num_sites: int, replication: int) -> Placement:
 
 @torch.no_grad()
 def local_steps(model: nn.Module, inner: torch.optim.Optimizer, site: int, step: int) -> None:
-    """Every piece of a site changes, and so do its moments and gradient, whoever holds it."""
+    """Changes every piece of a site, its moments and gradient, whichever rank has it."""
     stacks = {
         id(layer.experts.part(part)): (layer, part)
         for layer in model.layers
@@ -147,7 +147,7 @@ def compare(
         assert found == one.pieces.keys()
         assert sum(part.sent for part in of_site) == one.sent == one.predicted
         assert {part.predicted for part in of_site} == {one.predicted}
-        # What the outer optimizer keeps is held once by the site, not once per rank.
+        # The site stores the outer optimizer's state once, not once per rank.
         kept = [sum(part.state) for part in of_site]
         assert sum(kept) == sum(one.state)
         if options.get("optimizer") != "ddp":  # which may keep the errors of sums alone
@@ -198,7 +198,7 @@ def test_no_rank_allocates_experts_of_another() -> None:
 def bad_mesh(process: int, processes: int, what: str) -> str:
     site = process // 2
     mesh = make_mesh(2, 2)
-    dist.barrier()  # nobody leaves while another one still connects
+    dist.barrier()  # no rank leaves while another one still connects
     placement = place(2, 1)
     try:
         if what == "no mesh in the model":
@@ -232,7 +232,7 @@ def bad_mesh(process: int, processes: int, what: str) -> str:
         ("reshuffle", "several ranks"),
     ],
 )
-def test_what_does_not_fit_is_refused(what: str, words: str) -> None:
+def test_meshes_that_do_not_fit_are_refused(what: str, words: str) -> None:
     for text in pool().run(4, bad_mesh, what):
         assert words in text
 

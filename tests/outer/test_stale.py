@@ -1,4 +1,4 @@
-"""Frozen copies of absent experts are made anew by a holder in meetings."""
+"""Frozen copies of absent experts are refreshed by their holders in meetings."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class CopyModel(SmallModel):
 
 
 def copies_of(model: nn.Module) -> dict[tuple[Any, ...], Tensor]:
-    """Copies of the copies, by ("expert", layer, expert, part)."""
+    """Clones of the frozen copies, by ("expert", layer, expert, part)."""
     result = {}
     for index, layer in enumerate(model.layers):
         for expert in layer.stale.resident_experts if layer.stale else ():
@@ -123,7 +123,7 @@ CASES = [
 
 
 def encoded(expert: list[Tensor], codec: str) -> list[Tensor]:
-    """An expert as it arrives."""
+    """An expert's tensors after encoding and decoding."""
     flat = torch.cat([part.reshape(-1) for part in expert])
     values = get_codec(codec).decode(get_codec(codec).encode(flat), flat.numel())
     parts = values.split([part.numel() for part in expert])
@@ -170,7 +170,7 @@ def test_after_a_meeting_copies_are_what_a_holder_sends(
 
 
 def check_router(answers: list[Any], placement: Placement, wanted: stale.Wanted) -> None:
-    """A router row is averaged over all sites that compute its expert: it gets its gradient there.
+    """A router row is averaged over all sites that compute its expert, as it has a gradient there.
     int8 loses up to half a step of a block."""
     for layer in range(LAYERS):
         for expert in range(EXPERTS):
@@ -228,6 +228,6 @@ def refused(site: int, num_sites: int, options: dict[str, Any], reshuffle: bool)
         ({}, "reshuffle: not possible with stale experts"),
     ],
 )
-def test_meetings_that_cannot_be_are_refused(options, message):
+def test_options_that_exclude_copies_are_refused(options, message):
     for answer in pool().run(2, refused, options, not options):
         assert message in answer

@@ -1,4 +1,4 @@
-"""Sites that take fewer local steps: how many, what their deltas weigh, what is left out."""
+"""Sites that take fewer local steps: how many, the weight of their deltas, the data they skip."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_steps_by_pace() -> None:
     assert steps_of_round([1.0, 2.0, 4.0], 16) == [16, 8, 4]
     assert steps_of_round([3.0, 1.0, 100.0], 4) == [1, 4, 1]
     assert steps_of_round([1.0, 1.02, 1.3], 10) == [10, 10, 8]
-    assert steps_of_round([0.0, 2.0, 1.0], 8) == [8, 4, 8]  # who is not known takes all
+    assert steps_of_round([0.0, 2.0, 1.0], 8) == [8, 4, 8]  # a site of unknown pace takes all steps
     assert steps_of_round([0.0, 0.0], 8) == [8, 8]
     with pytest.raises(ValueError, match="got nan for site 1"):
         steps_of_round([1.0, float("nan")], 8)
@@ -100,8 +100,8 @@ def weighted(answers: list[dict[str, Any]], of: Any, sites: Any, trained: Any) -
 @pytest.mark.parametrize("trained", [(64.0, 8.0, 24.0), (0.0, 40.0, 0.0)])
 @pytest.mark.parametrize("optimizer", ["diloco", "fedavg", "local-adamw"])
 def test_values_weigh_by_tokens(optimizer: str, trained: tuple[float, ...]) -> None:
-    """Dense parameters, router rows, experts, moments and biases against fp64, also where nobody
-    has trained an expert."""
+    """Dense parameters, router rows, experts, moments and biases against fp64, also of experts that
+    no site has trained."""
     lr = {"diloco": 1 + 0.2}.get(optimizer, 1.0)
     answers = pool().run(SITES, meet, {"optimizer": optimizer}, trained, "tokens")
     placement, nothing = (
@@ -176,12 +176,12 @@ def without_tokens(site: int, num_sites: int) -> list[str]:
     return messages
 
 
-def test_tokens_must_be_told() -> None:
+def test_tokens_must_be_given() -> None:
     assert len(set(pool().run(1, without_tokens)[0])) == 3
 
 
 @pytest.mark.parametrize("flags", ["--optimizer ddp", "--fragments 2", "--overlap 1"])
-def test_what_does_not_go_with_it_is_refused(flags: str, capsys: Any) -> None:
+def test_options_that_exclude_uneven_steps_are_refused(flags: str, capsys: Any) -> None:
     with pytest.raises((ValueError, SystemExit)) as caught:
         job_config(["--uneven-steps", *flags.split()])
     box = capsys.readouterr().err.translate({ord("\u2502"): " "})
@@ -189,7 +189,7 @@ def test_what_does_not_go_with_it_is_refused(flags: str, capsys: Any) -> None:
     assert "inner.uneven_steps needs outer.fragments = 1" in message
 
 
-def test_options_refuse_it_too() -> None:
+def test_site_mean_tokens_with_ddp_is_refused() -> None:
     with pytest.raises(ValueError, match="site_mean = tokens needs fragments = 1, overlap = 0"):
         OuterOptions(site_mean="tokens", optimizer="ddp")
 
@@ -203,8 +203,8 @@ SECONDS = (0.010, 0.031, 0.020)
 def run_job(
     site: int, num_sites: int, arguments: list[str], stop_at: tuple[int, int, int], resume: str
 ) -> dict[str, Any]:
-    """A job with a clock that local steps alone move. `stop_at`: (site, round, step) at which that
-    site is asked to stop, so that it does not finish the round."""
+    """A job whose clock advances only with local steps. `stop_at`: (site, round, step) at which
+    that site is asked to stop, so that it does not finish the round."""
     from fomoe_ext.launch.world import StopRequest, World
     from fomoe_ext.train.job_report import model_hash
     from fomoe_ext.train.site import TrainingSite
@@ -268,7 +268,7 @@ NOBODY = (-1, 0, 0)
 
 
 def test_slower_sites_take_fewer_steps(arguments: list[str]) -> None:
-    """From the second round on; what was done is counted, and bytes are as predicted."""
+    """From the second round on. Steps and tokens are counted, bytes are as predicted."""
     even = pool().run(SITES, run_job, arguments, NOBODY, "")
     uneven = pool().run(SITES, run_job, [*arguments, "--uneven-steps"], NOBODY, "")
     assert {steps for answer in even for steps, _ in answer["rounds"]} == {6}
@@ -283,7 +283,7 @@ def test_slower_sites_take_fewer_steps(arguments: list[str]) -> None:
         assert answer["sent"] == tally["planned_bytes"] > 0 and tally["agreements"] in (0, 5)
         assert answer["step"] == 30
     for site, answer in enumerate(even):
-        # By the clock of the tests, what the fastest waits for the slowest in a round.
+        # The time, by the test's clock, that the fastest site waits for the slowest in a round.
         of_all = [max(steps[r][0] * SECONDS[s] for s, steps in _rounds(even)) for r in range(5)]
         assert of_all == [6 * SECONDS[1]] * 5 and answer["tally"]["steps"] == 30
         now = [max(steps[r][0] * SECONDS[s] for s, steps in _rounds(uneven)) for r in range(5)]
@@ -297,8 +297,8 @@ def _rounds(answers: list[dict[str, Any]]) -> Any:
 
 
 def test_the_schedule_and_the_data_are_those_of_the_round(arguments: list[str]) -> None:
-    """Slower sites warm up with the others; no window is trained on twice, and all sites go on from
-    the same place."""
+    """Slower sites have the learning rates of the others. No window is trained on twice, and all
+    sites continue at the same position."""
     answers = pool().run(SITES, run_job, [*arguments, "--uneven-steps"], NOBODY, "")
     peak, warmup = 0.01, 12
     for site, due in enumerate((6, 2, 3)):

@@ -324,19 +324,22 @@ def test_what_is_no_table_of_counts_is_named(tmp_path: Path) -> None:
             measured_coactivation(path)
         return str(caught.value)
 
-    assert "there does not exist" in message(tmp_path / "there")
-    assert "no report.json: it is no finished run" in message(tmp_path)
+    assert "there, which does not exist" in message(tmp_path / "there")
+    assert "path must be a finished run with report.json" in message(tmp_path)
     (tmp_path / "report.json").write_text('{"validation": {"load": [[1]]}}')
-    assert "no validation.coactivation: the run needs --coactivation" in message(tmp_path)
+    assert "path must be a run with --coactivation" in message(tmp_path)
     file = tmp_path / "table.json"
     file.write_text("{")
-    assert f"{file} is not JSON" in message(file)
+    assert f"path must be a JSON file, got {file}" in message(file)
     file.write_text("[[[0, 1], [2, 0]]]")
-    assert f"{file}: counts[0][0][1] must be counts[0][1][0]" in message(file)
+    assert f"path {file}: counts[0][0][1] must be counts[0][1][0]" in message(file)
     file.write_text("[[[0, 1], [1, 0]]]")
     assert measured_coactivation(file).tolist() == [[[0, 1], [1, 0]]]
     config = parse_args([*sizes(), "--placement", "apart", "--placement-by", str(file)])
     with pytest.raises(ValueError, match="counts of 2 layers of 8 experts, got 1 of 2"):
+        job_placement(config)
+    config = parse_args([*sizes(), "--placement", "apart", "--placement-by", "nowhere"])
+    with pytest.raises(FileNotFoundError, match="placement_by must be a run folder or a JSON file"):
         job_placement(config)
 
 

@@ -213,7 +213,7 @@ BAD_TABLES: list[tuple[Any, str]] = [
     ([[[0, 0], [1, 1]]], "without repeats"),
     ([[[0, 1], [-1, 1]]], r"must be sites in \[0, 2\)"),
     ([[[0], [0], [1]]], r"num_experts \* replication must be a multiple"),
-    ([[[0], [0], [0], [1]]], r"hold 2 experts of layer 0, sites 0..1 hold \[3, 1\]"),
+    ([[[0], [0], [0], [1]]], r"hold 2 experts of layer 0, got \[3, 1\] at sites 0..1"),
     ([[[0], [1]], [[0]]], r"table\[1\] must have num_experts = 2"),
     ([[[0], [1.5]]], "."),
 ]

@@ -70,6 +70,18 @@ def test_more_replication_costs_more_and_a_full_replica_most():
     assert held[1] == full - sparse // 2 * 4 * 6  # half of the experts, six fp32 copies
 
 
+def test_a_placement_needs_a_site():
+    config = config_of()
+    placement = plan.job_placement(config)
+    for memory in (plan_memory.site_memory, plan_memory.site_parameters):
+        with pytest.raises(ValueError, match="site must be given with a placement, got None"):
+            memory(config.model, placement)
+    with pytest.raises(ValueError, match="site must be given with a placement, got None"):
+        plan_memory.job_memory(config, placement)
+    full = plan_memory.job_memory(config, None)
+    assert full == plan_memory.job_memory(config, None, 1)
+
+
 def test_ring_formula_is_the_limit_of_large_buckets():
     """Up to padding and hashes, 2 (n - 1) / n of the payload, as a ring all-reduce sends."""
     for members in (2, 3, 5, 8):
@@ -98,18 +110,18 @@ def test_times_and_bandwidth_agree():
     """At the bandwidth that is said to be needed the utilization is the one asked for."""
     config = config_of("153m")
     placement = plan.job_placement(config)
-    cost = plan_cost.round_cost(config, placement, wire.Link(1e9, 0.01), 1e13)
+    cost = plan_cost.round_cost(config, placement, wire.Link(1e9, 0.01), 1e13, 0)
     assert cost.meeting_s == pytest.approx(8 * cost.bytes_sent / 1e9 + cost.waits * 0.01)
     assert cost.waits == 1 + 1 + 2 + 1  # note, status, first share, last sum, hashes
-    far = plan_cost.round_cost(config, placement, wire.Link(1e15, 0.01), 1e13)
+    far = plan_cost.round_cost(config, placement, wire.Link(1e15, 0.01), 1e13, 0)
     assert far.meeting_s == pytest.approx((far.waits + far.waves) * 0.01)
     needed = plan_cost.bandwidth_needed(cost, 0.8, 0.01)
-    again = plan_cost.round_cost(config, placement, wire.Link(needed, 0.01), 1e13)
+    again = plan_cost.round_cost(config, placement, wire.Link(needed, 0.01), 1e13, 0)
     assert again.utilization == pytest.approx(0.8)
     assert plan_cost.bandwidth_needed(cost, 0.999999, 1.0) is None
     for link, speed in ((wire.Link(0, 0), 1), (wire.Link(1, -1), 1), (wire.Link(1, 0), 0)):
         with pytest.raises(ValueError, match="bandwidth and flops_per_s must be > 0"):
-            plan_cost.round_cost(config, placement, link, speed)
+            plan_cost.round_cost(config, placement, link, speed, 0)
     with pytest.raises(ValueError, match="utilization"):
         plan_cost.bandwidth_needed(cost, 1.0, 0)
 
@@ -124,10 +136,10 @@ def test_unknown_commands_are_refused(capsys):
 def test_overlap_hides_meetings():
     config = config_of(outer={"overlap": 4, "fragments": 2}, run={"local_steps": 16})
     placement, link = plan.job_placement(config), wire.Link(1e8, 0.01)
-    cost = plan_cost.round_cost(config, placement, link, 1e10)
+    cost = plan_cost.round_cost(config, placement, link, 1e10, 0)
     assert cost.hideable_s == pytest.approx(cost.local_s * 2 * 4 / 16)
     alone = dataclasses.replace(config, outer=dataclasses.replace(config.outer, overlap=0))
-    bare = plan_cost.round_cost(alone, placement, link, 1e10)
+    bare = plan_cost.round_cost(alone, placement, link, 1e10, 0)
     assert bare.hidden_s == 0 and bare.meeting_s == cost.meeting_s
     shown = cost.meeting_s - cost.hideable_s
     assert cost.utilization == pytest.approx(cost.local_s / (cost.local_s + max(0, shown)))
@@ -166,8 +178,8 @@ def test_replicas_hold_experts_again():
     more = [
         b - a
         for a, b in zip(
-            plan_memory.job_memory(once, placement),
-            plan_memory.job_memory(twice, placement),
+            plan_memory.job_memory(once, placement, 0),
+            plan_memory.job_memory(twice, placement, 0),
             strict=True,
         )
     ]
@@ -230,20 +242,20 @@ def test_what_limits_meetings():
     """By hand: the same round over links of which another thing is the worst."""
     of = lambda **options: config_of("54m", outer={"codec": "int4", **options})
     placement = plan.job_placement(of())
-    cost = plan_cost.round_cost(of(), placement, wire.Link(1e9, 0.05), 1e14)
+    cost = plan_cost.round_cost(of(), placement, wire.Link(1e9, 0.05), 1e14, 0)
     limit = lambda bandwidth, latency: cost.limit(wire.Link(bandwidth, latency))
     assert cost.waits == 5 and cost.waves == 7
     sending_s = 8 * cost.bytes_sent / 1e9
     assert limit(1e9, 0.99 * sending_s / 7) == "bandwidth"
     assert limit(1e9, 1.01 * sending_s / 7) == "latency x buckets"
     assert limit(1e9, 0.0) == "bandwidth"
-    few = plan_cost.round_cost(of(in_flight=64), placement, wire.Link(1e9, 0.05), 1e14)
+    few = plan_cost.round_cost(of(in_flight=64), placement, wire.Link(1e9, 0.05), 1e14, 0)
     assert few.waves == 1 and few.limit(wire.Link(1e12, 0.05)) == "latency"
     # With overlap, a slow site and a fast link: nothing is waited for.
-    hidden = plan_cost.round_cost(of(overlap=8), placement, wire.Link(1e9, 0.05), 1e12)
+    hidden = plan_cost.round_cost(of(overlap=8), placement, wire.Link(1e9, 0.05), 1e12, 0)
     assert hidden.limit(wire.Link(1e9, 0.05)) == "nothing: hidden"
     alone = config_of(sites={"sites": 1, "replication": 1})
-    cost = plan_cost.round_cost(alone, plan.job_placement(alone), wire.Link(1e9, 0.05), 1e13)
+    cost = plan_cost.round_cost(alone, plan.job_placement(alone), wire.Link(1e9, 0.05), 1e13, 0)
     assert cost.bytes_sent == 0 and cost.limit(wire.Link(1e9, 0.05)) == "nothing"
 
 
@@ -251,12 +263,12 @@ def test_no_bandwidth_is_said_to_be_enough_where_latency_is_the_limit():
     """A share of the time is within reach of some bandwidth up to what latency alone leaves."""
     config = config_of("54m", outer={"codec": "int4"})
     placement = plan.job_placement(config)
-    cost = plan_cost.round_cost(config, placement, wire.Link(1e9, 0.05), 1e14)
+    cost = plan_cost.round_cost(config, placement, wire.Link(1e9, 0.05), 1e14, 0)
     most = plan_cost.most_utilization(cost, 0.05)
     assert most == pytest.approx(cost.local_s / (cost.local_s + 12 * 0.05))
     assert plan_cost.bandwidth_needed(cost, most + 1e-6, 0.05) is None
     needed = plan_cost.bandwidth_needed(cost, most - 1e-6, 0.05)
-    reached = plan_cost.round_cost(config, placement, wire.Link(needed, 0.05), 1e14)
+    reached = plan_cost.round_cost(config, placement, wire.Link(needed, 0.05), 1e14, 0)
     assert reached.utilization == pytest.approx(most, abs=2e-6)
 
 
@@ -264,5 +276,5 @@ def test_no_more_than_a_round_is_hidden():
     """However many fragments are under way: there is one exchange at a time."""
     outer = {"fragments": 4, "overlap": 12}
     config = config_of(outer=outer, run={"local_steps": 16})
-    cost = plan_cost.round_cost(config, plan.job_placement(config), wire.Link(1e3, 0.01), 1e13)
+    cost = plan_cost.round_cost(config, plan.job_placement(config), wire.Link(1e3, 0.01), 1e13, 0)
     assert cost.meeting_s > cost.local_s and cost.hidden_s == cost.local_s

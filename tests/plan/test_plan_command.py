@@ -50,7 +50,7 @@ def test_large_models_are_not_limited_by_buckets(capsys):
     assert cli.main(["plan", *job]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "by none" not in shown and "max 98." in shown  # int8, for 99 %
-    assert "Limited by bandwidth: the link is full" in shown
+    assert "Limited by bandwidth: the link is full;" in shown
 
 
 def test_the_plan_of_a_chosen_overlap_says_why(capsys):
@@ -58,7 +58,8 @@ def test_the_plan_of_a_chosen_overlap_says_why(capsys):
     planned = told(capsys, *job)
     own = planned["jobs"][planned["job"]]
     steps = own["meeting_s"] / own["local_s"] * 64
-    assert own["overlap"] == math.ceil(1.25 * steps) < 64 and own["hidden_s"] == own["meeting_s"]
+    assert own["overlap"] == math.ceil(1.25 * steps + 1) < 64
+    assert own["hidden_s"] == own["meeting_s"]
     assert cli.main(["plan", *job]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert f"overlap {own['overlap']}: the exchange takes {steps:.1f} steps; more" in shown
@@ -224,7 +225,7 @@ def test_tables(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert cli.main(["plan", "--sites=8", "--replication=4", "--ranks-per-site=2"]) == 0
     shown = capsys.readouterr().out.replace("\n", " ")
-    for text in ("full replica", "SPES-style", "FoMoE, int4 *", "of a rank", "By the formulas"):
+    for text in ("full replica", "SPES-style", "FoMoE, int4 *", "fullest rank", "By the formulas"):
         assert text in shown
 
 

@@ -166,7 +166,7 @@ def test_bad_configurations(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_hf_config(tmp_path, 8)
     for text, error in (
-        ("{", "not a JSON file"),
+        ("{", "hf_config must be a JSON file, got "),
         ("[]", "must hold a JSON object"),
         ('{"model_type": "llama"}', "model_type must be one of mixtral, qwen2_moe, .*'llama'"),
         ('{"model_type": "olmoe"}', "hidden_size must be a whole number > 0, got None"),
@@ -183,7 +183,7 @@ def test_bad_configurations(tmp_path, capsys):
         ("num_local_experts", None, "num_local_experts must be a whole number > 0, got None"),
         ("num_experts_per_tok", 9, "num_experts_per_tok must be at most the 8"),
         ("attention_bias", 1, "attention_bias must be true or false"),
-        ("mlp_only_layers", [0, 1, 2], "none of the 3 layers has experts"),
+        ("mlp_only_layers", [0, 1, 2], "at least one of the 3 layers must have experts, got none"),
         ("mlp_only_layers", 1, "mlp_only_layers must be a list"),
     ):
         write(path, {**good, key: value})
@@ -191,7 +191,7 @@ def test_bad_configurations(tmp_path, capsys):
             read_hf_config(tmp_path, 8)
     write(path, good)
     assert cli.main(["plan", "--hf-config", str(path), "--num-experts", "4"]) == 2
-    assert "--num-experts does not go with --hf-config" in capsys.readouterr().err
+    assert "--num-experts must not be given with --hf-config" in capsys.readouterr().err
     assert cli.main(["plan", "--hf-config", str(tmp_path / "none.json")]) == 2
     gpt_oss = {**make_config("gpt_oss").to_dict(), "model_type": "gpt_oss", "layer_types": ["x"]}
     write(path, gpt_oss)

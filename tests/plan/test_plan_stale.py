@@ -37,7 +37,7 @@ def test_the_cost_model_by_hand():
     assert flops.training == pytest.approx(less.training + 2 * flops.stale_experts)
     with pytest.raises(ValueError, match="stale_share"):
         plan_cost.flops_per_token(model, 0.5, 0.6)
-    cost = plan_cost.round_cost(config, placement, wire.Link(1e9, 0.01), 1e13)
-    least = plan_cost.round_cost(plain, placement, wire.Link(1e9, 0.01), 1e13)
+    cost = plan_cost.round_cost(config, placement, wire.Link(1e9, 0.01), 1e13, 0)
+    least = plan_cost.round_cost(plain, placement, wire.Link(1e9, 0.01), 1e13, 0)
     assert cost.waits == least.waits + 1 and cost.bytes_sent == least.bytes_sent + sent[0]
     assert cost.flops > least.flops and cost.memory == least.memory + memory.stale_copies

@@ -7,6 +7,7 @@ import math
 import pytest
 from report_samples import full_report, sample_records, sample_report
 
+from fomoe_ext.placement.overlap import reason
 from fomoe_ext.report.course import Course, course_of, loss_table, read_course, sparkline
 from fomoe_ext.report.report import markdown, report_tables
 from fomoe_ext.report.spent import time_parts
@@ -40,6 +41,11 @@ def test_report_says_what_was_counted():
     assert "| same bits on all holders | after 3 meetings |" in text
     assert "| tensors restored from a majority | 2 |" in text
     assert "(1 fragments, 4 steps of overlap). Link: 1 Mbit/s: counted delays." in text
+    report["run"]["overlap_reason"] = reason(4, 3.2, 16)
+    assert (
+        "4 steps of overlap). Chosen: overlap 4: the exchange takes 3.2 steps; more would only "
+        "make deltas older. Link:"
+    ) in markdown(report)
 
 
 def test_equal_sites_have_one_row_and_others_their_own():

@@ -181,10 +181,13 @@ def test_runs_side_by_side_with_what_differs_between_them(tmp_path, capsys, monk
     ("change", "message"),
     [
         (lambda run: shutil.rmtree(run), "does not exist"),
-        (lambda run: (run / "report.json").unlink(), "its last round is 6, with a training loss"),
+        (lambda run: (run / "report.json").unlink(), "its last round so far is 6, with a training"),
         (lambda run: (run / "report.json").write_text("{"), "report.json"),
         (lambda run: (run / "metrics.jsonl").write_text("{\n"), "metrics.jsonl, line 1"),
-        (lambda run: [file.unlink() for file in run.glob("*.json*")], "it is no folder of a run"),
+        (
+            lambda run: [file.unlink() for file in run.glob("*.json*")],
+            "run must be a run folder with report.json, got ",
+        ),
     ],
     ids=["no folder", "not finished", "damaged", "damaged metrics", "no run"],
 )
@@ -200,7 +203,7 @@ def test_what_is_no_finished_run_is_refused(change, message, tmp_path, capsys):
 def test_without_any_run_one_is_asked_for(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["report"]) == 2
-    assert "there is no run in runs/: name a run folder" in capsys.readouterr().err
+    assert "RUN must be given: there is no run in runs/" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])

@@ -98,7 +98,7 @@ def test_a_good_job_starts(job):
         (["--placement", "together", "--placement-by", "no"], "no"),
         (["--membership", "torchft", "--lighthouse", "::1:80"], "lighthouse must be HOST:PORT"),
         (["--membership", "torchft", "--lighthouse", "10.0.0.1:80"], "FOMOE_SECRET"),
-        (["--config", "text.txt"], "text.txt is not a TOML file"),
+        (["--config", "text.txt"], "configuration file must be TOML, got text.txt"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )

@@ -221,5 +221,5 @@ def test_auto_begins_where_there_is_no_run(tmp_path, monkeypatch, name):
     (tmp_path / "x/config.toml").write_text("[run]\nseed = 5\nrun_dir = 'elsewhere'\n")
     config = job_config(["--resume=auto", "--run-dir", "x"])
     assert (config.run.seed, config.run.run_dir) == (5, Path("x"))
-    with pytest.raises(FileNotFoundError, match="y is no run folder"):
+    with pytest.raises(FileNotFoundError, match=r"must be a run folder .*y$"):
         job_config(["--resume", "y"])

@@ -216,7 +216,7 @@ def test_sites_end_with_their_launcher(flags):
         (["--no-such-flag", "1"], "no-such-flag"),
         (["--config", "missing.toml"], "missing.toml does not exist"),
         (["--data", "missing.txt"], "missing.txt"),
-        (["--resume", "nowhere"], "nowhere is no run folder"),
+        (["--resume", "nowhere"], "must be a run folder with config.toml, got nowhere"),
         (["--preset", "7b"], "preset must be one of"),
         (["--num-experts", "7"], "num_experts"),
         (["--placement-file", "none.json"], "none.json does not exist"),
@@ -237,7 +237,7 @@ def test_bad_arguments_are_named(flags, tmp_path, monkeypatch, changes, message)
 def test_a_run_folder_is_not_overwritten(whole, text):
     before = (whole[0] / "metrics.jsonl").read_bytes()
     result = train(*SMALL, "--data", str(text / "*.py"), "--run-dir", str(whole[0]))
-    assert result.returncode == 2 and "holds a run already" in result.stderr
+    assert result.returncode == 2 and "run_dir must be a folder without a run" in result.stderr
     assert (whole[0] / "metrics.jsonl").read_bytes() == before
 
 

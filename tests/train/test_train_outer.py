@@ -37,7 +37,7 @@ def test_bytes_are_as_predicted_and_holders_agree(flags, tmp_path, changes):
     assert f"after {4 * fragments} meetings" in result.stdout
     if "overlap" in changes:
         assert "2 fragments, 2 steps of overlap" in (tmp_path / "run" / "report.md").read_text()
-    told = "each met in one of 3 meetings, least-trained first" in " ".join(
+    told = "each was averaged in one of 3 meetings, least-trained first" in " ".join(
         (tmp_path / "run" / "report.md").read_text().split()
     )
     assert told == ("turns" in changes)
@@ -90,10 +90,13 @@ def test_resuming_gives_the_same_bits(flags, tmp_path, changes):
     ("changes", "message"),
     [
         ("--codec int3", "int3"),
-        ("--link fast", "link must be a rate"),
+        ("--link fast", "link must be a bandwidth"),
         ("--overlap 3", "outer.overlap must be less than local_steps = 3, got 3"),
         ("--fragments 3", "outer.fragments must be at most model.num_layers = 2, got 3"),
-        ("--fragments 2 --optimizer ddp", "for optimizer diloco or fedavg, got 'ddp'"),
+        (
+            "--fragments 2 --optimizer ddp",
+            "must be diloco or fedavg with fragments or overlap, got 'ddp'",
+        ),
         (
             "--moment-codecs int8 int8",
             "outer.moment_codecs: second must be one of fp32, bf16, got 'int8'",

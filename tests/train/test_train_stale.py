@@ -74,8 +74,8 @@ def test_a_job_goes_on_at_other_sites_with_other_copies(flags, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ("--stale-experts 5", "sites.stale_experts must be at most the 4 experts"),
-        ("--stale-experts -2", "sites.stale_experts must be >= -1, got -2"),
+        ("--stale-experts 5", "sites.stale_experts must be at most 4, the number of experts"),
+        ("--stale-experts -2", "sites.stale_experts must be at least -1, got -2"),
         ("--stale-codec topk", "stale-codec"),
         ("--stale-by x.json", "sites.stale_by needs sites.stale_experts of 1 or more, got 0"),
         ("--stale-experts -1 --stale-by x.json", "of 1 or more, got -1"),
