@@ -6,10 +6,9 @@
 // first, so that blocks that run at the same time share kBand row tiles of A and blocks / kBand column
 // tiles of B. Both then stay in L2, at any size.
 //
-// A cluster of blocks takes every (gridDim.x / blocks)-th item of a list whose items are neighbouring row
-// tiles of one column tile, one for each block. Neighbours are mostly rows of one resident and multiply by
-// the same B. Where they are not, the blocks differ in B and in nothing else, so no block is idle but at
-// the end of the list.
+// The two blocks of a pair have neighbouring items, which are neighbouring row tiles of one column tile.
+// These are mostly rows of one resident and multiply by the same B. Where they are not, the blocks differ
+// in B and in nothing else, so no block is idle but at the end of the list.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -87,15 +86,16 @@ class RowSchedule {
     work.sum_end = int32_t(depth);
     return true;
   }
-  // The tile of block `rank` of a pair. Past the last row tile a block keeps the other one company: it has
-  // the same resident and no rows.
-  __device__ bool get_of_pair(int32_t item, int tile_columns, int rank, Work& work) const {
+  // The same for a pair of blocks, which has both or none of the items 2 * i and 2 * i + 1. Past the last
+  // row tile a block keeps the other one company: it has the same resident and no rows.
+  __device__ bool get_of_pair(int32_t item, int tile_columns, Work& work) const {
     const int32_t column_tiles = tiles_of(columns, tile_columns);
     const int32_t row_tiles = shared_->tiles;
     const int32_t pairs = divided(row_tiles + 1, 2);
-    if (item >= pairs * column_tiles) return false;
-    const TilePosition at = in_bands<kBand / 2>(item, pairs, column_tiles);
-    const int32_t own = 2 * at.row + rank, other = 2 * at.row + 1 - rank;
+    const int32_t pair = divided(item, 2);
+    if (pair >= pairs * column_tiles) return false;
+    const TilePosition at = in_bands<kBand / 2>(pair, pairs, column_tiles);
+    const int32_t own = 2 * at.row + item % 2, other = own ^ 1;
     const int2* list = reinterpret_cast<const int2*>(tiles);
     const int2 tile = list[min(own, row_tiles - 1)];
     work.resident = tile.x;

@@ -150,11 +150,11 @@ __device__ void consume(const typename Shape::Problem& problem, const Schedule& 
                            (consumer * kGroupWarps + warp) * Shape::kStagingBytes;
   Ring<Shape::kStages> ring;
   Work work, next;
-  int32_t item = first_item<Shape>();
+  int32_t item = int32_t(blockIdx.x);
   bool more = get_work<Shape>(schedule, item, next);
   for (int turn = 0; more; ++turn) {
     work = next;
-    item += items_apart<Shape>();
+    item += int32_t(gridDim.x);
     more = get_work<Shape>(schedule, item, next);
     const int slices = slices_of(work);
     if (Shape::kPingPong && turn % kConsumers != consumer) {

@@ -10,6 +10,7 @@
 
 #include "../arch/async_copy.cuh"
 #include "../arch/barrier.cuh"
+#include "../arch/cluster.cuh"
 #include "../arch/tensor_map.cuh"
 #include "warp_specialized_shape.cuh"
 
@@ -153,8 +154,8 @@ __device__ void produce(const Params<typename Shape::Problem>& params, const Sch
       std::conditional_t<Problem::kGather, GatheredRows<Shape>, OrderedRows<Shape>>>;
   Ring<Shape::kStages> ring;
   Work work;
-  for (int32_t item = first_item<Shape>(); get_work<Shape>(schedule, item, work);
-       item += items_apart<Shape>()) {
+  for (int32_t item = int32_t(blockIdx.x); get_work<Shape>(schedule, item, work);
+       item += int32_t(gridDim.x)) {
     Loader loader;
     loader.begin(params, work);
     const auto fill = [&](int64_t sum) {

@@ -6,7 +6,6 @@
 
 #include <cstdint>
 
-#include "../arch/cluster.cuh"
 #include "../arch/tensor_map.cuh"
 #include "../grid.cuh"
 #include "grouped.cuh"
@@ -91,23 +90,14 @@ struct Ring {
   }
 };
 
-// The block's tile of an item; false past the last item. Of the list of items a block takes every
-// items_apart()-th from first_item() on.
-template <class Shape>
-__device__ inline int32_t first_item() {
-  return int32_t(blockIdx.x) / Shape::kBlocks;
-}
-template <class Shape>
-__device__ inline int32_t items_apart() {
-  return int32_t(gridDim.x) / Shape::kBlocks;
-}
+// The tile of an item; false past the last one.
 template <class Shape, class Schedule>
 __device__ inline bool get_work(const Schedule& schedule, int32_t item, Work& work) {
   constexpr int kColumns = result_columns<typename Shape::Epilogue>(Shape::kN);
   if constexpr (Shape::kBlocks == 1) {
     return schedule.get(item, kColumns, work);
   } else {
-    return schedule.get_of_pair(item, kColumns, int(cluster_rank()), work);
+    return schedule.get_of_pair(item, kColumns, work);
   }
 }
 
