@@ -65,7 +65,8 @@ def report_page(report: Mapping[str, Any], course: Course) -> str:
         title=run["name"],
         lead=(
             f"{sites}, replication {run['replication']}, {run['optimizer']}, {run['codec']} on the "
-            f"wire, {run['rounds']} rounds of {run['local_steps']} local steps. {run['data']}"
+            f"wire, {run['rounds']} rounds of {run['local_steps']} local steps. "
+            f"Text: {run['data']}."
         ),
         figures=_key_figures(report),
         drawings=_drawings(report, course),
