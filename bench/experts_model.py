@@ -49,6 +49,7 @@ from experts_predict import (
     measured_tile,
     predict,
     predictions,
+    supports,
 )
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -111,9 +112,10 @@ def inputs_table(chip: Chip, kernels: Kernels, markdown: bool) -> str:
 
 
 def tiles_table(chip: Chip, markdown: bool) -> str:
-    """Limits of the main loop for each tile, also if B were sent to two blocks (multicast)."""
+    """Limits of the main loop for each tile, and for 256 columns with B sent to two blocks."""
     rows = []
-    shared = [replace(t, name=f"{t.name}, B multicast to 2", sharing=2) for t in TILES.values()]
+    cooperative = TILES["cooperative_256"]
+    shared = [replace(cooperative, name=f"{cooperative.name}, B multicast to 2", sharing=2)]
     names = ("tensor", "shared", "L2", "producer")
     for tile in (*TILES.values(), *shared):
         for gathers, said in (("", "-"), ("rows", "rows of A"), ("B", "B along k")):
@@ -131,7 +133,7 @@ def tiles_table(chip: Chip, markdown: bool) -> str:
 
 def faster_tile(model: Model, load: Load, p: Prediction, chip: Chip, kernels: Kernels) -> str:
     """Another compiled tile that is predicted to be at least 3 % faster, and how much."""
-    others = [tile for tile in TILES.values() if tile != p.tile]
+    others = [tile for tile in TILES.values() if tile != p.tile and supports(tile, p.gemm)]
     found = [predict(model, p.gemm, load, tile, chip, kernels) for tile in others]
     best = min(found, key=lambda other: other.seconds)
     gain = p.seconds / best.seconds
@@ -220,11 +222,12 @@ def resources_table(markdown: bool) -> str:
         budget, source = cuda_resources.read_budget(), cuda_resources.BUDGET.name
     rows = []
     for kernel, row in budget.items():
-        shape = re.match(r"warp_specialized<(.*), (\d+), (true|false)>$", kernel)
+        shape = re.match(r"(?:warp_specialized|paired)<(.*), (\d+)(?:, (true|false))?>$", kernel)
         if shape is None or "sm_90a" not in row:
             continue
         problem, columns, ping_pong = shape.groups()
-        tile = TILES[f"{'ping_pong' if ping_pong == 'true' else 'cooperative'}_{columns}"]
+        kinds = {"true": "ping_pong", "false": "cooperative", None: "paired"}
+        tile = TILES[f"{kinds[ping_pong]}_{columns}"]
         windows = 0 if "AddRows" in problem else 1
         windows += bool(re.search(r"ActivateBackward<\w+, true>", problem))
         stages = tile.stages(Chip(), windows)
@@ -341,10 +344,13 @@ def compared_table(path: Path, chip: Chip, markdown: bool) -> str:
 
 @dataclass(frozen=True)
 class Counted:
-    """Counters of a launch: seconds, and the fraction of time with the tensor cores busy."""
+    """Counters of a launch: seconds, and the fractions of time with the tensor cores busy, and of
+    L2's bandwidth.
+    """
 
     seconds: float
     busy: float
+    l2: float
 
 
 def counted(path: Path) -> dict[str, list[Counted]]:
@@ -358,11 +364,11 @@ def counted(path: Path) -> dict[str, list[Counted]]:
         label, *launches = re.split(r"\n== ", part)
         for launch in launches:
             if "warp_specialized_kernel" in launch:
-                nanoseconds, percent = (
+                nanoseconds, percent, l2 = (
                     float(re.search(rf"{name}\S* ([\d.]+)", launch)[1])
-                    for name in ("gpu__time_duration", "sm__throughput")
+                    for name in ("gpu__time_duration", "sm__throughput", "lts__throughput")
                 )
-                line = Counted(nanoseconds / 1e9, percent / 100)
+                line = Counted(nanoseconds / 1e9, percent / 100, l2 / 100)
                 found.setdefault(label.splitlines()[0], []).append(line)
     if not found:
         raise BadFile(f"{path} must have counters of a warp_specialized_kernel, got no counters")
@@ -394,6 +400,29 @@ def counters_table(path: Path, measured: Path, chip: Chip, markdown: bool) -> st
     )
     head += ("GHz under the profiler", "GHz in the benchmark", "GHz predicted")
     return table(f"Predicted and counted, {path.name}", head, rows, markdown)
+
+
+def l2_table(path: Path, measured: Path, chip: Chip, markdown: bool) -> str:
+    """Predicted L2 traffic and time of the GEMMs over rows with every tile, beside counters and
+    measurements: OLMoE, 16384 tokens, balanced, the current kernels. A "-": not measured.
+    """
+    model = next(model for model in work.MODELS if model.name == "OLMoE")
+    load, rows = work.expected_load(model, 16384, "balanced"), []
+    timed = {
+        (c.kernels, c.model, c.tokens, c.what, c.tile): c.measured for c in compare(measured, chip)
+    }
+    gemms = work.gemms(model, load).values()
+    for gemm, launch in zip(gemms, counted(path)[CURRENT.name], strict=True):
+        for tile in TILES.values() if supports(TILES["paired_128"], gemm) else ():
+            p = predict(model, gemm, load, tile, chip)
+            seconds = timed.get((CURRENT.name, model.name, 16384, gemm.name, tile.name))
+            cells = [gemm.name, tile.name, f"{p.l2_bytes / 1e9:.2f}", f"{p.l2:.2f}"]
+            cells += [f"{launch.l2:.2f}" if tile == measured_tile(gemm) else "-"]
+            cells += [f"{p.seconds * 1e6:.0f}", f"{seconds * 1e6:.0f}" if seconds else "-"]
+            rows.append(cells)
+    head = ("GEMM", "tile", "GB from and to L2", "of L2's bandwidth, predicted", "counted")
+    head += ("predicted µs", "measured µs")
+    return table("L2 traffic by tile: OLMoE, 16384 tokens, balanced", head, rows, markdown)
 
 
 def report(chip: Chip, kernels: Kernels, markdown: bool) -> str:
@@ -455,6 +484,7 @@ def main() -> int:
             if arguments.counters:
                 files = (arguments.counters, arguments.measured)
                 print("\n" + counters_table(*files, chip, arguments.markdown).rstrip("\n"))
+                print("\n" + l2_table(*files, chip, arguments.markdown).rstrip("\n"))
         except BadFile as bad:
             parser.error(str(bad))
         return 0

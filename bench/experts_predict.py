@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import expert_work as work
@@ -34,12 +34,12 @@ from fomoe_ext import _C
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile of TILE_ROWS x `columns` sums. `sharing`: number of blocks that receive the same copy
-    of B from L2 (multicast in a cluster; the kernels do not do that yet).
+    """A tile of TILE_ROWS x `columns` sums. `sharing`: number of blocks of a cluster that receive
+    the same copy of B from L2 (multicast), where they multiply by the same B.
     """
 
     name: str
-    kernel: str  # ping_pong or cooperative
+    kernel: str  # ping_pong, cooperative or paired
     columns: int
     sharing: int = 1
 
@@ -50,6 +50,10 @@ class Tile:
     def stages(self, chip: Chip, windows: int) -> int:
         staging = CONSUMERS * GROUP_WARPS * windows * STAGING_BYTES
         return (chip.shared_bytes - BARRIER_BYTES - staging) // self.stage_bytes
+
+    def k_block_bytes(self) -> float:
+        """Bytes that a block reads from L2 for a k-block: its rows of A, and its part of B."""
+        return (TILE_ROWS + self.columns / self.sharing) * DEPTH * 2
 
     def k_block_clocks(
         self,
@@ -64,7 +68,7 @@ class Tile:
         read = products * (DEPTH // PRODUCT_SUM) * (PRODUCT_ROWS + self.columns) * PRODUCT_SUM * 2
         gathered = {"": 0, "rows": TILE_ROWS, "A": TILE_ROWS, "B": self.columns}[gathers]
         gathered *= DEPTH * 2
-        boxes = (TILE_ROWS + self.columns / self.sharing) * DEPTH * 2 - gathered
+        boxes = self.k_block_bytes() - gathered
         cycles = {
             "tensor": tensor,
             "shared": (read + gathered) / chip.shared_per_clock,
@@ -87,10 +91,19 @@ class Tile:
 
 # The tiles of warp_specialized.cuh, by name.
 TILES = {
-    tile["name"]: Tile(tile["name"], tile["kernel"], tile["columns"])
+    tile["name"]: Tile(
+        tile["name"], tile["kernel"], tile["columns"], 2 if tile["kernel"] == "paired" else 1
+    )
     for tile in _C.expert_tiles()
     if tile["kernel"] != "multistage"
 }
+
+
+def supports(tile: Tile, gemm: Gemm) -> bool:
+    """Whether a GEMM can use the tile. Blocks cannot share a B that is gathered, as in gradients of
+    weights.
+    """
+    return tile.kernel != "paired" or not gemm.makes_weights
 
 
 def measured_tile(gemm: Gemm) -> Tile:
@@ -126,6 +139,8 @@ class Prediction:
     waves: float  # mean work of a block over that of the busiest
     seconds: float
     fraction: float  # of the tensor cores' peak
+    l2_bytes: float  # bytes that main loops and epilogues move from and to L2
+    l2: float  # mean fraction of L2's bandwidth
 
 
 def items_of(gemm: Gemm, load: Load, tile: Tile) -> tuple[np.ndarray, np.ndarray]:
@@ -149,28 +164,61 @@ def row_products(rows: int) -> np.ndarray:
     return np.array([TILE_ROWS // PRODUCT_ROWS] * full + last, dtype=np.int64)
 
 
-def bands(row_tiles: int, column_tiles: int) -> Iterable[np.ndarray]:
+def bands(row_tiles: int, column_tiles: int, height: int = BAND) -> Iterable[np.ndarray]:
     """Row tiles in the order of scheduler.cuh: band by band, and column by column within a band."""
-    for first in range(0, row_tiles, BAND):
-        yield np.tile(np.arange(first, min(first + BAND, row_tiles)), column_tiles)
+    for first in range(0, row_tiles, height):
+        yield np.tile(np.arange(first, min(first + height, row_tiles)), column_tiles)
+
+
+def pairs_of(gemm: Gemm, load: Load, tile: Tile) -> tuple[np.ndarray, np.ndarray]:
+    """As items_of, for pairs of blocks: the products of each [items, 2], and whether both multiply
+    by the same B. A block without a tile has 0 products, and the B of the other.
+    """
+    tiles = [
+        (p, i) for i, g in enumerate(sorted(load.groups, reverse=True)) for p in row_products(g)
+    ]
+    tiles += [(0, tiles[-1][1])] * (len(tiles) % 2)
+    pairs = np.array(tiles, dtype=np.int64).reshape(-1, 2, 2)
+    columns = -(-gemm.columns // tile.columns)
+    order = np.concatenate(list(bands(len(pairs), columns, BAND // 2)))
+    return pairs[order, :, 0], (pairs[:, 0, 1] == pairs[:, 1, 1])[order]
+
+
+def epilogue_bytes(gemm: Gemm, load: Load) -> int:
+    """Bytes that a GEMM reads and writes beside its operands."""
+    if gemm.makes_weights:
+        return work.ELEMENT * len(load.groups) * gemm.columns * gemm.length
+    lines = load.touched if gemm.name in GATHERS else load.rows
+    residents = sum(1 for group in load.groups if group)
+    return gemm.bytes - work.ELEMENT * (lines + residents * gemm.columns) * gemm.length
 
 
 def predict(
     model: Model, gemm: Gemm, load: Load, tile: Tile, chip: Chip, kernels: Kernels = CURRENT
 ) -> Prediction:
+    # Long: one step after the other, each with names of the steps before.
     # The sums include gate and up columns; the result of a gated activation has half as many.
-    products, k_blocks = items_of(gemm, load, tile)
     epilogue = kernels.epilogues[gemm.epilogue, model.gates]
     gathers = GATHERS.get(gemm.name, "")
+    if tile.sharing > 1:
+        of_block, shares = pairs_of(gemm, load, tile)
+        k_blocks = np.full(len(of_block), -(-gemm.length // DEPTH))
+    else:
+        products, k_blocks = items_of(gemm, load, tile)
+        of_block, shares = products[:, None], np.ones(len(products), dtype=bool)
+    products = of_block.max(1)  # the blocks of a pair work in lockstep
+    single = replace(tile, sharing=1)
     cycles = {p: tile.k_block_clocks(chip, p, gathers, kernels) for p in (1, 2)}
-    loop_of = np.array([0.0, *(max(cycles[p].values()) for p in (1, 2))])
-    tensor_of = np.array([0.0, *(cycles[p]["tensor"] for p in (1, 2))])
-    loops = loop_of[products] * k_blocks
-    tensor = tensor_of[products] * k_blocks
+    cycles_single = {p: single.k_block_clocks(chip, p, gathers, kernels) for p in (1, 2)}
+    of = lambda kind, cycles: np.array([0.0, *(kind(cycles[p]) for p in (1, 2))])
+    longest = lambda limits: max(limits.values())
+    loops = np.where(shares, of(longest, cycles)[products], of(longest, cycles_single)[products])
+    loops = loops * k_blocks
+    tensor = of(lambda c: c["tensor"], cycles)[of_block].mean(1) * k_blocks
     strips = products * PRODUCT_ROWS // STRIP_ROWS * (tile.columns // STRIP_COLUMNS)
-    if tile.kernel == "ping_pong":
+    if tile.kernel != "cooperative":
         alone = strips / GROUP_WARPS * epilogue.total
-        shared_of = np.array([0.0, *(cycles[p]["shared"] for p in (1, 2))])
+        shared_of = of(lambda c: c["shared"], cycles)
         shared = shared_of[products] * k_blocks + strips * epilogue.bytes / chip.shared_per_clock
         times = np.maximum.reduce(
             [loops + inputs.TURN_CLOCKS, (loops + alone + inputs.TURN_CLOCKS) / 2, shared]
@@ -178,10 +226,11 @@ def predict(
     else:  # each warpgroup has half of the rows; in a last tile the second may have none
         own = strips / np.maximum(products, 1) / GROUP_WARPS
         times = loops + own * epilogue.total + inputs.TURN_CLOCKS
-    blocks = np.zeros(-(-len(times) // chip.processors) * chip.processors)
+    clusters = chip.processors // tile.sharing
+    blocks = np.zeros(-(-len(times) // clusters) * clusters)
     blocks[: len(times)] = times
-    work_of_block = blocks.reshape(-1, chip.processors).sum(0)
-    busy = tensor.sum() / chip.processors / work_of_block.max()
+    work_of_block = blocks.reshape(-1, clusters).sum(0)
+    busy = tensor.sum() / clusters / work_of_block.max()
     clock = chip.clock_at(busy)
     compute = work_of_block.max() / clock
     waiting = memory_wait(gemm, load, tile, products, times / chip.processors / clock, chip)
@@ -195,6 +244,12 @@ def predict(
     groups = [along] if along else load.groups
     multiplied = sum(-(-group // PRODUCT_ROWS) * PRODUCT_ROWS for group in groups)
     whole = -(-gemm.columns // tile.columns) * tile.columns
+    # A block without a tile reads its half of B all the same.
+    read = np.where(shares, tile.k_block_bytes(), single.k_block_bytes())
+    read = (read * k_blocks * tile.sharing).sum()
+    l2_clocks = np.where(shares, cycles[2]["L2"], cycles_single[2]["L2"]) * k_blocks * tile.sharing
+    beside = epilogue_bytes(gemm, load)
+    l2_clocks = l2_clocks.sum() + beside / chip.l2_per_clock
     return Prediction(
         gemm,
         tile,
@@ -206,6 +261,8 @@ def predict(
         waves=work_of_block.mean() / work_of_block.max(),
         seconds=seconds,
         fraction=gemm.flops / seconds / chip.peak,
+        l2_bytes=float(read + beside),
+        l2=float(l2_clocks / chip.processors / clock / seconds),
     )
 
 
@@ -222,6 +279,7 @@ def memory_wait(
         of_group = seconds.reshape(len(ranked), -1).sum(1)
     else:
         of_products = {p: float(seconds[products == p][0]) for p in set(products.tolist())}
+        of_products.setdefault(1, of_products.get(2, 0.0))  # beside a longer one
         columns = -(-gemm.columns // tile.columns)
         of_group = np.array(
             [columns * sum(of_products[p] for p in row_products(group)) for group in ranked]

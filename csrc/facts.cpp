@@ -36,6 +36,7 @@ const char* kernel_name(cuda::Kernel kernel) {
     case cuda::Kernel::multistage: return "multistage";
     case cuda::Kernel::ping_pong: return "ping_pong";
     case cuda::Kernel::cooperative: return "cooperative";
+    case cuda::Kernel::paired: return "paired";
   }
   return "";
 }

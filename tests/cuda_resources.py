@@ -28,6 +28,7 @@ BUDGET = Path(__file__).parent / "cuda_budget.csv"
 SM_REGISTERS, SM_SHARED, SM_WARPS = 65536, 227 << 10, 64
 BLOCK_RESERVE = 1 << 10  # shared memory that every block takes beside its own
 ACTIVATIONS = ("swiglu", "geglu", "silu", "relu2", "gelu", "clamped_swiglu")  # of csrc/kernels.h
+HOPPER_GEMMS = ("warp_specialized<", "paired<")  # one block, pairs of blocks
 FORMATS = ("fp32", "bf16", "int8", "int4", "int2", "topk")  # of csrc/kernels.h
 
 
@@ -98,6 +99,7 @@ def readable(symbols: Iterable[str]) -> dict[str, str]:
         # A GEMM is named by its problem, columns and stages; its other template arguments follow
         # from them.
         name = re.sub(r"(\w+)::\1_kernel<\1::Shape<(.*)>>$", r"\1<\2>", name)
+        name = re.sub(r"(\w+)::\1_kernel<\1::PairShape<(.*)>>$", r"paired<\2>", name)
         names[symbol] = name
     return names
 
@@ -220,7 +222,7 @@ def threads_of(kernel: str) -> int:
     """Threads of a kernel's blocks, as its source has them."""
     if kernel.startswith(("route_kernel", "route_backward_kernel")):
         return 128 if re.search(r", 32(, \w+)?>$", kernel) else 256
-    if kernel.startswith("warp_specialized<"):
+    if kernel.startswith(HOPPER_GEMMS):
         return 384
     if kernel.startswith("multistage<"):
         return 256 if "<F32" in kernel else 128
@@ -234,7 +236,7 @@ def dynamic_shared_of(kernel: str) -> int:
         columns, stages = map(int, match.groups())
         return stages * (128 + columns) * 128
     # As many stages as fit, so one block.
-    return SM_SHARED // 2 if kernel.startswith("warp_specialized<") else 0
+    return SM_SHARED // 2 if kernel.startswith(HOPPER_GEMMS) else 0
 
 
 def main() -> int:

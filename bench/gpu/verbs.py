@@ -32,11 +32,20 @@ def forced(tile: str, run: Callable[[], Any]) -> Callable[[], Any]:
     return call
 
 
-def tiles_for(case: Case) -> list[str]:
-    """The tiles to measure. Those for older GPUs are slow, so only with few tokens."""
+def tiles_for(case: Case, gemm: work.Gemm) -> list[str]:
+    """The tiles to measure, of those that the GEMM supports. Those for older GPUs are slow, so only
+    with few tokens.
+    """
+
+    def is_used(name: str) -> bool:
+        os.environ[FORCED] = name
+        return _C.expert_tile(gemm.verb, "bfloat16", gemm.columns, gemm.terms, True) == name
+
     names = [tile["name"] for tile in _C.expert_tiles()]
     few = case.tokens <= 4096 and case.routing == "balanced"
-    return [name for name in names if few or not name.startswith("multistage")]
+    found = [n for n in names if (few or not n.startswith("multistage")) and is_used(n)]
+    os.environ[FORCED] = ""
+    return found
 
 
 def error_of(verbs: cases.Verbs, name: str, wanted: cases.Outputs) -> float:
@@ -54,7 +63,7 @@ def measure_verb(
     gemm = work.gemms(case.model, verbs.inputs.load)[name]
     task = bench_experts.Task([gemm], forced("", ours))
     errors = {}
-    for tile in ("", *tiles_for(case)):
+    for tile in ("", *tiles_for(case, gemm)):
         os.environ[FORCED] = tile
         errors[tile or "chosen"] = error_of(verbs, name, wanted)
         results.check(f"{case} {name} {tile}", errors[tile or "chosen"])

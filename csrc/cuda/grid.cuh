@@ -35,6 +35,24 @@ class PersistentGrid {
     blocks = static_cast<unsigned>(answer);
     return error;
   }
+  // The same for clusters of `cluster` blocks; `config` says all about the launch but its grid.
+  template <class Kernel>
+  cudaError_t size(Kernel* kernel, const cudaLaunchConfig_t& config, int cluster,
+                   unsigned& blocks) {
+    int answer = 0;
+    const cudaError_t error = known_.get(answer, [&](int, int& wanted) {
+      if (const cudaError_t failed = cudaFuncSetAttribute(
+              kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.dynamicSmemBytes)))
+        return failed;
+      if (const cudaError_t failed = cudaOccupancyMaxActiveClusters(&wanted, kernel, &config))
+        return failed;
+      if (wanted == 0) return cudaErrorInvalidConfiguration;
+      wanted = int(blocks_for(int64_t(wanted) * cluster, cluster, INT32_MAX));
+      return cudaSuccess;
+    });
+    blocks = static_cast<unsigned>(answer * cluster);
+    return error;
+  }
 
  private:
   template <class Kernel>

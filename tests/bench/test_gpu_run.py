@@ -9,12 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import expert_work as work
 import pytest
 import torch
 from bench_command import ROOT
 
 from bench.gpu import __main__ as command
-from bench.gpu import measured, profile, runner, steps, summary
+from bench.gpu import measured, profile, runner, steps, summary, verbs
 from bench.gpu.runner import FAILED, LEFT_OUT, OK, TIMED_OUT, Outcome, Runner, Step
 
 
@@ -356,3 +357,16 @@ def test_dry_run(tmp_path):
     assert combine["seconds"] > 0 and combine["memory_floor_seconds"] > 0
     assert "== other kernels" in done.stdout and "some_kernel" in done.stdout
     assert len(list(folder.iterdir())) <= command.MOST_FILES
+
+
+def test_each_product_is_timed_with_the_tiles_that_it_can_take(monkeypatch):
+    """Blocks cannot share a B that is gathered; few tokens also try the other architectures'."""
+    monkeypatch.setenv(verbs.FORCED, "")
+    model = work.MODELS[0]
+    gemms = work.gemms(model, work.expected_load(model, 16384, "balanced"))
+    of = lambda name, tokens: verbs.tiles_for(measured.Case(model, tokens, "balanced"), gemms[name])
+    hopper = ["ping_pong_128", "cooperative_256"]
+    assert of("contract_backward", 16384) == [*hopper, "paired_128"]
+    assert of("expand_weight_grad", 16384) == hopper
+    assert of("expand", 4096)[:2] == ["multistage_64", "multistage_128"]
+    assert os.environ[verbs.FORCED] == ""

@@ -306,7 +306,8 @@ std::vector<ExpertsCase> expert_cases(bool small) {
     return {{"multistage_64", f32, {3}, 8, 8},
             {"multistage_128", bf16, {70, 3}, 72, 24, swiglu, true},
             {"ping_pong_128", bf16, {70, 0, 3}, 136, 136, swiglu, true},
-            {"cooperative_256", bf16, {66, 2}, 264, 72}};
+            {"cooperative_256", bf16, {66, 2}, 264, 72},
+            {"paired_128", bf16, {130, 3}, 136, 136, swiglu, true}};
   // Rows, columns and depths around whole tiles; several rounds of every ring of stages; more tiles
   // than blocks, so that consumers take turns.
   const std::vector<int> uneven = {130, 0, 64, 1, 65}, few = {2, 0, 0, 1}, none = {0, 0};
@@ -322,7 +323,13 @@ std::vector<ExpertsCase> expert_cases(bool small) {
           {"ping_pong_128", bf16, none, 72, 24},
           {"cooperative_256", bf16, uneven, 520, 264, Activation::relu2, true},
           {"cooperative_256", bf16, uneven, 136, 200, swiglu, true},
-          {"cooperative_256", bf16, few, 64, 64}};
+          {"cooperative_256", bf16, few, 64, 64},
+          // Pairs with one B, with two, and a block that keeps the other one company; an even list.
+          {"paired_128", bf16, uneven, 520, 264, Activation::relu2, true},
+          {"paired_128", bf16, {257, 130, 64}, 136, 200, swiglu, true},
+          {"paired_128", bf16, few, 64, 64, clamped},
+          {"paired_128", bf16, {1}, 64, 64},
+          {"paired_128", bf16, none, 72, 24}};
 }
 
 std::string name_of(const ExpertsCase& c) {

@@ -109,6 +109,12 @@ def expected(name: str) -> np.ndarray:
     if name.startswith("matrices"):
         product = operand(1, 16, 16) @ operand(2, 16, 16).T
         return np.tile(product.ravel().astype(np.float32).view(np.uint32), 4)
+    if name == "cluster_words":
+        own = INPUT[:256].reshape(2, 2, 64)  # clusters, blocks, threads
+        return np.stack([own[:, ::-1, ::-1] + 1, own[:, ::-1]], axis=2).ravel()
+    if name == "multicast":
+        rows = INPUT.reshape(2, 16 * 32)
+        return np.concatenate([rows[(np.arange(8) + block // 2) % 2].ravel() for block in range(4)])
     out = np.zeros(1024, np.uint32)
     if name == "neighbours":
         out[:128] = np.roll(INPUT[:128], -1)

@@ -22,7 +22,7 @@ from emulator.build import Builder, in_parallel, run, runtime_objects
 from emulator.expected import INPUT, PRODUCTS, expected
 
 SELFTEST = emulator.HERE / "selftest"
-SOURCES = [SELFTEST / "selftest.cu", SELFTEST / "warpgroup.cu", SELFTEST / "arrivals.cu"]
+SOURCES = [SELFTEST / f"{name}.cu" for name in ("selftest", "warpgroup", "arrivals", "clusters")]
 OUT_WORDS = (192 << 10) // 4
 BUILDS = ["undefined", "address,undefined", "thread"]
 ORDERS = ["forward", "reverse", "random", "priority", "laggard"]
@@ -76,9 +76,12 @@ NAMES = [
     "approximations",
     "copy_arrivals",
     "tensor_boxes",
+    "cluster_words",
+    "multicast",
     *PRODUCTS,
 ]
 SINCE_SM90 = ["bulk_ring", "spoken_for", "stored_matrices", "copy_arrivals", "tensor_boxes"]
+SINCE_SM90 += ["cluster_words"]
 
 
 def words_of(stdout: str) -> np.ndarray:
@@ -176,6 +179,27 @@ DEFECTS = [
         "coordinate 0 must be a multiple of",
     ),
     ("tensor_boxes", 7, "undefined", "1048576 bytes in one phase, at most 1048575 can be counted"),
+    ("cluster_words", 1, "thread", "data race"),  # no barrier
+    ("cluster_words", 1, "undefined", None),
+    ("cluster_words", 2, "undefined", "ld.shared::cluster: block .* has ended before"),
+    ("cluster_words", 3, "undefined", "mapa: block 2 of the cluster, which has 2"),
+    ("cluster_words", 4, "undefined", "barrier.cluster.*divergent code|deadlock"),
+    ("cluster_words", 5, "undefined", "arrive: this thread has arrived before and not waited"),
+    ("cluster_words", 6, "undefined", "barrier.cluster.wait: this thread has not arrived"),
+    ("cluster_words", 7, "undefined", None),  # half of the words are not there
+    ("cluster_words", 8, "undefined", "a thread leaves its kernel between arrival and wait"),
+    ("multicast", 1, "undefined", "multicast::cluster: block 2 of the cluster, which has 2"),
+    ("multicast", 2, "undefined", None),  # expects its own half alone
+    ("multicast", 3, "undefined", "livelock|deadlock"),  # expects a half too many
+    ("multicast", 4, "undefined", None),  # a stage that the partner still reads
+    ("multicast", 4, "thread", "data race"),
+    ("multicast", 5, "undefined", "no mbarrier at"),  # the partner has not initialised its own
+    ("multicast", 6, "undefined", "that reaches its shared memory .*arrive.*, perhaps later"),
+    ("multicast", 6, "undefined", "arrive.*: block .* of the cluster has ended before"),
+    ("multicast", 7, "undefined", None),  # arrives at its own
+    ("multicast", 8, "undefined", None),  # arrives twice
+    ("multicast", 9, "undefined", "livelock|deadlock"),  # its half to itself alone
+    ("multicast", 10, "undefined", "rows of 3 blocks are not whole clusters of 2"),
     ("stored_bf16_64", 1, "undefined", None),  # no fence.proxy.async
     ("stored_bf16_64", 2, "undefined", None),  # the fence comes before cp.async has arrived
     ("stored_bf16_64", 3, "undefined", None),  # the fence comes before ordinary stores
@@ -242,6 +266,18 @@ def test_emulated_copies_need_a_fence_of_who_waited(programs, defect):
         assert status == 0, stderr
         values = words_of(stdout).view(np.float32)
         assert np.isnan(values).any(), schedule
+
+
+def test_emulated_blocks_of_a_cluster_end_together(programs):
+    """In every schedule, also where the last access comes before the block's end by chance."""
+    arrivals, said = ["early", "late", "random"], set()
+    for order, async_, seed in product(ORDERS, arrivals, range(4)):
+        schedule = {"order": order, "async_": async_, "seed": seed, "resident": 1 + seed}
+        status, _, stderr = execute(programs["undefined"], "multicast", 6, **schedule)
+        found = re.search("that reaches its shared memory|has ended before", stderr)
+        assert status != 0 and found, schedule
+        said.add(found[0])
+    assert len(said) == 2
 
 
 # ---- errors --------------------------------------------------------------------------------------
@@ -392,10 +428,15 @@ def test_products_and_boxes_are_hopper_instructions(tmp_path, source):
             assert code.has(r"^HGMMA\.64x(64|128|256)x16\.F32") and code.has(r"^WARPGROUP"), kernel
         if kernel.startswith(("gemm", "tensor", "gathered")):
             assert code.has(r"^UTMALDG\.3D"), kernel
+        if kernel.startswith("multicast"):
+            assert code.has(r"^UTMALDG\.3D\.MULTICAST"), kernel
+            # An arrival in another block waits for no store; the barrier at start and end does.
+            assert code.total(r"^MEMBAR\.ALL\.GPU") == code.total("^UCGABAR_ARV") == 2, kernel
+            assert code.total("^UCGABAR_WAIT") == 2, kernel
         if kernel.startswith(("copy_arrivals", "gathered<0, 0", "gathered<0, 1")):
             assert code.has(r"^ARRIVES\.LDGSTSBAR"), kernel
     products = [kernel for kernel, _ in codes if kernel.startswith(("gemm", "gathered"))]
-    assert len(products) == {"warpgroup": 4, "arrivals": 3}[source.stem]
+    assert len(products) == {"warpgroup": 4, "arrivals": 3, "clusters": 0}[source.stem]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -408,8 +449,8 @@ def test_twins_write_what_the_hardware_writes(tmp_path_factory, name):
     major, minor = torch.cuda.get_device_capability()
     if name in SINCE_SM90 and major < 9:
         pytest.skip("mbarriers, bulk copies and stmatrix are from sm_90 on")
-    if name in PRODUCTS and (major, minor) != (9, 0):
-        pytest.skip("products of warpgroups are for sm_90")
+    if name in [*PRODUCTS, "multicast"] and (major, minor) != (9, 0):
+        pytest.skip("products of warpgroups and loads to several blocks are for sm_90")
     library_path = tmp_path_factory.getbasetemp() / "selftest-cuda.so"
     if not library_path.exists():
         arch = f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")

@@ -143,14 +143,19 @@ def gemms(codes: dict[tuple[str, str], Code], kind: str, arch: str) -> dict[str,
     return {k: code for (k, a), code in codes.items() if k.startswith(f"{kind}<") and a == arch}
 
 
+def hopper_gemms(codes: dict[tuple[str, str], Code]) -> dict[str, Code]:
+    kinds = [kind.removesuffix("<") for kind in cuda_resources.HOPPER_GEMMS]
+    return {k: code for kind in kinds for k, code in gemms(codes, kind, "sm_90a").items()}
+
+
 def test_hopper_gemms_are_wgmma_and_tma(codes):
     """wgmma products, TMA loads, and registers reallocated to the consumer warpgroups."""
     if not {"90-real", "90a-real"} & set(_C.build_facts()["cuda_archs"]):
         pytest.skip("not built for 9.0")
-    found = gemms(codes, "warp_specialized", "sm_90a")
+    found = hopper_gemms(codes)
     assert len(found) > 0
     for kernel, code in found.items():
-        columns = int(re.findall(r", (\d+), (?:true|false)>$", kernel)[0])
+        columns = int(re.findall(r", (\d+)(?:, (?:true|false))?>$", kernel)[0])
         kind = "F16" if "<F16x2" in kernel else "BF16"
         products = code.total(
             rf"^HGMMA\.64x{columns}x16\.F32\.{kind}$|HGMMA\.64x{columns}x16\.F32$"
@@ -165,9 +170,26 @@ def test_hopper_gemms_are_wgmma_and_tma(codes):
         assert code.has("^LDGSTS") == gathers, kernel
 
 
+def test_paired_gemms_multicast_b(codes):
+    """One TMA load for two blocks. Only the cluster barriers at start and end wait for stores; the
+    arrival that frees a stage of the other block does not.
+    """
+    if not {"90-real", "90a-real"} & set(_C.build_facts()["cuda_archs"]):
+        pytest.skip("not built for 9.0")
+    pairs = gemms(codes, "paired", "sm_90a")
+    assert len(pairs) == 2 * (2 * len(cuda_resources.ACTIVATIONS) + 2)  # formats, problems
+    for kernel, code in pairs.items():
+        assert code.has(r"^UTMALDG\.3D\.MULTICAST"), kernel
+        assert code.has(r"^SYNCS\.ARRIVE\.TRANS64\.RED"), kernel
+        for barrier in (r"^UCGABAR_ARV", r"^UCGABAR_WAIT", r"^MEMBAR\.ALL\.GPU"):
+            assert code.total(barrier) == 2, (kernel, barrier)
+    for kernel, code in gemms(codes, "warp_specialized", "sm_90a").items():
+        assert not code.has(r"MULTICAST|^UCGABAR"), kernel
+
+
 def test_hopper_gemms_stay_optimised(codes):
     """The costs that were removed after measurements on an H200 (docs/performance.md) stay away."""
-    found = gemms(codes, "warp_specialized", "sm_90a")
+    found = hopper_gemms(codes)
     assert len(found) > 0
     for kernel, code in found.items():
         # Descriptors are computed in uniform registers, once per warp.
@@ -184,11 +206,12 @@ def test_epilogues_move_matrices(codes):
     epilogues = {
         (kernel, arch): code
         for (kernel, arch), code in codes.items()
-        if re.match(r"(multistage|warp_specialized)<", kernel) and "<F32" not in kernel
+        if re.match(r"(multistage|warp_specialized|paired)<", kernel) and "<F32" not in kernel
     }
-    assert {kernel.split("<")[0] for kernel, _ in epilogues} == {"multistage", "warp_specialized"}
+    kinds = {"multistage", "warp_specialized", "paired"}
+    assert {kernel.split("<")[0] for kernel, _ in epilogues} == kinds
     for (kernel, arch), code in epilogues.items():
-        if kernel.startswith("warp_specialized"):
+        if not kernel.startswith("multistage"):
             assert code.has("^STSM") == ("AddRows" not in kernel), kernel  # those add to fp32
             # wgmma reads its operands without ldmatrix.
             assert code.has("^LDSM") == ("ActivateBackward" in kernel), kernel
@@ -206,14 +229,14 @@ def test_the_activation_is_a_template_argument(codes):
     seen = set()
     for (kernel, arch), code in codes.items():
         found = re.match(
-            r"(multistage|warp_specialized)<RowsProblem<(Activate|ActivateBackward)<(\w+), (\w+)>, "
-            r"\w+, true>, (\d+), (\w+)>",
+            r"(multistage|warp_specialized|paired)<RowsProblem<(Activate|ActivateBackward)<(\w+), "
+            r"(\w+)>, \w+, true>, (\d+)(?:, (\w+))?>",
             kernel,
         )
         if not found:
             continue
         kind, epilogue, dtype, activation, columns, last = found.groups()
-        threads = 128 if kind == "multistage" else 128 if last == "true" else 256
+        threads = 256 if kind == "warp_specialized" and last == "false" else 128
         threads = 256 if dtype == "F32" else threads
         sums = 128 * int(columns) // threads
         elements = sums // 2 if epilogue == "Activate" and "glu" in activation else sums

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from grouped_gemms import Inputs, make, moe_arguments
+from grouped_gemms import Inputs, make, moe_arguments, run
 from kernel_device import Device
 
 from fomoe_ext import _C, ops
@@ -63,6 +63,54 @@ def test_tile(gpu_device, monkeypatch, tile, hidden, size, dtype):
         assert error <= LIMIT[dtype]
     for mine, again in zip(got, everything(gpu_device, inputs, "swiglu"), strict=True):
         assert torch.equal(mine, again)
+
+
+PAIRED_GROUPS = {
+    "one B to every pair": (256, 0, 512),
+    "pairs of two residents": (1, 130, 0, 70, 129, 128),
+    "one keeps the other company": (257, 64),
+    "a single tile": (0, 3),
+    "few rows": (1, 2, 0, 1, 5, 1, 1),
+    "no rows": (0, 0),
+}
+
+
+@pytest.mark.parametrize("groups", PAIRED_GROUPS.values(), ids=list(PAIRED_GROUPS))
+@pytest.mark.parametrize("hidden, size, activation", [(264, 136, "swiglu"), (72, 264, "relu2")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_pairs_have_the_bits_of_single_blocks(
+    gpu_device, monkeypatch, groups, hidden, size, activation, dtype
+):
+    """Blocks that share B add up the same terms in the same order."""
+    gates = 2 if activation == "swiglu" else 1
+    inputs = make(groups, hidden, size, dtype, bias=True, gates=gates)
+    table, number = inputs.table, ops.ACTIVATIONS[activation]
+    verbs = {
+        "expand": (
+            *(inputs.x, inputs.expand_weight, inputs.expand_bias, table.token_of_row),
+            *(table.row_of_slot, table.offsets, table.tiles, number, True),
+        ),
+        "contract": (
+            *(inputs.act, inputs.contract_weight, inputs.contract_bias),
+            *(table.offsets, table.tiles),
+        ),
+        "contract_backward": (
+            *(inputs.grad_y, inputs.contract_weight, inputs.contract_bias, inputs.preact),
+            *(inputs.weights, table.token_of_row, table.slot_of_row),
+            *(table.offsets, table.tiles, number),
+        ),
+        "grouped_rows": (inputs.preact, inputs.expand_weight, table.offsets, table.tiles),
+    }
+    for verb, arguments in verbs.items():
+        found = []
+        for tile in ("ping_pong_128", "paired_128"):
+            monkeypatch.setenv("FOMOE_EXPERTS_TILE", tile)
+            found.append(run(gpu_device, verb, *arguments))
+        for single, pair in zip(*found, strict=True):
+            # Of rows, those that there are.
+            count = inputs.count if single.shape[1] == inputs.act.shape[0] else None
+            bits = [t[:, :count].contiguous().view(torch.uint8) for t in (single, pair)]
+            assert torch.equal(*bits), verb
 
 
 def test_sizes_that_cannot_be_read_in_chunks(gpu_device):
@@ -134,7 +182,12 @@ def test_forced_choice(monkeypatch):
     assert _C.expert_tile("contract", "bfloat16", 4096, 0, True) == "multistage_64"
     monkeypatch.setenv("FOMOE_EXPERTS_TILE", "cooperative_256")
     assert _C.expert_tile("contract", "bfloat16", 64, 0, True) == "cooperative_256"
-    # A tile that the dtype or device does not support is passed over.
+    # A tile that the verb, dtype or device does not support is passed over.
+    monkeypatch.setenv("FOMOE_EXPERTS_TILE", "paired_128")
+    for verb in VERBS:
+        wanted = "cooperative_256" if verb == "weight_grad" else "paired_128"
+        assert _C.expert_tile(verb, "bfloat16", 4096, 0, True) == wanted
+    monkeypatch.setenv("FOMOE_EXPERTS_TILE", "cooperative_256")
     assert _C.expert_tile("contract", "float32", 4096, 0, True) == "multistage_128"
     assert _C.expert_tile("contract", "bfloat16", 4096, 0, False) == "multistage_128"
     monkeypatch.setenv("FOMOE_EXPERTS_TILE", "")

@@ -97,6 +97,12 @@ inline void tensor_load(void* shared, const TensorMap* map, uint64_t* barrier, i
                         int c2, Here here = {}) {
   emulator::tensor_load(shared, map, barrier, c0, c1, c2, here);
 }
+// To the same place in every block of the cluster that has a bit in `blocks`; the mbarrier at the place
+// of `barrier` in each gets the bytes.
+inline void tensor_load_to_blocks(void* shared, const TensorMap* map, uint64_t* barrier, int c0,
+                                  int c1, int c2, unsigned blocks, Here here = {}) {
+  emulator::tensor_load_to_blocks(shared, map, barrier, c0, c1, c2, blocks, here);
+}
 // Prefetches the map.
 inline void prefetch_tensor_map(const TensorMap* map, Here here = {}) {
   emulator::prefetch_tensor_map(map, here);
@@ -106,6 +112,10 @@ inline void prefetch_tensor_map(const TensorMap* map, Here here = {}) {
 
 // Kernels with tensor maps are compiled for older architectures too, and must not be launched there.
 __device__ inline void tensor_load(void*, const TensorMap*, uint64_t*, int, int, int) { __trap(); }
+__device__ inline void tensor_load_to_blocks(void*, const TensorMap*, uint64_t*, int, int, int,
+                                             unsigned) {
+  __trap();
+}
 __device__ inline void prefetch_tensor_map(const TensorMap*) { __trap(); }
 
 #else
@@ -126,6 +136,23 @@ __device__ inline void tensor_load(void* shared, const TensorMap* map, uint64_t*
                : "memory");
 }
 #undef FOMOE_TARGET
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ > 900
+// No kernel for these has clusters, and ptxas warns of what they would make of it.
+__device__ inline void tensor_load_to_blocks(void*, const TensorMap*, uint64_t*, int, int, int,
+                                             unsigned) {
+  __trap();
+}
+#else
+__device__ inline void tensor_load_to_blocks(void* shared, const TensorMap* map, uint64_t* barrier,
+                                             int c0, int c1, int c2, unsigned blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "h"(uint16_t(blocks))
+      : "memory");
+}
+#endif
 
 __device__ inline void prefetch_tensor_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

@@ -16,7 +16,8 @@ constexpr const char* kVerbNames[] = {"expand", "contract", "contract_backward",
 
 // multistage: cp.async and mma.sync, every architecture and dtype. ping_pong and cooperative: TMA
 // and wgmma on Hopper, 16-bit dtypes; two consumer warpgroups alternate tiles, or share each tile.
-enum class Kernel : int32_t { multistage, ping_pong, cooperative };
+// paired: ping-pong by two blocks that read B once for both (not for weight_grad, which gathers B).
+enum class Kernel : int32_t { multistage, ping_pong, cooperative, paired };
 
 // A tile has kTileRows rows and `columns` columns of sums (gate and up columns both count).
 struct Tile {
@@ -27,9 +28,10 @@ struct Tile {
 constexpr Tile kTiles[] = {{"multistage_64", Kernel::multistage, 64},
                            {"multistage_128", Kernel::multistage, 128},
                            {"ping_pong_128", Kernel::ping_pong, 128},
-                           {"cooperative_256", Kernel::cooperative, 256}};
+                           {"cooperative_256", Kernel::cooperative, 256},
+                           {"paired_128", Kernel::paired, 128}};
 constexpr Tile kMultistage64 = kTiles[0], kMultistage128 = kTiles[1], kPingPong128 = kTiles[2],
-               kCooperative256 = kTiles[3];
+               kCooperative256 = kTiles[3], kPaired128 = kTiles[4];
 
 // The first rule that fits is taken. On an H200 (docs/performance.md) tiles of 256 columns, which read
 // the least from L2 and shared memory per product, were faster for expand and for gradients of weights.
@@ -37,7 +39,8 @@ constexpr Tile kMultistage64 = kTiles[0], kMultistage128 = kTiles[1], kPingPong1
 // contract_backward, whose epilogue moves several times as many bytes as the others, and for contract
 // and grouped_rows with sums of up to 2048 terms, the longest that were measured; from twice as many on
 // the epilogue is short compared with its main loop. A rule holds from `columns` columns of sums and
-// `terms` terms of a sum on: a tile wider than the columns would multiply zeros.
+// `terms` terms of a sum on: a tile wider than the columns would multiply zeros. No rule takes
+// paired_128, which has not been measured on a GPU yet.
 struct Rule {
   bool hopper;
   Verb verb;
@@ -81,11 +84,12 @@ inline const Tile* forced_tile() {
 }
 
 // `terms` is 0 where only the device knows the number, which counts as many. `hopper`: the device runs
-// sm_90a code. A forced tile that dtype or device cannot run is ignored.
+// sm_90a code. A forced tile that verb, dtype or device cannot run is ignored.
 inline Tile choose_tile(Verb verb, DType dtype, int64_t columns, int64_t terms, bool hopper) {
   hopper = hopper && dtype != DType::f32;
   if (const Tile* forced = forced_tile();
-      forced != nullptr && (forced->kernel == Kernel::multistage || hopper))
+      forced != nullptr && (forced->kernel == Kernel::multistage || hopper) &&
+      !(forced->kernel == Kernel::paired && verb == Verb::weight_grad))
     return *forced;
   for (const Rule& rule : kRules)
     if (rule.hopper == hopper && rule.verb == verb && columns >= rule.columns &&

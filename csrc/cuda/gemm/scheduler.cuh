@@ -5,6 +5,10 @@
 // Items are ordered in bands of kBand row tiles. Within a band the row tiles of one column tile come
 // first, so that blocks that run at the same time share kBand row tiles of A and blocks / kBand column
 // tiles of B. Both then stay in L2, at any size.
+//
+// The two blocks of a pair have neighbouring items, which are neighbouring row tiles of one column tile.
+// These are mostly rows of one resident and multiply by the same B. Where they are not, the blocks differ
+// in B and in nothing else, so no block is idle but at the end of the list.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -27,12 +31,13 @@ struct TilePosition {
 __device__ inline int32_t divided(int32_t number, int32_t by) {
   return int32_t(uint32_t(number) / uint32_t(by));
 }
+template <int kHeight = kBand>
 __device__ inline TilePosition in_bands(int32_t item, int32_t row_tiles, int32_t column_tiles) {
-  const int32_t band = divided(item, kBand * column_tiles);
-  const int32_t height = min(kBand, row_tiles - band * kBand);
-  const int32_t within = item - band * kBand * column_tiles;
+  const int32_t band = divided(item, kHeight * column_tiles);
+  const int32_t height = min(kHeight, row_tiles - band * kHeight);
+  const int32_t within = item - band * kHeight * column_tiles;
   const int32_t column = divided(within, height);
-  return {band * kBand + within - column * height, column};
+  return {band * kHeight + within - column * height, column};
 }
 __device__ inline int32_t tiles_of(int64_t size, int32_t tile) {
   return divided(int32_t(size) + tile - 1, tile);
@@ -44,6 +49,7 @@ struct Work {
   int32_t row, row_end;
   int32_t column;
   int32_t sum_begin, sum_end;  // along the sum
+  bool shares;                 // the other block of a pair multiplies by the same B
 };
 
 // ---- GEMMs whose sums run over columns: the rows of a group are rows of C ------------------------
@@ -78,6 +84,27 @@ class RowSchedule {
     work.column = at.column * tile_columns;
     work.sum_begin = 0;
     work.sum_end = int32_t(depth);
+    return true;
+  }
+  // The same for a pair of blocks, which has both or none of the items 2 * i and 2 * i + 1. Past the last
+  // row tile a block keeps the other one company: it has the same resident and no rows.
+  __device__ bool get_of_pair(int32_t item, int tile_columns, Work& work) const {
+    const int32_t column_tiles = tiles_of(columns, tile_columns);
+    const int32_t row_tiles = shared_->tiles;
+    const int32_t pairs = divided(row_tiles + 1, 2);
+    const int32_t pair = divided(item, 2);
+    if (pair >= pairs * column_tiles) return false;
+    const TilePosition at = in_bands<kBand / 2>(pair, pairs, column_tiles);
+    const int32_t own = 2 * at.row + item % 2, other = own ^ 1;
+    const int2* list = reinterpret_cast<const int2*>(tiles);
+    const int2 tile = list[min(own, row_tiles - 1)];
+    work.resident = tile.x;
+    work.row = tile.y;
+    work.row_end = own < row_tiles ? min(tile.y + kTileRows, offsets[tile.x + 1]) : work.row;
+    work.column = at.column * tile_columns;
+    work.sum_begin = 0;
+    work.sum_end = int32_t(depth);
+    work.shares = list[min(other, row_tiles - 1)].x == tile.x;
     return true;
   }
 

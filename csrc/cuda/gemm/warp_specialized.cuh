@@ -7,6 +7,11 @@
 // multiplies; cooperating, each computes half of the rows of every tile. Stages are passed on by
 // mbarriers: `full` when a slice has arrived, `empty` when it has been multiplied. Blocks are
 // persistent, one per multiprocessor.
+//
+// In pairs two blocks of a cluster work in step, on neighbouring row tiles. Where these multiply by the
+// same B, each block loads one half of a slice of B into both (multicast), so that it comes from L2 once.
+// Rows of A each block loads for itself. `full` waits for both halves; `empty`, in both blocks, for the
+// consumers of both.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,6 +20,7 @@
 
 #include "../arch/barrier.cuh"
 #include "../arch/bulk_copy.cuh"
+#include "../arch/cluster.cuh"
 #include "../arch/compiler.cuh"
 #include "../arch/shared_memory.cuh"
 #include "../arch/tensor_map.cuh"
@@ -55,6 +61,18 @@ struct Turns {
   }
 };
 
+// Says for the warp that it is done with a stage, to all blocks that load into it.
+template <class Shape>
+__device__ void give_back(const Barriers& barriers, int stage) {
+  const unsigned lane = threadIdx.x % kWarp;
+  if (lane >= Shape::kBlocks) return;
+  if constexpr (Shape::kBlocks == 1) {
+    mbarrier_arrive(barriers.empty + stage);
+  } else {
+    remote_arrive(remote_shared(barriers.empty + stage, lane));
+  }
+}
+
 // Multiplies all slices of a tile; acc[p] are the sums of rows 64 * (first + p) and on. look_ahead() is
 // called at the beginning of this consumer's turn: one main loop before its epilogue.
 template <int kProducts, class Shape, class LookAhead>
@@ -64,13 +82,12 @@ __device__ void multiply_slices(float (&acc)[Shape::kProducts][Shape::kN / 2], i
                                 const LookAhead& look_ahead) {
   using A = Slices<Shape::Problem::kMajorA>;
   using B = Slices<Shape::Problem::kMajorB>;
-  const bool speaks = threadIdx.x % kWarp == 0;
   int before = -1;  // stage of the slice before
   // One lane arrives for its warp after all lanes have seen the slice arrive; a late lane could otherwise
   // miss a whole round of the ring. Products keep the lanes converged; without products they may diverge.
   const auto let_go = [&] {
     if constexpr (kProducts == 0) __syncwarp();
-    if (before >= 0 && speaks) mbarrier_arrive(barriers.empty + before);
+    if (before >= 0) give_back<Shape>(barriers, before);
   };
   if (Shape::kPingPong) turns.begin();
   look_ahead();
@@ -107,10 +124,24 @@ __device__ void multiply_slices(float (&acc)[Shape::kProducts][Shape::kN / 2], i
   let_go();
 }
 
+// Lets the slices of a tile without rows pass.
+template <class Shape>
+__device__ void pass_slices(int slices, const Barriers& barriers, const Turns& turns,
+                            Ring<Shape::kStages>& ring) {
+  if (Shape::kPingPong) turns.begin();
+#pragma unroll 1
+  for (int slice = 0; slice < slices; ++slice) {
+    mbarrier_wait(barriers.full + ring.stage, ring.phase);
+    __syncwarp();  // all lanes have seen it
+    give_back<Shape>(barriers, ring.stage);
+    ring.next();
+  }
+  if (Shape::kPingPong) turns.hand_over();
+}
+
 template <class Shape, class Schedule>
 __device__ void consume(const typename Shape::Problem& problem, const Schedule& schedule,
                         unsigned char* shared, const Barriers& barriers) {
-  constexpr int kColumns = result_columns<typename Shape::Epilogue>(Shape::kN);
   constexpr int kProducts = Shape::kProducts;
   const int consumer = warp_uniform(int(threadIdx.x) / kGroup - 1);
   const int warp = warp_uniform(int(threadIdx.x) % kGroup / kWarp);
@@ -120,11 +151,11 @@ __device__ void consume(const typename Shape::Problem& problem, const Schedule& 
   Ring<Shape::kStages> ring;
   Work work, next;
   int32_t item = int32_t(blockIdx.x);
-  bool more = schedule.get(item, kColumns, next);
+  bool more = get_work<Shape>(schedule, item, next);
   for (int turn = 0; more; ++turn) {
     work = next;
     item += int32_t(gridDim.x);
-    more = schedule.get(item, kColumns, next);
+    more = get_work<Shape>(schedule, item, next);
     const int slices = slices_of(work);
     if (Shape::kPingPong && turn % kConsumers != consumer) {
       ring.skip(slices);
@@ -146,14 +177,17 @@ __device__ void consume(const typename Shape::Problem& problem, const Schedule& 
     for (int p = 0; p < kProducts; ++p)
 #pragma unroll
       for (int i = 0; i < Shape::kN / 2; ++i) acc[p][i] = 0.0f;
-    // At the last rows of a tile whole products may have no rows.
+    // At the last rows of a tile whole products may have no rows, and a tile that keeps the other block
+    // of a pair company has none.
     const int64_t rows = work.row_end - work.row - first * kRowsOfProduct;
     if (rows > (kProducts - 1) * kRowsOfProduct) {
       multiply_slices<kProducts, Shape>(acc, first, slices, shared, barriers, turns, ring,
                                         look_ahead);
-    } else {
+    } else if (Shape::kBlocks == 1 || rows > 0) {
       multiply_slices<kProducts - 1, Shape>(acc, first, slices, shared, barriers, turns, ring,
                                             look_ahead);
+    } else {
+      pass_slices<Shape>(slices, barriers, turns, ring);
     }
 #pragma unroll
     for (int strip = 0; strip < kProducts * kStrips; ++strip) {
@@ -184,14 +218,21 @@ __global__ void __launch_bounds__(kThreads, 1)
     prefetch_tensor_map(&params.a);
     prefetch_tensor_map(&params.b);
   }
+  // Both blocks of a pair have initialised their mbarriers before one reaches the other's.
+  if constexpr (Shape::kBlocks > 1) cluster_arrive();
   Schedule schedule = params.problem.schedule;
   schedule.prepare(schedule_memory[0]);
+  if constexpr (Shape::kBlocks > 1) cluster_wait();
   if (threadIdx.x < kGroup) {
     registers_lower<kProducerRegisters>();
     if (Shape::kCopies || threadIdx.x == 0) produce<Shape>(params, schedule, shared, barriers);
   } else {
     registers_raise<kConsumerRegisters>();
     consume<Shape>(params.problem, schedule, shared, barriers);
+  }
+  if constexpr (Shape::kBlocks > 1) {
+    cluster_arrive();
+    cluster_wait();
   }
 }
 
@@ -221,14 +262,24 @@ cudaError_t launch(const typename Shape::Problem& problem, cudaStream_t stream) 
     return error;
   static PersistentGrid grid;
   const auto kernel = warp_specialized_kernel<Shape>;
-  unsigned blocks = 0;
-  if (const cudaError_t error = grid.size(kernel, kThreads, Shape::kSharedBytes, blocks))
-    return error;
+  unsigned blocks = Shape::kBlocks;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = Shape::kSharedBytes;
   config.stream = stream;
+  cudaLaunchAttribute cluster{};
+  if constexpr (Shape::kBlocks > 1) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {Shape::kBlocks, 1, 1};
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    if (const cudaError_t error = grid.size(kernel, config, Shape::kBlocks, blocks)) return error;
+  } else {
+    if (const cudaError_t error = grid.size(kernel, kThreads, Shape::kSharedBytes, blocks))
+      return error;
+  }
+  config.gridDim = dim3(blocks);
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
@@ -246,6 +297,9 @@ cudaError_t run_warp_specialized(const Problem& problem, const Tile& tile, cudaS
     return ws::launch<ws::Shape<Problem, kPingPong128.columns, true>>(problem, stream);
   if (tile.kernel == Kernel::cooperative)
     return ws::launch<ws::Shape<Problem, kCooperative256.columns, false>>(problem, stream);
+  if constexpr (!Problem::kSumsRows)
+    if (tile.kernel == Kernel::paired)
+      return ws::launch<ws::PairShape<Problem, kPaired128.columns>>(problem, stream);
   return cudaErrorInvalidValue;
 }
 

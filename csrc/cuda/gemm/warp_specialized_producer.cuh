@@ -10,6 +10,7 @@
 
 #include "../arch/async_copy.cuh"
 #include "../arch/barrier.cuh"
+#include "../arch/cluster.cuh"
 #include "../arch/tensor_map.cuh"
 #include "warp_specialized_shape.cuh"
 
@@ -23,27 +24,45 @@ struct Stage {
   __device__ unsigned char* b() const { return a + Shape::kBytesA; }
 };
 
-// Loads the boxes of B of a GEMM over rows. One thread.
+// Loads the boxes of B of a GEMM over rows: of a pair that shares B, a half of them to both blocks. One
+// thread.
 template <class Shape>
 __device__ void load_b(const Params<typename Shape::Problem>& params, const Work& work, int64_t sum,
                        const Stage<Shape>& stage) {
   using Problem = typename Shape::Problem;
-  if constexpr (Problem::kMajorB == Major::line) {
-#pragma unroll
-    for (int i = 0; i < Shape::kN / 64; ++i)
-      tensor_load(stage.b() + i * kPanel, &params.b, stage.full, work.column + i * 64, int(sum),
-                  work.resident);
-  } else if constexpr (Shape::Epilogue::kInterleaved) {
-    constexpr int kHalf = kStripColumns / 2;
-#pragma unroll
-    for (int i = 0; i < Shape::kN / kHalf; ++i) {
-      const int64_t line = work.column + i / 2 * kHalf + i % 2 * params.problem.schedule.columns;
-      tensor_load(stage.b() + i * kHalf * kRowBytes, &params.b, stage.full, int(sum), int(line),
-                  work.resident);
+  constexpr bool kLines = Problem::kMajorB == Major::line;
+  constexpr int kBoxLines = kLines ? 64 : Shape::kBoxB;  // of C's columns
+  constexpr int kBoxes = Shape::kN / kBoxLines, kBytes = kBoxLines * kRowBytes;
+  const auto load_box = [&](int i, const auto& load) {
+    if constexpr (kLines) {
+      load(stage.b() + i * kBytes, work.column + i * kBoxLines, int(sum));
+    } else if constexpr (Shape::Epilogue::kInterleaved) {
+      const int64_t line =
+          work.column + i / 2 * kBoxLines + i % 2 * params.problem.schedule.columns;
+      load(stage.b() + i * kBytes, int(sum), int(line));
+    } else {
+      load(stage.b() + i * kBytes, int(sum), work.column + i * kBoxLines);
     }
-  } else {
-    tensor_load(stage.b(), &params.b, stage.full, int(sum), work.column, work.resident);
+  };
+  if constexpr (Shape::kBlocks > 1) {
+    constexpr int kOwn = kBoxes / Shape::kBlocks;
+    static_assert(kOwn * Shape::kBlocks == kBoxes);
+    if (work.shares) {
+      const int first = int(cluster_rank()) * kOwn;
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i)
+        load_box(first + i, [&](unsigned char* to, int c0, int c1) {
+          tensor_load_to_blocks(to, &params.b, stage.full, c0, c1, work.resident,
+                                (1u << Shape::kBlocks) - 1);
+        });
+      return;
+    }
   }
+#pragma unroll
+  for (int i = 0; i < kBoxes; ++i)
+    load_box(i, [&](unsigned char* to, int c0, int c1) {
+      tensor_load(to, &params.b, stage.full, c0, c1, work.resident);
+    });
 }
 
 // Loaders fill the stages of a tile: begin(params, work), then fill(params, work, sum, stage) for every
@@ -133,19 +152,24 @@ __device__ void produce(const Params<typename Shape::Problem>& params, const Sch
   using Loader = std::conditional_t<
       Problem::kSumsRows, SummedRows<Shape>,
       std::conditional_t<Problem::kGather, GatheredRows<Shape>, OrderedRows<Shape>>>;
-  constexpr int kColumns = result_columns<typename Shape::Epilogue>(Shape::kN);
   Ring<Shape::kStages> ring;
   Work work;
-  for (int32_t item = int32_t(blockIdx.x); schedule.get(item, kColumns, work);
+  for (int32_t item = int32_t(blockIdx.x); get_work<Shape>(schedule, item, work);
        item += int32_t(gridDim.x)) {
     Loader loader;
     loader.begin(params, work);
-    for (int64_t sum = work.sum_begin; sum < work.sum_end; sum += kDepth) {
+    const auto fill = [&](int64_t sum) {
       mbarrier_wait(barriers.empty + ring.stage, ring.phase ^ 1);
       loader.fill(
           params, work, sum,
           Stage<Shape>{shared + ring.stage * Shape::kStageBytes, barriers.full + ring.stage});
       ring.next();
+    };
+    if constexpr (Shape::kBlocks == 1) {
+      for (int64_t sum = work.sum_begin; sum < work.sum_end; sum += kDepth) fill(sum);
+    } else {  // there are two ways to load: not many times over
+#pragma unroll 1
+      for (int64_t sum = work.sum_begin; sum < work.sum_end; sum += kDepth) fill(sum);
     }
   }
 }

@@ -31,6 +31,7 @@ struct Shape {
   using Epilogue = typename Problem::Epilogue;
   using Format = typename Epilogue::Format;
   static constexpr int kM = kTileRows, kN = kN_;
+  static constexpr int kBlocks = 1;  // of a cluster
   static constexpr bool kPingPong = kPingPong_;
   // Products of 64 rows that a consumer makes of each slice.
   static constexpr int kProducts =
@@ -51,6 +52,17 @@ struct Shape {
   static constexpr int kBoxB = Problem::kMajorB == Major::line ? kDepth
                                : Epilogue::kInterleaved        ? kStripColumns / 2
                                                                : kN;
+};
+
+// Ping-pong by two blocks of a cluster. Where they multiply by the same B, each loads one half of it for
+// both. A stage is free when both have multiplied it, so both have as many slices.
+template <class Problem_, int kN_>
+struct PairShape : Shape<Problem_, kN_, true> {
+  using Base = Shape<Problem_, kN_, true>;
+  static_assert(!Problem_::kSumsRows);
+  static constexpr int kBlocks = 2;
+  static constexpr unsigned kEmptyArrivals = kBlocks * Base::kEmptyArrivals;
+  static constexpr int kBoxB = Base::kBoxB == kN_ ? kN_ / kBlocks : Base::kBoxB;
 };
 
 template <class Problem>
@@ -77,6 +89,17 @@ struct Ring {
     stage = (stage + slices) % kStages;
   }
 };
+
+// The tile of an item; false past the last one.
+template <class Shape, class Schedule>
+__device__ inline bool get_work(const Schedule& schedule, int32_t item, Work& work) {
+  constexpr int kColumns = result_columns<typename Shape::Epilogue>(Shape::kN);
+  if constexpr (Shape::kBlocks == 1) {
+    return schedule.get(item, kColumns, work);
+  } else {
+    return schedule.get_of_pair(item, kColumns, work);
+  }
+}
 
 __device__ inline int slices_of(const Work& work) {
   return int((work.sum_end - work.sum_begin + kDepth - 1) / kDepth);

@@ -230,19 +230,42 @@ enum cudaError_t : int {
 };
 using cudaStream_t = void*;
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+union cudaLaunchAttributeValue {
+  uint3 clusterDim;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
+
+namespace fomoe::emulator {
+// Blocks of a cluster; without the attribute every block is one.
+inline dim3 cluster_of(const cudaLaunchConfig_t& config) {
+  dim3 cluster;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const uint3 size = config.attrs[i].val.clusterDim;
+    cluster = dim3(size.x, size.y, size.z);
+  }
+  return cluster;
+}
+}  // namespace fomoe::emulator
 
 // Runs the kernel before it returns; refuses what every CUDA device refuses.
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  return cudaError_t(fomoe::emulator::launch(config->gridDim, config->blockDim,
-                                             config->dynamicSmemBytes, kernel,
-                                             std::forward<Arguments>(arguments)...));
+  return cudaError_t(fomoe::emulator::launch(
+      config->gridDim, config->blockDim, fomoe::emulator::cluster_of(*config),
+      config->dynamicSmemBytes, kernel, std::forward<Arguments>(arguments)...));
 }
 
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t = nullptr) {
@@ -271,6 +294,15 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
   *blocks = 1;
+  return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*,
+                                           const cudaLaunchConfig_t* config) {
+  const int size = int(fomoe::emulator::cluster_of(*config).size());
+  int processors = 0;
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, 0);
+  *clusters = processors / size;
   return cudaSuccess;
 }
 

@@ -67,19 +67,19 @@ unsigned char* dynamic_shared();
 
 // ---- launches -------------------------------------------------------------------------------------
 
-// Runs all threads; a cudaError_t.
-int run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, const void* kernel, void (*body)(void*),
-             void* context);
+// Runs all threads, `cluster` blocks at a time together; a cudaError_t.
+int run_grid(dim3 grid, dim3 block, dim3 cluster, size_t dynamic_bytes, const void* kernel,
+             void (*body)(void*), void* context);
 
 template <class... Parameters, class... Arguments>
-int launch(dim3 grid, dim3 block, size_t dynamic_bytes, void (*kernel)(Parameters...),
+int launch(dim3 grid, dim3 block, dim3 cluster, size_t dynamic_bytes, void (*kernel)(Parameters...),
            Arguments&&... arguments) {
   struct Call {
     void (*kernel)(Parameters...);
     std::tuple<std::decay_t<Parameters>...> arguments;
   } call{kernel, {std::forward<Arguments>(arguments)...}};
   return run_grid(
-      grid, block, dynamic_bytes, reinterpret_cast<const void*>(kernel),
+      grid, block, cluster, dynamic_bytes, reinterpret_cast<const void*>(kernel),
       [](void* context) {
         auto* c = static_cast<Call*>(context);
         std::apply(c->kernel, c->arguments);

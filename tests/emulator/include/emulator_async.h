@@ -36,7 +36,22 @@ constexpr uint64_t kTensorMapWord = 0x74656e736f726d61ull;
 
 void tensor_load(void* shared, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2,
                  Here here);
+// To the same place in the blocks of the cluster that have a bit in `blocks`, each with its mbarrier.
+void tensor_load_to_blocks(void* shared, const TensorMap* map, uint64_t* barrier, int c0, int c1,
+                           int c2, unsigned blocks, Here here);
 void prefetch_tensor_map(const TensorMap* map, Here here);
 void prefetch(const void* global, Here here);
+
+// ---- clusters ------------------------------------------------------------------------------------
+
+unsigned cluster_rank();
+// All lanes of a warp come to each of these together.
+void cluster_arrive(Here here);
+void cluster_wait(Here here);
+// The same place in the shared memory of another block of the cluster. `name`: of the instruction.
+void* remote_shared(const void* shared, unsigned rank, const char* name, Here here);
+void remote_arrive(void* barrier, Here here);
+// A word in another block's shared memory, about to be read or written.
+uint32_t* remote_word(void* word, const char* name, Here here);
 
 }  // namespace fomoe::emulator

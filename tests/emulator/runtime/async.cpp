@@ -25,6 +25,7 @@ struct Load {
   unsigned char* to;
   size_t bytes;
   std::function<void(unsigned char*)> fill;
+  uint64_t access;  // as ProxyLoad's
 };
 
 // A thread's copies between two commits or arrivals.
@@ -43,14 +44,15 @@ struct Arriving {
 };
 
 struct Mbarrier {
+  Block* block;
   unsigned count, pending;
   int64_t bytes = 0;  // still expected
   unsigned phase = 0;
-  std::deque<Load> loads;                   // that have not landed
-  std::shared_ptr<Unit> copier;             // writes what they bring
-  std::deque<Arriving> arriving = {};       // that have not arrived
-  Batches arrived = {}, unseen = {};        // in this phase; before, and nobody waited yet
-  uint64_t brought_landed = 0, landed = 0;  // as Fiber's: in this phase, before
+  std::deque<Load> loads;              // that have not landed
+  std::shared_ptr<Unit> copier;        // writes what they bring
+  std::deque<Arriving> arriving = {};  // that have not arrived
+  Batches arrived = {}, unseen = {};   // in this phase; before, and nobody waited yet
+  Known brought = {}, known = {};      // in this phase; before
 };
 
 // A thread's copies in groups, as commit and wait see them.
@@ -126,18 +128,16 @@ Batches wait_for(Groups& groups, unsigned pending, const Land& land_one) {
   return landed;
 }
 
-// Somebody could know now that these have landed.
-uint64_t number(const Batches& batches) {
-  const uint64_t now = ++state().landings;
+// Somebody could know now that these have landed in a block.
+uint64_t number(Block& block, const Batches& batches) {
+  const uint64_t now = ++block.async->landings;
   for (const auto& batch : batches) {
     if (batch->landing != 0) continue;
     batch->landing = now;
-    for (const Copy& copy : batch->copies) number_landing(copy.to, now);
+    for (const Copy& copy : batch->copies) number_landing(block, copy.to, now);
   }
   return now;
 }
-
-void learn(uint64_t landed) { self()->landed = std::max(self()->landed, landed); }
 
 bool is_waited_for(const std::shared_ptr<Batch>& batch) { return batch->waited; }
 
@@ -154,17 +154,21 @@ bool in_flight(const Groups& groups) {
          !std::ranges::all_of(groups.committed, waited);
 }
 
-Mbarrier& mbarrier_at(uint64_t* barrier, const char* name, Here here) {
-  const auto found = state().mbarriers.find(barrier);
-  if (found == state().mbarriers.end()) fail(here, "%s: no mbarrier at %p", name, (void*)barrier);
+Mbarrier& mbarrier_at(Block& block, uint64_t* barrier, const char* name, Here here) {
+  auto& all = block.async->mbarriers;
+  const auto found = all.find(barrier);
+  if (found == all.end()) fail(here, "%s: no mbarrier at %p", name, (void*)barrier);
   if (*barrier != kMbarrierWord) fail(here, "%s: the mbarrier has been overwritten", name);
   return found->second;
+}
+Mbarrier& mbarrier_at(uint64_t* barrier, const char* name, Here here) {
+  return mbarrier_at(*self()->block, barrier, name, here);
 }
 
 void finish_phase(Mbarrier& barrier) {
   if (barrier.pending != 0 || barrier.bytes != 0) return;
-  barrier.landed = std::max(barrier.landed, barrier.brought_landed);
-  if (!barrier.arrived.empty()) barrier.landed = number(barrier.arrived);
+  barrier.known.add(barrier.brought);
+  if (!barrier.arrived.empty()) barrier.known.landed = number(*barrier.block, barrier.arrived);
   barrier.unseen.insert(barrier.unseen.end(), barrier.arrived.begin(), barrier.arrived.end());
   barrier.arrived.clear();
   barrier.pending = barrier.count;
@@ -176,7 +180,8 @@ void land_load(Mbarrier& barrier) {
   const Load load = std::move(barrier.loads.front());
   barrier.loads.pop_front();
   load.fill(load.to);
-  write_by_proxy(load.to, load.bytes);
+  write_by_proxy(*barrier.block, load.to, load.bytes);
+  barrier.brought.add({0, load.access});
   barrier.bytes -= int64_t(load.bytes);
   finish_phase(barrier);
 }
@@ -224,7 +229,7 @@ bool lands_now() {
   }
 }
 
-ProxyView& proxy_view() { return state().proxy; }
+ProxyView& proxy_view(Block& block) { return block.async->proxy; }
 
 std::shared_ptr<Warpgroups>& warpgroups_of(const Block& block) { return block.async->warpgroups; }
 
@@ -266,7 +271,7 @@ void async_copy_wait(unsigned pending) {
   const unsigned me = self()->linear;
   const Batches landed = wait_for(state().copies[me], pending, land);
   if (landed.empty()) return;
-  learn(number(landed));
+  self()->knows.add({number(*self()->block, landed), 0});
   for (const auto& batch : landed) batch->waited = true;
   // What waited only for these arrives.
   for (auto& [address, barrier] : state().mbarriers)
@@ -312,7 +317,8 @@ void mbarrier_init(uint64_t* barrier, unsigned count, Here here) {
   if (count == 0 || count > kMost)
     fail(here, "mbarrier.init: the count must be in 1 .. %u, got %u", kMost, count);
   *barrier = kMbarrierWord;
-  state().mbarriers[barrier] = Mbarrier{count, count, 0, 0, {}, std::make_shared<Unit>()};
+  state().mbarriers[barrier] =
+      Mbarrier{self()->block, count, count, 0, 0, {}, std::make_shared<Unit>()};
 }
 
 void mbarrier_arrive(uint64_t* barrier, unsigned expected_bytes, Here here) {
@@ -321,11 +327,27 @@ void mbarrier_arrive(uint64_t* barrier, unsigned expected_bytes, Here here) {
   Unseen unseen;
   Mbarrier& b = mbarrier_at(barrier, "mbarrier.arrive", here);
   check_arrival("mbarrier.arrive", b, here);
-  b.brought_landed = std::max(b.brought_landed, self()->landed);
+  b.brought.add(self()->knows);
   if (b.bytes + int64_t(expected_bytes) > kMostBytes)
     fail(here, "mbarrier.arrive.expect_tx: %lld bytes in one phase, at most %lld can be counted",
          (long long)(b.bytes + expected_bytes), (long long)kMostBytes);
   b.bytes += expected_bytes;
+  --b.pending;
+  finish_phase(b);
+}
+
+void remote_arrive(void* remote, Here here) {
+  constexpr const char* kName = "mbarrier.arrive.shared::cluster";
+  maybe_yield();
+  release(remote);
+  Unseen unseen;
+  Block& block = owner_of(kName, remote, sizeof(uint64_t), here);
+  reach(kName, block, here);
+  Mbarrier& b = mbarrier_at(block, static_cast<uint64_t*>(remote), kName, here);
+  check_arrival(kName, b, here);
+  Known brought = self()->knows;
+  if (&block != self()->block) brought.landed = 0;  // in another block
+  b.brought.add(brought);
   --b.pending;
   finish_phase(b);
 }
@@ -344,7 +366,7 @@ void mbarrier_wait(uint64_t* barrier, unsigned parity, Here here) {
       Unseen unseen;
       Mbarrier& b = mbarrier_at(barrier, kName, here);
       if ((b.phase & 1) != (parity & 1)) {
-        learn(b.landed);
+        self()->knows.add(b.known);
         for (const auto& batch : b.unseen) batch->waited = true;
         b.unseen.clear();
         break;
@@ -381,7 +403,7 @@ void load_by_proxy(const char* name, ProxyLoad load, uint64_t* barrier, Here her
   char issued = 0;
   {
     Unseen unseen;
-    b = &mbarrier_at(barrier, name, here);
+    b = &mbarrier_at(load.block, barrier, name, here);
   }
   release(&issued);
   b->copier->act([&] {
@@ -393,8 +415,8 @@ void load_by_proxy(const char* name, ProxyLoad load, uint64_t* barrier, Here her
   Unseen unseen;
   auto* to = static_cast<unsigned char*>(load.shared);
   std::memset(to, 0xff, load.bytes);
-  write_by_proxy(to, load.bytes);
-  b->loads.push_back({to, load.bytes, std::move(load.fill)});
+  write_by_proxy(load.block, to, load.bytes);
+  b->loads.push_back({to, load.bytes, std::move(load.fill), load.access});
   if (lands_now())
     while (!b->loads.empty()) land_load(*b);
 }
@@ -405,10 +427,11 @@ void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* barri
     Unseen unseen;
     check_bulk(kName, shared, global, bytes, here);
   }
-  load_by_proxy(kName,
-                {shared, bytes, [=](unsigned char* to) { std::memcpy(to, global, bytes); },
-                 [=] { __tsan_read_range(const_cast<void*>(global), bytes); }},
-                barrier, here);
+  load_by_proxy(
+      kName,
+      {*self()->block, shared, bytes, [=](unsigned char* to) { std::memcpy(to, global, bytes); },
+       [=] { __tsan_read_range(const_cast<void*>(global), bytes); }},
+      barrier, here);
 }
 
 void bulk_store(void* global, const void* shared, unsigned bytes, Here here) {

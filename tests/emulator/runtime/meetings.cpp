@@ -6,17 +6,17 @@
 #include "scheduler.h"
 
 namespace fomoe::emulator {
-namespace {
 
-// Before and after a meeting that orders memory.
-void bring(Brought* order) {
+void bring(Known* order) {
   release(order);
-  order->landed = std::max(order->landed, self()->landed);
+  order->add(self()->knows);
 }
-void take(Brought* order) {
+void take(Known* order) {
   acquire(order);
-  self()->landed = std::max(self()->landed, order->landed);
+  self()->knows.add(*order);
 }
+
+namespace {
 
 // Lets everybody go when all have come.
 void open_if_complete(Block& block, Barrier& barrier) {
@@ -30,7 +30,7 @@ void open_if_complete(Block& block, Barrier& barrier) {
 void arrive(unsigned id, unsigned threads, bool wait, const char* name, Here here) {
   Fiber* me = self();
   Block& block = *me->block;
-  Brought* order = nullptr;
+  Known* order = nullptr;
   {
     Unseen unseen;
     if (id >= kNamedBarriers) fail(here, "%s: barrier %u, there are %u", name, id, kNamedBarriers);
@@ -112,7 +112,7 @@ void meet_warp(uint32_t mask, const char* name, void* payload, Combine combine, 
                Here here) {
   Fiber* me = self();
   Warp& warp = me->block->warps[me->warp];
-  Brought* order = orders_memory ? warp.order.now() : nullptr;
+  Known* order = orders_memory ? warp.order.now() : nullptr;
   if (order != nullptr) bring(order);
   {
     Unseen unseen;

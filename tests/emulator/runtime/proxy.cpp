@@ -17,9 +17,9 @@ namespace {
 constexpr size_t kChunk = 16;  // bytes of a cp.async
 constexpr uint64_t kOnItsWay = ~uint64_t(0);
 
-// The array of shared memory that holds [p, p + bytes), or null.
-const SharedArray* array_of(const void* p, size_t bytes) {
-  Block& block = *self()->block;
+}  // namespace
+
+const SharedArray* array_of(Block& block, const void* p, size_t bytes) {
   static SharedArray dynamic;
   const auto* at = static_cast<const unsigned char*>(p);
   const auto holds = [&](const unsigned char* memory, size_t size) {
@@ -32,26 +32,28 @@ const SharedArray* array_of(const void* p, size_t bytes) {
   return &dynamic;
 }
 
-unsigned char* shadow_of(const unsigned char* p, size_t bytes) {
-  const SharedArray* array = array_of(p, bytes);
-  auto [place, is_new] = proxy_view().shadows.try_emplace(array->memory);
+namespace {
+
+unsigned char* shadow_of(Block& block, const unsigned char* p, size_t bytes) {
+  const SharedArray* array = array_of(block, p, bytes);
+  auto [place, is_new] = proxy_view(block).shadows.try_emplace(array->memory);
   if (is_new) place->second.assign(array->bytes, 0xff);
   return place->second.data() + (p - array->memory);
 }
 
 // The async proxy sees what is in shared memory now, but for landings that no fence has shown it.
 void refresh_shadows() {
-  ProxyView& view = proxy_view();
+  Block& block = *self()->block;
+  ProxyView& view = proxy_view(block);
   const auto refresh = [&](const unsigned char* memory, size_t bytes) {
     if (memory == nullptr) return;
-    unsigned char* shadow = shadow_of(memory, bytes);
+    unsigned char* shadow = shadow_of(block, memory, bytes);
     std::memcpy(shadow, memory, bytes);
     const auto found = view.landings.find(memory);
     if (found == view.landings.end()) return;
     for (size_t chunk = 0; chunk < bytes / kChunk; ++chunk)
       if (found->second[chunk] > view.fenced) std::memset(shadow + chunk * kChunk, 0xff, kChunk);
   };
-  const Block& block = *self()->block;
   for (const SharedArray& array : block.arrays) refresh(array.memory, array.bytes);
   refresh(block.dynamic, block.dynamic_bytes);
   view.stale = false;
@@ -60,30 +62,35 @@ void refresh_shadows() {
 }  // namespace
 
 void hide_from_proxy(const unsigned char* chunk) {
-  const SharedArray* array = array_of(chunk, kChunk);
-  ProxyView& view = proxy_view();
+  Block& block = *self()->block;
+  const SharedArray* array = array_of(block, chunk, kChunk);
+  ProxyView& view = proxy_view(block);
   std::vector<uint64_t>& landings = view.landings[array->memory];
   if (landings.empty()) landings.resize(array->bytes / kChunk);
   landings[size_t(chunk - array->memory) / kChunk] = kOnItsWay;
-  if (view.shadows.contains(array->memory)) std::memset(shadow_of(chunk, kChunk), 0xff, kChunk);
+  if (view.shadows.contains(array->memory))
+    std::memset(shadow_of(block, chunk, kChunk), 0xff, kChunk);
 }
 
-void number_landing(const unsigned char* chunk, uint64_t number) {
-  const unsigned char* start = array_of(chunk, kChunk)->memory;
-  proxy_view().landings.at(start)[size_t(chunk - start) / kChunk] = number;
+void number_landing(Block& block, const unsigned char* chunk, uint64_t number) {
+  const unsigned char* start = array_of(block, chunk, kChunk)->memory;
+  proxy_view(block).landings.at(start)[size_t(chunk - start) / kChunk] = number;
 }
 
-void write_by_proxy(const unsigned char* shared, size_t bytes) {
-  std::memcpy(shadow_of(shared, bytes), shared, bytes);
+void write_by_proxy(Block& block, const unsigned char* shared, size_t bytes) {
+  std::memcpy(shadow_of(block, shared, bytes), shared, bytes);
 }
 
 const unsigned char* proxy_sees(const void* p, size_t bytes) {
   if (!is_shared(p, bytes)) return nullptr;
-  if (proxy_view().stale) refresh_shadows();
-  return shadow_of(static_cast<const unsigned char*>(p), bytes);
+  Block& block = *self()->block;
+  if (proxy_view(block).stale) refresh_shadows();
+  return shadow_of(block, static_cast<const unsigned char*>(p), bytes);
 }
 
-bool is_shared(const void* p, size_t bytes) { return array_of(p, bytes) != nullptr; }
+bool is_shared(const void* p, size_t bytes) {
+  return array_of(*self()->block, p, bytes) != nullptr;
+}
 
 void check_shared(const char* name, const void* p, size_t bytes, size_t alignment, Here here) {
   if (uintptr_t(p) % alignment != 0)
@@ -106,10 +113,10 @@ void check_global(const char* name, const void* p, size_t bytes, size_t alignmen
 void fence_proxy_async() {
   Unseen unseen;
   const Fiber& me = *self();
-  ProxyView& view = proxy_view();
+  ProxyView& view = proxy_view(*me.block);
   uint32_t& lanes = view.lanes[me.warp];
   const uint32_t mine = 1u << me.lane, live = me.block->warps[me.warp].live;
-  view.fenced = std::max(view.fenced, me.landed);
+  view.fenced = std::max(view.fenced, me.knows.landed);
   view.stale = true;
   if ((lanes & mine) == 0 && ((lanes | mine) & live) != live) {
     lanes |= mine;

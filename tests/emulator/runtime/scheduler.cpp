@@ -21,7 +21,7 @@ Thread* current = nullptr;
 namespace {
 
 constexpr size_t kStackBytes = 64 << 10, kGuardBytes = 4 << 10;
-constexpr unsigned kMaxThreads = 1024;
+constexpr unsigned kMaxThreads = 1024, kMaxCluster = 8;  // blocks that every device can have
 constexpr size_t kDefaultShared = 48 << 10, kMostShared = 227 << 10;
 constexpr int kInvalidValue = 1, kInvalidConfiguration = 9, kLaunchFailure = 719;
 
@@ -169,6 +169,7 @@ void run_thread() {
     progressed();
     me->done = true;
     last = --me->block->live == 0;
+    leave_cluster(me);
     leave_meetings(me);
   }
   // Main replaces a block that is done.
@@ -203,7 +204,7 @@ void give_stack(char* stack) {
   machine().free_stacks.push_back(stack);
 }
 
-void start_block(uint64_t number) {
+void start_block(uint64_t number, std::shared_ptr<Cluster> cluster) {
   Machine& m = machine();
   const Launch& launch = *m.launch;
   auto block = std::make_unique<Block>();
@@ -214,13 +215,15 @@ void start_block(uint64_t number) {
   block->index = {unsigned(number % launch.grid.x),
                   unsigned(number / launch.grid.x % launch.grid.y),
                   unsigned(number / launch.grid.x / launch.grid.y)};
+  block->rank = unsigned(cluster->blocks.size());
+  cluster->blocks.push_back(block.get());
+  block->cluster = std::move(cluster);
   block->live = threads;
   block->fibers.resize(threads);
   block->warps.resize((threads + kLanes - 1) / kLanes);
   block->async = make_async_state();
   block->dynamic_bytes = launch.dynamic_bytes;
   if (launch.dynamic_bytes > 0) block->dynamic = new_shared(launch.dynamic_bytes);
-  std::vector<Fiber*> all;
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& fiber = block->fibers[i];
     fiber.index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
@@ -238,10 +241,30 @@ void start_block(uint64_t number) {
     prepare(fiber.context, fiber.stack, kStackBytes - i % 8 * 128, run_thread);
     if (__tsan_create_fiber) fiber.tsan_fiber = __tsan_create_fiber(0);
     block->warps[fiber.warp].live |= 1u << fiber.lane;
-    all.push_back(&fiber);
   }
-  make_ready(all);
   m.resident.push_back(std::move(block));
+}
+
+// Before a thread of one runs, all blocks are there.
+void start_cluster(uint64_t number) {
+  const uint64_t size = machine().launch->cluster.size();
+  auto cluster = std::make_shared<Cluster>();
+  for (uint64_t rank = 0; rank < size; ++rank) start_block(number * size + rank, cluster);
+  std::vector<Block*> blocks = cluster->blocks;
+  if (machine().schedule.order == Order::reverse) std::reverse(blocks.begin(), blocks.end());
+  for (Block* block : blocks) {
+    std::vector<Fiber*> all;
+    for (Fiber& fiber : block->fibers) all.push_back(&fiber);
+    make_ready(all);
+  }
+}
+
+// What is wrong with how a block has ended; empty when nothing is.
+std::string wrong_end(const Block& block) {
+  if (const std::string what = unfinished(block); !what.empty()) return what;
+  if (block.reached <= block.knows_of) return {};
+  return "another block of its cluster that reaches its shared memory (" + std::string(block.how) +
+         "), perhaps later: nothing orders the two";
 }
 
 void end_block(Block& block) {
@@ -276,9 +299,7 @@ std::string waiting_threads() {
           .push_back(fiber.linear);
     }
     for (const auto& [what, threads] : groups) {
-      text += "\n  block (" + std::to_string(block->index.x) + ", " +
-              std::to_string(block->index.y) + ", " + std::to_string(block->index.z) +
-              "): " + std::to_string(threads.size()) + " threads from " +
+      text += "\n  " + name_of(*block) + ": " + std::to_string(threads.size()) + " threads from " +
               std::to_string(threads.front()) + " on wait for " + what;
     }
   }
@@ -287,24 +308,26 @@ std::string waiting_threads() {
 
 // ---- a launch ------------------------------------------------------------------------------------
 
-// Block numbers in the order in which blocks start.
-std::vector<uint64_t> start_order(uint64_t blocks) {
+// Numbers of clusters in the order in which they start.
+std::vector<uint64_t> start_order(uint64_t clusters) {
   Machine& m = machine();
-  std::vector<uint64_t> order(blocks);
-  for (uint64_t i = 0; i < blocks; ++i)
-    order[i] = m.schedule.order == Order::reverse ? blocks - 1 - i : i;
+  std::vector<uint64_t> order(clusters);
+  for (uint64_t i = 0; i < clusters; ++i)
+    order[i] = m.schedule.order == Order::reverse ? clusters - 1 - i : i;
   if (m.schedule.order == Order::random || m.schedule.order == Order::priority) {
-    for (uint64_t i = blocks; i > 1; --i) std::swap(order[i - 1], order[m.random.below(i)]);
+    for (uint64_t i = clusters; i > 1; --i) std::swap(order[i - 1], order[m.random.below(i)]);
   }
   return order;
 }
 
 void run_blocks() {
   Machine& m = machine();
-  const std::vector<uint64_t> order = start_order(m.launch->grid.size());
+  const uint64_t together = m.launch->cluster.size();
+  const uint64_t most = std::max<uint64_t>(m.schedule.resident_blocks, together);
+  const std::vector<uint64_t> order = start_order(m.launch->grid.size() / together);
   for (size_t next = 0; !m.failed;) {
-    while (m.resident.size() < m.schedule.resident_blocks && next < order.size())
-      start_block(order[next++]);
+    while (m.resident.size() + together <= most && next < order.size())
+      start_cluster(order[next++]);
     if (m.resident.empty()) break;
     Fiber* fiber = take_ready();
     if (fiber == nullptr) {
@@ -312,18 +335,20 @@ void run_blocks() {
       break;
     }
     switch_to(fiber, false);
-    for (size_t i = 0; i < m.resident.size() && !m.failed;) {
+    bool ended = false;
+    for (size_t i = 0; i < m.resident.size() && !m.failed; ++i) {
       Block& block = *m.resident[i];
-      if (block.live > 0) {
-        ++i;
-        continue;
-      }
-      if (const std::string what = unfinished(block); !what.empty())
-        set_error("block (" + std::to_string(block.index.x) + ", " + std::to_string(block.index.y) +
-                  ", " + std::to_string(block.index.z) + ") ends with " + what);
-      end_block(block);
-      m.resident.erase(m.resident.begin() + std::ptrdiff_t(i));
+      if (block.live > 0 || block.over) continue;
+      if (const std::string what = wrong_end(block); !what.empty())
+        set_error(name_of(block) + " ends with " + what);
+      block.over = ended = true;
     }
+    if (!ended) continue;
+    for (const auto& block : m.resident) block->cluster->gone = block->cluster->over();
+    std::erase_if(m.resident, [](const std::unique_ptr<Block>& block) {
+      if (block->cluster->gone) end_block(*block);
+      return block->cluster->gone;
+    });
   }
   for (const auto& block : m.resident) end_block(*block);
   m.resident.clear();
@@ -340,7 +365,8 @@ size_t most_shared(const void* kernel) {
              : std::max(kDefaultShared, size_t(allowed->second));
 }
 
-int check_launch(dim3 grid, dim3 block, size_t dynamic_bytes, const void* kernel) {
+int check_launch(const Launch& launch) {
+  const dim3 grid = launch.grid, block = launch.block, cluster = launch.cluster;
   const auto refuse = [](const std::string& what) {
     set_error("launch: " + what);
     return kInvalidConfiguration;
@@ -350,9 +376,16 @@ int check_launch(dim3 grid, dim3 block, size_t dynamic_bytes, const void* kernel
   if (grid.size() == 0 || grid.x > 0x7fffffffu || grid.y > 0xffff || grid.z > 0xffff)
     return refuse("a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
                   std::to_string(grid.z) + " blocks");
-  if (dynamic_bytes > most_shared(kernel))
-    return refuse(std::to_string(dynamic_bytes) + " bytes of dynamic shared memory, allowed are " +
-                  std::to_string(most_shared(kernel)));
+  if (cluster.x == 0 || cluster.x > kMaxCluster || cluster.y != 1 || cluster.z != 1)
+    return refuse("clusters of " + std::to_string(cluster.x) + " x " + std::to_string(cluster.y) +
+                  " x " + std::to_string(cluster.z) + " blocks, known are 1 .. 8 in a row");
+  if (grid.x % cluster.x != 0)
+    return refuse("rows of " + std::to_string(grid.x) + " blocks are not whole clusters of " +
+                  std::to_string(cluster.x));
+  const size_t allowed = most_shared(launch.kernel);
+  if (launch.dynamic_bytes > allowed)
+    return refuse(std::to_string(launch.dynamic_bytes) +
+                  " bytes of dynamic shared memory, allowed are " + std::to_string(allowed));
   return 0;
 }
 
@@ -447,11 +480,9 @@ unsigned char* new_shared(size_t bytes) {
   return static_cast<unsigned char*>(memory);
 }
 
-void* shared_array(const void* key, size_t bytes) {
-  Unseen unseen;
-  Block& block = *self()->block;
-  for (const SharedArray& array : block.arrays)
-    if (array.key == key) return array.memory;
+SharedArray& array_for(Block& block, const void* key, size_t bytes) {
+  for (SharedArray& array : block.arrays)
+    if (array.key == key) return array;
   size_t used = block.dynamic_bytes;
   for (const SharedArray& array : block.arrays) used += array.bytes;
   const size_t arrays = used - block.dynamic_bytes + bytes;
@@ -462,7 +493,12 @@ void* shared_array(const void* key, size_t bytes) {
          "%zu bytes of shared memory in arrays and %zu dynamic ones, more than a block may have",
          arrays, block.dynamic_bytes);
   block.arrays.push_back({key, new_shared(bytes), bytes});
-  return block.arrays.back().memory;
+  return block.arrays.back();
+}
+
+void* shared_array(const void* key, size_t bytes) {
+  Unseen unseen;
+  return array_for(*self()->block, key, bytes).memory;
 }
 
 unsigned char* dynamic_shared() { return self()->block->dynamic; }
@@ -473,8 +509,8 @@ int allow_dynamic_shared(const void* kernel, int bytes) {
   return 0;
 }
 
-int run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, const void* kernel, void (*body)(void*),
-             void* context) {
+int run_grid(dim3 grid, dim3 block, dim3 cluster, size_t dynamic_bytes, const void* kernel,
+             void (*body)(void*), void* context) {
   Machine& m = machine();
   const std::lock_guard<std::mutex> lock(m.mutex);
   if (self() != nullptr) return kInvalidConfiguration;  // a kernel that launches
@@ -488,8 +524,8 @@ int run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, const void* kernel, vo
     return kInvalidConfiguration;
   }
   m.random = Random(m.schedule.seed);
-  if (const int refused = check_launch(grid, block, dynamic_bytes, kernel)) return refused;
-  Launch launch{grid, block, dynamic_bytes, kernel, body, context};
+  Launch launch{grid, block, cluster, dynamic_bytes, kernel, body, context};
+  if (const int refused = check_launch(launch)) return refused;
   m.launch = &launch;
   if (__tsan_get_current_fiber) m.main_tsan = __tsan_get_current_fiber();
   m.main_stack = nullptr;  // the thread that launches may be another one than last time

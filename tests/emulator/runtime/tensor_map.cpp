@@ -57,32 +57,62 @@ void check_map(const char* name, const TensorMap* map, Here here) {
     fail(here, "%s: %p is not a tensor map", name, static_cast<const void*>(map));
 }
 
-}  // namespace
+// The box of a load, whose addresses are right.
+Box box_of(const char* name, void* shared, const TensorMap* map, int c0, int c1, int c2,
+           Here here) {
+  Unseen unseen;
+  check_map(name, map, here);
+  const Box box{*map, {c0, c1, c2}};
+  if (c0 * map->element_bytes % kChunkBytes != 0)
+    fail(here, "%s: coordinate 0 must be a multiple of %d bytes, got %d elements of %d bytes", name,
+         int(kChunkBytes), c0, int(map->element_bytes));
+  check_shared(name, shared, box.bytes(), kPatternBytes, here);
+  box.for_rows([&](int64_t, const unsigned char* from) {
+    if (from != nullptr) check_global(name, from, box.row_bytes(), 1, here);
+  });
+  return box;
+}
 
-void tensor_load(void* shared, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2,
-                 Here here) {
-  constexpr const char* kName = "cp.async.bulk.tensor";
-  Box box;
-  {
-    Unseen unseen;
-    check_map(kName, map, here);
-    box = {*map, {c0, c1, c2}};
-    if (c0 * map->element_bytes % kChunkBytes != 0)
-      fail(here, "%s: coordinate 0 must be a multiple of %d bytes, got %d elements of %d bytes",
-           kName, int(kChunkBytes), c0, int(map->element_bytes));
-    check_shared(kName, shared, box.bytes(), kPatternBytes, here);
-    box.for_rows([&](int64_t, const unsigned char* from) {
-      if (from != nullptr) check_global(kName, from, box.row_bytes(), 1, here);
-    });
-  }
+void load_box(const char* name, const Box& box, Block& block, void* shared, uint64_t* barrier,
+              uint64_t access, Here here) {
   const auto announce_reads = [box] {
     box.for_rows([&](int64_t, const unsigned char* from) {
       if (from != nullptr) __tsan_read_range(const_cast<unsigned char*>(from), box.row_bytes());
     });
   };
-  load_by_proxy(kName,
-                {shared, box.bytes(), [box](unsigned char* to) { box.write(to); }, announce_reads},
+  load_by_proxy(name,
+                {block, shared, box.bytes(), [box](unsigned char* to) { box.write(to); },
+                 announce_reads, access},
                 barrier, here);
+}
+
+}  // namespace
+
+void tensor_load(void* shared, const TensorMap* map, uint64_t* barrier, int c0, int c1, int c2,
+                 Here here) {
+  constexpr const char* kName = "cp.async.bulk.tensor";
+  const Box box = box_of(kName, shared, map, c0, c1, c2, here);
+  load_box(kName, box, *self()->block, shared, barrier, 0, here);
+}
+
+void tensor_load_to_blocks(void* shared, const TensorMap* map, uint64_t* barrier, int c0, int c1,
+                           int c2, unsigned blocks, Here here) {
+  constexpr const char* kName = "cp.async.bulk.tensor.multicast::cluster";
+  const Box box = box_of(kName, shared, map, c0, c1, c2, here);
+  const Cluster& cluster = *self()->block->cluster;
+  if (blocks == 0) fail(here, "%s: to no block", kName);
+  for (unsigned rank = 0; rank < 16; ++rank) {
+    if ((blocks >> rank & 1) == 0) continue;
+    auto* there = static_cast<uint64_t*>(remote_shared(barrier, rank, kName, here));
+    void* to = remote_shared(shared, rank, kName, here);
+    Block& block = *cluster.blocks[rank];
+    uint64_t access;
+    {
+      Unseen unseen;
+      access = reach(kName, block, here);
+    }
+    load_box(kName, box, block, to, there, access, here);
+  }
 }
 
 void prefetch_tensor_map(const TensorMap* map, Here here) {

@@ -356,7 +356,9 @@ extern "C" __attribute__((visibility("default"))) int fomoe_selftest(const char*
     return cudaLaunchKernelEx(&config, test.kernel, static_cast<const uint32_t*>(in),
                               static_cast<uint32_t*>(out), defect);
   }
-  const int error = fomoe::cuda::warpgroup_selftest(name, defect, in, out);
-  if (error != fomoe::cuda::kUnknownTest) return error;
-  return fomoe::cuda::arrivals_selftest(name, defect, in, out);
+  for (const auto test : {fomoe::cuda::warpgroup_selftest, fomoe::cuda::arrivals_selftest}) {
+    const int error = test(name, defect, in, out);
+    if (error != fomoe::cuda::kUnknownTest) return error;
+  }
+  return fomoe::cuda::clusters_selftest(name, defect, in, out);
 }
