@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from fomoe_ext.checks import an_instance, an_int
 from fomoe_ext.layer.mesh import SiteRanks
 from fomoe_ext.outer import beginning, reshuffle, turns
 from fomoe_ext.outer import optimizer as opt
@@ -82,10 +83,10 @@ class OuterSync:
     the sums.
 
     Attributes: options, placement, site, model and inner_optimizer as given; groups (connections,
-    which another OuterSync may share). The parts, for checkpoints and recovery: layout
-    (`ModelLayout`), state (`OuterState`: anchor, momentum, error feedback), counts (`TokenCounts`),
-    step_count (`StepCount`), log (`MeetingLog`), copies (`StaleCopies`, or None), warmup
-    (`ArrivalWarmup`, with an inner_optimizer), watch (`StepWatch`), overlap (`OverlapTimes`:
+    which another OuterSync may share; until `close`). The parts, for checkpoints and recovery:
+    layout (`ModelLayout`), state (`OuterState`: anchor, momentum, error feedback), counts
+    (`TokenCounts`), step_count (`StepCount`), log (`MeetingLog`), copies (`StaleCopies`, or None),
+    warmup (`ArrivalWarmup`, with an inner_optimizer), watch (`StepWatch`), overlap (`OverlapTimes`:
     the steps of overlap in force, and with "auto" the reason why so many).
     """
 
@@ -121,6 +122,11 @@ class OuterSync:
         Raises ValueError or TypeError naming the argument, RuntimeError when torch.distributed is
         not initialised, and MeetingError when sites differ in arguments or initial parameters.
         """
+        an_instance(nn.Module, model=model)
+        an_instance(Placement, placement=placement)
+        an_int(site=site)
+        if groups is not None:
+            an_instance(SiteGroups, groups=groups)
         self.options = OuterOptions() if options is None else options
         if not isinstance(self.options, OuterOptions):
             raise TypeError(f"options must be OuterOptions, got {type(options).__name__}")
@@ -175,9 +181,10 @@ class OuterSync:
     def close(self) -> None:
         """Frees what this object made: hooks, its thread, connections unless they were given.
 
-        No collective. The model can then train on without meetings; methods that meet raise
-        MeetingError. Warns of parts of the model that are on their way and were not taken in with
-        `finish`, and waits for their exchanges. May be called twice.
+        No collective. The model can then train on without meetings; methods that meet, and those
+        that read or write what sites have in common, raise MeetingError. Warns of parts of the
+        model that are on their way and were not taken in with `finish`, and waits for their
+        exchanges. May be called twice.
         """
         self._close(wait=True)
 
@@ -329,7 +336,9 @@ class OuterSync:
         )
 
     def verify(self) -> None:
-        """Raises MeetingError unless all holders have the same bits; they do after `step`."""
+        """Raises MeetingError unless all holders have the same bits; they do after `step`. Also
+        after `close`, when nothing can be compared."""
+        self.log.require_open("verify has nothing to compare")
         beginning.verify(self.state, self.under_way)
 
     # ---------------------------------------------------------------- of this site: no collectives
@@ -373,14 +382,16 @@ class OuterSync:
         """SHA-256 of what all holders have alike, by name of a fragment and owner set.
 
         With fragments, overlap or expert_turns of the anchor, otherwise of the parameters. All
-        ranks of the site must call it.
+        ranks of the site must call it. Raises MeetingError after `close`.
         """
+        self.log.require_open("hashes has nothing to hash")
         return beginning.digests(self.state)
 
     @torch.no_grad()
     def copy_anchor_to_model(self) -> None:
         """Sets the parameters to the anchor, which drops all local steps since the last `step`. All
-        ranks of the site must call it."""
+        ranks of the site must call it. Raises MeetingError after `close`."""
+        self.log.require_open("copy_anchor_to_model has no anchor")
         self.state.copy_anchor_to_model()
 
     def predicted_bytes(self, local_steps: int = 1, clip: bool = False) -> int:
