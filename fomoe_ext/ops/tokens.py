@@ -131,7 +131,10 @@ def route(
 
     Raises:
         ValueError: wrong shape, dtype, device or number, or (CPU) NaN logits, naming the argument.
+        TypeError: logits that are no tensor.
     """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
     weights, experts, sums = _route(
         logits=logits.contiguous(),
         top_k=top_k,
