@@ -74,11 +74,7 @@ def from_pretrained_resident(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(
-            f"folder must be a folder on this machine (huggingface_hub.snapshot_download fetches "
-            f"one), got {folder}, which is none"
-        )
+    _require_folder(folder)
     files = TensorFiles(folder)
     config = AutoConfig.from_pretrained(folder)
     try:
@@ -98,6 +94,14 @@ def from_pretrained_resident(
     sizes = {"bytes_read": files.bytes_read, "bytes_total": files.bytes_total}
     info = {**sizes, "unexpected_keys": sorted(ignored)}
     return (model, info) if output_loading_info else model
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(
+            f"folder must be a folder on this machine (huggingface_hub.snapshot_download fetches "
+            f"one), got {folder}, which is none"
+        )
 
 
 def _read_all(reader: Weights, model: Any, device: torch.device | str) -> set[str]:

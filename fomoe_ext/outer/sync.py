@@ -122,14 +122,8 @@ class OuterSync:
         Raises ValueError or TypeError naming the argument, RuntimeError when torch.distributed is
         not initialised, and MeetingError when sites differ in arguments or initial parameters.
         """
-        an_instance(nn.Module, model=model)
-        an_instance(Placement, placement=placement)
-        an_int(site=site)
-        if groups is not None:
-            an_instance(SiteGroups, groups=groups)
         self.options = OuterOptions() if options is None else options
-        if not isinstance(self.options, OuterOptions):
-            raise TypeError(f"options must be OuterOptions, got {type(options).__name__}")
+        _check_types(model, placement, site, self.options, groups)
         self.ranks, self.site = SiteRanks(mesh, placement.num_sites, site), site
         timeout_s = self.options.timeout_s if timeout_s is None else timeout_s
         self.groups = connect(groups, self.ranks, timeout_s)
@@ -429,6 +423,19 @@ class OuterSync:
         or fragments.
         """
         self._resumable.load_state_dict(state)
+
+
+def _check_types(
+    model: Any, placement: Any, site: Any, options: Any, groups: SiteGroups | None
+) -> None:
+    """Raises TypeError, naming the argument of `OuterSync`, for one of another type."""
+    an_instance(nn.Module, model=model)
+    an_instance(Placement, placement=placement)
+    an_int(site=site)
+    if not isinstance(options, OuterOptions):
+        raise TypeError(f"options must be OuterOptions, got {type(options).__name__}")
+    if groups is not None:
+        an_instance(SiteGroups, groups=groups)
 
 
 def _check(me: Site, placement: Placement) -> Fragments:

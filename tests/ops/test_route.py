@@ -261,7 +261,7 @@ def test_bad_input(change, message):
 
 
 def test_logits_that_are_no_tensor() -> None:
-    with pytest.raises(TypeError, match="logits must be a tensor, got list"):
+    with pytest.raises(TypeError, match="logits must be a Tensor, got list"):
         ops.route([[1.0, 2.0]], top_k=1)
 
 
