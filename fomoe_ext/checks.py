@@ -20,6 +20,14 @@ def a_bool(**values: bool) -> None:
             raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
+def an_instance(kind: type, **values: object) -> None:
+    """Each value of this class, else TypeError naming it."""
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            article = "an" if kind.__name__[0] in "AEIOU" else "a"
+            raise TypeError(f"{name} must be {article} {kind.__name__}, got {type(value).__name__}")
+
+
 def at_least(minimum: int, **sizes: int) -> None:
     """Each value an int of at least `minimum`, else TypeError or ValueError naming it."""
     an_int(**sizes)
@@ -28,11 +36,17 @@ def at_least(minimum: int, **sizes: int) -> None:
             raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
-def finite(minimum: float, **values: float) -> None:
-    """Each value a finite number of at least `minimum`, else TypeError or ValueError naming it."""
+def a_number(**values: float) -> None:
+    """Each value an int or a float, else TypeError naming it."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def finite(minimum: float, **values: float) -> None:
+    """Each value a finite number of at least `minimum`, else TypeError or ValueError naming it."""
+    a_number(**values)
+    for name, value in values.items():
         if not minimum <= value < math.inf:
             raise ValueError(f"{name} must be finite and at least {minimum}, got {value}")
 

@@ -111,9 +111,11 @@ def _unknown_key(path: Path, key: str, section: str | None) -> ValueError:
         return ValueError(f"{path}: key {key!r} belongs in section [{where[key]}]")
     if key in where:
         return ValueError(f"{path}: unknown key {full!r}; it belongs in section [{where[key]}]")
-    known = [*where, "preset", *SECTIONS]
+    known = {"preset": "preset"} | {name: f"{part}.{name}" for name, part in where.items()}
+    if section is None:
+        known |= {part: f"[{part}]" for part in SECTIONS}
     nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-    named = [f"{where[name]}.{name}" if name in where else name for name in nearest]
+    named = [known[name] for name in nearest]
     hint = f"; did you mean {' or '.join(named)}?" if named else ""
     return ValueError(f"{path}: unknown key {full!r}{hint}")
 

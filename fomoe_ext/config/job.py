@@ -119,17 +119,22 @@ class TrainConfig:
         """Raises ValueError for options that a job cannot have if it continues without lost
         sites."""
         sites, outer = self.sites, self.outer
-        wrong = {
-            "sites.ranks_per_site = 1": sites.ranks_per_site > 1,
-            "sites.stale_experts = 0": sites.stale_experts != 0,
-            "sites.reshuffle_rounds = 0": sites.reshuffle_rounds > 0,
-            "outer.fragments = 1": outer.fragments > 1,
-            "outer.overlap = 0": outer.overlap != 0,
-            "outer.expert_turns = 1": outer.expert_turns > 1,
-            "an outer.optimizer that is not ddp": outer.optimizer == "ddp",
-            "run.probe_tokens = 0": self.run.probe_tokens > 0,
+        wanted = {
+            "sites.ranks_per_site = 1": sites.ranks_per_site,
+            "sites.stale_experts = 0": sites.stale_experts,
+            "sites.reshuffle_rounds = 0": sites.reshuffle_rounds,
+            "outer.fragments = 1": outer.fragments,
+            "outer.overlap = 0": outer.overlap,
+            "outer.expert_turns = 1": outer.expert_turns,
+            "run.probe_tokens = 0": self.run.probe_tokens,
         }
-        needed = [what for what, violated in wrong.items() if violated]
+        needed = [
+            f"{what} (got {value})"
+            for what, value in wanted.items()
+            if not what.endswith(f" = {value}")
+        ]
+        if outer.optimizer == "ddp":
+            needed.append("an outer.optimizer that is not ddp")
         if needed:
             raise ValueError(f"fault.membership = torchft needs {', '.join(needed)}")
         if self.fault.quorum > sites.sites:

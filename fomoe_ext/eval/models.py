@@ -29,7 +29,7 @@ from fomoe_ext.layer.moe import MoELayer
 from fomoe_ext.model.language import LanguageModel
 from fomoe_ext.placement.placement import Placement
 from fomoe_ext.plan.traffic import job_placement
-from fomoe_ext.report.runs import CHECKPOINTS, CONFIG, load_run_config
+from fomoe_ext.report.runs import CHECKPOINTS, CONFIG, METRICS, load_run_config
 
 TOKENS = 524_288
 """Tokens to evaluate on, unless a run has another number."""
@@ -105,6 +105,8 @@ def find_subject(
         return _exported_subject(folder, skipping, tokenizer)
     if (folder / "config.json").is_file():
         return _transformers_subject(folder, skipping, tokenizer, trust_remote_code)
+    if (folder / METRICS).is_file():
+        find_source(folder, checkpoint)  # says that the run has no checkpoint
     raise ValueError(
         "model must be a run folder of `fomoe train`, a checkpoint, a folder of `fomoe export` or "
         f"of a transformers model, got {folder}"

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 import torch
 from torch import nn
 
+from fomoe_ext.checks import an_instance
 from fomoe_ext.hf.attached import attach
 from fomoe_ext.hf.converted import (
     ConvertedMoE,
@@ -87,6 +88,7 @@ def convert(
     placement of other sizes, a model in a wrapper or without blocks of a supported family, or a
     block with a feature that `MoELayer` lacks.
     """
+    an_instance(nn.Module, model=model)
     _check_choice(placement, site, resident)
     known = ConvertOptions.__annotations__
     for name in options.keys() - known.keys():
@@ -114,7 +116,9 @@ def convert(
 def _check_choice(
     placement: Placement | None, site: int | None, resident: Sequence[int] | None
 ) -> None:
-    """ValueError unless the arguments name one set of experts."""
+    """ValueError or TypeError unless the arguments name one set of experts."""
+    if placement is not None:
+        an_instance(Placement, placement=placement)
     if placement is not None and resident is not None:
         raise ValueError("placement and resident must not be given together")
     if placement is not None and site is None:
@@ -170,17 +174,22 @@ def _find(
             )
         # A wrapper of torch.compile around the block is replaced with it.
         parent, _, name = without_compiled(path).rpartition(".")
+        count = len(_expand_weight(block))
+        if placement is not None and placement.num_experts != count:
+            raise ValueError(
+                f"placement must be for the {count} experts of {path}, got {placement.num_experts}"
+            )
         try:
             layer = _make_layer(family, block, config, ids, number, options)
         except (ValueError, TypeError) as error:
             raise type(error)(f"{path}: {error}") from None
-        if placement is not None and placement.num_experts != layer.num_experts:
-            raise ValueError(
-                f"placement must be for the {layer.num_experts} experts of {path}, got "
-                f"{placement.num_experts}"
-            )
         yield _Found(path, model.get_submodule(parent), name, block, layer)
         number += 1
+
+
+def _expand_weight(block: nn.Module) -> nn.Parameter:
+    """The stack of a block's first matrices, of all experts."""
+    return block.get_submodule("experts").get_parameter(PARTS["expand_weight"])
 
 
 def _make_layer(
@@ -192,8 +201,7 @@ def _make_layer(
     options: ConvertOptions,
 ) -> ConvertedMoE:
     """The layer for a block, on the meta device."""
-    experts, router = block.get_submodule("experts"), block.get_submodule(family.router)
-    expand = experts.get_parameter(PARTS["expand_weight"])
+    expand, router = _expand_weight(block), block.get_submodule(family.router)
     num_experts = expand.shape[0]
     hidden_size = router.get_parameter("weight").shape[1]
     what_it_does = family.options(block, config)

@@ -68,12 +68,13 @@ def from_pretrained_resident(
         bytes_total: bytes of all tensors in the folder;
         unexpected_keys: names of the folder's tensors that the model does not use, sorted.
 
-    Raises ValueError for a folder without safetensors files, with tensors that the model lacks, or
-    quantised in another way; and what `convert` raises.
+    Raises ValueError for a folder that does not exist, without safetensors files, with tensors that
+    the model lacks, or quantised in another way; and what `convert` raises.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = Path(folder)
+    _require_folder(folder)
     files = TensorFiles(folder)
     config = AutoConfig.from_pretrained(folder)
     try:
@@ -93,6 +94,14 @@ def from_pretrained_resident(
     sizes = {"bytes_read": files.bytes_read, "bytes_total": files.bytes_total}
     info = {**sizes, "unexpected_keys": sorted(ignored)}
     return (model, info) if output_loading_info else model
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(
+            f"folder must be a folder on this machine (huggingface_hub.snapshot_download fetches "
+            f"one), got {folder}, which is none"
+        )
 
 
 def _read_all(reader: Weights, model: Any, device: torch.device | str) -> set[str]:

@@ -44,7 +44,8 @@ def save_merged(
     Raises on all sites: ValueError for a model that is not converted, does not fit the placement or
     has taken steps since the last meeting of its OuterSync, and for what the format cannot store (a
     selection bias in another family than DeepSeek-V3, tensors whose names or shapes differ from
-    those that config.json implies); FileExistsError if the folder exists and is not empty. If
+    those that config.json implies); FileExistsError if the folder exists and is not empty;
+    RuntimeError if torch.distributed has another number of processes than there are sites. If
     site 0 cannot write, it raises that error and the other sites raise RuntimeError.
     """
     target = Path(folder)
@@ -73,7 +74,7 @@ def _why_not(model: Any, placement: Placement, site: int) -> str:
     """Why this site's part of the model cannot be written in the original format, or ""."""
     layers = converted_layers(model)
     if not layers:
-        return f"model must have been converted by fomoe_ext.hf, got {type(model)}"
+        return f"model must have been converted by fomoe_ext.hf, got {type(model).__name__}"
     for number, (path, layer) in enumerate(layers):
         wanted = placement.resident(number, site)
         if layer.experts.resident_experts != wanted:
@@ -95,8 +96,14 @@ def _why_not(model: Any, placement: Placement, site: int) -> str:
 
 def _agree_to_write(problem: str, num_sites: int, site: int) -> None:
     """ValueError on all sites if one of them has a problem."""
+    count = dist.get_world_size() if dist.is_initialized() else 1
     if problem and not dist.is_initialized():
         raise ValueError(problem)
+    if num_sites not in (1, count):
+        raise RuntimeError(
+            f"torch.distributed must have {num_sites} processes, one per site of the placement, "
+            f"got {count}"
+        )
     problems = messages.gather_objects(problem, num_sites, who="site")
     if problem:
         raise ValueError(problem)

@@ -69,7 +69,7 @@ def why_not_original(model: nn.Module, what: str = "it") -> str:
     """Why a converted model cannot be written in its original format here, or ""."""
     found = converted_layers(model)
     if not found:
-        return f"model must have been converted by fomoe_ext.hf, got {type(model)}"
+        return f"model must have been converted by fomoe_ext.hf, got {type(model).__name__}"
     for path, layer in found:
         residents = layer.experts.resident_experts
         if len(residents) < layer.num_experts:

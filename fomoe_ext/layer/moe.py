@@ -65,7 +65,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 def _checked_dtype(dtype: torch.dtype | None) -> torch.dtype:
     dtype = dtype or torch.get_default_dtype()
     if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
     return dtype
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import fomoe_ext.ops.flops  # noqa: F401  (registers formulas)
+from fomoe_ext.checks import an_instance
 from fomoe_ext.ops.derivatives import Gradients, refuse_derivative, register_derivative
 from fomoe_ext.ops.rows import RowTable
 from fomoe_ext.ops.schemas import arguments_type, by_name
@@ -130,8 +131,9 @@ def route(
         0. With return_statistics also the statistics, without gradient.
 
     Raises:
-        ValueError: wrong shape, dtype, device or number, or (CPU) NaN logits, naming the argument.
+        ValueError, TypeError: wrong tensors or numbers, or (CPU) NaN logits, naming the argument.
     """
+    an_instance(Tensor, logits=logits)
     weights, experts, sums = _route(
         logits=logits.contiguous(),
         top_k=top_k,

@@ -46,11 +46,15 @@ class MeetingLog:
         self.bytes_sent += count
         self.round_bytes += count
 
+    def require_open(self, problem: str) -> None:
+        """MeetingError, with this problem, after `OuterSync.close`."""
+        if self.closed:
+            raise MeetingError(f"{problem}: this OuterSync is closed")
+
     @contextmanager
     def meeting(self, what: str) -> Iterator[None]:
         """Times a meeting. A failure inside makes this OuterSync unusable, except with `staged`."""
-        if self.closed:
-            raise MeetingError(f"{what} cannot be held: this OuterSync is closed")
+        self.require_open(f"{what} cannot be held")
         if self.broken:
             raise MeetingError(f"this OuterSync cannot go on: {self.broken}; resume a checkpoint")
         start, site = time.perf_counter(), self._site

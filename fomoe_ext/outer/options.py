@@ -61,8 +61,8 @@ class OuterOptions(OuterConfig):
             at_least(1, local_steps=self.local_steps)
         elif self.staggered:
             raise ValueError(
-                "local_steps must be given with fragments > 1 or overlap > 0, got "
-                f"{self.fragments} and {self.overlap}"
+                "local_steps must be given with fragments > 1 or overlap > 0, got None with "
+                f"fragments = {self.fragments} and overlap = {self.overlap!r}"
             )
         wire.check_staggering(
             self.optimizer, self.fragments, self.overlap, self.overlap_alpha, self.local_steps

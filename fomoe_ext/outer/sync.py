@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from fomoe_ext.checks import an_instance, an_int
 from fomoe_ext.layer.mesh import SiteRanks
 from fomoe_ext.outer import beginning, reshuffle, turns
 from fomoe_ext.outer import optimizer as opt
@@ -82,10 +83,10 @@ class OuterSync:
     the sums.
 
     Attributes: options, placement, site, model and inner_optimizer as given; groups (connections,
-    which another OuterSync may share). The parts, for checkpoints and recovery: layout
-    (`ModelLayout`), state (`OuterState`: anchor, momentum, error feedback), counts (`TokenCounts`),
-    step_count (`StepCount`), log (`MeetingLog`), copies (`StaleCopies`, or None), warmup
-    (`ArrivalWarmup`, with an inner_optimizer), watch (`StepWatch`), overlap (`OverlapTimes`:
+    which another OuterSync may share; until `close`). The parts, for checkpoints and recovery:
+    layout (`ModelLayout`), state (`OuterState`: anchor, momentum, error feedback), counts
+    (`TokenCounts`), step_count (`StepCount`), log (`MeetingLog`), copies (`StaleCopies`, or None),
+    warmup (`ArrivalWarmup`, with an inner_optimizer), watch (`StepWatch`), overlap (`OverlapTimes`:
     the steps of overlap in force, and with "auto" the reason why so many).
     """
 
@@ -122,8 +123,7 @@ class OuterSync:
         not initialised, and MeetingError when sites differ in arguments or initial parameters.
         """
         self.options = OuterOptions() if options is None else options
-        if not isinstance(self.options, OuterOptions):
-            raise TypeError(f"options must be OuterOptions, got {type(options).__name__}")
+        _check_types(model, placement, site, self.options, groups)
         self.ranks, self.site = SiteRanks(mesh, placement.num_sites, site), site
         timeout_s = self.options.timeout_s if timeout_s is None else timeout_s
         self.groups = connect(groups, self.ranks, timeout_s)
@@ -175,9 +175,10 @@ class OuterSync:
     def close(self) -> None:
         """Frees what this object made: hooks, its thread, connections unless they were given.
 
-        No collective. The model can then train on without meetings; methods that meet raise
-        MeetingError. Warns of parts of the model that are on their way and were not taken in with
-        `finish`, and waits for their exchanges. May be called twice.
+        No collective. The model can then train on without meetings; methods that meet, and those
+        that read or write what sites have in common, raise MeetingError. Warns of parts of the
+        model that are on their way and were not taken in with `finish`, and waits for their
+        exchanges. May be called twice.
         """
         self._close(wait=True)
 
@@ -329,7 +330,9 @@ class OuterSync:
         )
 
     def verify(self) -> None:
-        """Raises MeetingError unless all holders have the same bits; they do after `step`."""
+        """Raises MeetingError unless all holders have the same bits; they do after `step`. Also
+        after `close`, when nothing can be compared."""
+        self.log.require_open("verify has nothing to compare")
         beginning.verify(self.state, self.under_way)
 
     # ---------------------------------------------------------------- of this site: no collectives
@@ -373,14 +376,16 @@ class OuterSync:
         """SHA-256 of what all holders have alike, by name of a fragment and owner set.
 
         With fragments, overlap or expert_turns of the anchor, otherwise of the parameters. All
-        ranks of the site must call it.
+        ranks of the site must call it. Raises MeetingError after `close`.
         """
+        self.log.require_open("hashes has nothing to hash")
         return beginning.digests(self.state)
 
     @torch.no_grad()
     def copy_anchor_to_model(self) -> None:
         """Sets the parameters to the anchor, which drops all local steps since the last `step`. All
-        ranks of the site must call it."""
+        ranks of the site must call it. Raises MeetingError after `close`."""
+        self.log.require_open("copy_anchor_to_model has no anchor")
         self.state.copy_anchor_to_model()
 
     def predicted_bytes(self, local_steps: int = 1, clip: bool = False) -> int:
@@ -418,6 +423,19 @@ class OuterSync:
         or fragments.
         """
         self._resumable.load_state_dict(state)
+
+
+def _check_types(
+    model: Any, placement: Any, site: Any, options: Any, groups: SiteGroups | None
+) -> None:
+    """Raises TypeError, naming the argument of `OuterSync`, for one of another type."""
+    an_instance(nn.Module, model=model)
+    an_instance(Placement, placement=placement)
+    an_int(site=site)
+    if not isinstance(options, OuterOptions):
+        raise TypeError(f"options must be OuterOptions, got {type(options).__name__}")
+    if groups is not None:
+        an_instance(SiteGroups, groups=groups)
 
 
 def _check(me: Site, placement: Placement) -> Fragments:

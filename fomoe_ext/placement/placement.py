@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
-from fomoe_ext.checks import a_bool
+from fomoe_ext.checks import a_bool, an_int
 from fomoe_ext.placement.designs import check_sizes, cyclic_table, random_table
 
 Owners = tuple[int, ...]
@@ -111,8 +111,10 @@ class Placement:
 
         It is drawn almost uniformly from all placements of these sizes: the experts of the cyclic
         placement are shuffled, then ten random switches per (expert, site) pair are tried (a Markov
-        chain whose stationary distribution is uniform). Raises ValueError for impossible sizes.
+        chain whose stationary distribution is uniform). Raises ValueError for impossible sizes,
+        TypeError for a seed or epoch that is no int.
         """
+        an_int(seed=seed, epoch=epoch)
         start = cyclic_table(num_sites, num_experts, num_layers, replication)
         table = random_table(start, seed, epoch)
         return cls(
@@ -247,6 +249,7 @@ class Placement:
     def owners(self, layer: int, expert: int) -> Owners:
         """Numbers of the sites that hold an expert, ascending. ValueError for a wrong number."""
         self._check_layer_number(layer)
+        an_int(expert=expert)
         if not 0 <= expert < self.num_experts:
             raise ValueError(f"expert must be in [0, {self.num_experts}), got {expert}")
         return self.table[layer][expert]
@@ -317,10 +320,12 @@ class Placement:
         return tuple(t for t in self.transfers(new) if t.target == site)
 
     def _check_layer_number(self, layer: int) -> None:
+        an_int(layer=layer)
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer must be in [0, {self.num_layers}), got {layer}")
 
     def _check_site(self, site: int) -> None:
+        an_int(site=site)
         if not 0 <= site < self.num_sites:
             raise ValueError(f"site must be in [0, {self.num_sites}), got {site}")
 

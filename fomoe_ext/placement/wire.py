@@ -275,6 +275,8 @@ def check_moments(moment_periods: Sequence[int], moment_codecs: Sequence[str]) -
     Moments have no error feedback, so sparse codecs would lose values. The second moment is a
     divisor, which coarse codecs could round to zero.
     """
+    if not isinstance(moment_periods, Sequence) or isinstance(moment_periods, str):
+        raise TypeError(f"moment_periods must be two numbers of rounds, got {moment_periods!r}")
     if len(moment_periods) != 2:
         raise ValueError(f"moment_periods must be two numbers of rounds, got {moment_periods!r}")
     for name, period in zip(("first", "second"), moment_periods, strict=True):

@@ -20,8 +20,8 @@ from fomoe_ext.outer.errors import MeetingError
 _LOSSES = 5
 """So many of the last losses are told."""
 _REACH = 1.5
-"""An outer step may be why training diverges where it goes, with momentum, so many times the mean
-delta; a step of about one delta only averages the sites."""
+"""An outer step that, with momentum, goes further than so many times the mean delta may be why
+training diverges. One that goes about as far as the mean delta only averages the sites."""
 _SIGNS = ("NaN", "infinite")
 """An error whose text has one of these words is about values that are not finite."""
 

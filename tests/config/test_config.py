@@ -166,6 +166,7 @@ def test_resume_flag(line: str, resume: str | None) -> None:
         ("[inner]\nreplication = 3\n", ValueError, ["inner.replication", "[sites]"]),
         ("top_k = 3\n", ValueError, ["top_k", "[model]"]),
         ("[modle]\ntop_k = 3\n", ValueError, ["modle", "model"]),
+        ("[site]\nsites = 4\n", ValueError, ["unknown key 'site'; did you mean [sites] or run."]),
         ("sites = 4\n", TypeError, ["sites", "section"]),
         ('[sites]\nsites = "four"\n', TypeError, ["sites.sites", "whole number", "'four'"]),
         ("[sites]\nsites = 4.0\n", TypeError, ["sites.sites", "whole number"]),
@@ -273,6 +274,20 @@ def test_bad_preset_and_flag_without_value() -> None:
 )
 def test_values_out_of_range(kind: type, values: dict, word: str) -> None:
     with pytest.raises(ValueError, match=word):
+        kind(**values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (ModelConfig, {"hidden_size": "a"}, "model.hidden_size must be a number, got 'a'"),
+        (InnerConfig, {"batch_size": "a"}, "inner.batch_size must be a number, got 'a'"),
+        (OuterConfig, {"fragments": "a"}, "outer.fragments must be an int, got 'a'"),
+        (OuterConfig, {"timeout_s": "a"}, "outer.timeout_s must be a number, got 'a'"),
+    ],
+)
+def test_values_of_other_types(kind: type, values: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         kind(**values)
 
 

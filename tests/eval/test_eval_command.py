@@ -343,6 +343,12 @@ def test_site_and_checkpoint_are_refused_without_a_run(tmp_path, text, capsys):
     assert "site must be in [0, 2)" in refused(capsys, str(finished_run()), "--site", "2")
 
 
+def test_a_run_without_checkpoints_is_named(tmp_path, capsys):
+    for name in ("config.toml", "metrics.jsonl"):
+        (tmp_path / name).touch()
+    assert f"run {tmp_path} has no checkpoint" in refused(capsys, str(tmp_path))
+
+
 def test_damaged_folders_are_refused(tmp_path, text, capsys):
     model = random_model(tiny_config())
     out = write_plain(tmp_path, model)

@@ -112,7 +112,7 @@ def test_options_that_exclude_membership_are_named() -> None:
     dataclasses.replace(config, fault=fault)
     for section, changes, wanted in (
         ("outer", {"optimizer": "ddp"}, "not ddp"),
-        ("outer", {"fragments": 2}, "fragments = 1"),
+        ("outer", {"fragments": 2}, r"fragments = 1 \(got 2\)"),
         ("sites", {"ranks_per_site": 2}, "ranks_per_site = 1"),
         ("run", {"probe_tokens": 64}, "probe_tokens = 0"),
     ):

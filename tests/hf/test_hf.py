@@ -321,7 +321,9 @@ def test_unknown_models_name_the_known_families():
     model = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"mixtral \(MixtralSparseMoeBlock\).*gpt_oss.*register"):
         hf.convert(model)
-    with pytest.raises(ValueError, match="must have been converted"):
+    with pytest.raises(TypeError, match="model must be a Module, got NoneType"):
+        hf.convert(None)
+    with pytest.raises(ValueError, match=r"must have been converted by .*, got Sequential"):
         hf.restore(model)
     with pytest.raises(ValueError, match="must have been converted"):
         hf.save_pretrained(model, "/nowhere")
@@ -357,6 +359,18 @@ def test_unknown_models_name_the_known_families():
             },
             "for the 8 experts of model.l",
         ),
+        (
+            "olmoe",
+            {},
+            {
+                "placement": Placement.cyclic(
+                    num_sites=2, num_experts=16, num_layers=3, replication=1
+                ),
+                "site": 0,
+            },
+            "for the 8 experts of model.l.*, got 16",
+        ),
+        ("olmoe", {}, {"placement": 0, "site": 0}, "placement must be a Placement, got int"),
         (
             "olmoe",
             {},

@@ -95,6 +95,8 @@ def test_tied_embeddings_stay_tied(tmp_path):
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
     placement = placement_of("olmoe")
+    with pytest.raises(ValueError, match=r"folder must be a folder on this machine .*, got some/h"):
+        hf.from_pretrained_resident("some/hub-model", placement, 0)
     with pytest.raises(ValueError, match=r"folder must have model.safetensors or"):
         hf.from_pretrained_resident(tmp_path, placement, 0)
     saved("olmoe", tmp_path)
@@ -219,6 +221,13 @@ def test_errors_of_writing_are_raised_at_all_sites(tmp_path):
         assert "must hold the experts that the placement gives site" in other
     assert [p.name for p in tmp_path.iterdir()] == ["full"]
     assert (tmp_path / "full" / "precious").read_text() == "kept"
+
+
+def test_a_site_alone_cannot_write_for_two(tmp_path):
+    model, placement = make_model("olmoe"), placement_of("olmoe")
+    hf.convert(model, placement, 0)
+    with pytest.raises(RuntimeError, match=r"must have 2 processes, one per site .*, got 1"):
+        hf.save_merged(model, tmp_path / "model", placement, 0)
 
 
 def test_one_site_needs_no_others(tmp_path):

@@ -260,6 +260,11 @@ def test_bad_input(change, message):
         ops.route(**arguments)
 
 
+def test_logits_that_are_no_tensor() -> None:
+    with pytest.raises(TypeError, match="logits must be a Tensor, got list"):
+        ops.route([[1.0, 2.0]], top_k=1)
+
+
 def test_one_nan_anywhere_is_found():
     for position in (0, 7, 8, 18, 3 * 19 - 1):
         logits = torch.zeros(3, 19)

@@ -74,7 +74,15 @@ def whole_life(site: int, num_sites: int, options: dict[str, Any]) -> dict[str, 
     after, python = threads_but(before), [t.name for t in threading.enumerate()]
     sync.close()
     refused = []
-    for call in (sync.step, sync.finish, sync.refresh_copies, sync.state_dict):
+    for call in (
+        sync.step,
+        sync.finish,
+        sync.refresh_copies,
+        sync.verify,
+        sync.hashes,
+        sync.copy_anchor_to_model,
+        sync.state_dict,
+    ):
         with pytest.raises(RuntimeError, match="this OuterSync is closed") as caught:
             call()
         refused.append(type(caught.value))
@@ -100,7 +108,7 @@ def test_after_close_threads_connections_and_hooks_are_gone(options: dict[str, A
         assert answer["python"] == []
         assert answer["hooks"][0] == answer["hooks"][1]
         assert answer["numbers"] == (2, 4, True, False)
-        assert answer["refused"] == [MeetingError] * 3 + [RuntimeError]
+        assert answer["refused"] == [MeetingError] * 6 + [RuntimeError]
 
 
 def given_groups(site: int, num_sites: int) -> int:

@@ -162,7 +162,9 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"bucket_bytes": 3}, ValueError, "bucket_bytes must be 0 or at least 4"),
     ({"moment_periods": (1, 0)}, ValueError, "moment_periods: second must be at least 1"),
     ({"moment_periods": (1,)}, ValueError, "moment_periods must be two"),
-    ({"moment_periods": 3}, TypeError, "."),
+    ({"moment_periods": 3}, TypeError, "moment_periods must be two numbers of rounds, got 3"),
+    ({"site": "0"}, TypeError, "site must be an int, got '0'"),
+    ({"placement": 1, "site": SINGLE}, TypeError, "placement must be a Placement, got int"),
     ({"timeout_s": -1.0}, ValueError, "timeout_s must be > 0"),
     ({"site": 1}, ValueError, r"site must be in \[0, 1\), got 1"),
     ({"optimizer": "local-adamw"}, ValueError, "needs inner_optimizer to be torch.optim.AdamW"),
@@ -210,6 +212,10 @@ def test_bad_models_are_refused() -> None:
     with pytest.raises(ValueError, match="parameter first must be a contiguous float tensor"):
         OuterSync(model, SINGLE, 0)
     model = SmallModel(SINGLE, 0)
+    with pytest.raises(TypeError, match="model must be a Module, got NoneType"):
+        OuterSync(None, SINGLE, 0)
+    with pytest.raises(TypeError, match="groups must be a SiteGroups, got int"):
+        OuterSync(model, SINGLE, 0, groups=1)
     groups = SiteGroups(1, 0)
     amsgrad = torch.optim.AdamW(model.parameters(), amsgrad=True)
     with pytest.raises(ValueError, match="amsgrad"):

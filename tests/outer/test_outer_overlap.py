@@ -281,7 +281,7 @@ def test_step_out_of_turn_is_refused() -> None:
     [
         ({"fragments": 0}, ValueError, "fragments must be at least 1"),
         ({"fragments": 2}, ValueError, "local_steps must be given"),
-        ({"overlap": 1}, ValueError, "local_steps must be given"),
+        ({"overlap": 1}, ValueError, "local_steps must be given .*fragments = 1 and overlap = 1"),
         ({"overlap": 4, "local_steps": 4}, ValueError, "overlap must be less than local_steps = 4"),
         ({"fragments": 5, "local_steps": 4}, ValueError, r"fragments must be in \[1, local_steps"),
         (

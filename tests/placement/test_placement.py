@@ -247,6 +247,20 @@ def test_questions_out_of_range_are_refused() -> None:
             call()
 
 
+def test_values_of_other_types_are_named() -> None:
+    size = {"num_sites": 2, "num_experts": 4, "num_layers": 2, "replication": 1}
+    placement = Placement.cyclic(**size)
+    for call, message in (
+        (lambda: placement.resident("a", 0), "layer must be an int, got 'a'"),
+        (lambda: placement.resident(0, None), "site must be an int, got None"),
+        (lambda: placement.owners(0, 1.5), "expert must be an int, got 1.5"),
+        (lambda: Placement.random(**size, seed="a"), "seed must be an int, got 'a'"),
+        (lambda: Placement.random(**size, seed=0, epoch=None), "epoch must be an int, got None"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
 def test_needs_no_torch() -> None:
     program = (
         "import sys; import fomoe_ext.placement, fomoe_ext.placement.wire; "
