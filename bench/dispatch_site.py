@@ -196,7 +196,7 @@ class Work:
             experts = self.experts if way == "ours" else self.of_all
         y, _, _, computed = self.dispatches[way](*inputs, experts)
         if (way, part) == ("ours", "layer"):
-            self.rows = int(computed)
+            self.rows = int(computed[-1])
         return y
 
     def run(self, way: str, part: str) -> None:
@@ -275,7 +275,7 @@ class Skewed:
         """y [T, D] and the number of rows computed here."""
         inputs = (self.x, self.weights, self.chosen)
         y, _, _, rows = self.dispatches[cut](*inputs, self.experts[cut])
-        return y, int(rows)
+        return y, int(rows[-1])
 
     def run(self, cut: str) -> None:
         """One forward and backward pass."""

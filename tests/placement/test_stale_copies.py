@@ -45,7 +45,7 @@ def test_copies_and_the_work_of_sending_them_are_spread_evenly(sizes, kind):
     for count in (-2, absent + 1):
         with pytest.raises(ValueError, match=rf"in \[0, {absent}\], .* got {count}"):
             stale.wanted_copies(placement, count)
-    with pytest.raises(ValueError, match="wanted must be absent experts, got expert"):
+    with pytest.raises(ValueError, match="wanted must name absent experts, got expert"):
         own = tuple(tuple((placement.resident(0, 0)[0],) for _ in range(sites)) for _ in range(1))
         stale.copy_transfers(placement, own)
 
