@@ -21,6 +21,7 @@ The ranges, from large to small:
 
 from __future__ import annotations
 
+import logging
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,6 +38,8 @@ from fomoe_ext.outer.groups import SiteGroup, SiteGroups
 from fomoe_ext.placement import wire
 from fomoe_ext.placement.placement import Owners, Placement
 from fomoe_ext.placement.stale import Wanted
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,16 @@ def trained_elements(model: nn.Module) -> int:
 
 def check_model(model: nn.Module, placement: Placement, site: int, expert_ranks: int = 1) -> None:
     """Raises ValueError when the model's MoE layers are not those of the placement's site, shared
-    out over so many ranks."""
+    out over so many ranks. Warns if it has none, but the placement does not put all experts on all
+    sites."""
     layers = find_moe_layers(model)
+    if not layers and placement.replication < placement.num_sites:
+        _log.warning(
+            "model has no MoELayer: all sites train all of it, though the placement has replication "
+            "%d of %d sites (fomoe_ext.hf.convert makes MoELayers of a transformers model's blocks)",
+            placement.replication,
+            placement.num_sites,
+        )
     if layers and len(layers) != placement.num_layers:
         raise ValueError(
             f"placement must have as many layers as the model has MoE layers, {len(layers)}, got "

@@ -27,6 +27,7 @@ from sites import pool
 from torch import nn
 
 from fomoe_ext.outer import MeetingError, OuterOptions, OuterSync, SiteGroups
+from fomoe_ext.outer.layout import check_model
 from fomoe_ext.placement import Placement
 
 # ----------------------------------------------------------------------------------------- resuming
@@ -397,3 +398,12 @@ def test_a_lost_site_is_an_error_in_time() -> None:
                 process.kill()
     codes = [process.returncode for process in processes]
     assert codes == [0, 0, 9], "\n".join(outputs)
+
+
+def test_a_model_without_layers_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    """All sites train all of it, which a placement of replication 1 does not say."""
+    dense = nn.Linear(4, 4)
+    check_model(dense, cyclic_placement(2, 2), 0)
+    assert not caplog.records
+    check_model(dense, cyclic_placement(2, 1), 0)
+    assert "model has no MoELayer" in caplog.text and "replication 1 of 2 sites" in caplog.text
