@@ -155,8 +155,9 @@ def check_model(model: nn.Module, placement: Placement, site: int, expert_ranks:
     layers = find_moe_layers(model)
     if not layers and placement.replication < placement.num_sites:
         _log.warning(
-            "model has no MoELayer: all sites train all of it, though the placement has replication "
-            "%d of %d sites (fomoe_ext.hf.convert makes MoELayers of a transformers model's blocks)",
+            "model has no MoELayer: all sites train all of it, though the placement has "
+            "replication %d of %d sites (fomoe_ext.hf.convert makes MoELayers of the blocks of a "
+            "transformers model)",
             placement.replication,
             placement.num_sites,
         )
