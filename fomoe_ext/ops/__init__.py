@@ -4,8 +4,8 @@ tokens has route, compact, gather and combine; experts has the grouped GEMMs exp
 the fused pass of both (moe_experts); rows has the table of rows that they pass on. Importing the
 folder registers the native ops `torch.ops.fomoe.*` with torch (native), with their fake kernels
 (shapes), derivatives and flops; schemas has their arguments by name, saved says when a backward
-pass may overwrite what was kept for it, compiled keeps caches of torch.compile apart. It may import the table of activations and build facts, and
-must know neither layers nor sites.
+pass may overwrite what was kept for it, compiled keeps caches of torch.compile apart. It may import
+the table of activations and build facts, and must know neither layers nor sites.
 """
 
 from fomoe_ext.activations import ACTIVATIONS, is_gated
