@@ -151,8 +151,8 @@ def make_inputs(
     return made
 
 
-def our_experts(inputs: Inputs) -> Tensor:
-    """compact, expand, contract, combine."""
+def our_experts(inputs: Inputs, **totals: Tensor) -> Tensor:
+    """compact, expand, contract, combine. `totals`: those of `ops.moe_experts`."""
     i = inputs
     table = ops.compact(i.experts, i.resident_index, i.expand_weight.shape[0])
     return ops.moe_experts(
@@ -164,6 +164,7 @@ def our_experts(inputs: Inputs) -> Tensor:
         i.model.activation,
         expand_bias=i.expand_bias,
         contract_bias=i.contract_bias,
+        **totals,
     )
 
 

@@ -30,7 +30,6 @@ from experts_model import table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from fomoe_ext import ops
 from fomoe_ext.plan.experts import ExpertsCall, experts_peak
 
 TOKENS = (4096, 16384)
@@ -79,18 +78,14 @@ def planned(
 def into_totals(inputs: cases.Inputs) -> Callable[[], tuple[Tensor, ...]]:
     """Ours, with gradients of the weights added to fp32 sums that are there already."""
     i = inputs
-    totals = [torch.zeros_like(t, dtype=torch.float32) for t in i.parameters[:2]]
+    totals = {
+        f"{name}_total": torch.zeros_like(weight, dtype=torch.float32)
+        for name, weight in (("expand", i.expand_weight), ("contract", i.contract_weight))
+    }
     leaves = [t for t in i.leaves if t is not i.expand_weight and t is not i.contract_weight]
 
     def run() -> tuple[Tensor, ...]:
-        made = ops.compact(i.experts, i.resident_index, i.expand_weight.shape[0])
-        y = ops.moe_experts(
-            *(i.x, i.weights, made, i.expand_weight, i.contract_weight, i.model.activation),
-            expand_bias=i.expand_bias,
-            contract_bias=i.contract_bias,
-            expand_total=totals[0],
-            contract_total=totals[1],
-        )
+        y = cases.our_experts(i, **totals)
         return y, *torch.autograd.grad(y, leaves, i.grad_y)
 
     return run

@@ -22,7 +22,7 @@ from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.layer.moe import MoELayer
 from fomoe_ext.model.language import LanguageModel
 from fomoe_ext.plan.cost import flops_per_token
-from fomoe_ext.train.captured import CapturedStep, Computed
+from fomoe_ext.train.captured import CapturedStep, StepResult
 from fomoe_ext.train.job import make_optimizer
 
 SHARES = (1.0, 0.5, 0.25, 0.0)
@@ -118,14 +118,14 @@ def measure(size: Sized, share: float, device: str) -> dict[str, Any]:
     optimizer = make_optimizer(model, InnerConfig())
     lr = InnerConfig().inner_lr
 
-    def compute(tokens: torch.Tensor) -> Computed:
+    def compute(tokens: torch.Tensor) -> StepResult:
         with torch.autocast(device, dtype=torch.bfloat16):
             loss = model.loss(tokens)
         loss.total.backward()
         optimizer.step()
         optimizer.zero_grad()
         rows = [layer.stats.rows for layer in model.moe_layers() if layer.stats is not None]
-        return Computed(loss.cross_entropy.detach(), None, torch.stack(rows).sum())
+        return StepResult(loss.cross_entropy.detach(), None, torch.stack(rows).sum())
 
     def step() -> None:
         compute(tokens)

@@ -9,27 +9,24 @@ short run at first measures how long a step takes.
 
 from __future__ import annotations
 
-import sys
 import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from bench.study import pool, store
+from bench.study.design import LOCAL_STEPS, SCOPES, SITES
+from bench.study.run import run_missing
 from bench.study.store import Run
 from bench.study.tables import spread
 from fomoe_ext.report.tables import ReportTable
 from fomoe_ext.report.units import human_bytes, human_count
 
 RUNS = store.RUNS.with_name("gpu.jsonl")
-SITES, LOCAL_STEPS = 4, 16
-SCOPES = {
-    "resident": {"router_scope": "resident"},
-    "global": {"router_scope": "global", "router_mean": "all"},
-}
 KINDS: Mapping[str, Mapping[str, Any]] = {
     "full replica": {"replication": SITES},
     **{
@@ -168,8 +165,13 @@ def study(
             print(f"{preset}: failed\n{error}", flush=True)
             continue
         if rounds:
-            runs = store.missing(runs_of(preset, given, rounds, seeds), path)
-            failed += sum(not _make(run, facts, train, path) for run in runs)
+            failed += run_missing(
+                preset,
+                runs_of(preset, given, rounds, seeds),
+                path,
+                train=lambda run: train(run.arguments(), SITES),
+                facts=facts,
+            )
     return failed
 
 
@@ -198,21 +200,6 @@ def affordable_rounds(
     return rounds
 
 
-def _make(run: Run, facts: Mapping[str, Any], train: Train, path: Path) -> bool:
-    """Makes a run and records it; whether it succeeded."""
-    preset, rounds = run.flags["preset"], run.flags["rounds"]
-    print(f"{preset}: {name_of(run.flags)}, seed {run.seed}, {rounds} rounds", end=" ")
-    sys.stdout.flush()
-    try:
-        report = train(run.arguments(), SITES)
-    except pool.RunFailed as error:
-        print(f"failed\n{error}", flush=True)
-        return False
-    store.append(store.record(run, report, facts), path)
-    print(f"loss {report['validation']['loss']:.4f} in {report['job_s']:.0f} s", flush=True)
-    return True
-
-
 def name_of(flags: Mapping[str, Any]) -> str:
     """The kind of a run, a key of `KINDS`."""
     return next(
@@ -230,14 +217,13 @@ def table(path: Path = RUNS) -> list[ReportTable]:
 
 
 def _table(preset: str, rounds: int, of: Mapping[str, Sequence[Mapping[str, Any]]]) -> ReportTable:
-    mean = lambda values: sum(values) / len(values)
     base = {kept["seed"]: kept["loss"] for kept in of.get("full replica", ())}
     rows = []
     for name in KINDS:
         kept = of.get(name, ())
         if not kept:
             continue
-        sent = mean([mean(one["bytes_sent"]) for one in kept])
+        sent = fmean(fmean(one["bytes_sent"]) for one in kept)
         gaps = [one["loss"] - base[one["seed"]] for one in kept if one["seed"] in base]
         rows.append(
             (
@@ -245,10 +231,10 @@ def _table(preset: str, rounds: int, of: Mapping[str, Sequence[Mapping[str, Any]
                 spread(one["loss"] for one in kept),
                 spread(gaps, sign=True),
                 human_bytes(sent),
-                f"{mean([one['full_replica_bytes'] for one in kept]) / sent:.2f}x",
-                f"{mean([one['ddp_bytes'] for one in kept]) / sent:.1f}x",
-                human_bytes(mean([mean(one["memory"]) for one in kept])),
-                f"{mean([one['skipped_share'] for one in kept]):.0%}",
+                f"{fmean(one['full_replica_bytes'] for one in kept) / sent:.2f}x",
+                f"{fmean(one['ddp_bytes'] for one in kept) / sent:.1f}x",
+                human_bytes(fmean(fmean(one["memory"]) for one in kept)),
+                f"{fmean(one['skipped_share'] for one in kept):.0%}",
             )
         )
     one = next(iter(of.values()))[0]

@@ -6,7 +6,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +41,31 @@ def _train(run: Run, path: Path) -> dict[str, Any]:
         return pool.train(run.named(**dict.fromkeys(by, counts)).arguments(), run.sites)
 
 
-def run_missing(name: str, runs: Iterable[Run], path: Path = store.RUNS) -> int:
-    """Makes the runs that the file lacks and records each as it ends; returns how many failed."""
+def run_missing(
+    name: str,
+    runs: Iterable[Run],
+    path: Path = store.RUNS,
+    *,
+    train: Callable[[Run], dict[str, Any]] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> int:
+    """Makes the runs that the file lacks and records each as it ends; returns how many failed.
+
+    `train` makes a run and returns its report, as `pool.train` does, on whose CPU runs are made
+    unless it is given. `facts`: of the machine, by default `machine_facts`.
+    """
     todo = store.missing(runs, path)
     if not todo:
         return 0
-    facts, failed, start = machine_facts(), 0, time.perf_counter()
+    facts = machine_facts() if facts is None else facts
+    train = train or partial(_train, path=path)
+    failed, start = 0, time.perf_counter()
     for number, run in enumerate(todo, 1):
         told = {k: v for k, v in run.flags.items() if design.BASE.get(k) != v}
         print(f"{name} [{number}/{len(todo)}] {run.sites} sites, seed {run.seed}, {told}", end=" ")
         sys.stdout.flush()
         try:
-            report = _train(run, path)
+            report = train(run)
         except pool.RunFailed as error:
             failed += 1
             print(f"failed\n{error}", flush=True)

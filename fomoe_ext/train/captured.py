@@ -24,11 +24,11 @@ _WARM_UP = 3
 optimizer its moments, at the first one."""
 
 
-class Computed(NamedTuple):
+class StepResult(NamedTuple):
     """What a step has computed, on the device of the model.
 
     loss: cross entropy, a scalar in nats per token. norm: that of the gradients before clipping;
-    None without clipping. rows: int32 scalar, rows that the experts have computed, over all layers.
+    None without clipping. rows: int64 scalar, rows that the experts have computed, over all layers.
     """
 
     loss: Tensor
@@ -41,7 +41,7 @@ class CapturedStep:
 
     def __init__(
         self,
-        compute: Callable[[Tensor], Computed],
+        compute: Callable[[Tensor], StepResult],
         optimizer: torch.optim.Optimizer,
         device: torch.device,
     ) -> None:
@@ -50,7 +50,7 @@ class CapturedStep:
         self._compute, self._device = compute, device
         self._tokens: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._result: Computed | None = None
+        self._result: StepResult | None = None
         self._done = 0
         # The fused AdamW reads fp32 on CUDA. On the CPU fp64 gives the same bits as a float.
         dtype = torch.float32 if device.type == "cuda" else torch.float64
@@ -63,7 +63,7 @@ class CapturedStep:
         """Whether steps are replayed from a graph."""
         return self._graph is not None
 
-    def __call__(self, tokens: Tensor, lr: float) -> Computed:
+    def __call__(self, tokens: Tensor, lr: float) -> StepResult:
         """One step on tokens [B, L + 1], on any device. The results are overwritten by the next
         step. Raises ValueError for another shape than at the first step."""
         if self._tokens is None:
@@ -80,7 +80,7 @@ class CapturedStep:
             return self._compute(self._tokens)
         return self._on_gpu(self._tokens)
 
-    def _on_gpu(self, tokens: Tensor) -> Computed:
+    def _on_gpu(self, tokens: Tensor) -> StepResult:
         if self._done <= _WARM_UP:
             stream = torch.cuda.Stream(self._device)
             stream.wait_stream(torch.cuda.current_stream(self._device))

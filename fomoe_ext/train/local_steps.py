@@ -16,7 +16,7 @@ from fomoe_ext.launch import inject
 from fomoe_ext.launch.world import StopRequest
 from fomoe_ext.layer.dense import average_experts
 from fomoe_ext.layer.mesh import local_tensor
-from fomoe_ext.train.captured import CapturedStep, Computed, is_capturing, places
+from fomoe_ext.train.captured import CapturedStep, StepResult, is_capturing, places
 from fomoe_ext.train.divergence import Diverged
 from fomoe_ext.train.job import learning_rate
 from fomoe_ext.train.state import SiteState
@@ -72,7 +72,9 @@ class LocalSteps:
         if self._captures():
             self._before_update()
             assert self._captured is not None
-            done = Computed(*(None if r is None else r.clone() for r in self._captured(batch, lr)))
+            done = StepResult(
+                *(None if r is None else r.clone() for r in self._captured(batch, lr))
+            )
             if self._captured.captured:
                 self._watch(done.loss, done.norm)
         else:
@@ -84,7 +86,7 @@ class LocalSteps:
         site.optimizer.zero_grad()
         return done.loss
 
-    def _compute(self, tokens: Tensor) -> Computed:
+    def _compute(self, tokens: Tensor) -> StepResult:
         """The step on int64 tokens [B, L + 1] with the learning rate in the optimizer's groups."""
         site = self._site
         inner, ddp = site.config.inner, site.config.outer.optimizer == "ddp"
@@ -104,7 +106,7 @@ class LocalSteps:
             norm = site.sync.clip_grad_norm_(inner.grad_clip)
             self._watch(norm=norm)
         site.optimizer.step()
-        return Computed(loss.cross_entropy.detach(), norm, self._after_update())
+        return StepResult(loss.cross_entropy.detach(), norm, self._after_update())
 
     def _watch(self, loss: Tensor | None = None, norm: Tensor | None = None) -> None:
         """Raises Diverged for what is not finite, where the host need not wait for it."""
@@ -120,7 +122,7 @@ class LocalSteps:
     @torch.no_grad()
     def _after_update(self) -> Tensor:
         """Moves the selection biases, and returns the rows that the experts have computed, of all
-        layers: an int32 scalar. A site's ranks move its selection biases together."""
+        layers: an int64 scalar. A site's ranks move its selection biases together."""
         site, layers = self._site, self._site.model.moe_layers()
         grads = [p.grad for p in site.model.parameters() if p.grad is not None]
         site.tally.gradient_bytes = sum(local_tensor(grad).nbytes for grad in grads)
@@ -155,7 +157,7 @@ class LocalSteps:
         return batch.chunk(world.ranks)[world.rank]
 
     @torch.no_grad()
-    def _count(self, tokens: Tensor, done: Computed) -> None:
+    def _count(self, tokens: Tensor, done: StepResult) -> None:
         site, tally, progress = self._site, self._site.tally, self._site.progress
         tally.steps += 1
         progress.steps += 1

@@ -16,7 +16,7 @@ from fomoe_ext.config.model import ModelConfig
 from fomoe_ext.data.sequences import open_data
 from fomoe_ext.model.language import LanguageModel, optimizer_groups
 from fomoe_ext.report.runs import job_config
-from fomoe_ext.train.captured import CapturedStep, Computed, places
+from fomoe_ext.train.captured import CapturedStep, StepResult, places
 
 SIZES = {
     "hidden_size": 16,
@@ -47,7 +47,7 @@ class _Training:
         groups = optimizer_groups(self.model, 0.1)
         self.optimizer = torch.optim.AdamW(groups, lr=1.0, fused=True)
 
-    def compute(self, tokens: Tensor) -> Computed:
+    def compute(self, tokens: Tensor) -> StepResult:
         loss = self.model.loss(tokens)
         loss.total.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 0.5)
@@ -58,7 +58,7 @@ class _Training:
             rows.append(layer.stats.rows)
             layer.update_selection_bias()
         self.optimizer.zero_grad()
-        return Computed(loss.cross_entropy.detach(), norm, torch.stack(rows).sum())
+        return StepResult(loss.cross_entropy.detach(), norm, torch.stack(rows).sum())
 
     def parameters(self) -> Tensor:
         return torch.cat([p.detach().flatten() for p in self.model.parameters()]).cpu()
@@ -79,7 +79,7 @@ def test_steps_are_those_of_a_loop(place: torch.device) -> None:
         for group in plain.optimizer.param_groups:
             group["lr"] = lr
         wanted, found = plain.compute(tokens.to(place)), step(tokens, lr)
-        for name in Computed._fields:
+        for name in StepResult._fields:
             torch.testing.assert_close(getattr(found, name), getattr(wanted, name))
     assert step.captured == (place.type == "cuda")
     if place.type == "cpu":
